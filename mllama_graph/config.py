@@ -1,0 +1,129 @@
+"""What a run is: the configuration tree that Hydra fills, and the error a user can cause.
+
+Nothing here imports torch or Hydra: run.py registers `Run` as the schema of conf/config.yaml, so that an unknown key
+or a value of the wrong type is refused before anything else happens.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+DTYPES = ("auto", "fp32", "fp16", "bf16")
+DEVICES = ("auto", "cpu", "cuda", "npu", "npu-sim")
+BACKENDS = ("auto", "inductor", "torchair", "eager")
+QUANTS = ("none", "w8a16", "w8a8", "kv8")
+
+
+class UserError(Exception):
+    """A mistake that a user can mend: the message gives the value, the rule and the remedy."""
+
+
+class Interrupted(Exception):
+    """The run was stopped from outside; what had finished is kept."""
+
+
+@dataclass
+class ModelChoice:
+    """One option of conf/model/. `config` holds released shapes in the form of a checkpoint's config.json."""
+
+    name: str = "custom"
+    config: Optional[dict[str, Any]] = None
+
+
+@dataclass
+class BackendChoice:
+    """One option of conf/backend/."""
+
+    name: str = "auto"
+    # Options handed to Inductor as they are (torch._inductor.config names).
+    inductor: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class TaskChoice:
+    """One option of conf/task/: names the function in mllama_graph/tasks/."""
+
+    name: str = "generate"
+
+
+@dataclass
+class PlanChoice:
+    """The bucket plan (see buckets.py). A null takes what buckets.py derives from batch and lengths."""
+
+    page_size: int = 128
+    prefill_tokens: Optional[list[int]] = None
+    decode_batch: Optional[list[int]] = None
+    pages: Optional[list[int]] = None
+    images: Optional[list[int]] = None
+    num_pages: Optional[int] = None
+    num_images: Optional[int] = None
+    # A graph that exists already serves a smaller step at up to this many times the smaller bucket's modelled cost.
+    reuse: float = 4.0
+
+
+@dataclass
+class Run:
+    """The whole configuration of one run. conf/config.yaml says in a line what each key does."""
+
+    model: ModelChoice = field(default_factory=ModelChoice)
+    weights: Optional[str] = None
+    tp: int = 1
+    batch: int = 1
+    dtype: str = "auto"
+    quant: str = "none"
+    backend: BackendChoice = field(default_factory=BackendChoice)
+    device: str = "auto"
+    task: TaskChoice = field(default_factory=TaskChoice)
+    prompt: Optional[str] = None
+    image: Any = None
+    system: Optional[str] = None
+    requests: Optional[str] = None
+    max_input_length: int = 2048
+    max_output_length: int = 128
+    max_images: Optional[int] = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    graph_cache: Optional[str] = None
+    threads: Optional[int] = None
+    memory_gib: Optional[float] = None
+    plan: PlanChoice = field(default_factory=PlanChoice)
+    # Set by run.py: where this run writes.
+    output_dir: Optional[str] = None
+
+
+def _one_of(key: str, value: Any, choices: tuple) -> None:
+    if value not in choices:
+        raise UserError(f"{key}={value} is not one of {', '.join(map(str, choices))}.")
+
+
+def _at_least(key: str, value: float, least: float) -> None:
+    if value < least:
+        raise UserError(f"{key}={value} must be at least {least}.")
+
+
+def check(run: Run) -> None:
+    """Refuse what no checkpoint could make right.
+
+    Raises UserError with the value, the rule and the remedy.
+    """
+    _one_of("dtype", run.dtype, DTYPES)
+    _one_of("device", run.device, DEVICES)
+    _one_of("backend", run.backend.name, BACKENDS)
+    _one_of("quant", run.quant, QUANTS)
+    for key in ("tp", "batch", "max_input_length", "max_output_length"):
+        _at_least(key, getattr(run, key), 1)
+    _at_least("temperature", run.temperature, 0)
+    _at_least("top_k", run.top_k, 0)
+    if not 0 < run.top_p <= 1:
+        raise UserError(f"top_p={run.top_p} must be above 0 and at most 1.")
+    if run.max_images is not None:
+        _at_least("max_images", run.max_images, 1)
+    if run.threads is not None:
+        _at_least("threads", run.threads, 1)
+    if run.tp > 1:
+        raise UserError(f"tp={run.tp}: tensor parallelism is not built yet. Use tp=1.")
+    if run.quant != "none":
+        raise UserError(f"quant={run.quant}: quantisation is not built yet. Use quant=none.")
+    if run.backend.name == "torchair" or run.device in ("npu", "npu-sim"):
+        raise UserError("backend=torchair (device=npu, npu-sim) is not built yet. Use backend=inductor or eager.")

@@ -1,0 +1,107 @@
+"""The language model: self-attention over pages, cross-attention to image pages.
+
+    B sequences   T token rows   D model width   Q query heads   K kv heads   H head width   F mlp width   V vocabulary
+
+A block hands on the residual stream x_TD and the part y_TD that is still to be added to it, so that the addition and
+the next norm are one operation.
+"""
+
+from collections.abc import Callable
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from mllama_graph.model.tree import ImageInput, Node, Pages, PromptInput, TokenInput
+from mllama_graph.ops.contract import Ops
+from mllama_graph.shape import ModelShape
+
+# (q_TQH, k_TKH, v_TKH, pages of the layer) -> out_TQH
+Attend = Callable[[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]], Tensor]
+
+
+def mlp(w: Node, h_TD: Tensor, ops: Ops) -> Tensor:
+    h_TF = ops.swiglu(ops.linear(h_TD, w.gate_up))
+    return ops.all_reduce(ops.linear(h_TF, w.down))
+
+
+def self_attention(w: Node, h_TD: Tensor, angles: tuple[Tensor, Tensor], pages: tuple[Tensor, Tensor],
+                   attend: Attend, head_width: int, ops: Ops) -> Tensor:
+    T = h_TD.shape[0]
+    kv = pages[0].shape[2] * head_width
+    qkv = ops.linear(h_TD, w.qkv)
+    q, k, v = qkv.split([qkv.shape[-1] - 2 * kv, kv, kv], dim=-1)
+    q_TQH = ops.rope(q.view(T, -1, head_width), angles)
+    k_TKH = ops.rope(k.view(T, -1, head_width), angles)
+    out_TQH = attend(q_TQH, k_TKH, v.view(T, -1, head_width), pages)
+    return ops.all_reduce(ops.linear(out_TQH.reshape(T, -1), w.o))
+
+
+def self_block(w: Node, x_TD: Tensor, y_TD: Optional[Tensor], angles: tuple[Tensor, Tensor],
+               pages: tuple[Tensor, Tensor], attend: Attend, shape: ModelShape, ops: Ops) -> tuple[Tensor, Tensor]:
+    h_TD, x_TD = ops.add_rms_norm(x_TD, y_TD, w.attention_norm, shape.text.eps)
+    y_TD = self_attention(w, h_TD, angles, pages, attend, shape.text.head_width, ops)
+    h_TD, x_TD = ops.add_rms_norm(x_TD, y_TD, w.mlp_norm, shape.text.eps)
+    return x_TD, mlp(w, h_TD, ops)
+
+
+def cross_block(w: Node, x_TD: Tensor, y_TD: Optional[Tensor], pages: tuple[Tensor, Tensor], image: ImageInput,
+                shape: ModelShape, ops: Ops) -> tuple[Tensor, Tensor]:
+    """Attention to images, each part behind its tanh gate.
+
+    A row that sees no image passes unchanged, attention and MLP alike: Meta multiplies both by the row mask
+    (llama_models/llama3/multimodal/model.py, CrossAttentionTransformerBlock).
+    """
+    T = x_TD.shape[0]
+    sees_T1 = image.see_T2[:, 1:] > image.see_T2[:, :1]
+    h_TD, x_TD = ops.add_rms_norm(x_TD, y_TD, w.attention_norm, shape.text.eps)
+    q_TQH = ops.linear(h_TD, w.q).view(T, -1, shape.text.head_width)
+    q_TQH = ops.rms_norm(q_TQH, w.q_norm, shape.text.eps)
+    out_TQH = ops.attend_image(q_TQH, pages, image.table_BJ, image.fill_BJ, image.see_T2)
+    y_TD = ops.all_reduce(ops.linear(out_TQH.reshape(T, -1), w.o)) * w.attention_gate.to(x_TD.dtype).tanh()
+    h_TD, x_TD = ops.add_rms_norm(x_TD, torch.where(sees_T1, y_TD, 0), w.mlp_norm, shape.text.eps)
+    y_TD = mlp(w, h_TD, ops) * w.mlp_gate.to(x_TD.dtype).tanh()
+    return x_TD, torch.where(sees_T1, y_TD, 0)
+
+
+def trunk(w: Node, ids_T: Tensor, position_T: Tensor, image: Optional[ImageInput], pages: Pages, image_pages: Pages,
+          attend: Attend, shape: ModelShape, ops: Ops) -> tuple[Tensor, Optional[Tensor]]:
+    """All layers. Without `image` the cross layers are left out: the lean graph, equal where no row sees an image."""
+    angles = ops.rope_angles(position_T, w.inv_freq)
+    x_TD, y_TD = ops.embed(ids_T, w.embed).to(pages[0][0].dtype), None
+    next_pages, next_image_pages = iter(pages), iter(image_pages)
+    for index, layer in enumerate(w.layers):
+        if index not in shape.text.cross_layers:
+            x_TD, y_TD = self_block(layer, x_TD, y_TD, angles, next(next_pages), attend, shape, ops)
+        elif image is not None:
+            x_TD, y_TD = cross_block(layer, x_TD, y_TD, next(next_image_pages), image, shape, ops)
+    return x_TD, y_TD
+
+
+def logits(w: Node, x_TD: Tensor, y_TD: Optional[Tensor], shape: ModelShape, ops: Ops) -> Tensor:
+    h_TD, _ = ops.add_rms_norm(x_TD, y_TD, w.norm, shape.text.eps)
+    return ops.linear(h_TD, w.head)
+
+
+def prefill(w: Node, given: PromptInput, pages: Pages, image_pages: Pages, shape: ModelShape, ops: Ops) -> Tensor:
+    """Writes a chunk's K/V into its slots; logits_1V of row `last_1`."""
+
+    def attend(q_TQH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cache: tuple[Tensor, Tensor]) -> Tensor:
+        ops.write_pages_(k_TKH, v_TKH, cache, given.slot_T)
+        return ops.attend_prompt(q_TQH, k_TKH, v_TKH, cache, given.table_J, given.past_1)
+
+    x_TD, y_TD = trunk(w, given.ids_T, given.position_T, given.image, pages, image_pages, attend, shape, ops)
+    x_1D = x_TD.index_select(0, given.last_1)
+    y_1D = None if y_TD is None else y_TD.index_select(0, given.last_1)
+    return logits(w, x_1D, y_1D, shape, ops)
+
+
+def decode(w: Node, given: TokenInput, pages: Pages, image_pages: Pages, shape: ModelShape, ops: Ops) -> Tensor:
+    """Writes the fresh tokens' K/V into their slots; logits_TV of every row."""
+
+    def attend(q_TQH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cache: tuple[Tensor, Tensor]) -> Tensor:
+        ops.write_pages_(k_TKH, v_TKH, cache, given.slot_T)
+        return ops.attend_pages(q_TQH, cache, given.table_BJ, given.len_B)
+
+    x_TD, y_TD = trunk(w, given.ids_T, given.position_T, given.image, pages, image_pages, attend, shape, ops)
+    return logits(w, x_TD, y_TD, shape, ops)

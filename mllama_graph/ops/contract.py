@@ -1,0 +1,56 @@
+"""The seam: every operation that a backend may replace by a fused one of its own.
+
+The model in mllama_graph/model/ is written against `Ops` alone. plain.py is the truth; another implementation must
+agree with it on every test of tests/ops/. Shape letters:
+
+    B sequences   T token rows (packed)   D model width   Q query heads   K kv heads   H head width
+    F mlp width   V vocabulary   N pages   P tokens a page   J pages a sequence   C tiles   S patch rows
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ops:
+    """One callable an operation. Names ending in _ write into their arguments.
+
+    `linear` leaves have `.weight` (out, in), and `.bias` or None. `pages` is a pair of (N, P, K, H) tensors.
+    """
+
+    # (ids_T, weight) -> x_TD
+    embed: Callable[[Tensor, Tensor], Tensor]
+    # (x_...I, leaf) -> y_...O, in the dtype of x whatever the weight is stored in
+    linear: Callable
+    # (x_TD, weight, eps) -> y_TD: fp32 inside, cast, then times weight
+    rms_norm: Callable
+    # (x_TD, y_TD or None, weight, eps) -> (norm(x + y), x + y)
+    add_rms_norm: Callable
+    # (x_..E, leaf with weight and bias, eps) -> y_..E
+    layer_norm: Callable
+    # (position_T, inv_freq_h) -> (cos_TH, sin_TH) in fp32
+    rope_angles: Callable
+    # (x_TQH, (cos_TH, sin_TH)) -> x_TQH rotated by halves
+    rope: Callable
+    # (gate and up side by side: h_T2F) -> h_TF
+    swiglu: Callable
+    # exact (erf) gelu
+    gelu: Callable
+    # (x_C3hw, weight_E3pp) -> patches_CSE
+    patch_embed: Callable
+    # (k_TKH, v_TKH, pages, slot_T): writes row t to slot slot_T[t]; slots are unique
+    write_pages_: Callable
+    # (q_TQH, k_TKH, v_TKH, pages, table_J or None, past_1): causal over the fresh rows, and past_1 earlier tokens
+    attend_prompt: Callable
+    # (q_TQH, pages, table_BJ, len_B): T = B * q; row i of a sequence sees its first len - q + 1 + i tokens
+    attend_pages: Callable
+    # (q_TQH, pages, table_BJ, fill_BJ, see_T2): row t sees the first fill tokens of table entries see[0] .. see[1]-1
+    attend_image: Callable
+    # (q_SAH, k_SAH, v_SAH, pad_S): all rows see all rows, but padding does not see padding
+    attend_tiles: Callable
+    # sums over ranks
+    all_reduce: Callable[[Tensor], Tensor]
+    # concatenates the last axis over ranks
+    all_gather: Callable[[Tensor], Tensor]

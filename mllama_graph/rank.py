@@ -1,0 +1,187 @@
+"""One device: weights, pages and graphs, and the execution of steps. Integers in, ids out."""
+
+import ctypes
+import os
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mllama_graph import batch
+from mllama_graph.buckets import Bucket, Plan
+from mllama_graph.checkpoint import Checkpoint, Pixels, build, from_checkpoint, random_fill
+from mllama_graph.config import Run, UserError
+from mllama_graph.graphs import Graphs, GraphStore, Target, default_store
+from mllama_graph.model import sample
+from mllama_graph.ops.plain import PLAIN
+from mllama_graph.roofline import Memory, bucket_cost, memory, require
+from mllama_graph.scheduler import AnyStep, PrefillStep, Row, VisionStep
+from mllama_graph.shape import ModelShape
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# What the process itself takes beside weights, pages and workspace: torch and the compiled graphs.
+PROCESS_BYTES = 400_000_000
+
+
+@dataclass(frozen=True)
+class Precision:
+    """store: of the weights. compute: of activations and pages."""
+
+    store: torch.dtype
+    compute: torch.dtype
+
+
+def precision(run: Run, device: str, stored: torch.dtype) -> Precision:
+    """What dtype= means on a device.
+
+    auto is the checkpoint's dtype on an accelerator. On a CPU the weights stay as they are stored and are computed in
+    fp32: few CPUs multiply bf16 or fp16 faster than fp32, all read it faster.
+    """
+    if run.dtype != "auto":
+        return Precision(DTYPES[run.dtype], DTYPES[run.dtype])
+    return Precision(stored, torch.float32 if device == "cpu" else stored)
+
+
+def pick_device(run: Run) -> str:
+    """The device of device=, checked. Raises UserError where there is none."""
+    if run.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if run.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda: torch finds no CUDA device. Use device=cpu.")
+    return run.device
+
+
+def available_memory(run: Run, device: str) -> tuple[int, str]:
+    """Bytes this run may take, and where the figure comes from."""
+    if run.memory_gib is not None:
+        return int(run.memory_gib * 2**30), f"memory_gib={run.memory_gib:g}"
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0], "free on the CUDA device"
+    try:
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024, "MemAvailable"
+    except (OSError, KeyError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "physical memory"
+
+
+@dataclass(frozen=True)
+class Token:
+    """A sampled id, and log-probabilities of the raw logits where they were asked for."""
+
+    id: int
+    logprob: Optional[float] = None
+    top_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
+
+
+def noise(seed: int, position: int) -> float:
+    """The draw in [0, 1) for one position of one request: of nothing else, so that neighbours don't matter."""
+    return random.Random(f"{seed}/{position}").random()
+
+
+class Rank:
+    """Weights, pages and graphs on one device.
+
+    Raises UserError before anything is allocated where the memory does not suffice.
+    """
+
+    def __init__(self, run: Run, shape: ModelShape, plan: Plan, pixels: Pixels, checkpoint: Optional[Checkpoint],
+                 announce: Callable[[str], None], progress: Callable[[int, int], None]):
+        self.run, self.shape, self.plan = run, shape, plan
+        name = pick_device(run)
+        self.device = torch.device(name)
+        self.precision = precision(run, name, checkpoint.dtype if checkpoint else torch.bfloat16)
+        store, compute = self.precision.store, self.precision.compute
+        self.memory: Memory = memory(shape, plan, store.itemsize, compute.itemsize)
+        available, where = available_memory(run, name)
+        require(self.memory, available - PROCESS_BYTES, where)
+        if checkpoint:
+            checkpoint.verify()
+        torch.set_num_threads(run.threads or torch.get_num_threads())
+
+        done = 0
+
+        def report(count: int) -> None:
+            nonlocal done
+            done += count
+            progress(done, self.memory.weights)
+
+        fill = from_checkpoint(checkpoint) if checkpoint else random_fill(run.seed, store)
+        self.weights = build(shape, pixels, store, self.device, fill, report)
+        _return_freed_memory()
+        self.pages = self._allocate(plan.num_pages, len(shape.text.self_layers), compute)
+        self.image_pages = self._allocate(plan.num_image_pages, len(shape.text.cross_layers), compute)
+        backend = "inductor" if run.backend.name == "auto" else run.backend.name
+        target = Target(backend, name, torch.get_num_threads(), run.tp, 0, dict(run.backend.inductor))
+        folder = Path(run.graph_cache).expanduser().absolute() if run.graph_cache else default_store()
+        self.graphs = Graphs(
+            self.weights, shape, PLAIN, target, GraphStore(folder),
+            cost=lambda bucket: bucket_cost(shape, plan.page_size, bucket), reuse=run.plan.reuse, announce=announce)
+
+    def _allocate(self, num_pages: int, layers: int, dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor], ...]:
+        """K and V of every layer. Zeros, since a masked key still takes part with weight 0, and 0 * NaN is NaN."""
+        text = self.shape.text
+        size = (num_pages, self.plan.page_size, text.kv_heads, text.head_width)
+        new = lambda: torch.zeros(size, dtype=dtype, device=self.device)  # noqa: E731
+        return tuple((new(), new()) for _ in range(layers))
+
+    @torch.inference_mode()
+    def execute(self, step: AnyStep, pixels: Optional[np.ndarray] = None) -> list[Token]:
+        """Run one step; a token for each row that is due one. `pixels` are the real tiles of a VisionStep."""
+        if isinstance(step, VisionStep):
+            bucket = self.graphs.serving(self.plan.vision())
+            assert pixels is not None
+            self._call(bucket, batch.tile_input(step, pixels, self.shape, self.plan, self.device))
+            return []
+        bucket = self.graphs.serving(batch.needs(self.plan, step))
+        if isinstance(step, PrefillStep):
+            logits = self._call(bucket, batch.prompt_input(step.row, bucket, self.plan, self.device))
+            return self._sample(logits, (step.row,)) if step.sample else []
+        logits = self._call(bucket, batch.token_input(step.rows, bucket, self.plan, self.device))
+        return self._sample(logits[:len(step.rows)], step.rows)
+
+    def _inputs(self, bucket: Bucket, given) -> tuple:
+        pages = () if bucket.phase == "vision" else self.pages
+        return given, pages, self.image_pages if bucket.image_pages else ()
+
+    def _call(self, bucket: Bucket, given) -> Optional[Tensor]:
+        inputs = self._inputs(bucket, given)
+        return self.graphs.graph(bucket, lambda: inputs)(*inputs)
+
+    def warm(self, bucket: Bucket) -> None:
+        """Have a bucket's graph ready before it is needed."""
+        self.graphs.graph(
+            bucket, lambda: self._inputs(bucket, batch.example(bucket, self.shape, self.plan, self.device)))
+
+    def _sample(self, logits_BV: Tensor, rows: Sequence[Row]) -> list[Token]:
+        chosen = [row.sampling for row in rows]
+        if all(s.temperature == 0 for s in chosen):
+            ids_B = sample.greedy(logits_BV)
+        else:
+            column = lambda values: torch.tensor(values, device=self.device)  # noqa: E731
+            draws = [noise(row.sampling.seed, row.start + len(row.ids)) for row in rows]
+            ids_B = sample.draw(
+                logits_BV, column([float(s.temperature) for s in chosen]), column([s.top_k for s in chosen]),
+                column([float(s.top_p) for s in chosen]), column(draws))
+        ids = ids_B.tolist()
+        best = max((s.logprobs for s in chosen if s.logprobs is not None), default=None)
+        if best is None:
+            return [Token(id) for id in ids]
+        k = max(1, min(best, self.shape.text.vocab))
+        own, top_ids, top = (t.tolist() for t in sample.log_probabilities(logits_BV, ids_B, k))
+        return [Token(ids[i]) if s.logprobs is None else
+                Token(ids[i], own[i], tuple(top_ids[i][:s.logprobs]), tuple(top[i][:s.logprobs]))
+                for i, s in enumerate(chosen)]
+
+
+def _return_freed_memory() -> None:
+    """Hand freed heap pages back to the system, where the C library can (glibc)."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        pass

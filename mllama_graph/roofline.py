@@ -1,0 +1,133 @@
+"""Bytes and floating-point operations of a step, from shapes alone: the floors that measurements stand beside."""
+
+from dataclasses import dataclass
+
+from mllama_graph.buckets import Bucket, Plan
+from mllama_graph.config import UserError
+from mllama_graph.shape import ModelShape
+
+GB = 1e9
+# What one multiply-add costs beside one byte moved: the balance of a CPU of a few cores. Only orders buckets by cost.
+FLOPS_PER_BYTE = 6
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Elements, not bytes, of a model's parts."""
+
+    self_layers: int
+    cross_layers: int
+    head: int
+    embedding: int
+    cross_kv: int
+    vision: int
+    projector: int
+
+    @property
+    def total(self) -> int:
+        return (self.self_layers + self.cross_layers + self.head + self.embedding + self.cross_kv + self.vision
+                + self.projector)
+
+
+def sizes(shape: ModelShape) -> Sizes:
+    """Parameters by part. `cross_layers` leaves out the K/V projections, which only the vision graph reads."""
+    text, vision = shape.text, shape.vision
+    q, kv = text.heads * text.head_width, text.kv_heads * text.head_width
+    mlp = 3 * text.width * text.mlp
+    attention = 2 * text.width * q
+    self_layer = attention + 2 * text.width * kv + mlp + 2 * text.width
+    cross_layer = attention + mlp + 2 * text.width + text.head_width + 2
+    block = 4 * vision.width**2 + 2 * vision.width * vision.mlp + 5 * vision.width + vision.mlp
+    ratios = len(vision.aspect_ratios) + 1
+    embeddings = (vision.tokens * vision.width * (1 + ratios * vision.max_tiles)
+                  + 2 * ratios * vision.max_tiles * vision.width + 3)
+    patches = vision.channels * vision.patch**2 * vision.width + vision.width
+    return Sizes(
+        self_layers=len(text.self_layers) * self_layer,
+        cross_layers=len(text.cross_layers) * cross_layer,
+        head=text.vocab * text.width + text.width,
+        embedding=shape.embeddings * text.width,
+        cross_kv=len(text.cross_layers) * (2 * text.width * kv + text.head_width),
+        vision=((vision.layers + vision.global_layers) * block + 2 * vision.global_layers + embeddings + patches
+                + 4 * vision.width),
+        projector=vision.out_width * text.width + text.width,
+    )
+
+
+def kv_elements(shape: ModelShape, layers: int) -> int:
+    """Key and value elements of one token over `layers` layers."""
+    return 2 * layers * shape.text.kv_heads * shape.text.head_width
+
+
+def step_bytes(shape: ModelShape, images: bool, tokens: int, image_tokens: int, weight_width: int,
+               page_width: int) -> int:
+    """Bytes that one decode step must read: weights once, and the K/V of `tokens` and `image_tokens` (summed over rows)."""
+    parts = sizes(shape)
+    weights = parts.self_layers + parts.head + (parts.cross_layers if images else 0)
+    self_kv = tokens * kv_elements(shape, len(shape.text.self_layers))
+    image_kv = image_tokens * kv_elements(shape, len(shape.text.cross_layers)) if images else 0
+    return weights * weight_width + (self_kv + image_kv) * page_width
+
+
+def bucket_cost(shape: ModelShape, page_size: int, bucket: Bucket) -> float:
+    """A relative cost of a bucket: the larger of its bytes and its scaled operations. Only orders buckets."""
+    if bucket.phase == "vision":
+        return 1.0
+    images = bucket.image_pages > 0
+    keys = bucket.rows * bucket.pages * page_size
+    image_keys = bucket.rows * bucket.image_pages * page_size
+    read = step_bytes(shape, images, keys, image_keys, 4, 4)
+    parts = sizes(shape)
+    dense = parts.self_layers + (parts.cross_layers if images else 0)
+    attended = (bucket.pages * page_size + (bucket.tokens if bucket.phase == "prefill" else 0),
+                bucket.image_pages * page_size)
+    heads = 2 * shape.text.heads * shape.text.head_width
+    flops = 2 * bucket.tokens * (
+        dense + heads * (attended[0] * len(shape.text.self_layers) + attended[1] * len(shape.text.cross_layers)))
+    return max(read, flops / FLOPS_PER_BYTE)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a rank allocates, in bytes, before anything is allocated."""
+
+    weights: int
+    self_pages: int
+    image_pages: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.self_pages + self.image_pages + self.workspace
+
+    def describe(self) -> str:
+        parts = (("weights", self.weights), ("self K/V pages", self.self_pages),
+                 ("image K/V pages", self.image_pages), ("workspace", self.workspace))
+        return " + ".join(f"{name} {value / GB:.2f}" for name, value in parts) + f" = {self.total / GB:.2f} GB"
+
+
+def memory(shape: ModelShape, plan: Plan, weight_width: int, compute_width: int) -> Memory:
+    """Bytes for weights, pages and the largest intermediate results of any graph of the plan."""
+    text, vision = shape.text, shape.vision
+    tokens = max(plan.prefill_tokens[-1], plan.decode_batch[-1])
+    prefill = tokens * (4 * text.width + 3 * text.mlp) * compute_width
+    patches = vision.max_tiles * (vision.tokens + 7)
+    encode = patches * ((8 + len(vision.features)) * vision.width + 2 * vision.mlp + text.width) * compute_width
+    # The attention mask of the vision tower: one byte a pair, and a compute-width copy of it.
+    encode += patches**2 * (1 + compute_width)
+    logits = plan.decode_batch[-1] * text.vocab * 4 * 2
+    page = plan.page_size * compute_width
+    return Memory(
+        weights=sizes(shape).total * weight_width,
+        self_pages=plan.num_pages * page * kv_elements(shape, len(text.self_layers)),
+        image_pages=plan.num_image_pages * page * kv_elements(shape, len(text.cross_layers)),
+        workspace=max(prefill, encode) + logits,
+    )
+
+
+def require(needed: Memory, available: int, where: str) -> None:
+    """Raises UserError with the sum where a rank needs more memory than there is."""
+    if needed.total > available:
+        raise UserError(
+            f"not enough memory: {needed.describe()} needed, {available / GB:.2f} GB available ({where}). "
+            "Lower batch, max_input_length, max_images or plan.num_pages, use dtype=bf16, or a larger machine.")
