@@ -12,6 +12,7 @@ import platform
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -47,6 +48,21 @@ class Step(nn.Module):
             return encode_image(self.weights, given, image_pages, self.shape, self.ops)
         function = prefill if self.phase == "prefill" else decode
         return function(self.weights.text, given, pages, image_pages, self.shape, self.ops)
+
+
+class Flat(nn.Module):
+    """A step as a function of the tensors of its inputs alone, in tree order: what a package can be called with."""
+
+    def __init__(self, step: Step, inputs: tuple):
+        super().__init__()
+        self.step = step
+        leaves, self.spec = pytree.tree_flatten(inputs)
+        self.present = [isinstance(leaf, Tensor) for leaf in leaves]
+
+    def forward(self, *given: Tensor):
+        remaining = iter(given)
+        leaves = [next(remaining) if present else None for present in self.present]
+        return self.step(*pytree.tree_unflatten(leaves, self.spec))
 
 
 @dataclass(frozen=True)
@@ -190,9 +206,12 @@ def compile_package(step: Step, inputs: tuple, target: Target, path: Path) -> No
         # A package runs its loops on as many threads as it was built for; more would read past its buffers.
         "cpp.threads": target.threads,
     }
-    program = torch.export.export(step, inputs, strict=False)
-    torch._inductor.aoti_compile_and_package(
-        program, package_path=str(path), inductor_configs=settings | target.options)
+    with warnings.catch_warnings():
+        # torch's own deprecations inside export; nothing that a reader could act on.
+        warnings.simplefilter("ignore", FutureWarning)
+        program = torch.export.export(Flat(step, inputs), tuple(tensors(inputs)), strict=False)
+        torch._inductor.aoti_compile_and_package(
+            program, package_path=str(path), inductor_configs=settings | target.options)
 
 
 class Graphs:
@@ -201,7 +220,7 @@ class Graphs:
     def __init__(self, weights: Node, shape: ModelShape, ops: Ops, target: Target, store: GraphStore,
                  cost: Callable[[Bucket], float], reuse: float, announce: Callable[[str], None]):
         self.steps = {phase: Step(phase, weights, shape, ops) for phase in ("vision", "prefill", "decode")}
-        self.weights = {f"weights.{name}": value for name, value in weights.state_dict().items()}
+        self.weights = {f"step.weights.{name}": value for name, value in weights.state_dict().items()}
         self.target, self.store, self.cost, self.reuse, self.announce = target, store, cost, reuse, announce
         self.records: list[Record] = []
         self.sealed = False
@@ -217,16 +236,18 @@ class Graphs:
         """Whether a bucket's graph is in memory."""
         return bucket in self._ready
 
-    def graph(self, bucket: Bucket, example: Callable[[], tuple]) -> Callable:
-        """The callable of a bucket; `example` gives inputs of its shape if it must be found or compiled.
-
-        Raises RuntimeError for a bucket that is not ready once the run is warm: a compilation would be a silent stall.
-        """
-        if bucket not in self._ready:
-            if self.sealed:
-                raise RuntimeError(f"{bucket} is not compiled and the run is warm: a bucket is missing from the plan")
-            self._ready[bucket] = self._make(bucket, example())
+    def __getitem__(self, bucket: Bucket) -> Callable:
         return self._ready[bucket]
+
+    def make(self, bucket: Bucket, inputs: tuple) -> None:
+        """Find or compile the graph of a bucket; `inputs` are any of its shape.
+
+        Raises RuntimeError once the run is warm: a compilation then would be a silent stall.
+        """
+        if self.sealed:
+            raise RuntimeError(f"{bucket} is not compiled and the run is warm: a bucket is missing from the plan")
+        assert bucket not in self._ready, f"{bucket} would be compiled twice"
+        self._ready[bucket] = self._make(bucket, inputs)
 
     def _make(self, bucket: Bucket, inputs: tuple) -> Callable:
         step = self.steps[bucket.phase]

@@ -130,33 +130,40 @@ class Rank:
         new = lambda: torch.zeros(size, dtype=dtype, device=self.device)  # noqa: E731
         return tuple((new(), new()) for _ in range(layers))
 
+    def prepare(self, step: AnyStep) -> None:
+        """Have the graph of a step ready, so that a compilation is not counted as the step's time."""
+        self.warm(self._need(step))
+
+    def warm(self, need: Bucket) -> None:
+        """Have a graph ready that holds `need`."""
+        bucket = self.graphs.serving(need)
+        if not self.graphs.ready(bucket):
+            given = batch.example(bucket, self.shape, self.plan, self.device)
+            self.graphs.make(bucket, self._inputs(bucket, given))
+
     @torch.inference_mode()
     def execute(self, step: AnyStep, pixels: Optional[np.ndarray] = None) -> list[Token]:
-        """Run one step; a token for each row that is due one. `pixels` are the real tiles of a VisionStep."""
+        """Run a prepared step; a token for each row that is due one. `pixels` are the real tiles of a VisionStep."""
+        bucket = self.graphs.serving(self._need(step))
         if isinstance(step, VisionStep):
-            bucket = self.graphs.serving(self.plan.vision())
             assert pixels is not None
             self._call(bucket, batch.tile_input(step, pixels, self.shape, self.plan, self.device))
             return []
-        bucket = self.graphs.serving(batch.needs(self.plan, step))
         if isinstance(step, PrefillStep):
             logits = self._call(bucket, batch.prompt_input(step.row, bucket, self.plan, self.device))
             return self._sample(logits, (step.row,)) if step.sample else []
         logits = self._call(bucket, batch.token_input(step.rows, bucket, self.plan, self.device))
         return self._sample(logits[:len(step.rows)], step.rows)
 
+    def _need(self, step: AnyStep) -> Bucket:
+        return self.plan.vision() if isinstance(step, VisionStep) else batch.needs(self.plan, step)
+
     def _inputs(self, bucket: Bucket, given) -> tuple:
         pages = () if bucket.phase == "vision" else self.pages
         return given, pages, self.image_pages if bucket.image_pages else ()
 
     def _call(self, bucket: Bucket, given) -> Optional[Tensor]:
-        inputs = self._inputs(bucket, given)
-        return self.graphs.graph(bucket, lambda: inputs)(*inputs)
-
-    def warm(self, bucket: Bucket) -> None:
-        """Have a bucket's graph ready before it is needed."""
-        self.graphs.graph(
-            bucket, lambda: self._inputs(bucket, batch.example(bucket, self.shape, self.plan, self.device)))
+        return self.graphs[bucket](*self._inputs(bucket, given))
 
     def _sample(self, logits_BV: Tensor, rows: Sequence[Row]) -> list[Token]:
         chosen = [row.sampling for row in rows]

@@ -138,20 +138,19 @@ class Scheduler:
         self._pending: Optional[tuple[AnyStep, list[Sequence]]] = None
         self._decode_next = False
 
-    def check(self, sequence: Sequence) -> None:
-        """Raises UserError for a sequence that could never run."""
-        total = len(sequence.prompt) + sequence.max_new
-        if total > self.plan.max_length:
+    def check(self, prompt: int, max_new: int, images: int) -> None:
+        """Raises UserError for a request of these sizes that could never run."""
+        if prompt + max_new > self.plan.max_length:
             raise UserError(
-                f"{len(sequence.prompt)} prompt ids and {sequence.max_new} new ones are {total} tokens; the plan holds "
+                f"{prompt} prompt ids and {max_new} new ones are {prompt + max_new} tokens; the plan holds "
                 f"{self.plan.max_length}. Raise max_input_length or max_output_length.")
-        if len(sequence.images) > self.plan.max_images:
-            raise UserError(f"{len(sequence.images)} images in one request; the plan holds {self.plan.max_images}. "
-                            f"Set max_images={len(sequence.images)}.")
+        if images > self.plan.max_images:
+            raise UserError(f"{images} images in one request; the plan holds {self.plan.max_images}. "
+                            f"Set max_images={images}.")
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. Raises UserError as `check` does."""
-        self.check(sequence)
+        self.check(len(sequence.prompt), sequence.max_new, len(sequence.images))
         self.waiting.append(sequence)
 
     def abort(self, id: int) -> None:

@@ -1,0 +1,124 @@
+"""What a person sees and what is left on disk: progress, the table of figures, result.json, a sweep's summary."""
+
+import json
+import os
+import platform
+import sys
+import threading
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Optional
+
+from tqdm import tqdm
+
+PACKAGES = ("torch", "torch_npu", "transformers", "tokenizers", "safetensors", "pillow", "hydra-core", "numpy")
+
+
+class Progress:
+    """Weights as a bar, compilations as a line with the seconds passed. On stderr, so that stdout is the answer."""
+
+    def __init__(self, stream=None):
+        self._stream = stream or sys.stderr
+        self._bar: Optional[tqdm] = None
+        self._ticker: Optional[_Ticker] = None
+
+    def say(self, line: str) -> None:
+        """One line for the reader."""
+        print(line, file=self._stream, flush=True)
+
+    def weights(self, done: int, total: int) -> None:
+        """Bytes of weights in place, of how many."""
+        if self._bar is None:
+            self._bar = tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1000, desc="weights", leave=False,
+                             file=self._stream, disable=not self._stream.isatty())
+        self._bar.update(done - self._bar.n)
+        if done >= total:
+            self._bar.close()
+            self.say(f"weights: {total / 1e9:.3f} GB in {self._bar.format_dict['elapsed']:.1f} s")
+
+    def working(self, what: str) -> None:
+        """What takes long now; an empty string when it is over."""
+        if self._ticker:
+            self._ticker.stop()
+            self._ticker = None
+        if what:
+            self._ticker = _Ticker(what, self._stream)
+
+
+class _Ticker:
+    """A line that counts seconds where there is a terminal, and says at the end how long it took."""
+
+    def __init__(self, what: str, stream):
+        self._what, self._stream, self._start = what, stream, time.perf_counter()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while self._stream.isatty() and not self._done.wait(0.5):
+            print(f"\r{self._what} ... {time.perf_counter() - self._start:.0f} s ", end="", file=self._stream, flush=True)
+
+    def stop(self) -> None:
+        self._done.set()
+        self._thread.join()
+        clear = "\r\033[K" if self._stream.isatty() else ""
+        print(f"{clear}{self._what}: {time.perf_counter() - self._start:.1f} s", file=self._stream, flush=True)
+
+
+def versions() -> dict[str, Optional[str]]:
+    """Python's version and those of the packages that matter; None for one that is absent."""
+
+    def version(name: str) -> Optional[str]:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return None
+
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Whole or not at all."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf8")
+    aside.replace(path)
+
+
+def write_result(folder: Path, config: dict[str, Any], status: str = "ok", error: Optional[str] = None,
+                 metrics: Optional[dict[str, Any]] = None, graphs: Optional[list[dict[str, Any]]] = None,
+                 text: Optional[str] = None, token_ids: Optional[list[int]] = None) -> None:
+    """The run's result.json."""
+    write_json(folder / "result.json", {
+        "status": status, "error": error, "config": config, "versions": versions(), "metrics": metrics or {},
+        "graphs": graphs or [], "text": text, "token_ids": token_ids})
+
+
+def table(rows: list[tuple[str, str]]) -> str:
+    """Two aligned columns."""
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
+
+
+def write_summary(sweep: Path) -> None:
+    """summary.md of a sweep: one row a job that has ended, written anew after each."""
+    jobs = []
+    for path in sweep.glob("*/result.json"):
+        job = json.loads(path.read_text(encoding="utf8"))
+        number = path.parent.name.split("_", 1)[0]
+        jobs.append((int(number) if number.isdigit() else 0, path.parent.name.partition("_")[2] or "-", job))
+    lines = ["| job | overrides | status | time to first token ms | time per token ms | tokens/s |",
+             "|---|---|---|---|---|---|"]
+    for number, overrides, job in sorted(jobs, key=lambda entry: entry[0]):
+        metrics = job["metrics"]
+        cells = [_cell(metrics.get(name)) for name in (
+            "time_to_first_token_ms", "time_per_output_token_ms", "tokens_per_second")]
+        status = job["status"] if not job["error"] else f"{job['status']}: {job['error']}".replace("|", "\\|")
+        lines.append(f"| {number} | {overrides} | {status} | {' | '.join(cells)} |")
+    aside = sweep / ".summary.md"
+    aside.write_text("\n".join(lines) + "\n", encoding="utf8")
+    aside.replace(sweep / "summary.md")
+
+
+def _cell(value: Any) -> str:
+    return "-" if value is None else f"{value:.2f}"

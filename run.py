@@ -1,0 +1,123 @@
+"""python run.py key=value ... : compose the configuration, then do the task. The only file that imports Hydra.
+
+No torch here: what must stand in the environment before torch is imported is set first, and a run that can't be
+composed fails in a moment.
+"""
+
+import difflib
+import logging
+import os
+import re
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+
+# Errors reach main() as exceptions, so that a person sees one line and run.log the stack.
+os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mllama_graph import launch
+from mllama_graph.config import Interrupted, Run, UserError, check
+from mllama_graph.report import write_result, write_summary
+
+# Taken literally: Hydra's grammar would refuse commas, apostrophes, parentheses, = and Chinese.
+LITERAL_KEYS = ("prompt", "image", "system", "requests", "weights")
+
+log = logging.getLogger("mllama_graph")
+
+
+class JobFailed(Exception):
+    """A job of a sweep ended with an error that has been reported already; the sweep goes on and counts it."""
+
+
+def quote(value: str) -> str:
+    """A string as Hydra's grammar and then OmegaConf read it back unchanged.
+
+    Backslashes count only before a quote or an interpolation: there they are doubled.
+    """
+    value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    value = re.sub(r'(\\*)"', r'\1\1\\"', value)
+    value = re.sub(r"(\\+)$", r"\1\1", value)
+    return f'"{value}"'
+
+
+def literal(argument: str) -> str:
+    """key=value with the value quoted, where the key is a literal one."""
+    key, equals, value = argument.partition("=")
+    return f"{key}={quote(value)}" if equals and key in LITERAL_KEYS else argument
+
+
+# Exit codes of the jobs that failed.
+failures: list[int] = []
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def job(cfg: DictConfig) -> None:
+    """One job: a run alone, or one of a sweep."""
+    state, failed_before = HydraConfig.get(), len(failures)
+    folder, sweeping = Path(state.runtime.output_dir), state.mode == RunMode.MULTIRUN
+    run: Run = OmegaConf.to_object(cfg)
+    run.output_dir = str(folder)
+    try:
+        check(run)
+        # A sweep's jobs share this process, so each gets a fresh one for its ranks.
+        (launch.run_fresh if sweeping else launch.run_here)(run)
+    except (UserError, Interrupted) as error:
+        log.exception("the run ended early")
+        _fail(run, folder, str(error), 2 if isinstance(error, UserError) else 130)
+    except launch.ChildFailed as error:
+        # The child has told why; its exit code says how it ended.
+        failures.append(error.exit_code)
+    except Exception as error:
+        log.exception("internal error")
+        _fail(run, folder, f"internal error: {type(error).__name__}: {error} (stack in {folder / 'run.log'})", 1)
+    finally:
+        if sweeping:
+            write_summary(folder.parent)
+    if sweeping and len(failures) > failed_before:
+        raise JobFailed
+
+
+def _fail(run: Run, folder: Path, message: str, exit_code: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    write_result(folder, asdict(run), status="error", error=message)
+    failures.append(exit_code)
+
+
+def explain(error: Exception) -> str:
+    """Hydra's message as one line that gives the value, the rule and the remedy."""
+    text = " ".join(str(error).split())
+    if found := re.search(r"Could not override '([^']+)'", text):
+        known = [entry.name for entry in fields(Run)]
+        close = difflib.get_close_matches(found[1].split(".")[0], known, n=1)
+        guess = f" Did you mean {close[0]}?" if close else ""
+        return f"there is no key {found[1]!r}.{guess} conf/config.yaml lists every key."
+    if found := re.search(r"Could not find '([^']+)/([^']+)' Available options in '[^']+': (.*?) Config search", text):
+        return f"{found[1]}={found[2]} is not one of {', '.join(found[3].split())}."
+    cause = str(error.__cause__).splitlines()[0] if error.__cause__ else ""
+    return f"{text.split(' full_key:')[0].split(' See https')[0]}. {cause}".rstrip(". ") + "."
+
+
+def main() -> int:
+    """The exit code: 0, or 2 for an error that the user can mend."""
+    ConfigStore.instance().store(name="schema", node=Run)
+    sys.argv[1:] = [literal(argument) for argument in sys.argv[1:]]
+    try:
+        job()
+    except JobFailed:
+        pass
+    except (HydraException, OmegaConfBaseException) as error:
+        print(f"error: {explain(error)}", file=sys.stderr)
+        return 2
+    return failures[0] if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
