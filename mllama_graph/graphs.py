@@ -7,6 +7,7 @@ is a field of `key_fields`, written beside the package as plain JSON.
 
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -230,7 +231,7 @@ class Graphs:
         """The bucket that will run a step: one that is ready and not wasteful, else the exact one."""
         if self.target.backend == "eager":
             return need
-        return choose(need, self._ready, self.cost, self.reuse)
+        return choose(need, self._ready, self.cost, math.inf if self.sealed else self.reuse)
 
     def ready(self, bucket: Bucket) -> bool:
         """Whether a bucket's graph is in memory."""

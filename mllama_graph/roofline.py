@@ -9,6 +9,8 @@ from mllama_graph.shape import ModelShape
 GB = 1e9
 # What one multiply-add costs beside one byte moved: the balance of a CPU of a few cores. Only orders buckets by cost.
 FLOPS_PER_BYTE = 6
+# Up to this many rows a weight that is stored narrower than it is computed in is widened on the fly (ops/plain.py).
+FEW_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,10 @@ def memory(shape: ModelShape, plan: Plan, weight_width: int, compute_width: int)
     # The attention mask of the vision tower: one byte a pair, and a compute-width copy of it.
     encode += patches**2 * (1 + compute_width)
     logits = plan.decode_batch[-1] * text.vocab * 4 * 2
+    if weight_width < compute_width:
+        # A product of many rows widens its weight first; the head is the largest, and decode batches reach it.
+        widest = max(2 * text.mlp, text.vocab if plan.decode_batch[-1] > FEW_ROWS else 0)
+        prefill += widest * text.width * compute_width
     page = plan.page_size * compute_width
     return Memory(
         weights=sizes(shape).total * weight_width,

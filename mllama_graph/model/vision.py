@@ -50,17 +50,17 @@ def embed_tiles(w: Node, x_C3hw: Tensor, aspect_1: Tensor, vision: VisionShape, 
     """Patches with their tile's embedding, class token first, positions added: (C, L, E) before any layer."""
     dtype = x_C3hw.dtype
     x_CNE = ops.patch_embed(x_C3hw, w.patch)
-    x_CNE = x_CNE + gated(tile_embedding(w.pre_tile, aspect_1, vision, 1), w.pre_tile_gate).to(dtype)
+    x_CNE = x_CNE + gated(tile_embedding(w.pre_tile, aspect_1, vision, 1, dtype), w.pre_tile_gate)
     class_C1E = w.class_token.to(dtype).expand(x_CNE.shape[0], 1, -1)
     x_CLE = torch.cat((class_C1E, x_CNE), dim=1)
     gate = w.position_gate.to(dtype).tanh()
     return (x_CLE + (1 - gate) * w.position.to(dtype)
-            + gate * tile_embedding(w.tile_position, aspect_1, vision, vision.tokens).to(dtype))
+            + gate * tile_embedding(w.tile_position, aspect_1, vision, vision.tokens, dtype))
 
 
-def tile_embedding(table: Tensor, aspect_1: Tensor, vision: VisionShape, rows: int) -> Tensor:
+def tile_embedding(table: Tensor, aspect_1: Tensor, vision: VisionShape, rows: int, dtype: torch.dtype) -> Tensor:
     """The row of an aspect ratio in an embedding table, as (C, rows, E)."""
-    return table.index_select(0, aspect_1).view(vision.max_tiles, rows, vision.width)
+    return table.index_select(0, aspect_1).view(vision.max_tiles, rows, vision.width).to(dtype)
 
 
 def encode(w: Node, given: TileInput, dtype: torch.dtype, shape: ModelShape, ops: Ops) -> Tensor:
@@ -86,8 +86,8 @@ def encode(w: Node, given: TileInput, dtype: torch.dtype, shape: ModelShape, ops
             kept[index] = x_WE
         x_WE = block(layer, x_WE, pad_W, head_width, vision.eps, ops)
     x_WE = ops.layer_norm(x_WE, w.norm_after, OUTER_NORM_EPS)
-    post_C1E = gated(tile_embedding(w.post_tile, given.aspect_1, vision, 1), w.post_tile_gate)
-    x_WE = (x_WE.view(C, R, E) + post_C1E.to(dtype)).view(-1, E)
+    post_C1E = gated(tile_embedding(w.post_tile, given.aspect_1, vision, 1, dtype), w.post_tile_gate)
+    x_WE = (x_WE.view(C, R, E) + post_C1E).view(-1, E)
     for layer in w.global_layers:
         x_WE = block(layer, x_WE, pad_W, head_width, vision.eps, ops)
 

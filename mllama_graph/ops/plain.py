@@ -5,12 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mllama_graph.ops.contract import Ops
+from mllama_graph.roofline import FEW_ROWS
 
 Pages = tuple[Tensor, Tensor]
 
-# Up to this many rows a product with a weight stored narrower than it is computed in is a fused multiply and sum, which
-# Inductor turns into one pass over the weight; above, widening the weight once and a GEMM is faster.
-FEW_ROWS = 2
 
 
 def embed(ids_T: Tensor, weight: Tensor) -> Tensor:
@@ -18,6 +16,11 @@ def embed(ids_T: Tensor, weight: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, leaf) -> Tensor:
+    """A weight stored narrower than it is computed in is widened.
+
+    For a few rows that is a fused multiply and sum, one pass over the weight under Inductor; for more, widening it once
+    and a GEMM are worth the 10 bytes moved a weight instead of 2.
+    """
     weight = leaf.weight
     if weight.dtype != x.dtype:
         if x.dim() == 2 and x.shape[0] <= FEW_ROWS and torch.compiler.is_compiling():

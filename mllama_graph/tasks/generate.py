@@ -108,6 +108,7 @@ def answer(engine: Engine, request: Request, results: "Results") -> Result:
             results.finished.append(delta.result)
 
     engine.prepare(request)
+    engine.rank.graphs.sealed = True
     engine.submit(request)
     engine.run(show)
     print(flush=True)

@@ -1,0 +1,70 @@
+"""Fixtures: the small checkpoints of checkpoints.py, written once a session, and what is loaded from them."""
+
+import json
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from checkpoints import SPECS, write_checkpoint
+from engines import Model, load_model
+
+# Shared machines have slow seconds: a slow example is no failure, and runs repeat exactly.
+settings.register_profile("suite", deadline=None, derandomize=True, database=None, max_examples=60,
+                          suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+settings.load_profile("suite")
+# One thread adds in one order, so that a tolerance means the same on every machine.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_home(tmp_path_factory):
+    """No test reads or fills the user's own store of graphs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """checkpoint(spec name) -> folder."""
+
+    @cache
+    def write(name: str):
+        folder = tmp_path_factory.mktemp(name) / "checkpoint"
+        write_checkpoint(folder, SPECS[name])
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def model(checkpoint):
+    """model(spec name) -> weight tree in fp32, and the shape."""
+
+    @cache
+    def load(name: str) -> Model:
+        return load_model(checkpoint(name))
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def oracle(checkpoint):
+    """oracle(spec name) -> Hugging Face's model, corrected to Meta's semantics."""
+    from oracle import Oracle
+
+    return cache(lambda name: Oracle(checkpoint(name)))
+
+
+@pytest.fixture(scope="session")
+def requests(tmp_path_factory):
+    """requests(spec name) -> the lines of a requests file; their images lie in a folder of the session."""
+    from request_cases import cases
+
+    @cache
+    def write(name: str) -> str:
+        return json.dumps(cases(tmp_path_factory.mktemp(name) / "images", SPECS[name], SPECS[name].seed))
+
+    return lambda name: json.loads(write(name))

@@ -1,0 +1,81 @@
+"""The engine in this process, started on a checkpoint folder, and what the tests ask of it."""
+
+import io
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mllama_graph.buckets import make_plan
+from mllama_graph.checkpoint import Checkpoint, build, from_checkpoint
+from mllama_graph.config import BackendChoice, PlanChoice, Run
+from mllama_graph.engine import Engine, Result
+from mllama_graph.model.tree import Node, Pages
+from mllama_graph.report import Progress
+from mllama_graph.shape import ModelShape
+from mllama_graph.tasks.generate import model_of, pixels_of, processor_of, start_engine
+
+IGNORE = lambda *_: None  # noqa: E731
+
+
+def run_of(folder: Path, **changes: Any) -> Run:
+    """A Run on a checkpoint: eager and fp32 unless told; the names of PlanChoice go to its plan."""
+    plan = PlanChoice(**{f.name: changes.pop(f.name) for f in fields(PlanChoice) if f.name in changes})
+    backend = BackendChoice(changes.pop("backend", "eager"))
+    limits = {"max_input_length": 300, "max_output_length": 100, "max_images": 4, "dtype": "fp32"}
+    return Run(weights=str(folder), backend=backend, plan=plan, **(limits | changes))
+
+
+def start(folder: Path, **changes: Any) -> Engine:
+    """An engine on a checkpoint; `changes` as in `run_of`."""
+    run = run_of(folder, **changes)
+    shape, checkpoint = model_of(run)
+    processor = processor_of(run, shape, checkpoint)
+    plan = make_plan(run, shape, run.max_images)
+    return start_engine(run, plan, shape, checkpoint, processor, Progress(io.StringIO()))
+
+
+def serve(engine: Engine, lines: list[dict]) -> dict[Any, Result]:
+    """All lines of a requests file submitted at once; id -> result."""
+    results = {}
+    for line in lines:
+        engine.submit(engine.processor.request(line))
+    engine.run(lambda delta: results.setdefault(delta.id, delta.result) if delta.result else None)
+    return results
+
+
+def tokens_of(engine: Engine, lines: list[dict]) -> dict[Any, list[int]]:
+    """id -> generated ids."""
+    return {id: result.token_ids for id, result in serve(engine, lines).items()}
+
+
+def holds_nothing(engine: Engine) -> bool:
+    """Whether every page is free or belongs to an idle image, and no pixels are kept."""
+    scheduler = engine.scheduler
+    idle = sum(len(image.pages) for image in scheduler.images._idle.values())
+    return (scheduler.pool.free == scheduler.pool.capacity and not scheduler.images._used and not engine._pixels
+            and scheduler.images.pool.free + idle == scheduler.images.pool.capacity)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint's weights in fp32, without engine or pages."""
+
+    weights: Node
+    shape: ModelShape
+
+    def pages(self, count: int, page_size: int, layers: int) -> Pages:
+        """Pages of zeros for `layers` layers."""
+        text = self.shape.text
+        size = (count, page_size, text.kv_heads, text.head_width)
+        return tuple((torch.zeros(size), torch.zeros(size)) for _ in range(layers))
+
+
+def load_model(folder: Path) -> Model:
+    """The weight tree of a checkpoint in fp32."""
+    run = run_of(folder)
+    shape, _ = model_of(run)
+    checkpoint = Checkpoint(folder)
+    pixels = pixels_of(processor_of(run, shape, checkpoint))
+    return Model(build(shape, pixels, torch.float32, torch.device("cpu"), from_checkpoint(checkpoint), IGNORE), shape)

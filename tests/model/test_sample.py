@@ -1,0 +1,107 @@
+"""From logits to ids: distributions by a fine grid of noise, sets by a naive implementation."""
+
+from itertools import accumulate
+
+import pytest
+import torch
+from hypothesis import assume, given, settings, strategies as st
+
+from mllama_graph.model.sample import draw, greedy, log_probabilities
+from mllama_graph.rank import noise
+
+V = 12
+LOGITS = st.lists(st.floats(-6, 6, width=32), min_size=V, max_size=V)
+KNOBS = {"temperature": st.floats(0.2, 3), "top_k": st.integers(0, V + 3), "top_p": st.floats(0.05, 1)}
+GRID = torch.arange(2000) / 2000
+
+
+def draws(logits, noises, temperature=1.0, top_k=0, top_p=1.0):
+    """The id for each noise value, as one batch."""
+    rows = len(noises)
+    return draw(torch.tensor(logits).expand(rows, -1), torch.full((rows,), temperature), torch.full((rows,), top_k),
+                torch.full((rows,), top_p), torch.as_tensor(noises))
+
+
+def naive(logits, temperature, top_k, top_p) -> list[float]:
+    """The distribution by the definition, in Python floats."""
+    order = sorted(range(V), key=lambda id: (-logits[id], id))
+    kept = order[:top_k] if top_k else order
+    weight = {id: torch.tensor(logits[id] / temperature, dtype=torch.float64).exp().item() for id in kept}
+    total = sum(weight.values())
+    reached = list(accumulate(weight[id] / total for id in kept))
+    # A set that ends within rounding of top_p may hold one more or one less.
+    assume(all(abs(reach - top_p) > 1e-5 for reach in reached))
+    nucleus = [id for id, before in zip(kept, [0.0, *reached]) if before < top_p]
+    total = sum(weight[id] for id in nucleus)
+    return [weight[id] / total if id in nucleus else 0.0 for id in range(V)]
+
+
+@given(logits=LOGITS, knobs=st.fixed_dictionaries(KNOBS))
+@settings(max_examples=200)
+def test_evenly_spaced_noise_gives_exactly_the_distribution(logits, knobs):
+    wanted = naive(logits, **knobs)
+    counts = torch.bincount(draws(logits, GRID, **knobs), minlength=V)
+    for id in range(V):
+        # Inversion maps an interval of noise to each id: at most one grid point too many at either end.
+        assert abs(counts[id].item() - wanted[id] * len(GRID)) <= 2
+        assert wanted[id] > 0 or counts[id] == 0, "an id outside the top-k or top-p set was drawn"
+
+
+def test_random_noise_passes_a_chi_square_test():
+    logits = [0.3 * n for n in range(V)]
+    p = torch.tensor(logits).softmax(-1)
+    ids = draws(logits, [noise(seed, position) for seed in range(50) for position in range(100)])
+    counts = torch.bincount(ids, minlength=V)
+    chi = ((counts - 5000 * p) ** 2 / (5000 * p)).sum().item()
+    assert chi < 31.3  # 11 degrees of freedom, 1 in 1000; the seeds are fixed
+
+
+@given(logits=LOGITS, value=st.floats(0, 1, exclude_max=True, width=32), knobs=st.fixed_dictionaries(KNOBS))
+def test_temperature_zero_is_greedy_whatever_else_is_asked(logits, value, knobs):
+    id = draws(logits, [value], **knobs | {"temperature": 0.0})
+    assert torch.equal(id, greedy(torch.tensor([logits])))
+
+
+@given(logits=LOGITS)
+def test_greedy_takes_the_lowest_id_among_the_largest(logits):
+    assert greedy(torch.tensor([logits])).item() == logits.index(max(logits))
+
+
+@given(rows=st.lists(st.tuples(LOGITS, st.floats(0, 2), st.integers(0, V), st.floats(0.1, 1), st.floats(0, 0.999)),
+                     min_size=2, max_size=6))
+def test_a_draw_does_not_depend_on_its_neighbours(rows):
+    columns = [torch.tensor(column) for column in zip(*rows)]
+    together = draw(*columns)
+    alone = torch.cat([draw(*(column[n:n + 1] for column in columns)) for n in range(len(rows))])
+    assert torch.equal(together, alone)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5, 0.99999994])
+def test_noise_at_the_ends_draws_an_id_that_is_kept(value):
+    # Weights that round to zero: the last ids must not be reached by rounding.
+    logits = [0.0, -1.0] + [-200.0] * (V - 2)
+    assert draws(logits, [value]).item() in (0, 1)
+    assert draws(logits, [value], top_k=1).item() == 0
+
+
+@given(logits=LOGITS, temperature=st.floats(0.2, 3), k=st.integers(1, V))
+def test_log_probabilities_are_of_the_raw_logits(logits, temperature, k):
+    wide = torch.tensor(logits, dtype=torch.float64).log_softmax(-1)
+    own, top_ids, top = log_probabilities(torch.tensor([logits]), torch.tensor([3]), k)
+    # fp32 rounding of values of order ten.
+    assert abs(own.item() - wide[3].item()) < 1e-5
+    assert torch.allclose(top[0].double(), wide.topk(k).values, atol=1e-5)
+    assert torch.allclose(top[0].double(), wide[top_ids[0]], atol=1e-5)
+
+
+def test_half_precision_logits_are_reported_in_fp32():
+    own, _, top = log_probabilities(torch.zeros(1, V, dtype=torch.bfloat16), torch.tensor([0]), 2)
+    assert own.dtype == top.dtype == torch.float32
+
+
+def test_noise_is_of_seed_and_position_alone():
+    values = {(seed, position): noise(seed, position) for seed in range(-3, 40) for position in range(40)}
+    assert all(0 <= value < 1 for value in values.values())
+    assert len(set(values.values())) == len(values), "two positions or seeds share a draw"
+    assert all(noise(*key) == value for key, value in values.items())
+    assert noise(1, 23) != noise(12, 3)

@@ -1,0 +1,140 @@
+"""The bucket plan: which sizes exist, and which one serves a step."""
+
+import pytest
+from hypothesis import given, strategies as st
+
+from checkpoints import SPECS, model_config
+
+from mllama_graph.blocks import pages_for
+from mllama_graph.buckets import Bucket, choose, ladder, make_plan, pick
+from mllama_graph.config import PlanChoice, Run, UserError
+from mllama_graph.roofline import bucket_cost
+from mllama_graph.shape import shape_of
+
+SHAPE = shape_of(model_config(SPECS["base"]))
+SIZES = st.lists(st.integers(1, 500), min_size=1, max_size=6, unique=True).map(sorted)
+LIMITS = {"batch": st.integers(1, 40), "max_input_length": st.integers(1, 3000),
+          "max_output_length": st.integers(1, 900)}
+
+
+def plan_of(max_images=4, plan=None, **run):
+    return make_plan(Run(plan=plan or PlanChoice(), **run), SHAPE, max_images)
+
+
+@given(need=st.integers(0, 600), sizes=SIZES)
+def test_pick_is_the_smallest_that_holds_or_an_error(need, sizes):
+    if need > sizes[-1]:
+        with pytest.raises(ValueError, match="beyond the largest bucket"):
+            pick(need, sizes)
+    else:
+        assert pick(need, sizes) == min(size for size in sizes if size >= need)
+
+
+@given(low=st.integers(1, 64), high=st.integers(1, 5000), factor=st.integers(2, 8))
+def test_ladder_climbs_by_the_factor_to_exactly_its_top(low, high, factor):
+    sizes = ladder(low, high, factor)
+    assert sizes[0] == min(low, high) and sizes[-1] == high
+    assert all(a < b <= a * factor for a, b in zip(sizes, sizes[1:]))
+
+
+@given(page=st.integers(1, 200), images=st.integers(1, 9), limits=st.fixed_dictionaries(LIMITS))
+def test_a_plan_serves_everything_its_limits_allow(page, images, limits):
+    plan = plan_of(images, PlanChoice(page_size=page), **limits)
+    longest = limits["max_input_length"] + limits["max_output_length"]
+    assert plan.max_length == longest and plan.max_images == images
+    a_sequence = pages_for(longest, page)
+    assert plan.decode(limits["batch"], a_sequence, images * plan.pages_per_image).holds(
+        Bucket("decode", limits["batch"], limits["batch"], a_sequence, images * plan.pages_per_image))
+    chunk = min(plan.prefill_tokens[-1], limits["max_input_length"])
+    plan.prefill(chunk, a_sequence, images * plan.pages_per_image)
+    # A full batch of the longest sequences never waits, and padded rows have slots of their own.
+    assert plan.num_pages - plan.scratch_pages == limits["batch"] * a_sequence
+    assert plan.scratch_pages * page >= max(plan.prefill_tokens[-1], plan.decode_batch[-1])
+    assert plan.num_image_pages >= images * plan.pages_per_image
+    assert plan.pages_per_image * page >= SHAPE.vision.max_tiles * SHAPE.vision.tokens
+
+
+@given(limits=st.fixed_dictionaries(LIMITS), data=st.data())
+def test_a_step_gets_a_bucket_of_the_plan_that_holds_it(limits, data):
+    plan = plan_of(3, **limits)
+    pages, images = data.draw(st.integers(1, plan.pages[-1])), data.draw(st.integers(0, 3 * plan.pages_per_image))
+    rows, tokens = data.draw(st.integers(1, limits["batch"])), data.draw(st.integers(1, plan.prefill_tokens[-1]))
+    past = data.draw(st.integers(0, plan.pages[-1]))
+    for bucket, need in ((plan.decode(rows, pages, images), Bucket("decode", rows, rows, pages, images)),
+                         (plan.prefill(tokens, past, images), Bucket("prefill", 1, tokens, past, images))):
+        assert bucket in plan.buckets()
+        assert bucket.holds(need)
+        assert not any(other.holds(need) and bucket.holds(other) and other != bucket for other in plan.buckets())
+
+
+def test_the_vision_bucket_stands_first_and_each_bucket_once():
+    buckets = plan_of(2, batch=5).buckets()
+    assert buckets[0].phase == "vision" and len(set(buckets)) == len(buckets)
+
+
+BUCKETS = st.builds(lambda phase, rows, tokens, pages, image: Bucket(
+    phase, rows if phase == "decode" else 1, rows if phase == "decode" else tokens, pages, image),
+    st.sampled_from(["prefill", "decode"]), st.sampled_from([1, 2, 8]), st.sampled_from([16, 64, 256]),
+    st.sampled_from([0, 1, 4, 16]), st.sampled_from([0, 5, 20]))
+
+
+@given(need=BUCKETS, existing=st.sets(BUCKETS), reuse=st.floats(1, 10))
+def test_choose_reuses_a_graph_that_holds_the_step_and_costs_little_more(need, existing, reuse):
+    cost = lambda bucket: bucket_cost(SHAPE, 16, bucket)  # noqa: E731
+    chosen = choose(need, existing, cost, reuse)
+    assert chosen.holds(need)
+    assert (chosen.image_pages == 0) == (need.image_pages == 0), "a lean step must stay lean"
+    assert chosen == need or (chosen in existing and cost(chosen) <= reuse * cost(need))
+    affordable = [b for b in existing if b.holds(need) and cost(b) <= reuse * cost(need)]
+    assert (chosen == need and not affordable) or cost(chosen) == min(map(cost, affordable))
+
+
+def test_a_bucket_never_serves_another_phase_a_lean_step_or_a_first_chunk_with_past():
+    large = Bucket("decode", 8, 8, 16, 20)
+    assert large.holds(Bucket("decode", 1, 1, 1, 5))
+    assert not large.holds(Bucket("decode", 1, 1, 1, 0))
+    assert not large.holds(Bucket("prefill", 1, 1, 1, 5))
+    assert not Bucket("prefill", 1, 64, 4, 0).holds(Bucket("prefill", 1, 64, 0, 0))
+    for smaller in (Bucket("decode", 9, 9, 16, 20), Bucket("decode", 8, 8, 17, 20), Bucket("decode", 8, 8, 16, 21)):
+        assert not large.holds(smaller)
+
+
+@given(a=BUCKETS, b=BUCKETS)
+def test_a_bucket_that_holds_another_never_costs_less(a, b):
+    if a.holds(b):
+        assert bucket_cost(SHAPE, 16, a) >= bucket_cost(SHAPE, 16, b)
+
+
+@pytest.mark.parametrize("choice, message", [
+    ({"page_size": 0}, "plan.page_size=0"),
+    ({"prefill_tokens": []}, r"plan.prefill_tokens=\[\]"),
+    ({"prefill_tokens": [0, 16]}, r"plan.prefill_tokens=\[0, 16\]"),
+    ({"decode_batch": [1, 2]}, r"plan.decode_batch=\[1, 2\] must reach 4"),
+    ({"pages": [1]}, r"plan.pages=\[1\] must reach 2"),
+    ({"images": [1, 2]}, r"plan.images=\[1, 2\] must reach 3"),
+    ({"num_pages": 1}, "plan.num_pages=1 can't hold one sequence of 250 tokens: it takes 2 pages of 128"),
+    ({"num_images": 2}, "plan.num_images=2 must be at least the 3 images"),
+])
+def test_a_size_that_cant_hold_the_limits_is_refused_with_its_rule(choice, message):
+    with pytest.raises(UserError, match=message):
+        plan_of(3, PlanChoice(**choice), batch=4, max_input_length=200, max_output_length=50)
+
+
+def test_a_prompt_beyond_the_models_positions_is_refused():
+    with pytest.raises(UserError, match="max_input_length=131073 is beyond the model's 131072 positions"):
+        plan_of(max_input_length=131073)
+
+
+def test_given_sizes_are_sorted_and_kept_and_printed():
+    plan = plan_of(2, PlanChoice(page_size=16, prefill_tokens=[64, 16, 64], num_pages=40, num_images=5), batch=2,
+                   max_input_length=100, max_output_length=20)
+    assert plan.prefill_tokens == (16, 64)
+    assert plan.num_pages == plan.scratch_pages + 40
+    assert plan.num_image_pages == 5 * plan.pages_per_image
+    line = plan.describe()
+    assert "prefill_tokens=16,64" in line and "page_size=16" in line and f"num_pages={plan.num_pages}" in line
+
+
+def test_the_plan_does_not_depend_on_the_machine():
+    # Pages are part of a graph's shape: another amount of free memory must find the same graphs.
+    assert plan_of(batch=3) == plan_of(batch=3, memory_gib=1.0, threads=1)

@@ -1,0 +1,253 @@
+"""Compiled graphs: they compute what eager computes, and the store gives the right one back or none."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoints import SPECS
+from engines import start, tokens_of
+
+from mllama_graph import batch, graphs
+from mllama_graph.buckets import Bucket
+from mllama_graph.graphs import GraphStore, key_fields, key_of
+
+ROOT = Path(__file__).parents[1]
+SPEC = "no_template"
+# One size of everything: vision, a first chunk with and without images, a later chunk, a decode step.
+PLAN = {"batch": 4, "page_size": 16, "prefill_tokens": [32], "decode_batch": [4], "pages": [6], "images": [2],
+        "max_images": 2, "max_input_length": 60, "max_output_length": 30, "dtype": "fp32"}
+GRAPHS = 5
+
+
+@pytest.fixture(scope="module")
+def lines(requests):
+    """Two images, text that must be chunked, one image after text, short text; the first lasts longest."""
+    by_id = {line["id"]: line for line in requests(SPEC)}
+    photo, grey = by_id["bos_image"]["images"], by_id["grey_26"]["images"]
+    ids, image = by_id["text_257"]["input_ids"], SPECS[SPEC].vocab
+    return [{"id": "two", "input_ids": [*ids[:4], image, *ids[4:12], image, 7], "images": photo + grey, "max_new_tokens": 20,
+             "ignore_eos": True},
+            {"id": "chunks", "input_ids": ids[:45], "max_new_tokens": 8},
+            {"id": "one", "input_ids": [*ids[20:30], image, *ids[30:45]], "images": photo, "max_new_tokens": 8},
+            {"id": "text", "input_ids": ids[100:117], "max_new_tokens": 8}]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return tmp_path_factory.mktemp("graphs")
+
+
+@pytest.fixture(scope="module")
+def eager(checkpoint, lines):
+    """(engine, tokens) of the uncompiled functions."""
+    engine = start(checkpoint(SPEC), **PLAN)
+    return engine, tokens_of(engine, lines)
+
+
+@pytest.fixture(scope="module")
+def compiled(checkpoint, lines, store):
+    """(engine, tokens, where its pages lay before) of the compiled graphs."""
+    engine = start(checkpoint(SPEC), backend="inductor", graph_cache=str(store), **PLAN)
+    pages = addresses(engine)
+    return engine, tokens_of(engine, lines), pages
+
+
+def addresses(engine):
+    return [data.data_ptr() for pool in (engine.rank.pages, engine.rank.image_pages) for pair in pool for data in pair]
+
+
+def test_compiled_graphs_give_the_tokens_of_eager_in_a_mixed_batch(eager, compiled):
+    assert compiled[1] == eager[1]
+    records = compiled[0].rank.graphs.records
+    assert len(records) == GRAPHS and {record.source for record in records} == {"compiled"}
+    assert {record.phase for record in records} == {"vision", "prefill", "decode"}
+
+
+def test_compiled_graphs_write_the_pages_in_place_and_as_eager_does(eager, compiled):
+    assert addresses(compiled[0]) == compiled[2]
+    for pool in ("pages", "image_pages"):
+        scratch = eager[0].scheduler.plan.scratch_pages if pool == "pages" else 0
+        for ours, theirs in zip(getattr(compiled[0].rank, pool), getattr(eager[0].rank, pool)):
+            for data, other in zip(ours, theirs):
+                assert other[scratch:].any()
+                # fp32 with sums in another order, values of order one to ten.
+                torch.testing.assert_close(data[scratch:], other[scratch:], atol=1e-3, rtol=1e-4)
+
+
+def test_an_entry_says_what_it_is_and_adds_up(compiled, store):
+    for record in compiled[0].rank.graphs.records:
+        entry = store / record.key
+        assert {"key.json", "checksums.json", "graph.pt2"} == {path.name for path in entry.iterdir()}
+        assert key_of(json.loads((entry / "key.json").read_text())) == record.key
+        assert record.bytes == (entry / "graph.pt2").stat().st_size and record.seconds > 0
+    left = [path.name for path in store.iterdir() if path.name.startswith(".")]
+    assert not left, "what was written aside is left behind"
+
+
+FRESH = """
+import json, sys
+from engines import start, tokens_of
+folder, store, plan, lines = json.loads(sys.stdin.read())
+engine = start(folder, backend="inductor", graph_cache=store, **plan)
+tokens = tokens_of(engine, lines)
+compilers = [name for name in sys.modules if name.startswith(("torch._inductor", "torch._dynamo", "torch.export", "triton"))]
+print(json.dumps([tokens, [record.source for record in engine.rank.graphs.records], compilers]))
+"""
+
+
+def fresh_process(*given):
+    """What FRESH prints, in a new interpreter."""
+    done = subprocess.run([sys.executable, "-c", FRESH], input=json.dumps(given), capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_second_start_hits_every_graph_and_imports_no_compiler(checkpoint, lines, store, compiled):
+    tokens, sources, compilers = fresh_process(str(checkpoint(SPEC)), str(store), PLAN, lines)
+    assert tokens == compiled[1]
+    assert sources == ["hit"] * GRAPHS
+    assert not [name for name in compilers if name.startswith("torch._inductor")]
+
+
+def test_a_truncated_package_is_rebuilt(checkpoint, lines, store, compiled, tmp_path):
+    copy = tmp_path / "graphs"
+    shutil.copytree(store, copy)
+    record = next(r for r in compiled[0].rank.graphs.records if r.bucket == "prefill tokens=32 pages=0 image_pages=0")
+    package = copy / record.key / "graph.pt2"
+    whole = package.read_bytes()
+    package.write_bytes(whole[:len(whole) // 2])
+    engine = start(checkpoint(SPEC), backend="inductor", graph_cache=str(copy), **PLAN)
+    tokens = tokens_of(engine, [lines[3] | {"max_new_tokens": 1}])
+    assert [(r.source, r.key) for r in engine.rank.graphs.records] == [("compiled", record.key)]
+    assert tokens["text"] == compiled[1]["text"][:1]
+    assert GraphStore(copy).find(record.key) == package
+
+
+@pytest.mark.parametrize("damage", [
+    lambda entry: (entry / "graph.pt2").write_bytes(b""), lambda entry: (entry / "graph.pt2").unlink(),
+    lambda entry: (entry / "checksums.json").unlink(), lambda entry: (entry / "checksums.json").write_text("{"),
+    lambda entry: (entry / "checksums.json").write_text("[]"), lambda entry: (entry / "checksums.json").write_text("{}"),
+    lambda entry: (entry / "checksums.json").write_bytes(b"\xff"), lambda entry: shutil.rmtree(entry),
+])
+def test_a_damaged_entry_is_not_found_and_can_be_written_again(damage, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    store = GraphStore(tmp_path)
+
+    def add(content):
+        (tmp_path / "built").write_bytes(content)
+        return store.add("key", {"a": 1}, tmp_path / "built")
+
+    assert store.find("key") is None
+    entry = add(b"package").parent
+    assert store.find("key").read_bytes() == b"package"
+    damage(entry)
+    assert store.find("key") is None
+    add(b"again")
+    assert store.find("key").read_bytes() == b"again"
+
+
+# ---- the key
+
+
+@pytest.fixture
+def key(checkpoint, tmp_path):
+    """key(bucket, changes to the plan) -> the key of a graph and its readable fields."""
+
+    def of(bucket=Bucket("decode", 4, 4, 6, 0), name=SPEC, **changes):
+        rank = start(checkpoint(name), **(PLAN | {"graph_cache": str(tmp_path)} | changes)).rank
+        given = batch.example(bucket, rank.shape, rank.plan, rank.device)
+        fields = key_fields(rank.graphs.steps[bucket.phase], bucket, rank._inputs(bucket, given), rank.graphs.target)
+        return key_of(fields)
+
+    return of
+
+
+CHANGES = {"dtype": {"dtype": "bf16"}, "narrow weights": {"name": "half", "dtype": "auto"}, "page size": {"page_size": 8, "pages": [12]},
+           "number of pages": {"num_pages": 50}, "threads": {"threads": 2}, "model": {"name": "cross_last"}}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_key_changes_with(change, key):
+    threads = torch.get_num_threads()
+    try:
+        plain = key(name=CHANGES[change].get("name", SPEC)) if change == "narrow weights" else key()
+        assert key(**CHANGES[change]) != plain
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("bucket", [Bucket("decode", 8, 8, 6, 0), Bucket("decode", 4, 4, 7, 0), Bucket("decode", 4, 4, 6, 4),
+                                    Bucket("prefill", 1, 32, 6, 0)])
+def test_the_key_changes_with_the_bucket(bucket, key):
+    assert key(bucket) != key()
+
+
+def test_the_key_changes_with_backend_options_source_torch_and_processor(key, monkeypatch, checkpoint):
+    rank = start(checkpoint(SPEC), **PLAN).rank
+    bucket = Bucket("decode", 4, 4, 6, 0)
+    given = rank._inputs(bucket, batch.example(bucket, rank.shape, rank.plan, rank.device))
+    of = lambda target: key_of(key_fields(rank.graphs.steps["decode"], bucket, given, target))  # noqa: E731
+    target = rank.graphs.target
+    plain = of(target)
+    assert of(replace(target, options={"max_autotune": True})) != plain
+    assert of(replace(target, backend="inductor")) != of(replace(target, backend="torchair"))
+    assert of(replace(target, world_size=2)) != plain
+    assert of(replace(target, rank=3)) == plain, "one rank's graph is not another's"
+    assert of(replace(target, world_size=2, rank=1)) != of(replace(target, world_size=2, rank=0))
+    for name, value in (("source_hash", lambda: "other"), ("processor_name", lambda: "other")):
+        with monkeypatch.context() as patch:
+            patch.setattr(graphs, name, value)
+            assert of(target) != plain, name
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "__version__", "9.9")
+        assert of(target) != plain
+    assert of(target) == plain
+
+
+@pytest.mark.parametrize("change", [{"prompt": "other"}, {"seed": 5}, {"temperature": 0.7}, {"image": "a.png"},
+                                    {"memory_gib": 8.0}, {"output_dir": "elsewhere"}, {"graph_cache": "elsewhere"}], ids=str)
+def test_the_key_does_not_change_with_what_shapes_no_graph(change, key):
+    assert key(**change) == key()
+
+
+def test_the_source_hash_follows_every_file_that_decides_what_a_graph_computes(tmp_path, monkeypatch):
+    package = tmp_path / "mllama_graph"
+    shutil.copytree(ROOT / "mllama_graph", package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(graphs, "__file__", str(package / "graphs.py"))
+    hashed = graphs.source_hash.__wrapped__
+    plain = hashed()
+    for name in ("model/text.py", "model/vision.py", "ops/plain.py", "graphs.py", "shape.py", "model/new_file.py"):
+        path = package / name
+        before = path.read_bytes() if path.exists() else None
+        path.write_bytes((before or b"") + b"\n# changed\n")
+        assert hashed() != plain, name
+        path.write_bytes(before) if before is not None else path.unlink()
+        assert hashed() == plain
+    (package / "report.py").write_text("")
+    assert hashed() == plain, "a file that shapes no graph makes every start cold"
+
+
+# ---- warm runs
+
+
+def test_a_sealed_run_refuses_a_bucket_that_is_not_there(checkpoint, lines):
+    engine = start(checkpoint(SPEC), **PLAN)
+    tokens_of(engine, [lines[3]])
+    engine.rank.graphs.sealed = True
+    tokens_of(engine, [lines[3]])
+    with pytest.raises(RuntimeError, match="the run is warm: a bucket is missing from the plan"):
+        tokens_of(engine, [lines[2]])
+
+
+def test_records_are_plain_data(compiled):
+    for record in compiled[0].rank.graphs.records:
+        assert set(asdict(record)) == {"phase", "bucket", "source", "seconds", "bytes", "key"}
+        json.dumps(asdict(record))

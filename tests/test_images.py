@@ -1,0 +1,149 @@
+"""Images against transformers' MllamaImageProcessorPil, and every way in which one can be given or broken."""
+
+import base64
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+from PIL import Image
+from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
+
+from checkpoints import SPECS, image_config, model_config
+from request_cases import IMAGES, random_image, write_images
+
+from mllama_graph.config import UserError
+from mllama_graph.images import list_images, open_image, tile_image
+from mllama_graph.shape import shape_of
+
+# fp32 roundings of (x * scale - mean) / std (the issue's bound).
+PIXEL = 1e-6
+
+
+def compare(image, spec):
+    """Our tiles of an image, as pixels, are HF's; and so is everything that is counted."""
+    config = image_config(spec)
+    theirs = MllamaImageProcessorPil(**config)(images=[[image]], return_tensors="np")
+    tiles = tile_image(image_rgb(image), shape_of(model_config(spec)).vision)
+    mean, std = (np.float32(config[key])[:, None, None] for key in ("image_mean", "image_std"))
+    ours = (tiles.data.astype(np.float32) * np.float32(config["rescale_factor"]) - mean) / std
+    assert tiles.data.dtype == np.uint8
+    assert tiles.count == theirs["num_tiles"][0][0]
+    assert tiles.aspect == theirs["aspect_ratio_ids"][0, 0]
+    assert np.abs(ours - theirs["pixel_values"][0, 0, :tiles.count]).max() <= PIXEL
+
+
+def image_rgb(image):
+    """By way of a file, as a user gives it."""
+    return open_image(data_uri(image))
+
+
+def data_uri(image, form="png"):
+    body = io.BytesIO()
+    image.save(body, form)
+    return f"data:image/{form};base64," + base64.b64encode(body.getvalue()).decode()
+
+
+SIDES = st.one_of(st.integers(1, 40), st.integers(1, 400), st.sampled_from([32, 56, 57, 64, 112, 168, 224, 1000]))
+
+
+@pytest.mark.parametrize("name", ["base", "cross_first", "cross_last", "adjacent"])
+@given(width=SIDES, height=SIDES)
+@settings(max_examples=40)
+def test_tiles_are_hugging_faces_at_every_size(name, width, height):
+    compare(random_image(width, height, "RGB", np.random.default_rng(width + height)), SPECS[name])
+
+
+@pytest.mark.parametrize("size", [(3000, 500), (500, 3000), (1, 1), (1000, 3), (3, 1000), (2000, 1), (560, 560), (561, 559)])
+@pytest.mark.parametrize("name", ["base", "wide"])
+def test_tiles_are_hugging_faces_at_extreme_sizes(name, size):
+    compare(random_image(*size, "RGB", np.random.default_rng(0)), SPECS[name])
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_files_of_every_mode_are_hugging_faces(name, tmp_path):
+    path = write_images(tmp_path, np.random.default_rng(1))[name]
+    theirs = MllamaImageProcessorPil(**image_config(SPECS["base"]))(images=[[Image.open(path)]], return_tensors="np")
+    tiles = tile_image(open_image(path), shape_of(model_config(SPECS["base"])).vision)
+    mean, std = (np.float32(image_config(SPECS["base"])[key])[:, None, None] for key in ("image_mean", "image_std"))
+    ours = (tiles.data.astype(np.float32) / 255 - mean) / std
+    assert np.abs(ours - theirs["pixel_values"][0, 0, :tiles.count]).max() <= PIXEL
+
+
+@pytest.mark.parametrize("form", ["png", "jpeg", "webp", "gif", "bmp", "tiff"])
+def test_a_data_uri_is_the_file_it_holds(form, tmp_path):
+    image = random_image(30, 20, "RGB", np.random.default_rng(0))
+    image.save(tmp_path / f"a.{form}")
+    assert open_image(str(tmp_path / f"a.{form}")).tobytes() == open_image(data_uri(image, form)).tobytes()
+
+
+def test_a_photo_taken_sideways_stands_upright(tmp_path):
+    image = random_image(30, 20, "RGB", np.random.default_rng(0))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise to view
+    image.save(tmp_path / "a.png", exif=exif)
+    assert open_image(str(tmp_path / "a.png")).tobytes() == image.transpose(Image.Transpose.ROTATE_270).tobytes()
+
+
+def test_an_image_has_the_same_key_wherever_it_comes_from_and_another_image_another(tmp_path):
+    vision = shape_of(model_config(SPECS["base"])).vision
+    first, second = (random_image(70, 50, "RGB", np.random.default_rng(n)) for n in range(2))
+    first.save(tmp_path / "a.png")
+    key = tile_image(open_image(str(tmp_path / "a.png")), vision).key
+    assert key == tile_image(open_image(data_uri(first)), vision).key
+    assert key != tile_image(second, vision).key
+    # All black: the same bytes on canvases of another form.
+    black = [tile_image(Image.new("RGB", size), vision) for size in ((112, 56), (56, 112))]
+    assert black[0].data.tobytes() == black[1].data.tobytes() and black[0].key != black[1].key
+
+
+# ---- what a user gives
+
+
+def test_list_images_takes_a_file_a_comma_list_a_folder_or_a_list(tmp_path):
+    for name in ("b.png", "a.JPG", "c,d.webp", "notes.txt"):
+        (tmp_path / name).write_bytes(b"")
+    folder = str(tmp_path)
+    assert list_images(None) == list_images("") == []
+    assert list_images("x.png") == ["x.png"]
+    assert list_images("x.png, y.png,") == ["x.png", "y.png"]
+    assert list_images(folder) == [f"{folder}/{name}" for name in ("a.JPG", "b.png", "c,d.webp")]
+    assert list_images(f"{folder}/c,d.webp") == [f"{folder}/c,d.webp"], "a comma in the name of a file that exists"
+    assert list_images(["x,y.png", "z.png"]) == ["x,y.png", "z.png"]
+
+
+@pytest.mark.parametrize("side", [1, 100])
+def test_list_images_keeps_a_data_uri_whole_however_long(side):
+    uri = data_uri(random_image(side, side, "RGB", np.random.default_rng(0)))
+    assert list_images(uri) == [uri]
+
+
+def test_a_folder_without_pictures_is_refused(tmp_path):
+    with pytest.raises(UserError, match="folder without pictures"):
+        list_images(str(tmp_path))
+
+
+PNG = base64.b64decode(data_uri(random_image(40, 40, "RGB", np.random.default_rng(0))).split(",")[1])
+BROKEN = {"empty": b"", "text": b"this is no image", "half": PNG[:len(PNG) // 2], "header only": PNG[:20],
+          "flipped": PNG[:60] + bytes(b ^ 255 for b in PNG[60:80]) + PNG[80:]}
+
+
+@pytest.mark.parametrize("content", BROKEN)
+@pytest.mark.parametrize("way", ["file", "uri"])
+def test_a_broken_image_is_named(content, way, tmp_path):
+    path = tmp_path / "broken.png"
+    path.write_bytes(BROKEN[content])
+    source = str(path) if way == "file" else "data:image/png;base64," + base64.b64encode(BROKEN[content]).decode()
+    with pytest.raises(UserError, match="broken.png" if way == "file" else "image data:image/png"):
+        open_image(source)
+
+
+@pytest.mark.parametrize("source, message", [
+    ("nowhere.png", "nowhere.png does not exist"), (".", "does not exist"), ("data:image/png,abc", "without ;base64"),
+    ("data:image/png;base64,a_b=c!", "not valid base64"), ("data:image/png;base64,AAA", "not valid base64"),
+    ("x" * 5000 + ".png", "image xxx"), ("a\0b.png", "image a"),
+])
+def test_a_source_that_is_no_image_is_named_in_a_short_message(source, message):
+    with pytest.raises(UserError, match=message) as error:
+        open_image(source)
+    assert len(str(error.value)) < 400

@@ -1,0 +1,225 @@
+"""The scheduler without a model: a fake answers each row from (sequence, position), so any mix-up shows."""
+
+import hashlib
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given, settings, strategies as st
+from transformers.models.mllama.processing_mllama import get_cross_attention_token_mask
+
+from checkpoints import SPECS, model_config
+
+from mllama_graph.batch import needs
+from mllama_graph.blocks import pages_for, slots
+from mllama_graph.buckets import make_plan
+from mllama_graph.config import PlanChoice, Run, UserError
+from mllama_graph.scheduler import DecodeStep, ImageRef, PrefillStep, Sampling, Scheduler, Sequence, VisionStep
+from mllama_graph.shape import shape_of
+
+SHAPE = shape_of(model_config(SPECS["base"]))
+TILE = SHAPE.vision.tokens
+IMAGE_TOKEN = SHAPE.image_token
+MAX_INPUT, MAX_NEW, MAX_IMAGES = 40, 20, 3
+
+
+def answer(sequence: int, position: int) -> int:
+    """The id at a position of a sequence, as a model with weights would give it: of its own context alone."""
+    return int.from_bytes(hashlib.sha256(f"{sequence}/{position}".encode()).digest()[:2])
+
+
+def image(name: str) -> ImageRef:
+    tiles = 1 + ord(name) % SHAPE.vision.max_tiles
+    return ImageRef(name, tiles, tiles * TILE, 1)
+
+
+@st.composite
+def workloads(draw):
+    """A list of (prompt ids, images, new tokens); a few images, so that requests share them."""
+    work = []
+    for number in range(draw(st.integers(1, 7))):
+        length = draw(st.integers(1, MAX_INPUT))
+        places = sorted(draw(st.sets(st.integers(0, length - 1), max_size=MAX_IMAGES)))
+        ids = [IMAGE_TOKEN if at in places else answer(number, at) % 100 for at in range(length)]
+        images = tuple(image(draw(st.sampled_from("abcde"))) for _ in places)
+        work.append((tuple(ids), images, draw(st.integers(1, MAX_NEW))))
+    return work
+
+
+@st.composite
+def plans(draw):
+    """A plan; pools from the least that one request needs, so that preemption and eviction are common."""
+    page = draw(st.sampled_from([1, 3, 4, 16, 64]))
+    least = pages_for(MAX_INPUT + MAX_NEW, page)
+    batch = draw(st.integers(1, 4))
+    choice = PlanChoice(page_size=page, num_pages=least + draw(st.integers(0, 2 * least)),
+                        num_images=draw(st.integers(MAX_IMAGES, 5)),
+                        prefill_tokens=draw(st.sampled_from([None, [5], [2, 16], [40]])))
+    run = Run(batch=batch, max_input_length=MAX_INPUT, max_output_length=MAX_NEW, plan=choice)
+    return make_plan(run, SHAPE, MAX_IMAGES), batch
+
+
+@dataclass
+class Served:
+    """What a simulated run did."""
+
+    tokens: dict[int, list[int]]
+    steps: list
+    scheduler: Scheduler
+
+
+def serve(plan, batch, work, late=0, abort=frozenset()) -> Served:
+    """Run a workload to its end, checking every step; the last `late` requests join between steps."""
+    scheduler, steps = Scheduler(plan, batch), []
+    sequences = [Sequence(n, ids, images, tuple(at for at, id in enumerate(ids) if id == IMAGE_TOKEN), new,
+                          Sampling(seed=n)) for n, (ids, images, new) in enumerate(work)]
+    waiting = sequences[len(sequences) - late:]
+    for sequence in sequences[:len(sequences) - late]:
+        scheduler.add(sequence)
+    written: dict[int, tuple[int, int]] = {}  # slot -> (sequence, position) whose K/V it holds
+    encoded: dict[int, tuple[str, int]] = {}  # image page -> (image, which of its pages)
+    while waiting or not scheduler.idle:
+        if waiting and len(steps) % 3 == 0:
+            scheduler.add(waiting.pop(0))
+        step = scheduler.next()
+        assert step is not None, "work is left and nothing is done"
+        steps.append(step)
+        ids = model(step, plan, scheduler, sequences, written, encoded)
+        for sequence, token in scheduler.commit(ids):
+            if len(sequence.generated) == sequence.max_new:
+                scheduler.finish(sequence)
+        for id in [id for id in abort if len(steps) > 4 * id]:
+            scheduler.abort(id)
+        assert len(steps) < 5000, "the scheduler makes no progress"
+    return Served({s.id: s.generated for s in sequences}, steps, scheduler)
+
+
+def model(step, plan, scheduler, sequences, written, encoded) -> tuple[int, ...]:
+    """What a rank would do with a step: checks its inputs, writes its pages, answers its rows."""
+    if isinstance(step, VisionStep):
+        assert len(step.pages) == len(set(step.pages)) == plan.pages_per_image
+        encoded.update({page: (step.image.key, n) for n, page in enumerate(step.pages)})
+        return ()
+    rows = (step.row,) if isinstance(step, PrefillStep) else step.rows
+    bucket = needs(plan, step)
+    assert bucket in plan.buckets()
+    assert isinstance(step, PrefillStep) or len(rows) <= scheduler.batch
+    live = [page for sequence in scheduler.running for page in sequence.pages]
+    assert len(live) == len(set(live)), "two live sequences share a page"
+    fresh = [slot for row in rows for slot in slots(row.pages, row.start, len(row.ids), plan.page_size)]
+    assert len(fresh) == len(set(fresh)), "two rows write to one slot"
+    assert all(slot >= plan.scratch_pages * plan.page_size for slot in fresh), "a row writes to scratch"
+    for row in rows:
+        check_row(row, plan, sequences[row.sequence], written, encoded)
+        written.update({slot: (row.sequence, position) for position, slot in enumerate(
+            slots(row.pages, row.start, len(row.ids), plan.page_size), start=row.start)})
+    if isinstance(step, PrefillStep) and not step.sample:
+        return ()
+    return tuple(answer(row.sequence, row.start + len(row.ids)) for row in rows)
+
+
+def check_row(row, plan, sequence, written, encoded) -> None:
+    """A row's ids, its earlier K/V, and for each fresh token the image pages that it sees."""
+    assert row.ids == sequence.tokens[row.start:row.start + len(row.ids)]
+    assert row.sampling == sequence.sampling
+    for position, slot in enumerate(slots(row.pages, 0, row.start, plan.page_size)):
+        assert written[slot] == (sequence.id, position), "earlier K/V were overwritten or never written"
+    for (low, high), position in zip(row.see, range(row.start, row.start + len(row.ids)), strict=True):
+        got = [(*encoded[page], fill) for page, fill in zip(row.image_pages[low:high], row.image_fill[low:high])]
+        first, last = sequence.visible(position)
+        size = plan.page_size
+        assert got == [(ref.key, n, min(size, ref.tokens - n * size)) for ref in sequence.images[first:last]
+                       for n in range(pages_for(ref.tokens, size))]
+
+
+def expected(work) -> dict[int, list[int]]:
+    return {n: [answer(n, len(ids) + k) for k in range(new)] for n, (ids, _, new) in enumerate(work)}
+
+
+@given(plan=plans(), work=workloads(), data=st.data())
+@settings(max_examples=150)
+def test_every_request_gets_exactly_its_ids_whatever_the_plan(plan, work, data):
+    served = serve(*plan, work, late=data.draw(st.integers(0, len(work))))
+    assert served.tokens == expected(work)
+
+
+@given(plan=plans(), work=workloads())
+def test_nothing_leaks(plan, work):
+    scheduler = serve(*plan, work).scheduler
+    assert scheduler.pool.free == scheduler.pool.capacity
+    images = scheduler.images
+    assert not images._used
+    assert images.pool.free + sum(len(entry.pages) for entry in images._idle.values()) == images.pool.capacity
+
+
+@given(plan=plans(), work=workloads(), data=st.data())
+def test_aborted_requests_leave_no_trace_on_the_others(plan, work, data):
+    abort = data.draw(st.frozensets(st.integers(0, len(work) - 1)))
+    served = serve(*plan, work, abort=abort)
+    wanted = expected(work)
+    for id, tokens in served.tokens.items():
+        assert tokens == wanted[id][:len(tokens)] if id in abort else tokens == wanted[id]
+    assert served.scheduler.pool.free == served.scheduler.pool.capacity and not served.scheduler.images._used
+
+
+@given(length=st.integers(1, 60), data=st.data())
+@settings(max_examples=300)
+def test_visibility_is_that_of_hugging_face(length, data):
+    places = sorted(data.draw(st.sets(st.integers(0, length - 1), max_size=8)))
+    ids = [IMAGE_TOKEN if at in places else 1 for at in range(length)]
+    sequence = Sequence(0, tuple(ids), tuple(image("a") for _ in places), tuple(places), 5, Sampling())
+    spans = get_cross_attention_token_mask(ids, IMAGE_TOKEN)
+    for position in range(length):
+        # An end of -1 reaches to the end of the text.
+        seen = [n for n, (begin, end) in enumerate(spans) if begin <= position and (end == -1 or position < end)]
+        assert list(range(*sequence.visible(position))) == seen
+    for position in range(length, length + 5):
+        assert sequence.visible(position) == sequence.visible(length - 1), "a new token sees what the last prompt row sees"
+
+
+def tight(**choice):
+    """A plan in which two sequences of the longest kind can't both stay."""
+    choice = PlanChoice(**({"page_size": 4, "num_pages": 16, "num_images": 3} | choice))
+    return make_plan(Run(batch=3, max_input_length=MAX_INPUT, max_output_length=MAX_NEW, plan=choice), SHAPE, MAX_IMAGES)
+
+
+def test_the_youngest_is_preempted_and_resumes_where_it_was():
+    work = [((1,) * 20, (), 20), ((2,) * 20, (), 20)]
+    served = serve(tight(), 3, work)
+    assert served.tokens == expected(work)
+    assert served.scheduler.preemptions > 0
+    again = [step.row for step in served.steps if isinstance(step, PrefillStep) and step.row.sequence == 1]
+    assert not [step for step in served.steps if isinstance(step, PrefillStep) and step.row.sequence == 0][1:]
+    assert len(again) > 1 and len(again[-1].ids) > 20, "the resumed prompt must hold the generated ids"
+
+
+def test_a_shared_image_is_encoded_once():
+    work = [((IMAGE_TOKEN, 1, 2), (image("a"),), 4)] * 5
+    steps = serve(tight(), 3, work).steps
+    assert sum(isinstance(step, VisionStep) for step in steps) == 1
+
+
+def test_decoding_goes_on_between_the_chunks_of_a_long_prompt():
+    work = [((1,) * 3, (), 20), ((2,) * 40, (), 2)]
+    steps = serve(tight(prefill_tokens=[8], num_pages=40), 3, work).steps
+    kinds = [type(step) for step in steps]
+    chunks = [n for n, step in enumerate(steps) if isinstance(step, PrefillStep) and step.row.sequence == 1]
+    assert len(chunks) == 5
+    assert all(kinds[n + 1] is DecodeStep for n in chunks[:-1])
+
+
+def test_first_come_first_served():
+    work = [((n,) * 30, (), 1) for n in range(6)]
+    first = [step.row.sequence for step in serve(tight(), 1, work).steps if isinstance(step, PrefillStep)]
+    assert first == sorted(first)
+
+
+@pytest.mark.parametrize("prompt, new, images, message", [
+    (MAX_INPUT + 1, MAX_NEW, 0, "41 prompt ids and 20 new ones are 61 tokens; the plan holds 60"),
+    (5, 5, MAX_IMAGES + 1, "4 images in one request; the plan holds 3"),
+])
+def test_a_request_that_never_fits_is_refused_at_once(prompt, new, images, message):
+    scheduler = Scheduler(tight(), 3)
+    sequence = Sequence(0, (1,) * prompt, (image("a"),) * images, tuple(range(images)), new, Sampling())
+    with pytest.raises(UserError, match=message):
+        scheduler.add(sequence)
+    assert scheduler.idle
