@@ -8,7 +8,7 @@ import torch
 from mllama_graph.blocks import pages_for, slots
 from mllama_graph.buckets import Bucket, Plan
 from mllama_graph.model.tree import ImageInput, PromptInput, TileInput, TokenInput
-from mllama_graph.scheduler import DecodeStep, ImageRef, PrefillStep, Row, Sampling, VisionStep
+from mllama_graph.scheduler import DecodeStep, PrefillStep, Row, VisionStep
 from mllama_graph.shape import ModelShape
 
 
@@ -81,13 +81,3 @@ def tile_input(step: VisionStep, data: np.ndarray, shape: ModelShape, plan: Plan
         tiles_C3hw=torch.from_numpy(tiles).to(device), aspect_1=_int32([step.image.aspect], device),
         real_1=_int32([step.image.tiles], device),
         slot_S=_int32(slots(step.pages, 0, tokens, plan.page_size), device))
-
-
-def example(bucket: Bucket, shape: ModelShape, plan: Plan, device: torch.device):
-    """Inputs of a bucket's shape, for compiling it before a request needs it."""
-    if bucket.phase == "vision":
-        step = VisionStep(ImageRef("", 1, shape.vision.tokens, 1), tuple(range(plan.pages_per_image)))
-        return tile_input(step, np.zeros((1, 3, shape.vision.tile, shape.vision.tile), np.uint8), shape, plan, device)
-    if bucket.phase == "prefill":
-        return prompt_input(Row(-1, (0,), 0, (0,), (), (), ((0, 0),), Sampling()), bucket, plan, device)
-    return token_input([], bucket, plan, device)

@@ -107,10 +107,14 @@ class Plan:
         return pick(image_pages, [n * self.pages_per_image for n in self.images]) if image_pages else 0
 
     def buckets(self) -> list[Bucket]:
-        """Every bucket of the plan, the vision one first."""
+        """Every bucket that a step can need, the vision one first."""
         image_pages = [0] + [n * self.pages_per_image for n in self.images]
+        # A chunk comes behind earlier pages only where a prompt (or one that was preempted) exceeds the largest chunk.
+        chunk = self.prefill_tokens[-1]
+        least = pages_for(chunk, self.page_size)
+        past = [p for p in self.pages if p >= least] if self.max_length - 1 > chunk else []
         prefill = [Bucket("prefill", 1, t, p, i)
-                   for t, p, i in product(self.prefill_tokens, (0, *self.pages), image_pages)]
+                   for t, p, i in product(self.prefill_tokens, (0, *past), image_pages)]
         decode = [Bucket("decode", b, b, p, i) for b, p, i in product(self.decode_batch, self.pages, image_pages)]
         return [self.vision(), *prefill, *decode]
 

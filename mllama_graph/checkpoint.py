@@ -158,7 +158,9 @@ class Checkpoint:
         """Legacy tensor name -> (name in the file, file)."""
         index = read_json(self.folder / "model.safetensors.index.json", needed=False)
         if index is not None:
-            paths = sorted({self.folder / file for file in index.get("weight_map", {}).values()})
+            if not isinstance(index.get("weight_map"), dict):
+                raise UserError(f"{self.folder / 'model.safetensors.index.json'} has no weight_map object.")
+            paths = sorted({self.folder / file for file in index["weight_map"].values()})
         else:
             paths = sorted(self.folder.glob("*.safetensors"))
         if not paths:

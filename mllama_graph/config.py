@@ -40,9 +40,12 @@ class BackendChoice:
 
 @dataclass
 class TaskChoice:
-    """One option of conf/task/: names the function in mllama_graph/tasks/."""
+    """One option of conf/task/: names the module in mllama_graph/tasks/, and holds what only it needs."""
 
     name: str = "generate"
+    action: str = "list"
+    max_age_days: Optional[float] = None
+    max_gb: Optional[float] = None
 
 
 @dataclass
@@ -58,6 +61,8 @@ class PlanChoice:
     num_images: Optional[int] = None
     # A graph that exists already serves a smaller step at up to this many times the smaller bucket's modelled cost.
     reuse: float = 4.0
+    # Whether a step waits for a graph that still compiles, instead of running uncompiled meanwhile.
+    wait: bool = False
 
 
 @dataclass

@@ -104,19 +104,19 @@ class Engine:
             request, Detokenizer(self.processor, request.stop), time.perf_counter())
         return sequence.id
 
-    def prepare(self, request: Request) -> None:
-        """Have every graph ready that a request alone will use, so that its first token waits for none."""
-        plan, rank = self.scheduler.plan, self.rank
+    def expect(self, request: Request) -> None:
+        """Have the graphs on their way that a request alone will use, the decode graph for its whole length."""
+        plan, graphs = self.scheduler.plan, self.rank.graphs
         image_pages = sum(pages_for(t.count * self._tokens_per_tile, plan.page_size) for t in request.images)
         if request.images:
-            rank.warm(plan.vision())
+            graphs.want(plan.vision())
         done, largest = 0, plan.prefill_tokens[-1]
         while done < len(request.ids):
             chunk = min(largest, len(request.ids) - done)
-            rank.warm(plan.prefill(chunk, pages_for(done, plan.page_size), image_pages))
+            graphs.want(plan.prefill(chunk, pages_for(done, plan.page_size), image_pages))
             done += chunk
         if request.max_new > 1:
-            rank.warm(plan.decode(1, pages_for(len(request.ids) + request.max_new, plan.page_size), image_pages))
+            graphs.want(plan.decode(1, pages_for(len(request.ids) + request.max_new, plan.page_size), image_pages))
 
     def abort(self, number: int) -> None:
         """Forget a request; its pages are free at once."""
@@ -129,7 +129,6 @@ class Engine:
         step = self.scheduler.next()
         if step is None:
             return []
-        self.rank.prepare(step)
         start = time.perf_counter()
         pixels = self._pixels[step.image.key] if isinstance(step, VisionStep) else None
         tokens = self.rank.execute(step, pixels)
@@ -156,19 +155,18 @@ class Engine:
             text += state.text.flush()
             self.scheduler.finish(sequence)
             self._forget(sequence.id)
-            return Delta(request.id, token.id, text, self._result(state, reason, ended, now))
+            return Delta(request.id, token.id, text, self._result(state, reason, now))
         return Delta(request.id, token.id, text)
 
-    def _result(self, state: _Running, reason: str, ended: bool, now: float) -> Result:
+    def _result(self, state: _Running, reason: str, now: float) -> Result:
         request, ids = state.request, [token.id for token in state.tokens]
         logprobs = None
         if request.sampling.logprobs is not None:
             logprobs = [{"id": t.id, "logprob": t.logprob, "top_ids": list(t.top_ids),
                          "top_logprobs": list(t.top_logprobs)} for t in state.tokens]
-        text = state.text.text if state.text.stopped else self.processor.text(ids[:-1] if ended else ids)
         after = len(ids) - 1
         return Result(
-            id=request.id, token_ids=ids, text=text, finish_reason=reason, prompt_tokens=len(request.ids),
+            id=request.id, token_ids=ids, text=state.text.text, finish_reason=reason, prompt_tokens=len(request.ids),
             image_tokens=sum(t.count for t in request.images) * self._tokens_per_tile,
             time_to_first_token_ms=round((state.first - state.submitted) * 1e3, 3),
             time_per_output_token_ms=round((now - state.first) * 1e3 / after, 3) if after else None,

@@ -1,17 +1,13 @@
-"""Compiled graphs: what a step is, how it is compiled, where it is kept, and which bucket serves a need.
+"""Compiled graphs: what a graph is, what its key says, how it is compiled and loaded.
 
 Inductor graphs are ahead-of-time packages with the weights outside: every bucket of a run binds the same Parameters.
-A package checks nothing when it is loaded, so the key of its entry is all that guards it: whatever can change a graph
-is a field of `key_fields`, written beside the package as plain JSON.
+A package checks nothing when it is loaded, not even the CPU's instruction set, so its key is all that guards it:
+whatever can change a graph is a field of `GraphSpec` or of the environment that `GraphSpec.key_fields` adds.
 """
 
 import hashlib
-import json
-import math
 import os
 import platform
-import shutil
-import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -25,16 +21,18 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mllama_graph import __version__
-from mllama_graph.buckets import Bucket, choose
+from mllama_graph.buckets import Bucket
+from mllama_graph.checkpoint import Pixels, build
 from mllama_graph.model.text import decode, prefill
-from mllama_graph.model.tree import Node
+from mllama_graph.model.tree import ImageInput, Node, Pages, PromptInput, TileInput, TokenInput
 from mllama_graph.model.vision import encode_image
 from mllama_graph.ops.contract import Ops
+from mllama_graph.ops.plain import PLAIN
 from mllama_graph.shape import ModelShape
+from mllama_graph.store import PACKAGE, GraphStore, key_of
 
-PACKAGE = "graph.pt2"
-# Folders of this package whose source decides what a graph computes.
-SOURCES = ("model", "ops", "graphs.py", "shape.py")
+# Source that decides what a graph computes.
+SOURCES = ("model", "ops", "graphs.py", "shape.py", "checkpoint.py")
 
 
 class Step(nn.Module):
@@ -66,28 +64,79 @@ class Flat(nn.Module):
         return self.step(*pytree.tree_unflatten(leaves, self.spec))
 
 
-@dataclass(frozen=True)
-class Record:
-    """What became of one graph, for result.json."""
-
-    phase: str
-    bucket: str
-    source: str
-    seconds: float
-    bytes: int
-    key: str
+# Weights appear in packages under their names in `Flat`.
+WEIGHT_PREFIX = "step.weights."
 
 
 @dataclass(frozen=True)
-class Target:
-    """What a graph is compiled for, apart from its bucket."""
+class GraphSpec:
+    """Everything but the bucket that decides a graph. `options` are (name, value) pairs for the compiler."""
 
+    shape: ModelShape
+    page_size: int
+    num_pages: int
+    num_image_pages: int
+    store: torch.dtype
+    compute: torch.dtype
     backend: str
     device: str
     threads: int
-    world_size: int
-    rank: int
-    options: dict[str, Any]
+    world_size: int = 1
+    rank: int = 0
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def key_fields(self, bucket: Bucket) -> dict[str, Any]:
+        """All that can change the graph of a bucket, readable."""
+        fields = {
+            "engine": __version__, "torch": torch.__version__, "source": source_hash(), "backend": self.backend,
+            "device": processor_name() if self.device == "cpu" else torch.cuda.get_device_name(),
+            "threads": self.threads, "world_size": self.world_size, "options": dict(self.options),
+            "weights": str(self.store), "compute": str(self.compute), "page_size": self.page_size,
+            "bucket": asdict(bucket), "model": asdict(self.shape),
+        }
+        # A graph takes only the pools that it reads or writes; ranks differ only where there are several.
+        if bucket.phase != "vision":
+            fields["num_pages"] = self.num_pages
+        if bucket.image_pages:
+            fields["num_image_pages"] = self.num_image_pages
+        if self.world_size > 1:
+            fields["rank"] = self.rank
+        return fields
+
+    def key(self, bucket: Bucket) -> str:
+        """The name of the bucket's entry in the store."""
+        return key_of(self.key_fields(bucket))
+
+    def pages(self, allocate: Callable[..., Tensor]) -> tuple[Pages, Pages]:
+        """Self-attention pages and image pages; `allocate` is torch.zeros, or torch.empty where none is touched."""
+        text = self.shape.text
+
+        def pool(count: int, layers: int) -> Pages:
+            size = (count, self.page_size, text.kv_heads, text.head_width)
+            new = lambda: allocate(size, dtype=self.compute, device=self.device)  # noqa: E731
+            return tuple((new(), new()) for _ in range(layers))
+
+        return pool(self.num_pages, len(text.self_layers)), pool(self.num_image_pages, len(text.cross_layers))
+
+    def example(self, bucket: Bucket) -> Any:
+        """Inputs of a bucket's shapes; only shapes matter."""
+        vision = self.shape.vision
+        ints = lambda *size: torch.zeros(size, dtype=torch.int32, device=self.device)  # noqa: E731
+        B, T, J = bucket.rows, bucket.tokens, bucket.pages
+        if bucket.phase == "vision":
+            tiles = torch.zeros((vision.max_tiles, vision.channels, vision.tile, vision.tile), dtype=torch.uint8,
+                                device=self.device)
+            return TileInput(tiles, ints(1), ints(1), ints(vision.max_tiles * vision.tokens))
+        image = ImageInput(ints(B, bucket.image_pages), ints(B, bucket.image_pages), ints(T, 2))
+        image = image if bucket.image_pages else None
+        if bucket.phase == "prefill":
+            return PromptInput(ints(T), ints(T), ints(T), ints(1), ints(1), ints(J) if J else None, image)
+        return TokenInput(ints(T), ints(T), ints(T), ints(B, J), ints(B), image)
+
+
+def arguments(bucket: Bucket, given: Any, pages: Pages, image_pages: Pages) -> tuple:
+    """A step's arguments: each phase takes only the pages that it uses."""
+    return given, () if bucket.phase == "vision" else pages, image_pages if bucket.image_pages else ()
 
 
 @lru_cache
@@ -103,80 +152,20 @@ def source_hash() -> str:
 
 @lru_cache
 def processor_name() -> str:
-    """The CPU and its vector instructions: a package built for one runs on no lesser one."""
+    """The CPU and its vector instructions: a package built for one may not run on another."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        fields = dict(line.split(":", 1) for line in lines if ":" in line)
-        fields = {name.strip(): value.strip() for name, value in fields.items()}
-        name = fields.get("model name", platform.machine())
+        fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        flags = hashlib.sha256(fields.get("flags", "").encode()).hexdigest()[:8]
+        name = f"{fields.get('model name', platform.machine())} flags {flags}"
     except OSError:
         name = platform.processor() or platform.machine()
     return f"{name} {torch.backends.cpu.get_cpu_capability()}"
 
 
-def key_fields(step: Step, bucket: Bucket, inputs: tuple, target: Target) -> dict[str, Any]:
-    """Everything that can change a graph, readable."""
-    describe = lambda tensor: f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"  # noqa: E731
-    weights = {name: describe(value) for name, value in step.weights.state_dict().items()}
-    device = processor_name() if target.device == "cpu" else torch.cuda.get_device_name()
-    fields = asdict(target) | {"device": device}
-    if target.world_size == 1:
-        del fields["rank"]
-    return fields | {
-        "engine": __version__, "torch": torch.__version__, "source": source_hash(), "bucket": asdict(bucket),
-        "model": asdict(step.shape), "inputs": [describe(t) for t in tensors(inputs)],
-        "weights": hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest(),
-    }
-
-
 def tensors(tree: Any) -> list[Tensor]:
     """The tensors of a tree in the order in which a graph takes them."""
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def key_of(fields: dict[str, Any]) -> str:
-    """The name of an entry."""
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:20]
-
-
-class GraphStore:
-    """Compiled graphs on disk: <folder>/<key>/{key.json, checksums.json, graph.pt2}."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        # Inductor's own cache lies inside, so that an empty store is really cold.
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
-
-    def find(self, key: str) -> Optional[Path]:
-        """The package of an entry whose checksum holds, or None."""
-        entry = self.folder / key
-        try:
-            sums = json.loads((entry / "checksums.json").read_text())
-            payload = entry / PACKAGE
-            return payload if _sha256(payload) == sums[PACKAGE] else None
-        except (OSError, json.JSONDecodeError, KeyError, TypeError):
-            return None
-
-    def add(self, key: str, fields: dict[str, Any], package: Path) -> Path:
-        """Move a package in: written aside, renamed whole."""
-        aside = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=self.folder))
-        shutil.move(package, aside / PACKAGE)
-        (aside / "key.json").write_text(json.dumps(fields, indent=1, sort_keys=True))
-        (aside / "checksums.json").write_text(json.dumps({PACKAGE: _sha256(aside / PACKAGE)}))
-        entry = self.folder / key
-        if entry.exists():
-            shutil.rmtree(entry)
-        aside.rename(entry)
-        return entry / PACKAGE
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def default_store() -> Path:
-    """The user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mllama_graph"
 
 
 class Package:
@@ -193,10 +182,11 @@ class Package:
         return outputs[0] if outputs else None
 
 
-def compile_package(step: Step, inputs: tuple, target: Target, path: Path) -> None:
-    """Export a step with static shapes and compile it into a package at `path`.
+def compile_package(spec: GraphSpec, bucket: Bucket, path: Path) -> None:
+    """Export a bucket's step with static shapes and compile it into a package at `path`.
 
-    Export is full-graph by nature: what can't be traced raises.
+    Needs no weights: their memory is reserved and never touched. Export is full-graph by nature: what can't be traced
+    raises.
     """
     import torch._inductor
 
@@ -204,70 +194,34 @@ def compile_package(step: Step, inputs: tuple, target: Target, path: Path) -> No
         # Weights stay outside, one memory for all buckets, and are never folded into a graph.
         "aot_inductor.package_constants_in_so": False,
         "always_keep_tensor_constants": True,
+        # This pass bakes what it computes from one-element weights, the gates, into the graph.
+        "joint_graph_constant_folding": False,
         # A package runs its loops on as many threads as it was built for; more would read past its buffers.
-        "cpp.threads": target.threads,
+        "cpp.threads": spec.threads,
     }
+    pixels = Pixels(1.0, (0.0,) * 3, (1.0,) * 3)
+    weights = build(spec.shape, pixels, spec.store, torch.device(spec.device), lambda entry, part: None,
+                    lambda count: None)
+    inputs = arguments(bucket, spec.example(bucket), *spec.pages(torch.empty))
+    step = Flat(Step(bucket.phase, weights, spec.shape, PLAIN), inputs)
     with warnings.catch_warnings():
         # torch's own deprecations inside export; nothing that a reader could act on.
         warnings.simplefilter("ignore", FutureWarning)
-        program = torch.export.export(Flat(step, inputs), tuple(tensors(inputs)), strict=False)
+        program = torch.export.export(step, tuple(tensors(inputs)), strict=False)
         torch._inductor.aoti_compile_and_package(
-            program, package_path=str(path), inductor_configs=settings | target.options)
+            program, package_path=str(path), inductor_configs=settings | dict(spec.options))
 
 
-class Graphs:
-    """The graphs of one rank by bucket: found in the store, or compiled on first use, each at most once."""
-
-    def __init__(self, weights: Node, shape: ModelShape, ops: Ops, target: Target, store: GraphStore,
-                 cost: Callable[[Bucket], float], reuse: float, announce: Callable[[str], None]):
-        self.steps = {phase: Step(phase, weights, shape, ops) for phase in ("vision", "prefill", "decode")}
-        self.weights = {f"step.weights.{name}": value for name, value in weights.state_dict().items()}
-        self.target, self.store, self.cost, self.reuse, self.announce = target, store, cost, reuse, announce
-        self.records: list[Record] = []
-        self.sealed = False
-        self._ready: dict[Bucket, Callable] = {}
-
-    def serving(self, need: Bucket) -> Bucket:
-        """The bucket that will run a step: one that is ready and not wasteful, else the exact one."""
-        if self.target.backend == "eager":
-            return need
-        return choose(need, self._ready, self.cost, math.inf if self.sealed else self.reuse)
-
-    def ready(self, bucket: Bucket) -> bool:
-        """Whether a bucket's graph is in memory."""
-        return bucket in self._ready
-
-    def __getitem__(self, bucket: Bucket) -> Callable:
-        return self._ready[bucket]
-
-    def make(self, bucket: Bucket, inputs: tuple) -> None:
-        """Find or compile the graph of a bucket; `inputs` are any of its shape.
-
-        Raises RuntimeError once the run is warm: a compilation then would be a silent stall.
-        """
-        if self.sealed:
-            raise RuntimeError(f"{bucket} is not compiled and the run is warm: a bucket is missing from the plan")
-        assert bucket not in self._ready, f"{bucket} would be compiled twice"
-        self._ready[bucket] = self._make(bucket, inputs)
-
-    def _make(self, bucket: Bucket, inputs: tuple) -> Callable:
-        step = self.steps[bucket.phase]
-        if self.target.backend == "eager":
-            return step
+def compile_into(folder: Path, spec: GraphSpec, bucket: Bucket) -> float:
+    """Have the store at `folder` hold a bucket's graph; the seconds that compiling took, 0 if another process did it."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
+    store, fields = GraphStore(folder), spec.key_fields(bucket)
+    key = key_of(fields)
+    with store.lock(key):
+        if store.find(key)[0]:
+            return 0.0
         start = time.perf_counter()
-        fields = key_fields(step, bucket, inputs, self.target)
-        key = key_of(fields)
-        package = self.store.find(key)
-        source = "hit" if package else "compiled"
-        if package is None:
-            self.announce(f"compiling {bucket}")
-            self.store.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".build-", dir=self.store.folder) as build:
-                path = Path(build) / PACKAGE
-                compile_package(step, inputs, self.target, path)
-                package = self.store.add(key, fields, path)
-        graph = Package(package, self.weights)
-        seconds = time.perf_counter() - start
-        self.records.append(Record(bucket.phase, str(bucket), source, round(seconds, 3), package.stat().st_size, key))
-        self.announce("")
-        return graph
+        with store.workspace() as workspace:
+            compile_package(spec, bucket, workspace / PACKAGE)
+            store.add(key, fields, workspace / PACKAGE)
+        return time.perf_counter() - start

@@ -42,7 +42,7 @@ def open_image(source: str) -> Image.Image:
 
     Raises UserError naming the source.
     """
-    shown = source if len(source) <= 80 else source[:77] + "..."
+    shown = shorten(source)
     try:
         if source.startswith("data:"):
             head, _, body = source.partition(",")
@@ -58,7 +58,17 @@ def open_image(source: str) -> Image.Image:
     except binascii.Error as error:
         raise UserError(f"image {shown} is not valid base64: {error}.") from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"image {shown} can't be decoded: {error}.") from error
+        raise UserError(f"image {shown} can't be decoded: {error_text(error)}.") from error
+
+
+def shorten(source: str) -> str:
+    """A source as messages show it."""
+    return source if len(source) <= 80 else source[:77] + "..."
+
+
+def error_text(error: Exception) -> str:
+    """What an exception says, without the path that OSError repeats."""
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -116,14 +126,24 @@ def list_images(given: object) -> list[str]:
         return []
     if isinstance(given, str):
         path = Path(given)
-        if path.is_dir():
+        if given.startswith("data:"):
+            return [given]
+        if _exists(path.is_dir):
             found = sorted(str(entry) for entry in path.iterdir() if entry.suffix.lower() in SUFFIXES)
             if not found:
                 raise UserError(f"image={given} is a folder without pictures ({', '.join(sorted(SUFFIXES))}).")
             return found
-        if given.startswith("data:") or path.is_file() or "," not in given:
+        if "," not in given or _exists(path.is_file):
             return [given]
         return [part.strip() for part in given.split(",") if part.strip()]
     if isinstance(given, (list, tuple)):
         return [str(part) for part in given]
     raise UserError(f"image={given!r} must be a file, a comma list or a folder.")
+
+
+def _exists(test) -> bool:
+    """A test of a path that is false for what can't be a path, such as a name that is too long."""
+    try:
+        return test()
+    except (OSError, ValueError):
+        return False

@@ -5,6 +5,7 @@ them; importing transformers itself would more than double the time to a warm st
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -17,7 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from mllama_graph.config import UserError
-from mllama_graph.images import Tiles, list_images, open_image, tile_image
+from mllama_graph.images import Tiles, error_text, list_images, open_image, shorten, tile_image
 from mllama_graph.scheduler import Sampling
 from mllama_graph.shape import ModelShape, read_json
 
@@ -25,8 +26,8 @@ from mllama_graph.shape import ModelShape, read_json
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGE = "<|image|>"
-# U+FFFD stands for bytes that are no character yet; no character of UTF-8 has more than four bytes.
-REPLACEMENT, MAX_PENDING = "\ufffd", 4
+# Stands for bytes that are no character. The last one of a text may still become one; those before it will not.
+REPLACEMENT = "\ufffd"
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,9 @@ class Detokenizer:
 
     def __init__(self, processor: Processor, stop: Sequence[str]):
         self._processor, self._stop = processor, tuple(stop)
+        # Ids since the last whole character, and how much of their text is taken already.
         self._pending: list[int] = []
+        self._taken = 0
         self._text, self._sent = "", 0
         self.stopped = False
 
@@ -190,10 +193,10 @@ class Detokenizer:
         """The text that became certain with this id. Sets `stopped` once a stop string is complete."""
         self._pending.append(id)
         piece = self._processor.text(self._pending)
-        if piece.endswith(REPLACEMENT) and len(self._pending) < MAX_PENDING:
-            return ""
-        self._pending.clear()
-        self._text += piece
+        whole = not piece.endswith(REPLACEMENT)
+        self._take(piece if whole else piece[:-1])
+        if whole:
+            self._pending, self._taken = [], 0
         found = [at for stop in self._stop if (at := self._text.find(stop)) >= 0]
         if found:
             self.stopped, self._text = True, self._text[:min(found)]
@@ -203,15 +206,18 @@ class Detokenizer:
 
     def flush(self) -> str:
         """What was held back, once no id will follow."""
-        if self._pending and not self.stopped:
-            self._text += self._processor.text(self._pending)
-            self._pending.clear()
+        if not self.stopped:
+            self._take(self._processor.text(self._pending))
         return self._send(len(self._text))
 
     @property
     def text(self) -> str:
-        """All text so far, held back or not, without the stop string."""
+        """All text so far, without the stop string; complete after `flush`."""
         return self._text
+
+    def _take(self, piece: str) -> None:
+        self._text += piece[self._taken:]
+        self._taken = max(self._taken, len(piece))
 
     def _send(self, upto: int) -> str:
         delta = self._text[self._sent:upto]
@@ -325,15 +331,18 @@ def _resolve(source: str, base: Path) -> str:
     if source.startswith("data:"):
         return source
     if source.startswith(("http://", "https://")):
-        raise UserError(f"image {source[:80]} is a web address; give a file path or a data: URI.")
+        raise UserError(f"image {shorten(source)} is a web address; give a file path or a data: URI.")
     path = source.removeprefix("file://")
-    beside = base / path
-    return str(beside) if not Path(path).exists() and beside.exists() else path
+    try:
+        return str(base / path) if not Path(path).exists() and (base / path).exists() else path
+    except (OSError, ValueError) as error:
+        raise UserError(f"image {shorten(source)} is no usable path: {error_text(error)}.") from error
 
 
-# Field of a request -> (type, least value, greatest value or None).
-_NUMBERS = {"max_new_tokens": (int, 1, None), "temperature": (float, 0, None), "top_p": (float, 0, 1),
-            "top_k": (int, 0, None), "seed": (int, None, None), "logprobs": (int, 0, None)}
+LARGEST = 2**31 - 1
+# Field of a request -> (type, least value or None, greatest value).
+_NUMBERS = {"max_new_tokens": (int, 1, LARGEST), "temperature": (float, 0, 1e6), "top_p": (float, 0, 1),
+            "top_k": (int, 0, LARGEST), "seed": (int, None, 2**64 - 1), "logprobs": (int, 0, LARGEST)}
 
 
 def _number(given: dict[str, Any], name: str, default: Any) -> Any:
@@ -343,8 +352,10 @@ def _number(given: dict[str, Any], name: str, default: Any) -> Any:
     kind, least, most = _NUMBERS[name]
     if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
         raise UserError(f"{name}={value!r} must be a {'number' if kind is float else 'whole number'}.")
-    if (least is not None and value < least) or (most is not None and value > most):
-        raise UserError(f"{name}={value} must be at least {least}" + (f" and at most {most}." if most else "."))
+    # NaN is no number to compare with, so the bounds are asked for, not their breach.
+    if not (-math.inf if least is None else least) <= value <= most:
+        raise UserError(f"{name}={value} must be at least {least} and at most {most}." if least is not None else
+                        f"{name}={value} must be at most {most}.")
     return kind(value)
 
 

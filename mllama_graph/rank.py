@@ -16,12 +16,15 @@ from mllama_graph import batch
 from mllama_graph.buckets import Bucket, Plan
 from mllama_graph.checkpoint import Checkpoint, Pixels, build, from_checkpoint, random_fill
 from mllama_graph.config import Run, UserError
-from mllama_graph.graphs import Graphs, GraphStore, Target, default_store
+from mllama_graph.dispatch import Graphs
+from mllama_graph.graphs import GraphSpec, arguments
 from mllama_graph.model import sample
 from mllama_graph.ops.plain import PLAIN
 from mllama_graph.roofline import Memory, bucket_cost, memory, require
+from mllama_graph.report import Progress
 from mllama_graph.scheduler import AnyStep, PrefillStep, Row, VisionStep
 from mllama_graph.shape import ModelShape
+from mllama_graph.store import GraphStore, default_store
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # What the process itself takes beside weights, pages and workspace: torch and the compiled graphs.
@@ -84,6 +87,19 @@ def noise(seed: int, position: int) -> float:
     return random.Random(f"{seed}/{position}").random()
 
 
+def graph_spec(run: Run, shape: ModelShape, plan: Plan, device: str, chosen: Precision) -> GraphSpec:
+    """What the graphs of a run are compiled for."""
+    backend = "inductor" if run.backend.name == "auto" else run.backend.name
+    return GraphSpec(shape, plan.page_size, plan.num_pages, plan.num_image_pages, chosen.store, chosen.compute, backend,
+                     device, run.threads or torch.get_num_threads(), run.tp, 0,
+                     tuple(sorted(run.backend.inductor.items())))
+
+
+def graph_store(run: Run) -> GraphStore:
+    """The store of graph_cache=."""
+    return GraphStore(Path(run.graph_cache).expanduser().absolute() if run.graph_cache else default_store())
+
+
 class Rank:
     """Weights, pages and graphs on one device.
 
@@ -91,7 +107,7 @@ class Rank:
     """
 
     def __init__(self, run: Run, shape: ModelShape, plan: Plan, pixels: Pixels, checkpoint: Optional[Checkpoint],
-                 announce: Callable[[str], None], progress: Callable[[int, int], None]):
+                 progress: Progress):
         self.run, self.shape, self.plan = run, shape, plan
         name = pick_device(run)
         self.device = torch.device(name)
@@ -102,68 +118,40 @@ class Rank:
         require(self.memory, available - PROCESS_BYTES, where)
         if checkpoint:
             checkpoint.verify()
-        torch.set_num_threads(run.threads or torch.get_num_threads())
-
         done = 0
 
         def report(count: int) -> None:
             nonlocal done
             done += count
-            progress(done, self.memory.weights)
+            progress.weights(done, self.memory.weights)
 
         fill = from_checkpoint(checkpoint) if checkpoint else random_fill(run.seed, store)
         self.weights = build(shape, pixels, store, self.device, fill, report)
         _return_freed_memory()
-        self.pages = self._allocate(plan.num_pages, len(shape.text.self_layers), compute)
-        self.image_pages = self._allocate(plan.num_image_pages, len(shape.text.cross_layers), compute)
-        backend = "inductor" if run.backend.name == "auto" else run.backend.name
-        target = Target(backend, name, torch.get_num_threads(), run.tp, 0, dict(run.backend.inductor))
-        folder = Path(run.graph_cache).expanduser().absolute() if run.graph_cache else default_store()
+        spec = graph_spec(run, shape, plan, name, self.precision)
+        self.pages, self.image_pages = spec.pages(torch.zeros)
         self.graphs = Graphs(
-            self.weights, shape, PLAIN, target, GraphStore(folder),
-            cost=lambda bucket: bucket_cost(shape, plan.page_size, bucket), reuse=run.plan.reuse, announce=announce)
-
-    def _allocate(self, num_pages: int, layers: int, dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor], ...]:
-        """K and V of every layer. Zeros, since a masked key still takes part with weight 0, and 0 * NaN is NaN."""
-        text = self.shape.text
-        size = (num_pages, self.plan.page_size, text.kv_heads, text.head_width)
-        new = lambda: torch.zeros(size, dtype=dtype, device=self.device)  # noqa: E731
-        return tuple((new(), new()) for _ in range(layers))
-
-    def prepare(self, step: AnyStep) -> None:
-        """Have the graph of a step ready, so that a compilation is not counted as the step's time."""
-        self.warm(self._need(step))
-
-    def warm(self, need: Bucket) -> None:
-        """Have a graph ready that holds `need`."""
-        bucket = self.graphs.serving(need)
-        if not self.graphs.ready(bucket):
-            given = batch.example(bucket, self.shape, self.plan, self.device)
-            self.graphs.make(bucket, self._inputs(bucket, given))
+            spec, self.weights, PLAIN, graph_store(run), plan.buckets(),
+            cost=lambda bucket: bucket_cost(shape, plan.page_size, bucket), reuse=run.plan.reuse,
+            wait=run.plan.wait, say=progress.say)
 
     @torch.inference_mode()
     def execute(self, step: AnyStep, pixels: Optional[np.ndarray] = None) -> list[Token]:
-        """Run a prepared step; a token for each row that is due one. `pixels` are the real tiles of a VisionStep."""
-        bucket = self.graphs.serving(self._need(step))
+        """Run one step; a token for each row that is due one. `pixels` are the real tiles of a VisionStep."""
+        bucket, graph = self.graphs.serve(self._need(step))
+        call = lambda given: graph(*arguments(bucket, given, self.pages, self.image_pages))  # noqa: E731
         if isinstance(step, VisionStep):
             assert pixels is not None
-            self._call(bucket, batch.tile_input(step, pixels, self.shape, self.plan, self.device))
+            call(batch.tile_input(step, pixels, self.shape, self.plan, self.device))
             return []
         if isinstance(step, PrefillStep):
-            logits = self._call(bucket, batch.prompt_input(step.row, bucket, self.plan, self.device))
+            logits = call(batch.prompt_input(step.row, bucket, self.plan, self.device))
             return self._sample(logits, (step.row,)) if step.sample else []
-        logits = self._call(bucket, batch.token_input(step.rows, bucket, self.plan, self.device))
+        logits = call(batch.token_input(step.rows, bucket, self.plan, self.device))
         return self._sample(logits[:len(step.rows)], step.rows)
 
     def _need(self, step: AnyStep) -> Bucket:
         return self.plan.vision() if isinstance(step, VisionStep) else batch.needs(self.plan, step)
-
-    def _inputs(self, bucket: Bucket, given) -> tuple:
-        pages = () if bucket.phase == "vision" else self.pages
-        return given, pages, self.image_pages if bucket.image_pages else ()
-
-    def _call(self, bucket: Bucket, given) -> Optional[Tensor]:
-        return self.graphs[bucket](*self._inputs(bucket, given))
 
     def _sample(self, logits_BV: Tensor, rows: Sequence[Row]) -> list[Token]:
         chosen = [row.sampling for row in rows]

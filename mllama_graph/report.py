@@ -4,8 +4,6 @@ import json
 import os
 import platform
 import sys
-import threading
-import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Optional
@@ -16,16 +14,16 @@ PACKAGES = ("torch", "torch_npu", "transformers", "tokenizers", "safetensors", "
 
 
 class Progress:
-    """Weights as a bar, compilations as a line with the seconds passed. On stderr, so that stdout is the answer."""
+    """Bars for weights and graphs, and lines. On stderr, so that stdout is the answer."""
 
     def __init__(self, stream=None):
         self._stream = stream or sys.stderr
         self._bar: Optional[tqdm] = None
-        self._ticker: Optional[_Ticker] = None
+        self._graphs: Optional[tqdm] = None
 
     def say(self, line: str) -> None:
         """One line for the reader."""
-        print(line, file=self._stream, flush=True)
+        tqdm.write(line, file=self._stream)
 
     def weights(self, done: int, total: int) -> None:
         """Bytes of weights in place, of how many."""
@@ -37,33 +35,15 @@ class Progress:
             self._bar.close()
             self.say(f"weights: {total / 1e9:.3f} GB in {self._bar.format_dict['elapsed']:.1f} s")
 
-    def working(self, what: str) -> None:
-        """What takes long now; an empty string when it is over."""
-        if self._ticker:
-            self._ticker.stop()
-            self._ticker = None
-        if what:
-            self._ticker = _Ticker(what, self._stream)
-
-
-class _Ticker:
-    """A line that counts seconds where there is a terminal, and says at the end how long it took."""
-
-    def __init__(self, what: str, stream):
-        self._what, self._stream, self._start = what, stream, time.perf_counter()
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        while self._stream.isatty() and not self._done.wait(0.5):
-            print(f"\r{self._what} ... {time.perf_counter() - self._start:.0f} s ", end="", file=self._stream, flush=True)
-
-    def stop(self) -> None:
-        self._done.set()
-        self._thread.join()
-        clear = "\r\033[K" if self._stream.isatty() else ""
-        print(f"{clear}{self._what}: {time.perf_counter() - self._start:.1f} s", file=self._stream, flush=True)
+    def graphs(self, done: int, total: int) -> None:
+        """Graphs compiled, of how many."""
+        if self._graphs is None:
+            self._graphs = tqdm(total=total, unit="graph", desc="graphs", leave=False, file=self._stream,
+                                disable=not self._stream.isatty())
+        self._graphs.update(done - self._graphs.n)
+        if done >= total:
+            self._graphs.close()
+            self._graphs = None
 
 
 def versions() -> dict[str, Optional[str]]:
@@ -98,6 +78,12 @@ def table(rows: list[tuple[str, str]]) -> str:
     """Two aligned columns."""
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
+
+
+def columns(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A table with a head, every column as wide as it must be."""
+    widths = [max(len(row[at]) for row in [head, *rows]) for at in range(len(head))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in [head, *rows])
 
 
 def write_summary(sweep: Path) -> None:

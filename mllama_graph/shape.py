@@ -123,6 +123,13 @@ def shape_of(config: dict[str, Any]) -> ModelShape:
     """
     if config.get("model_type") != "mllama":
         raise UserError(f"config.json has model_type={config.get('model_type')!r}; only 'mllama' is supported.")
+    try:
+        return _shape_of(config)
+    except (TypeError, ValueError, ZeroDivisionError, AttributeError, KeyError) as error:
+        raise UserError(f"config.json does not describe a model: {error}.") from error
+
+
+def _shape_of(config: dict[str, Any]) -> ModelShape:
     text, vision = dict(config.get("text_config") or {}), dict(config.get("vision_config") or {})
     for part, name, expected in ((text, "hidden_act", "silu"), (vision, "hidden_act", "gelu")):
         if part.get(name, expected) != expected:
@@ -169,6 +176,9 @@ def supported_aspect_ratios(max_tiles: int) -> list[tuple[int, int]]:
 
 def _check_shape(shape: ModelShape) -> None:
     text, vision = shape.text, shape.vision
+    for name, value in (asdict(text) | asdict(vision)).items():
+        if isinstance(value, int) and value < (0 if name == "global_layers" else 1):
+            raise UserError(f"{name} is {value} in config.json; it must be at least 1.")
     if text.heads % text.kv_heads:
         raise UserError(f"{text.kv_heads} kv heads do not divide {text.heads} query heads (config.json).")
     if text.head_width % 2:
@@ -193,9 +203,12 @@ def read_json(path: Path, needed: bool = True) -> Optional[dict[str, Any]]:
             raise UserError(f"{path} is missing. weights= needs a Hugging Face checkpoint folder.")
         return None
     try:
-        return json.loads(path.read_text(encoding="utf8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        value = json.loads(path.read_text(encoding="utf8"))
+    except (ValueError, OSError) as error:
         raise UserError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a {type(value).__name__}, not a JSON object.")
+    return value
 
 
 def differences(expected: ModelShape, found: ModelShape) -> list[str]:

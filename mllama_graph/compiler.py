@@ -1,0 +1,101 @@
+"""Compiling beside the run: worker processes that fill the graph store, one bucket at a time each.
+
+A process of its own keeps the compiler out of the run: neither its seconds of imports nor its hold on the interpreter
+touch the steps being served. A worker holds no weights; it ends by itself when its parent is gone.
+"""
+
+import logging
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+# Compiling one graph takes up to about 1 GB with its C++ compiler.
+MOST_WORKERS = 4
+# Serving goes first.
+NICENESS = 5
+
+# An idle worker ends as soon as its connection is closed; one that doesn't is killed after this long.
+CLOSE_SECONDS = 5
+
+# (folder, spec, bucket) -> seconds
+CompileInto = Callable[[Path, Any, Any], float]
+
+
+def _work(connection: Connection, compile_into: CompileInto, folder: Path) -> None:
+    """A worker: jobs in, (seconds, error) out, until the other end is closed."""
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.nice(NICENESS)
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    while True:
+        try:
+            spec, bucket = connection.recv()
+        except EOFError:
+            return
+        try:
+            connection.send((compile_into(folder, spec, bucket), None))
+        except Exception as error:
+            connection.send((0.0, f"{type(error).__name__}: {error}".splitlines()[0]))
+
+
+class Compiler:
+    """Worker processes, started as jobs come, at most one a core."""
+
+    def __init__(self, compile_into: CompileInto, folder: Path):
+        self._compile_into, self._folder = compile_into, folder
+        self._most = min(os.cpu_count() or 1, MOST_WORKERS)
+        self._context = multiprocessing.get_context("spawn")
+        self._queue: deque[tuple[Any, Any]] = deque()
+        self._busy: dict[Connection, Any] = {}
+        self._idle: list[Connection] = []
+        self._processes: list[multiprocessing.Process] = []
+
+    def submit(self, spec: Any, bucket: Any) -> None:
+        """Compile a bucket as soon as a worker is free."""
+        self._queue.append((spec, bucket))
+        self._start()
+
+    def finished(self, timeout: float) -> list[tuple[Any, float, str | None]]:
+        """(bucket, seconds, error or None) of each job that ended; waits up to `timeout` seconds for the first."""
+        done = []
+        for connection in wait(list(self._busy), timeout):
+            bucket = self._busy.pop(connection)
+            try:
+                seconds, error = connection.recv()
+                self._idle.append(connection)
+            except (EOFError, OSError):
+                seconds, error = 0.0, "its compiler process died"
+            done.append((bucket, seconds, error))
+        self._start()
+        return done
+
+    def close(self) -> None:
+        """End the workers, jobs or not. Entries are written whole, so that none is left half done."""
+        for connection in self._idle:
+            connection.close()
+        for process in self._processes:
+            if self._busy:
+                process.terminate()
+            process.join(CLOSE_SECONDS)
+            process.kill()
+
+    def _start(self) -> None:
+        while self._queue and (self._idle or len(self._processes) < self._most):
+            connection = self._idle.pop() if self._idle else self._spawn()
+            spec, bucket = self._queue.popleft()
+            connection.send((spec, bucket))
+            self._busy[connection] = bucket
+
+    def _spawn(self) -> Connection:
+        ours, theirs = self._context.Pipe()
+        # A daemon ends with this process; the closed pipe ends it even where this one is killed.
+        process = self._context.Process(target=_work, args=(theirs, self._compile_into, self._folder), daemon=True)
+        process.start()
+        theirs.close()
+        self._processes.append(process)
+        return ours

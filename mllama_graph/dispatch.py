@@ -1,0 +1,173 @@
+"""Which graph runs a step: loaded from the store, compiled in the background, or none yet."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Optional
+
+from mllama_graph.buckets import Bucket, choose
+from mllama_graph.compiler import Compiler
+from mllama_graph.graphs import WEIGHT_PREFIX, GraphSpec, Package, Step, compile_into
+from mllama_graph.model.tree import Node
+from mllama_graph.ops.contract import Ops
+from mllama_graph.store import PACKAGE, GraphStore
+
+
+@dataclass(frozen=True)
+class Record:
+    """What became of one graph, for result.json. `source` is hit or compiled."""
+
+    phase: str
+    bucket: str
+    source: str
+    seconds: float
+    bytes: int
+    key: str
+
+
+class GraphCompiler:
+    """Compiles buckets of one spec into the store, in the background. `say` gets a line for what a person should know."""
+
+    def __init__(self, spec: GraphSpec, store: GraphStore, say: Callable[[str], None]):
+        self.spec, self.store, self.say = spec, store, say
+        self.records: list[Record] = []
+        self.asked: set[Bucket] = set()
+        self._workers: Optional[Compiler] = None
+
+    @property
+    def pending(self) -> int:
+        """Graphs still compiling."""
+        return len(self.asked)
+
+    def sound(self, bucket: Bucket) -> bool:
+        """Whether the store holds the bucket's graph whole; one that is altered is reported."""
+        path, fault = self.store.find(key := self.spec.key(bucket))
+        if fault:
+            self.say(f"graph {key} ({bucket}): {fault}; compiling it again")
+        return path is not None
+
+    def ask(self, bucket: Bucket) -> None:
+        """Have a bucket compiled, unless it is on its way."""
+        if bucket not in self.asked:
+            self._workers = self._workers or Compiler(compile_into, self.store.written)
+            self.asked.add(bucket)
+            self._workers.submit(self.spec, bucket)
+
+    def collect(self, timeout: float = 0.0) -> list[tuple[Bucket, Optional[str]]]:
+        """(bucket, error or None) of what ended since; waits up to `timeout` seconds for the first."""
+        done = self._workers.finished(timeout) if self._workers and self.asked else []
+        for bucket, seconds, error in done:
+            self.asked.discard(bucket)
+            if error:
+                self.say(f"{bucket} could not be compiled: {error}")
+                continue
+            key = self.spec.key(bucket)
+            size = (self.store.written / key / PACKAGE).stat().st_size
+            # Another process that needed the same graph may have been first.
+            source = "compiled" if seconds else "hit"
+            self.records.append(Record(bucket.phase, str(bucket), source, round(seconds, 3), size, key))
+            self.say(f"compiled {bucket} in {seconds:.1f} s" if seconds else f"{bucket} was compiled by another process")
+        return [(bucket, error) for bucket, _, error in done]
+
+    def close(self) -> None:
+        """Stop compiling."""
+        if self._workers:
+            self._workers.close()
+
+
+class Graphs:
+    """The graphs of one rank by bucket, each loaded or compiled at most once.
+
+    While a graph compiles its steps run through a larger one that exists, else uncompiled: the same functions, the same
+    results, slower. With `wait` they wait instead.
+    """
+
+    def __init__(self, spec: GraphSpec, weights: Node, ops: Ops, store: GraphStore, plan: list[Bucket],
+                 cost: Callable[[Bucket], float], reuse: float, wait: bool, say: Callable[[str], None]):
+        self.spec, self.store, self.cost, self.reuse, self.wait, self.say = spec, store, cost, reuse, wait, say
+        self.compiler = GraphCompiler(spec, store, say)
+        self.sealed = False
+        self._uncompiled = {phase: Step(phase, weights, spec.shape, ops) for phase in ("vision", "prefill", "decode")}
+        self._weights = {f"{WEIGHT_PREFIX}{name}": value for name, value in weights.state_dict().items()}
+        self._ready: dict[Bucket, Callable] = {}
+        self._stored: set[Bucket] = set()
+        self._failed: set[Bucket] = set()
+        if self.compiles:
+            self._stored = {bucket for bucket in plan if store.has(spec.key(bucket))}
+            if store.warning:
+                say(store.warning)
+
+    @property
+    def compiles(self) -> bool:
+        """Whether this backend compiles at all."""
+        return self.spec.backend != "eager"
+
+    @property
+    def records(self) -> list[Record]:
+        """What became of each graph so far."""
+        return self.compiler.records
+
+    def want(self, need: Bucket) -> None:
+        """Have a graph on its way that holds `need`, ahead of the first step that asks for it."""
+        if self.compiles:
+            self._choose(need)
+
+    def serve(self, need: Bucket) -> tuple[Bucket, Callable]:
+        """The bucket that runs a step needing `need`, and its callable.
+
+        Raises RuntimeError once the run is sealed and no graph holds the step: compiling now would be a silent stall.
+        """
+        if not self.compiles:
+            return need, self._uncompiled[need.phase]
+        self._collect()
+        best = self._choose(need)
+        while self.wait and best in self.compiler.asked:
+            self._collect(timeout=1.0)
+        larger = choose(need, {*self._ready, *self._stored}, self.cost, math.inf)
+        for bucket in (best, larger):
+            if bucket in self._ready or self._load(bucket):
+                return bucket, self._ready[bucket]
+        return need, self._uncompiled[need.phase]
+
+    def drain(self, progress: Callable[[int, int], None]) -> None:
+        """Wait until nothing compiles any more; `progress` gets how many of how many graphs are done."""
+        total = self.compiler.pending
+        while self.compiler.pending:
+            progress(total - self.compiler.pending, total)
+            self._collect(timeout=0.5)
+        progress(total, total)
+
+    def _choose(self, need: Bucket) -> Bucket:
+        """The graph that suits a need best; asked for where there is none yet."""
+        known = {*self._ready, *self._stored, *self.compiler.asked, *self._failed}
+        best = choose(need, known, self.cost, math.inf if self.sealed else self.reuse)
+        if best not in known:
+            if self.sealed:
+                raise RuntimeError(f"{best} is not compiled and the run is warm: a bucket is missing from the plan")
+            self.say(f"compiling {best}" + ("" if self.wait else " in the background; its steps run uncompiled till then"))
+            self.compiler.ask(best)
+        return best
+
+    def _collect(self, timeout: float = 0.0) -> None:
+        """Take in what has been compiled since."""
+        for bucket, error in self.compiler.collect(timeout):
+            (self._failed if error else self._stored).add(bucket)
+
+    def _load(self, bucket: Bucket) -> bool:
+        """Load a stored graph; one that is altered is reported and compiled again."""
+        if bucket not in self._stored:
+            return False
+        start, key = time.perf_counter(), self.spec.key(bucket)
+        self._stored.discard(bucket)
+        if not self.compiler.sound(bucket):
+            self.compiler.ask(bucket)
+            while self.wait and bucket in self.compiler.asked:
+                self._collect(timeout=1.0)
+            return self._load(bucket)
+        path, _ = self.store.find(key)
+        self._ready[bucket] = Package(path, self._weights)
+        if not any(record.key == key for record in self.records):
+            seconds = round(time.perf_counter() - start, 4)
+            self.records.append(Record(bucket.phase, str(bucket), "hit", seconds, path.stat().st_size, key))
+        return True

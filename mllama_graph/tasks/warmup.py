@@ -1,0 +1,46 @@
+"""task=warmup: compile every bucket of the plan into the graph store. Needs neither weights nor their memory."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from mllama_graph.buckets import Bucket
+from mllama_graph.checkpoint import Checkpoint
+from mllama_graph.config import Run, UserError
+from mllama_graph.dispatch import GraphCompiler
+from mllama_graph.rank import graph_spec, graph_store, pick_device, precision
+from mllama_graph.report import Progress, write_result
+from mllama_graph.start import model_of, plan_of
+
+
+def main(run: Run) -> None:
+    """Compile what the store lacks; what is there already is left alone, so that an interrupted warm-up goes on."""
+    if run.backend.name == "eager":
+        raise UserError("backend=eager compiles nothing, so there is nothing to warm up. Use backend=inductor.")
+    shape, checkpoint = model_of(run)
+    plan, device, progress = plan_of(run, shape), pick_device(run), Progress()
+    stored = checkpoint.dtype if isinstance(checkpoint, Checkpoint) else torch.bfloat16
+    spec, store = graph_spec(run, shape, plan, device, precision(run, device, stored)), graph_store(run)
+    progress.say(f"plan: {plan.describe()}")
+    if store.warning:
+        raise UserError(f"{store.warning} A warm-up would be lost: give a graph_cache= that can be written.")
+    buckets = plan.buckets()
+    compiler = GraphCompiler(spec, store, progress.say)
+    missing = [bucket for bucket in buckets if not compiler.sound(bucket)]
+    progress.say(f"{len(buckets)} graphs, {len(buckets) - len(missing)} in {store.folder}, {len(missing)} to compile")
+    failed: list[Bucket] = []
+    try:
+        for bucket in missing:
+            compiler.ask(bucket)
+        while compiler.pending:
+            progress.graphs(len(missing) - compiler.pending, len(missing))
+            failed += [bucket for bucket, error in compiler.collect(timeout=0.5) if error]
+    finally:
+        compiler.close()
+    progress.graphs(len(missing), len(missing))
+    write_result(Path(run.output_dir), asdict(run), graphs=[asdict(record) for record in compiler.records],
+                 metrics={"graphs": len(buckets), "compiled": len(missing) - len(failed), "failed": len(failed)})
+    if failed:
+        raise UserError(f"{len(failed)} of {len(missing)} graphs could not be compiled; the lines above say why.")
+    progress.say(f"all {len(buckets)} graphs are in {store.folder}")
