@@ -21,7 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from mllama_graph import launch
 from mllama_graph.config import Interrupted, Run, UserError, check
@@ -94,6 +94,8 @@ def _fail(run: Run, folder: Path, message: str, exit_code: int) -> None:
 def explain(error: Exception) -> str:
     """Hydra's message as one line that gives the value, the rule and the remedy."""
     text = " ".join(str(error).split())
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key}=??? is how the configuration writes a missing value. Give something else."
     if found := re.search(r"Could not override '([^']+)'", text):
         known = [entry.name for entry in fields(Run)]
         close = difflib.get_close_matches(found[1].split(".")[0], known, n=1)

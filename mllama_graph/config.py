@@ -10,6 +10,7 @@ from typing import Any, Optional
 DTYPES = ("auto", "fp32", "fp16", "bf16")
 DEVICES = ("auto", "cpu", "cuda", "npu", "npu-sim")
 BACKENDS = ("auto", "inductor", "torchair", "eager")
+COMPILE = ("background", "wait", "never")
 QUANTS = ("none", "w8a16", "w8a8", "kv8")
 
 
@@ -61,8 +62,8 @@ class PlanChoice:
     num_images: Optional[int] = None
     # A graph that exists already serves a smaller step at up to this many times the smaller bucket's modelled cost.
     reuse: float = 4.0
-    # Whether a step waits for a graph that still compiles, instead of running uncompiled meanwhile.
-    wait: bool = False
+    # What a step does whose graph is not in the store.
+    compile: str = "background"
 
 
 @dataclass
@@ -116,6 +117,7 @@ def check(run: Run) -> None:
     _one_of("device", run.device, DEVICES)
     _one_of("backend", run.backend.name, BACKENDS)
     _one_of("quant", run.quant, QUANTS)
+    _one_of("plan.compile", run.plan.compile, COMPILE)
     for key in ("tp", "batch", "max_input_length", "max_output_length"):
         _at_least(key, getattr(run, key), 1)
     _at_least("temperature", run.temperature, 0)

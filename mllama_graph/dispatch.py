@@ -8,6 +8,7 @@ from typing import Optional
 
 from mllama_graph.buckets import Bucket, choose
 from mllama_graph.compiler import Compiler
+from mllama_graph.config import UserError
 from mllama_graph.graphs import WEIGHT_PREFIX, GraphSpec, Package, Step, compile_into
 from mllama_graph.model.tree import Node
 from mllama_graph.ops.contract import Ops
@@ -79,15 +80,14 @@ class GraphCompiler:
 class Graphs:
     """The graphs of one rank by bucket, each loaded or compiled at most once.
 
-    While a graph compiles its steps run through a larger one that exists, else uncompiled: the same functions, the same
-    results, slower. With `wait` they wait instead.
+    What a missing graph means is `mode`. background: while it compiles, its steps run through a larger graph that
+    exists, else uncompiled: the same functions, the same results, slower. wait: they wait. never: an error.
     """
 
     def __init__(self, spec: GraphSpec, weights: Node, ops: Ops, store: GraphStore, plan: list[Bucket],
-                 cost: Callable[[Bucket], float], reuse: float, wait: bool, say: Callable[[str], None]):
-        self.spec, self.store, self.cost, self.reuse, self.wait, self.say = spec, store, cost, reuse, wait, say
+                 cost: Callable[[Bucket], float], reuse: float, mode: str, say: Callable[[str], None]):
+        self.spec, self.store, self.cost, self.reuse, self.mode, self.say = spec, store, cost, reuse, mode, say
         self.compiler = GraphCompiler(spec, store, say)
-        self.sealed = False
         self._uncompiled = {phase: Step(phase, weights, spec.shape, ops) for phase in ("vision", "prefill", "decode")}
         self._weights = {f"{WEIGHT_PREFIX}{name}": value for name, value in weights.state_dict().items()}
         self._ready: dict[Bucket, Callable] = {}
@@ -116,13 +116,13 @@ class Graphs:
     def serve(self, need: Bucket) -> tuple[Bucket, Callable]:
         """The bucket that runs a step needing `need`, and its callable.
 
-        Raises RuntimeError once the run is sealed and no graph holds the step: compiling now would be a silent stall.
+        Raises UserError where graphs must not be compiled and none holds the step.
         """
         if not self.compiles:
             return need, self._uncompiled[need.phase]
         self._collect()
         best = self._choose(need)
-        while self.wait and best in self.compiler.asked:
+        while self.mode == "wait" and best in self.compiler.asked:
             self._collect(timeout=1.0)
         larger = choose(need, {*self._ready, *self._stored}, self.cost, math.inf)
         for bucket in (best, larger):
@@ -141,11 +141,12 @@ class Graphs:
     def _choose(self, need: Bucket) -> Bucket:
         """The graph that suits a need best; asked for where there is none yet."""
         known = {*self._ready, *self._stored, *self.compiler.asked, *self._failed}
-        best = choose(need, known, self.cost, math.inf if self.sealed else self.reuse)
+        best = choose(need, known, self.cost, math.inf if self.mode == "never" else self.reuse)
         if best not in known:
-            if self.sealed:
-                raise RuntimeError(f"{best} is not compiled and the run is warm: a bucket is missing from the plan")
-            self.say(f"compiling {best}" + ("" if self.wait else " in the background; its steps run uncompiled till then"))
+            if self.mode == "never":
+                raise UserError(f"{best} is not in the graph store, and plan.compile=never. Run task=warmup first.")
+            self.say(f"compiling {best}" + (
+                " in the background; its steps run uncompiled till then" if self.mode == "background" else ""))
             self.compiler.ask(best)
         return best
 
@@ -161,8 +162,10 @@ class Graphs:
         start, key = time.perf_counter(), self.spec.key(bucket)
         self._stored.discard(bucket)
         if not self.compiler.sound(bucket):
+            if self.mode == "never":
+                raise UserError(f"graph {key} ({bucket}) is not sound, and plan.compile=never. Run task=warmup first.")
             self.compiler.ask(bucket)
-            while self.wait and bucket in self.compiler.asked:
+            while self.mode == "wait" and bucket in self.compiler.asked:
                 self._collect(timeout=1.0)
             return self._load(bucket)
         path, _ = self.store.find(key)

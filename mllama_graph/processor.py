@@ -336,7 +336,7 @@ def _resolve(source: str, base: Path) -> str:
     try:
         return str(base / path) if not Path(path).exists() and (base / path).exists() else path
     except (OSError, ValueError) as error:
-        raise UserError(f"image {shorten(source)} is no usable path: {error_text(error)}.") from error
+        raise UserError(f"image {shorten(source)} can't be opened: {error_text(error)}.") from error
 
 
 LARGEST = 2**31 - 1

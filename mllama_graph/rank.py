@@ -129,11 +129,13 @@ class Rank:
         self.weights = build(shape, pixels, store, self.device, fill, report)
         _return_freed_memory()
         spec = graph_spec(run, shape, plan, name, self.precision)
+        torch.set_num_threads(spec.threads)
+        # Zeros, since a masked key still takes part with weight 0, and 0 * NaN is NaN.
         self.pages, self.image_pages = spec.pages(torch.zeros)
         self.graphs = Graphs(
             spec, self.weights, PLAIN, graph_store(run), plan.buckets(),
             cost=lambda bucket: bucket_cost(shape, plan.page_size, bucket), reuse=run.plan.reuse,
-            wait=run.plan.wait, say=progress.say)
+            mode=run.plan.compile, say=progress.say)
 
     @torch.inference_mode()
     def execute(self, step: AnyStep, pixels: Optional[np.ndarray] = None) -> list[Token]:

@@ -14,7 +14,7 @@ from mllama_graph.engine import Engine, Result
 from mllama_graph.model.tree import Node, Pages
 from mllama_graph.report import Progress
 from mllama_graph.shape import ModelShape
-from mllama_graph.tasks.generate import model_of, pixels_of, processor_of, start_engine
+from mllama_graph.start import model_of, pixels_of, processor_of, start_engine
 
 IGNORE = lambda *_: None  # noqa: E731
 

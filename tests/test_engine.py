@@ -213,9 +213,9 @@ def test_an_image_shared_by_requests_is_encoded_once(checkpoint, requests):
 def test_a_batch_without_images_reads_no_cross_layer(checkpoint, requests):
     engine = start(checkpoint("base"), batch=4)
     served = []
-    engine.rank.graphs.serving = lambda need, old=engine.rank.graphs.serving: served.append(old(need)) or served[-1]
+    engine.rank.graphs.serve = lambda need, old=engine.rank.graphs.serve: served.append(old(need)) or served[-1]
     tokens_of(engine, [line for line in requests("base") if not line.get("images") and "messages" not in line])
-    assert served and all(bucket.image_pages == 0 for bucket in served)
+    assert served and all(bucket.image_pages == 0 for bucket, _ in served)
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 3, 5, 12])

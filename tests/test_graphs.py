@@ -14,15 +14,16 @@ import torch
 from checkpoints import SPECS
 from engines import start, tokens_of
 
-from mllama_graph import batch, graphs
+from mllama_graph import graphs
 from mllama_graph.buckets import Bucket
-from mllama_graph.graphs import GraphStore, key_fields, key_of
+from mllama_graph.config import UserError
+from mllama_graph.store import GraphStore, key_of
 
 ROOT = Path(__file__).parents[1]
 SPEC = "no_template"
 # One size of everything: vision, a first chunk with and without images, a later chunk, a decode step.
 PLAN = {"batch": 4, "page_size": 16, "prefill_tokens": [32], "decode_batch": [4], "pages": [6], "images": [2],
-        "max_images": 2, "max_input_length": 60, "max_output_length": 30, "dtype": "fp32"}
+        "max_images": 2, "max_input_length": 60, "max_output_length": 30, "dtype": "fp32", "compile": "wait"}
 GRAPHS = 5
 
 
@@ -87,7 +88,7 @@ def test_an_entry_says_what_it_is_and_adds_up(compiled, store):
         assert {"key.json", "checksums.json", "graph.pt2"} == {path.name for path in entry.iterdir()}
         assert key_of(json.loads((entry / "key.json").read_text())) == record.key
         assert record.bytes == (entry / "graph.pt2").stat().st_size and record.seconds > 0
-    left = [path.name for path in store.iterdir() if path.name.startswith(".")]
+    left = [path.name for path in store.iterdir() if path.name.startswith(".") and not path.name.endswith(".lock")]
     assert not left, "what was written aside is left behind"
 
 
@@ -128,30 +129,45 @@ def test_a_truncated_package_is_rebuilt(checkpoint, lines, store, compiled, tmp_
     tokens = tokens_of(engine, [lines[3] | {"max_new_tokens": 1}])
     assert [(r.source, r.key) for r in engine.rank.graphs.records] == [("compiled", record.key)]
     assert tokens["text"] == compiled[1]["text"][:1]
-    assert GraphStore(copy).find(record.key) == package
+    assert GraphStore(copy).find(record.key) == (package, None)
+    assert f"graph {record.key} (prefill tokens=32 pages=0 image_pages=0): graph.pt2 is altered or truncated" in said(engine)
 
 
-@pytest.mark.parametrize("damage", [
-    lambda entry: (entry / "graph.pt2").write_bytes(b""), lambda entry: (entry / "graph.pt2").unlink(),
-    lambda entry: (entry / "checksums.json").unlink(), lambda entry: (entry / "checksums.json").write_text("{"),
-    lambda entry: (entry / "checksums.json").write_text("[]"), lambda entry: (entry / "checksums.json").write_text("{}"),
-    lambda entry: (entry / "checksums.json").write_bytes(b"\xff"), lambda entry: shutil.rmtree(entry),
-])
-def test_a_damaged_entry_is_not_found_and_can_be_written_again(damage, tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
-    store = GraphStore(tmp_path)
+def said(engine):
+    """The lines that the engine told its reader."""
+    return engine.rank.graphs.say.__self__._stream.getvalue()
 
-    def add(content):
-        (tmp_path / "built").write_bytes(content)
-        return store.add("key", {"a": 1}, tmp_path / "built")
 
-    assert store.find("key") is None
-    entry = add(b"package").parent
-    assert store.find("key").read_bytes() == b"package"
-    damage(entry)
-    assert store.find("key") is None
-    add(b"again")
-    assert store.find("key").read_bytes() == b"again"
+def test_without_waiting_steps_run_uncompiled_while_their_graphs_compile(checkpoint, lines, eager, compiled, store, tmp_path):
+    plan = PLAN | {"compile": "background", "graph_cache": str(tmp_path)}
+    engine = start(checkpoint(SPEC), backend="inductor", **plan)
+    try:
+        assert tokens_of(engine, lines[:1]) == {"two": eager[1]["two"]}
+        running = engine.rank.graphs
+        assert len(running.compiler.asked) == 3 and not running.records
+        assert said(engine).count("in the background; its steps run uncompiled till then") == 3
+    finally:
+        running.compiler.close()
+    for bucket in running.compiler.asked:
+        shutil.copytree(store / running.spec.key(bucket), tmp_path / running.spec.key(bucket))
+    engine = start(checkpoint(SPEC), backend="inductor", **plan)
+    assert tokens_of(engine, lines[:1]) == {"two": compiled[1]["two"]}
+    assert [record.source for record in engine.rank.graphs.records] == ["hit"] * 3
+
+
+def test_every_weight_of_a_step_stays_outside_its_package(compiled, store):
+    # A value that the compiler baked in would be another checkpoint's: nothing in the key tells them apart.
+    rank = compiled[0].rank
+    names = {}
+    for bucket, package in rank.graphs._ready.items():
+        names[bucket.phase, bucket.image_pages > 0] = {
+            name.removeprefix(graphs.WEIGHT_PREFIX) for name in package._loader.get_constant_fqns()}
+    of = lambda *starts: {name for name in rank.weights.state_dict() if name.startswith(starts)}  # noqa: E731
+    cross = tuple(f"text.layers.{index}." for index in rank.shape.text.cross_layers)
+    kv = {name for name in of(*cross) if ".kv." in name or "k_norm" in name}
+    assert names["vision", True] == of("vision", "projector") | kv
+    assert names["decode", True] == of("text") - kv
+    assert names["prefill", False] == of("text") - of(*cross)
 
 
 # ---- the key
@@ -162,10 +178,7 @@ def key(checkpoint, tmp_path):
     """key(bucket, changes to the plan) -> the key of a graph and its readable fields."""
 
     def of(bucket=Bucket("decode", 4, 4, 6, 0), name=SPEC, **changes):
-        rank = start(checkpoint(name), **(PLAN | {"graph_cache": str(tmp_path)} | changes)).rank
-        given = batch.example(bucket, rank.shape, rank.plan, rank.device)
-        fields = key_fields(rank.graphs.steps[bucket.phase], bucket, rank._inputs(bucket, given), rank.graphs.target)
-        return key_of(fields)
+        return start(checkpoint(name), **(PLAN | {"graph_cache": str(tmp_path)} | changes)).rank.graphs.spec.key(bucket)
 
     return of
 
@@ -190,26 +203,23 @@ def test_the_key_changes_with_the_bucket(bucket, key):
     assert key(bucket) != key()
 
 
-def test_the_key_changes_with_backend_options_source_torch_and_processor(key, monkeypatch, checkpoint):
-    rank = start(checkpoint(SPEC), **PLAN).rank
-    bucket = Bucket("decode", 4, 4, 6, 0)
-    given = rank._inputs(bucket, batch.example(bucket, rank.shape, rank.plan, rank.device))
-    of = lambda target: key_of(key_fields(rank.graphs.steps["decode"], bucket, given, target))  # noqa: E731
-    target = rank.graphs.target
-    plain = of(target)
-    assert of(replace(target, options={"max_autotune": True})) != plain
-    assert of(replace(target, backend="inductor")) != of(replace(target, backend="torchair"))
-    assert of(replace(target, world_size=2)) != plain
-    assert of(replace(target, rank=3)) == plain, "one rank's graph is not another's"
-    assert of(replace(target, world_size=2, rank=1)) != of(replace(target, world_size=2, rank=0))
+def test_the_key_changes_with_backend_options_source_torch_and_processor(monkeypatch, checkpoint):
+    spec, bucket = start(checkpoint(SPEC), **PLAN).rank.graphs.spec, Bucket("decode", 4, 4, 6, 0)
+    of = lambda **changes: replace(spec, **changes).key(bucket)  # noqa: E731
+    plain = of()
+    assert of(options=(("max_autotune", True),)) != plain
+    assert of(backend="inductor") != of(backend="torchair")
+    assert of(world_size=2) != plain
+    assert of(rank=3) == plain, "a single rank's number shapes no graph"
+    assert of(world_size=2, rank=1) != of(world_size=2, rank=0)
     for name, value in (("source_hash", lambda: "other"), ("processor_name", lambda: "other")):
         with monkeypatch.context() as patch:
             patch.setattr(graphs, name, value)
-            assert of(target) != plain, name
+            assert of() != plain, name
     with monkeypatch.context() as patch:
         patch.setattr(torch, "__version__", "9.9")
-        assert of(target) != plain
-    assert of(target) == plain
+        assert of() != plain
+    assert of() == plain
 
 
 @pytest.mark.parametrize("change", [{"prompt": "other"}, {"seed": 5}, {"temperature": 0.7}, {"image": "a.png"},
@@ -238,13 +248,13 @@ def test_the_source_hash_follows_every_file_that_decides_what_a_graph_computes(t
 # ---- warm runs
 
 
-def test_a_sealed_run_refuses_a_bucket_that_is_not_there(checkpoint, lines):
-    engine = start(checkpoint(SPEC), **PLAN)
-    tokens_of(engine, [lines[3]])
-    engine.rank.graphs.sealed = True
-    tokens_of(engine, [lines[3]])
-    with pytest.raises(RuntimeError, match="the run is warm: a bucket is missing from the plan"):
-        tokens_of(engine, [lines[2]])
+def test_a_warm_run_refuses_to_compile(checkpoint, lines, compiled, store, tmp_path):
+    plan = PLAN | {"compile": "never"}
+    engine = start(checkpoint(SPEC), backend="inductor", graph_cache=str(store), **plan)
+    assert tokens_of(engine, lines[:1]) == {"two": compiled[1]["two"]}
+    engine = start(checkpoint(SPEC), backend="inductor", graph_cache=str(tmp_path), **plan)
+    with pytest.raises(UserError, match="vision image_pages=4 is not in the graph store"):
+        tokens_of(engine, lines[:1])
 
 
 def test_records_are_plain_data(compiled):

@@ -19,7 +19,9 @@ def draw(logits_BV: Tensor, temperature_B: Tensor, top_k_B: Tensor, top_p_B: Ten
     temperature and top_k, the first always included.
     """
     scale_B1 = torch.where(temperature_B > 0, temperature_B, 1.0)[:, None]
-    ranked_BV, id_BV = (logits_BV.float() / scale_B1).sort(dim=-1, descending=True, stable=True)
+    ranked_BV, id_BV = logits_BV.float().sort(dim=-1, descending=True, stable=True)
+    # From the largest down, so that a tiny temperature drives the others to -inf, never the largest to inf.
+    ranked_BV = (ranked_BV - ranked_BV[:, :1]) / scale_B1
     rank_V = torch.arange(ranked_BV.shape[-1], device=ranked_BV.device)
     kept_BV = (top_k_B[:, None] == 0) | (rank_V < top_k_B[:, None])
     p_BV = torch.where(kept_BV, ranked_BV, -torch.inf).softmax(dim=-1)
