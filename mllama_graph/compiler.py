@@ -21,8 +21,8 @@ NICENESS = 5
 # An idle worker ends as soon as its connection is closed; one that doesn't is killed after this long.
 CLOSE_SECONDS = 5
 
-# (folder, spec, bucket) -> seconds
-CompileInto = Callable[[Path, Any, Any], float]
+# (folder, spec, bucket, key) -> seconds
+CompileInto = Callable[[Path, Any, Any, str], float]
 
 
 def _work(connection: Connection, compile_into: CompileInto, folder: Path) -> None:
@@ -34,11 +34,11 @@ def _work(connection: Connection, compile_into: CompileInto, folder: Path) -> No
     logging.getLogger("torch").setLevel(logging.ERROR)
     while True:
         try:
-            spec, bucket = connection.recv()
+            job = connection.recv()
         except EOFError:
             return
         try:
-            connection.send((compile_into(folder, spec, bucket), None))
+            connection.send((compile_into(folder, *job), None))
         except Exception as error:
             connection.send((0.0, f"{type(error).__name__}: {error}".splitlines()[0]))
 
@@ -50,14 +50,14 @@ class Compiler:
         self._compile_into, self._folder = compile_into, folder
         self._most = min(os.cpu_count() or 1, MOST_WORKERS)
         self._context = multiprocessing.get_context("spawn")
-        self._queue: deque[tuple[Any, Any]] = deque()
+        self._queue: deque[tuple[Any, Any, str]] = deque()
         self._busy: dict[Connection, Any] = {}
         self._idle: list[Connection] = []
         self._processes: list[multiprocessing.Process] = []
 
-    def submit(self, spec: Any, bucket: Any) -> None:
+    def submit(self, spec: Any, bucket: Any, key: str) -> None:
         """Compile a bucket as soon as a worker is free."""
-        self._queue.append((spec, bucket))
+        self._queue.append((spec, bucket, key))
         self._start()
 
     def finished(self, timeout: float) -> list[tuple[Any, float, str | None]]:
@@ -87,9 +87,9 @@ class Compiler:
     def _start(self) -> None:
         while self._queue and (self._idle or len(self._processes) < self._most):
             connection = self._idle.pop() if self._idle else self._spawn()
-            spec, bucket = self._queue.popleft()
-            connection.send((spec, bucket))
-            self._busy[connection] = bucket
+            job = self._queue.popleft()
+            connection.send(job)
+            self._busy[connection] = job[1]
 
     def _spawn(self) -> Connection:
         ours, theirs = self._context.Pipe()

@@ -53,7 +53,7 @@ class GraphCompiler:
         if bucket not in self.asked:
             self._workers = self._workers or Compiler(compile_into, self.store.written)
             self.asked.add(bucket)
-            self._workers.submit(self.spec, bucket)
+            self._workers.submit(self.spec, bucket, self.spec.key(bucket))
 
     def collect(self, timeout: float = 0.0) -> list[tuple[Bucket, Optional[str]]]:
         """(bucket, error or None) of what ended since; waits up to `timeout` seconds for the first."""

@@ -212,11 +212,15 @@ def compile_package(spec: GraphSpec, bucket: Bucket, path: Path) -> None:
             program, package_path=str(path), inductor_configs=settings | dict(spec.options))
 
 
-def compile_into(folder: Path, spec: GraphSpec, bucket: Bucket) -> float:
-    """Have the store at `folder` hold a bucket's graph; the seconds that compiling took, 0 if another process did it."""
+def compile_into(folder: Path, spec: GraphSpec, bucket: Bucket, key: str) -> float:
+    """Have the store at `folder` hold a bucket's graph; the seconds that compiling took, 0 if another process did it.
+
+    Raises RuntimeError where `key`, which the run computed, is not what this process finds.
+    """
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
     store, fields = GraphStore(folder), spec.key_fields(bucket)
-    key = key_of(fields)
+    if key_of(fields) != key:
+        raise RuntimeError("the engine's source or its environment changed since the run began")
     with store.lock(key):
         if store.find(key)[0]:
             return 0.0

@@ -1,14 +1,18 @@
 """Fixtures: the small checkpoints of checkpoints.py, written once a session, and what is loaded from them."""
 
 import json
+import os
+import subprocess
+import sys
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 from checkpoints import SPECS, write_checkpoint
-from engines import Model, load_model
+from engines import GRAPH_PLAN, GRAPH_SPEC, Model, arguments, load_model
 
 # Shared machines have slow seconds: a slow example is no failure, and runs repeat exactly.
 settings.register_profile("suite", deadline=None, derandomize=True, database=None, max_examples=60,
@@ -68,3 +72,15 @@ def requests(tmp_path_factory):
         return json.dumps(cases(tmp_path_factory.mktemp(name) / "images", SPECS[name], SPECS[name].seed))
 
     return lambda name: json.loads(write(name))
+
+
+@pytest.fixture(scope="session")
+def warm(checkpoint, tmp_path_factory):
+    """(graph store, run.py's result.json, what it printed): task=warmup for GRAPH_SPEC and GRAPH_PLAN."""
+    store, out = tmp_path_factory.mktemp("graphs"), tmp_path_factory.mktemp("warm") / "out"
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).parents[1] / "run.py"), "task=warmup", f"weights={checkpoint(GRAPH_SPEC)}",
+         f"graph_cache={store}", f"hydra.run.dir={out}", *arguments(GRAPH_PLAN)],
+        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    return store, json.loads((out / "result.json").read_text()), done.stderr

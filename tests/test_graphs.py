@@ -12,19 +12,19 @@ import pytest
 import torch
 
 from checkpoints import SPECS
-from engines import start, tokens_of
+from engines import GRAPH_PLAN, GRAPH_SPEC, GRAPHS, start, tokens_of
 
 from mllama_graph import graphs
 from mllama_graph.buckets import Bucket
 from mllama_graph.config import UserError
+from mllama_graph.dispatch import Record
 from mllama_graph.store import GraphStore, key_of
 
 ROOT = Path(__file__).parents[1]
-SPEC = "no_template"
-# One size of everything: vision, a first chunk with and without images, a later chunk, a decode step.
-PLAN = {"batch": 4, "page_size": 16, "prefill_tokens": [32], "decode_batch": [4], "pages": [6], "images": [2],
-        "max_images": 2, "max_input_length": 60, "max_output_length": 30, "dtype": "fp32", "compile": "wait"}
-GRAPHS = 5
+SPEC = GRAPH_SPEC
+PLAN = GRAPH_PLAN | {"compile": "wait"}
+# What the lines below use: all but the decode step without images and the later chunk with them.
+USED = 5
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +41,8 @@ def lines(requests):
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return tmp_path_factory.mktemp("graphs")
+def store(warm):
+    return warm[0]
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +67,16 @@ def addresses(engine):
 def test_compiled_graphs_give_the_tokens_of_eager_in_a_mixed_batch(eager, compiled):
     assert compiled[1] == eager[1]
     records = compiled[0].rank.graphs.records
-    assert len(records) == GRAPHS and {record.source for record in records} == {"compiled"}
+    assert len(records) == USED and {record.source for record in records} == {"hit"}
     assert {record.phase for record in records} == {"vision", "prefill", "decode"}
+
+
+def test_a_warm_up_compiles_every_bucket_of_the_plan_once(warm, compiled):
+    _, result, said = warm
+    assert result["status"] == "ok" and result["metrics"] == {"graphs": GRAPHS, "compiled": GRAPHS, "failed": 0}
+    assert {graph["source"] for graph in result["graphs"]} == {"compiled"}
+    assert sorted(graph["bucket"] for graph in result["graphs"]) == sorted(map(str, compiled[0].scheduler.plan.buckets()))
+    assert f"{GRAPHS} graphs, 0 in" in said and "Warning" not in said, said
 
 
 def test_compiled_graphs_write_the_pages_in_place_and_as_eager_does(eager, compiled):
@@ -82,8 +90,10 @@ def test_compiled_graphs_write_the_pages_in_place_and_as_eager_does(eager, compi
                 torch.testing.assert_close(data[scratch:], other[scratch:], atol=1e-3, rtol=1e-4)
 
 
-def test_an_entry_says_what_it_is_and_adds_up(compiled, store):
-    for record in compiled[0].rank.graphs.records:
+def test_an_entry_says_what_it_is_and_adds_up(warm):
+    store, result, _ = warm
+    for graph in result["graphs"]:
+        record = Record(**graph)
         entry = store / record.key
         assert {"key.json", "checksums.json", "graph.pt2"} == {path.name for path in entry.iterdir()}
         assert key_of(json.loads((entry / "key.json").read_text())) == record.key
@@ -94,7 +104,7 @@ def test_an_entry_says_what_it_is_and_adds_up(compiled, store):
 
 FRESH = """
 import json, sys
-from engines import start, tokens_of
+from engines import GRAPH_PLAN, GRAPH_SPEC, GRAPHS, start, tokens_of
 folder, store, plan, lines = json.loads(sys.stdin.read())
 engine = start(folder, backend="inductor", graph_cache=store, **plan)
 tokens = tokens_of(engine, lines)
@@ -114,7 +124,7 @@ def fresh_process(*given):
 def test_a_second_start_hits_every_graph_and_imports_no_compiler(checkpoint, lines, store, compiled):
     tokens, sources, compilers = fresh_process(str(checkpoint(SPEC)), str(store), PLAN, lines)
     assert tokens == compiled[1]
-    assert sources == ["hit"] * GRAPHS
+    assert sources == ["hit"] * USED
     assert not [name for name in compilers if name.startswith("torch._inductor")]
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from omegaconf.errors import MissingMandatoryValue
 
 import run as command
 from checkpoints import SPECS
-from engines import serve, start
+from engines import GRAPH_PLAN, GRAPH_SPEC, GRAPHS, arguments, serve, start
 from request_cases import random_image
 
 from mllama_graph.config import Run
@@ -297,6 +298,43 @@ def test_a_sweep_with_a_failing_job_finishes_the_others_and_fails(checkpoint, tm
     rows = (done.folder / "summary.md").read_text().splitlines()[2:]
     assert len(rows) == 2
     assert "error: dtype=fp8" in rows[0] and re.search(r"\| ok \| [\d.]+ \| [\d.]+ \| [\d.]+ \|", rows[1])
+
+
+# ---- the graph store
+
+
+def cache(store, folder, *arguments):
+    return run(folder, "task=cache", f"graph_cache={store}", *arguments)
+
+
+def test_a_warm_store_serves_a_run_that_may_not_compile(warm, checkpoint, tmp_path):
+    common = [f"weights={checkpoint(GRAPH_SPEC)}", f"graph_cache={warm[0]}", *arguments(GRAPH_PLAN)]
+    done = run(tmp_path / "chat", *common, "prompt=Hi, you", "plan.compile=never")
+    assert done.code == 0, done.err
+    assert [(g["phase"], g["source"]) for g in done.result()["graphs"]] == [("prefill", "hit"), ("decode", "hit")]
+    again = run(tmp_path / "warmup", "task=warmup", *common)
+    assert again.code == 0 and again.result()["metrics"]["compiled"] == 0, again.err
+    other = run(tmp_path / "other", *common, "prompt=Hi", "plan.compile=never", "plan.page_size=32", "plan.pages=[3]")
+    assert other.code == 2 and "is not in the graph store, and plan.compile=never" in other.err
+
+
+def test_the_cache_task_lists_verifies_and_prunes(warm, tmp_path):
+    store = tmp_path / "graphs"
+    shutil.copytree(warm[0], store, ignore=shutil.ignore_patterns("inductor"))
+    listed = cache(store, tmp_path / "list")
+    assert listed.code == 0 and f"{GRAPHS} graphs, " in listed.out
+    assert all(graph["key"] in listed.out and graph["bucket"] in listed.out for graph in warm[1]["graphs"])
+    assert cache(store, tmp_path / "sound", "task.action=verify").code == 0
+    hurt, old = (graph["key"] for graph in warm[1]["graphs"][:2])
+    (store / hurt / "graph.pt2").write_bytes(b"short")
+    os.utime(store / old, (0, 0))
+    verified = cache(store, tmp_path / "verify", "task.action=verify")
+    assert verified.code == 2 and hurt in verified.err and "graph.pt2 is altered or truncated" in verified.out
+    pruned = cache(store, tmp_path / "prune", "task.action=prune", "task.max_age_days=30")
+    assert pruned.code == 0 and not (store / hurt).exists() and not (store / old).exists()
+    assert len([path for path in store.glob("*/key.json")]) == GRAPHS - 2
+    assert cache(store, tmp_path / "all", "task.action=prune", "task.max_gb=0").code == 0
+    assert not list(store.glob("*/key.json"))
 
 
 # ---- quoting
