@@ -153,9 +153,6 @@ def make_plan(run: Run, shape: ModelShape, max_images: int) -> Plan:
     size = choice.page_size
     if size < 1:
         raise UserError(f"plan.page_size={size} must be at least 1.")
-    if run.max_input_length > shape.text.positions:
-        raise UserError(
-            f"max_input_length={run.max_input_length} is beyond the model's {shape.text.positions} positions.")
     longest = run.max_input_length + run.max_output_length
     pages_per_sequence = pages_for(longest, size)
     chunk = min(LARGEST_PREFILL, run.max_input_length)

@@ -24,10 +24,16 @@ class Interrupted(Exception):
 
 @dataclass
 class ModelChoice:
-    """One option of conf/model/. `config` holds released shapes in the form of a checkpoint's config.json."""
+    """One option of conf/model/. `config` holds released shapes in the form of a checkpoint's config.json.
+
+    weights, image and prompt are what the run takes where it says nothing of its own; package: is mllama_graph's folder.
+    """
 
     name: str = "custom"
     config: Optional[dict[str, Any]] = None
+    weights: Optional[str] = None
+    image: Optional[str] = None
+    prompt: Optional[str] = None
 
 
 @dataclass
@@ -47,6 +53,8 @@ class TaskChoice:
     action: str = "list"
     max_age_days: Optional[float] = None
     max_gb: Optional[float] = None
+    each: int = 40
+    controls: bool = True
 
 
 @dataclass

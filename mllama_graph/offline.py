@@ -2,12 +2,13 @@
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from mllama_graph.config import UserError
 from mllama_graph.engine import Delta, Engine, Result
+from mllama_graph.processor import Request
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class Results:
     def __init__(self, path: Path, expected: int):
         self.path, self.expected = path, expected
         self.finished: list[Result] = []
+        self.by_place: dict[int, Result] = {}
         self.errors = 0
         self._lines: dict[int, str] = {}
         self._file = path.open("w", encoding="utf8")
@@ -83,8 +85,12 @@ class Results:
         aside.replace(self.path)
 
 
-def serve_lines(engine: Engine, lines: list[Line], base: Path, results: Results, batch: int) -> None:
-    """Every line to its result or its error. Requests are prepared a batch ahead, so that images don't pile up."""
+def serve_lines(engine: Engine, lines: list[Line], base: Path, results: Results, batch: int,
+                alter: Callable[[Request], Request] = lambda request: request) -> None:
+    """Every line to its result or its error. Requests are prepared a batch ahead, so that images don't pile up.
+
+    `alter` may change a request before it is submitted.
+    """
     places: dict[int, int] = {}
     seen: set[str] = set()
     coming = iter(enumerate(lines))
@@ -102,8 +108,7 @@ def serve_lines(engine: Engine, lines: list[Line], base: Path, results: Results,
             if name in seen:
                 raise UserError(f"id {name} is used by an earlier line; ids must differ.")
             seen.add(name)
-            request = engine.processor.request({**given, "id": place}, base)
-            engine.submit(request)
+            engine.submit(alter(engine.processor.request({**given, "id": place}, base)))
             places[place] = id
         except UserError as error:
             log.info("request %s: %s", id, error)
@@ -115,6 +120,7 @@ def serve_lines(engine: Engine, lines: list[Line], base: Path, results: Results,
             place = delta.result.id
             delta.result.id = places.pop(place)
             results.finished.append(delta.result)
+            results.by_place[place] = delta.result
             results.add(place, delta.result.line())
 
     more = True

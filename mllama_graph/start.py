@@ -20,22 +20,33 @@ log = logging.getLogger(__name__)
 DEFAULT_MAX_IMAGES = 4
 
 
+PACKAGE = "package:"
+
+
+def packaged(value: Optional[str]) -> Optional[str]:
+    """A path as it is, or one in this package's folder where it says package:."""
+    if value is None or not value.startswith(PACKAGE):
+        return value
+    return str(Path(__file__).parent / value.removeprefix(PACKAGE))
+
+
 def model_of(run: Run) -> tuple[ModelShape, Optional[Checkpoint]]:
     """The model's shape, and its checkpoint unless the weights are random.
 
     Raises UserError where weights= and model= don't fit each other.
     """
     expected = shape_of({"model_type": "mllama", **run.model.config}) if run.model.config else None
-    if run.weights is None:
+    weights = packaged(run.model.weights) if run.weights is None else run.weights
+    if weights is None:
         raise UserError("weights= is not given. Use weights=/path/to/checkpoint, or model=11b weights=random.")
-    if run.weights in ("random", "meta"):
+    if weights in ("random", "meta"):
         if expected is None:
-            raise UserError(f"model=custom takes its shapes from a checkpoint, which weights={run.weights} lacks. "
+            raise UserError(f"model={run.model.name} takes its shapes from a checkpoint, which weights={weights} lacks. "
                             "Use model=11b or model=90b.")
         return expected, None
-    checkpoint = Checkpoint(Path(run.weights).expanduser())
+    checkpoint = Checkpoint(Path(weights).expanduser())
     if expected and (differing := differences(expected, checkpoint.shape)):
-        raise UserError(f"{run.weights} is not model={run.model.name}: {'; '.join(differing[:4])}"
+        raise UserError(f"{weights} is not model={run.model.name}: {'; '.join(differing[:4])}"
                         f"{' ...' if len(differing) > 4 else ''}. Use model=custom.")
     return checkpoint.shape, checkpoint
 
@@ -67,6 +78,8 @@ def start_engine(run: Run, plan: Plan, shape: ModelShape, checkpoint: Optional[C
     if run.weights == "meta":
         raise UserError("weights=meta has shapes but no values, so nothing can be generated. Use weights=random.")
     progress.say(f"plan: {plan.describe()}")
+    if plan.max_length > shape.text.positions:
+        log.warning("sequences of up to %d tokens; the model was made for %d", plan.max_length, shape.text.positions)
     rank = Rank(run, shape, plan, pixels_of(processor), checkpoint, progress)
     log.info("memory: %s", rank.memory.describe())
     return Engine(processor, Scheduler(plan, run.batch), rank)

@@ -100,7 +100,7 @@ class GraphStore:
             (aside / "checksums.json").write_text(json.dumps(sums, indent=1) + "\n")
             entry = self._written / key
             if entry.exists():
-                shutil.rmtree(entry)
+                self._discard(entry)
             aside.rename(entry)
         except OSError:
             shutil.rmtree(aside, ignore_errors=True)
@@ -130,7 +130,13 @@ class GraphStore:
 
     def remove(self, key: str) -> None:
         """Forget an entry."""
-        shutil.rmtree(self.folder / key)
+        self._discard(self.folder / key)
+
+    def _discard(self, entry: Path) -> None:
+        """Out of the way in one rename, then away: a kill leaves no half entry under its name."""
+        aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=entry.parent))
+        entry.rename(aside / "entry")
+        shutil.rmtree(aside)
 
     def sweep(self) -> None:
         """Clear what killed processes left behind."""

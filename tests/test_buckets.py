@@ -123,11 +123,6 @@ def test_a_size_that_cant_hold_the_limits_is_refused_with_its_rule(choice, messa
         plan_of(3, PlanChoice(**choice), batch=4, max_input_length=200, max_output_length=50)
 
 
-def test_a_prompt_beyond_the_models_positions_is_refused():
-    with pytest.raises(UserError, match="max_input_length=131073 is beyond the model's 131072 positions"):
-        plan_of(max_input_length=131073)
-
-
 def test_given_sizes_are_sorted_and_kept_and_printed():
     plan = plan_of(2, PlanChoice(page_size=16, prefill_tokens=[64, 16, 64], num_pages=40, num_images=5), batch=2,
                    max_input_length=100, max_output_length=20)

@@ -11,7 +11,7 @@ from mllama_graph.offline import Results, most_images, read_lines, serve_lines
 from mllama_graph.processor import Request
 from mllama_graph.report import Progress, table, write_result
 from mllama_graph.scheduler import Scheduler
-from mllama_graph.start import model_of, plan_of, processor_of, start_engine
+from mllama_graph.start import model_of, packaged, plan_of, processor_of, start_engine
 
 DEFAULT_PROMPT = {True: "Describe this image.", False: "What can you do?"}
 
@@ -22,12 +22,12 @@ def main(run: Run) -> None:
     processor = processor_of(run, shape, checkpoint)
     progress, folder = Progress(), Path(run.output_dir)
     if run.requests is None:
-        images = list_images(run.image)
+        prompt, images = asked(run)
         plan = plan_of(run, shape, len(images))
-        prompt = DEFAULT_PROMPT[bool(images)] if run.prompt is None else run.prompt
         request = processor.chat(0, prompt, images, run.system)
         Scheduler(plan, run.batch).check(len(request.ids), request.max_new, len(request.images))
         engine = start_engine(run, plan, shape, checkpoint, processor, progress)
+        progress.say(f"{' '.join(images)} {prompt}".strip())
         results = Results(folder / "results.jsonl", 1)
         result = answer(engine, request, results)
         _finish(run, folder, engine, results, [result], result, progress)
@@ -39,6 +39,14 @@ def main(run: Run) -> None:
     progress.say(f"{len(results.finished)} of {len(lines)} requests finished, {results.errors} refused"
                  + (f"; see {results.path}" if results.errors else ""))
     _finish(run, folder, engine, results, results.finished, None, progress)
+
+
+def asked(run: Run) -> tuple[str, list[str]]:
+    """The prompt and images of a chat; a run that gives neither asks what its model ships with."""
+    if run.prompt is None and run.image is None and run.model.prompt is not None:
+        return run.model.prompt, list_images(packaged(run.model.image))
+    images = list_images(run.image)
+    return DEFAULT_PROMPT[bool(images)] if run.prompt is None else run.prompt, images
 
 
 def answer(engine: Engine, request: Request, results: "Results") -> Result:
