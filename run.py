@@ -109,14 +109,25 @@ def explain(error: Exception) -> str:
 
 def main() -> int:
     """The exit code: 0, or 2 for an error that the user can mend."""
+    for argument in sys.argv[1:]:
+        if not argument.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in argument):
+            print(f"error: {argument!r} is not valid UTF-8 text.", file=sys.stderr)
+            return 2
     ConfigStore.instance().store(name="schema", node=Run)
-    sys.argv[1:] = [literal(argument) for argument in sys.argv[1:]]
+    # argparse takes no overrides after an option that follows overrides, so the sweep's flag goes first.
+    given = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))
+    sys.argv[1:] = [literal(argument) for argument in given]
     try:
         job()
     except JobFailed:
         pass
+    except KeyboardInterrupt:
+        return 130
     except (HydraException, OmegaConfBaseException) as error:
         print(f"error: {explain(error)}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}. The run's folder must be writable (hydra.run.dir).", file=sys.stderr)
         return 2
     return failures[0] if failures else 0
 

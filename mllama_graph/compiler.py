@@ -7,6 +7,10 @@ touch the steps being served. A worker holds no weights; it ends by itself when 
 import logging
 import multiprocessing
 import os
+import signal
+import sys
+import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -26,21 +30,31 @@ CompileInto = Callable[[Path, Any, Any, str], float]
 
 
 def _work(connection: Connection, compile_into: CompileInto, folder: Path) -> None:
-    """A worker: jobs in, (seconds, error) out, until the other end is closed."""
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A worker: jobs in, (seconds, error) out, until the other end is closed or its process is gone."""
+    # An exception, unlike a bare SIGTERM, clears the folder that a graph is built in.
+    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(1))
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     os.nice(NICENESS)
     logging.getLogger("torch").setLevel(logging.ERROR)
     while True:
         try:
             job = connection.recv()
-        except EOFError:
+        except (EOFError, OSError):
             return
         try:
-            connection.send((compile_into(folder, *job), None))
+            done = compile_into(folder, *job), None
         except Exception as error:
-            connection.send((0.0, f"{type(error).__name__}: {error}".splitlines()[0]))
+            done = 0.0, f"{type(error).__name__}: {error}".splitlines()[0]
+        try:
+            connection.send(done)
+        except OSError:
+            return
+
+
+def _end_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Compiler:
@@ -95,7 +109,12 @@ class Compiler:
         ours, theirs = self._context.Pipe()
         # A daemon ends with this process; the closed pipe ends it even where this one is killed.
         process = self._context.Process(target=_work, args=(theirs, self._compile_into, self._folder), daemon=True)
-        process.start()
+        # Ctrl-C reaches the whole group; a worker that is still importing must not tell its stack. Ignoring is inherited.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            process.start()
+        finally:
+            signal.signal(signal.SIGINT, before)
         theirs.close()
         self._processes.append(process)
         return ours

@@ -55,6 +55,8 @@ class TaskChoice:
     max_gb: Optional[float] = None
     each: int = 40
     controls: bool = True
+    folder: Optional[str] = None
+    minutes: float = 90.0
 
 
 @dataclass

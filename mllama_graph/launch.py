@@ -35,7 +35,8 @@ def run_here(run: Run) -> None:
     try:
         importlib.import_module(f"mllama_graph.tasks.{run.task.name}").main(run)
     except KeyboardInterrupt as error:
-        raise Interrupted("interrupted; finished requests are in results.jsonl.") from error
+        finished = Path(run.output_dir) / "results.jsonl"
+        raise Interrupted(f"interrupted; finished requests are in {finished}." if finished.exists() else "interrupted.") from error
 
 
 def _interrupt(signum: int, frame: object) -> None:
@@ -45,15 +46,16 @@ def _interrupt(signum: int, frame: object) -> None:
 def run_fresh(run: Run) -> None:
     """Do the task in a process of its own.
 
-    Raises ChildFailed where that process fails; it has then told why and written result.json.
+    Raises ChildFailed where that process fails; it has then told why and written result.json. KeyboardInterrupt passes.
     """
     child = multiprocessing.get_context("spawn").Process(target=_child, args=(run,))
     child.start()
     try:
         child.join()
     except KeyboardInterrupt:
+        # The child has had the signal too, and tells what became of the job.
         child.join()
-        raise Interrupted("interrupted; finished requests are in results.jsonl.") from None
+        raise
     if child.exitcode:
         _left_without_result(run, child.exitcode)
         raise ChildFailed(child.exitcode if child.exitcode > 0 else 1)

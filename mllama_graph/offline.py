@@ -8,7 +8,7 @@ from typing import Any
 
 from mllama_graph.config import UserError
 from mllama_graph.engine import Delta, Engine, Result
-from mllama_graph.processor import Request
+from mllama_graph.processor import FIELDS, Request
 
 log = logging.getLogger(__name__)
 
@@ -22,16 +22,21 @@ def read_lines(path: Path) -> Iterator[Line]:
     Raises UserError where the file can't be read.
     """
     try:
-        content = path.expanduser().read_text(encoding="utf8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"requests={path} can't be read: {error}.") from error
+        content = path.expanduser().read_bytes()
+    except OSError as error:
+        raise UserError(f"requests={path} can't be read: {error.strerror}.") from error
     if not content.strip():
         raise UserError(f"requests={path} is empty. Put one JSON object on each line.")
-    for number, line in enumerate(content.split("\n"), start=1):
+    for number, line in enumerate(content.split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
-            given = json.loads(line)
+            given = json.loads(line.decode())
+            # JSON can spell half a character (a lone surrogate), which no tokenizer and no file takes.
+            json.dumps(given, ensure_ascii=False).encode()
+        except UnicodeError as error:
+            yield number, f"line {number} is not valid UTF-8 text: {error}."
+            continue
         except ValueError as error:
             yield number, f"line {number} is not valid JSON: {error}."
             continue
@@ -62,6 +67,8 @@ class Results:
         self.finished: list[Result] = []
         self.by_place: dict[int, Result] = {}
         self.errors = 0
+        # Fields that mean nothing, perhaps misspelt.
+        self.ignored: set[str] = set()
         self._lines: dict[int, str] = {}
         self._file = path.open("w", encoding="utf8")
 
@@ -104,6 +111,7 @@ def serve_lines(engine: Engine, lines: list[Line], base: Path, results: Results,
         try:
             if isinstance(given, str):
                 raise UserError(given)
+            results.ignored |= given.keys() - FIELDS
             name = json.dumps(id, sort_keys=True)
             if name in seen:
                 raise UserError(f"id {name} is used by an earlier line; ids must differ.")

@@ -339,6 +339,9 @@ def _resolve(source: str, base: Path) -> str:
         raise UserError(f"image {shorten(source)} can't be opened: {error_text(error)}.") from error
 
 
+# Every field of a request that means something here, and those that tasks read.
+FIELDS = frozenset({"id", "messages", "prompt", "input_ids", "images", "max_new_tokens", "temperature", "top_p", "top_k",
+                    "seed", "stop", "ignore_eos", "logprobs", "answer", "kind"})
 LARGEST = 2**31 - 1
 # Field of a request -> (type, least value or None, greatest value).
 _NUMBERS = {"max_new_tokens": (int, 1, LARGEST), "temperature": (float, 0, 1e6), "top_p": (float, 0, 1),

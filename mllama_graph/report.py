@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Optional
@@ -28,12 +29,12 @@ class Progress:
     def weights(self, done: int, total: int) -> None:
         """Bytes of weights in place, of how many."""
         if self._bar is None:
-            self._bar = tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1000, desc="weights", leave=False,
-                             file=self._stream, disable=not self._stream.isatty())
+            self._bar, self._begun = tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1000, desc="weights", leave=False,
+                             file=self._stream, disable=not self._stream.isatty()), time.perf_counter()
         self._bar.update(done - self._bar.n)
         if done >= total:
             self._bar.close()
-            self.say(f"weights: {total / 1e9:.3f} GB in {self._bar.format_dict['elapsed']:.1f} s")
+            self.say(f"weights: {total / 1e9:.3f} GB in {time.perf_counter() - self._begun:.1f} s")
 
     def graphs(self, done: int, total: int) -> None:
         """Graphs compiled, of how many."""

@@ -135,5 +135,5 @@ def require(needed: Memory, available: int, where: str) -> None:
     """Raises UserError with the sum where a rank needs more memory than there is."""
     if needed.total > available:
         raise UserError(
-            f"not enough memory: {needed.describe()} needed, {available / GB:.2f} GB available ({where}). "
+            f"not enough memory: {needed.describe()} needed, {max(available, 0) / GB:.2f} GB available ({where}). "
             "Lower batch, max_input_length, max_images or plan.num_pages, use dtype=bf16, or a larger machine.")

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 PACKAGE = "graph.pt2"
 # What a killed process may leave: folders with this prefix, swept away once this old.
-ASIDE, ASIDE_SECONDS = ".aside-", 24 * 3600
+ASIDE, ASIDE_SECONDS = ".aside-", 3600
 
 
 def key_of(fields: dict[str, Any]) -> str:
@@ -60,7 +60,7 @@ class GraphStore:
         except OSError as error:
             self._temporary = tempfile.TemporaryDirectory(prefix="mllama_graph-")
             self._written = Path(self._temporary.name)
-            self.warning = f"graph_cache={folder} can't be written ({error.strerror}); graphs last for this run only."
+            self.warning = f"graph_cache={folder} can't be written ({error.strerror}); graphs last for this run only. Give another graph_cache=."
 
     @property
     def written(self) -> Path:
@@ -139,7 +139,11 @@ class GraphStore:
         shutil.rmtree(aside)
 
     def sweep(self) -> None:
-        """Clear what killed processes left behind."""
+        """Clear what killed processes left behind, and the locks of entries that are gone."""
+        for path in self.folder.glob(".*.lock"):
+            if not (self.folder / path.name[1:].removesuffix(".lock")).exists():
+                with contextlib.suppress(OSError, Timeout), FileLock(path, timeout=0):
+                    path.unlink()
         for path in self.folder.glob(f"{ASIDE}*"):
             with contextlib.suppress(OSError):
                 if time.time() - path.stat().st_mtime > ASIDE_SECONDS:

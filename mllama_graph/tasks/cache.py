@@ -21,13 +21,14 @@ def main(run: Run) -> None:
     store, action = graph_store(run), run.task.action
     if action not in ("list", "verify", "prune"):
         raise UserError(f"task.action={action} is not one of list, verify, prune.")
-    store.sweep()
     entries = store.entries(verify=action != "list")
     gone = [entry for entry in entries if _must_go(run, entries, entry)] if action == "prune" else []
     print(columns(("key", "graph", "weights", "MB", "days unused", "state"),
                   [_row(entry, "removed" if entry in gone else entry.fault or "ok") for entry in entries]))
     for entry in gone:
         store.remove(entry.key)
+    if action == "prune":
+        store.sweep()
     kept = [entry for entry in entries if entry not in gone]
     total = sum(entry.bytes for entry in kept)
     print(f"\n{len(kept)} graphs, {total / GB:.3f} GB in {store.folder}")

@@ -16,7 +16,7 @@ from mllama_graph.offline import Line, Results, most_images, read_lines, serve_l
 from mllama_graph.processor import Request
 from mllama_graph.report import Progress, columns, write_result
 from mllama_graph.start import model_of, plan_of, processor_of, start_engine
-from mllama_graph.tasks.generate import metrics_of
+from mllama_graph.tasks.generate import finish_compiling, metrics_of
 
 ALL = "all"
 
@@ -40,8 +40,7 @@ def main(run: Run) -> None:
         for control in ("images exchanged", "images unseen"):
             scores[control] = score(engine, lines, path.parent, folder, run.batch, control, progress)
     print(columns(("kind", "scenes", *scores), _rows(scores)))
-    engine.rank.graphs.drain(progress.graphs)
-    engine.rank.graphs.compiler.close()
+    finish_compiling(engine.rank.graphs, progress)
     write_result(folder, asdict(run), graphs=[asdict(record) for record in engine.rank.graphs.records],
                  metrics=metrics | {"exact_match": {name: _percentages(by_kind) for name, by_kind in scores.items()}})
 

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any, Optional
 
 from mllama_graph.config import Run
+from mllama_graph.dispatch import Graphs
 from mllama_graph.engine import Delta, Engine, Result
-from mllama_graph.images import list_images
+from mllama_graph.images import list_images, shorten
 from mllama_graph.offline import Results, most_images, read_lines, serve_lines
 from mllama_graph.processor import Request
 from mllama_graph.report import Progress, table, write_result
@@ -27,7 +28,7 @@ def main(run: Run) -> None:
         request = processor.chat(0, prompt, images, run.system)
         Scheduler(plan, run.batch).check(len(request.ids), request.max_new, len(request.images))
         engine = start_engine(run, plan, shape, checkpoint, processor, progress)
-        progress.say(f"{' '.join(images)} {prompt}".strip())
+        progress.say(" ".join([*map(shorten, images), prompt]))
         results = Results(folder / "results.jsonl", 1)
         result = answer(engine, request, results)
         _finish(run, folder, engine, results, [result], result, progress)
@@ -38,6 +39,8 @@ def main(run: Run) -> None:
     serve_lines(engine, lines, Path(run.requests).parent, results, run.batch)
     progress.say(f"{len(results.finished)} of {len(lines)} requests finished, {results.errors} refused"
                  + (f"; see {results.path}" if results.errors else ""))
+    if results.ignored:
+        progress.say(f"fields without a meaning were ignored: {', '.join(sorted(results.ignored))}")
     _finish(run, folder, engine, results, results.finished, None, progress)
 
 
@@ -100,12 +103,21 @@ def _finish(run: Run, folder: Path, engine: Engine, results: Results, finished: 
     write()
     if finished:
         print("\n" + table(_figures(metrics)), flush=True)
-    if graphs.compiler.pending:
-        progress.say(f"\n{graphs.compiler.pending} graphs still compile, for the next start; Ctrl-C leaves it at that")
-        graphs.drain(progress.graphs)
-        write()
-    graphs.compiler.close()
+    finish_compiling(graphs, progress)
+    write()
     progress.say(f"\n{folder / 'result.json'}")
+
+
+def finish_compiling(graphs: Graphs, progress: Progress) -> None:
+    """Let what still compiles reach the store, so that the next start compiles nothing; Ctrl-C stops it."""
+    pending = graphs.compiler.pending
+    if pending and not graphs.store.warning:
+        progress.say(f"\nfor the next start {pending} more graph{'s' * (pending > 1)} will be compiled; Ctrl-C to stop here")
+        try:
+            graphs.drain(progress.graphs)
+        except KeyboardInterrupt:
+            progress.say(f"stopped; {graphs.compiler.pending} left for another time (task=warmup compiles them all)")
+    graphs.compiler.close()
 
 
 def _figures(metrics: dict[str, Any]) -> list[tuple[str, str]]:

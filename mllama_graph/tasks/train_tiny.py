@@ -1,0 +1,21 @@
+"""task=train_tiny: train the tiny model from nothing and export it as a checkpoint folder."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from mllama_graph.config import Run
+from mllama_graph.report import Progress, write_result
+
+
+def main(run: Run) -> None:
+    """Train for task.minutes in task.folder, or go on with what is there; then export to its folder `tiny`."""
+    import torch
+
+    from mllama_graph.tiny import export, train
+
+    folder = Path(run.task.folder).expanduser() if run.task.folder else Path(run.output_dir) / "training"
+    folder.mkdir(parents=True, exist_ok=True)
+    train.main(["--folder", str(folder), "--minutes", str(run.task.minutes), "--seed", str(run.seed)])
+    export.export(torch.load(folder / "checkpoint.pt")["average"], folder / "tiny")
+    write_result(Path(run.output_dir), asdict(run))
+    Progress().say(f"exported to {folder / 'tiny'}; try weights={folder / 'tiny'}")
