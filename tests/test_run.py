@@ -233,9 +233,9 @@ def test_an_interrupt_keeps_every_finished_line(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ([], "weights= is not given.*weights=random"),
+    (["model=custom"], "weights= is not given.*weights=random"),
     (["weights=nowhere/at/all"], "weights=nowhere/at/all is not a folder.*weights=random"),
-    (["weights=random"], "model=custom takes its shapes from a checkpoint"),
+    (["model=custom", "weights=random"], "model=custom takes its shapes from a checkpoint"),
     (["weights=random", "model=11b", "dtype=fp8"], "dtype=fp8 is not one of auto, fp32, fp16, bf16"),
     (["weights=random", "model=11b", "tp=2"], "tp=2"),
     (["weights=random", "model=11b", "quant=w8a8"], "quant=w8a8"),
