@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from pathlib import Path
 
-from mllama_graph.config import Run
+from mllama_graph.config import Run, UserError
 from mllama_graph.report import Progress, write_result
 
 
@@ -15,7 +15,11 @@ def main(run: Run) -> None:
 
     folder = Path(run.task.folder).expanduser() if run.task.folder else Path(run.output_dir) / "training"
     folder.mkdir(parents=True, exist_ok=True)
-    train.main(["--folder", str(folder), "--minutes", str(run.task.minutes), "--seed", str(run.seed)])
+    try:
+        train.main(["--folder", str(folder), "--minutes", str(run.task.minutes), "--seed", str(run.seed)])
+    except SystemExit as ended:
+        if ended.code:
+            raise UserError(f"training ended with exit code {ended.code}; run the same command to go on.") from ended
     export.export(torch.load(folder / "checkpoint.pt")["average"], folder / "tiny")
     write_result(Path(run.output_dir), asdict(run))
     Progress().say(f"exported to {folder / 'tiny'}; try weights={folder / 'tiny'}")

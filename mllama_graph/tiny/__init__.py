@@ -1,0 +1,1 @@
+"""The tiny trained mllama: scenes, questions, tokenizer, training, export, evaluation."""

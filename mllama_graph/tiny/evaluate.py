@@ -1,0 +1,102 @@
+"""Exact match per question kind on held-out scenes, with controls, by the training code.
+
+An answer is right when the greedy choice is right at each of its tokens, the end included. The weights are the moving
+average, rounded to bfloat16 as they are exported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .heldout import held_out
+from .model import Mllama, Shape
+from .questions import KINDS, LANGUAGES, Question, ask, ask_text, ask_two, name
+from .samples import Batch, Group, draw_pairs, make_batch, tokenizer
+from .scenes import COLORS, SEEN, SHAPES, UNSEEN, Scene, draw_number, draw_scene
+
+def shuffled(batch: Batch, features: Tensor) -> Tensor:
+    """Every question sees the picture of another one of its batch."""
+    single = batch.text.single[0]
+    rest = torch.arange(single, len(features))
+    return features[torch.cat([torch.arange(single).roll(7), rest.roll(6)])]
+
+
+@torch.no_grad()
+def answers_right(model: Mllama, batch: Batch, control: str) -> list[tuple[Question, bool, list[int]]]:
+    """For each question: whether greedy decoding gives its first answer, and the tokens chosen at its rows."""
+    features = None
+    if len(batch.tiles) and control != "no cross-attention":
+        features = model.see(batch.tiles, batch.ratio_I, batch.tiles_I)
+        if control == "shuffled":
+            features = shuffled(batch, features)
+    tiles_I = batch.tiles_I
+    last, _ = model.read(batch.text, features, tiles_I)
+    chosen = model.lm_head(last).argmax(-1)
+    return [(q, bool((chosen[a:b] == batch.targets_T[a:b]).all()), chosen[a:b].tolist()) for q, a, b in batch.spans]
+
+
+def score(model: Mllama, groups: list[Group], control: str = "") -> tuple[dict[str, float], list]:
+    """Exact match in % by kind, by language and overall; and the wrong answers."""
+    right, wrong = defaultdict(list), []
+    order = sorted(range(len(groups)), key=lambda i: (len(groups[i].scenes), i * 7919 % 1009))
+    for start in range(0, len(order), 40):
+        batch = make_batch([groups[i] for i in order[start : start + 40]], [], random.Random(start))
+        for q, good, tokens in answers_right(model, batch, control):
+            right[q.kind].append(good)
+            right["language " + q.language].append(good)
+            right["all"].append(good)
+            if q.kind in ("count", "position"):
+                right[f"{q.kind} {q.variety.rstrip('01') if q.kind == 'position' else q.variety}"].append(good)
+            if not good:
+                wrong.append((q, tokens))
+    return {k: round(100 * sum(v) / len(v), 1) for k, v in right.items()}, wrong
+
+
+def load_weights(path: Path, which: str) -> Mllama:
+    """The weights (`average` or `model`) of a training checkpoint, rounded to bfloat16, in float32."""
+    model = Mllama(Shape())
+    model.load_state_dict({k: v.bfloat16().float() for k, v in torch.load(path)[which].items()})
+    return model.eval()
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--each", type=int, default=40, help="questions of each kind")
+    parser.add_argument("--controls", action="store_true", help="also images shuffled, cross-attention off, unseen pairs")
+    parser.add_argument("--wrong", type=int, default=12, help="wrong answers to show")
+    parser.add_argument("--raw", action="store_true", help="the last weights instead of their moving average")
+    parser.add_argument("--json", type=Path, help="where the figures go")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    model = load_weights(args.checkpoint, "model" if args.raw else "average")
+    groups = list(held_out(args.each, False))
+    table = {}
+    table["held out"], wrong = score(model, groups)
+    if args.controls:
+        table["unseen pairs"], wrong_unseen = score(model, list(held_out(args.each, True)))
+        for control in ("shuffled", "no cross-attention"):
+            table[control] = score(model, groups, control)[0]
+        wrong += wrong_unseen
+    rows = sorted(table["held out"], key=lambda k: (KINDS.index(k) if k in KINDS else 99, k))
+    print(f"{'':16}" + "".join(f"{c:>20}" for c in table))
+    for row in rows:
+        print(f"{row:16}" + "".join(f"{t.get(row, float('nan')):20.1f}" for t in table.values()))
+    for q, tokens in random.Random(0).sample(wrong, min(args.wrong, len(wrong))):
+        print(f"  {q.kind}: {q.text} wanted {q.answers[0]!r} got {tokenizer().decode(tokens)!r}")
+    if args.json:
+        args.json.write_text(json.dumps(table, indent=1))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,67 @@
+"""Scenes whose vision features are computed once, to train the text alone: a step costs a third."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .model import Mllama
+from .questions import ask_text
+from .samples import (
+    Batch, Group, Mix, named_things, pack_text, pair_group, pair_scenes, patch_labels, presence_label, question_group,
+    random_scene, readout_label,
+)
+from .scenes import Scene
+from .tiling import tile_image
+
+
+@dataclass
+class Entry:
+    """One or two scenes with what the vision tower made of them."""
+
+    scenes: list[Scene]
+    features: Tensor  # [1 or 2, C, S, vision_output]
+    tiles: list[int]
+    labels: list[np.ndarray]
+
+
+@torch.no_grad()
+def see_scenes(model: Mllama, scenes: list[Scene]) -> Entry:
+    """Run the vision tower; the pictures themselves are not kept."""
+    tiled = [tile_image(s.image) for s in scenes]
+    stack = torch.from_numpy(np.stack([t[0] for t in tiled]))
+    with torch.autocast("cpu", torch.bfloat16):
+        features = model.see(stack, torch.tensor([t[1] for t in tiled]), torch.tensor([t[2] for t in tiled]))
+    return Entry(scenes, features.float(), [t[2] for t in tiled], [patch_labels(s) for s in scenes])
+
+
+class Pool:
+    """Entries to draw batches from, a few of them replaced after every batch."""
+
+    def __init__(self, model: Mllama, singles: int, pairs: int, rng: random.Random):
+        self.model = model
+        self.singles = [see_scenes(model, [random_scene(rng)]) for _ in range(singles)]
+        self.pairs = [see_scenes(model, pair_scenes(rng)) for _ in range(pairs)]
+
+    def batch(self, mix: Mix, rng: random.Random) -> tuple[Batch, Tensor]:
+        """A batch without pictures, and the features of its images."""
+        singles, pairs = rng.sample(self.singles, mix.scenes), rng.sample(self.pairs, mix.pairs)
+        made = [(question_group(rng, mix.questions, e.scenes[0]), e) for e in singles]
+        made = [(g, e) for g, e in made if g.questions]
+        made += [(g, e) for e in pairs if (g := pair_group(rng, 6, e.scenes)).questions]
+        groups, entries = [g for g, _ in made], [e for _, e in made]
+        groups += [Group([], [ask_text(rng)]) for _ in range(mix.talks)]
+        text, targets, spans, rows, asked = pack_text(groups, rng)
+        tiles = [t for e in entries for t in e.tiles]
+        labels = np.stack([x for e in entries for x in e.labels])
+        self.singles[rng.randrange(len(self.singles))] = see_scenes(self.model, [random_scene(rng)])
+        return Batch(
+            torch.zeros(0), torch.zeros(0), torch.tensor(tiles), text, targets, spans, torch.zeros(0), rows,
+            torch.tensor([readout_label(e.scenes[0]) for e in entries]),
+            torch.tensor([presence_label(e.scenes[0]) for e in entries]), *named_things(text, labels, tiles),
+            int((text.cross_T < text.single[0] * text.single[1]).sum()), asked,
+        ), torch.cat([e.features for e in entries])
