@@ -1,6 +1,7 @@
 """What a person sees and what is left on disk: progress, the table of figures, result.json, a sweep's summary."""
 
 import json
+import logging
 import os
 import platform
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any, Optional
 
 from tqdm import tqdm
+
+log = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "torch_npu", "transformers", "tokenizers", "safetensors", "pillow", "hydra-core", "numpy")
 
@@ -23,7 +26,8 @@ class Progress:
         self._graphs: Optional[tqdm] = None
 
     def say(self, line: str) -> None:
-        """One line for the reader."""
+        """One line for the reader, and for run.log."""
+        log.info(line.strip())
         tqdm.write(line, file=self._stream)
 
     def weights(self, done: int, total: int) -> None:
