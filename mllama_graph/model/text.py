@@ -21,12 +21,14 @@ Attend = Callable[[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]], Tensor]
 
 
 def mlp(w: Node, h_TD: Tensor, ops: Ops) -> Tensor:
+    """SwiGLU, gate and up fused; one all-reduce."""
     h_TF = ops.swiglu(ops.linear(h_TD, w.gate_up))
     return ops.all_reduce(ops.linear(h_TF, w.down))
 
 
 def self_attention(w: Node, h_TD: Tensor, angles: tuple[Tensor, Tensor], pages: tuple[Tensor, Tensor],
                    attend: Attend, head_width: int, ops: Ops) -> Tensor:
+    """Rotary self-attention over the layer's pages; one all-reduce."""
     T = h_TD.shape[0]
     kv = pages[0].shape[2] * head_width
     qkv = ops.linear(h_TD, w.qkv)
@@ -39,6 +41,7 @@ def self_attention(w: Node, h_TD: Tensor, angles: tuple[Tensor, Tensor], pages: 
 
 def self_block(w: Node, x_TD: Tensor, y_TD: Optional[Tensor], angles: tuple[Tensor, Tensor],
                pages: tuple[Tensor, Tensor], attend: Attend, shape: ModelShape, ops: Ops) -> tuple[Tensor, Tensor]:
+    """A layer that attends to text; (x_TD, y_TD) in and out."""
     h_TD, x_TD = ops.add_rms_norm(x_TD, y_TD, w.attention_norm, shape.text.eps)
     y_TD = self_attention(w, h_TD, angles, pages, attend, shape.text.head_width, ops)
     h_TD, x_TD = ops.add_rms_norm(x_TD, y_TD, w.mlp_norm, shape.text.eps)
@@ -79,6 +82,7 @@ def trunk(w: Node, ids_T: Tensor, position_T: Tensor, image: Optional[ImageInput
 
 
 def logits(w: Node, x_TD: Tensor, y_TD: Optional[Tensor], shape: ModelShape, ops: Ops) -> Tensor:
+    """The final norm and the head, of whatever rows are given."""
     h_TD, _ = ops.add_rms_norm(x_TD, y_TD, w.norm, shape.text.eps)
     return ops.linear(h_TD, w.head)
 

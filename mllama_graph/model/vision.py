@@ -28,6 +28,7 @@ def normalise(w: Node, tiles_C3hw: Tensor, real_1: Tensor, dtype: torch.dtype) -
 
 
 def gated(x: Tensor, gate: Optional[Tensor]) -> Tensor:
+    """x behind its tanh gate, or x where there is none."""
     return x if gate is None else x * gate.to(x.dtype).tanh()
 
 
