@@ -11,8 +11,6 @@ import json
 import random
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,9 +18,8 @@ from torch import Tensor
 
 from .heldout import held_out
 from .model import Mllama, Shape
-from .questions import KINDS, LANGUAGES, Question, ask, ask_text, ask_two, name
-from .samples import Batch, Group, draw_pairs, make_batch, tokenizer
-from .scenes import COLORS, SEEN, SHAPES, UNSEEN, Scene, draw_number, draw_scene
+from .questions import KINDS, Question
+from .samples import Batch, Group, make_batch, tokenizer
 
 def shuffled(batch: Batch, features: Tensor) -> Tensor:
     """Every question sees the picture of another one of its batch."""

@@ -106,8 +106,8 @@ def write_requests(folder: Path, each: int) -> Path:
                 question = group.questions[0]
                 id = f"{prefix}{question.kind} {number}".replace(" ", "-")
                 images = [f"{id}-{n}.png" for n in range(len(group.scenes))]
-                for name, scene in zip(images, group.scenes):
-                    scene.image.save(folder / name)
+                for file_name, scene in zip(images, group.scenes):
+                    scene.image.save(folder / file_name)
                 line = {"id": id, "kind": prefix + question.kind, "prompt": question.text, "images": images,
                         "answer": list(question.answers), "max_new_tokens": 64}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
