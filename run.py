@@ -23,12 +23,16 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from mllama_graph import launch
-from mllama_graph.config import Interrupted, Run, UserError, check
+from mllama_graph.config import Interrupted, PeerGone, RankFailed, Run, UserError, check
+from mllama_graph.launch import follow, launch
+from mllama_graph.place import place_from
 from mllama_graph.report import write_result, write_summary
 
 # Taken literally: Hydra's grammar would refuse commas, apostrophes, parentheses, = and Chinese.
 LITERAL_KEYS = ("prompt", "image", "system", "requests", "weights")
+
+# 2: an error that the user can mend.
+EXIT_CODES = {UserError: 2, Interrupted: 130}
 
 log = logging.getLogger("mllama_graph")
 
@@ -67,14 +71,11 @@ def job(cfg: DictConfig) -> None:
     run.output_dir = str(folder)
     try:
         check(run)
-        # A sweep's jobs share this process, so each gets a fresh one for its ranks.
-        (launch.run_fresh if sweeping else launch.run_here)(run)
-    except (UserError, Interrupted) as error:
+        # A sweep's jobs share this process, so each gets fresh ones for its ranks.
+        launch(run, fresh=sweeping)
+    except (UserError, Interrupted, RankFailed, PeerGone) as error:
         log.exception("the run ended early")
-        _fail(run, folder, str(error), 2 if isinstance(error, UserError) else 130)
-    except launch.ChildFailed as error:
-        # The child has told why; its exit code says how it ended.
-        failures.append(error.exit_code)
+        _fail(run, folder, str(error), EXIT_CODES.get(type(error), 1))
     except Exception as error:
         log.exception("internal error")
         _fail(run, folder, f"internal error: {type(error).__name__}: {error} (stack in {folder / 'run.log'})", 1)
@@ -109,6 +110,11 @@ def explain(error: Exception) -> str:
 
 def main() -> int:
     """The exit code: 0, or 2 for an error that the user can mend."""
+    place = place_from(os.environ)
+    if place and place.rank > 0:
+        # torchrun starts every rank alike; rank 0 alone composes the run and writes its folder.
+        follow(place)
+        return 0
     for argument in sys.argv[1:]:
         if not argument.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in argument):
             print(f"error: {argument!r} is not valid UTF-8 text.", file=sys.stderr)

@@ -1,12 +1,12 @@
-"""Weights: one table that gives every tensor's name, place, shape, shard axis and random init, and what reads it.
+"""Weights: what fills the tree that table.py describes, a rank's slices of it at a time.
 
 A checkpoint is a Hugging Face folder: config.json and safetensors, in one file or in shards with an index, under the
-names of either transformers generation. Files are memory-mapped and copied slice by slice into place, so that no
-second copy of the weights ever exists.
+names of either transformers generation. Files are memory-mapped and copied block by block into place, so that no
+second copy of the weights ever exists and a rank reads what it holds and nothing else.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from mllama_graph.config import UserError
 from mllama_graph.model.tree import Leaf, Node
-from mllama_graph.shape import ModelShape, RopeShape, VisionShape, read_json, shape_of
+from mllama_graph.shape import ModelShape, RopeShape, read_json, shape_of
+from mllama_graph.table import WHOLE, Entry, Shard, table
 
 STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -33,111 +34,8 @@ IGNORED_SUFFIX = "rotary_emb.inv_freq"
 
 # Random values repeat with this prime period: fast to make, and no two rows of a matrix line up.
 RANDOM_PERIOD = 4_194_301
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of a checkpoint.
-
-    name: legacy Hugging Face name. path: its Parameter in the weight tree; entries that share a path are stacked along
-    axis 0 in table order. shape: whole shape. shard: the axis that tensor parallelism splits, or None.
-    init: how random weights draw it.
-    """
-
-    name: str
-    path: str
-    shape: tuple[int, ...]
-    shard: int | None
-    init: str
-
-
-def table(shape: ModelShape) -> list[Entry]:
-    """Every tensor of a model, in the order of the tree."""
-    return [*_text_entries(shape), *_vision_entries(shape.vision),
-            *_linear("multi_modal_projector", "projector", shape.text.width, shape.vision.out_width, None, bias=True)]
-
-
-def _linear(name: str, path: str, out: int, into: int, shard: int | None, bias: bool = False) -> list[Entry]:
-    entries = [Entry(f"{name}.weight", f"{path}.weight", (out, into), shard, "linear")]
-    if bias:
-        entries.append(Entry(f"{name}.bias", f"{path}.bias", (out,), 0 if shard == 0 else None, "bias"))
-    return entries
-
-
-def _norm(name: str, path: str, width: int) -> Entry:
-    return Entry(f"{name}.weight", path, (width,), None, "norm")
-
-
-def _layer_norm(name: str, path: str, width: int) -> list[Entry]:
-    return [_norm(name, f"{path}.weight", width), Entry(f"{name}.bias", f"{path}.bias", (width,), None, "bias")]
-
-
-def _text_entries(shape: ModelShape) -> Iterator[Entry]:
-    text = shape.text
-    q, kv, model = text.heads * text.head_width, text.kv_heads * text.head_width, "language_model.model"
-    yield Entry(f"{model}.embed_tokens.weight", "text.embed", (shape.embeddings, text.width), None, "embed")
-    for i in range(text.layers):
-        name, path = f"{model}.layers.{i}", f"text.layers.{i}"
-        yield _norm(f"{name}.input_layernorm", f"{path}.attention_norm", text.width)
-        if i in text.cross_layers:
-            attention = f"{name}.cross_attn"
-            yield from _linear(f"{attention}.q_proj", f"{path}.q", q, text.width, 0)
-            yield from _linear(f"{attention}.k_proj", f"{path}.kv", kv, text.width, 0)
-            yield from _linear(f"{attention}.v_proj", f"{path}.kv", kv, text.width, 0)
-            yield _norm(f"{attention}.q_norm", f"{path}.q_norm", text.head_width)
-            yield _norm(f"{attention}.k_norm", f"{path}.k_norm", text.head_width)
-            yield Entry(f"{name}.cross_attn_attn_gate", f"{path}.attention_gate", (1,), None, "gate")
-            yield Entry(f"{name}.cross_attn_mlp_gate", f"{path}.mlp_gate", (1,), None, "gate")
-        else:
-            attention = f"{name}.self_attn"
-            yield from _linear(f"{attention}.q_proj", f"{path}.qkv", q, text.width, 0)
-            yield from _linear(f"{attention}.k_proj", f"{path}.qkv", kv, text.width, 0)
-            yield from _linear(f"{attention}.v_proj", f"{path}.qkv", kv, text.width, 0)
-        yield from _linear(f"{attention}.o_proj", f"{path}.o", text.width, q, 1)
-        yield _norm(f"{name}.post_attention_layernorm", f"{path}.mlp_norm", text.width)
-        yield from _linear(f"{name}.mlp.gate_proj", f"{path}.gate_up", text.mlp, text.width, 0)
-        yield from _linear(f"{name}.mlp.up_proj", f"{path}.gate_up", text.mlp, text.width, 0)
-        yield from _linear(f"{name}.mlp.down_proj", f"{path}.down", text.width, text.mlp, 1)
-    yield _norm(f"{model}.norm", "text.norm", text.width)
-    yield from _linear("language_model.lm_head", "text.head", text.vocab, text.width, None)
-
-
-def _vision_entries(vision: VisionShape) -> Iterator[Entry]:
-    E, ratios, tiles = vision.width, len(vision.aspect_ratios) + 1, vision.max_tiles
-    model = "vision_model"
-    yield Entry(f"{model}.patch_embedding.weight", "vision.patch", (E, vision.channels, vision.patch, vision.patch),
-                None, "linear")
-    yield Entry(f"{model}.class_embedding", "vision.class_token", (E,), None, "position")
-    position = f"{model}.gated_positional_embedding"
-    yield Entry(f"{position}.gate", "vision.position_gate", (1,), None, "gate")
-    yield Entry(f"{position}.embedding", "vision.position", (vision.tokens, E), None, "position")
-    yield Entry(f"{position}.tile_embedding.weight", "vision.tile_position", (ratios, tiles * vision.tokens * E), None,
-                "position")
-    for side in ("pre_tile", "post_tile"):
-        embedding = f"{model}.{side}_positional_embedding"
-        yield Entry(f"{embedding}.gate", f"vision.{side}_gate", (1,), None, "gate")
-        yield Entry(f"{embedding}.embedding.weight", f"vision.{side}", (ratios, tiles * E), None, "position")
-    yield from _layer_norm(f"{model}.layernorm_pre", "vision.norm_before", E)
-    yield from _layer_norm(f"{model}.layernorm_post", "vision.norm_after", E)
-    for stack, layers, path in (("transformer", vision.layers, "local_layers"),
-                                ("global_transformer", vision.global_layers, "global_layers")):
-        for i in range(layers):
-            yield from _vision_block(f"{model}.{stack}.layers.{i}", f"vision.{path}.{i}", vision)
-
-
-def _vision_block(name: str, path: str, vision: VisionShape) -> Iterator[Entry]:
-    E = vision.width
-    yield from _layer_norm(f"{name}.input_layernorm", f"{path}.attention_norm", E)
-    for part in "qkv":
-        yield from _linear(f"{name}.self_attn.{part}_proj", f"{path}.qkv", E, E, 0)
-    yield from _linear(f"{name}.self_attn.o_proj", f"{path}.o", E, E, 1)
-    yield from _layer_norm(f"{name}.post_attention_layernorm", f"{path}.mlp_norm", E)
-    yield from _linear(f"{name}.mlp.fc1", f"{path}.fc1", vision.mlp, E, 0, bias=True)
-    yield from _linear(f"{name}.mlp.fc2", f"{path}.fc2", E, vision.mlp, 1)
-    yield Entry(f"{name}.mlp.fc2.bias", f"{path}.fc2_bias", (E,), None, "bias")
-    if "global" in name:
-        yield Entry(f"{name}.gate_attn", f"{path}.attention_gate", (1,), None, "gate")
-        yield Entry(f"{name}.gate_ffn", f"{path}.mlp_gate", (1,), None, "gate")
+# Bytes of a file that are mapped into memory at once, about: what a load takes beside the weights themselves.
+BLOCK_BYTES = 64 << 20
 
 
 class Checkpoint:
@@ -147,9 +45,6 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path):
-        if not folder.is_dir():
-            raise UserError(f"weights={folder} is not a folder. Give a Hugging Face checkpoint folder, or "
-                            "weights=random to run on random weights.")
         self.folder = folder
         self.shape = shape_of(read_json(folder / "config.json"))
 
@@ -189,6 +84,19 @@ class Checkpoint:
         """The lazily read tensor of a legacy name."""
         stored, path = self.files[name]
         return self._open(path).get_slice(stored)
+
+    def read(self, entry: Entry, part: Tensor, region: tuple[slice, ...]) -> None:
+        """Copy a region of a tensor into `part`. The file is mapped anew for each block: what was read is let go."""
+        stored, path = self.files[entry.name]
+        rows = range(region[0].start, region[0].stop, count := _rows(part))
+        for first, block in zip(rows, part.split(count)):
+            with safe_open(path, framework="pt") as file:
+                lazy = file.get_slice(stored)
+                if tuple(lazy.get_shape()) == entry.shape:
+                    block.copy_(lazy[slice(first, first + len(block)), *region[1:]])
+                else:
+                    # The same elements under another shape: only of tensors that are never split.
+                    block.copy_(lazy[...].view(entry.shape)[first:first + len(block)])
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -251,32 +159,48 @@ class Pixels:
     std: tuple[float, ...]
 
 
-# Fills one entry's part of a Parameter: (entry, destination of the rank's shape).
-Fill = Callable[[Entry, Tensor], None]
+# Fills one entry's part of a Parameter: (entry, destination, the region of the whole tensor that it takes).
+Fill = Callable[[Entry, Tensor, tuple[slice, ...]], None]
 
 
 def build(shape: ModelShape, pixels: Pixels, dtype: torch.dtype, device: torch.device, fill: Fill,
-          progress: Callable[[int], None]) -> Node:
-    """The weight tree: Parameters at the table's paths, each filled by `fill`; `progress` gets the bytes done."""
+          progress: Callable[[int], None], shard: Shard = WHOLE) -> Node:
+    """A rank's weight tree: Parameters at the table's paths, each filled by `fill`, padding by zeros.
+
+    `progress` gets the bytes done since its last call.
+    """
     root = Node()
     groups: dict[str, list[Entry]] = {}
     for entry in table(shape):
         groups.setdefault(entry.path, []).append(entry)
     for path, entries in groups.items():
-        rows = sum(entry.shape[0] for entry in entries)
-        whole = torch.empty((rows, *entries[0].shape[1:]), dtype=dtype, device=device)
-        for entry, part in zip(entries, whole.split([entry.shape[0] for entry in entries]), strict=True):
-            fill(entry, part)
+        parts = [entry.local(shard) for entry in entries]
+        whole = torch.empty((sum(part[0] for part in parts), *parts[0][1:]), dtype=dtype, device=device)
+        for entry, part in zip(entries, whole.split([part[0] for part in parts]), strict=True):
+            _fill_padded(entry, part, entry.region(shard), fill)
         _place(root, path, nn.Parameter(whole, requires_grad=False))
         progress(whole.numel() * whole.element_size())
     for layer in root.vision.local_layers:
         layer.register_parameter("attention_gate", None)
         layer.register_parameter("mlp_gate", None)
     root.text.register_buffer("inv_freq", inverse_frequencies(shape.text.rope, shape.text.head_width).to(device))
+    # A buffer and no number in the graph, so that ranks share their graphs.
+    first = torch.tensor(shard.bounds(shape.embeddings)[0], dtype=torch.int32, device=device)
+    root.text.embed.register_buffer("first", first)
     for name in ("scale", "mean", "std"):
         value = torch.tensor(getattr(pixels, name), device=device)
         root.vision.register_buffer(f"pixel_{name}", value if name == "scale" else value[:, None, None])
     return root
+
+
+def _fill_padded(entry: Entry, part: Tensor, region: tuple[slice, ...], fill: Fill) -> None:
+    """Fill what the region covers, zero the rest."""
+    for axis, taken in enumerate(region):
+        size = taken.stop - taken.start
+        part.narrow(axis, size, part.shape[axis] - size).zero_()
+        part = part.narrow(axis, 0, size)
+    if part.numel():
+        fill(entry, part, region)
 
 
 def _place(root: Node, path: str, parameter: nn.Parameter) -> None:
@@ -297,30 +221,40 @@ def _place(root: Node, path: str, parameter: nn.Parameter) -> None:
 
 
 def from_checkpoint(checkpoint: Checkpoint) -> Fill:
-    """Copies a tensor from the memory-mapped files, converted on the way."""
-
-    def fill(entry: Entry, part: Tensor) -> None:
-        part.copy_(checkpoint.slice(entry.name)[...].view(part.shape))
-
-    return fill
+    """Copies a region of a tensor from the memory-mapped files, converted on the way."""
+    return lambda entry, part, region: checkpoint.read(entry, part, region)
 
 
-def random_fill(seed: int, part_dtype: torch.dtype) -> Fill:
-    """Random weights that leave nothing out: gates open, norms uneven, biases and positions not zero."""
+def random_fill(shape: ModelShape, seed: int, dtype: torch.dtype) -> Fill:
+    """Random weights that leave nothing out: gates open, norms uneven, biases and positions not zero.
+
+    Every element's value is its place in the whole model's, so that ranks hold parts of the same model.
+    """
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(RANDOM_PERIOD, generator=generator).to(part_dtype)
+    entries = table(shape)
+    longest = max(math.prod(entry.shape[1:]) for entry in entries)
+    noise = torch.randn(RANDOM_PERIOD, generator=generator).to(dtype)
+    noise = noise.repeat(2 + longest // RANDOM_PERIOD)
+    starts, start = {}, 0
+    for entry in entries:
+        starts[entry.name] = start
+        start = (start + math.prod(entry.shape)) % RANDOM_PERIOD
     scale = {"norm": 0.1, "bias": 0.1, "gate": 0.3, "position": 0.3, "embed": 1.0}
     shift = {"norm": 1.0, "gate": 0.8}
-    start = 0
 
-    def fill(entry: Entry, part: Tensor) -> None:
-        nonlocal start
-        flat, done = part.view(-1), 0
-        while done < flat.numel():
-            count = min(flat.numel() - done, RANDOM_PERIOD - start)
-            flat[done:done + count] = noise[start:start + count].to(flat.device)
-            done, start = done + count, (start + count) % RANDOM_PERIOD
-        std = scale.get(entry.init, (math.prod(entry.shape[1:])) ** -0.5 if entry.init == "linear" else None)
+    def fill(entry: Entry, part: Tensor, region: tuple[slice, ...]) -> None:
+        row = math.prod(entry.shape[1:])
+        width = math.prod(part.shape[1:])
+        first = region[1].start * (row // entry.shape[1]) if len(region) > 1 else 0
+        at = (starts[entry.name] + torch.arange(region[0].start, region[0].stop) * row + first) % RANDOM_PERIOD
+        for block, begins in zip(part.split(_rows(part)), at.split(_rows(part))):
+            block.copy_(noise.unfold(0, width, 1)[begins].view(block.shape))
+        std = scale.get(entry.init, row ** -0.5 if entry.init == "linear" else None)
         part.mul_(std).add_(shift.get(entry.init, 0.0))
 
     return fill
+
+
+def _rows(part: Tensor) -> int:
+    """Rows of a tensor that make a block."""
+    return max(1, BLOCK_BYTES // (math.prod(part.shape[1:]) * part.element_size()))

@@ -17,6 +17,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from mllama_graph.place import CORES
+
 # Compiling one graph takes up to about 1 GB with its C++ compiler.
 MOST_WORKERS = 4
 # Serving goes first.
@@ -29,12 +31,15 @@ CLOSE_SECONDS = 5
 CompileInto = Callable[[Path, Any, Any, str], float]
 
 
-def _work(connection: Connection, compile_into: CompileInto, folder: Path) -> None:
+def _work(connection: Connection, compile_into: CompileInto, folder: Path, cores: list[int]) -> None:
     """A worker: jobs in, (seconds, error) out, until the other end is closed or its process is gone."""
     # An exception, unlike a bare SIGTERM, clears the folder that a graph is built in.
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(1))
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     os.nice(NICENESS)
+    # A rank may be bound to a few cores; its workers are not.
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cores)
     logging.getLogger("torch").setLevel(logging.ERROR)
     while True:
         try:
@@ -108,7 +113,7 @@ class Compiler:
     def _spawn(self) -> Connection:
         ours, theirs = self._context.Pipe()
         # A daemon ends with this process; the closed pipe ends it even where this one is killed.
-        process = self._context.Process(target=_work, args=(theirs, self._compile_into, self._folder), daemon=True)
+        process = self._context.Process(target=_work, args=(theirs, self._compile_into, self._folder, CORES), daemon=True)
         # Ctrl-C reaches the whole group; a worker that is still importing must not tell its stack. Ignoring is inherited.
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:

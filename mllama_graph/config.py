@@ -12,10 +12,19 @@ DEVICES = ("auto", "cpu", "cuda", "npu", "npu-sim")
 BACKENDS = ("auto", "inductor", "torchair", "eager")
 COMPILE = ("background", "wait", "never")
 QUANTS = ("none", "w8a16", "w8a8", "kv8")
+COLLECTIVES = ("auto", "shared_memory", "distributed")
 
 
 class UserError(Exception):
     """A mistake that a user can mend: the message gives the value, the rule and the remedy."""
+
+
+class RankFailed(Exception):
+    """A rank's process has failed; the message says which, how, and where its stack is."""
+
+
+class PeerGone(Exception):
+    """Another rank has not answered in time: it died, hangs, or has failed itself and said so elsewhere."""
 
 
 class Interrupted(Exception):
@@ -50,6 +59,8 @@ class TaskChoice:
     """One option of conf/task/: names the module in mllama_graph/tasks/, and holds what only it needs."""
 
     name: str = "generate"
+    # Whether the task runs the model, and so needs the ranks.
+    ranks: bool = True
     action: str = "list"
     max_age_days: Optional[float] = None
     max_gb: Optional[float] = None
@@ -102,6 +113,9 @@ class Run:
     seed: int = 0
     graph_cache: Optional[str] = None
     threads: Optional[int] = None
+    deterministic: bool = False
+    collectives: str = "auto"
+    timeout: float = 60.0
     memory_gib: Optional[float] = None
     plan: PlanChoice = field(default_factory=PlanChoice)
     # Set by run.py: where this run writes.
@@ -128,6 +142,7 @@ def check(run: Run) -> None:
     _one_of("backend", run.backend.name, BACKENDS)
     _one_of("quant", run.quant, QUANTS)
     _one_of("plan.compile", run.plan.compile, COMPILE)
+    _one_of("collectives", run.collectives, COLLECTIVES)
     for key in ("tp", "batch", "max_input_length", "max_output_length"):
         _at_least(key, getattr(run, key), 1)
     _at_least("temperature", run.temperature, 0)
@@ -138,8 +153,8 @@ def check(run: Run) -> None:
         _at_least("max_images", run.max_images, 1)
     if run.threads is not None:
         _at_least("threads", run.threads, 1)
-    if run.tp > 1:
-        raise UserError(f"tp={run.tp}: tensor parallelism is not built yet. Use tp=1.")
+    if not run.timeout > 0:
+        raise UserError(f"timeout={run.timeout:g} must be above 0 seconds.")
     if run.quant != "none":
         raise UserError(f"quant={run.quant}: quantisation is not built yet. Use quant=none.")
     if run.backend.name == "torchair" or run.device in ("npu", "npu-sim"):

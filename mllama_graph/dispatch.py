@@ -9,7 +9,7 @@ from typing import Optional
 from mllama_graph.buckets import Bucket, choose
 from mllama_graph.compiler import Compiler
 from mllama_graph.config import UserError
-from mllama_graph.graphs import WEIGHT_PREFIX, GraphSpec, Package, Step, compile_into
+from mllama_graph.graphs import WEIGHT_PREFIX, GraphSpec, Step, compile_into, package
 from mllama_graph.model.tree import Node
 from mllama_graph.ops.contract import Ops
 from mllama_graph.store import PACKAGE, GraphStore
@@ -77,20 +77,42 @@ class GraphCompiler:
             self._workers.close()
 
 
-class Graphs:
-    """The graphs of one rank by bucket, each loaded or compiled at most once.
+class Loaded:
+    """What one rank can run: the graphs it has loaded, and the same functions uncompiled."""
 
-    What a missing graph means is `mode`. background: while it compiles, its steps run through a larger graph that
-    exists, else uncompiled: the same functions, the same results, slower. wait: they wait. never: an error.
-    """
-
-    def __init__(self, spec: GraphSpec, weights: Node, ops: Ops, store: GraphStore, plan: list[Bucket],
-                 cost: Callable[[Bucket], float], reuse: float, mode: str, say: Callable[[str], None]):
-        self.spec, self.store, self.cost, self.reuse, self.mode, self.say = spec, store, cost, reuse, mode, say
-        self.compiler = GraphCompiler(spec, store, say)
+    def __init__(self, spec: GraphSpec, weights: Node, ops: Ops, store: GraphStore):
+        self.spec, self.store = spec, store
         self._uncompiled = {phase: Step(phase, weights, spec.shape, ops) for phase in ("vision", "prefill", "decode")}
         self._weights = {f"{WEIGHT_PREFIX}{name}": value for name, value in weights.state_dict().items()}
         self._ready: dict[Bucket, Callable] = {}
+
+    def load(self, bucket: Bucket) -> None:
+        """Load a stored graph. A host whose store lacks it compiles it, the run waiting."""
+        path, _ = self.store.find(key := self.spec.key(bucket))
+        if path is None:
+            compile_into(self.store.written, self.spec, bucket, key)
+            path, _ = self.store.find(key)
+        self._ready[bucket] = package(path, self._weights, self.spec, self.store)
+
+    def graph(self, bucket: Bucket, compiled: bool) -> Callable:
+        """What runs a step of a bucket."""
+        return self._ready[bucket] if compiled else self._uncompiled[bucket.phase]
+
+
+class Graphs:
+    """Which graph runs a step, decided once for all ranks; each is compiled at most once.
+
+    What a missing graph means is `mode`. background: while it compiles, its steps run through a larger graph that
+    exists, else uncompiled: the same functions, the same results, slower. wait: they wait. never: an error.
+    `load` has every rank load a graph, and returns when all have.
+    """
+
+    def __init__(self, spec: GraphSpec, store: GraphStore, plan: list[Bucket], cost: Callable[[Bucket], float],
+                 reuse: float, mode: str, say: Callable[[str], None], load: Callable[[Bucket], None]):
+        self.spec, self.store, self.cost, self.reuse, self.mode, self.say = spec, store, cost, reuse, mode, say
+        self.compiler = GraphCompiler(spec, store, say)
+        self._load_everywhere = load
+        self._ready: set[Bucket] = set()
         self._stored: set[Bucket] = set()
         self._failed: set[Bucket] = set()
         if self.compiles:
@@ -113,13 +135,13 @@ class Graphs:
         if self.compiles:
             self._choose(need)
 
-    def serve(self, need: Bucket) -> tuple[Bucket, Callable]:
-        """The bucket that runs a step needing `need`, and its callable.
+    def serve(self, need: Bucket) -> tuple[Bucket, bool]:
+        """The bucket that runs a step needing `need`, and whether its graph is compiled and loaded.
 
         Raises UserError where graphs must not be compiled and none holds the step.
         """
         if not self.compiles:
-            return need, self._uncompiled[need.phase]
+            return need, False
         self._collect()
         best = self._choose(need)
         while self.mode == "wait" and best in self.compiler.asked:
@@ -127,8 +149,8 @@ class Graphs:
         larger = choose(need, {*self._ready, *self._stored}, self.cost, math.inf)
         for bucket in (best, larger):
             if bucket in self._ready or self._load(bucket):
-                return bucket, self._ready[bucket]
-        return need, self._uncompiled[need.phase]
+                return bucket, True
+        return need, False
 
     def drain(self, progress: Callable[[int, int], None]) -> None:
         """Wait until nothing compiles any more; `progress` gets how many of how many graphs are done."""
@@ -168,8 +190,9 @@ class Graphs:
             while self.mode == "wait" and bucket in self.compiler.asked:
                 self._collect(timeout=1.0)
             return self._load(bucket)
+        self._load_everywhere(bucket)
+        self._ready.add(bucket)
         path, _ = self.store.find(key)
-        self._ready[bucket] = Package(path, self._weights)
         if not any(record.key == key for record in self.records):
             seconds = round(time.perf_counter() - start, 4)
             self.records.append(Record(bucket.phase, str(bucket), "hit", seconds, path.stat().st_size, key))

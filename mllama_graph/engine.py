@@ -1,4 +1,4 @@
-"""The engine: submit requests, step, get tokens as they come. Ties scheduler, rank and text together."""
+"""The engine: submit requests, step, get tokens as they come. Ties scheduler, ranks and text together."""
 
 import time
 from collections.abc import Callable
@@ -9,9 +9,10 @@ import numpy as np
 
 from mllama_graph.blocks import pages_for
 from mllama_graph.processor import Detokenizer, Processor, Request
-from mllama_graph.rank import Rank, Token
+from mllama_graph.rank import Token
 from mllama_graph.roofline import step_bytes
 from mllama_graph.scheduler import DecodeStep, ImageRef, PrefillStep, Scheduler, Sequence, VisionStep
+from mllama_graph.team import Ranks
 
 
 @dataclass
@@ -73,13 +74,13 @@ class _Running:
 class Engine:
     """One model serving many requests. `step` until `idle`."""
 
-    def __init__(self, processor: Processor, scheduler: Scheduler, rank: Rank):
-        self.processor, self.scheduler, self.rank = processor, scheduler, rank
+    def __init__(self, processor: Processor, scheduler: Scheduler, ranks: Ranks):
+        self.processor, self.scheduler, self.ranks = processor, scheduler, ranks
         self.stats = Stats()
         self._running: dict[int, _Running] = {}
         self._pixels: dict[str, np.ndarray] = {}
         self._next = 0
-        self._tokens_per_tile = rank.shape.vision.tokens
+        self._tokens_per_tile = ranks.shape.vision.tokens
 
     @property
     def idle(self) -> bool:
@@ -106,7 +107,7 @@ class Engine:
 
     def expect(self, request: Request) -> None:
         """Have the graphs on their way that a request alone will use, the decode graph for its whole length."""
-        plan, graphs = self.scheduler.plan, self.rank.graphs
+        plan, graphs = self.scheduler.plan, self.ranks.graphs
         image_pages = sum(pages_for(t.count * self._tokens_per_tile, plan.page_size) for t in request.images)
         if request.images:
             graphs.want(plan.vision())
@@ -131,7 +132,7 @@ class Engine:
             return []
         start = time.perf_counter()
         pixels = self._pixels[step.image.key] if isinstance(step, VisionStep) else None
-        tokens = self.rank.execute(step, pixels)
+        tokens = self.ranks.execute(step, pixels)
         self._count(step, time.perf_counter() - start)
         moved = self.scheduler.commit(tuple(token.id for token in tokens))
         return [self._advance(sequence, token) for (sequence, _), token in zip(moved, tokens, strict=True)]
@@ -191,5 +192,5 @@ class Engine:
             stats.decode_seconds += seconds
             image_tokens = sum(sum(row.image_fill) for row in step.rows)
             stats.decode_bytes += step_bytes(
-                self.rank.shape, image_tokens > 0, sum(row.start + 1 for row in step.rows), image_tokens,
-                self.rank.precision.store.itemsize, self.rank.precision.compute.itemsize)
+                self.ranks.shape, image_tokens > 0, sum(row.start + 1 for row in step.rows), image_tokens,
+                self.ranks.rank.precision.store.itemsize, self.ranks.rank.precision.compute.itemsize)

@@ -20,19 +20,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from mllama_graph import __version__
+from mllama_graph import __version__, native
 from mllama_graph.buckets import Bucket
 from mllama_graph.checkpoint import Pixels, build
 from mllama_graph.model.text import decode, prefill
 from mllama_graph.model.tree import ImageInput, Node, Pages, PromptInput, TileInput, TokenInput
 from mllama_graph.model.vision import encode_image
 from mllama_graph.ops.contract import Ops
-from mllama_graph.ops.plain import PLAIN
+from mllama_graph.ops.ranks import COLLECTIVES, ranked
 from mllama_graph.shape import ModelShape
 from mllama_graph.store import PACKAGE, GraphStore, key_of
+from mllama_graph.table import Shard
 
 # Source that decides what a graph computes.
-SOURCES = ("model", "ops", "graphs.py", "shape.py", "checkpoint.py")
+SOURCES = ("model", "ops", "graphs.py", "shape.py", "table.py", "checkpoint.py")
 
 
 class Step(nn.Module):
@@ -82,7 +83,8 @@ class GraphSpec:
     device: str
     threads: int
     world_size: int = 1
-    rank: int = 0
+    collectives: str = COLLECTIVES[0]
+    deterministic: bool = False
     options: tuple[tuple[str, Any], ...] = ()
 
     def key_fields(self, bucket: Bucket) -> dict[str, Any]:
@@ -91,16 +93,17 @@ class GraphSpec:
             "engine": __version__, "torch": torch.__version__, "source": source_hash(), "backend": self.backend,
             "device": processor_name() if self.device == "cpu" else torch.cuda.get_device_name(),
             "threads": self.threads, "world_size": self.world_size, "options": dict(self.options),
+            "deterministic": self.deterministic,
             "weights": str(self.store), "compute": str(self.compute), "page_size": self.page_size,
             "bucket": asdict(bucket), "model": asdict(self.shape),
         }
-        # A graph takes only the pools that it reads or writes; ranks differ only where there are several.
+        # A graph takes only the pools that it reads or writes. Ranks share their graphs: what differs is a weight.
         if bucket.phase != "vision":
             fields["num_pages"] = self.num_pages
         if bucket.image_pages:
             fields["num_image_pages"] = self.num_image_pages
         if self.world_size > 1:
-            fields["rank"] = self.rank
+            fields["collectives"] = self.collectives
         return fields
 
     def key(self, bucket: Bucket) -> str:
@@ -108,11 +111,11 @@ class GraphSpec:
         return key_of(self.key_fields(bucket))
 
     def pages(self, allocate: Callable[..., Tensor]) -> tuple[Pages, Pages]:
-        """Self-attention pages and image pages; `allocate` is torch.zeros, or torch.empty where none is touched."""
+        """A rank's self-attention pages and image pages, of its own heads; `allocate` is torch.zeros, or torch.empty where none is touched."""
         text = self.shape.text
 
         def pool(count: int, layers: int) -> Pages:
-            size = (count, self.page_size, text.kv_heads, text.head_width)
+            size = (count, self.page_size, text.kv_heads // self.world_size, text.head_width)
             new = lambda: allocate(size, dtype=self.compute, device=self.device)  # noqa: E731
             return tuple((new(), new()) for _ in range(layers))
 
@@ -182,12 +185,13 @@ class Package:
         return outputs[0] if outputs else None
 
 
-def compile_package(spec: GraphSpec, bucket: Bucket, path: Path) -> None:
-    """Export a bucket's step with static shapes and compile it into a package at `path`.
+def package(path: Path, weights: dict[str, Tensor], spec: GraphSpec, store: GraphStore) -> Callable:
+    """A stored graph, ready to be called with a step's arguments."""
+    return Package(path, weights)
 
-    Needs no weights: their memory is reserved and never touched. Export is full-graph by nature: what can't be traced
-    raises.
-    """
+
+def compile_package(spec: GraphSpec, bucket: Bucket, path: Path) -> None:
+    """Compile a bucket's step into a package at `path`. Needs no weights: their memory is reserved and never touched."""
     import torch._inductor
 
     settings = {
@@ -199,17 +203,27 @@ def compile_package(spec: GraphSpec, bucket: Bucket, path: Path) -> None:
         # A package runs its loops on as many threads as it was built for; more would read past its buffers.
         "cpp.threads": spec.threads,
     }
-    pixels = Pixels(1.0, (0.0,) * 3, (1.0,) * 3)
-    weights = build(spec.shape, pixels, spec.store, torch.device(spec.device), lambda entry, part: None,
-                    lambda count: None)
-    inputs = arguments(bucket, spec.example(bucket), *spec.pages(torch.empty))
-    step = Flat(Step(bucket.phase, weights, spec.shape, PLAIN), inputs)
     with warnings.catch_warnings():
         # torch's own deprecations inside export; nothing that a reader could act on.
         warnings.simplefilter("ignore", FutureWarning)
-        program = torch.export.export(step, tuple(tensors(inputs)), strict=False)
         torch._inductor.aoti_compile_and_package(
-            program, package_path=str(path), inductor_configs=settings | dict(spec.options))
+            trace(spec, bucket), package_path=str(path), inductor_configs=settings | dict(spec.options))
+
+
+def trace(spec: GraphSpec, bucket: Bucket, shard: Optional[Shard] = None) -> torch.export.ExportedProgram:
+    """A bucket's step of one rank as a whole graph with static shapes. What can't be traced raises."""
+    weights = build(spec.shape, Pixels(1.0, (0.0,) * 3, (1.0,) * 3), spec.store, torch.device(spec.device),
+                    lambda entry, part, region: None, lambda count: None, shard or Shard(0, spec.world_size))
+    inputs = arguments(bucket, spec.example(bucket), *spec.pages(torch.empty))
+    step = Flat(Step(bucket.phase, weights, spec.shape, ranked(spec.world_size, spec.collectives)), inputs)
+    return torch.export.export(step, tuple(tensors(inputs)), strict=False)
+
+
+def prepare_collectives(spec: GraphSpec, folder: Path) -> None:
+    """What a process needs that traces the graphs of ranks without being one."""
+    if spec.world_size > 1 and spec.collectives == "shared_memory":
+        native.load("collectives", folder)
+        native.declare(spec.world_size)
 
 
 def compile_into(folder: Path, spec: GraphSpec, bucket: Bucket, key: str) -> float:
@@ -219,6 +233,8 @@ def compile_into(folder: Path, spec: GraphSpec, bucket: Bucket, key: str) -> flo
     """
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
     store, fields = GraphStore(folder), spec.key_fields(bucket)
+    prepare_collectives(spec, folder)
+    torch.use_deterministic_algorithms(spec.deterministic, warn_only=True)
     if key_of(fields) != key:
         raise RuntimeError("the engine's source or its environment changed since the run began")
     with store.lock(key):

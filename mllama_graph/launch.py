@@ -1,92 +1,288 @@
-"""Where a task runs: in this process, or in a fresh one that starts with a clean memory and environment."""
+"""Where a task runs: in this process, or in processes of its own that this one watches over: one a rank.
 
+The watching process imports no torch. It hands each rank its place, forwards an interrupt to rank 0, and ends them all
+when one fails; what that one said is the run's error. Under torchrun the processes are there already: they join.
+"""
+
+import ctypes
+import faulthandler
 import importlib
-import multiprocessing
+import json
+import logging
 import os
+import pickle
 import signal
+import subprocess
 import sys
-from dataclasses import asdict
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
+from typing import IO, Optional
 
-from mllama_graph.config import Interrupted, Run, UserError
+from mllama_graph.config import Interrupted, PeerGone, RankFailed, Run, UserError
+from mllama_graph.place import Place, bind_master_port, place_from
+from mllama_graph.preflight import preflight
+
+LOG_FORMAT = "[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"
+# After the first failure: time for the rank that is really at fault to tell, and for rank 0 to end by itself.
+TELL_SECONDS, END_SECONDS = 1.0, 5.0
+# After an interrupt: time for rank 0 to finish its step.
+INTERRUPT_SECONDS = 20.0
+# Ascend's own switches are those of MindIE's example; the last one is cuBLAS's.
+DETERMINISTIC = {"LCCL_DETERMINISTIC": "1", "HCCL_DETERMINISTIC": "true", "ATB_MATMUL_SHUFFLE_K_ENABLE": "0",
+                 "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+# Kinds of failure that a rank reports.
+FAILURES = {"user": UserError, "interrupted": Interrupted, "failed": RankFailed, "peer": RankFailed}
 
 
-class ChildFailed(Exception):
-    """A fresh process ended with an exit code other than 0."""
+def launch(run: Run, fresh: bool) -> None:
+    """Do the task: here, or in a process a rank where there are several or `fresh` asks for it.
 
-    def __init__(self, exit_code: int):
-        super().__init__(f"the job's process ended with exit code {exit_code}")
-        self.exit_code = exit_code
+    Raises UserError, Interrupted, or RankFailed with what the first failing rank said.
+    """
+    place = place_from(os.environ)
+    if fresh and place:
+        raise UserError("a sweep can't run under torchrun: start it with python run.py -m, and it spawns its ranks itself.")
+    if run.task.ranks:
+        preflight(run, place)
+    ranks = run.tp if run.task.ranks and not only_shapes(run) else 1
+    if place is None and (fresh or ranks > 1):
+        Supervisor(run, ranks).watch()
+    else:
+        run_here(run, place or Place())
 
 
-def prepare_environment(run: Run) -> None:
-    """What must stand before torch is imported."""
-    if run.threads is not None:
-        os.environ["OMP_NUM_THREADS"] = str(run.threads)
+def only_shapes(run: Run) -> bool:
+    """Whether a task that needs the model gets its shapes alone: then one process traces every rank's graphs."""
+    return run.task.ranks and run.weights == "meta"
 
 
-def run_here(run: Run) -> None:
-    """Do the task in this process.
+def run_here(run: Run, place: Place) -> None:
+    """Do the task in this process, as rank 0.
 
     Raises UserError, or Interrupted when it is stopped by a signal.
     """
-    prepare_environment(run)
+    prepare_environment(run, place)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        importlib.import_module(f"mllama_graph.tasks.{run.task.name}").main(run)
+        importlib.import_module(f"mllama_graph.tasks.{'trace' if only_shapes(run) else run.task.name}").main(run)
     except KeyboardInterrupt as error:
         finished = Path(run.output_dir) / "results.jsonl"
         raise Interrupted(f"interrupted; finished requests are in {finished}." if finished.exists() else "interrupted.") from error
+
+
+def prepare_environment(run: Optional[Run], place: Place) -> None:
+    """What must stand before torch is imported. A rank that torchrun has started learns of its run later."""
+    if run and run.threads:
+        os.environ["OMP_NUM_THREADS"] = str(run.threads)
+    elif place.local_world > 1 and ("OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ):
+        os.environ["OMP_NUM_THREADS"] = str(place.threads())
+    if run and run.deterministic:
+        os.environ |= DETERMINISTIC
 
 
 def _interrupt(signum: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def run_fresh(run: Run) -> None:
-    """Do the task in a process of its own.
+def follow(place: Place) -> None:
+    """Be a rank other than 0 of a run that rank 0 drives."""
+    prepare_environment(None, place)
+    from mllama_graph import team
 
-    Raises ChildFailed where that process fails; it has then told why and written result.json. KeyboardInterrupt passes.
-    """
-    child = multiprocessing.get_context("spawn").Process(target=_child, args=(run,))
-    child.start()
+    def begun(run: Run) -> None:
+        prepare_environment(run, place)
+        if Path(run.output_dir).is_dir():
+            _log_to(Path(run.output_dir) / "ranks" / f"{place.rank}.log")
+
+    team.follow(place, begun)
+
+
+def _log_to(path: Path) -> IO:
+    """Have log records and the stack of a crash written to a rank's log."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("a", encoding="utf8")
+    handler = logging.StreamHandler(file)
+    handler.setFormatter(logging.Formatter(LOG_FORMAT))
+    logging.getLogger().addHandler(handler)
+    logging.getLogger().setLevel(logging.INFO)
+    faulthandler.enable(file)
+    return file
+
+
+@dataclass
+class _Rank:
+    """A rank's process, and the pipe that closes when it ends."""
+
+    rank: int
+    process: subprocess.Popen
+    report: IO[bytes]
+    failure: Optional[Exception] = None
+
+    def ended(self) -> None:
+        """Take in how it ended; called when the pipe is readable."""
+        said, code = self.report.read(), self.process.wait()
+        self.report.close()
+        if said:
+            kind, message = json.loads(said)
+            self.failure = FAILURES[kind](message)
+            self.failure.by_peer = kind == "peer"
+        elif code:
+            self.failure = RankFailed(f"rank {self.rank} {_ending(code)}")
+            self.failure.by_peer = False
+
+
+def _ending(code: int) -> str:
+    if code >= 0:
+        return f"ended with exit code {code}"
+    name = signal.Signals(-code).name
+    return f"was killed by {name}" + (", as the system does when memory runs out" if name == "SIGKILL" else "")
+
+
+class Supervisor:
+    """The processes of one run."""
+
+    def __init__(self, run: Run, ranks: int):
+        self.run, self.folder = run, Path(run.output_dir)
+        self._many = ranks > 1
+        environment, listening = dict(os.environ), None
+        # The package as this process found it, installed or not.
+        environment["PYTHONPATH"] = os.pathsep.join(
+            filter(None, [str(Path(__file__).parents[1]), environment.get("PYTHONPATH")]))
+        if self._many:
+            (self.folder / "ranks").mkdir(parents=True, exist_ok=True)
+            listening, line = bind_master_port()
+            if line:
+                print(line, file=sys.stderr)
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listening.getsockname()[1]),
+                            "MLLAMA_GRAPH_MASTER_FD": str(listening.fileno())}
+        self._ranks = []
+        for rank in range(ranks):
+            place = Place(rank, ranks, rank, ranks)
+            own = environment | (place.environment() if self._many else {})
+            self._ranks.append(self._spawn(place, own, [listening.fileno()] if listening and rank == 0 else []))
+        if listening:
+            listening.close()
+
+    def _spawn(self, place: Place, environment: dict[str, str], handed: list[int]) -> _Rank:
+        readable, writable = os.pipe()
+        log = open(self.folder / "ranks" / f"{place.rank}.log", "ab") if place.rank else None
+        # Ctrl-C reaches the whole group; this process decides what it means. Ignoring is inherited.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            process = subprocess.Popen([sys.executable, "-m", __name__, str(writable)], env=environment,
+                                       stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=[writable, *handed])
+        finally:
+            signal.signal(signal.SIGINT, before)
+            os.close(writable)
+            if log:
+                log.close()
+        with process.stdin as given:
+            given.write(pickle.dumps((self.run, os.getpid())))
+        return _Rank(place.rank, process, os.fdopen(readable, "rb"))
+
+    def watch(self) -> None:
+        """Until rank 0 has ended, or any rank has failed.
+
+        Raises what the failing rank raised: UserError, Interrupted or RankFailed.
+        """
+        before, interrupted = signal.signal(signal.SIGTERM, _interrupt), False
+        deadline = None
+        try:
+            while not self._over() and (deadline is None or time.monotonic() < deadline):
+                try:
+                    self._collect(0.5 if deadline else None)
+                except KeyboardInterrupt:
+                    if interrupted:
+                        break
+                    interrupted, deadline = True, time.monotonic() + INTERRUPT_SECONDS
+                    self._ranks[0].process.terminate()
+            self._settle()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            self._end()
+        failed = [rank.failure for rank in self._ranks if rank.failure]
+        if interrupted and self._ranks[0].failure is None and self._ranks[0].process.returncode:
+            raise Interrupted("interrupted.")
+        if failed:
+            raise min(failed, key=lambda failure: failure.by_peer)
+
+    def _over(self) -> bool:
+        return self._ranks[0].report.closed or any(rank.failure for rank in self._ranks)
+
+    def _running(self) -> list[_Rank]:
+        return [rank for rank in self._ranks if not rank.report.closed]
+
+    def _collect(self, timeout: Optional[float]) -> None:
+        """Wait until a rank ends or the time is over."""
+        for report in wait([rank.report for rank in self._running()], timeout):
+            next(rank for rank in self._ranks if rank.report is report).ended()
+
+    def _settle(self) -> None:
+        """A failure that is another rank's doing is not the one to tell: give that one a moment to show."""
+        until = time.monotonic() + TELL_SECONDS
+        while (all(rank.failure.by_peer for rank in self._ranks if rank.failure) and any(r.failure for r in self._ranks)
+               and self._running() and time.monotonic() < until):
+            self._collect(until - time.monotonic())
+
+    def _end(self) -> None:
+        """Leave no process and no shared memory."""
+        until = time.monotonic() + END_SECONDS
+        known = [rank.failure for rank in self._ranks]
+        if any(known) and not self._ranks[0].report.closed:
+            self._ranks[0].process.terminate()
+        while self._running() and time.monotonic() < until:
+            self._collect(max(0.0, until - time.monotonic()))
+        for rank in self._running():
+            rank.process.kill()
+            rank.ended()
+        for rank, failure in zip(self._ranks, known):
+            rank.failure = failure
+        for segment in Path("/dev/shm").glob(f"mllama_graph-{os.getpid()}-*"):
+            segment.unlink(missing_ok=True)
+
+
+def child() -> None:
+    """A process of a supervisor: its run comes on stdin, its failure goes to the pipe whose number is its argument."""
+    report = int(sys.argv[1])
+    os.set_inheritable(report, False)
+    run, parent = pickle.load(sys.stdin.buffer)
+    _die_with(parent)
+    place = place_from(os.environ) or Place()
+    file = _log_to(Path(run.output_dir) / ("ranks/0.log" if place.world > 1 else "run.log")) if place.rank == 0 else None
+    if file and place.world > 1:
+        _log_to(Path(run.output_dir) / "run.log")
+    who, log = f"rank {place.rank}: " if place.world > 1 else "", logging.getLogger(__name__)
+    where = f"ranks/{place.rank}.log" if place.world > 1 else "run.log"
     try:
-        child.join()
-    except KeyboardInterrupt:
-        # The child has had the signal too, and tells what became of the job.
-        child.join()
-        raise
-    if child.exitcode:
-        _left_without_result(run, child.exitcode)
-        raise ChildFailed(child.exitcode if child.exitcode > 0 else 1)
-
-
-def _child(run: Run) -> None:
-    """The fresh process: the same errors, the same files, an exit code instead of an exception."""
-    import logging
-
-    logging.basicConfig(filename=Path(run.output_dir) / "run.log", level=logging.INFO,
-                        format="[%(asctime)s][%(name)s][%(levelname)s] - %(message)s")
-    try:
-        run_here(run)
-    except (UserError, Interrupted) as error:
-        logging.exception("the run ended early")
-        _report(run, str(error))
-        sys.exit(2 if isinstance(error, UserError) else 130)
+        run_here(run, place) if place.rank == 0 else follow(place)
+        return
+    except UserError as error:
+        kind, message = "user", str(error)
+    except Interrupted as error:
+        kind, message = "interrupted", str(error)
+    except PeerGone as error:
+        kind, message = "peer", f"{who}{error} (stack in {run.output_dir}/{where})"
     except Exception as error:
-        logging.exception("internal error")
-        _report(run, f"internal error: {type(error).__name__}: {error} (stack in {run.output_dir}/run.log)")
+        kind, message = "failed", f"{who}internal error: {type(error).__name__}: {error} (stack in {run.output_dir}/{where})"
+    log.exception("the rank ended early")
+    os.write(report, json.dumps([kind, message]).encode())
+    sys.stdout.flush()
+    # Without the goodbyes of threads and libraries, which may wait for ranks that are gone.
+    logging.shutdown()
+    os._exit(1)
+
+
+def _die_with(parent: int) -> None:
+    """End this process when its parent ends, however that happens (Linux)."""
+    try:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    except (OSError, AttributeError):
+        return
+    if os.getppid() != parent:
         sys.exit(1)
 
 
-def _report(run: Run, message: str) -> None:
-    from mllama_graph.report import write_result
-
-    print(f"error: {message}", file=sys.stderr)
-    write_result(Path(run.output_dir), asdict(run), status="error", error=message)
-
-
-def _left_without_result(run: Run, exit_code: int) -> None:
-    """A process that was killed can't write its own result."""
-    if not (Path(run.output_dir) / "result.json").exists():
-        _report(run, f"the job's process ended with exit code {exit_code}")
+if __name__ == "__main__":
+    child()

@@ -1,30 +1,34 @@
-"""One device: weights, pages and graphs, and the execution of steps. Integers in, ids out."""
+"""One rank, one device: its part of the weights, pages and graphs, and the execution of steps. Integers in, ids out."""
 
 import ctypes
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mllama_graph import batch
 from mllama_graph.buckets import Bucket, Plan
 from mllama_graph.checkpoint import Checkpoint, Pixels, build, from_checkpoint, random_fill
-from mllama_graph.config import Run, UserError
-from mllama_graph.dispatch import Graphs
+from mllama_graph.collectives import Collectives, kind_of
+from mllama_graph.config import PeerGone, Run, UserError
+from mllama_graph.dispatch import Loaded
 from mllama_graph.graphs import GraphSpec, arguments
 from mllama_graph.model import sample
-from mllama_graph.ops.plain import PLAIN
-from mllama_graph.roofline import Memory, bucket_cost, memory, require
+from mllama_graph.ops.ranks import ranked
+from mllama_graph.place import Place
 from mllama_graph.report import Progress
+from mllama_graph.roofline import Memory, memory
 from mllama_graph.scheduler import AnyStep, PrefillStep, Row, VisionStep
 from mllama_graph.shape import ModelShape
 from mllama_graph.store import GraphStore, default_store
+from mllama_graph.table import Shard, elements
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # What the process itself takes beside weights, pages and workspace: torch and the compiled graphs.
@@ -87,11 +91,14 @@ def noise(seed: int, position: int) -> float:
     return random.Random(f"{seed}/{position}").random()
 
 
-def graph_spec(run: Run, shape: ModelShape, plan: Plan, device: str, chosen: Precision) -> GraphSpec:
-    """What the graphs of a run are compiled for."""
+def graph_spec(run: Run, shape: ModelShape, plan: Plan, device: str, chosen: Precision,
+               place: Optional[Place] = None) -> GraphSpec:
+    """What the graphs of a run are compiled for; without `place`, for ranks that share this host."""
+    place = place or Place(0, run.tp, 0, run.tp)
     backend = "inductor" if run.backend.name == "auto" else run.backend.name
+    threads = run.threads or min(torch.get_num_threads(), place.threads())
     return GraphSpec(shape, plan.page_size, plan.num_pages, plan.num_image_pages, chosen.store, chosen.compute, backend,
-                     device, run.threads or torch.get_num_threads(), run.tp, 0,
+                     device, threads, run.tp, kind_of(run, device, place), run.deterministic,
                      tuple(sorted(run.backend.inductor.items())))
 
 
@@ -100,47 +107,64 @@ def graph_store(run: Run) -> GraphStore:
     return GraphStore(Path(run.graph_cache).expanduser().absolute() if run.graph_cache else default_store())
 
 
-class Rank:
-    """Weights, pages and graphs on one device.
+def precision_of(run: Run, device: str, checkpoint: Optional[Checkpoint]) -> Precision:
+    """The precision of a run's weights, random ones being those of a bf16 checkpoint."""
+    return precision(run, device, checkpoint.dtype if checkpoint else torch.bfloat16)
 
-    Raises UserError before anything is allocated where the memory does not suffice.
-    """
+
+def memory_of(run: Run, shape: ModelShape, plan: Plan, device: str, checkpoint: Optional[Checkpoint]) -> Memory:
+    """What each rank of a run will allocate."""
+    chosen = precision_of(run, device, checkpoint)
+    return memory(shape, plan, chosen.store.itemsize, chosen.compute.itemsize, run.tp)
+
+
+class Rank:
+    """Weights, pages and graphs on one device. All ranks of a run make theirs at the same time, since they join here."""
 
     def __init__(self, run: Run, shape: ModelShape, plan: Plan, pixels: Pixels, checkpoint: Optional[Checkpoint],
-                 progress: Progress):
-        self.run, self.shape, self.plan = run, shape, plan
-        name = pick_device(run)
+                 place: Place, store: Optional[dist.Store], segment: str, progress: Progress):
+        self.run, self.shape, self.plan, self.shard = run, shape, plan, Shard(place.rank, place.world)
+        name, graphs = pick_device(run), graph_store(run)
+        if name == "cuda":
+            torch.cuda.set_device(place.local_rank)
         self.device = torch.device(name)
-        self.precision = precision(run, name, checkpoint.dtype if checkpoint else torch.bfloat16)
-        store, compute = self.precision.store, self.precision.compute
-        self.memory: Memory = memory(shape, plan, store.itemsize, compute.itemsize)
-        available, where = available_memory(run, name)
-        require(self.memory, available - PROCESS_BYTES, where)
-        if checkpoint:
-            checkpoint.verify()
-        done = 0
+        self.precision = precision_of(run, name, checkpoint)
+        self.spec = spec = graph_spec(run, shape, plan, name, self.precision, place)
+        make_deterministic(run.deterministic)
+        if name == "cpu" and place.local_world > 1 and spec.threads <= len(place.cores()):
+            os.sched_setaffinity(0, place.cores())
+        torch.set_num_threads(spec.threads)
+        self.collectives = Collectives(spec.collectives, place, store, segment, run.timeout, name, graphs.written)
+        self._done = 0
+        whole = elements(shape, self.shard) * self.precision.store.itemsize
 
         def report(count: int) -> None:
-            nonlocal done
-            done += count
-            progress.weights(done, self.memory.weights)
+            self._done += count
+            progress.weights(self._done, whole)
 
-        fill = from_checkpoint(checkpoint) if checkpoint else random_fill(run.seed, store)
-        self.weights = build(shape, pixels, store, self.device, fill, report)
+        dtype = self.precision.store
+        fill = from_checkpoint(checkpoint) if checkpoint else random_fill(shape, run.seed, dtype)
+        self.weights = build(shape, pixels, dtype, self.device, fill, report, self.shard)
         _return_freed_memory()
-        spec = graph_spec(run, shape, plan, name, self.precision)
-        torch.set_num_threads(spec.threads)
         # Zeros, since a masked key still takes part with weight 0, and 0 * NaN is NaN.
         self.pages, self.image_pages = spec.pages(torch.zeros)
-        self.graphs = Graphs(
-            spec, self.weights, PLAIN, graph_store(run), plan.buckets(),
-            cost=lambda bucket: bucket_cost(shape, plan.page_size, bucket), reuse=run.plan.reuse,
-            mode=run.plan.compile, say=progress.say)
+        self.ops = ranked(place.world, spec.collectives)
+        self.graphs = Loaded(spec, self.weights, self.ops, graphs)
 
     @torch.inference_mode()
-    def execute(self, step: AnyStep, pixels: Optional[np.ndarray] = None) -> list[Token]:
-        """Run one step; a token for each row that is due one. `pixels` are the real tiles of a VisionStep."""
-        bucket, graph = self.graphs.serve(self._need(step))
+    def execute(self, step: AnyStep, bucket: Bucket, compiled: bool, pixels: Optional[np.ndarray]) -> list[Token]:
+        """Run one step through a bucket; a token for each row that is due one, the same on every rank.
+
+        Raises PeerGone where another rank does not take part.
+        """
+        try:
+            return self._execute(step, bucket, self.graphs.graph(bucket, compiled), pixels)
+        except RuntimeError as error:
+            if fault := self.collectives.fault():
+                raise PeerGone(fault) from error
+            raise
+
+    def _execute(self, step: AnyStep, bucket: Bucket, graph: Callable, pixels: Optional[np.ndarray]) -> list[Token]:
         call = lambda given: graph(*arguments(bucket, given, self.pages, self.image_pages))  # noqa: E731
         if isinstance(step, VisionStep):
             assert pixels is not None
@@ -152,28 +176,35 @@ class Rank:
         logits = call(batch.token_input(step.rows, bucket, self.plan, self.device))
         return self._sample(logits[:len(step.rows)], step.rows)
 
-    def _need(self, step: AnyStep) -> Bucket:
-        return self.plan.vision() if isinstance(step, VisionStep) else batch.needs(self.plan, step)
-
     def _sample(self, logits_BV: Tensor, rows: Sequence[Row]) -> list[Token]:
-        chosen = [row.sampling for row in rows]
-        if all(s.temperature == 0 for s in chosen):
-            ids_B = sample.greedy(logits_BV)
-        else:
+        chosen, vocab, gather = [row.sampling for row in rows], self.shape.text.vocab, self.ops.all_gather
+        first = self.shard.rank * self.shard.size(vocab)
+        logits_BV = sample.own_ids(logits_BV, first, vocab)
+        best = max((s.logprobs for s in chosen if s.logprobs is not None), default=0)
+        offered = min(max(best, *(1 if s.temperature == 0 else s.top_k or vocab for s in chosen), 1), vocab)
+        value_Bk, id_Bk = sample.candidates(logits_BV, offered, first, gather)
+        at_B = torch.zeros(len(rows), dtype=torch.long, device=self.device)
+        if any(s.temperature > 0 for s in chosen):
             column = lambda values: torch.tensor(values, device=self.device)  # noqa: E731
             draws = [noise(row.sampling.seed, row.start + len(row.ids)) for row in rows]
-            ids_B = sample.draw(
-                logits_BV, column([float(s.temperature) for s in chosen]), column([s.top_k for s in chosen]),
+            at_B = sample.draw(
+                value_Bk, column([float(s.temperature) for s in chosen]), column([s.top_k for s in chosen]),
                 column([float(s.top_p) for s in chosen]), column(draws))
-        ids = ids_B.tolist()
-        best = max((s.logprobs for s in chosen if s.logprobs is not None), default=None)
-        if best is None:
+        ids = id_Bk.gather(-1, at_B[:, None])[:, 0].tolist()
+        if all(s.logprobs is None for s in chosen):
             return [Token(id) for id in ids]
-        k = max(1, min(best, self.shape.text.vocab))
-        own, top_ids, top = (t.tolist() for t in sample.log_probabilities(logits_BV, ids_B, k))
+        logp_Bk = value_Bk - sample.total(logits_BV, gather)[:, None]
+        own, top_ids, top = logp_Bk.gather(-1, at_B[:, None])[:, 0].tolist(), id_Bk.tolist(), logp_Bk.tolist()
         return [Token(ids[i]) if s.logprobs is None else
                 Token(ids[i], own[i], tuple(top_ids[i][:s.logprobs]), tuple(top[i][:s.logprobs]))
                 for i, s in enumerate(chosen)]
+
+
+def make_deterministic(deterministic: bool) -> None:
+    """Have torch take deterministic algorithms where it has them; what must stand in the environment is launch's."""
+    # The public function imports Inductor, to set a switch there that loaded packages have no use for.
+    torch._C._set_deterministic_algorithms(deterministic, warn_only=True)
+    torch._C._set_deterministic_fill_uninitialized_memory(False)
 
 
 def _return_freed_memory() -> None:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass
+from math import gcd
 from pathlib import Path
 from typing import Any, Optional
 
@@ -88,6 +89,15 @@ class ModelShape:
     def group(self) -> int:
         """Query heads that share a key-value head."""
         return self.text.heads // self.text.kv_heads
+
+    def check_ranks(self, tp: int) -> None:
+        """Raises UserError where `tp` ranks can't have equal parts of every kind of head."""
+        heads = {"query": self.text.heads, "key-value": self.text.kv_heads, "vision": self.vision.heads}
+        if any(count % tp for count in heads.values()):
+            common = gcd(*heads.values())
+            choices = [str(n) for n in range(1, common + 1) if common % n == 0]
+            raise UserError(f"tp={tp} does not divide the model's heads ({', '.join(f'{n} {k}' for k, n in heads.items())}). "
+                            f"tp can be {', '.join(choices)}.")
 
 
 def _rope(text: dict[str, Any]) -> RopeShape:

@@ -9,10 +9,11 @@ from mllama_graph.checkpoint import Checkpoint, Pixels
 from mllama_graph.config import Run, UserError
 from mllama_graph.engine import Engine
 from mllama_graph.processor import CLIP_MEAN, CLIP_STD, Defaults, Processor
-from mllama_graph.rank import Rank
+from mllama_graph.preflight import MADE_UP, checkpoint_folder, shape_of_run, weights_of
 from mllama_graph.report import Progress
 from mllama_graph.scheduler import Sampling, Scheduler
-from mllama_graph.shape import ModelShape, differences, shape_of
+from mllama_graph.shape import ModelShape
+from mllama_graph.team import Ranks
 
 log = logging.getLogger(__name__)
 
@@ -20,35 +21,14 @@ log = logging.getLogger(__name__)
 DEFAULT_MAX_IMAGES = 4
 
 
-PACKAGE = "package:"
-
-
-def packaged(value: Optional[str]) -> Optional[str]:
-    """A path as it is, or one in this package's folder where it says package:."""
-    if value is None or not value.startswith(PACKAGE):
-        return value
-    return str(Path(__file__).parent / value.removeprefix(PACKAGE))
-
 
 def model_of(run: Run) -> tuple[ModelShape, Optional[Checkpoint]]:
     """The model's shape, and its checkpoint unless the weights are random.
 
     Raises UserError where weights= and model= don't fit each other.
     """
-    expected = shape_of({"model_type": "mllama", **run.model.config}) if run.model.config else None
-    weights = packaged(run.model.weights) if run.weights is None else run.weights
-    if weights is None:
-        raise UserError("weights= is not given. Use weights=/path/to/checkpoint, or model=11b weights=random.")
-    if weights in ("random", "meta"):
-        if expected is None:
-            raise UserError(f"model={run.model.name} takes its shapes from a checkpoint, which weights={weights} lacks. "
-                            "Use model=11b or model=90b.")
-        return expected, None
-    checkpoint = Checkpoint(Path(weights).expanduser())
-    if expected and (differing := differences(expected, checkpoint.shape)):
-        raise UserError(f"{weights} is not model={run.model.name}: {'; '.join(differing[:4])}"
-                        f"{' ...' if len(differing) > 4 else ''}. Use model=custom.")
-    return checkpoint.shape, checkpoint
+    shape, weights = shape_of_run(run), weights_of(run)
+    return shape, None if weights in MADE_UP else Checkpoint(checkpoint_folder(weights))
 
 
 def processor_of(run: Run, shape: ModelShape, checkpoint: Optional[Checkpoint]) -> Processor:
@@ -75,11 +55,9 @@ def plan_of(run: Run, shape: ModelShape, images: int = 0) -> Plan:
 def start_engine(run: Run, plan: Plan, shape: ModelShape, checkpoint: Optional[Checkpoint], processor: Processor,
                  progress: Progress) -> Engine:
     """Weights in memory, pages allocated, graphs found on first use."""
-    if run.weights == "meta":
-        raise UserError("weights=meta has shapes but no values, so nothing can be generated. Use weights=random.")
     progress.say(f"plan: {plan.describe()}")
     if plan.max_length > shape.text.positions:
         log.warning("sequences of up to %d tokens; the model was made for %d", plan.max_length, shape.text.positions)
-    rank = Rank(run, shape, plan, pixels_of(processor), checkpoint, progress)
-    log.info("memory: %s", rank.memory.describe())
-    return Engine(processor, Scheduler(plan, run.batch), rank)
+    ranks = Ranks(run, shape, plan, pixels_of(processor), checkpoint, progress)
+    log.info("memory of a rank: %s", ranks.memory.describe())
+    return Engine(processor, Scheduler(plan, run.batch), ranks)

@@ -96,7 +96,7 @@ SPECS: dict[str, Spec] = {
     ),
     "cross_first": Spec(
         hidden=128, heads=8, kv_heads=8, mlp=192, layers=4, cross_layers=[0, 2],
-        vision_hidden=64, vision_heads=2, vision_mlp=128, vision_layers=3, global_layers=1, intermediate=[0, 1, 2],
+        vision_hidden=64, vision_heads=8, vision_mlp=128, vision_layers=3, global_layers=1, intermediate=[0, 1, 2],
         tile_size=40, patch_size=8, max_tiles=2,
         dtype="bfloat16", shards=3, text_vocab=440, template="jinja", eos="<|eot_id|>", rms_norm_eps=1e-6, seed=11,
     ),

@@ -13,18 +13,20 @@ from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 from checkpoints import DTYPES, LLAMA3_SCALING, SPECS, model_config, random_weights, rename, write_checkpoint
 from engines import IGNORE
 
-from mllama_graph.checkpoint import Checkpoint, Pixels, build, from_checkpoint, inverse_frequencies, random_fill, table
+from mllama_graph.checkpoint import Checkpoint, Pixels, build, from_checkpoint, inverse_frequencies, random_fill
 from mllama_graph.config import UserError
+from mllama_graph.preflight import checkpoint_folder
 from mllama_graph.shape import _rope, shape_of
+from mllama_graph.table import Shard, elements, replicated, table
 
 PIXELS = Pixels(1 / 255, (0.5,) * 3, (0.25,) * 3)
 CPU = torch.device("cpu")
 
 
-def tree(folder, dtype=torch.float32):
+def tree(folder, dtype=torch.float32, shard=Shard()):
     checkpoint = Checkpoint(folder)
     checkpoint.verify()
-    return build(checkpoint.shape, PIXELS, dtype, CPU, from_checkpoint(checkpoint), IGNORE)
+    return build(checkpoint.shape, PIXELS, dtype, CPU, from_checkpoint(checkpoint), IGNORE, shard)
 
 
 def parameter(root, path):
@@ -159,7 +161,7 @@ def test_an_index_that_names_a_tensor_absent_from_its_file_makes_it_missing(chec
 
 def test_a_folder_that_is_none_suggests_random_weights(tmp_path):
     with pytest.raises(UserError, match="nowhere is not a folder.*weights=random"):
-        Checkpoint(tmp_path / "nowhere")
+        checkpoint_folder(str(tmp_path / "nowhere"))
 
 
 # ---- rope and random weights
@@ -183,7 +185,7 @@ def test_inverse_frequencies_are_hugging_faces(scaling, head_width):
 
 def test_random_weights_leave_nothing_out_and_repeat_by_seed():
     shape = shape_of(model_config(SPECS["base"]))
-    trees = [build(shape, PIXELS, torch.float32, CPU, random_fill(seed, torch.float32), IGNORE) for seed in (1, 1, 2)]
+    trees = [build(shape, PIXELS, torch.float32, CPU, random_fill(shape, seed, torch.float32), IGNORE) for seed in (1, 1, 2)]
     for path, value in trees[0].named_parameters():
         assert torch.equal(value, parameter(trees[1], path)), path
         assert not torch.equal(value, parameter(trees[2], path)), path
@@ -202,10 +204,54 @@ def test_progress_ends_at_the_bytes_of_the_tree(checkpoint):
     assert sum(done) == sum(value.numel() * 4 for value in root.parameters())
 
 
-def test_the_table_names_a_shard_axis_that_divides(checkpoint):
-    shape = shape_of(model_config(SPECS["cross_first"]))
+# ---- shards
+
+
+def joined(parts: list[torch.Tensor], entries, world: int) -> torch.Tensor:
+    """A Parameter put together again from what the ranks hold, by Megatron's rule: each stacked tensor for itself."""
+    sizes = [entry.local(Shard(0, world))[0] for entry in entries]
+    pieces = [part.split(sizes) for part in parts]
+    whole = []
+    for n, entry in enumerate(entries):
+        if entry.shard is None:
+            assert all(torch.equal(piece[n], pieces[0][n]) for piece in pieces)
+            whole.append(pieces[0][n])
+            continue
+        padded = torch.cat([piece[n] for piece in pieces], entry.shard)
+        size = entry.shape[entry.shard]
+        assert not padded.narrow(entry.shard, size, padded.shape[entry.shard] - size).any(), "padding is not zero"
+        whole.append(padded.narrow(entry.shard, 0, size))
+    return torch.cat(whole)
+
+
+@pytest.mark.parametrize("source", ["checkpoint", "random"])
+@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("name", ["base", "wide"])
+def test_the_ranks_parts_are_the_whole_model(name, world, source, checkpoint):
+    # Three ranks divide nothing here: vocabulary, heads and MLP are padded alike.
+    shape = shape_of(model_config(SPECS[name]))
+    make = (lambda shard: tree(checkpoint(name), shard=shard)) if source == "checkpoint" else (
+        lambda shard: build(shape, PIXELS, torch.float32, CPU, random_fill(shape, 3, torch.float32), IGNORE, shard))
+    whole, parts = make(Shard()), [make(Shard(rank, world)) for rank in range(world)]
+    groups = {}
     for entry in table(shape):
-        assert entry.shard is None or entry.shape[entry.shard] % 2 == 0, entry.name
+        groups.setdefault(entry.path, []).append(entry)
+    for path, entries in groups.items():
+        assert torch.equal(joined([parameter(part, path) for part in parts], entries, world), parameter(whole, path)), path
+    for part in parts:
+        assert sum(value.numel() for value in part.parameters()) == elements(shape, Shard(0, world))
+    firsts = [part.text.embed.first.item() for part in parts]
+    rows = parts[0].text.embed.weight.shape[0]
+    assert firsts == [min(rank * rows, shape.embeddings) for rank in range(world)]
+
+
+@pytest.mark.parametrize("name, world", [("base", 2), ("cross_first", 2), ("wide", 4)])
+def test_the_ranks_hold_the_model_once_and_what_is_replicated_by_design(name, world):
+    shape = shape_of(model_config(SPECS[name]))
+    extra = sum(replicated(shape).values())
+    padding = sum(elements(shape, Shard(rank, world)) for rank in range(world)) - elements(shape) - (world - 1) * extra
+    # The vocabulary alone may not divide: less than a row a rank of the embedding and of the head.
+    assert 0 <= padding < 2 * world * shape.text.width
 
 
 def test_leaves_have_weight_scale_and_bias(model):

@@ -111,7 +111,7 @@ def test_the_order_of_requests_does_not_change_the_tokens(checkpoint, requests, 
 
 def test_weights_kept_in_bf16_and_computed_in_fp32_give_the_tokens_of_fp32(checkpoint, requests, expected):
     engine = start(checkpoint("cross_first"), batch=4, dtype="auto")
-    assert engine.rank.weights.text.embed.dtype.itemsize == 2
+    assert engine.ranks.rank.weights.text.embed.weight.dtype.itemsize == 2
     assert tokens_of(engine, few(requests, "cross_first")) == expected("cross_first")
 
 
@@ -213,7 +213,7 @@ def test_an_image_shared_by_requests_is_encoded_once(checkpoint, requests):
 def test_a_batch_without_images_reads_no_cross_layer(checkpoint, requests):
     engine = start(checkpoint("base"), batch=4)
     served = []
-    engine.rank.graphs.serve = lambda need, old=engine.rank.graphs.serve: served.append(old(need)) or served[-1]
+    engine.ranks.graphs.serve = lambda need, old=engine.ranks.graphs.serve: served.append(old(need)) or served[-1]
     tokens_of(engine, [line for line in requests("base") if not line.get("images") and "messages" not in line])
     assert served and all(bucket.image_pages == 0 for bucket, _ in served)
 
@@ -238,7 +238,7 @@ def test_abort_frees_everything_and_leaves_the_others_alone(steps, checkpoint, r
 def test_only_a_vision_step_is_given_pixels(checkpoint, requests):
     engine = start(checkpoint("base"), batch=2)
     given = []
-    execute = engine.rank.execute
-    engine.rank.execute = lambda step, pixels: given.append((type(step), pixels is not None)) or execute(step, pixels)
+    execute = engine.ranks.execute
+    engine.ranks.execute = lambda step, pixels: given.append((type(step), pixels is not None)) or execute(step, pixels)
     serve(engine, few(requests)[:4])
     assert all(pixels == (kind is VisionStep) for kind, pixels in given)

@@ -61,12 +61,12 @@ def compiled(checkpoint, lines, store):
 
 
 def addresses(engine):
-    return [data.data_ptr() for pool in (engine.rank.pages, engine.rank.image_pages) for pair in pool for data in pair]
+    return [data.data_ptr() for pool in (engine.ranks.rank.pages, engine.ranks.rank.image_pages) for pair in pool for data in pair]
 
 
 def test_compiled_graphs_give_the_tokens_of_eager_in_a_mixed_batch(eager, compiled):
     assert compiled[1] == eager[1]
-    records = compiled[0].rank.graphs.records
+    records = compiled[0].ranks.graphs.records
     assert len(records) == USED and {record.source for record in records} == {"hit"}
     assert {record.phase for record in records} == {"vision", "prefill", "decode"}
 
@@ -83,7 +83,7 @@ def test_compiled_graphs_write_the_pages_in_place_and_as_eager_does(eager, compi
     assert addresses(compiled[0]) == compiled[2]
     for pool in ("pages", "image_pages"):
         scratch = eager[0].scheduler.plan.scratch_pages if pool == "pages" else 0
-        for ours, theirs in zip(getattr(compiled[0].rank, pool), getattr(eager[0].rank, pool)):
+        for ours, theirs in zip(getattr(compiled[0].ranks.rank, pool), getattr(eager[0].ranks.rank, pool)):
             for data, other in zip(ours, theirs):
                 assert other[scratch:].any()
                 # fp32 with sums in another order, values of order one to ten.
@@ -109,7 +109,7 @@ folder, store, plan, lines = json.loads(sys.stdin.read())
 engine = start(folder, backend="inductor", graph_cache=store, **plan)
 tokens = tokens_of(engine, lines)
 compilers = [name for name in sys.modules if name.startswith(("torch._inductor", "torch._dynamo", "torch.export", "triton"))]
-print(json.dumps([tokens, [record.source for record in engine.rank.graphs.records], compilers]))
+print(json.dumps([tokens, [record.source for record in engine.ranks.graphs.records], compilers]))
 """
 
 
@@ -131,13 +131,13 @@ def test_a_second_start_hits_every_graph_and_imports_no_compiler(checkpoint, lin
 def test_a_truncated_package_is_rebuilt(checkpoint, lines, store, compiled, tmp_path):
     copy = tmp_path / "graphs"
     shutil.copytree(store, copy)
-    record = next(r for r in compiled[0].rank.graphs.records if r.bucket == "prefill tokens=32 pages=0 image_pages=0")
+    record = next(r for r in compiled[0].ranks.graphs.records if r.bucket == "prefill tokens=32 pages=0 image_pages=0")
     package = copy / record.key / "graph.pt2"
     whole = package.read_bytes()
     package.write_bytes(whole[:len(whole) // 2])
     engine = start(checkpoint(SPEC), backend="inductor", graph_cache=str(copy), **PLAN)
     tokens = tokens_of(engine, [lines[3] | {"max_new_tokens": 1}])
-    assert [(r.source, r.key) for r in engine.rank.graphs.records] == [("compiled", record.key)]
+    assert [(r.source, r.key) for r in engine.ranks.graphs.records] == [("compiled", record.key)]
     assert tokens["text"] == compiled[1]["text"][:1]
     assert GraphStore(copy).find(record.key) == (package, None)
     assert f"graph {record.key} (prefill tokens=32 pages=0 image_pages=0): graph.pt2 is altered or truncated" in said(engine)
@@ -145,7 +145,7 @@ def test_a_truncated_package_is_rebuilt(checkpoint, lines, store, compiled, tmp_
 
 def said(engine):
     """The lines that the engine told its reader."""
-    return engine.rank.graphs.say.__self__._stream.getvalue()
+    return engine.ranks.graphs.say.__self__._stream.getvalue()
 
 
 def test_without_waiting_steps_run_uncompiled_while_their_graphs_compile(checkpoint, lines, eager, compiled, store, tmp_path):
@@ -153,7 +153,7 @@ def test_without_waiting_steps_run_uncompiled_while_their_graphs_compile(checkpo
     engine = start(checkpoint(SPEC), backend="inductor", **plan)
     try:
         assert tokens_of(engine, lines[:1]) == {"two": eager[1]["two"]}
-        running = engine.rank.graphs
+        running = engine.ranks.graphs
         assert len(running.compiler.asked) == 3 and not running.records
         assert said(engine).count("in the background; its steps run uncompiled till then") == 3
     finally:
@@ -162,12 +162,12 @@ def test_without_waiting_steps_run_uncompiled_while_their_graphs_compile(checkpo
         shutil.copytree(store / running.spec.key(bucket), tmp_path / running.spec.key(bucket))
     engine = start(checkpoint(SPEC), backend="inductor", **plan)
     assert tokens_of(engine, lines[:1]) == {"two": compiled[1]["two"]}
-    assert [record.source for record in engine.rank.graphs.records] == ["hit"] * 3
+    assert [record.source for record in engine.ranks.graphs.records] == ["hit"] * 3
 
 
 def test_every_weight_of_a_step_stays_outside_its_package(compiled, store):
     # A value that the compiler baked in would be another checkpoint's: nothing in the key tells them apart.
-    rank = compiled[0].rank
+    rank = compiled[0].ranks.rank
     names = {}
     for bucket, package in rank.graphs._ready.items():
         names[bucket.phase, bucket.image_pages > 0] = {
@@ -188,7 +188,7 @@ def key(checkpoint, tmp_path):
     """key(bucket, changes to the plan) -> the key of a graph and its readable fields."""
 
     def of(bucket=Bucket("decode", 4, 4, 6, 0), name=SPEC, **changes):
-        return start(checkpoint(name), **(PLAN | {"graph_cache": str(tmp_path)} | changes)).rank.graphs.spec.key(bucket)
+        return start(checkpoint(name), **(PLAN | {"graph_cache": str(tmp_path)} | changes)).ranks.graphs.spec.key(bucket)
 
     return of
 
@@ -214,7 +214,7 @@ def test_the_key_changes_with_the_bucket(bucket, key):
 
 
 def test_the_key_changes_with_backend_options_source_torch_and_processor(monkeypatch, checkpoint):
-    spec, bucket = start(checkpoint(SPEC), **PLAN).rank.graphs.spec, Bucket("decode", 4, 4, 6, 0)
+    spec, bucket = start(checkpoint(SPEC), **PLAN).ranks.graphs.spec, Bucket("decode", 4, 4, 6, 0)
     of = lambda **changes: replace(spec, **changes).key(bucket)  # noqa: E731
     plain = of()
     assert of(options=(("max_autotune", True),)) != plain
@@ -268,6 +268,6 @@ def test_a_warm_run_refuses_to_compile(checkpoint, lines, compiled, store, tmp_p
 
 
 def test_records_are_plain_data(compiled):
-    for record in compiled[0].rank.graphs.records:
+    for record in compiled[0].ranks.graphs.records:
         assert set(asdict(record)) == {"phase", "bucket", "source", "seconds", "bytes", "key"}
         json.dumps(asdict(record))

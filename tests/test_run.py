@@ -237,7 +237,10 @@ def test_an_interrupt_keeps_every_finished_line(checkpoint, tmp_path):
     (["weights=nowhere/at/all"], "weights=nowhere/at/all is not a folder.*weights=random"),
     (["model=custom", "weights=random"], "model=custom takes its shapes from a checkpoint"),
     (["weights=random", "model=11b", "dtype=fp8"], "dtype=fp8 is not one of auto, fp32, fp16, bf16"),
-    (["weights=random", "model=11b", "tp=2"], "tp=2"),
+    (["weights=random", "model=11b", "tp=3"], r"tp=3 does not divide the model's heads \(32 query, 8 key-value, 16 vision\)"
+     r"\. tp can be 1, 2, 4, 8\."),
+    (["weights=random", "model=11b", "timeout=0"], "timeout=0 must be above 0 seconds"),
+    (["weights=random", "model=11b", "collectives=mpi"], "collectives=mpi is not one of auto, shared_memory, distributed"),
     (["weights=random", "model=11b", "quant=w8a8"], "quant=w8a8"),
     (["weights=random", "model=11b", "backend=torchair"], "torchair"),
     (["weights=random", "model=11b", "top_p=0"], "top_p=0"),

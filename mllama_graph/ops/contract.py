@@ -20,8 +20,8 @@ class Ops:
     `linear` leaves have `.weight` (out, in), and `.bias` or None. `pages` is a pair of (N, P, K, H) tensors.
     """
 
-    # (ids_T, weight) -> x_TD
-    embed: Callable[[Tensor, Tensor], Tensor]
+    # (ids_T, leaf with weight and .first, the id of its first row) -> x_TD
+    embed: Callable
     # (x_...I, leaf) -> y_...O, in the dtype of x whatever the weight is stored in
     linear: Callable
     # (x_TD, weight, eps) -> y_TD: fp32 inside, cast, then times weight
@@ -52,5 +52,5 @@ class Ops:
     attend_tiles: Callable
     # sums over ranks
     all_reduce: Callable[[Tensor], Tensor]
-    # concatenates the last axis over ranks
+    # stacks over ranks: x -> (world, *x.shape)
     all_gather: Callable[[Tensor], Tensor]

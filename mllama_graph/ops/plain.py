@@ -11,8 +11,8 @@ Pages = tuple[Tensor, Tensor]
 
 
 
-def embed(ids_T: Tensor, weight: Tensor) -> Tensor:
-    return F.embedding(ids_T, weight)
+def embed(ids_T: Tensor, leaf) -> Tensor:
+    return F.embedding(ids_T, leaf.weight)
 
 
 def linear(x: Tensor, leaf) -> Tensor:
@@ -145,13 +145,17 @@ def attend_tiles(q_SAH: Tensor, k_SAH: Tensor, v_SAH: Tensor, pad_S: Tensor) -> 
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_SS)[0].transpose(0, 1)
 
 
-def _one_rank(x: Tensor) -> Tensor:
+def _sum_of_one(x: Tensor) -> Tensor:
     return x
+
+
+def _stack_of_one(x: Tensor) -> Tensor:
+    return x[None]
 
 
 PLAIN = Ops(
     embed=embed, linear=linear, rms_norm=rms_norm, add_rms_norm=add_rms_norm, layer_norm=layer_norm,
     rope_angles=rope_angles, rope=rope, swiglu=swiglu, gelu=gelu, patch_embed=patch_embed, write_pages_=write_pages_,
     attend_prompt=attend_prompt, attend_pages=attend_pages, attend_image=attend_image, attend_tiles=attend_tiles,
-    all_reduce=_one_rank, all_gather=_one_rank,
+    all_reduce=_sum_of_one, all_gather=_stack_of_one,
 )

@@ -9,10 +9,11 @@ from mllama_graph.dispatch import Graphs
 from mllama_graph.engine import Delta, Engine, Result
 from mllama_graph.images import list_images, shorten
 from mllama_graph.offline import Results, most_images, read_lines, serve_lines
+from mllama_graph.preflight import packaged
 from mllama_graph.processor import Request
 from mllama_graph.report import Progress, table, write_result
 from mllama_graph.scheduler import Scheduler
-from mllama_graph.start import model_of, packaged, plan_of, processor_of, start_engine
+from mllama_graph.start import model_of, plan_of, processor_of, start_engine
 
 DEFAULT_PROMPT = {True: "Describe this image.", False: "What can you do?"}
 
@@ -93,10 +94,10 @@ def _finish(run: Run, folder: Path, engine: Engine, results: Results, finished: 
             single: Optional[Result], progress: Progress) -> None:
     """The table, and result.json; written again once the graphs that still compile are in the store."""
     results.close()
-    metrics, graphs = metrics_of(engine, finished), engine.rank.graphs
+    metrics, graphs = metrics_of(engine, finished), engine.ranks.graphs
 
     def write() -> None:
-        write_result(folder, asdict(run), metrics=metrics | {"memory_bytes": engine.rank.memory.total},
+        write_result(folder, asdict(run), metrics=metrics | {"memory_bytes": engine.ranks.memory.total},
                      graphs=[asdict(record) for record in graphs.records],
                      text=single.text if single else None, token_ids=single.token_ids if single else None)
 

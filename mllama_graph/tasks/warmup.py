@@ -3,13 +3,10 @@
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
 from mllama_graph.buckets import Bucket
-from mllama_graph.checkpoint import Checkpoint
 from mllama_graph.config import Run, UserError
 from mllama_graph.dispatch import GraphCompiler
-from mllama_graph.rank import graph_spec, graph_store, pick_device, precision
+from mllama_graph.rank import graph_spec, graph_store, pick_device, precision_of
 from mllama_graph.report import Progress, write_result
 from mllama_graph.start import model_of, plan_of
 
@@ -20,8 +17,7 @@ def main(run: Run) -> None:
         raise UserError("backend=eager compiles nothing, so there is nothing to warm up. Use backend=inductor.")
     shape, checkpoint = model_of(run)
     plan, device, progress = plan_of(run, shape), pick_device(run), Progress()
-    stored = checkpoint.dtype if isinstance(checkpoint, Checkpoint) else torch.bfloat16
-    spec, store = graph_spec(run, shape, plan, device, precision(run, device, stored)), graph_store(run)
+    spec, store = graph_spec(run, shape, plan, device, precision_of(run, device, checkpoint)), graph_store(run)
     progress.say(f"plan: {plan.describe()}")
     if store.warning:
         raise UserError(f"{store.warning} A warm-up would be lost: give a graph_cache= that can be written.")

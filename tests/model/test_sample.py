@@ -6,13 +6,41 @@ import pytest
 import torch
 from hypothesis import assume, given, settings, strategies as st
 
-from mllama_graph.model.sample import draw, greedy, log_probabilities
+from mllama_graph.model import sample
 from mllama_graph.rank import noise
 
 V = 12
 LOGITS = st.lists(st.floats(-6, 6, width=32), min_size=V, max_size=V)
 KNOBS = {"temperature": st.floats(0.2, 3), "top_k": st.integers(0, V + 3), "top_p": st.floats(0.05, 1)}
 GRID = torch.arange(2000) / 2000
+
+
+def candidates(logits_BV, k, world=1, vocab=V):
+    """What each of `world` ranks has as candidates and as the total, from its part of the logits."""
+    size = -(-vocab // world)
+    padded = torch.nn.functional.pad(logits_BV, (0, size * world - vocab), value=99.0)
+    own = [sample.own_ids(part, rank * size, vocab) for rank, part in enumerate(padded.split(size, -1))]
+    offers = [[] for _ in range(world)]
+    for rank in range(world):
+        sample.candidates(own[rank], k, rank * size, lambda x: offers[rank].append(x) or x[None])
+        sample.total(own[rank], lambda x: offers[rank].append(x) or x[None])
+    found = []
+    for rank in range(world):
+        told = iter([torch.stack(same) for same in zip(*offers)])
+        found.append((*sample.candidates(own[rank], k, rank * size, lambda x: next(told)),
+                      sample.total(own[rank], lambda x: next(told))))
+    return found
+
+
+def draw(logits_BV, temperature_B, top_k_B, top_p_B, noise_B):
+    """The drawn ids."""
+    [(value_Bk, id_Bk, _)] = candidates(logits_BV, V)
+    return id_Bk.gather(-1, sample.draw(value_Bk, temperature_B, top_k_B, top_p_B, noise_B)[:, None])[:, 0]
+
+
+def greedy(logits_BV):
+    """The ids that are offered first."""
+    return candidates(logits_BV, 1)[0][1][:, 0]
 
 
 def draws(logits, noises, temperature=1.0, top_k=0, top_p=1.0):
@@ -87,16 +115,28 @@ def test_noise_at_the_ends_draws_an_id_that_is_kept(value):
 @given(logits=LOGITS, temperature=st.floats(0.2, 3), k=st.integers(1, V))
 def test_log_probabilities_are_of_the_raw_logits(logits, temperature, k):
     wide = torch.tensor(logits, dtype=torch.float64).log_softmax(-1)
-    own, top_ids, top = log_probabilities(torch.tensor([logits]), torch.tensor([3]), k)
+    [(value_Bk, id_Bk, total_B)] = candidates(torch.tensor([logits]), k)
+    logp_k = (value_Bk - total_B[:, None])[0].double()
     # fp32 rounding of values of order ten.
-    assert abs(own.item() - wide[3].item()) < 1e-5
-    assert torch.allclose(top[0].double(), wide.topk(k).values, atol=1e-5)
-    assert torch.allclose(top[0].double(), wide[top_ids[0]], atol=1e-5)
+    assert torch.allclose(logp_k, wide.topk(k).values, atol=1e-5)
+    assert torch.allclose(logp_k, wide[id_Bk[0]], atol=1e-5)
 
 
 def test_half_precision_logits_are_reported_in_fp32():
-    own, _, top = log_probabilities(torch.zeros(1, V, dtype=torch.bfloat16), torch.tensor([0]), 2)
-    assert own.dtype == top.dtype == torch.float32
+    [(value_Bk, _, total_B)] = candidates(torch.zeros(1, V, dtype=torch.bfloat16), 2)
+    assert value_Bk.dtype == total_B.dtype == torch.float32
+
+
+@given(rows=st.lists(st.lists(st.integers(-2, 2), min_size=V, max_size=V), min_size=1, max_size=3),
+       k=st.integers(1, V), world=st.sampled_from([2, 3, 4, 5, 8]))
+def test_all_ranks_have_the_candidates_of_one_rank_with_all_logits(rows, k, world):
+    # Few values, so that equal logits on different ranks are common; 5 and 8 ranks leave some with padding alone.
+    logits_BV = torch.tensor(rows, dtype=torch.float32)
+    [(value_Bk, id_Bk, total_B)] = candidates(logits_BV, k)
+    for theirs in candidates(logits_BV, k, world):
+        assert torch.equal(theirs[0], value_Bk) and torch.equal(theirs[1], id_Bk)
+        # Sums of exponentials in another order.
+        assert torch.allclose(theirs[2], total_B, atol=1e-6)
 
 
 def test_noise_is_of_seed_and_position_alone():

@@ -57,7 +57,7 @@ def test_every_operation_of_the_contract_has_a_plain_one():
 
 def test_embed_takes_rows():
     weight = normal(9, 4)
-    assert torch.equal(PLAIN.embed(torch.tensor([8, 0, 3], dtype=torch.int32), weight), weight[[8, 0, 3]])
+    assert torch.equal(PLAIN.embed(torch.tensor([8, 0, 3], dtype=torch.int32), SimpleNamespace(weight=weight)), weight[[8, 0, 3]])
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -146,7 +146,7 @@ def test_patch_embed_multiplies_each_patch_row_by_row():
 
 def test_one_rank_has_nothing_to_reduce_or_gather():
     x = normal(3, 4)
-    assert PLAIN.all_reduce(x) is x and PLAIN.all_gather(x) is x
+    assert PLAIN.all_reduce(x) is x and torch.equal(PLAIN.all_gather(x), x[None])
 
 
 # ---- pages

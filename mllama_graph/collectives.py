@@ -1,0 +1,58 @@
+"""How a rank reaches the others: through shared memory on one CPU host, else through torch.distributed."""
+
+import logging
+from datetime import timedelta
+from pathlib import Path
+from typing import Optional
+
+import torch
+import torch.distributed as dist
+
+from mllama_graph import native
+from mllama_graph.config import Run, UserError
+from mllama_graph.ops.ranks import GROUP
+from mllama_graph.place import Place
+
+log = logging.getLogger(__name__)
+
+BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
+
+
+def kind_of(run: Run, device: str, place: Place) -> str:
+    """One of ops.ranks.COLLECTIVES. Raises UserError where shared memory is asked for and can't serve."""
+    shared = device == "cpu" and place.one_host
+    if run.collectives == "shared_memory" and not shared:
+        raise UserError("collectives=shared_memory serves CPU ranks of one host only. Use collectives=auto.")
+    if run.collectives == "auto":
+        return "shared_memory" if shared else "distributed"
+    return run.collectives
+
+
+class Collectives:
+    """This rank's membership. Joining waits for the other ranks, at most for the run's timeout.
+
+    Raises UserError where the shared-memory operations can't be built.
+    """
+
+    def __init__(self, kind: str, place: Place, store: Optional[dist.Store], segment: str, timeout: float, device: str,
+                 folder: Path):
+        self.kind = kind if place.world > 1 else "none"
+        if self.kind == "shared_memory":
+            load_native(folder)
+            native.attach(segment, place.rank, place.world, timeout)
+        elif self.kind == "distributed":
+            dist.init_process_group(BACKENDS[device], store=dist.PrefixStore("group", store), rank=place.rank,
+                                    world_size=place.world, timeout=timedelta(seconds=timeout))
+            torch._C._distributed_c10d._register_process_group(GROUP, dist.group.WORLD)
+
+    def fault(self) -> str:
+        """What the last failed exchange said, or nothing: an exception that passed a compiled graph has lost it."""
+        return native.last_error() if self.kind == "shared_memory" else ""
+
+
+def load_native(folder: Path) -> None:
+    """The shared-memory operations, built into the graph store's folder if they are not there."""
+    try:
+        native.load("collectives", folder)
+    except native.BuildError as error:
+        raise UserError(f"{error} Or use collectives=distributed.") from error

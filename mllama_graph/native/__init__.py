@@ -1,0 +1,180 @@
+"""C++ operators: collectives of ranks on one CPU host, and a runner of packages that frees the interpreter.
+
+A library is built by the machine's own compiler when it is first needed, once, into the folder of the graph store:
+
+    <folder>/native/<key>/<name>.so
+
+Importing this module imports no torch: the process that supervises the ranks only unlinks.
+"""
+
+import atexit
+import contextlib
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Optional
+
+SOURCE = Path(__file__).parent
+# What is linked, beside the flags that all libraries share. `collectives` uses torch's stable ABI alone.
+LIBRARIES = {
+    "collectives": ("-O3", "-DTORCH_TARGET_VERSION=0x020d000000000000"),
+    "runner": ("-O1",),
+}
+ASIDE = ".aside-"
+
+_loaded: set[str] = set()
+_world: Optional[int] = None
+
+
+class BuildError(RuntimeError):
+    """A library could not be built; one line that says why and what to do."""
+
+
+def load(name: str, folder: Path) -> None:
+    """Make the operators of a library available as torch.ops.mllama_graph.*, with what tracing needs to know of them.
+
+    `name` is "collectives" or "runner"; `folder` is the graph store's. Loading twice is loading once. Where the folder
+    can't be written the library lasts as long as the process. Raises BuildError.
+    """
+    import torch
+
+    if name in _loaded:
+        return
+    torch.ops.load_library(str(build(name, folder)))
+    if name == "collectives":
+        torch.library.register_fake("mllama_graph::all_reduce", _traced_all_reduce)
+        torch.library.register_fake("mllama_graph::all_gather", _traced_all_gather)
+    _loaded.add(name)
+
+
+def attach(name: str, rank: int, world: int, timeout: float, slot_bytes: int = 1 << 20) -> None:
+    """Join the ranks that share the memory segment `name`; every rank calls it once, rank 0 creates the segment.
+
+    `timeout` is the longest wait for a peer in seconds, here and in every collective. The segment takes
+    2 x world x slot_bytes of /dev/shm; its name is gone as soon as all ranks have joined. Raises RuntimeError: rank 0
+    did not come, /dev/shm is full, the segment is another world's.
+    """
+    _operators("collectives").attach(name, rank, world, timeout, slot_bytes)
+    declare(world)
+
+
+def detach() -> None:
+    """Leave the group, if in one."""
+    _operators("collectives").detach()
+
+
+def declare(world: int) -> None:
+    """Say how many ranks there are where collectives are traced without being in a group."""
+    global _world
+    _world = world
+
+
+def unlink(name: str) -> None:
+    """Remove a segment's name, if it is still there: for the process that outlives the ranks. Needs no torch."""
+    # Where Linux keeps what shm_open makes.
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(Path("/dev/shm") / name)
+
+
+def last_error() -> str:
+    """What the last failed collective of this process said, or "": a package raises without the text."""
+    return _operators("collectives").last_error()
+
+
+def build(name: str, folder: Path) -> Path:
+    """The library's file, built if it is not there yet. Processes that need it at once build it once."""
+    from filelock import FileLock
+
+    compiler = _compiler()
+    home = folder / "native" / _key(name, compiler)
+    library = home / f"{name}.so"
+    if library.is_file():
+        return library
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        with FileLock(home / ".lock"):
+            if not library.is_file():
+                # The lock is ours: what lies aside was left by builders that were killed.
+                for left in home.glob(f"{ASIDE}*"):
+                    left.unlink()
+                _compile(name, compiler, library)
+        return library
+    except OSError:
+        home = Path(tempfile.mkdtemp(prefix="mllama_graph-"))
+        atexit.register(shutil.rmtree, home, ignore_errors=True)
+        _compile(name, compiler, home / f"{name}.so")
+        return home / f"{name}.so"
+
+
+def _compile(name: str, compiler: list[str], library: Path) -> None:
+    """Build aside and rename: a kill leaves no half library under its name."""
+    descriptor, aside = tempfile.mkstemp(prefix=ASIDE, dir=library.parent)
+    os.close(descriptor)
+    try:
+        done = subprocess.run([*_command(name, compiler), "-o", aside], capture_output=True, text=True, errors="replace")
+        if done.returncode:
+            lines = [line.strip() for line in done.stderr.splitlines()]
+            reason = next((line for line in lines if "error" in line), lines[0] if lines else "")
+            raise BuildError(f"{name}.cpp does not build with {compiler[0]}: "
+                             f"{reason or f'exit code {done.returncode}'}. Install g++ 11 or newer, or name it with CXX=.")
+        os.replace(aside, library)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(aside)
+
+
+def _compiler() -> list[str]:
+    """The C++ compiler's command: CXX, else g++. Raises BuildError where there is none."""
+    command = shlex.split(os.environ.get("CXX") or "g++")
+    found = shutil.which(command[0])
+    if found is None:
+        raise BuildError(f"no C++ compiler: {command[0]!r} is not found. Install g++, or name a compiler with CXX=.")
+    return [found, *command[1:]]
+
+
+def _flags(name: str) -> list[str]:
+    # Products are never fused into sums: every build rounds alike.
+    machine = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+    return [*LIBRARIES[name], machine, "-ffp-contract=off", "-std=c++20", "-fPIC", "-shared", "-w"]
+
+
+def _command(name: str, compiler: list[str]) -> list[str]:
+    import torch
+
+    home = Path(torch.__file__).parent
+    return [*compiler, *_flags(name), f"-I{home / 'include'}", f"-I{home / 'include/torch/csrc/api/include'}",
+            str(SOURCE / f"{name}.cpp"), f"-L{home / 'lib'}", "-ltorch_cpu", "-lc10", "-lrt"]
+
+
+def _key(name: str, compiler: list[str]) -> str:
+    """A library's key: whatever can change it. It holds the machine's instructions, so the CPU is part of it."""
+    import torch
+
+    from mllama_graph.graphs import processor_name
+
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, errors="replace").stdout
+    parts = ((SOURCE / f"{name}.cpp").read_text(), torch.__version__, *compiler, version, *_flags(name), processor_name())
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
+
+
+def _operators(name: str):
+    import torch
+
+    if name not in _loaded:
+        raise RuntimeError(f"load({name!r}, folder) first")
+    return torch.ops.mllama_graph
+
+
+def _traced_all_reduce(x):
+    return x.new_empty(x.shape)
+
+
+def _traced_all_gather(x):
+    if _world is None:
+        raise RuntimeError("the number of ranks is not known: declare(world) or attach first")
+    return x.new_empty((_world, *x.shape))

@@ -1,0 +1,53 @@
+"""The operations of a tensor-parallel rank: plain.py's on its own part, and what ranks say to each other."""
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mllama_graph.ops.contract import Ops
+from mllama_graph.ops.plain import PLAIN
+
+# shared_memory: mllama_graph/native, ranks of one CPU host. distributed: torch.distributed's functional collectives.
+COLLECTIVES = ("shared_memory", "distributed")
+# The name under which the process group is registered; graphs hold it as a string.
+GROUP = "tensor_parallel"
+
+
+def ranked(world: int, collectives: str) -> Ops:
+    """The operations of one of `world` ranks. The same for all of them, so that they share their graphs."""
+    if world == 1:
+        return PLAIN
+    if collectives == "shared_memory":
+        all_reduce, all_gather = _shared_all_reduce, _shared_all_gather
+    else:
+        all_reduce, all_gather = _distributed_all_reduce, lambda x: _distributed_all_gather(x, world)
+
+    def embed(ids_T: Tensor, leaf) -> Tensor:
+        """Each rank looks up the ids whose rows it holds; the sum has all of them, unrounded: the others add zeros."""
+        row_T = ids_T - leaf.first
+        held_T = (row_T >= 0) & (row_T < leaf.weight.shape[0])
+        x_TD = F.embedding(torch.where(held_T, row_T, 0), leaf.weight)
+        return all_reduce(torch.where(held_T[:, None], x_TD, 0))
+
+    return replace(PLAIN, embed=embed, all_reduce=all_reduce, all_gather=all_gather)
+
+
+def _shared_all_reduce(x: Tensor) -> Tensor:
+    return torch.ops.mllama_graph.all_reduce(x)
+
+
+def _shared_all_gather(x: Tensor) -> Tensor:
+    return torch.ops.mllama_graph.all_gather(x)
+
+
+def _distributed_all_reduce(x: Tensor) -> Tensor:
+    functional = torch.ops._c10d_functional
+    return functional.wait_tensor(functional.all_reduce(x.contiguous(), "sum", GROUP))
+
+
+def _distributed_all_gather(x: Tensor, world: int) -> Tensor:
+    functional = torch.ops._c10d_functional
+    whole = functional.wait_tensor(functional.all_gather_into_tensor(x.contiguous(), world, GROUP))
+    return whole.view(world, *x.shape)

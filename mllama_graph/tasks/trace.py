@@ -1,0 +1,88 @@
+"""What weights=meta does: build every rank and trace every graph of the plan from shapes alone, in no memory to speak of.
+
+Ranks of equal shapes share their graphs, so each graph is traced once for all ranks that do; that they do is checked.
+"""
+
+import time
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mllama_graph.buckets import Bucket
+from mllama_graph.checkpoint import Pixels, build
+from mllama_graph.config import Run
+from mllama_graph.dispatch import Record
+from mllama_graph.graphs import GraphSpec, prepare_collectives, trace
+from mllama_graph.rank import graph_spec, graph_store, pick_device, precision_of
+from mllama_graph.report import Progress, columns, table, write_result
+from mllama_graph.shape import ModelShape
+from mllama_graph.start import model_of, plan_of
+from mllama_graph.table import Shard, elements, replicated
+
+MB = 1e6
+
+
+def main(run: Run) -> None:
+    """Trace, and print what each rank would hold; nothing is computed and nothing compiled."""
+    shape, _ = model_of(run)
+    plan, device, progress = plan_of(run, shape), pick_device(run), Progress()
+    spec = graph_spec(run, shape, plan, device, precision_of(run, device, None))
+    prepare_collectives(spec, graph_store(run).written)
+    progress.say(f"plan: {plan.describe()}")
+    held = [rank_shapes(spec, Shard(rank, run.tp)) for rank in range(run.tp)]
+    kinds = {tuple(shapes.items()): rank for rank, shapes in reversed(list(enumerate(held)))}
+    records, rows, buckets = [], [], plan.buckets()
+    for rank in kinds.values():
+        for bucket in buckets:
+            progress.graphs(len(records), len(buckets) * len(kinds))
+            start = time.perf_counter()
+            nodes, sums = traced(spec, bucket, Shard(rank, run.tp))
+            seconds = time.perf_counter() - start
+            records.append(Record(bucket.phase, str(bucket), "traced", round(seconds, 3), 0, spec.key(bucket)))
+            rows.append((str(bucket), str(nodes), str(sums), f"{seconds:.1f}"))
+    progress.graphs(len(records), len(records))
+    print(columns(("graph", "operations", "all-reduces", "seconds"), rows))
+    width = spec.store.itemsize
+    weights = [sum(size.numel() for size in shapes.values()) * width for shapes in held]
+    print("\n" + table(_sums(shape, run.tp, width, weights)), flush=True)
+    share = f"{run.tp} ranks of equal shapes share their graphs" if len(kinds) == 1 else f"{len(kinds)} kinds of rank"
+    progress.say(f"\n{share}; {len(records)} traced")
+    write_result(Path(run.output_dir), asdict(run), graphs=[asdict(record) for record in records], metrics={
+        "graphs": len(records), "rank_weight_bytes": weights, "model_weight_bytes": elements(shape) * width,
+        "replicated_bytes": {part: count * width for part, count in replicated(shape).items()},
+        "rank_page_bytes": page_bytes(spec)})
+
+
+def rank_shapes(spec: GraphSpec, shard: Shard) -> dict[str, torch.Size]:
+    """The shapes of a rank's Parameters, by path."""
+    with FakeTensorMode():
+        tree = build(spec.shape, Pixels(1.0, (0.0,) * 3, (1.0,) * 3), spec.store, torch.device(spec.device),
+                     lambda entry, part, region: None, lambda count: None, shard)
+    return {path: value.shape for path, value in tree.named_parameters()}
+
+
+def traced(spec: GraphSpec, bucket: Bucket, shard: Shard) -> tuple[int, int]:
+    """Operations and all-reduces of a rank's graph."""
+    with FakeTensorMode():
+        program = trace(spec, bucket, shard)
+    called = Counter(str(node.target) for node in program.graph.nodes if node.op == "call_function")
+    return called.total(), sum(count for name, count in called.items() if "all_reduce" in name)
+
+
+def page_bytes(spec: GraphSpec) -> int:
+    """Bytes of a rank's K/V pages."""
+    with FakeTensorMode():
+        return sum(data.numel() * data.element_size() for pool in spec.pages(torch.empty) for pair in pool for data in pair)
+
+
+def _sums(shape: ModelShape, tp: int, width: int, weights: list[int]) -> list[tuple[str, str]]:
+    """How the ranks' bytes add up to the model's."""
+    whole, extra = elements(shape) * width, {part: (tp - 1) * n * width for part, n in replicated(shape).items()}
+    show = lambda value: f"{value / MB:,.1f} MB"  # noqa: E731
+    padding = sum(weights) - whole - sum(extra.values())
+    return [("weights of a rank", show(weights[0])), (f"of {tp} ranks", show(sum(weights))), ("of the model", show(whole)),
+            *((f"{part}, {tp - 1} more times", show(value)) for part, value in extra.items() if tp > 1),
+            ("padding of the vocabulary", show(padding))]
