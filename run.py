@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from mllama_graph.config import Interrupted, PeerGone, RankFailed, Run, UserError, check
-from mllama_graph.launch import follow, launch
+from mllama_graph.launch import join, launch
 from mllama_graph.place import place_from
 from mllama_graph.report import write_result, write_summary
 
@@ -113,8 +113,7 @@ def main() -> int:
     place = place_from(os.environ)
     if place and place.rank > 0:
         # torchrun starts every rank alike; rank 0 alone composes the run and writes its folder.
-        follow(place)
-        return 0
+        return join(place)
     for argument in sys.argv[1:]:
         if not argument.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in argument):
             print(f"error: {argument!r} is not valid UTF-8 text.", file=sys.stderr)

@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from mllama_graph.place import CORES
+from mllama_graph.place import CORES, deaf_children
 
 # Compiling one graph takes up to about 1 GB with its C++ compiler.
 MOST_WORKERS = 4
@@ -114,12 +114,8 @@ class Compiler:
         ours, theirs = self._context.Pipe()
         # A daemon ends with this process; the closed pipe ends it even where this one is killed.
         process = self._context.Process(target=_work, args=(theirs, self._compile_into, self._folder, CORES), daemon=True)
-        # Ctrl-C reaches the whole group; a worker that is still importing must not tell its stack. Ignoring is inherited.
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
+        with deaf_children():
             process.start()
-        finally:
-            signal.signal(signal.SIGINT, before)
         theirs.close()
         self._processes.append(process)
         return ours

@@ -80,19 +80,30 @@ class GraphCompiler:
 class Loaded:
     """What one rank can run: the graphs it has loaded, and the same functions uncompiled."""
 
-    def __init__(self, spec: GraphSpec, weights: Node, ops: Ops, store: GraphStore):
+    def __init__(self, spec: GraphSpec, weights: Node, ops: Ops, store: GraphStore, say: Callable[[str], None]):
         self.spec, self.store = spec, store
+        self._compiler = GraphCompiler(spec, store, say)
         self._uncompiled = {phase: Step(phase, weights, spec.shape, ops) for phase in ("vision", "prefill", "decode")}
         self._weights = {f"{WEIGHT_PREFIX}{name}": value for name, value in weights.state_dict().items()}
         self._ready: dict[Bucket, Callable] = {}
 
+    def compile(self, bucket: Bucket) -> None:
+        """Have a graph on its way on a host that has a store of its own."""
+        if not self._compiler.sound(bucket):
+            self._compiler.ask(bucket)
+
     def load(self, bucket: Bucket) -> None:
-        """Load a stored graph. A host whose store lacks it compiles it, the run waiting."""
-        path, _ = self.store.find(key := self.spec.key(bucket))
-        if path is None:
-            compile_into(self.store.written, self.spec, bucket, key)
-            path, _ = self.store.find(key)
-        self._ready[bucket] = package(path, self._weights, self.spec, self.store)
+        """Load a stored graph. A host whose store lacks it compiles it, the run waiting.
+
+        Raises RuntimeError where it can't be compiled.
+        """
+        self.compile(bucket)
+        while bucket in self._compiler.asked:
+            for done, error in self._compiler.collect(timeout=1.0):
+                if error:
+                    raise RuntimeError(f"{done} could not be compiled: {error}")
+        path, _ = self.store.find(self.spec.key(bucket))
+        self._ready[bucket] = package(path, self._weights, self.spec, self.store.written)
 
     def graph(self, bucket: Bucket, compiled: bool) -> Callable:
         """What runs a step of a bucket."""
@@ -104,14 +115,16 @@ class Graphs:
 
     What a missing graph means is `mode`. background: while it compiles, its steps run through a larger graph that
     exists, else uncompiled: the same functions, the same results, slower. wait: they wait. never: an error.
-    `load` has every rank load a graph, and returns when all have.
+    `compile` tells hosts with stores of their own that a graph will be wanted; `load` has every rank load it, and
+    returns when all have.
     """
 
     def __init__(self, spec: GraphSpec, store: GraphStore, plan: list[Bucket], cost: Callable[[Bucket], float],
-                 reuse: float, mode: str, say: Callable[[str], None], load: Callable[[Bucket], None]):
+                 reuse: float, mode: str, say: Callable[[str], None], compile: Callable[[Bucket], None],
+                 load: Callable[[Bucket], None]):
         self.spec, self.store, self.cost, self.reuse, self.mode, self.say = spec, store, cost, reuse, mode, say
         self.compiler = GraphCompiler(spec, store, say)
-        self._load_everywhere = load
+        self._compile_elsewhere, self._load_everywhere = compile, load
         self._ready: set[Bucket] = set()
         self._stored: set[Bucket] = set()
         self._failed: set[Bucket] = set()
@@ -170,6 +183,7 @@ class Graphs:
             self.say(f"compiling {best}" + (
                 " in the background; its steps run uncompiled till then" if self.mode == "background" else ""))
             self.compiler.ask(best)
+            self._compile_elsewhere(best)
         return best
 
     def _collect(self, timeout: float = 0.0) -> None:

@@ -27,7 +27,7 @@ from mllama_graph.model.text import decode, prefill
 from mllama_graph.model.tree import ImageInput, Node, Pages, PromptInput, TileInput, TokenInput
 from mllama_graph.model.vision import encode_image
 from mllama_graph.ops.contract import Ops
-from mllama_graph.ops.ranks import COLLECTIVES, ranked
+from mllama_graph.ops.ranks import COLLECTIVES, GROUP, ranked
 from mllama_graph.shape import ModelShape
 from mllama_graph.store import PACKAGE, GraphStore, key_of
 from mllama_graph.table import Shard
@@ -185,8 +185,28 @@ class Package:
         return outputs[0] if outputs else None
 
 
-def package(path: Path, weights: dict[str, Tensor], spec: GraphSpec, store: GraphStore) -> Callable:
-    """A stored graph, ready to be called with a step's arguments."""
+class RankPackage:
+    """The same for a CPU rank: the interpreter is free while the package runs, since it may wait for other ranks.
+
+    A package that waits for gloo would otherwise hold what gloo's own thread needs (pytorch issue 197516).
+    """
+
+    def __init__(self, path: Path, weights: dict[str, Tensor], folder: Path):
+        native.load("runner", folder)
+        self._ops = torch.ops.mllama_graph
+        self._handle = self._ops.load_package(str(path), -1)
+        names = self._ops.constant_names(self._handle)
+        self._ops.load_constants(self._handle, names, [weights[name] for name in names])
+
+    def __call__(self, *inputs: Any) -> Optional[Tensor]:
+        outputs = self._ops.run_package(self._handle, tensors(inputs))
+        return outputs[0] if outputs else None
+
+
+def package(path: Path, weights: dict[str, Tensor], spec: GraphSpec, folder: Path) -> Callable:
+    """A stored graph, ready to be called with a step's arguments. `folder` is the store's."""
+    if spec.world_size > 1 and spec.device == "cpu":
+        return RankPackage(path, weights, folder)
     return Package(path, weights)
 
 
@@ -219,11 +239,19 @@ def trace(spec: GraphSpec, bucket: Bucket, shard: Optional[Shard] = None) -> tor
     return torch.export.export(step, tuple(tensors(inputs)), strict=False)
 
 
+_stand_in: Optional[torch.distributed.ProcessGroup] = None
+
+
 def prepare_collectives(spec: GraphSpec, folder: Path) -> None:
     """What a process needs that traces the graphs of ranks without being one."""
+    global _stand_in
     if spec.world_size > 1 and spec.collectives == "shared_memory":
         native.load("collectives", folder)
         native.declare(spec.world_size)
+    elif spec.world_size > 1 and _stand_in is None:
+        # Inductor looks the group up, if only to log its size. The registry does not keep it alive.
+        _stand_in = torch.distributed.ProcessGroup(0, spec.world_size)
+        torch._C._distributed_c10d._register_process_group(GROUP, _stand_in)
 
 
 def compile_into(folder: Path, spec: GraphSpec, bucket: Bucket, key: str) -> float:

@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import IO, Optional
 
 from mllama_graph.config import Interrupted, PeerGone, RankFailed, Run, UserError
-from mllama_graph.place import Place, bind_master_port, place_from
+from mllama_graph.place import Place, bind_master_port, deaf_children, place_from
 from mllama_graph.preflight import preflight
+
+log = logging.getLogger(__name__)
 
 LOG_FORMAT = "[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"
 # After the first failure: time for the rank that is really at fault to tell, and for rank 0 to end by itself.
@@ -84,6 +86,18 @@ def prepare_environment(run: Optional[Run], place: Place) -> None:
 
 def _interrupt(signum: int, frame: object) -> None:
     raise KeyboardInterrupt
+
+
+def join(place: Place) -> int:
+    """Be a rank other than 0 that torchrun has started; the exit code."""
+    try:
+        follow(place)
+        return 0
+    except Exception as error:
+        log.exception("the rank ended early")
+        print(f"error: rank {place.rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        # Without the goodbyes of threads and libraries, which may wait for ranks that are gone.
+        os._exit(1)
 
 
 def follow(place: Place) -> None:
@@ -168,16 +182,12 @@ class Supervisor:
     def _spawn(self, place: Place, environment: dict[str, str], handed: list[int]) -> _Rank:
         readable, writable = os.pipe()
         log = open(self.folder / "ranks" / f"{place.rank}.log", "ab") if place.rank else None
-        # Ctrl-C reaches the whole group; this process decides what it means. Ignoring is inherited.
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
+        with deaf_children():
             process = subprocess.Popen([sys.executable, "-m", __name__, str(writable)], env=environment,
                                        stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=[writable, *handed])
-        finally:
-            signal.signal(signal.SIGINT, before)
-            os.close(writable)
-            if log:
-                log.close()
+        os.close(writable)
+        if log:
+            log.close()
         with process.stdin as given:
             given.write(pickle.dumps((self.run, os.getpid())))
         return _Rank(place.rank, process, os.fdopen(readable, "rb"))
@@ -253,7 +263,7 @@ def child() -> None:
     file = _log_to(Path(run.output_dir) / ("ranks/0.log" if place.world > 1 else "run.log")) if place.rank == 0 else None
     if file and place.world > 1:
         _log_to(Path(run.output_dir) / "run.log")
-    who, log = f"rank {place.rank}: " if place.world > 1 else "", logging.getLogger(__name__)
+    who = f"rank {place.rank}: " if place.world > 1 else ""
     where = f"ranks/{place.rank}.log" if place.world > 1 else "run.log"
     try:
         run_here(run, place) if place.rank == 0 else follow(place)

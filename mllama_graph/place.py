@@ -4,9 +4,11 @@ is told before any rank starts.
 A rank finds its place in the environment variables of torchrun, whether that or `launch` has started it.
 """
 
+import contextlib
 import os
+import signal
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +22,16 @@ PORTS = range(20000, 20051)
 DEVICE_FILES = {"cuda": ("CUDA_VISIBLE_DEVICES", "nvidia"), "npu": ("ASCEND_RT_VISIBLE_DEVICES", "davinci")}
 # The cores of this process before any pinning.
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+@contextlib.contextmanager
+def deaf_children() -> Iterator[None]:
+    """Processes started inside don't hear Ctrl-C, which reaches the whole group: their parent decides what it means."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,7 @@ class Rank:
         # Zeros, since a masked key still takes part with weight 0, and 0 * NaN is NaN.
         self.pages, self.image_pages = spec.pages(torch.zeros)
         self.ops = ranked(place.world, spec.collectives)
-        self.graphs = Loaded(spec, self.weights, self.ops, graphs)
+        self.graphs = Loaded(spec, self.weights, self.ops, graphs, progress.say)
 
     @torch.inference_mode()
     def execute(self, step: AnyStep, bucket: Bucket, compiled: bool, pixels: Optional[np.ndarray]) -> list[Token]:

@@ -1,6 +1,7 @@
 """The graph store: compiled graphs on disk, one entry a graph, whole or not there.
 
-    <folder>/<key>/{key.json, checksums.json, graph.pt2}     Inductor's own cache: <folder>/inductor/
+    <folder>/<key>/{key.json, checksums.json, graph.pt2}
+    <folder>/inductor/  Inductor's own cache      <folder>/native/  C++ operators, built here
 
 The key is a hash of every field that can change a graph; key.json holds the fields, so that a person sees why two
 entries differ. An entry is written aside and renamed, so that a kill at any moment leaves none or a whole one.
@@ -21,6 +22,8 @@ from typing import Any, Optional
 from filelock import FileLock, Timeout
 
 PACKAGE = "graph.pt2"
+# Folders that hold no graph.
+CACHES = ("inductor", "native")
 # What a killed process may leave: folders with this prefix, swept away once this old.
 ASIDE, ASIDE_SECONDS = ".aside-", 3600
 
@@ -117,7 +120,7 @@ class GraphStore:
         """Every entry, last used first; `verify` reads each one whole."""
         found = []
         for path in self.folder.glob("*/"):
-            if path.name.startswith(".") or path.name == "inductor":
+            if path.name.startswith(".") or path.name in CACHES:
                 continue
             try:
                 fields = json.loads((path / "key.json").read_text())

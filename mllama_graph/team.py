@@ -51,6 +51,13 @@ class Start:
 
 
 @dataclass(frozen=True)
+class Compile:
+    """A bucket's graph will be wanted: hosts other than the driver's have stores of their own to fill."""
+
+    bucket: Bucket
+
+
+@dataclass(frozen=True)
 class Load:
     """Load a bucket's graph, and say when it is done."""
 
@@ -68,7 +75,7 @@ class Execute:
 
 
 # None says only that the driver is there.
-Order = Union[Start, Load, Execute, None]
+Order = Union[Start, Compile, Load, Execute, None]
 
 
 def meet(place: Place) -> dist.Store:
@@ -168,7 +175,7 @@ class Ranks:
             self.rank.spec, graph_store(run), plan.buckets(),
             cost=lambda bucket: bucket_cost(shape, plan.page_size, bucket), reuse=1.0 if run.deterministic else run.plan.reuse,
             mode="wait" if run.deterministic and run.plan.compile == "background" else run.plan.compile,
-            say=progress.say, load=self._load)
+            say=progress.say, compile=lambda bucket: self._followers.send(Compile(bucket)), load=self._load)
 
     def execute(self, step: AnyStep, pixels: Optional[np.ndarray] = None) -> list[Token]:
         """Run one step on all ranks; a token for each row that is due one. `pixels` are the real tiles of a VisionStep."""
@@ -206,7 +213,9 @@ def follow(place: Place, begun: Callable[[Run], None]) -> None:
     rank = Rank(run, shape, start.plan, start.pixels, checkpoint, place, store, start.segment, Progress())
     connection.send(None)
     while (order := _next(connection, run.timeout)) is not EOFError:
-        if isinstance(order, Load):
+        if isinstance(order, Compile) and place.local_rank == 0:
+            rank.graphs.compile(order.bucket)
+        elif isinstance(order, Load):
             rank.graphs.load(order.bucket)
             connection.send(None)
         elif isinstance(order, Execute):

@@ -116,12 +116,13 @@ def _compile(name: str, compiler: list[str], library: Path) -> None:
     descriptor, aside = tempfile.mkstemp(prefix=ASIDE, dir=library.parent)
     os.close(descriptor)
     try:
-        done = subprocess.run([*_command(name, compiler), "-o", aside], capture_output=True, text=True, errors="replace")
+        command = [*_command(name, compiler), "-o", aside]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if done.returncode:
             lines = [line.strip() for line in done.stderr.splitlines()]
-            reason = next((line for line in lines if "error" in line), lines[0] if lines else "")
-            raise BuildError(f"{name}.cpp does not build with {compiler[0]}: "
-                             f"{reason or f'exit code {done.returncode}'}. Install g++ 11 or newer, or name it with CXX=.")
+            reason = next((line for line in lines if "error" in line), lines[0] if lines else "no message")
+            raise BuildError(f"{name}.cpp does not build with {compiler[0]} (exit code {done.returncode}): {reason}. "
+                             "Install g++ 11 or newer, or name a compiler with CXX=.")
         os.replace(aside, library)
     finally:
         with contextlib.suppress(FileNotFoundError):
@@ -158,7 +159,8 @@ def _key(name: str, compiler: list[str]) -> str:
     from mllama_graph.graphs import processor_name
 
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, errors="replace").stdout
-    parts = ((SOURCE / f"{name}.cpp").read_text(), torch.__version__, *compiler, version, *_flags(name), processor_name())
+    source = (SOURCE / f"{name}.cpp").read_text()
+    parts = (source, torch.__version__, *compiler, version, *_flags(name), processor_name())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 

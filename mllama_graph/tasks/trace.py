@@ -3,9 +3,11 @@
 Ranks of equal shapes share their graphs, so each graph is traced once for all ranks that do; that they do is checked.
 """
 
+import multiprocessing
 import time
 from collections import Counter
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +18,7 @@ from mllama_graph.checkpoint import Pixels, build
 from mllama_graph.config import Run
 from mllama_graph.dispatch import Record
 from mllama_graph.graphs import GraphSpec, prepare_collectives, trace
+from mllama_graph.place import CORES, deaf_children
 from mllama_graph.rank import graph_spec, graph_store, pick_device, precision_of
 from mllama_graph.report import Progress, columns, table, write_result
 from mllama_graph.shape import ModelShape
@@ -30,20 +33,19 @@ def main(run: Run) -> None:
     shape, _ = model_of(run)
     plan, device, progress = plan_of(run, shape), pick_device(run), Progress()
     spec = graph_spec(run, shape, plan, device, precision_of(run, device, None))
-    prepare_collectives(spec, graph_store(run).written)
     progress.say(f"plan: {plan.describe()}")
     held = [rank_shapes(spec, Shard(rank, run.tp)) for rank in range(run.tp)]
     kinds = {tuple(shapes.items()): rank for rank, shapes in reversed(list(enumerate(held)))}
-    records, rows, buckets = [], [], plan.buckets()
-    for rank in kinds.values():
-        for bucket in buckets:
-            progress.graphs(len(records), len(buckets) * len(kinds))
-            start = time.perf_counter()
-            nodes, sums = traced(spec, bucket, Shard(rank, run.tp))
-            seconds = time.perf_counter() - start
+    jobs = [(bucket, Shard(rank, run.tp)) for rank in kinds.values() for bucket in plan.buckets()]
+    records, rows = [], []
+    context = multiprocessing.get_context("spawn")
+    with deaf_children():
+        pool = context.Pool(min(len(CORES), len(jobs)), prepare_collectives, (spec, graph_store(run).written))
+    with pool:
+        for (bucket, _), (nodes, sums, seconds) in zip(jobs, pool.imap(partial(traced, spec), jobs)):
             records.append(Record(bucket.phase, str(bucket), "traced", round(seconds, 3), 0, spec.key(bucket)))
             rows.append((str(bucket), str(nodes), str(sums), f"{seconds:.1f}"))
-    progress.graphs(len(records), len(records))
+            progress.graphs(len(records), len(jobs))
     print(columns(("graph", "operations", "all-reduces", "seconds"), rows))
     width = spec.store.itemsize
     weights = [sum(size.numel() for size in shapes.values()) * width for shapes in held]
@@ -64,12 +66,15 @@ def rank_shapes(spec: GraphSpec, shard: Shard) -> dict[str, torch.Size]:
     return {path: value.shape for path, value in tree.named_parameters()}
 
 
-def traced(spec: GraphSpec, bucket: Bucket, shard: Shard) -> tuple[int, int]:
-    """Operations and all-reduces of a rank's graph."""
+def traced(spec: GraphSpec, job: tuple[Bucket, Shard]) -> tuple[int, int, float]:
+    """Operations and all-reduces of a rank's graph, and the seconds that tracing it took."""
+    torch.set_num_threads(1)
+    start = time.perf_counter()
     with FakeTensorMode():
-        program = trace(spec, bucket, shard)
+        program = trace(spec, *job)
     called = Counter(str(node.target) for node in program.graph.nodes if node.op == "call_function")
-    return called.total(), sum(count for name, count in called.items() if "all_reduce" in name)
+    sums = sum(count for name, count in called.items() if "all_reduce" in name)
+    return called.total(), sums, time.perf_counter() - start
 
 
 def page_bytes(spec: GraphSpec) -> int:

@@ -1,0 +1,72 @@
+// Runs ahead-of-time packages through the dispatcher, which frees the interpreter for the time of the call.
+//
+// None of torch's own Python classes does (AOTIModelPackageLoader.run and boxed_run, AOTIModelContainerRunnerCpu.run):
+// they keep the interpreter's lock until the package returns. A package that waits for a gloo collective then never
+// returns where gloo's thread needs that lock to let go of a tensor, and no other thread of the process runs meanwhile.
+
+#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
+#include <torch/library.h>
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+namespace {
+
+using Package = torch::inductor::AOTIModelPackageLoader;
+
+std::mutex lock;
+std::unordered_map<int64_t, std::shared_ptr<Package>> packages;
+int64_t last_handle = 0;
+
+std::shared_ptr<Package> find(int64_t handle) {
+  std::lock_guard<std::mutex> guard(lock);
+  const auto found = packages.find(handle);
+  TORCH_CHECK(found != packages.end(), "no package is loaded under handle ", handle);
+  return found->second;
+}
+
+// device_index is -1 for the CPU and for a package's own device.
+int64_t load_package(const std::string& path, int64_t device_index) {
+  auto package = std::make_shared<Package>(path, "model", /*run_single_threaded=*/false, /*num_runners=*/1,
+                                           static_cast<c10::DeviceIndex>(device_index));
+  std::lock_guard<std::mutex> guard(lock);
+  packages.emplace(++last_handle, std::move(package));
+  return last_handle;
+}
+
+// The memory is freed when the last run that is under way returns.
+void unload_package(int64_t handle) {
+  find(handle);
+  std::lock_guard<std::mutex> guard(lock);
+  packages.erase(handle);
+}
+
+std::vector<std::string> constant_names(int64_t handle) { return find(handle)->get_constant_fqns(); }
+
+// Bind a package to tensors outside it, all that it asks for: their memory is used as it is and stays the caller's.
+void load_constants(int64_t handle, const std::vector<std::string>& names, const std::vector<at::Tensor>& values) {
+  TORCH_CHECK(names.size() == values.size(), names.size(), " names of constants, but ", values.size(), " tensors");
+  std::unordered_map<std::string, at::Tensor> constants;
+  for (size_t i = 0; i < names.size(); i++) constants.emplace(names[i], values[i]);
+  find(handle)->load_constants(constants, /*use_inactive=*/false, /*check_full_update=*/true, /*user_managed=*/true);
+}
+
+std::vector<at::Tensor> run_package(int64_t handle, std::vector<at::Tensor> inputs) {
+  return find(handle)->boxed_run(std::move(inputs));
+}
+
+}  // namespace
+
+// One kernel for all devices: a call reaches the package as it would from Python.
+TORCH_LIBRARY_FRAGMENT(mllama_graph, library) {
+  library.def("load_package(str path, int device_index) -> int", &load_package);
+  library.def("unload_package(int handle) -> ()", &unload_package);
+  library.def("constant_names(int handle) -> str[]", &constant_names);
+  library.def("load_constants(int handle, str[] names, Tensor[] values) -> ()", &load_constants);
+  // Inputs may be written: pages are.
+  library.def("run_package(int handle, Tensor(a!)[] inputs) -> Tensor[]", &run_package);
+}
