@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from mllama_graph.config import UserError
 from mllama_graph.model.tree import Leaf, Node
+from mllama_graph.preflight import STORED
 from mllama_graph.shape import ModelShape, RopeShape, read_json, shape_of
 from mllama_graph.table import WHOLE, Entry, Shard, table
 
-STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 # New names (transformers >= 4.52) and the legacy ones, which released checkpoints carry and the table uses.
 RENAMES = (
@@ -99,13 +100,18 @@ class Checkpoint:
                     block.copy_(lazy[...].view(entry.shape)[first:first + len(block)])
 
     @cached_property
-    def dtype(self) -> torch.dtype:
-        """What the language model's weights are stored in."""
+    def stored(self) -> str:
+        """What the language model's weights are stored in: fp32, fp16 or bf16."""
         name = next(iter(self.files))
         kind = self.slice(name).get_dtype()
         if kind not in STORED:
             raise UserError(f"{name} is stored as {kind}; supported are {', '.join(STORED)}.")
         return STORED[kind]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The same as torch's."""
+        return DTYPES[self.stored]
 
     def verify(self) -> None:
         """Every tensor of the table is there with its shape, and nothing else.

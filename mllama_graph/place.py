@@ -98,10 +98,16 @@ def visible_devices(device: str, environment: Mapping[str, str] = os.environ) ->
     return chosen
 
 
+def device_of(device: str) -> str:
+    """What device=auto means here, as far as can be told without torch."""
+    if device != "auto":
+        return device
+    return "cuda" if visible_devices("cuda", {}) and not metadata.version("torch").endswith("+cpu") else "cpu"
+
+
 def check_devices(device: str, ranks: int, environment: Mapping[str, str] = os.environ) -> None:
-    """Raises UserError where `ranks` ranks of this host have fewer devices. auto means those that are there, if any."""
-    if device == "auto":
-        device = "cuda" if visible_devices("cuda", {}) and not metadata.version("torch").endswith("+cpu") else "cpu"
+    """Raises UserError where `ranks` ranks of this host have fewer devices."""
+    device = device_of(device)
     if device not in DEVICE_FILES:
         return
     devices, variable = visible_devices(device, environment), DEVICE_FILES[device][0]

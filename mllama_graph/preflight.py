@@ -1,16 +1,28 @@
-"""What a run's model is, and what can be refused at once: no torch here, and no rank has started yet."""
+"""What a run's model, plan and memory are, and what can be refused at once: no torch here, and no rank has started yet."""
 
+import os
 from pathlib import Path
 from typing import Optional
 
+from safetensors import SafetensorError, safe_open
+
+from mllama_graph.buckets import Plan, make_plan
 from mllama_graph.config import Run, UserError
 from mllama_graph.images import list_images
-from mllama_graph.place import Place, check_devices
+from mllama_graph.place import Place, check_devices, device_of
+from mllama_graph.roofline import Memory, memory, require
 from mllama_graph.shape import ModelShape, differences, read_json, shape_of
 
 PACKAGE = "package:"
 # Weights that no checkpoint holds.
 MADE_UP = ("random", "meta")
+# Images of one request that a plan holds unless max_images says otherwise.
+DEFAULT_MAX_IMAGES = 4
+# What a process takes beside weights, pages and workspace: torch and the compiled graphs.
+PROCESS_BYTES = 400_000_000
+# Names of safetensors, ours, and bytes.
+STORED = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
+WIDTH = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
 def packaged(value: Optional[str]) -> Optional[str]:
@@ -55,6 +67,56 @@ def shape_of_run(run: Run) -> ModelShape:
     return shape
 
 
+def plan_of(run: Run, shape: ModelShape, images: int = 0) -> Plan:
+    """The plan of a run whose requests hold up to `images` images, as far as that is known."""
+    return make_plan(run, shape, run.max_images or max(DEFAULT_MAX_IMAGES, images))
+
+
+def precision(dtype: str, device: str, stored: str) -> tuple[str, str]:
+    """What dtype= means on a device: what weights are kept in, and what is computed and paged in.
+
+    auto is the checkpoint's dtype on an accelerator. On a CPU the weights stay as they are stored and are computed in
+    fp32: few CPUs multiply bf16 or fp16 faster than fp32, all read it faster.
+    """
+    if dtype != "auto":
+        return dtype, dtype
+    return stored, "fp32" if device == "cpu" else stored
+
+
+def memory_of(run: Run, shape: ModelShape, plan: Plan, device: str, stored: str) -> Memory:
+    """What each rank of a run will allocate."""
+    return memory(shape, plan, *(WIDTH[name] for name in precision(run.dtype, device, stored)), run.tp)
+
+
+def require_on_host(needed: Memory, run: Run, ranks: int) -> None:
+    """Raises UserError where this host's memory does not hold `ranks` ranks."""
+    if run.memory_gib is not None:
+        available, where = int(run.memory_gib * 2**30), f"memory_gib={run.memory_gib:g}"
+    else:
+        available, where = host_memory()
+    require(needed, available - ranks * PROCESS_BYTES, where, ranks)
+
+
+def host_memory() -> tuple[int, str]:
+    """Bytes that this host has to give, and where the figure comes from."""
+    try:
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024, "MemAvailable"
+    except (OSError, KeyError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "physical memory"
+
+
+def stored_in(weights: str) -> str:
+    """What a run's weights are stored in; random ones are a bf16 checkpoint's. What can't be read is told later."""
+    if weights in MADE_UP:
+        return "bf16"
+    try:
+        with safe_open(min(checkpoint_folder(weights).glob("*.safetensors")), framework="np") as file:
+            return STORED.get(file.get_slice(min(file.keys())).get_dtype(), "bf16")
+    except (SafetensorError, OSError, ValueError):
+        return "bf16"
+
+
 def preflight(run: Run, place: Optional[Place]) -> None:
     """Refuse what is wrong with the model, the files, the devices or the ranks of a run. `place`: see place_from.
 
@@ -62,9 +124,11 @@ def preflight(run: Run, place: Optional[Place]) -> None:
     """
     if place and place.world != run.tp:
         raise UserError(f"{place.world} processes were started for tp={run.tp}. Start tp processes, or set tp={place.world}.")
-    shape_of_run(run)
+    shape, weights, ranks = shape_of_run(run), weights_of(run), place.local_world if place else run.tp
     if run.requests is not None and not Path(run.requests).expanduser().is_file():
         raise UserError(f"requests={run.requests} can't be read: there is no such file.")
-    if run.requests is None:
-        list_images(run.image)
-    check_devices(run.device, place.local_world if place else run.tp)
+    images = list_images(run.image) if run.requests is None else ()
+    check_devices(run.device, ranks)
+    if weights != "meta" and device_of(run.device) == "cpu":
+        plan = plan_of(run, shape, len(images))
+        require_on_host(memory_of(run, shape, plan, "cpu", stored_in(weights)), run, ranks)

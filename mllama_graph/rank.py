@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mllama_graph import batch
 from mllama_graph.buckets import Bucket, Plan
-from mllama_graph.checkpoint import Checkpoint, Pixels, build, from_checkpoint, random_fill
+from mllama_graph.checkpoint import DTYPES, Checkpoint, Pixels, build, from_checkpoint, random_fill
 from mllama_graph.collectives import Collectives, kind_of
 from mllama_graph.config import PeerGone, Run, UserError
 from mllama_graph.dispatch import Loaded
@@ -23,16 +23,12 @@ from mllama_graph.graphs import GraphSpec, arguments
 from mllama_graph.model import sample
 from mllama_graph.ops.ranks import ranked
 from mllama_graph.place import Place
+from mllama_graph.preflight import precision
 from mllama_graph.report import Progress
-from mllama_graph.roofline import Memory, memory
 from mllama_graph.scheduler import AnyStep, PrefillStep, Row, VisionStep
 from mllama_graph.shape import ModelShape
 from mllama_graph.store import GraphStore, default_store
 from mllama_graph.table import Shard, elements
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# What the process itself takes beside weights, pages and workspace: torch and the compiled graphs.
-PROCESS_BYTES = 400_000_000
 
 
 @dataclass(frozen=True)
@@ -43,17 +39,6 @@ class Precision:
     compute: torch.dtype
 
 
-def precision(run: Run, device: str, stored: torch.dtype) -> Precision:
-    """What dtype= means on a device.
-
-    auto is the checkpoint's dtype on an accelerator. On a CPU the weights stay as they are stored and are computed in
-    fp32: few CPUs multiply bf16 or fp16 faster than fp32, all read it faster.
-    """
-    if run.dtype != "auto":
-        return Precision(DTYPES[run.dtype], DTYPES[run.dtype])
-    return Precision(stored, torch.float32 if device == "cpu" else stored)
-
-
 def pick_device(run: Run) -> str:
     """The device of device=, checked. Raises UserError where there is none."""
     if run.device == "auto":
@@ -61,19 +46,6 @@ def pick_device(run: Run) -> str:
     if run.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda: torch finds no CUDA device. Use device=cpu.")
     return run.device
-
-
-def available_memory(run: Run, device: str) -> tuple[int, str]:
-    """Bytes this run may take, and where the figure comes from."""
-    if run.memory_gib is not None:
-        return int(run.memory_gib * 2**30), f"memory_gib={run.memory_gib:g}"
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0], "free on the CUDA device"
-    try:
-        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(fields["MemAvailable"].split()[0]) * 1024, "MemAvailable"
-    except (OSError, KeyError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "physical memory"
 
 
 @dataclass(frozen=True)
@@ -109,13 +81,8 @@ def graph_store(run: Run) -> GraphStore:
 
 def precision_of(run: Run, device: str, checkpoint: Optional[Checkpoint]) -> Precision:
     """The precision of a run's weights, random ones being those of a bf16 checkpoint."""
-    return precision(run, device, checkpoint.dtype if checkpoint else torch.bfloat16)
-
-
-def memory_of(run: Run, shape: ModelShape, plan: Plan, device: str, checkpoint: Optional[Checkpoint]) -> Memory:
-    """What each rank of a run will allocate."""
-    chosen = precision_of(run, device, checkpoint)
-    return memory(shape, plan, chosen.store.itemsize, chosen.compute.itemsize, run.tp)
+    store, compute = precision(run.dtype, device, checkpoint.stored if checkpoint else "bf16")
+    return Precision(DTYPES[store], DTYPES[compute])
 
 
 class Rank:

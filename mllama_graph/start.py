@@ -1,25 +1,20 @@
 """From a Run to its parts: the model, its plan, its processor, the engine. What every task begins with."""
 
 import logging
-from pathlib import Path
 from typing import Optional
 
-from mllama_graph.buckets import Plan, make_plan
+from mllama_graph.buckets import Plan
 from mllama_graph.checkpoint import Checkpoint, Pixels
-from mllama_graph.config import Run, UserError
+from mllama_graph.config import Run
 from mllama_graph.engine import Engine
-from mllama_graph.processor import CLIP_MEAN, CLIP_STD, Defaults, Processor
 from mllama_graph.preflight import MADE_UP, checkpoint_folder, shape_of_run, weights_of
+from mllama_graph.processor import CLIP_MEAN, CLIP_STD, Defaults, Processor
 from mllama_graph.report import Progress
 from mllama_graph.scheduler import Sampling, Scheduler
 from mllama_graph.shape import ModelShape
 from mllama_graph.team import Ranks
 
 log = logging.getLogger(__name__)
-
-# Images of one request that a plan holds unless max_images says otherwise.
-DEFAULT_MAX_IMAGES = 4
-
 
 
 def model_of(run: Run) -> tuple[ModelShape, Optional[Checkpoint]]:
@@ -45,11 +40,6 @@ def pixels_of(processor: Processor) -> Pixels:
         return Pixels(float(config.get("rescale_factor", 1 / 255)), (0.0,) * 3, (1.0,) * 3)
     return Pixels(float(config.get("rescale_factor", 1 / 255)), tuple(config.get("image_mean", CLIP_MEAN)),
                   tuple(config.get("image_std", CLIP_STD)))
-
-
-def plan_of(run: Run, shape: ModelShape, images: int = 0) -> Plan:
-    """The plan of a run whose requests hold up to `images` images, as far as that is known."""
-    return make_plan(run, shape, run.max_images or max(DEFAULT_MAX_IMAGES, images))
 
 
 def start_engine(run: Run, plan: Plan, shape: ModelShape, checkpoint: Optional[Checkpoint], processor: Processor,

@@ -17,6 +17,7 @@ from multiprocessing.connection import Client, Connection, Listener
 from typing import Any, Optional, Union
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
 from mllama_graph import batch
@@ -25,8 +26,8 @@ from mllama_graph.checkpoint import Checkpoint, Pixels
 from mllama_graph.config import PeerGone, Run
 from mllama_graph.dispatch import Graphs
 from mllama_graph.place import Place, place_from
-from mllama_graph.preflight import MADE_UP, checkpoint_folder, shape_of_run, weights_of
-from mllama_graph.rank import PROCESS_BYTES, Rank, Token, available_memory, graph_store, memory_of, pick_device
+from mllama_graph.preflight import MADE_UP, checkpoint_folder, memory_of, require_on_host, shape_of_run, weights_of
+from mllama_graph.rank import Rank, Token, graph_store, pick_device
 from mllama_graph.report import Progress
 from mllama_graph.roofline import bucket_cost, require
 from mllama_graph.scheduler import AnyStep, VisionStep
@@ -158,11 +159,11 @@ class Ranks:
         self.run, self.shape, self.plan = run, shape, plan
         self.place = place = place_from(os.environ) or Place()
         device = pick_device(run)
-        self.memory = memory_of(run, shape, plan, device, checkpoint)
-        available, where = available_memory(run, device)
-        # A CPU's memory is shared by the ranks of a host, a device's is a rank's own.
-        sharing = place.local_world if device == "cpu" else 1
-        require(self.memory, available - sharing * PROCESS_BYTES, where, sharing)
+        self.memory = memory_of(run, shape, plan, device, checkpoint.stored if checkpoint else "bf16")
+        if device == "cpu":
+            require_on_host(self.memory, run, place.local_world)
+        else:
+            require(self.memory, torch.cuda.mem_get_info()[0], "free on the CUDA device")
         if checkpoint:
             checkpoint.verify()
         store = meet(place) if place.world > 1 else None

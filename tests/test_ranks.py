@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints import SPECS
 from engines import GRAPH_PLAN, arguments, serve, start
 from test_engine import FEW, LOGPROB
 

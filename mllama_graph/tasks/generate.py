@@ -9,11 +9,11 @@ from mllama_graph.dispatch import Graphs
 from mllama_graph.engine import Delta, Engine, Result
 from mllama_graph.images import list_images, shorten
 from mllama_graph.offline import Results, most_images, read_lines, serve_lines
-from mllama_graph.preflight import packaged
+from mllama_graph.preflight import packaged, plan_of
 from mllama_graph.processor import Request
 from mllama_graph.report import Progress, table, write_result
 from mllama_graph.scheduler import Scheduler
-from mllama_graph.start import model_of, plan_of, processor_of, start_engine
+from mllama_graph.start import model_of, processor_of, start_engine
 
 DEFAULT_PROMPT = {True: "Describe this image.", False: "What can you do?"}
 

@@ -19,10 +19,11 @@ from mllama_graph.config import Run
 from mllama_graph.dispatch import Record
 from mllama_graph.graphs import GraphSpec, prepare_collectives, trace
 from mllama_graph.place import CORES, deaf_children
+from mllama_graph.preflight import plan_of
 from mllama_graph.rank import graph_spec, graph_store, pick_device, precision_of
 from mllama_graph.report import Progress, columns, table, write_result
 from mllama_graph.shape import ModelShape
-from mllama_graph.start import model_of, plan_of
+from mllama_graph.start import model_of
 from mllama_graph.table import Shard, elements, replicated
 
 MB = 1e6

@@ -6,9 +6,10 @@ from pathlib import Path
 from mllama_graph.buckets import Bucket
 from mllama_graph.config import Run, UserError
 from mllama_graph.dispatch import GraphCompiler
+from mllama_graph.preflight import plan_of
 from mllama_graph.rank import graph_spec, graph_store, pick_device, precision_of
 from mllama_graph.report import Progress, write_result
-from mllama_graph.start import model_of, plan_of
+from mllama_graph.start import model_of
 
 
 def main(run: Run) -> None:
