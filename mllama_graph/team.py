@@ -186,9 +186,8 @@ class Ranks:
         return self.rank.execute(step, bucket, compiled, pixels)
 
     def close(self) -> None:
-        """End the other ranks and the compiler."""
+        """Let the other ranks end. Nothing can be executed any more."""
         self._followers.close()
-        self.graphs.compiler.close()
 
     def _load(self, bucket: Bucket) -> None:
         self._followers.send(Load(bucket))

@@ -41,7 +41,7 @@ def main(run: Run) -> None:
         for control in ("images exchanged", "images unseen"):
             scores[control] = score(engine, lines, path.parent, folder, run.batch, control, progress)
     print(columns(("kind", "scenes", *scores), _rows(scores)))
-    finish_compiling(engine.ranks.graphs, progress)
+    finish_compiling(engine.ranks, progress)
     write_result(folder, asdict(run), graphs=[asdict(record) for record in engine.ranks.graphs.records],
                  metrics=metrics | {"exact_match": {name: _percentages(by_kind) for name, by_kind in scores.items()}})
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, Optional
 
 from mllama_graph.config import Run
-from mllama_graph.dispatch import Graphs
 from mllama_graph.engine import Delta, Engine, Result
 from mllama_graph.images import list_images, shorten
 from mllama_graph.offline import Results, most_images, read_lines, serve_lines
@@ -14,6 +13,7 @@ from mllama_graph.processor import Request
 from mllama_graph.report import Progress, table, write_result
 from mllama_graph.scheduler import Scheduler
 from mllama_graph.start import model_of, processor_of, start_engine
+from mllama_graph.team import Ranks
 
 DEFAULT_PROMPT = {True: "Describe this image.", False: "What can you do?"}
 
@@ -104,14 +104,15 @@ def _finish(run: Run, folder: Path, engine: Engine, results: Results, finished: 
     write()
     if finished:
         print("\n" + table(_figures(metrics)), flush=True)
-    finish_compiling(graphs, progress)
+    finish_compiling(engine.ranks, progress)
     write()
     progress.say(f"\n{folder / 'result.json'}")
 
 
-def finish_compiling(graphs: Graphs, progress: Progress) -> None:
-    """Let what still compiles reach the store, so that the next start compiles nothing; Ctrl-C stops it."""
-    pending = graphs.compiler.pending
+def finish_compiling(ranks: Ranks, progress: Progress) -> None:
+    """Let the ranks go, and what still compiles reach the store, so that the next start compiles nothing; Ctrl-C stops it."""
+    ranks.close()
+    graphs, pending = ranks.graphs, ranks.graphs.compiler.pending
     if pending and not graphs.store.warning:
         progress.say(f"\nfor the next start {pending} more graph{'s' * (pending > 1)} will be compiled; Ctrl-C to stop here")
         try:

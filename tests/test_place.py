@@ -1,0 +1,82 @@
+"""Places, devices, ports and threads of ranks, from environment variables alone."""
+
+import socket
+
+import pytest
+
+from mllama_graph import place
+from mllama_graph.config import UserError
+from mllama_graph.place import MASTER_PORT, PORTS, Place, bind_master_port, check_devices, place_from, visible_devices
+
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+
+
+def test_a_rank_finds_its_place_in_torchruns_variables():
+    found = place_from(TORCHRUN)
+    assert found == Place(5, 8, 1, 4) and not found.one_host
+    assert place_from(TORCHRUN | found.environment()) == found
+    # A master port alone is a setting, not a place.
+    assert place_from({"MASTER_PORT": "20031"}) is None
+
+
+@pytest.mark.parametrize("change", [{"RANK": "8"}, {"LOCAL_RANK": "4"}, {"LOCAL_WORLD_SIZE": "9"}, {"WORLD_SIZE": "two"}])
+def test_variables_that_dont_fit_are_refused(change):
+    with pytest.raises(UserError, match="torchrun|must be numbers"):
+        place_from(TORCHRUN | change)
+
+
+@pytest.mark.parametrize("ranks", range(1, 9))
+@pytest.mark.parametrize("cores", [1, 2, 3, 8, 12])
+def test_ranks_of_a_host_share_its_cores_evenly(ranks, cores, monkeypatch):
+    monkeypatch.setattr(place, "CORES", list(range(10, 10 + cores)))
+    places = [Place(rank, ranks, rank, ranks) for rank in range(ranks)]
+    assert {p.threads() for p in places} == {max(1, cores // ranks)}
+    if ranks <= cores:
+        taken = [core for p in places for core in p.cores()]
+        assert len(taken) == len(set(taken)) == ranks * (cores // ranks)
+    else:
+        assert all(p.cores() == list(range(10, 10 + cores)) for p in places)
+
+
+@pytest.mark.parametrize("device, variable", [("cuda", "CUDA_VISIBLE_DEVICES"), ("npu", "ASCEND_RT_VISIBLE_DEVICES")])
+def test_too_few_visible_devices_are_refused_by_name(device, variable):
+    check_devices(device, 2, {variable: "3, 1"})
+    assert visible_devices(device, {variable: "3, 1"}) == ["3", "1"]
+    with pytest.raises(UserError, match=rf"tp=4 needs 4 {device} devices; {variable}=3,1 shows 2"):
+        check_devices(device, 4, {variable: "3,1"})
+    with pytest.raises(UserError, match=f"{variable}=1,1 names a device twice"):
+        check_devices(device, 1, {variable: "1,1"})
+    with pytest.raises(UserError, match="shows 0"):
+        check_devices(device, 1, {variable: ""})
+
+
+def test_npu_devices_are_numbers():
+    with pytest.raises(UserError, match="ASCEND_RT_VISIBLE_DEVICES=0;1 must be a comma list"):
+        visible_devices("npu", {"ASCEND_RT_VISIBLE_DEVICES": "0;1"})
+
+
+def test_a_cpu_needs_no_devices():
+    check_devices("cpu", 8, {"CUDA_VISIBLE_DEVICES": ""})
+
+
+def test_a_taken_master_port_gives_way_to_a_free_one_and_says_so():
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        taken = other.getsockname()[1]
+        listening, line = bind_master_port({"MASTER_PORT": str(taken)})
+        with listening:
+            port = listening.getsockname()[1]
+            assert port in PORTS and line == f"port {taken} is taken; the ranks meet at {port}"
+            with pytest.raises(OSError):
+                socket.create_server(("127.0.0.1", port))
+    listening, line = bind_master_port({"MASTER_PORT": str(taken)})
+    listening.close()
+    assert listening.fileno() == -1 and line is None
+    assert MASTER_PORT in PORTS
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "-1", "x", ""])
+def test_a_master_port_that_is_none_is_refused(port):
+    with pytest.raises(UserError, match=f"MASTER_PORT={port} must be a port number"):
+        bind_master_port({"MASTER_PORT": port})
