@@ -110,7 +110,11 @@ def explain(error: Exception) -> str:
 
 def main() -> int:
     """The exit code: 0, or 2 for an error that the user can mend."""
-    place = place_from(os.environ)
+    try:
+        place = place_from(os.environ)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     if place and place.rank > 0:
         # torchrun starts every rank alike; rank 0 alone composes the run and writes its folder.
         return join(place)

@@ -46,9 +46,13 @@ def launch(run: Run, fresh: bool) -> None:
     place = place_from(os.environ)
     if fresh and place:
         raise UserError("a sweep can't run under torchrun: start it with python run.py -m, and it spawns its ranks itself.")
+    alone = not run.task.ranks or only_shapes(run)
+    if alone and place and place.world > 1:
+        raise UserError(f"task={run.task.name}{' weights=meta' if run.task.ranks else ''} is done by one process. "
+                        "Start it with python run.py, without torchrun.")
     if run.task.ranks:
         preflight(run, place)
-    ranks = run.tp if run.task.ranks and not only_shapes(run) else 1
+    ranks = 1 if alone else run.tp
     if place is None and (fresh or ranks > 1):
         Supervisor(run, ranks).watch()
     else:
