@@ -155,7 +155,3 @@ def check(run: Run) -> None:
         _at_least("threads", run.threads, 1)
     if not run.timeout > 0:
         raise UserError(f"timeout={run.timeout:g} must be above 0 seconds.")
-    if run.quant != "none":
-        raise UserError(f"quant={run.quant}: quantisation is not built yet. Use quant=none.")
-    if run.backend.name == "torchair" or run.device in ("npu", "npu-sim"):
-        raise UserError("backend=torchair (device=npu, npu-sim) is not built yet. Use backend=inductor or eager.")

@@ -22,7 +22,7 @@ from typing import IO, Optional
 
 from mllama_graph.config import Interrupted, PeerGone, RankFailed, Run, UserError
 from mllama_graph.place import Place, bind_master_port, deaf_children, place_from
-from mllama_graph.preflight import preflight
+from mllama_graph.preflight import preflight, refuse_what_is_not_built
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ def launch(run: Run, fresh: bool) -> None:
                         "Start it with python run.py, without torchrun.")
     if run.task.ranks:
         preflight(run, place)
+    refuse_what_is_not_built(run)
     ranks = 1 if alone else run.tp
     if place is None and (fresh or ranks > 1):
         Supervisor(run, ranks).watch()

@@ -117,6 +117,15 @@ def stored_in(weights: str) -> str:
         return "bf16"
 
 
+def refuse_what_is_not_built(run: Run) -> None:
+    """Raises UserError for what has its place in the configuration and nothing behind it."""
+    if run.quant != "none":
+        raise UserError(f"quant={run.quant}: quantisation is not built yet. Use quant=none.")
+    if run.backend.name == "torchair" or run.device in ("npu", "npu-sim"):
+        asked = f"device={run.device}" if run.device != "auto" else "backend=torchair"
+        raise UserError(f"{asked}: the Ascend backend is not built yet. Use device=cpu or cuda with backend=inductor or eager.")
+
+
 def preflight(run: Run, place: Optional[Place]) -> None:
     """Refuse what is wrong with the model, the files, the devices or the ranks of a run. `place`: see place_from.
 
