@@ -31,11 +31,12 @@ CLOSE_SECONDS = 5
 CompileInto = Callable[[Path, Any, Any, str], float]
 
 
-def _work(connection: Connection, compile_into: CompileInto, folder: Path, cores: list[int]) -> None:
+def _work(connection: Connection, compile_into: CompileInto, folder: Path, cores: list[int], parent: int) -> None:
     """A worker: jobs in, (seconds, error) out, until the other end is closed or its process is gone."""
-    # An exception, unlike a bare SIGTERM, clears the folder that a graph is built in.
-    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(1))
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    # A group of its own, which ends as one with the C++ compilers that it starts.
+    os.setpgrp()
+    signal.signal(signal.SIGTERM, _end)
+    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
     os.nice(NICENESS)
     # A rank may be bound to a few cores; its workers are not.
     if hasattr(os, "sched_setaffinity"):
@@ -54,6 +55,13 @@ def _work(connection: Connection, compile_into: CompileInto, folder: Path, cores
             connection.send(done)
         except OSError:
             return
+
+
+def _end(signum: int, frame: object) -> None:
+    """End the group. The exception, unlike a bare SIGTERM, clears the folder that a graph is built in."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.killpg(0, signal.SIGTERM)
+    sys.exit(1)
 
 
 def _end_with_parent(parent: int) -> None:
@@ -113,7 +121,7 @@ class Compiler:
     def _spawn(self) -> Connection:
         ours, theirs = self._context.Pipe()
         # A daemon ends with this process; the closed pipe ends it even where this one is killed.
-        process = self._context.Process(target=_work, args=(theirs, self._compile_into, self._folder, CORES), daemon=True)
+        process = self._context.Process(target=_work, args=(theirs, self._compile_into, self._folder, CORES, os.getpid()), daemon=True)
         with deaf_children():
             process.start()
         theirs.close()

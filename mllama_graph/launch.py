@@ -9,6 +9,7 @@ import faulthandler
 import importlib
 import json
 import logging
+import multiprocessing
 import os
 import pickle
 import signal
@@ -217,9 +218,10 @@ class Supervisor:
         finally:
             signal.signal(signal.SIGTERM, before)
             self._end()
-        failed = [rank.failure for rank in self._ranks if rank.failure]
-        if interrupted and self._ranks[0].failure is None and self._ranks[0].process.returncode:
-            raise Interrupted("interrupted.")
+        failed, driver = [rank.failure for rank in self._ranks if rank.failure], self._ranks[0]
+        if interrupted and driver.process.returncode:
+            # It may have been too early, or too late, for rank 0 to say so itself.
+            raise driver.failure if isinstance(driver.failure, Interrupted) else Interrupted("interrupted.")
         if failed:
             raise min(failed, key=lambda failure: failure.by_peer)
 
@@ -242,12 +244,12 @@ class Supervisor:
             self._collect(until - time.monotonic())
 
     def _end(self) -> None:
-        """Leave no process and no shared memory."""
+        """Leave no process and no shared memory. Rank 0 may have something to write; the others have nothing to lose."""
         until = time.monotonic() + END_SECONDS
-        known = [rank.failure for rank in self._ranks]
-        if any(known) and not self._ranks[0].report.closed:
-            self._ranks[0].process.terminate()
-        while self._running() and time.monotonic() < until:
+        known, driver = [rank.failure for rank in self._ranks], self._ranks[0]
+        if not driver.report.closed:
+            driver.process.terminate()
+        while self._running() and time.monotonic() < until and not (driver.report.closed and driver.process.returncode):
             self._collect(max(0.0, until - time.monotonic()))
         for rank in self._running():
             rank.process.kill()
@@ -284,6 +286,8 @@ def child() -> None:
     log.exception("the rank ended early")
     os.write(report, json.dumps([kind, message]).encode())
     sys.stdout.flush()
+    for compiler in multiprocessing.active_children():
+        compiler.terminate()
     # Without the goodbyes of threads and libraries, which may wait for ranks that are gone.
     logging.shutdown()
     os._exit(1)

@@ -250,3 +250,38 @@ def test_shapes_alone_are_traced_on_every_rank(tmp_path):
     assert len(done["graphs"]) == metrics["graphs"] and {graph["source"] for graph in done["graphs"]} == {"traced"}
     held, replicated = metrics["rank_weight_bytes"], sum(metrics["replicated_bytes"].values())
     assert len(held) == 4 and sum(held) == metrics["model_weight_bytes"] + 3 * replicated
+
+
+# ---- compilers
+
+
+def processes_with(variable: str) -> list[int]:
+    """Processes that were started with this in their environment, zombies aside."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if variable.encode() in (path / "environ").read_bytes():
+                found.append(int(path.name))
+        except OSError:
+            pass
+    return found
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_an_interrupt_ends_the_compilers_too(tp, checkpoint, tmp_path):
+    mark = f"MARK_OF_THIS_TEST={os.urandom(8).hex()}"
+    process = subprocess.Popen(
+        command(tmp_path / "out", f"weights={checkpoint('half')}", f"graph_cache={tmp_path / 'graphs'}", f"tp={tp}",
+                "plan.compile=wait", "prompt=hi"),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+        env=environment(**dict([mark.split("=")])), start_new_session=True)
+    for line in process.stderr:
+        if line.startswith("compiling"):
+            break
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=END_SECONDS)
+    assert process.returncode == 130
+    until = time.monotonic() + END_SECONDS
+    while processes_with(mark) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not processes_with(mark)
