@@ -67,7 +67,7 @@ class TaskChoice:
     each: int = 40
     controls: bool = True
     folder: Optional[str] = None
-    minutes: float = 90.0
+    steps: int = 8000
 
 
 @dataclass

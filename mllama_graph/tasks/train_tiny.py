@@ -8,7 +8,7 @@ from mllama_graph.report import Progress, write_result
 
 
 def main(run: Run) -> None:
-    """Train for task.minutes in task.folder, or go on with what is there; then export to its folder `tiny`."""
+    """Train for task.steps steps in task.folder, or go on with what is there; then export to its folder `tiny`."""
     import torch
 
     from mllama_graph.tiny import export, train
@@ -16,7 +16,7 @@ def main(run: Run) -> None:
     folder = Path(run.task.folder).expanduser() if run.task.folder else Path(run.output_dir) / "training"
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        train.main(["--folder", str(folder), "--minutes", str(run.task.minutes), "--seed", str(run.seed)])
+        train.main(["--folder", str(folder), "--steps", str(run.task.steps), "--seed", str(run.seed)])
     except SystemExit as ended:
         if ended.code:
             raise UserError(f"training ended with exit code {ended.code}; run the same command to go on.") from ended

@@ -62,6 +62,8 @@ class Heads(nn.Module):
 def asked_loss(heads: Heads, states: list[Tensor], batch: Batch) -> Tensor:
     """Count, side and ranks of the thing that a question names, read at its shape word."""
     single = batch.asked[batch.asked[:, 0] < batch.single_end]
+    if not len(single):
+        return torch.zeros(())
     x = states[heads.taps[0]][single[:, 0]]
     logits = heads.asked(F.rms_norm(x, x.shape[-1:])).float().split(ASKED_SIZES, -1)
     parts = [F.cross_entropy(p, single[:, 4 + i], ignore_index=IGNORE) for i, p in enumerate(logits) if (single[:, 4 + i] >= 0).any()]
@@ -71,6 +73,8 @@ def asked_loss(heads: Heads, states: list[Tensor], batch: Batch) -> Tensor:
 def comparing_loss(model: Mllama, batch: Batch) -> tuple[Tensor, float]:
     """The first key head of a late self-attention layer point from a question's shape word to the (first) image token
     where that image holds the thing, else to the start of the sequence; also returns how often they do."""
+    if not len(batch.asked):
+        return torch.zeros(()), 0.0
     layer = model.model.language_model.layers[model.s.cross_layers[1] + 1]
     q, k = layer.trace
     heads = per_kv = model.s.heads // model.s.kv_heads

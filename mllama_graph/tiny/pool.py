@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,8 @@ from .samples import (
 )
 from .scenes import Scene
 from .tiling import tile_image
+
+NEW_SINGLES, NEW_PAIRS = 3, 1  # a step
 
 
 @dataclass
@@ -40,16 +43,28 @@ def see_scenes(model: Mllama, scenes: list[Scene]) -> Entry:
 
 
 class Pool:
-    """Entries to draw batches from, a few of them replaced after every batch."""
+    """The latest of an endless row of scenes, and of pairs, to draw batches from.
 
-    def __init__(self, model: Mllama, singles: int, pairs: int, rng: random.Random):
-        self.model = model
-        self.singles = [see_scenes(model, [random_scene(rng)]) for _ in range(singles)]
-        self.pairs = [see_scenes(model, pair_scenes(rng)) for _ in range(pairs)]
+    What it holds at a step depends on that step alone, so that a run that goes on sees what an unbroken one sees.
+    """
 
-    def batch(self, mix: Mix, rng: random.Random) -> tuple[Batch, Tensor]:
-        """A batch without pictures, and the features of its images."""
+    def __init__(self, model: Mllama, stream: str, singles: int, pairs: int, step: int):
+        """The `singles` scenes and `pairs` pairs of `stream` that stand at `step`."""
+        self.model, self.stream = model, stream
+        self.singles = deque((self.single(NEW_SINGLES * step - n) for n in range(singles, 0, -1)), singles)
+        self.pairs = deque((self.pair(NEW_PAIRS * step - n) for n in range(pairs, 0, -1)), pairs)
+
+    def single(self, number: int) -> Entry:
+        return see_scenes(self.model, [random_scene(random.Random(f"{self.stream} single {number}"))])
+
+    def pair(self, number: int) -> Entry:
+        return see_scenes(self.model, pair_scenes(random.Random(f"{self.stream} pair {number}")))
+
+    def batch(self, mix: Mix, step: int, rng: random.Random) -> tuple[Batch, Tensor]:
+        """A batch without pictures, and the features of its images; then new scenes take the place of the oldest."""
         singles, pairs = rng.sample(self.singles, mix.scenes), rng.sample(self.pairs, mix.pairs)
+        self.singles.extend(self.single(NEW_SINGLES * step + n) for n in range(NEW_SINGLES))
+        self.pairs.extend(self.pair(NEW_PAIRS * step + n) for n in range(NEW_PAIRS))
         made = [(question_group(rng, mix.questions, e.scenes[0]), e) for e in singles]
         made = [(g, e) for g, e in made if g.questions]
         made += [(g, e) for e in pairs if (g := pair_group(rng, 6, e.scenes)).questions]
@@ -58,10 +73,9 @@ class Pool:
         text, targets, spans, rows, asked = pack_text(groups, rng)
         tiles = [t for e in entries for t in e.tiles]
         labels = np.stack([x for e in entries for x in e.labels])
-        self.singles[rng.randrange(len(self.singles))] = see_scenes(self.model, [random_scene(rng)])
         return Batch(
             torch.zeros(0), torch.zeros(0), torch.tensor(tiles), text, targets, spans, torch.zeros(0), rows,
             torch.tensor([readout_label(e.scenes[0]) for e in entries]),
-            torch.tensor([presence_label(e.scenes[0]) for e in entries]), *named_things(text, labels, tiles),
+            torch.tensor([presence_label(e.scenes[0]) for e in entries]), *named_things(text, targets, labels, tiles),
             int((text.cross_T < text.single[0] * text.single[1]).sum()), asked,
         ), torch.cat([e.features for e in entries])

@@ -150,18 +150,35 @@ def asked_things(group: Group, prompt: tuple[int, ...], base: int, image: int) -
     return rows
 
 
-def named_things(text: TextBatch, labels: np.ndarray, ratio_tiles: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of shape words on single images, their images, and the patches that each of them means."""
-    shapes, colors = naming_tokens()
-    ids, rows, images, targets = text.ids_T.tolist(), [], [], []
+@lru_cache(maxsize=1)
+def digit_tokens() -> frozenset[int]:
+    """The ten digits' tokens."""
+    return frozenset(encode(d)[0] for d in "0123456789")
+
+
+def named_things(
+    text: TextBatch, wanted: Tensor, labels: np.ndarray, ratio_tiles: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows on single images that mean a thing, their images, and the patches of what they mean.
+
+    Such rows are shape words, and those from which a number's digits and its end are to be told.
+    """
+    (shapes, colors), digits = naming_tokens(), digit_tokens()
+    ids, tell, rows, images, targets = text.ids_T.tolist(), wanted.tolist(), [], [], []
     groups, length = text.single
     for row, place in enumerate(text.cross_T.tolist()):
-        if place >= groups * length or ids[row] not in shapes or not text.sees_T[row]:
+        if place >= groups * length or not text.sees_T[row]:
             continue
         image = place // length
-        found = labels[image, :, :, 0] == shapes[ids[row]]
-        if ids[row - 1] in colors:
-            found = found & (labels[image, :, :, 1] == colors[ids[row - 1]])
+        if ids[row] in shapes:
+            found = labels[image, :, :, 0] == shapes[ids[row]]
+            if ids[row - 1] in colors:
+                found = found & (labels[image, :, :, 1] == colors[ids[row - 1]])
+        elif tell[row] in digits or (tell[row] != IGNORE and ids[row] in digits):
+            told = next(n for n in range(DIGIT_SLOTS + 1) if ids[row - n] not in digits)
+            found = labels[image, :, :, 2] == 1 + told
+        else:
+            continue
         target = np.zeros((MAX_TILES, PATCHES), bool)
         target[:, 1:] = found
         if not found.any():
@@ -188,13 +205,13 @@ def draw_pairs(rng: random.Random, count: int, allowed: tuple) -> list[tuple[str
 
 def random_number(rng: random.Random) -> str:
     """One to three digits with no leading zero."""
-    length = rng.choices((1, 2, 3), (2, 3, 4))[0]
+    length = rng.choices((1, 2, 3), (2, 3, 5))[0]
     return rng.choice("0123456789" if length == 1 else "123456789") + "".join(rng.choice("0123456789") for _ in range(length - 1))
 
 
 def random_scene(rng: random.Random) -> Scene:
     """A scene for questions: a number, or none to four shapes."""
-    count = rng.choices((-1, 0, 1, 2, 3, 4), (60, 4, 7, 22, 22, 22))[0]
+    count = rng.choices((-1, 0, 1, 2, 3, 4), (75, 4, 7, 22, 22, 22))[0]
     return draw_number(rng, random_number(rng)) if count < 0 else draw_scene(rng, draw_pairs(rng, count, SEEN))
 
 
@@ -288,7 +305,7 @@ def make_batch(groups: list[Group], pages: list[Scene], rng: random.Random) -> B
     labels = [patch_labels(s) for s in scenes]
     readouts = [readout_label(g.scenes[0]) for g in groups if g.scenes]
     presence = [presence_label(g.scenes[0]) for g in groups if g.scenes]
-    named = named_things(text, np.stack(labels) if labels else np.zeros(0), [t[2] for t in tiled])
+    named = named_things(text, targets, np.stack(labels) if labels else np.zeros(0), [t[2] for t in tiled])
     stack = torch.from_numpy(np.stack([t[0] for t in tiled])) if tiled else torch.zeros(0)
     return Batch(
         stack, torch.tensor([t[1] for t in tiled]), torch.tensor([t[2] for t in tiled]), text, targets, spans,

@@ -262,7 +262,8 @@ def draw_number(rng: random.Random, number: str) -> Scene:
 
 
 def draw_page(rng: random.Random) -> Scene:
-    """A page crowded with shapes and digits in a loose grid: some twenty labels a picture, for the patch head."""
+    """A page crowded with shapes and digits, or with numbers in small print: some twenty labels, for the patch head."""
+    length = rng.choice((1, 1, 2, 3))  # digits of a number; pages of single digits have shapes among them
     while True:
         size = random_size(rng)
         scale = canvas_scale(*size)
@@ -272,14 +273,16 @@ def draw_page(rng: random.Random) -> Scene:
     image, mask = draw_background(rng, size, dark), Image.new("L", size, 0)
     pen, mask_pen = ImageDraw.Draw(image), ImageDraw.Draw(mask)
     glyphs: list[Glyph] = []
-    cell = 17 + min(rng.expovariate(1 / 4), 30)  # canvas pixels
-    columns, rows = (max(1, int(side * scale / cell)) for side in size)
+    # Canvas pixels; a digit is some 0.7 of its height wide.
+    cell = 17 + min(rng.expovariate(1 / 4 if length == 1 else 1 / 2), 30)
+    columns = max(1, int(size[0] * scale / (cell * (0.3 + 0.7 * length))))
+    rows = max(1, int(size[1] * scale / cell))
     wide, high = size[0] / columns, size[1] / rows
     for place in range(columns * rows):
         if rng.random() < 0.1:
             continue
-        left, top, room = place % columns * wide, place // columns * high, min(wide, high)
-        if rng.random() < 0.5:
+        left, top, room = place % columns * wide, place // columns * high, min(wide / (0.3 + 0.7 * length), high)
+        if length == 1 and rng.random() < 0.5:
             color, shape = rng.choice([p for p in SEEN if not (dark and p[0] == "black")])
             r = min(room / 2.3, max(SMALLEST_RADIUS / scale, room / 2.3 * rng.uniform(0.65, 1)))
             x, y = left + rng.uniform(1.1 * r, wide - 1.1 * r), top + rng.uniform(1.1 * r, high - 1.1 * r)
@@ -287,10 +290,10 @@ def draw_page(rng: random.Random) -> Scene:
             draw_shape(rng, pen, mask_pen, Shape(color, shape, x, y, r), len(glyphs), scale)
         else:
             color = rng.choice([c for c in COLORS if not (dark and c == "black")])
-            digit = rng.choice("0123456789")
-            ink, part, _ = render_number(rng, digit, round(room * rng.uniform(0.72, 0.98)), len(glyphs) + 1)
+            number = "".join(rng.choices("0123456789", k=length))
+            ink, part, centers = render_number(rng, number, round(room * rng.uniform(0.72, 0.98)), len(glyphs) + 1)
             x, y = round(left + rng.random() * max(0, wide - ink.width)), round(top + rng.random() * max(0, high - ink.height))
             image.paste(Image.new("RGB", ink.size, paint(rng, color)), (x, y), ink)
             mask.paste(part, (x, y))
-            glyphs.append(Glyph(digit, color, x + ink.width / 2, y + ink.height / 2))
+            glyphs += [Glyph(d, color, x + c * ink.width, y + ink.height / 2) for d, c in zip(number, centers)]
     return Scene(add_noise(rng, image, dark), [], "", glyphs, mask)

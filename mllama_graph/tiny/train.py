@@ -2,7 +2,8 @@
 
 First the vision tower and the cross-attention learn to read scenes (dense pages and the read-out head), then the whole
 model learns to answer, then the vision tower rests and the text alone goes on over features seen ahead. The learning
-rate falls linearly at the end. Start it with `python -m mllama_graph.tiny.train --folder runs/NAME`.
+rate falls linearly before the vision tower rests, and before the end for the text. What a step does depends on the
+seed and its number alone. Start it with `python -m mllama_graph.tiny.train --folder runs/NAME`.
 """
 
 from __future__ import annotations
@@ -26,18 +27,19 @@ from .initial import start
 from .model import Mllama, Shape
 from .optimizer import Muon
 from .pool import Pool
-from .samples import IGNORE, Batch, Mix, training_batch
+from .samples import IGNORE, Batch, Mix, digit_tokens, training_batch
 
 SEEING = Mix(pages=14, readouts=7, scenes=0, questions=0, pairs=0, talks=0)
-ANSWERING = Mix(pages=2, readouts=0, scenes=11, questions=7, pairs=4, talks=2)
+ANSWERING = Mix(pages=5, readouts=0, scenes=11, questions=7, pairs=4, talks=2)
 # At the end the vision tower rests: more steps for the text.
 TALKING = Mix(pages=0, readouts=0, scenes=14, questions=7, pairs=2, talks=1)
-POOL = (900, 150)  # single scenes and pairs of scenes seen ahead
+POOL = (900, 150)  # at the most: single scenes and pairs of scenes seen ahead
 MUON_RATE, ADAM_RATE = 0.016, 1.5e-3
 # Queries and keys of the local vision layers start as neighbour heads; at the full rate 300 steps wash that out.
 NEIGHBOUR_RATE = 0.1 * MUON_RATE
 # The answer loss is a mean over tokens of which one in ten decides anything.
-ANSWER_WEIGHT, PATCH_WEIGHT, READOUT_WEIGHT, POINTING_WEIGHT, ASKED_WEIGHT = 10.0, 2.0, 0.5, 0.4, 0.7
+ANSWER_WEIGHT, DIGIT_WEIGHT = 10.0, 4.0  # the second: of a digit beside any other token
+PATCH_WEIGHT, READOUT_WEIGHT, POINTING_WEIGHT, ASKED_WEIGHT = 2.0, 0.5, 0.4, 0.7
 WARM_UP, FLOOR = 80, 0.01
 CLIP = 1.0
 AVERAGE_KEEP = 0.98  # of the moving average: about 50 steps; 500 lagged far behind in a run this short
@@ -48,7 +50,8 @@ class Progress:
     """Where a run stands; saved with every checkpoint."""
 
     step: int = 0
-    elapsed: float = 0.0  # training seconds, over all restarts
+    elapsed: float = 0.0  # seconds, over all restarts
+    cpu: float = 0.0  # processor seconds of process 0
     images: int = 0
     questions: int = 0
 
@@ -60,9 +63,10 @@ class Trainer:
     model: Mllama
     heads: Heads
     optimizers: list[torch.optim.Optimizer]
-    base_rates: list[list[float]]
     average: dict[str, torch.Tensor]
+    token_weights: torch.Tensor
     progress: Progress = field(default_factory=Progress)
+    pool: Pool | None = None
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -70,26 +74,33 @@ class Trainer:
 
 
 def build(seed: int) -> Trainer:
-    """A fresh model with its optimisers."""
+    """A fresh model with its optimisers; each of their groups knows its `full` rate and whether it is of `vision`."""
     model = Mllama(Shape())
     start(model, seed)
     heads = Heads(model.s)
-    hidden = [p for n, p in model.named_parameters() if p.dim() == 2 and "layers." in n]
-    chosen = {id(p) for p in hidden}
-    rest = [p for p in (*model.parameters(), *heads.parameters()) if id(p) not in chosen]
-    adam = torch.optim.AdamW(
-        [
-            dict(params=[p for p in rest if p.dim() > 1], weight_decay=0.02),
-            dict(params=[p for p in rest if p.dim() <= 1], lr=3 * ADAM_RATE, weight_decay=0.0),
-        ],
-        lr=ADAM_RATE, betas=(0.9, 0.98), fused=True,
-    )
-    local = {id(p) for a in model.model.vision_model.transformer.layers for p in (a.self_attn.q_proj.weight, a.self_attn.k_proj.weight)}
-    fast, slow = ([p for p in hidden if (id(p) in local) == chosen] for chosen in (False, True))
-    muon = Muon([dict(params=fast), dict(params=slow, lr=NEIGHBOUR_RATE, weight_decay=0.0)], MUON_RATE, 0.95, 0.02)
-    optimizers = [adam, muon]
+    hidden, rest = [], []
+    for name, p in (*model.named_parameters(), *heads.named_parameters()):
+        vision = name.startswith(("model.vision_model", "patch", "side"))
+        matrix = p.dim() == 2 and "layers." in name
+        neighbour = "vision_model.transformer" in name and ("q_proj" in name or "k_proj" in name)
+        (hidden if matrix else rest).append((p, vision, neighbour if matrix else p.dim() > 1))
+
+    def groups(chosen: list, full: dict[bool, float], decay: dict[bool, float]) -> list[dict]:
+        return [
+            dict(params=[p for p, v, k in chosen if (v, k) == (vision, kind)], lr=full[kind], full=full[kind],
+                 weight_decay=decay[kind], vision=vision)
+            for vision, kind in sorted({(v, k) for _, v, k in chosen})
+        ]
+
+    optimizers = [
+        torch.optim.AdamW(groups(rest, {True: ADAM_RATE, False: 3 * ADAM_RATE}, {True: 0.02, False: 0.0}),
+                          betas=(0.9, 0.98), fused=True),
+        Muon(groups(hidden, {False: MUON_RATE, True: NEIGHBOUR_RATE}, {False: 0.02, True: 0.0}), MUON_RATE, 0.95, 0.02),
+    ]
     average = {k: v.detach().clone() for k, v in model.state_dict().items()}
-    return Trainer(model, heads, optimizers, [[g["lr"] for g in o.param_groups] for o in optimizers], average)
+    token_weights = torch.ones(model.lm_head.out_features)
+    token_weights[list(digit_tokens())] = DIGIT_WEIGHT
+    return Trainer(model, heads, optimizers, average, token_weights)
 
 
 def freeze_vision(trainer: Trainer) -> None:
@@ -120,7 +131,7 @@ def losses(trainer: Trainer, batch: Batch, features: torch.Tensor | None) -> tup
         rows = batch.targets_T != IGNORE
         answer = torch.zeros(())
         if rows.any():
-            answer = F.cross_entropy(trainer.model.lm_head(last[rows]).float(), batch.targets_T[rows])
+            answer = F.cross_entropy(trainer.model.lm_head(last[rows]).float(), batch.targets_T[rows], trainer.token_weights)
     figures = dict(answer=answer.item(), patch=patch.item(), readout=readout.item(), read_right=read_right, pointing=pointing.item(), hit=hit,
                    comparing=comparing.item(), compared=compared, asked=asked.item())
     figures |= dict(zip(("p_class", "p_color", "p_left", "p_top", "p_side"), accuracy))
@@ -128,33 +139,31 @@ def losses(trainer: Trainer, batch: Batch, features: torch.Tensor | None) -> tup
     return ANSWER_WEIGHT * answer + PATCH_WEIGHT * patch + READOUT_WEIGHT * readout + guides, figures
 
 
-def synchronise(trainer: Trainer, elapsed: float, rank: int, world: int) -> float:
-    """Average the gradients over the processes; every process gets process 0's clock."""
+def synchronise(trainer: Trainer, world: int) -> None:
+    """Average the gradients over the processes."""
     for p in trainer.parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
     if world == 1:
-        return elapsed
-    clock = torch.tensor([elapsed * world if rank == 0 else 0.0])
-    flat = torch.cat([p.grad.flatten() for p in trainer.parameters] + [clock])
+        return
+    flat = torch.cat([p.grad.flatten() for p in trainer.parameters])
     dist.all_reduce(flat)
     flat /= world
-    for p, g in zip(trainer.parameters, flat[:-1].split([p.numel() for p in trainer.parameters])):
+    for p, g in zip(trainer.parameters, flat.split([p.numel() for p in trainer.parameters])):
         p.grad.copy_(g.view_as(p))
-    return float(flat[-1])
 
 
-def rate_factor(step: int, done: float, decay: float) -> float:
-    """Warm-up, constant, then linear to FLOOR over the last `decay` of the run."""
-    return min(1.0, (step + 1) / WARM_UP) * min(1.0, max(FLOOR, (1 - done) / decay))
+def rate_factor(step: int, left: float, decay: float) -> float:
+    """Warm-up, constant, then linear to FLOOR while what is `left` of the run falls from `decay` to nothing."""
+    return min(1.0, (step + 1) / WARM_UP) * min(1.0, max(FLOOR, left / decay))
 
 
-def update(trainer: Trainer, factor: float) -> float:
+def update(trainer: Trainer, vision_factor: float, text_factor: float) -> float:
     """One optimiser step and one step of the moving average; returns the gradient norm."""
     norm = torch.nn.utils.clip_grad_norm_(trainer.parameters, CLIP)
-    for optimizer, rates in zip(trainer.optimizers, trainer.base_rates):
-        for group, rate in zip(optimizer.param_groups, rates):
-            group["lr"] = rate * factor
+    for optimizer in trainer.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["full"] * (vision_factor if group["vision"] else text_factor)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     keep = min(AVERAGE_KEEP, 1 - 1 / (1 + 0.1 * trainer.progress.step))
@@ -185,19 +194,37 @@ def load(trainer: Trainer, path: Path) -> None:
     trainer.progress = Progress(**state["progress"])
 
 
-def finished_part(args: argparse.Namespace, progress: Progress) -> float:
-    """Fraction of the run that is done, by steps or else by the clock."""
-    return progress.step / args.steps if args.steps else progress.elapsed / (60 * args.minutes)
+def train_step(args: argparse.Namespace, trainer: Trainer) -> dict[str, float]:
+    """One step: what it draws and at what rate depends on args.seed, args.rank and the step's number alone."""
+    p = trainer.progress
+    rng, done = random.Random(f"train {args.seed} {args.rank} {p.step}"), p.step / args.steps
+    features = None
+    if done >= args.talking:
+        if trainer.pool is None:
+            freeze_vision(trainer)
+            singles, pairs = (min(n, max(TALKING.scenes, args.steps // 8)) for n in POOL)
+            trainer.pool = Pool(trainer.model, f"pool {args.seed} {args.rank}", singles, pairs, p.step)
+        batch, features = trainer.pool.batch(TALKING, p.step, rng)
+    else:
+        batch = training_batch(SEEING if done < args.seeing else ANSWERING, rng)
+    loss, figures = losses(trainer, batch, features)
+    loss.backward()
+    synchronise(trainer, args.world)
+    factors = [rate_factor(p.step, end - done, args.decay) for end in (args.talking, 1.0)]
+    figures |= dict(norm=update(trainer, *factors), vision_rate=factors[0], rate=factors[1])
+    p.step += 1
+    p.images += len(batch.tiles_I) * args.world
+    p.questions += len(batch.spans) * args.world
+    return figures
 
 
-def report(args: argparse.Namespace, trainer: Trainer, recent: list[dict[str, float]], factor: float, speed: float) -> None:
-    """One line on screen, one in the curve."""
+def report(args: argparse.Namespace, trainer: Trainer, recent: list[dict[str, float]], seconds: float) -> None:
+    """One line on screen, one in the curve; `recent` are the steps of the last `seconds`."""
     p = trainer.progress
     means = {k: round(sum(r[k] for r in recent) / len(recent), 4) for k in recent[0]}
-    done = finished_part(args, p)
-    left = p.elapsed / done * (1 - done) / 60
-    line = dict(minutes=round(p.elapsed / 60, 2), step=p.step, images=p.images, questions=p.questions,
-                images_per_s=round(speed, 1), rate=round(factor, 3), minutes_left=round(left, 1), **means)
+    left = seconds / len(recent) * (args.steps - p.step) / 60
+    line = dict(step=p.step, steps=args.steps, minutes=round(p.elapsed / 60, 2), minutes_left=round(left, 1),
+                cpu_minutes=round(p.cpu / 60, 2), images=p.images, questions=p.questions, **means)
     with open(args.folder / "curve.jsonl", "a") as f:
         f.write(json.dumps(line) + "\n")
     print(" ".join(f"{k} {v}" for k, v in line.items()), flush=True)
@@ -212,35 +239,18 @@ def train(args: argparse.Namespace) -> None:
     trainer, path = build(args.seed), args.folder / "checkpoint.pt"
     if path.exists():
         load(trainer, path)
-    p, recent, before, shown, saved = trainer.progress, [], time.time(), time.time(), time.time()
-    images_shown, pool = p.images, None
-    while (done := finished_part(args, p)) < 1:
-        rng = random.Random(f"train {args.seed} {args.rank} {p.step}")
-        features = None
-        if done >= args.talking:
-            if pool is None:
-                freeze_vision(trainer)
-                pool = Pool(trainer.model, *POOL, rng)
-            batch, features = pool.batch(TALKING, rng)
-        else:
-            batch = training_batch(SEEING if done < args.seeing else ANSWERING, rng)
-        loss, figures = losses(trainer, batch, features)
-        loss.backward()
+    p, recent, shown, saved = trainer.progress, [], time.time(), time.time()
+    began, began_cpu = time.time() - p.elapsed, time.process_time() - p.cpu
+    while p.step < args.steps:
+        recent.append(train_step(args, trainer))
         now = time.time()
-        p.elapsed = synchronise(trainer, p.elapsed + now - before, args.rank, args.world)
-        before = now
-        factor = rate_factor(p.step, done, args.decay)
-        figures["norm"] = update(trainer, factor)
-        p.step += 1
-        p.images += len(batch.tiles_I) * args.world
-        p.questions += len(batch.spans) * args.world
-        recent.append(figures)
-        if args.rank == 0 and time.time() - shown > 20:
-            report(args, trainer, recent, factor, (p.images - images_shown) / (time.time() - shown))
-            recent, shown, images_shown = [], time.time(), p.images
-        if args.rank == 0 and time.time() - saved > 60:
+        p.elapsed, p.cpu = now - began, time.process_time() - began_cpu
+        if args.rank == 0 and now - shown > 20:
+            report(args, trainer, recent, now - shown)
+            recent, shown = [], now
+        if args.rank == 0 and now - saved > 60:
             save(trainer, path)
-            saved = time.time()
+            saved = now
     if args.rank == 0:
         save(trainer, path)
 
@@ -248,8 +258,7 @@ def train(args: argparse.Namespace) -> None:
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="checkpoint and curve; an existing run is continued")
-    parser.add_argument("--minutes", type=float, default=100.0, help="length of the run by the clock")
-    parser.add_argument("--steps", type=int, default=0, help="length of the run in steps: reproducible, wins over --minutes")
+    parser.add_argument("--steps", type=int, default=8000, help="length of the run")
     parser.add_argument("--seeing", type=float, default=0.15, help="part of the run before the first question")
     parser.add_argument("--decay", type=float, default=0.3, help="part of the run in which the learning rate falls")
     parser.add_argument("--talking", type=float, default=0.75, help="part of the run after which the vision tower is frozen")
