@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -12,8 +11,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from mllama_graph.report import write_json
+
 from .model import Shape
-from .tiling import CLIP_MEAN, CLIP_STD, MAX_TILES, PATCH, TILE
+from .tiling import CLIP_MEAN, CLIP_STD, MAX_TILES, TILE
 from .tokenizer import BOS, CHAT_TEMPLATE, EOT, END_OF_TEXT, EOM, IMAGE, PAD, VOCABULARY, build_tokenizer
 
 MAX_POSITIONS = 1024
@@ -26,7 +27,7 @@ def token_ids() -> dict[str, int]:
 
 def model_config(s: Shape) -> dict:
     """config.json with the released checkpoint's fields."""
-    ids = token_ids()
+    ids, v = token_ids(), s.vision
     text = dict(
         model_type="mllama_text_model", vocab_size=VOCABULARY, hidden_size=s.width, num_hidden_layers=s.layers,
         num_attention_heads=s.heads, num_key_value_heads=s.kv_heads, intermediate_size=s.mlp, hidden_act="silu",
@@ -35,13 +36,12 @@ def model_config(s: Shape) -> dict:
         tie_word_embeddings=False, use_cache=True, bos_token_id=ids[BOS], eos_token_id=[ids[END_OF_TEXT], ids[EOM], ids[EOT]],
         pad_token_id=ids[PAD], torch_dtype="bfloat16",
     )
-    ratios = [[h, w] for h in range(1, MAX_TILES + 1) for w in range(1, MAX_TILES + 1) if h * w <= MAX_TILES]
     vision = dict(
-        model_type="mllama_vision_model", hidden_size=s.vision_width, attention_heads=s.vision_heads,
-        intermediate_size=s.vision_mlp, num_hidden_layers=s.local_layers, num_global_layers=s.global_layers,
-        intermediate_layers_indices=list(s.intermediate), vision_output_dim=s.vision_output, image_size=TILE,
-        patch_size=PATCH, num_channels=3, max_num_tiles=MAX_TILES, supported_aspect_ratios=ratios, hidden_act="gelu",
-        norm_eps=s.norm_eps, initializer_range=0.02, torch_dtype="bfloat16",
+        model_type="mllama_vision_model", hidden_size=v.width, attention_heads=v.heads, intermediate_size=v.mlp,
+        num_hidden_layers=v.layers, num_global_layers=v.global_layers, intermediate_layers_indices=list(v.features),
+        vision_output_dim=v.out_width, image_size=v.tile, patch_size=v.patch, num_channels=v.channels,
+        max_num_tiles=v.max_tiles, supported_aspect_ratios=[list(r) for r in v.aspect_ratios], hidden_act="gelu",
+        norm_eps=v.eps, initializer_range=0.02, torch_dtype="bfloat16",
     )
     return dict(
         architectures=["MllamaForConditionalGeneration"], model_type="mllama", image_token_index=ids[IMAGE],
@@ -60,10 +60,6 @@ def checkpoint_name(name: str) -> str:
         if name.startswith(ours):
             return theirs + name[len(ours) :]
     raise ValueError(f"{name} is no weight of this model")
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_tokenizer(folder: Path) -> None:

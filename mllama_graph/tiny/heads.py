@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .model import MAX_TILES, PATCHES, Mllama, Shape
+from .model import Mllama, Shape
 from .samples import CLASSES, COLOR_IDS, DIGIT_SLOTS, IGNORE, PRESENCE, SLOTS, Batch
+from .tiling import MAX_TILES, PATCHES
 
 PATCH_SIZES = (len(CLASSES), len(COLOR_IDS) + 1, SLOTS + 1, SLOTS + 1)  # class, colour, rank from left, from top
 SIDES = 4  # none, left, middle, right
@@ -21,13 +22,13 @@ class Heads(nn.Module):
 
     def __init__(self, s: Shape):
         super().__init__()
-        self.width, self.taps = s.vision_width, (s.cross_layers[1], s.layers - 1)
-        self.patch = nn.Linear(s.vision_width, sum(PATCH_SIZES))
+        self.width, self.taps = s.vision.width, (s.cross_layers[1], s.layers - 1)
+        self.patch = nn.Linear(s.vision.width, sum(PATCH_SIZES))
         self.readout = nn.ModuleList([nn.Linear(s.width, sum(READOUT_SIZES)) for _ in self.taps])
 
         self.presence = nn.ModuleList([nn.Linear(s.width, PRESENCE) for _ in self.taps])
 
-        self.side = nn.Linear(s.vision_width, SIDES)
+        self.side = nn.Linear(s.vision.width, SIDES)
         self.asked = nn.Linear(s.width, sum(ASKED_SIZES))
 
     def patch_loss(self, features: Tensor, batch: Batch) -> tuple[Tensor, list[float]]:

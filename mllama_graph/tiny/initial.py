@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from .model import GRID, Mllama, VisionModel
-from .tiling import MAX_TILES, PATCH, RATIOS
+from .model import Mllama, VisionModel
+from .tiling import GRID, MAX_TILES, PATCH, PATCHES, RATIOS
 
 PLACE_DIMS = 16
 RATES = torch.tensor([1.6, 0.9, 0.5, 0.28])  # radians a patch: the last does not wrap on the widest canvas
@@ -61,7 +61,7 @@ def start_vision(vision: VisionModel) -> None:
     position = vision.gated_positional_embedding
     position.gate.fill_(math.atanh(0.5))
     position.embedding.normal_(0, 0.02)
-    tiles = torch.zeros(len(RATIOS) + 1, MAX_TILES, GRID * GRID + 1, width)
+    tiles = torch.zeros(len(RATIOS) + 1, MAX_TILES, PATCHES, width)
     cell = torch.arange(GRID * GRID)
     for ratio_id, (down, across) in enumerate(RATIOS, 1):
         for t in range(down * across):
@@ -98,7 +98,7 @@ def start(model: Mllama, seed: int) -> None:
     """Fill every weight of a new model."""
     torch.manual_seed(seed)
     s = model.s
-    depth = {"vision_model": s.local_layers + s.global_layers, "language_model": s.layers}
+    depth = {"vision_model": s.vision.layers + s.vision.global_layers, "language_model": s.layers}
     for name, p in model.named_parameters():
         if p.dim() == 2 and ("proj" in name or ".fc" in name):
             scale = p.shape[1] ** -0.5

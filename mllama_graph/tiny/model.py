@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .tiling import MAX_TILES, PATCH, RATIOS, TILE
+from mllama_graph.shape import VisionShape
+
+from .tiling import GRID, MAX_TILES, PATCH, PATCHES, RATIOS, VISION
 from .tokenizer import VOCABULARY
 
-GRID = TILE // PATCH
-PATCHES = GRID * GRID + 1
 PADDED_PATCHES = -(-PATCHES // 8) * 8
 
 
@@ -24,12 +24,7 @@ PADDED_PATCHES = -(-PATCHES // 8) * 8
 class Shape:
     """Sizes of the tiny model."""
 
-    vision_width: int = 128
-    vision_heads: int = 8
-    vision_mlp: int = 384
-    local_layers: int = 4
-    global_layers: int = 2
-    intermediate: tuple[int, ...] = (1, 3)
+    vision: VisionShape = VISION
     width: int = 128
     layers: int = 7
     cross_layers: tuple[int, ...] = (1, 3, 5)
@@ -38,10 +33,6 @@ class Shape:
     mlp: int = 320
     rope_theta: float = 1000.0
     norm_eps: float = 1e-5
-
-    @property
-    def vision_output(self) -> int:
-        return self.vision_width * (1 + len(self.intermediate))
 
 
 @dataclass
@@ -87,9 +78,9 @@ class RMSNorm(nn.Module):
 class VisionAttention(nn.Module):
     def __init__(self, s: Shape):
         super().__init__()
-        self.heads = s.vision_heads
+        self.heads = s.vision.heads
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            setattr(self, name, nn.Linear(s.vision_width, s.vision_width, bias=False))
+            setattr(self, name, nn.Linear(s.vision.width, s.vision.width, bias=False))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
@@ -99,7 +90,7 @@ class VisionAttention(nn.Module):
 class VisionMLP(nn.Module):
     def __init__(self, s: Shape):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(s.vision_width, s.vision_mlp), nn.Linear(s.vision_mlp, s.vision_width)
+        self.fc1, self.fc2 = nn.Linear(s.vision.width, s.vision.mlp), nn.Linear(s.vision.mlp, s.vision.width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
@@ -111,8 +102,8 @@ class VisionLayer(nn.Module):
     def __init__(self, s: Shape, gated: bool):
         super().__init__()
         self.self_attn, self.mlp = VisionAttention(s), VisionMLP(s)
-        self.input_layernorm = nn.LayerNorm(s.vision_width, eps=s.norm_eps)
-        self.post_attention_layernorm = nn.LayerNorm(s.vision_width, eps=s.norm_eps)
+        self.input_layernorm = nn.LayerNorm(s.vision.width, eps=s.vision.eps)
+        self.post_attention_layernorm = nn.LayerNorm(s.vision.width, eps=s.vision.eps)
         if gated:
             self.gate_attn, self.gate_ffn = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
         self.gated = gated
@@ -133,7 +124,7 @@ class Layers(nn.Module):
 class TileEmbedding(nn.Module):
     def __init__(self, s: Shape):
         super().__init__()
-        self.embedding = nn.Embedding(len(RATIOS) + 1, MAX_TILES * s.vision_width)
+        self.embedding = nn.Embedding(len(RATIOS) + 1, MAX_TILES * s.vision.width)
         self.gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, x_ICSE: Tensor, ratio_I: Tensor) -> Tensor:
@@ -144,8 +135,8 @@ class PositionEmbedding(nn.Module):
     def __init__(self, s: Shape):
         super().__init__()
         self.gate = nn.Parameter(torch.zeros(1))
-        self.embedding = nn.Parameter(torch.zeros(PATCHES, s.vision_width))
-        self.tile_embedding = nn.Embedding(len(RATIOS) + 1, MAX_TILES * PATCHES * s.vision_width)
+        self.embedding = nn.Parameter(torch.zeros(PATCHES, s.vision.width))
+        self.tile_embedding = nn.Embedding(len(RATIOS) + 1, MAX_TILES * PATCHES * s.vision.width)
 
     def forward(self, x_ICSE: Tensor, ratio_I: Tensor) -> Tensor:
         gate = self.gate.tanh()
@@ -157,14 +148,14 @@ class VisionModel(nn.Module):
 
     def __init__(self, s: Shape):
         super().__init__()
-        self.intermediate = s.intermediate
-        self.class_embedding = nn.Parameter(torch.zeros(s.vision_width))
-        self.patch_embedding = nn.Conv2d(3, s.vision_width, PATCH, PATCH, bias=False)
+        self.intermediate = s.vision.features
+        self.class_embedding = nn.Parameter(torch.zeros(s.vision.width))
+        self.patch_embedding = nn.Conv2d(3, s.vision.width, PATCH, PATCH, bias=False)
         self.gated_positional_embedding = PositionEmbedding(s)
         self.pre_tile_positional_embedding, self.post_tile_positional_embedding = TileEmbedding(s), TileEmbedding(s)
-        self.layernorm_pre, self.layernorm_post = nn.LayerNorm(s.vision_width), nn.LayerNorm(s.vision_width)
-        self.transformer = Layers([VisionLayer(s, False) for _ in range(s.local_layers)])
-        self.global_transformer = Layers([VisionLayer(s, True) for _ in range(s.global_layers)])
+        self.layernorm_pre, self.layernorm_post = nn.LayerNorm(s.vision.width), nn.LayerNorm(s.vision.width)
+        self.transformer = Layers([VisionLayer(s, False) for _ in range(s.vision.layers)])
+        self.global_transformer = Layers([VisionLayer(s, True) for _ in range(s.vision.global_layers)])
 
     def forward(self, tiles: Tensor, ratio_I: Tensor, tiles_I: Tensor) -> Tensor:
         """tiles [I, C, 3, TILE, TILE], aspect-ratio ids, numbers of real tiles -> features [I, C, S, vision_output]."""
@@ -325,7 +316,7 @@ class Mllama(nn.Module):
         self.s = s
         self.model = nn.Module()
         self.model.vision_model, self.model.language_model = VisionModel(s), TextModel(s)
-        self.model.multi_modal_projector = nn.Linear(s.vision_output, s.width)
+        self.model.multi_modal_projector = nn.Linear(s.vision.out_width, s.width)
         self.lm_head = nn.Linear(s.width, VOCABULARY, bias=False)
 
     def see(self, tiles: Tensor, ratio_I: Tensor, tiles_I: Tensor) -> Tensor:

@@ -11,10 +11,10 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from .model import GRID, PATCHES, TextBatch
+from .model import TextBatch
 from .questions import LANGUAGES, ZH_COLORS, ZH_SHAPES, Question, ask, ask_text, ask_two, plural
 from .scenes import COLORS, SEEN, SHAPES, Scene, draw_number, draw_page, draw_scene
-from .tiling import MAX_TILES, PATCH, RATIOS, TILE, choose_canvas, fit_size, tile_image
+from .tiling import GRID, MAX_TILES, PATCH, PATCHES, TILE, choose_canvas, fit_size, tile_image
 from .tokenizer import EOT, IMAGE, build_tokenizer, render_prompt
 
 CLASSES = {label: i for i, label in enumerate(("", *SHAPES, *"0123456789"))}
@@ -76,10 +76,9 @@ def side_of(x: float) -> int:
 
 def patch_labels(scene: Scene) -> np.ndarray:
     """[C, S - 1, 5] for one scene; dense pages have no ranks and sides."""
-    ratio = RATIOS[tile_ratio(scene)]
-    down, across = ratio
+    down, across = choose_canvas(*scene.image.size)
     rows, columns = down * GRID, across * GRID
-    width, height = fit_size(*scene.image.size, ratio)
+    width, height = fit_size(*scene.image.size)
     canvas = np.zeros((down * TILE, across * TILE), np.uint8)
     canvas[:height, :width] = np.asarray(scene.mask.resize((width, height), 0))
     cells = canvas.reshape(rows, PATCH, columns, PATCH).transpose(0, 2, 1, 3).reshape(rows, columns, -1)
@@ -104,11 +103,6 @@ def patch_labels(scene: Scene) -> np.ndarray:
     padded = np.full((MAX_TILES, PATCHES - 1, 5), IGNORE)
     padded[: down * across] = tiles
     return padded
-
-
-def tile_ratio(scene: Scene) -> int:
-    """Index of the scene's tile arrangement in RATIOS."""
-    return RATIOS.index(choose_canvas(*scene.image.size))
 
 
 def readout_label(scene: Scene) -> list[int]:
@@ -248,7 +242,7 @@ def pack_text(groups: list[Group], rng: random.Random) -> tuple[TextBatch, Tenso
     spans, readout, lengths, group_sizes, asked = [], [], [], ([], []), []
     image, end = tokenizer().token_to_id(IMAGE), tokenizer().token_to_id(EOT)
     first_only: list[list[int]] = []
-    sequences, group_of, inner = [], [], []
+    group_of, inner = [], []
     for group in groups:
         images, used, marks = len(group.scenes), 0, []
         for index, q in enumerate(group.questions or [None]):
