@@ -10,8 +10,8 @@ from mllama_graph.roofline import FEW_ROWS
 Pages = tuple[Tensor, Tensor]
 
 
-
 def embed(ids_T: Tensor, leaf) -> Tensor:
+    """Rows of the table: ids_T -> x_TD."""
     return F.embedding(ids_T, leaf.weight)
 
 
@@ -31,47 +31,56 @@ def linear(x: Tensor, leaf) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) in fp32, cast to the dtype of x, then times the weight; any leading axes."""
     wide = x.float()
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return weight.to(x.dtype) * normed.to(x.dtype)
 
 
 def add_rms_norm(x_TD: Tensor, y_TD: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The residual sum x + y (x alone where y is None) and its norm: (normed_TD, sum_TD)."""
     sum_TD = x_TD if y_TD is None else x_TD + y_TD
     return rms_norm(sum_TD, weight, eps), sum_TD
 
 
 def layer_norm(x: Tensor, leaf, eps: float) -> Tensor:
+    """Layer norm over the last axis, in the dtype of x."""
     return F.layer_norm(x, (x.shape[-1],), leaf.weight.to(x.dtype), leaf.bias.to(x.dtype), eps)
 
 
 def rope_angles(position_T: Tensor, inv_freq_h: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (T, H) in fp32 of position times frequency (radians a token), the half axis repeated."""
     angle_Th = position_T.float()[:, None] * inv_freq_h
     angle_TH = torch.cat((angle_Th, angle_Th), dim=-1)
     return angle_TH.cos(), angle_TH.sin()
 
 
 def rope(x_TQH: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """Queries or keys turned by their angles, the first half of H paired with the second."""
     cos_T1H, sin_T1H = (a.to(x_TQH.dtype)[:, None, :] for a in angles)
     low, high = x_TQH.chunk(2, dim=-1)
     return x_TQH * cos_T1H + torch.cat((-high, low), dim=-1) * sin_T1H
 
 
 def swiglu(h_TF: Tensor) -> Tensor:
+    """silu(gate) * up: h_T2F with both side by side -> h_TF."""
     gate_TF, up_TF = h_TF.chunk(2, dim=-1)
     return F.silu(gate_TF) * up_TF
 
 
 def gelu(x: Tensor) -> Tensor:
+    """The exact (erf) gelu, elementwise."""
     return F.gelu(x)
 
 
 def patch_embed(x_C3hw: Tensor, weight: Tensor) -> Tensor:
+    """Tiles (C, 3, height, width in pixels) cut into patches and projected: -> (C, S, E), no bias."""
     patches = F.conv2d(x_C3hw, weight.to(x_C3hw.dtype), stride=weight.shape[-1])
     return patches.flatten(2).transpose(1, 2)
 
 
 def write_pages_(k_TKH: Tensor, v_TKH: Tensor, pages: Pages, slot_T: Tensor) -> None:
+    """Write row t of K and V to slot slot_T[t], counted in tokens over all pages; slots are unique."""
     page_size = pages[0].shape[1]
     where = (slot_T // page_size, slot_T % page_size)
     pages[0].index_put_(where, k_TKH.to(pages[0].dtype))
@@ -101,6 +110,7 @@ def _attend(q_BRQH: Tensor, k_BLKH: Tensor, v_BLKH: Tensor, mask_BRL: Tensor) ->
 
 def attend_prompt(q_TQH: Tensor, k_TKH: Tensor, v_TKH: Tensor, pages: Pages, table_J: Tensor | None,
                   past_1: Tensor) -> Tensor:
+    """Causal attention of T fresh rows over themselves and `past_1` tokens in the pages of table_J -> (T, Q, H)."""
     row_T = torch.arange(q_TQH.shape[0], device=q_TQH.device)
     mask_TL = row_T[None, :] <= row_T[:, None]
     k_LKH, v_LKH = k_TKH, v_TKH
@@ -113,6 +123,7 @@ def attend_prompt(q_TQH: Tensor, k_TKH: Tensor, v_TKH: Tensor, pages: Pages, tab
 
 
 def attend_pages(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, len_B: Tensor) -> Tensor:
+    """Attention over pages, R = T / B rows a sequence: row i sees the first len - R + 1 + i tokens -> (T, Q, H)."""
     B = table_BJ.shape[0]
     q_BRQH = q_TQH.view(B, -1, *q_TQH.shape[1:])
     R = q_BRQH.shape[1]
@@ -124,6 +135,10 @@ def attend_pages(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, len_B: Tensor) -
 
 
 def attend_image(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, fill_BJ: Tensor, see_T2: Tensor) -> Tensor:
+    """Cross-attention over image pages: row t sees the table entries see[0] .. see[1] - 1, each up to its fill.
+
+    Returns (T, Q, H); a row that sees no entry gets a finite value that means nothing.
+    """
     B, J = table_BJ.shape
     P = pages[0].shape[1]
     q_BRQH = q_TQH.view(B, -1, *q_TQH.shape[1:])
@@ -140,6 +155,7 @@ def attend_image(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, fill_BJ: Tensor,
 
 
 def attend_tiles(q_SAH: Tensor, k_SAH: Tensor, v_SAH: Tensor, pad_S: Tensor) -> Tensor:
+    """Attention among the S patch rows of one image's tiles; padding doesn't see padding: -> (S, A, H)."""
     mask_SS = ~(pad_S[:, None] & pad_S[None, :])
     q, k, v = (x.transpose(0, 1)[None] for x in (q_SAH, k_SAH, v_SAH))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_SS)[0].transpose(0, 1)
