@@ -21,6 +21,7 @@ from .model import Mllama, Shape
 from .questions import KINDS, Question
 from .samples import Batch, Group, make_batch, tokenizer
 
+
 def shuffled(batch: Batch, features: Tensor) -> Tensor:
     """Every question sees the picture of another one of its batch."""
     single = batch.text.single[0]
@@ -67,10 +68,12 @@ def load_weights(path: Path, which: str) -> Mllama:
 
 
 def main(argv: list[str]) -> None:
+    """Print the table of one checkpoint, and some of its wrong answers."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--each", type=int, default=40, help="questions of each kind")
-    parser.add_argument("--controls", action="store_true", help="also images shuffled, cross-attention off, unseen pairs")
+    parser.add_argument("--controls", action="store_true",
+                        help="also images shuffled, cross-attention off, unseen pairs")
     parser.add_argument("--wrong", type=int, default=12, help="wrong answers to show")
     parser.add_argument("--raw", action="store_true", help="the last weights instead of their moving average")
     parser.add_argument("--json", type=Path, help="where the figures go")

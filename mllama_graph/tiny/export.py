@@ -21,6 +21,7 @@ MAX_POSITIONS = 1024
 
 
 def token_ids() -> dict[str, int]:
+    """The ids of the special tokens that the configuration files name."""
     tokenizer = build_tokenizer()
     return {t: tokenizer.token_to_id(t) for t in (BOS, EOT, END_OF_TEXT, EOM, PAD, IMAGE)}
 
@@ -32,9 +33,9 @@ def model_config(s: Shape) -> dict:
         model_type="mllama_text_model", vocab_size=VOCABULARY, hidden_size=s.width, num_hidden_layers=s.layers,
         num_attention_heads=s.heads, num_key_value_heads=s.kv_heads, intermediate_size=s.mlp, hidden_act="silu",
         cross_attention_layers=list(s.cross_layers), rms_norm_eps=s.norm_eps, rope_theta=s.rope_theta,
-        rope_scaling=dict(rope_type="default"), max_position_embeddings=MAX_POSITIONS, dropout=0, initializer_range=0.02,
-        tie_word_embeddings=False, use_cache=True, bos_token_id=ids[BOS], eos_token_id=[ids[END_OF_TEXT], ids[EOM], ids[EOT]],
-        pad_token_id=ids[PAD], torch_dtype="bfloat16",
+        rope_scaling=dict(rope_type="default"), max_position_embeddings=MAX_POSITIONS, dropout=0,
+        initializer_range=0.02, tie_word_embeddings=False, use_cache=True, bos_token_id=ids[BOS],
+        eos_token_id=[ids[END_OF_TEXT], ids[EOM], ids[EOT]], pad_token_id=ids[PAD], torch_dtype="bfloat16",
     )
     vision = dict(
         model_type="mllama_vision_model", hidden_size=v.width, attention_heads=v.heads, intermediate_size=v.mlp,
@@ -67,7 +68,8 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer = build_tokenizer()
     tokenizer.save(str(folder / "tokenizer.json"))
     added = {
-        str(i): dict(content=t.content, lstrip=t.lstrip, normalized=t.normalized, rstrip=t.rstrip, single_word=t.single_word, special=t.special)
+        str(i): dict(content=t.content, lstrip=t.lstrip, normalized=t.normalized, rstrip=t.rstrip,
+                     single_word=t.single_word, special=t.special)
         for i, t in sorted(tokenizer.get_added_tokens_decoder().items())
     }
     named = dict(bos_token=BOS, eos_token=EOT, pad_token=PAD)
@@ -123,6 +125,7 @@ def export(weights: dict[str, torch.Tensor], folder: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
+    """Export the moving average of a training checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="checkpoint.pt of a training run")
     parser.add_argument("folder", type=Path, help="where the checkpoint folder goes")

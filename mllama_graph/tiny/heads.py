@@ -25,9 +25,7 @@ class Heads(nn.Module):
         self.width, self.taps = s.vision.width, (s.cross_layers[1], s.layers - 1)
         self.patch = nn.Linear(s.vision.width, sum(PATCH_SIZES))
         self.readout = nn.ModuleList([nn.Linear(s.width, sum(READOUT_SIZES)) for _ in self.taps])
-
         self.presence = nn.ModuleList([nn.Linear(s.width, PRESENCE) for _ in self.taps])
-
         self.side = nn.Linear(s.vision.width, SIDES)
         self.asked = nn.Linear(s.width, sum(ASKED_SIZES))
 
@@ -51,12 +49,13 @@ class Heads(nn.Module):
     def readout_loss(self, states: list[Tensor], batch: Batch) -> tuple[Tensor, float]:
         """Loss over both taps, and how often the last tap names the whole scene."""
         total, right = torch.zeros(()), torch.ones(())
-        for tap, head in zip(self.taps, self.readout):
+        for tap, readout, presence in zip(self.taps, self.readout, self.presence):
             x = states[tap][batch.readout_rows]
-            logits = head(F.rms_norm(x, x.shape[-1:])).float().split(READOUT_SIZES, -1)
-            present = F.binary_cross_entropy_with_logits(self.presence[self.taps.index(tap)](F.rms_norm(x, x.shape[-1:])).float(), batch.presence)
-            total = total + PRESENCE_WEIGHT * present + torch.stack([F.cross_entropy(p, batch.readout_labels[:, i]) for i, p in enumerate(logits)]).mean()
-            right = torch.stack([p.argmax(-1) == batch.readout_labels[:, i] for i, p in enumerate(logits)]).all(0).float().mean()
+            x = F.rms_norm(x, x.shape[-1:])
+            parts = list(zip(readout(x).float().split(READOUT_SIZES, -1), batch.readout_labels.T))
+            present = F.binary_cross_entropy_with_logits(presence(x).float(), batch.presence)
+            total = total + PRESENCE_WEIGHT * present + torch.stack([F.cross_entropy(p, y) for p, y in parts]).mean()
+            right = torch.stack([p.argmax(-1) == y for p, y in parts]).all(0).float().mean()
         return total, right.item()
 
 
@@ -67,7 +66,9 @@ def asked_loss(heads: Heads, states: list[Tensor], batch: Batch) -> Tensor:
         return torch.zeros(())
     x = states[heads.taps[0]][single[:, 0]]
     logits = heads.asked(F.rms_norm(x, x.shape[-1:])).float().split(ASKED_SIZES, -1)
-    parts = [F.cross_entropy(p, single[:, 4 + i], ignore_index=IGNORE) for i, p in enumerate(logits) if (single[:, 4 + i] >= 0).any()]
+    parts = [
+        F.cross_entropy(p, y, ignore_index=IGNORE) for p, y in zip(logits, single[:, 4:].T) if (y >= 0).any()
+    ]
     return torch.stack(parts).mean()
 
 

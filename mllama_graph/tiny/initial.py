@@ -78,7 +78,8 @@ def start_vision(vision: VisionModel) -> None:
         head = width // attn.heads
         for h in range(attn.heads):
             rows = slice(h * head, h * head + PLACE_DIMS)
-            for projection, matrix in ((attn.q_proj, shift_matrix(*offsets[h % 8])), (attn.k_proj, torch.eye(PLACE_DIMS))):
+            shift = shift_matrix(*offsets[h % 8])
+            for projection, matrix in ((attn.q_proj, shift), (attn.k_proj, torch.eye(PLACE_DIMS))):
                 projection.weight[rows] *= 0.15
                 projection.weight[rows, :PLACE_DIMS] += 2.0 * matrix
         # Neighbours must weigh about as much as the patch itself, or shapes are learned late.

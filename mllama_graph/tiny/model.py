@@ -65,6 +65,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -
 
 
 class RMSNorm(nn.Module):
+    """Computed in float32, whatever autocast says."""
+
     def __init__(self, width: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
@@ -76,6 +78,8 @@ class RMSNorm(nn.Module):
 
 
 class VisionAttention(nn.Module):
+    """Attention over all patches of a picture: x [I, C * S, E], mask [I, 1, C * S, C * S] added to the scores."""
+
     def __init__(self, s: Shape):
         super().__init__()
         self.heads = s.vision.heads
@@ -83,11 +87,14 @@ class VisionAttention(nn.Module):
             setattr(self, name, nn.Linear(s.vision.width, s.vision.width, bias=False))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        projections = self.q_proj, self.k_proj, self.v_proj
+        q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in projections)
         return self.o_proj(attend(q, k, v, mask, False).transpose(1, 2).flatten(2))
 
 
 class VisionMLP(nn.Module):
+    """Two linear layers with biases around an exact gelu."""
+
     def __init__(self, s: Shape):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(s.vision.width, s.vision.mlp), nn.Linear(s.vision.mlp, s.vision.width)
@@ -116,12 +123,16 @@ class VisionLayer(nn.Module):
 
 
 class Layers(nn.Module):
+    """A list of layers under the name that the checkpoint has for it."""
+
     def __init__(self, layers: list[nn.Module]):
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
 
 class TileEmbedding(nn.Module):
+    """A gated vector for each tile of each aspect ratio, added to all its patches."""
+
     def __init__(self, s: Shape):
         super().__init__()
         self.embedding = nn.Embedding(len(RATIOS) + 1, MAX_TILES * s.vision.width)
@@ -132,6 +143,8 @@ class TileEmbedding(nn.Module):
 
 
 class PositionEmbedding(nn.Module):
+    """A vector for each place in a tile and, gated, one for each place in each tile of each aspect ratio."""
+
     def __init__(self, s: Shape):
         super().__init__()
         self.gate = nn.Parameter(torch.zeros(1))
@@ -161,7 +174,8 @@ class VisionModel(nn.Module):
         """tiles [I, C, 3, TILE, TILE], aspect-ratio ids, numbers of real tiles -> features [I, C, S, vision_output]."""
         images, width = tiles.shape[0], self.class_embedding.shape[0]
         patches = tiles.view(images, MAX_TILES, 3, GRID, PATCH, GRID, PATCH).permute(0, 1, 3, 5, 2, 4, 6)
-        x = F.linear(patches.reshape(images, MAX_TILES, PATCHES - 1, -1), self.patch_embedding.weight.flatten(1)).float()
+        patches = patches.reshape(images, MAX_TILES, PATCHES - 1, -1)
+        x = F.linear(patches, self.patch_embedding.weight.flatten(1)).float()
         x = self.pre_tile_positional_embedding(x, ratio_I)
         x = torch.cat([self.class_embedding.expand(images, MAX_TILES, 1, width), x], 2)
         x = self.layernorm_pre(self.gated_positional_embedding(x, ratio_I))
@@ -197,13 +211,17 @@ class TextAttention(nn.Module):
             self.q_norm, self.k_norm = RMSNorm(head, s.norm_eps), RMSNorm(head, s.norm_eps)
 
     def query(self, x: Tensor) -> Tensor:
+        """[T, heads, d] from states [T, D]."""
         return self.q_proj(x).unflatten(-1, (self.s.heads, -1))
 
     def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Two of [..., kv_heads, d] from states [..., D]."""
         return tuple(p(x).unflatten(-1, (self.s.kv_heads, -1)) for p in (self.k_proj, self.v_proj))
 
 
 class TextMLP(nn.Module):
+    """SwiGLU."""
+
     def __init__(self, s: Shape):
         super().__init__()
         self.gate_proj, self.up_proj = nn.Linear(s.width, s.mlp, bias=False), nn.Linear(s.width, s.mlp, bias=False)
@@ -225,11 +243,14 @@ def gather(grid: Tensor, place_T: Tensor) -> Tensor:
 
 
 def rotate(x_T: Tensor, cos_T: Tensor, sin_T: Tensor) -> Tensor:
+    """Rotary embedding by halves: x [T, heads, d], angles [T, d]."""
     a, b = x_T.chunk(2, -1)
     return x_T * cos_T[:, None] + torch.cat([-b, a], -1) * sin_T[:, None]
 
 
 class SelfLayer(nn.Module):
+    """Causal self-attention inside each packed sequence."""
+
     def __init__(self, s: Shape):
         super().__init__()
         self.self_attn, self.mlp = TextAttention(s, False), TextMLP(s)
@@ -269,12 +290,14 @@ class CrossLayer(nn.Module):
         found = []
         if groups:
             place = batch.cross_T[ones]
-            out = attend(spread(q[: len(place)], place, batch.single), k[:groups], v[:groups], tile_mask[:groups, None, None], False)
+            mask = tile_mask[:groups, None, None]
+            out = attend(spread(q[: len(place)], place, batch.single), k[:groups], v[:groups], mask, False)
             found.append(gather(out, place))
         if pairs:
             place = batch.cross_T[~ones] - groups * length
-            k2, v2 = (t[groups : groups + 2 * pairs].unflatten(0, (pairs, 2)).transpose(1, 2).flatten(2, 3) for t in (k, v))
-            mask = tile_mask[groups : groups + 2 * pairs].view(pairs, 1, -1).expand(-1, pair_length, -1).clone()
+            both = slice(groups, groups + 2 * pairs)
+            k2, v2 = (t[both].unflatten(0, (pairs, 2)).transpose(1, 2).flatten(2, 3) for t in (k, v))
+            mask = tile_mask[both].view(pairs, 1, -1).expand(-1, pair_length, -1).clone()
             mask[:, :, mask.shape[-1] // 2 :].masked_fill_(batch.first_only[:, :, None], torch.finfo(torch.float32).min)
             out = attend(spread(q[len(q) - len(place) :], place, batch.double), k2, v2, mask[:, None], False)
             found.append(gather(out, place))
@@ -285,6 +308,8 @@ class CrossLayer(nn.Module):
 
 
 class TextModel(nn.Module):
+    """Token embedding, self- and cross-attention layers, final norm."""
+
     def __init__(self, s: Shape):
         super().__init__()
         self.s = s

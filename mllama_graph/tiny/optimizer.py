@@ -26,6 +26,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
+        """Update every weight that has a gradient."""
         for group in self.param_groups:
             by_shape: dict[tuple[int, int], list] = {}
             for p in group["params"]:
@@ -36,7 +37,8 @@ class Muon(torch.optim.Optimizer):
                     state["momentum"] = torch.zeros_like(p)
                 state["momentum"].lerp_(p.grad, 1 - group["momentum"])
                 update = p.grad.lerp(state["momentum"], group["momentum"])
-                by_shape.setdefault(tuple(sorted(p.shape)), []).append((p, update if p.shape[0] <= p.shape[1] else update.T))
+                wide = update if p.shape[0] <= p.shape[1] else update.T
+                by_shape.setdefault(tuple(sorted(p.shape)), []).append((p, wide))
             for members in by_shape.values():
                 for (p, _), x in zip(members, orthogonalise(torch.stack([u for _, u in members]))):
                     p.mul_(1 - group["lr"] * group["weight_decay"])

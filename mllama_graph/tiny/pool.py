@@ -55,9 +55,11 @@ class Pool:
         self.pairs = deque((self.pair(NEW_PAIRS * step - n) for n in range(pairs, 0, -1)), pairs)
 
     def single(self, number: int) -> Entry:
+        """Scene `number` of the stream, seen."""
         return see_scenes(self.model, [random_scene(random.Random(f"{self.stream} single {number}"))])
 
     def pair(self, number: int) -> Entry:
+        """Pair `number` of the stream, seen."""
         return see_scenes(self.model, pair_scenes(random.Random(f"{self.stream} pair {number}")))
 
     def batch(self, mix: Mix, step: int, rng: random.Random) -> tuple[Batch, Tensor]:

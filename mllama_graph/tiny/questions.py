@@ -17,7 +17,10 @@ ZH_SHAPES = dict(zip(SHAPES, ("圆形", "方形", "三角形", "星形", "十字
 COUNT_WORDS = {"en": ("no", "one", "two", "three", "four"), "zh": ("没有", "有一个", "有两个", "有三个", "有四个")}
 
 LANGUAGES = ("en", "zh")
-KINDS = ("what1", "what2", "what3", "color", "present", "absent", "count", "position", "two", "digits1", "digits2", "digits3", "text")
+KINDS = (
+    "what1", "what2", "what3", "color", "present", "absent", "count", "position", "two", "digits1", "digits2", "digits3",
+    "text",
+)
 
 SMALL_TALK = (
     ("Hello!", "Hello! Show me a picture."),
@@ -55,10 +58,12 @@ class Question:
 
 
 def article(words: str) -> str:
+    """The words with `a` or `an` before them."""
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
 def plural(shape: str) -> str:
+    """The plural of an English shape's name."""
     return shape + ("es" if shape.endswith("s") else "s")
 
 
@@ -95,8 +100,8 @@ def ask_what(scene: Scene, rng: random.Random, language: str) -> Question | None
     pairs = [s.pair for s in scene.shapes]
     if not 1 <= len(pairs) <= 3 or len(set(pairs)) < len(pairs):
         return None
-    stop = "." if language == "en" else "。"
-    return Question(f"what{len(pairs)}", language, rng.choice(WHAT[language]), (listing(scene.shapes, language) + stop,))
+    answer = listing(scene.shapes, language) + ("." if language == "en" else "。")
+    return Question(f"what{len(pairs)}", language, rng.choice(WHAT[language]), (answer,))
 
 
 def ask_digits(scene: Scene, rng: random.Random, language: str) -> Question | None:
@@ -113,6 +118,7 @@ def ask_digits(scene: Scene, rng: random.Random, language: str) -> Question | No
 
 
 def color_question(rng: random.Random, shape: str, language: str) -> str:
+    """What colour a shape has, in one of its spellings."""
     if language == "en":
         return rng.choice((f"What color is the {shape}?", f"What colour is the {shape}?"))
     return f"{ZH_SHAPES[shape]}是什么颜色？"
@@ -130,6 +136,7 @@ def ask_color(scene: Scene, rng: random.Random, language: str) -> Question | Non
 
 
 def presence_question(color: str, shape: str, language: str) -> str:
+    """Whether such a thing is there."""
     return f"Is there {article(name(color, shape, 'en'))}?" if language == "en" else f"有{name(color, shape, 'zh')}吗？"
 
 
@@ -144,7 +151,8 @@ def ask_present(scene: Scene, rng: random.Random, language: str) -> Question | N
     side = rng.choice([k for k, v in by_side.items() if v])
     s = rng.choice(by_side[side])
     if language == "en":
-        answer = f"Yes, {article(name(s.color, s.shape, 'en'))} {('on the left', 'in the middle', 'on the right')[side]}."
+        place = ("on the left", "in the middle", "on the right")[side]
+        answer = f"Yes, {article(name(s.color, s.shape, 'en'))} {place}."
     else:
         answer = f"有，{('左边', '中间', '右边')[side]}有一个{name(s.color, s.shape, 'zh')}。"
     return Question("present", language, presence_question(s.color, s.shape, language), (answer,), str(side))
@@ -244,7 +252,8 @@ def ask_two(scenes: tuple[Scene, Scene], rng: random.Random, language: str) -> Q
     bare = s.shape not in other_shapes and rng.random() < 0.3
     thing = name("" if bare else s.color, s.shape, language)
     if language == "en":
-        text, answer = f"Which picture has {article(thing)}?", f"The {('first', 'second')[holder]} picture has {article(thing)}."
+        text = f"Which picture has {article(thing)}?"
+        answer = f"The {('first', 'second')[holder]} picture has {article(thing)}."
     else:
         text, answer = f"哪张图里有{thing}？", f"第{'一二'[holder]}张图里有{thing}。"
     return Question("two", language, text, (answer,), str(holder))
@@ -258,9 +267,11 @@ def ask_text(rng: random.Random) -> Question:
     language = rng.choice(LANGUAGES)
     shape, color = rng.choice(SHAPES), rng.choice(tuple(COLORS))
     if language == "en":
-        asked = (f"How many {plural(shape)} are there?", f"How many {color} shapes are there?", "What number is written?", color_question(rng, shape, "en"))
+        asked = (f"How many {plural(shape)} are there?", f"How many {color} shapes are there?",
+                 "What number is written?", color_question(rng, shape, "en"))
     else:
-        asked = (f"有多少个{ZH_SHAPES[shape]}？", f"有多少个{ZH_COLORS[color]}图形？", "写的是什么数字？", color_question(rng, shape, "zh"))
+        asked = (f"有多少个{ZH_SHAPES[shape]}？", f"有多少个{ZH_COLORS[color]}图形？",
+                 "写的是什么数字？", color_question(rng, shape, "zh"))
     return Question("text", language, rng.choice((*WHAT[language], *asked)), (NO_PICTURE[language],))
 
 

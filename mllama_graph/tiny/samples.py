@@ -61,11 +61,13 @@ class Batch:
 
 @lru_cache(maxsize=1)
 def tokenizer() -> Tokenizer:
+    """The tiny model's tokenizer, built once."""
     return build_tokenizer()
 
 
 @lru_cache(maxsize=50_000)
 def encode(text: str) -> tuple[int, ...]:
+    """Token ids of a text, special tokens read as such and none added."""
     return tuple(tokenizer().encode(text, add_special_tokens=False).ids)
 
 
@@ -116,7 +118,8 @@ def presence_label(scene: Scene) -> list[float]:
     """1 for every pair, shape and colour that the scene holds."""
     pairs = {s.pair for s in scene.shapes}
     colors, shapes = {c for c, _ in pairs}, {s for _, s in pairs}
-    return [float(p in pairs) for p in PAIRS] + [float(s in shapes) for s in SHAPES] + [float(c in colors) for c in COLORS]
+    asked = ((PAIRS, pairs), (SHAPES, shapes), (COLORS, colors))
+    return [float(thing in there) for things, there in asked for thing in things]
 
 
 @lru_cache(maxsize=1)
@@ -191,7 +194,12 @@ def draw_pairs(rng: random.Random, count: int, allowed: tuple) -> list[tuple[str
     if style < 0.5 or count < 2:
         return pairs
     color, shape = rng.choice(allowed)
-    pool = [p for p in allowed if (p[1] == shape if style < 0.7 else p[0] == color if style < 0.85 else p == (color, shape))]
+    if style < 0.7:
+        pool = [p for p in allowed if p[1] == shape]
+    elif style < 0.85:
+        pool = [p for p in allowed if p[0] == color]
+    else:
+        pool = [(color, shape)]
     repeated = rng.randint(2, count)
     pairs[:repeated] = rng.choices(pool, k=repeated)
     return pairs
@@ -200,7 +208,8 @@ def draw_pairs(rng: random.Random, count: int, allowed: tuple) -> list[tuple[str
 def random_number(rng: random.Random) -> str:
     """One to three digits with no leading zero."""
     length = rng.choices((1, 2, 3), (2, 3, 5))[0]
-    return rng.choice("0123456789" if length == 1 else "123456789") + "".join(rng.choice("0123456789") for _ in range(length - 1))
+    first = rng.choice("0123456789" if length == 1 else "123456789")
+    return first + "".join(rng.choice("0123456789") for _ in range(length - 1))
 
 
 def random_scene(rng: random.Random) -> Scene:
@@ -287,7 +296,8 @@ def pack_text(groups: list[Group], rng: random.Random) -> tuple[TextBatch, Tenso
         tensor(ids), tensor(positions), tensor(pad), (len(lengths), length), tensor(cross, dtype=torch.long),
         tensor(sees[: len(cross)]), single, double, marks,
     )
-    return text, tensor(targets), spans, tensor(readout, dtype=torch.long), tensor(asked, dtype=torch.long).view(-1, len(ASKED))
+    things = tensor(asked, dtype=torch.long).view(-1, len(ASKED))
+    return text, tensor(targets), spans, tensor(readout, dtype=torch.long), things
 
 
 def make_batch(groups: list[Group], pages: list[Scene], rng: random.Random) -> Batch:

@@ -44,6 +44,7 @@ class Shape:
 
     @property
     def pair(self) -> tuple[str, str]:
+        """Its composition: (colour, shape)."""
         return self.color, self.shape
 
 
@@ -125,7 +126,8 @@ def add_noise(rng: random.Random, image: Image.Image, dark: bool) -> Image.Image
         return image
     width, height = image.size
     x, y = rng.randint(0, 1200 - width), rng.randint(0, 1200 - height)
-    noisy = np.asarray(image, np.float32) + noise_bank()[y : y + height, x : x + width] * rng.uniform(2, 8 if dark else 16)
+    noise = noise_bank()[y : y + height, x : x + width] * rng.uniform(2, 8 if dark else 16)
+    noisy = np.asarray(image, np.float32) + noise
     return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
 
 
@@ -142,12 +144,15 @@ def outline_points(shape: str, x: float, y: float, r: float, tilt: float, squeez
         corners = [(q * math.sin(i * math.pi / 5), -q * math.cos(i * math.pi / 5)) for i, q in enumerate(radii)]
     else:
         a = 0.34
-        corners = [(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a), (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a), (-a, -a)]
+        corners = [(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a),
+                   (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a), (-a, -a)]
     cos, sin = math.cos(tilt) * r, math.sin(tilt) * r
     return [(x + (u * cos - v * sin) * squeeze, y + u * sin + v * cos) for u, v in corners]
 
 
-def draw_shape(rng: random.Random, pen: ImageDraw.ImageDraw, mask: ImageDraw.ImageDraw, shape: Shape, mark: int, scale: float) -> None:
+def draw_shape(
+    rng: random.Random, pen: ImageDraw.ImageDraw, mask: ImageDraw.ImageDraw, shape: Shape, mark: int, scale: float
+) -> None:
     """Draw filled, outlined, or filled with a dark rim; the mask gets the filled form."""
     tilt = rng.uniform(-0.16, 0.16) if rng.random() < 0.5 else 0.0
     points = outline_points(shape.shape, shape.x, shape.y, shape.radius, tilt, rng.uniform(0.86, 1.14))
@@ -213,7 +218,9 @@ def digit_font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.load_default(size)
 
 
-def render_number(rng: random.Random, number: str, height: int, mark: int) -> tuple[Image.Image, Image.Image, list[float]]:
+def render_number(
+    rng: random.Random, number: str, height: int, mark: int
+) -> tuple[Image.Image, Image.Image, list[float]]:
     """Ink and label mask of a number about `height` pixels high, and the digits' centres as fractions of its width."""
     font = digit_font(max(8, round(height / 0.72 / 4) * 4))
     bold = round(font.size * rng.choice((0, 0, 0.02, 0.04)))
@@ -292,7 +299,8 @@ def draw_page(rng: random.Random) -> Scene:
             color = rng.choice([c for c in COLORS if not (dark and c == "black")])
             number = "".join(rng.choices("0123456789", k=length))
             ink, part, centers = render_number(rng, number, round(room * rng.uniform(0.72, 0.98)), len(glyphs) + 1)
-            x, y = round(left + rng.random() * max(0, wide - ink.width)), round(top + rng.random() * max(0, high - ink.height))
+            x = round(left + rng.random() * max(0, wide - ink.width))
+            y = round(top + rng.random() * max(0, high - ink.height))
             image.paste(Image.new("RGB", ink.size, paint(rng, color)), (x, y), ink)
             mask.paste(part, (x, y))
             glyphs += [Glyph(d, color, x + c * ink.width, y + ink.height / 2) for d, c in zip(number, centers)]

@@ -9,7 +9,10 @@ from .scenes import COLORS, SHAPES
 
 BASE_VOCABULARY = 640
 # The released tokenizer splits numbers into groups of up to three digits; here each digit is its own token.
-SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 BOS, END_OF_TEXT, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>"
 START_HEADER, END_HEADER, EOM, EOT = "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>"
 PYTHON_TAG, IMAGE = "<|python_tag|>", "<|image|>"
@@ -34,16 +37,18 @@ CHAT_TEMPLATE = (
 # Chinese has no spaces: trained on words rather than sentences, no merge can cross from one word into the next,
 # so a colour and a shape never melt into one token (unseen pairs must stay spellable from seen tokens).
 ZH_WORDS = (
-    *ZH_COLORS.values(), *ZH_SHAPES.values(), "图形", "一个", "两个", "三个", "四个", "没有", "有", "我看到", "我没看到",
-    "我什么也没看到", "所以", "和", "、", "，", "。", "？", "是什么颜色", "的", "是", "吗", "有多少个", "哪个在", "在", "左边", "右边",
-    "上面", "下面", "中间", "哪张图里有", "第", "一", "二", "张图里有", "数字是", "写的是什么数字", "读出数字", "这是什么数字", "图里有什么",
-    "你看到了什么", "描述这张图",
+    *ZH_COLORS.values(), *ZH_SHAPES.values(),
+    "图形", "一个", "两个", "三个", "四个", "没有", "有", "我看到", "我没看到",
+    "我什么也没看到", "所以", "和", "、", "，", "。", "？", "是什么颜色", "的", "是", "吗", "有多少个", "哪个在", "在",
+    "左边", "右边", "上面", "下面", "中间", "哪张图里有", "第", "一", "二", "张图里有", "数字是", "写的是什么数字",
+    "读出数字", "这是什么数字", "图里有什么", "你看到了什么", "描述这张图",
 )
 EN_WORDS = (
-    "I", " see", " nothing", " a", " an", ",", " and", ".", " so", " there", " are", " is", " no", " one", " two", " three",
-    " four", "?", "What", " color", " colour", " the", "The", "I don't", " don't", " How", "How", " many", " shape", " shapes",
-    "Is", " in", " on", " of", " left", " right", " middle", " above", " below", "Which", " or", "Yes", "No", " picture",
-    " has", " first", " second", " number", "Read", "Describe", " this", " written", " do", " you",
+    "I", " see", " nothing", " a", " an", ",", " and", ".", " so", " there", " are", " is", " no", " one", " two",
+    " three", " four", "?", "What", " color", " colour", " the", "The", "I don't", " don't", " How", "How", " many",
+    " shape", " shapes", "Is", " in", " on", " of", " left", " right", " middle", " above", " below", "Which", " or",
+    "Yes", "No", " picture", " has", " first", " second", " number", "Read", "Describe", " this", " written", " do",
+    " you",
 )
 
 
@@ -51,19 +56,21 @@ def training_words() -> list[str]:
     """The words of all questions and answers, each repeated so that it becomes one token."""
     words = list(ZH_WORDS) + list(EN_WORDS) + ["user", "assistant", "system", "\n\n"]
     words += [" " + w for w in (*COLORS, *SHAPES, *map(plural, SHAPES))]
-    talk = [t for pair in SMALL_TALK for t in pair] + list(NO_PICTURE.values()) + [w for ws in WHAT.values() for w in ws]
+    talk = [t for pair in SMALL_TALK for t in pair] + list(NO_PICTURE.values())
+    talk += [w for ws in WHAT.values() for w in ws]
     return words * 50 + [t for t in talk if t.isascii()] * 3
 
 
 def build_tokenizer() -> Tokenizer:
     """Train the tokenizer; the result is the same every time."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+    split = pre_tokenizers.Split(Regex(SPLIT), "isolated")
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=BASE_VOCABULARY, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=[], show_progress=False
+        vocab_size=BASE_VOCABULARY, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=[],
+        show_progress=False,
     )
     tokenizer.train_from_iterator(training_words(), trainer)
     # A fixed table size whatever the number of merges found, so that ids of special tokens never move.
@@ -76,4 +83,5 @@ def build_tokenizer() -> Tokenizer:
 def render_prompt(question: str, images: int, system: str = "") -> str:
     """The chat template's text for one user turn with its images first."""
     head = f"{START_HEADER}system{END_HEADER}\n\n{system}{EOT}" if system else ""
-    return f"{BOS}{head}{START_HEADER}user{END_HEADER}\n\n{IMAGE * images}{question}{EOT}{START_HEADER}assistant{END_HEADER}\n\n"
+    user = f"{START_HEADER}user{END_HEADER}\n\n{IMAGE * images}{question}{EOT}"
+    return f"{BOS}{head}{user}{START_HEADER}assistant{END_HEADER}\n\n"

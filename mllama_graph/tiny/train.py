@@ -70,6 +70,7 @@ class Trainer:
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
+        """What is still being trained."""
         return [p for p in (*self.model.parameters(), *self.heads.parameters()) if p.requires_grad]
 
 
@@ -106,7 +107,8 @@ def build(seed: int) -> Trainer:
 def freeze_vision(trainer: Trainer) -> None:
     """Settle the vision tower at its moving average: steps that train the text alone cost half."""
     vision = trainer.model.model.vision_model
-    vision.load_state_dict({k.removeprefix("model.vision_model."): v for k, v in trainer.average.items() if "vision_model" in k})
+    settled = {k.removeprefix("model.vision_model."): v for k, v in trainer.average.items() if "vision_model" in k}
+    vision.load_state_dict(settled)
     vision.requires_grad_(False)
     trainer.heads.patch.requires_grad_(False)
     trainer.heads.side.requires_grad_(False)
@@ -131,9 +133,12 @@ def losses(trainer: Trainer, batch: Batch, features: torch.Tensor | None) -> tup
         rows = batch.targets_T != IGNORE
         answer = torch.zeros(())
         if rows.any():
-            answer = F.cross_entropy(trainer.model.lm_head(last[rows]).float(), batch.targets_T[rows], trainer.token_weights)
-    figures = dict(answer=answer.item(), patch=patch.item(), readout=readout.item(), read_right=read_right, pointing=pointing.item(), hit=hit,
-                   comparing=comparing.item(), compared=compared, asked=asked.item())
+            logits = trainer.model.lm_head(last[rows]).float()
+            answer = F.cross_entropy(logits, batch.targets_T[rows], trainer.token_weights)
+    figures = dict(
+        answer=answer.item(), patch=patch.item(), readout=readout.item(), read_right=read_right,
+        pointing=pointing.item(), hit=hit, comparing=comparing.item(), compared=compared, asked=asked.item(),
+    )
     figures |= dict(zip(("p_class", "p_color", "p_left", "p_top", "p_side"), accuracy))
     guides = POINTING_WEIGHT * (pointing + comparing) + ASKED_WEIGHT * asked
     return ANSWER_WEIGHT * answer + PATCH_WEIGHT * patch + READOUT_WEIGHT * readout + guides, figures
@@ -256,12 +261,13 @@ def train(args: argparse.Namespace) -> None:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="checkpoint and curve; an existing run is continued")
     parser.add_argument("--steps", type=int, default=8000, help="length of the run")
     parser.add_argument("--seeing", type=float, default=0.15, help="part of the run before the first question")
     parser.add_argument("--decay", type=float, default=0.3, help="part of the run in which the learning rate falls")
-    parser.add_argument("--talking", type=float, default=0.75, help="part of the run after which the vision tower is frozen")
+    parser.add_argument("--talking", type=float, default=0.75, help="part of the run before the vision tower rests")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--world", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--rank", type=int, default=-1, help="set by the parent process")
