@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import time
@@ -21,6 +22,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+
+from mllama_graph.config import UserError
+from mllama_graph.report import write_json
 
 from .heads import Heads, asked_loss, comparing_loss, pointing_loss
 from .initial import start
@@ -232,7 +236,8 @@ def report(args: argparse.Namespace, trainer: Trainer, recent: list[dict[str, fl
                 cpu_minutes=round(p.cpu / 60, 2), images=p.images, questions=p.questions, **means)
     with open(args.folder / "curve.jsonl", "a") as f:
         f.write(json.dumps(line) + "\n")
-    print(" ".join(f"{k} {v}" for k, v in line.items()), flush=True)
+    print(f"step {p.step} of {args.steps}, {p.elapsed / 60:.1f} min, about {left:.0f} min left, "
+          f"patch accuracy {means['p_class']:.2f}, answer loss {means['answer']:.3f}", flush=True)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -271,18 +276,31 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--world", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--rank", type=int, default=-1, help="set by the parent process")
-    parser.add_argument("--port", type=int, default=29511)
+    parser.add_argument("--port", type=int, default=0, help="set by the parent process")
     return parser.parse_args(argv)
+
+
+def settle(args: argparse.Namespace) -> None:
+    """Write what decides the run to run.json. Raises UserError where the folder holds a run that another one decided."""
+    wanted = {name: getattr(args, name) for name in ("steps", "seeing", "decay", "talking", "seed", "world")}
+    args.folder.mkdir(parents=True, exist_ok=True)
+    path = args.folder / "run.json"
+    if path.exists() and (found := json.loads(path.read_text())) != wanted:
+        raise UserError(f"{args.folder} holds a run with {found}, not {wanted}; give the same values or another folder.")
+    write_json(path, wanted)
 
 
 def main(argv: list[str]) -> None:
     """Start one process for each rank and wait, or be one of them."""
     args = parse(argv)
-    args.folder.mkdir(parents=True, exist_ok=True)
     if args.rank >= 0:
         return train(args)
+    settle(args)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     environment = os.environ | dict(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
-    command = [sys.executable, "-m", "mllama_graph.tiny.train", *argv]
+    command = [sys.executable, "-m", "mllama_graph.tiny.train", *argv, "--port", str(port)]
     workers = [subprocess.Popen([*command, "--rank", str(r)], env=environment) for r in range(args.world)]
     sys.exit(max(abs(w.wait()) for w in workers))
 

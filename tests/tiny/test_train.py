@@ -1,0 +1,49 @@
+"""The training: a step follows from the seed and its number alone, and a run ends with a checkpoint that serves."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from test_run import run
+
+from mllama_graph.config import UserError
+from mllama_graph.tiny import train
+from mllama_graph.tiny.export import checkpoint_name
+
+
+def weights(trainer):
+    """Every tensor that the next step depends on and that is learned."""
+    return [*trainer.model.state_dict().values(), *trainer.heads.state_dict().values(), *trainer.average.values()]
+
+
+def test_a_run_that_goes_on_has_the_weights_of_one_that_was_never_stopped(tmp_path):
+    # One step of dense pages, one of answers, two over features seen ahead.
+    args = train.parse(["--folder", str(tmp_path), "--steps", "4", "--talking", "0.5", "--world", "1", "--rank", "0"])
+    unbroken, path = train.build(0), tmp_path / "checkpoint.pt"
+    train.save(unbroken, path)
+    for step in range(args.steps):
+        stopped = train.build(1)
+        train.load(stopped, path)
+        train.train_step(args, unbroken)
+        train.train_step(args, stopped)
+        train.save(stopped, path)
+        assert all(torch.equal(a, b) for a, b in zip(weights(unbroken), weights(stopped), strict=True)), step
+
+
+def test_a_folder_goes_on_only_with_the_run_that_it_holds(tmp_path):
+    train.settle(train.parse(["--folder", str(tmp_path), "--steps", "4"]))
+    train.settle(train.parse(["--folder", str(tmp_path), "--steps", "4"]))
+    with pytest.raises(UserError, match="'steps': 4"):
+        train.settle(train.parse(["--folder", str(tmp_path), "--steps", "5"]))
+
+
+def test_the_training_task_ends_with_the_moving_average_as_a_checkpoint(tmp_path):
+    done = run(tmp_path / "out", "task=train_tiny", "task.steps=2", f"task.folder={tmp_path / 'training'}")
+    assert done.code == 0, done.err
+    stored = load_file(tmp_path / "training" / "tiny" / "model.safetensors")
+    average = torch.load(tmp_path / "training" / "checkpoint.pt")["average"]
+    assert {checkpoint_name(name) for name in average} == set(stored)
+    assert all(torch.equal(stored[checkpoint_name(name)], average[name].bfloat16()) for name in average)
+    assert json.loads((tmp_path / "training" / "run.json").read_text())["steps"] == 2
