@@ -90,7 +90,7 @@ def build(name: str, folder: Path) -> Path:
     """The library's file, built if it is not there yet. Processes that need it at once build it once."""
     from filelock import FileLock
 
-    compiler = _compiler()
+    compiler = compiler_command()
     home = folder / "native" / _key(name, compiler)
     library = home / f"{name}.so"
     if library.is_file():
@@ -129,7 +129,7 @@ def _compile(name: str, compiler: list[str], library: Path) -> None:
             os.unlink(aside)
 
 
-def _compiler() -> list[str]:
+def compiler_command() -> list[str]:
     """The C++ compiler's command: CXX, else g++. Raises BuildError where there is none."""
     command = shlex.split(os.environ.get("CXX") or "g++")
     found = shutil.which(command[0])

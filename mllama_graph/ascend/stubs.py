@@ -1,0 +1,155 @@
+"""Libraries that stand in for CANN, so that the real torch_npu and torchair run on a machine without an NPU.
+
+torch_npu's own libraries name what they need; every such symbol is a no-op, but for the few in cann_stubs.cpp. They are
+built by the machine's own compiler when they are first needed, once, into the folder of the graph store:
+
+    <folder>/native/<key>/{libcann_stubs.so, libascendcl.so -> libcann_stubs.so, ...}
+
+The loader reads LD_LIBRARY_PATH once, when a process starts, and torch loads torch_npu by itself: so a process that is
+to simulate an NPU is started with `environment`. This module imports no torch.
+"""
+
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+from mllama_graph.native import ASIDE, BuildError, compiler_command
+
+SOURCE = Path(__file__).parent / "cann_stubs.cpp"
+LIBRARY = "libcann_stubs.so"
+# Set in a process that was started with `environment`, to the folder of the libraries.
+ACTIVE = "MLLAMA_CANN_STUBS"
+# ATB's plugin needs a library and headers of its own; torch_npu loads it only where ATB is installed.
+LEFT_OUT = "libop_plugin_atb.so"
+# Python's, the C++ runtime's and the linker's own names: found at load, or weak.
+FOREIGN = re.compile(r"_?Py|_ITM_|__gmon|__cxa|__tls")
+# What torch_npu looks up by name at run time (torch_npu/csrc/core/npu/interface, `dlsym`).
+LOOKED_UP = re.compile(rb"\0((?:acl(?:rt|mdl|mdlRI|prof|sys|op)?|Hccl)[A-Z]\w{3,})(?=\0)")
+FLAGS = ("-O1", "-w", "-fPIC", "-shared")
+
+
+def installed() -> bool:
+    """Whether torch_npu is installed; imports nothing of it."""
+    return importlib.util.find_spec("torch_npu") is not None
+
+
+def active() -> bool:
+    """Whether this process was started with the stubs."""
+    return ACTIVE in os.environ
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """os.environ for a process that simulates an NPU, with the stubs built under `folder`. Raises BuildError.
+
+    Eager operations on NPU tensors raise there: there are no kernels. Data is made on the CPU and moved.
+    """
+    libraries = build(folder)
+    paths = [str(libraries), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
+    return os.environ | {
+        ACTIVE: str(libraries), "LD_LIBRARY_PATH": os.pathsep.join(paths),
+        # An operation's failure is that of its own call (torch_npu's reference of environment variables).
+        "ASCEND_LAUNCH_BLOCKING": "1",
+    }
+
+
+def build(folder: Path) -> Path:
+    """The folder of the stub libraries, built if it is not there yet. Processes that need it at once build it once.
+
+    Raises BuildError where torch_npu, a C++ compiler or binutils is missing, or the stubs don't build.
+    """
+    from filelock import FileLock
+
+    found = importlib.util.find_spec("torch_npu")
+    if found is None:
+        raise BuildError("torch_npu is not installed. Install it with: pip install 'mllama_graph[npu]'")
+    for tool in ("nm", "readelf"):
+        if shutil.which(tool) is None:
+            raise BuildError(f"{tool} is not found, which the CANN stubs are made with. Install binutils.")
+    compiler = compiler_command()
+    home = folder / "native" / _key(compiler)
+    if (home / LIBRARY).is_file():
+        return home
+    home.mkdir(parents=True, exist_ok=True)
+    with FileLock(home / ".lock"):
+        if not (home / LIBRARY).is_file():
+            _build(home, Path(found.origin).parent, compiler)
+    return home
+
+
+def _key(compiler: list[str]) -> str:
+    """Whatever can change the libraries."""
+    said = subprocess.run([*compiler, "--version"], capture_output=True, text=True, errors="replace").stdout
+    parts = (SOURCE.read_text(), Path(__file__).read_text(), version("torch_npu"), version("torch"), sys.version,
+             *compiler, said)
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
+
+
+def _build(home: Path, package: Path, compiler: list[str]) -> None:
+    """The library and its names; the library itself comes last, under its name by a rename."""
+    users = [path for path in package.rglob("*.so*") if path.name != LEFT_OUT]
+    present = _present(package.parent / "torch" / "lib", users, compiler)
+    with tempfile.TemporaryDirectory(prefix=ASIDE, dir=home) as aside:
+        special, noops, library = (Path(aside) / name for name in ("special.o", "noops.c", LIBRARY))
+        _run([*compiler, *FLAGS[:-1], "-c", str(SOURCE), "-o", str(special)])
+        missing = missing_symbols(users, present) - symbols([special], "--defined-only")
+        noops.write_text("".join(f"long {name}(void) {{ return 0; }}\n" for name in sorted(missing)))
+        _run([*compiler, *FLAGS, str(special), "-x", "c", str(noops), f"-Wl,-soname,{LIBRARY}", "-o", str(library)])
+        for name in missing_libraries(users, present):
+            (home / name).unlink(missing_ok=True)
+            (home / name).symlink_to(LIBRARY)
+        os.replace(library, home / LIBRARY)
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        lines = done.stderr.splitlines() or ["no message"]
+        reason = next((line for line in lines if "error" in line), lines[0])
+        raise BuildError(f"the CANN stubs do not build with {command[0]} (exit code {done.returncode}): "
+                         f"{reason.strip()}. Install g++ 11 or newer, or name a compiler with CXX=.")
+
+
+def _present(torch_lib: Path, users: list[Path], compiler: list[str]) -> list[Path]:
+    """Libraries that are there without CANN: torch's, torch_npu's own, the system's."""
+    found = [*torch_lib.glob("*.so*"), *users]
+    for name in sorted(needed_libraries(users) - {path.name for path in found}):
+        path = subprocess.run([*compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        if os.path.isabs(path):
+            found.append(Path(path))
+    return found
+
+
+def needed_libraries(users: list[Path]) -> set[str]:
+    """Names of the libraries that `users` ask the loader for."""
+    said = subprocess.run(["readelf", "-dW", *map(str, users)], capture_output=True, text=True).stdout
+    return set(re.findall(r"\(NEEDED\)\s+Shared library: \[(.+?)\]", said))
+
+
+def missing_libraries(users: list[Path], present: list[Path]) -> set[str]:
+    """Names of the libraries that only CANN has."""
+    return needed_libraries(users) - {path.name for path in present}
+
+
+def missing_symbols(users: list[Path], present: list[Path]) -> set[str]:
+    """Names that `users` bind when they are loaded, or look up later, and that no library of `present` defines."""
+    undefined = symbols(users, "--undefined-only", dynamic=True)
+    wanted = {name for name in undefined if "@" not in name and not FOREIGN.match(name)}
+    defined = {name.split("@")[0] for name in symbols(present, "--defined-only", dynamic=True)}
+    looked_up: set[bytes] = set()
+    for path in users:
+        looked_up.update(LOOKED_UP.findall(path.read_bytes()))
+    return (wanted | {name.decode() for name in looked_up}) - defined
+
+
+def symbols(files: list[Path], kind: str, dynamic: bool = False) -> set[str]:
+    """Symbols of object files; `kind` is nm's --defined-only or --undefined-only."""
+    command = ["nm", "-P", kind, *(["-D"] if dynamic else []), *map(str, files)]
+    said = subprocess.run(command, capture_output=True, text=True).stdout
+    return {line.split()[0] for line in said.splitlines() if line and not line.endswith(":")}
