@@ -23,7 +23,8 @@ ROW_MULTIPLE = 8
 def normalise(w: Node, tiles_C3hw: Tensor, real_1: Tensor, dtype: torch.dtype) -> Tensor:
     """uint8 to (x / 255 - mean) / std; padding tiles are exactly zero after it."""
     x_C3hw = (tiles_C3hw.float() * w.pixel_scale - w.pixel_mean) / w.pixel_std
-    real_C = torch.arange(tiles_C3hw.shape[0], device=tiles_C3hw.device) < real_1
+    # Of real_1's dtype: the NPU's comparison takes no mixed ones, and its compiler does not convert.
+    real_C = torch.arange(tiles_C3hw.shape[0], dtype=real_1.dtype, device=tiles_C3hw.device) < real_1
     return torch.where(real_C[:, None, None, None], x_C3hw, 0.0).to(dtype)
 
 
@@ -77,7 +78,7 @@ def encode(w: Node, given: TileInput, dtype: torch.dtype, shape: ModelShape, ops
     padding = -L % ROW_MULTIPLE
     x_WE = F.pad(x_CLE, (0, 0, 0, padding)).view(-1, E)
     R = L + padding
-    row_W = torch.arange(C * R, device=x_WE.device)
+    row_W = torch.arange(C * R, dtype=given.real_1.dtype, device=x_WE.device)
     pad_W = (row_W // R >= given.real_1) | (row_W % R >= L)
 
     kept: dict[int, Tensor] = {}
