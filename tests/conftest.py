@@ -7,6 +7,9 @@ import sys
 from functools import cache
 from pathlib import Path
 
+# Where torch_npu is installed, torch would load it, which fails without CANN; tests/ascend loads it itself.
+os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
