@@ -1,0 +1,172 @@
+"""The operations on an NPU: torch_npu's fused ones where they exist, plain.py's where the compiler has its own.
+
+Only this file calls torch_npu. It is written to be traced by torchair into a graph of the graph engine (GE), with every
+length a tensor: a Python integer would be baked into the graph. Sources, in the torch_npu 2.13.0 package unless said
+otherwise: "docs" is `_op_plugin_docs.py` under the operation's name, "converter" is `dynamo/torchair`.
+
+    page size 128        docs of npu_fused_infer_attention_score: recommended for one query row, the least for several
+    pages (N, P, K, H)   docs of npu_scatter_pa_kv_cache, second form; read as (N, P, K * H), the one paged layout that
+                         the same page takes for queries in BSH (docs of npu_fused_infer_attention_score)
+    head width           a multiple of 16 (the same docs, 16-bit types); others are padded with zeros, which no score
+                         or output sees. Pages are allocated that wide: a page is never copied to be padded.
+    sparse_mode 0        masks of our own, or none; without a mask every row sees all of its sequence
+    sparse_mode 3        causal from the lower right corner, with the fixed mask of 2048 x 2048
+    inner_precise 0      high precision; no row is ever wholly masked, so rows need no correction (modes 2 and 3)
+    weights (out, in)    as the checkpoint has them: npu_linear hands them to MatMul with a flag, where F.linear puts a
+                         Transpose of the weight into every step (converters custom/npu_linear.py, aten/t.py)
+    gelu                 npu_gelu, GeluV2: the converter of F.gelu drops `approximate` and emits Gelu, one operation for
+                         both forms (converters custom/npu_gelu.py, aten/gelu.py)
+
+What layers have in common (masks, casts) is written once a layer here and computed once a graph: see lowering.py.
+"""
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+import torch_npu
+import torchair  # noqa: F401  (registers torchair.ops)
+from torch import Tensor
+
+from mllama_graph.ops.contract import Ops
+from mllama_graph.ops.plain import PLAIN, Pages
+from mllama_graph.ops.ranks import ranked
+
+# docs of npu_fused_infer_attention_score: the last axis of 16-bit queries, keys and values.
+HEAD_MULTIPLE = 16
+# docs of npu_fused_infer_attention_score: "(2048, 2048)" for sparse_mode 2, 3 and 4.
+MASK_SIDE = 2048
+CAUSAL = 3
+
+
+def padded_head(width: int) -> int:
+    """The head width that pages and attention take for a model's."""
+    return -(-width // HEAD_MULTIPLE) * HEAD_MULTIPLE
+
+
+def _widen(x: Tensor, width: int) -> Tensor:
+    """x with zeros behind its last axis, up to `width`."""
+    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
+
+
+def linear(x: Tensor, leaf) -> Tensor:
+    # The weight has the dtype of x: MatMul takes no other (IR MatMul).
+    y = torch_npu.npu_linear(x.flatten(0, -2), leaf.weight, leaf.bias)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def gelu(x: Tensor) -> Tensor:
+    return torch_npu.npu_gelu(x, approximate="none")
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    # docs: the weight has the dtype of x.
+    return torch_npu.npu_rms_norm(x, weight.to(x.dtype), eps)[0]
+
+
+def add_rms_norm(x_TD: Tensor, y_TD: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    if y_TD is None:
+        return rms_norm(x_TD, weight, eps), x_TD
+    normed_TD, _, sum_TD = torch_npu.npu_add_rms_norm(x_TD, y_TD, weight.to(x_TD.dtype), eps)
+    return normed_TD, sum_TD
+
+
+def rope(x_TQH: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    # Rows are the S of BSND, with cos and sin in 1S1D: the docs of npu_rotary_mul allow fewer than 1000 for B and N.
+    T, _, H = x_TQH.shape
+    cos_1T1H, sin_1T1H = (a.to(x_TQH.dtype).view(1, T, 1, H) for a in angles)
+    return torch_npu.npu_rotary_mul(x_TQH[None], cos_1T1H, sin_1T1H).view(x_TQH.shape)
+
+
+def swiglu(h_TF: Tensor) -> Tensor:
+    return torch_npu.npu_swiglu(h_TF, -1)
+
+
+def write_pages_(k_TKH: Tensor, v_TKH: Tensor, pages: Pages, slot_T: Tensor) -> None:
+    # docs: all four of one dtype, "Norm" for pages in their natural order. Given the pages themselves, not a view: the
+    # compiler copies the whole pool for a view of it.
+    dtype, width = pages[0].dtype, pages[0].shape[-1]
+    torch_npu.npu_scatter_pa_kv_cache(_widen(k_TKH.to(dtype), width), _widen(v_TKH.to(dtype), width), *pages, slot_T,
+                                      cache_mode="Norm")
+
+
+def _attention(q_BRQH: Tensor, k: Tensor, v: Tensor, head_width: int, *, kv_heads: int, mask: Tensor | None,
+               sparse_mode: int = 0, **paged) -> Tensor:
+    """Fused attention, (B * R, Q, head_width). k and v are (B, L, K, H), or pages (N, P, K, H) with `block_table`.
+
+    torchair's form of the operation takes lengths as tensors; torch_npu's takes integers.
+    """
+    B, R, Q, H = q_BRQH.shape
+    out_BRQH, _ = torchair.ops.npu_fused_infer_attention_score(
+        # BSH: rows lie as the linear layers have them, and pages need no transpose.
+        q_BRQH.reshape(B, R, Q * H), k.flatten(2), v.flatten(2), num_heads=Q, num_key_value_heads=kv_heads,
+        input_layout="BSH", scale=head_width ** -0.5, atten_mask=mask, sparse_mode=sparse_mode, inner_precise=0,
+        **paged)
+    return out_BRQH.view(B * R, Q, H)[..., :head_width]
+
+
+def causal_mask(device: torch.device) -> Tensor:
+    """The fixed mask of the causal modes: 1 above the diagonal is what a row must not see."""
+    row = torch.arange(MASK_SIDE, dtype=torch.int32, device=device)
+    return row[None, :] > row[:, None]
+
+
+def attend_prompt(q_TQH: Tensor, k_TKH: Tensor, v_TKH: Tensor, pages: Pages, table_J: Tensor | None,
+                  past_1: Tensor) -> Tensor:
+    T, K, H = k_TKH.shape
+    width = padded_head(H)
+    q_1TQH, k_1LKH, v_1LKH = (_widen(x, width)[None] for x in (q_TQH, k_TKH, v_TKH))
+    if table_J is None:
+        return _attention(q_1TQH, k_1LKH, v_1LKH, H, kv_heads=K, mask=causal_mask(q_TQH.device), sparse_mode=CAUSAL)
+    # Earlier pages end anywhere, fresh rows begin after the last of them: they are gathered, and masked by length.
+    past_k, past_v = (data.index_select(0, table_J).flatten(0, 1)[None].to(q_TQH.dtype) for data in pages)
+    row_T = torch.arange(T, dtype=torch.int32, device=q_TQH.device)
+    column_L = torch.arange(past_k.shape[1], dtype=torch.int32, device=q_TQH.device)
+    unseen_TL = torch.cat(((column_L >= past_1).expand(T, -1), row_T[None, :] > row_T[:, None]), dim=1)
+    return _attention(q_1TQH, torch.cat((past_k, k_1LKH), dim=1), torch.cat((past_v, v_1LKH), dim=1), H, kv_heads=K,
+                      mask=unseen_TL[None, None])
+
+
+def attend_pages(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, len_B: Tensor) -> Tensor:
+    B, H, (_, P, K, width) = table_BJ.shape[0], q_TQH.shape[-1], pages[0].shape
+    q_BRQH = _widen(q_TQH, width).view(B, -1, q_TQH.shape[1], width)
+    # One row sees all of its sequence; of several, the last does.
+    causal = q_BRQH.shape[1] > 1
+    return _attention(q_BRQH, *pages, H, kv_heads=K, mask=causal_mask(q_TQH.device) if causal else None,
+                      sparse_mode=CAUSAL if causal else 0, block_table=table_BJ, block_size=P,
+                      actual_seq_lengths_kv=len_B.long())
+
+
+def attend_image(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, fill_BJ: Tensor, see_T2: Tensor) -> Tensor:
+    (B, J), H, (_, P, K, width) = table_BJ.shape, q_TQH.shape[-1], pages[0].shape
+    q_BRQH = _widen(q_TQH, width).view(B, -1, q_TQH.shape[1], width)
+    R, device = q_BRQH.shape[1], q_TQH.device
+    column_P = torch.arange(P, dtype=torch.int32, device=device)
+    entry_J = torch.arange(J, dtype=torch.int32, device=device)
+    from_BR1, to_BR1 = see_T2.view(B, R, 2).split(1, dim=-1)
+    hidden_BRJ = (entry_J < from_BR1) | (entry_J >= to_BR1)
+    empty_BJP = column_P >= fill_BJ[:, :, None]
+    # A row that sees no image is dropped by the caller; seeing every key, it is not wholly masked.
+    sees_BR1 = to_BR1 > from_BR1
+    unseen_BRL = (hidden_BRJ[..., None] | empty_BJP[:, None]).view(B, R, J * P) & sees_BR1
+    # The mask says all; the lengths are the table's whole width whatever the images.
+    whole_B = torch.full((B,), J * P, dtype=torch.int64, device=device)
+    return _attention(q_BRQH, *pages, H, kv_heads=K, mask=unseen_BRL[:, None], block_table=table_BJ, block_size=P,
+                      actual_seq_lengths_kv=whole_B)
+
+
+def attend_tiles(q_SAH: Tensor, k_SAH: Tensor, v_SAH: Tensor, pad_S: Tensor) -> Tensor:
+    width = padded_head(q_SAH.shape[-1])
+    q_1SAH, k_1SAH, v_1SAH = (_widen(x, width)[None] for x in (q_SAH, k_SAH, v_SAH))
+    unseen_SS = pad_S[:, None] & pad_S[None, :]
+    return _attention(q_1SAH, k_1SAH, v_1SAH, q_SAH.shape[-1], kv_heads=q_SAH.shape[1], mask=unseen_SS[None, None])
+
+
+def npu_ops(world: int) -> Ops:
+    """The operations of one of `world` ranks; collectives are torch.distributed's, which become HCCL's."""
+    return replace(ranked(world, "distributed"), linear=linear, rms_norm=rms_norm, add_rms_norm=add_rms_norm, rope=rope,
+                   swiglu=swiglu, gelu=gelu, write_pages_=write_pages_, attend_prompt=attend_prompt,
+                   attend_pages=attend_pages, attend_image=attend_image, attend_tiles=attend_tiles)
+
+
+NPU = npu_ops(1)
