@@ -1,0 +1,231 @@
+"""Every operation of ops/npu.py, lowered by torchair and executed by the interpreter, against ops/plain.py in fp32.
+
+In 16 bits the graph is one that a device takes, and the oracle gets the same rounded inputs. In fp32 the graph is the
+same but for its dtype ("wide"), and shows that nothing but rounding differs.
+"""
+
+from dataclasses import fields
+from typing import NamedTuple, Optional
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from lowered import lower, to_host, to_npu
+
+from mllama_graph.ops.contract import Ops
+from mllama_graph.ops.npu import NPU, padded_head
+from mllama_graph.ops.plain import PLAIN
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
+P = 128
+
+
+class Leaf(NamedTuple):
+    """A leaf of the weight tree, in a form that a function under test may make."""
+
+    weight: torch.Tensor
+    bias: Optional[torch.Tensor] = None
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(dtype)
+
+
+def int32(values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def leaf(out, into, bias, dtype):
+    return Leaf(weight=normal(out, into, dtype=dtype) / into ** 0.5, bias=normal(out, dtype=dtype) if bias else None)
+
+
+def wider(x):
+    """The oracle's form of a tensor: the same value in fp32."""
+    return x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+
+def close(got, wanted, dtype, roundings=1):
+    """Equal up to `roundings` roundings to `dtype` of numbers as large as the largest; fp32 sums in another order."""
+    assert got.dtype == dtype and got.shape == wanted.shape
+    largest = wanted.abs().max().item()
+    unit = torch.finfo(dtype).eps / 2
+    assert_close(got.float(), wanted.float(), atol=roundings * unit * largest + 4e-6 * max(1, largest), rtol=0)
+
+
+def run(function, *given, dtype):
+    """(result, the graph's operations)"""
+    lowered = lower(function, wide=dtype == torch.float32)
+    result = lowered(*to_npu(given))
+    return result, lowered.operations
+
+
+def test_every_operation_of_the_contract_has_one():
+    assert all(callable(getattr(NPU, field.name)) for field in fields(Ops))
+
+
+# ---- rows
+
+
+@DTYPES
+def test_rms_norm(dtype):
+    x, weight = 3 * normal(5, 64, dtype=dtype), normal(64, dtype=dtype)
+    got, operations = run(lambda x, w: NPU.rms_norm(x, w, 1e-3), x, weight, dtype=dtype)
+    close(got, PLAIN.rms_norm(x.float(), weight.float(), 1e-3), dtype)
+    assert operations == {"RmsNorm": 1}
+
+
+@DTYPES
+def test_add_rms_norm_gives_the_norm_and_the_sum(dtype):
+    x, y, weight = normal(5, 64, dtype=dtype), normal(5, 64, seed=1, dtype=dtype), normal(64, dtype=dtype)
+    (normed, summed), operations = run(lambda *a: NPU.add_rms_norm(*a, 1e-5), x, y, weight, dtype=dtype)
+    wanted = PLAIN.add_rms_norm(x.float(), y.float(), weight.float(), 1e-5)
+    close(summed, wanted[1], dtype)
+    # The norm is of the rounded sum.
+    close(normed, wanted[0], dtype, roundings=2)
+    assert operations == {"AddRmsNorm": 1}
+
+
+@DTYPES
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_takes_the_weight_as_it_is(dtype, bias):
+    x, w = normal(5, 64, dtype=dtype), leaf(48, 64, bias, dtype)
+    given = (x, w.weight, w.bias) if bias else (x, w.weight)
+    got, operations = run(lambda x, w, b=None: NPU.linear(x, Leaf(weight=w, bias=b)), *given, dtype=dtype)
+    wide = Leaf(weight=w.weight.float(), bias=wider(w.bias))
+    close(got, PLAIN.linear(x.float(), wide), dtype)
+    assert operations["MatMul"] == 1 and "Transpose" not in operations
+
+
+@DTYPES
+def test_layer_norm(dtype):
+    x, weight, bias = 5 + normal(3, 64, dtype=dtype), normal(64, dtype=dtype), normal(64, seed=1, dtype=dtype)
+    got, _ = run(lambda x, w, b: NPU.layer_norm(x, Leaf(weight=w, bias=b), 1e-3), x, weight, bias, dtype=dtype)
+    close(got, PLAIN.layer_norm(x.float(), Leaf(weight=weight.float(), bias=bias.float()), 1e-3), dtype)
+
+
+@DTYPES
+def test_rope_through_its_angles(dtype):
+    position, frequency = int32([0, 3, 131071, 77]), 1.0 / 10000 ** (torch.arange(0, 32, 2) / 32)
+    x = normal(4, 6, 32, dtype=dtype)
+    got, operations = run(lambda x, p, f: NPU.rope(x, NPU.rope_angles(p, f)), x, position, frequency, dtype=dtype)
+    # Cosine and sine are rounded too, and the sum.
+    close(got, PLAIN.rope(x.float(), PLAIN.rope_angles(position, frequency)), dtype, roundings=3)
+    assert operations["RotaryMul"] == 1
+
+
+@DTYPES
+def test_swiglu_and_the_exact_gelu(dtype):
+    x = 3 * normal(4, 64, dtype=dtype)
+    got, operations = run(lambda x: NPU.swiglu(x), x, dtype=dtype)
+    close(got, PLAIN.swiglu(x.float()), dtype)
+    assert operations == {"SwiGlu": 1}
+    got, operations = run(lambda x: NPU.gelu(x), x, dtype=dtype)
+    close(got, PLAIN.gelu(x.float()), dtype)
+    # Gelu, without V2, would be the approximation.
+    assert operations == {"GeluV2": 1}
+
+
+@DTYPES
+def test_embed_takes_rows(dtype):
+    weight, ids = normal(9, 32, dtype=dtype), int32([8, 0, 3])
+    got, operations = run(lambda i, w: NPU.embed(i, Leaf(weight=w)), ids, weight, dtype=dtype)
+    assert torch.equal(got, weight[ids.long()]) and operations == {"GatherV2": 1}
+
+
+@DTYPES
+def test_patch_embed(dtype):
+    x, weight = normal(2, 3, 16, 16, dtype=dtype), normal(48, 3, 8, 8, dtype=dtype) / 14
+    got, operations = run(lambda x, w: NPU.patch_embed(x, w), x, weight, dtype=dtype)
+    close(got, PLAIN.patch_embed(x.float(), weight.float()), dtype)
+    assert operations["Conv2D"] == 1
+
+
+# ---- pages
+
+
+def pages_of(count, heads, width, dtype, seed=0):
+    """Pages with something in every slot, so that reading a wrong one shows; as wide as the model's heads."""
+    return tuple(normal(count, P, heads, width, seed=seed + n, dtype=dtype) for n in range(2))
+
+
+def padded(pages):
+    """The same pages as an NPU keeps them."""
+    return tuple(torch.nn.functional.pad(x, (0, padded_head(x.shape[-1]) - x.shape[-1])) for x in pages)
+
+
+@DTYPES
+@pytest.mark.parametrize("width", [32, 24])
+def test_write_pages_touches_its_slots_in_place_and_nothing_else(dtype, width):
+    pages = pages_of(4, 2, width, dtype)
+    k, v = normal(5, 2, width, seed=7, dtype=dtype), normal(5, 2, width, seed=8, dtype=dtype)
+    slot = int32([511, 0, 128, 130, 64])
+    there = to_npu(padded(pages))
+    lowered = lower(lambda k, v, pages, slot: NPU.write_pages_(k, v, pages, slot), wide=dtype == torch.float32)
+    lowered(*to_npu((k, v)), there, slot.to("npu"))
+    wanted = tuple(x.clone() for x in pages)
+    PLAIN.write_pages_(k, v, wanted, slot)
+    for got, want in zip(to_host(there), padded(wanted)):
+        assert torch.equal(got, want)
+    assert lowered.operations["ScatterPaKvCache"] == 1 and "TensorMove" not in lowered.operations
+
+
+@DTYPES
+@pytest.mark.parametrize("heads,width", [((8, 2), 32), ((4, 4), 16), ((3, 1), 24)])
+@pytest.mark.parametrize("fresh", [1, 3])
+def test_attend_pages(dtype, heads, width, fresh):
+    lengths = int32([fresh, 129, 128, 300])
+    table = int32([[3, 0, 0], [1, 7, 0], [2, 0, 0], [9, 5, 6]])
+    pages = pages_of(10, heads[1], width, dtype)
+    q = normal(fresh * 4, heads[0], width, dtype=dtype)
+    got, operations = run(lambda q, pages, t, n: NPU.attend_pages(q, pages, t, n), q, padded(pages), table, lengths,
+                          dtype=dtype)
+    wanted = PLAIN.attend_pages(q.float(), tuple(map(wider, pages)), table, lengths)
+    close(got, wanted, dtype)
+    assert operations["FusedInferAttentionScore"] == 1 and "TensorMove" not in operations
+
+
+@DTYPES
+@pytest.mark.parametrize("heads,width", [((8, 2), 32), ((3, 1), 24)])
+def test_attend_prompt_is_causal_over_the_fresh_rows(dtype, heads, width):
+    q, k, v = (normal(40, n, width, seed=n, dtype=dtype) for n in (heads[0], heads[1], heads[1]))
+    got, operations = run(lambda q, k, v, past: NPU.attend_prompt(q, k, v, None, None, past), q, k, v, int32([0]),
+                          dtype=dtype)
+    close(got, PLAIN.attend_prompt(q.float(), k.float(), v.float(), None, None, int32([0])), dtype)
+    assert operations["FusedInferAttentionScore"] == 1
+
+
+@DTYPES
+@pytest.mark.parametrize("past", [0, 1, 128, 200])
+@pytest.mark.parametrize("heads,width", [((8, 2), 32), ((3, 1), 24)])
+def test_attend_prompt_sees_exactly_the_earlier_tokens_of_its_pages(dtype, heads, width, past):
+    q, k, v = (normal(40, n, width, seed=n, dtype=dtype) for n in (heads[0], heads[1], heads[1]))
+    pages, table = pages_of(6, heads[1], width, dtype), int32([4, 2])
+    got, _ = run(lambda q, k, v, pages, t, past: NPU.attend_prompt(q, k, v, pages, t, past), q, k, v, padded(pages),
+                 table, int32([past]), dtype=dtype)
+    wanted = PLAIN.attend_prompt(q.float(), k.float(), v.float(), tuple(map(wider, pages)), table, int32([past]))
+    close(got, wanted, dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("rows", [1, 3])
+def test_attend_image_sees_the_filled_part_of_the_entries_in_its_range(dtype, rows):
+    heads, width = (4, 2), 24
+    pages, q = pages_of(8, heads[1], width, dtype), normal(2 * rows, heads[0], width, dtype=dtype)
+    table, fill = int32([[4, 2, 1], [6, 0, 0]]), int32([[128, 100, 3], [77, 0, 0]])
+    see = int32([[0, 2], [2, 3], [0, 0], [0, 1], [1, 1], [0, 1]][:2 * rows] if rows > 1 else [[1, 3], [0, 0]])
+    got, operations = run(lambda q, pages, *a: NPU.attend_image(q, pages, *a), q, padded(pages), table, fill, see,
+                          dtype=dtype)
+    wanted = PLAIN.attend_image(q.float(), tuple(map(wider, pages)), table, fill, see)
+    sees = see[:, 1] > see[:, 0]
+    close(got[sees], wanted[sees], dtype)
+    assert torch.isfinite(got).all() and operations["FusedInferAttentionScore"] == 1
+
+
+@DTYPES
+@pytest.mark.parametrize("width", [16, 20])
+def test_attend_tiles_hides_padding_from_padding(dtype, width):
+    q, k, v = (normal(48, 3, width, seed=n, dtype=dtype) for n in range(3))
+    pad = torch.arange(48) % 24 >= 17
+    got, _ = run(lambda q, k, v, pad: NPU.attend_tiles(q, k, v, pad), q, k, v, pad, dtype=dtype)
+    close(got, PLAIN.attend_tiles(q.float(), k.float(), v.float(), pad), dtype)
