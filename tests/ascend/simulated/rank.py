@@ -9,6 +9,7 @@ import torch.distributed as dist
 sys.path[:0] = [str(Path(__file__).parents[2])]
 
 from engines import Model, load_model  # noqa: E402
+from lowered import lower  # noqa: E402
 from test_steps import Compiled, Conversation, play  # noqa: E402
 
 from mllama_graph.checkpoint import Checkpoint, Pixels, build, from_checkpoint  # noqa: E402
@@ -28,7 +29,9 @@ def main(rank: int, world: int, checkpoint: Path, folder: Path) -> None:
     compiled = Compiled(Model(weights, whole.shape), torch.float32, npu_ops(world), world)
     logits = play(compiled, Conversation(whole.shape))
     found = [(key[-1], lowered.operations) for key, lowered in compiled.lowered.items() if key[0] != "vision"]
-    torch.save({"logits": logits, "operations": found}, folder / f"{rank}.pt")
+    own = torch.arange(6.0).view(2, 3).add(10 * rank).bfloat16().to("npu")
+    gathered, summed = (lower(function)(own) for function in (npu_ops(world).all_gather, npu_ops(world).all_reduce))
+    torch.save({"logits": logits, "operations": found, "gathered": gathered, "summed": summed}, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 

@@ -241,7 +241,9 @@ def test_two_ranks_give_the_logits_of_one(model, checkpoint, tmp_path):
     for index, want in enumerate(play(eager, Conversation(model(name).shape))):
         got = torch.cat([part["logits"][index] for part in parts], dim=-1)[:, :want.shape[-1]]
         assert_close(got, want, **CLOSE)
+    own = [torch.arange(6.0).view(2, 3).add(10 * rank).bfloat16() for rank in range(2)]
     for part in parts:
+        assert torch.equal(part["gathered"], torch.stack(own)) and torch.equal(part["summed"], own[0] + own[1])
         text = model(name).shape.text
         for lean, found in part["operations"]:
             # The embedding's, and after attention and MLP of every layer one.
