@@ -51,9 +51,9 @@ class Heads(nn.Module):
         total, right = torch.zeros(()), torch.ones(())
         for tap, readout, presence in zip(self.taps, self.readout, self.presence):
             x = states[tap][batch.readout_rows]
-            x = F.rms_norm(x, x.shape[-1:])
-            parts = list(zip(readout(x).float().split(READOUT_SIZES, -1), batch.readout_labels.T))
-            present = F.binary_cross_entropy_with_logits(presence(x).float(), batch.presence)
+            named, there = (head(F.rms_norm(x, x.shape[-1:])).float() for head in (readout, presence))
+            parts = list(zip(named.split(READOUT_SIZES, -1), batch.readout_labels.T))
+            present = F.binary_cross_entropy_with_logits(there, batch.presence)
             total = total + PRESENCE_WEIGHT * present + torch.stack([F.cross_entropy(p, y) for p, y in parts]).mean()
             right = torch.stack([p.argmax(-1) == y for p, y in parts]).all(0).float().mean()
         return total, right.item()
