@@ -10,14 +10,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Optional
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from mllama_graph.config import UserError
+from mllama_graph.config import Run, UserError
 from mllama_graph.model.tree import Leaf, Node
-from mllama_graph.preflight import STORED
+from mllama_graph.preflight import MADE_UP, STORED, checkpoint_folder, shape_of_run, weights_of
 from mllama_graph.shape import ModelShape, RopeShape, read_json, shape_of
 from mllama_graph.table import WHOLE, Entry, Shard, table
 
@@ -136,6 +137,15 @@ def _legacy(name: str) -> str:
         if name.startswith(new):
             return legacy + name[len(new):]
     return name
+
+
+def model_of(run: Run) -> tuple[ModelShape, Optional[Checkpoint]]:
+    """The model's shape, and its checkpoint unless the weights are random.
+
+    Raises UserError where weights= and model= don't fit each other.
+    """
+    shape, weights = shape_of_run(run), weights_of(run)
+    return shape, None if weights in MADE_UP else Checkpoint(checkpoint_folder(weights))
 
 
 def inverse_frequencies(rope: RopeShape, head_width: int) -> Tensor:

@@ -1,6 +1,5 @@
 """How a rank reaches the others: through shared memory on one CPU host, else through torch.distributed."""
 
-import logging
 from datetime import timedelta
 from pathlib import Path
 from typing import Optional
@@ -12,8 +11,6 @@ from mllama_graph import native
 from mllama_graph.config import Run, UserError
 from mllama_graph.ops.ranks import GROUP
 from mllama_graph.place import Place
-
-log = logging.getLogger(__name__)
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Optional
 
 from mllama_graph.buckets import Bucket, choose
@@ -41,12 +42,12 @@ class GraphCompiler:
         """Graphs still compiling."""
         return len(self.asked)
 
-    def sound(self, bucket: Bucket) -> bool:
-        """Whether the store holds the bucket's graph whole; one that is altered is reported."""
+    def stored(self, bucket: Bucket) -> Optional[Path]:
+        """The bucket's graph where the store holds it whole; one that is altered is reported."""
         path, fault = self.store.find(key := self.spec.key(bucket))
         if fault:
             self.say(f"graph {key} ({bucket}): {fault}; compiling it again")
-        return path is not None
+        return path
 
     def ask(self, bucket: Bucket) -> None:
         """Have a bucket compiled, unless it is on its way."""
@@ -89,7 +90,7 @@ class Loaded:
 
     def compile(self, bucket: Bucket) -> None:
         """Have a graph on its way on a host that has a store of its own."""
-        if not self._compiler.sound(bucket):
+        if self._compiler.stored(bucket) is None:
             self._compiler.ask(bucket)
 
     def load(self, bucket: Bucket) -> None:
@@ -97,12 +98,14 @@ class Loaded:
 
         Raises RuntimeError where it can't be compiled.
         """
-        self.compile(bucket)
+        path = self._compiler.stored(bucket)
+        if path is None:
+            self._compiler.ask(bucket)
         while bucket in self._compiler.asked:
             for done, error in self._compiler.collect(timeout=1.0):
                 if error:
                     raise RuntimeError(f"{done} could not be compiled: {error}")
-        path, _ = self.store.find(self.spec.key(bucket))
+        path = path or self._compiler.stored(bucket)
         self._ready[bucket] = package(path, self._weights, self.spec, self.store.written)
 
     def graph(self, bucket: Bucket, compiled: bool) -> Callable:
@@ -197,7 +200,8 @@ class Graphs:
             return False
         start, key = time.perf_counter(), self.spec.key(bucket)
         self._stored.discard(bucket)
-        if not self.compiler.sound(bucket):
+        path = self.compiler.stored(bucket)
+        if path is None:
             if self.mode == "never":
                 raise UserError(f"graph {key} ({bucket}) is not sound, and plan.compile=never. Run task=warmup first.")
             self.compiler.ask(bucket)
@@ -206,7 +210,6 @@ class Graphs:
             return self._load(bucket)
         self._load_everywhere(bucket)
         self._ready.add(bucket)
-        path, _ = self.store.find(key)
         if not any(record.key == key for record in self.records):
             seconds = round(time.perf_counter() - start, 4)
             self.records.append(Record(bucket.phase, str(bucket), "hit", seconds, path.stat().st_size, key))

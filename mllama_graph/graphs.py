@@ -230,10 +230,15 @@ def compile_package(spec: GraphSpec, bucket: Bucket, path: Path) -> None:
             trace(spec, bucket), package_path=str(path), inductor_configs=settings | dict(spec.options))
 
 
+def unfilled(spec: GraphSpec, shard: Shard) -> Node:
+    """A rank's weight tree without values."""
+    return build(spec.shape, Pixels(1.0, (0.0,) * 3, (1.0,) * 3), spec.store, torch.device(spec.device),
+                 lambda entry, part, region: None, lambda count: None, shard)
+
+
 def trace(spec: GraphSpec, bucket: Bucket, shard: Optional[Shard] = None) -> torch.export.ExportedProgram:
     """A bucket's step of one rank as a whole graph with static shapes. What can't be traced raises."""
-    weights = build(spec.shape, Pixels(1.0, (0.0,) * 3, (1.0,) * 3), spec.store, torch.device(spec.device),
-                    lambda entry, part, region: None, lambda count: None, shard or Shard(0, spec.world_size))
+    weights = unfilled(spec, shard or Shard(0, spec.world_size))
     inputs = arguments(bucket, spec.example(bucket), *spec.pages(torch.empty))
     step = Flat(Step(bucket.phase, weights, spec.shape, ranked(spec.world_size, spec.collectives)), inputs)
     return torch.export.export(step, tuple(tensors(inputs)), strict=False)

@@ -21,6 +21,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import IO, Optional
 
+from mllama_graph import native
 from mllama_graph.config import Interrupted, PeerGone, RankFailed, Run, UserError
 from mllama_graph.place import Place, bind_master_port, deaf_children, place_from
 from mllama_graph.preflight import preflight, refuse_what_is_not_built
@@ -119,7 +120,7 @@ def follow(place: Place) -> None:
     team.follow(place, begun)
 
 
-def _log_to(path: Path) -> IO:
+def _log_to(path: Path) -> None:
     """Have log records and the stack of a crash written to a rank's log."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("a", encoding="utf8")
@@ -128,7 +129,6 @@ def _log_to(path: Path) -> IO:
     logging.getLogger().addHandler(handler)
     logging.getLogger().setLevel(logging.INFO)
     faulthandler.enable(file)
-    return file
 
 
 @dataclass
@@ -139,6 +139,7 @@ class _Rank:
     process: subprocess.Popen
     report: IO[bytes]
     failure: Optional[Exception] = None
+    by_peer: bool = False
 
     def ended(self) -> None:
         """Take in how it ended; called when the pipe is readable."""
@@ -147,10 +148,9 @@ class _Rank:
         if said:
             kind, message = json.loads(said)
             self.failure = FAILURES[kind](message)
-            self.failure.by_peer = kind == "peer"
+            self.by_peer = kind == "peer"
         elif code:
             self.failure = RankFailed(f"rank {self.rank} {_ending(code)}")
-            self.failure.by_peer = False
 
 
 def _ending(code: int) -> str:
@@ -215,18 +215,22 @@ class Supervisor:
                     interrupted, deadline = True, time.monotonic() + INTERRUPT_SECONDS
                     self._ranks[0].process.terminate()
             self._settle()
+            # Those that are ended from here on have failed at nothing.
+            failed, said = self._failed(), self._ranks[0].failure
         finally:
             signal.signal(signal.SIGTERM, before)
             self._end()
-        failed, driver = [rank.failure for rank in self._ranks if rank.failure], self._ranks[0]
-        if interrupted and driver.process.returncode:
+        if interrupted and self._ranks[0].process.returncode:
             # It may have been too early, or too late, for rank 0 to say so itself.
-            raise driver.failure if isinstance(driver.failure, Interrupted) else Interrupted("interrupted.")
+            raise said if isinstance(said, Interrupted) else Interrupted("interrupted.")
         if failed:
-            raise min(failed, key=lambda failure: failure.by_peer)
+            raise min(failed, key=lambda rank: rank.by_peer).failure
 
     def _over(self) -> bool:
-        return self._ranks[0].report.closed or any(rank.failure for rank in self._ranks)
+        return self._ranks[0].report.closed or bool(self._failed())
+
+    def _failed(self) -> list[_Rank]:
+        return [rank for rank in self._ranks if rank.failure]
 
     def _running(self) -> list[_Rank]:
         return [rank for rank in self._ranks if not rank.report.closed]
@@ -239,14 +243,14 @@ class Supervisor:
     def _settle(self) -> None:
         """A failure that is another rank's doing is not the one to tell: give that one a moment to show."""
         until = time.monotonic() + TELL_SECONDS
-        while (all(rank.failure.by_peer for rank in self._ranks if rank.failure) and any(r.failure for r in self._ranks)
-               and self._running() and time.monotonic() < until):
+        while ((failed := self._failed()) and all(rank.by_peer for rank in failed) and self._running()
+               and time.monotonic() < until):
             self._collect(until - time.monotonic())
 
     def _end(self) -> None:
         """Leave no process and no shared memory. Rank 0 may have something to write; the others have nothing to lose."""
         until = time.monotonic() + END_SECONDS
-        known, driver = [rank.failure for rank in self._ranks], self._ranks[0]
+        driver = self._ranks[0]
         if not driver.report.closed:
             driver.process.terminate()
         while self._running() and time.monotonic() < until and not (driver.report.closed and driver.process.returncode):
@@ -254,10 +258,8 @@ class Supervisor:
         for rank in self._running():
             rank.process.kill()
             rank.ended()
-        for rank, failure in zip(self._ranks, known):
-            rank.failure = failure
         for segment in Path("/dev/shm").glob(f"mllama_graph-{os.getpid()}-*"):
-            segment.unlink(missing_ok=True)
+            native.unlink(segment.name)
 
 
 def child() -> None:
@@ -267,11 +269,10 @@ def child() -> None:
     run, parent = pickle.load(sys.stdin.buffer)
     _die_with(parent)
     place = place_from(os.environ) or Place()
-    file = _log_to(Path(run.output_dir) / ("ranks/0.log" if place.world > 1 else "run.log")) if place.rank == 0 else None
-    if file and place.world > 1:
-        _log_to(Path(run.output_dir) / "run.log")
     who = f"rank {place.rank}: " if place.world > 1 else ""
     where = f"ranks/{place.rank}.log" if place.world > 1 else "run.log"
+    for name in dict.fromkeys((where, "run.log")) if place.rank == 0 else ():
+        _log_to(Path(run.output_dir) / name)
     try:
         run_here(run, place) if place.rank == 0 else follow(place)
         return

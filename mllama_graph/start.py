@@ -7,7 +7,6 @@ from mllama_graph.buckets import Plan
 from mllama_graph.checkpoint import Checkpoint, Pixels
 from mllama_graph.config import Run
 from mllama_graph.engine import Engine
-from mllama_graph.preflight import MADE_UP, checkpoint_folder, shape_of_run, weights_of
 from mllama_graph.processor import CLIP_MEAN, CLIP_STD, Defaults, Processor
 from mllama_graph.report import Progress
 from mllama_graph.scheduler import Sampling, Scheduler
@@ -15,15 +14,6 @@ from mllama_graph.shape import ModelShape
 from mllama_graph.team import Ranks
 
 log = logging.getLogger(__name__)
-
-
-def model_of(run: Run) -> tuple[ModelShape, Optional[Checkpoint]]:
-    """The model's shape, and its checkpoint unless the weights are random.
-
-    Raises UserError where weights= and model= don't fit each other.
-    """
-    shape, weights = shape_of_run(run), weights_of(run)
-    return shape, None if weights in MADE_UP else Checkpoint(checkpoint_folder(weights))
 
 
 def processor_of(run: Run, shape: ModelShape, checkpoint: Optional[Checkpoint]) -> Processor:

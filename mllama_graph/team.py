@@ -5,7 +5,6 @@ inside the graphs; every rank draws the same sample, so that nothing comes back 
 """
 
 import json
-import logging
 import os
 import secrets
 import socket
@@ -22,18 +21,16 @@ import torch.distributed as dist
 
 from mllama_graph import batch
 from mllama_graph.buckets import Bucket, Plan
-from mllama_graph.checkpoint import Checkpoint, Pixels
+from mllama_graph.checkpoint import Checkpoint, Pixels, model_of
 from mllama_graph.config import PeerGone, Run
 from mllama_graph.dispatch import Graphs
 from mllama_graph.place import Place, place_from
-from mllama_graph.preflight import MADE_UP, checkpoint_folder, memory_of, require_on_host, shape_of_run, weights_of
-from mllama_graph.rank import Rank, Token, graph_store, pick_device
+from mllama_graph.preflight import memory_of, require_on_host
+from mllama_graph.rank import Rank, Token, pick_device
 from mllama_graph.report import Progress
 from mllama_graph.roofline import bucket_cost, require
 from mllama_graph.scheduler import AnyStep, VisionStep
 from mllama_graph.shape import ModelShape
-
-log = logging.getLogger(__name__)
 
 # Ranks may come late to the first meeting: each imports torch first, and hosts start when they do.
 MEETING_SECONDS = 300
@@ -173,7 +170,7 @@ class Ranks:
         self.rank = Rank(run, shape, plan, pixels, checkpoint, place, store, segment, progress)
         self._followers.confirmed()
         self.graphs = Graphs(
-            self.rank.spec, graph_store(run), plan.buckets(),
+            self.rank.spec, self.rank.graphs.store, plan.buckets(),
             cost=lambda bucket: bucket_cost(shape, plan.page_size, bucket), reuse=1.0 if run.deterministic else run.plan.reuse,
             mode="wait" if run.deterministic and run.plan.compile == "background" else run.plan.compile,
             say=progress.say, compile=lambda bucket: self._followers.send(Compile(bucket)), load=self._load)
@@ -208,8 +205,7 @@ def follow(place: Place, begun: Callable[[Run], None]) -> None:
         pass
     run = start.run
     begun(run)
-    shape, weights = shape_of_run(run), weights_of(run)
-    checkpoint = None if weights in MADE_UP else Checkpoint(checkpoint_folder(weights))
+    shape, checkpoint = model_of(run)
     rank = Rank(run, shape, start.plan, start.pixels, checkpoint, place, store, start.segment, Progress())
     connection.send(None)
     while (order := _next(connection, run.timeout)) is not EOFError:

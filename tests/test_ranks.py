@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from engines import GRAPH_PLAN, arguments, serve, start
-from test_engine import FEW, LOGPROB
+from test_engine import LOGPROB, few
 
 ROOT = Path(__file__).parents[1]
 LIMITS = ["model=custom", "dtype=fp32", "max_input_length=300", "max_output_length=100", "plan.page_size=16"]
@@ -38,10 +38,6 @@ def run(folder: Path, *given: str, code: int = 0, **variables: str) -> dict:
     path = folder / "results.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return json.loads((folder / "result.json").read_text()) | {"lines": lines, "err": done.stderr}
-
-
-def few(requests, name: str) -> list[dict]:
-    return [line for line in requests(name) if line["id"] in FEW]
 
 
 @pytest.fixture(scope="module")

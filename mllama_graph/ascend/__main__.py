@@ -9,6 +9,7 @@ from mllama_graph.store import default_store
 
 
 def main() -> None:
+    """Build the stubs if they are not there, and become the Python process that was asked for."""
     try:
         there = environment(default_store())
     except BuildError as error:

@@ -20,10 +20,12 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
-from mllama_graph.native import ASIDE, BuildError, compiler_command
+from mllama_graph.native import ASIDE, BuildError, compiler_command, compiler_version, run_compiler
 
 SOURCE = Path(__file__).parent / "cann_stubs.cpp"
 LIBRARY = "libcann_stubs.so"
+# The subject of what a failing compiler is reported with.
+WHAT = "the CANN stubs do"
 # Set in a process that was started with `environment`, to the folder of the libraries.
 ACTIVE = "MLLAMA_CANN_STUBS"
 # ATB's plugin needs a library and headers of its own; torch_npu loads it only where ATB is installed.
@@ -85,9 +87,8 @@ def build(folder: Path) -> Path:
 
 def _key(compiler: list[str]) -> str:
     """Whatever can change the libraries."""
-    said = subprocess.run([*compiler, "--version"], capture_output=True, text=True, errors="replace").stdout
     parts = (SOURCE.read_text(), Path(__file__).read_text(), version("torch_npu"), version("torch"), sys.version,
-             *compiler, said)
+             *compiler, compiler_version(compiler))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 
@@ -97,23 +98,15 @@ def _build(home: Path, package: Path, compiler: list[str]) -> None:
     present = _present(package.parent / "torch" / "lib", users, compiler)
     with tempfile.TemporaryDirectory(prefix=ASIDE, dir=home) as aside:
         special, noops, library = (Path(aside) / name for name in ("special.o", "noops.c", LIBRARY))
-        _run([*compiler, *FLAGS[:-1], "-c", str(SOURCE), "-o", str(special)])
+        run_compiler([*compiler, *FLAGS[:-1], "-c", str(SOURCE), "-o", str(special)], WHAT)
         missing = missing_symbols(users, present) - symbols([special], "--defined-only")
         noops.write_text("".join(f"long {name}(void) {{ return 0; }}\n" for name in sorted(missing)))
-        _run([*compiler, *FLAGS, str(special), "-x", "c", str(noops), f"-Wl,-soname,{LIBRARY}", "-o", str(library)])
+        run_compiler([*compiler, *FLAGS, str(special), "-x", "c", str(noops), f"-Wl,-soname,{LIBRARY}", "-o", str(library)],
+                     WHAT)
         for name in missing_libraries(users, present):
             (home / name).unlink(missing_ok=True)
             (home / name).symlink_to(LIBRARY)
         os.replace(library, home / LIBRARY)
-
-
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-    if done.returncode:
-        lines = done.stderr.splitlines() or ["no message"]
-        reason = next((line for line in lines if "error" in line), lines[0])
-        raise BuildError(f"the CANN stubs do not build with {command[0]} (exit code {done.returncode}): "
-                         f"{reason.strip()}. Install g++ 11 or newer, or name a compiler with CXX=.")
 
 
 def _present(torch_lib: Path, users: list[Path], compiler: list[str]) -> list[Path]:

@@ -116,13 +116,7 @@ def _compile(name: str, compiler: list[str], library: Path) -> None:
     descriptor, aside = tempfile.mkstemp(prefix=ASIDE, dir=library.parent)
     os.close(descriptor)
     try:
-        command = [*_command(name, compiler), "-o", aside]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-        if done.returncode:
-            lines = [line.strip() for line in done.stderr.splitlines()]
-            reason = next((line for line in lines if "error" in line), lines[0] if lines else "no message")
-            raise BuildError(f"{name}.cpp does not build with {compiler[0]} (exit code {done.returncode}): {reason}. "
-                             "Install g++ 11 or newer, or name a compiler with CXX=.")
+        run_compiler([*_command(name, compiler), "-o", aside], f"{name}.cpp does")
         os.replace(aside, library)
     finally:
         with contextlib.suppress(FileNotFoundError):
@@ -136,6 +130,21 @@ def compiler_command() -> list[str]:
     if found is None:
         raise BuildError(f"no C++ compiler: {command[0]!r} is not found. Install g++, or name a compiler with CXX=.")
     return [found, *command[1:]]
+
+
+def compiler_version(compiler: list[str]) -> str:
+    """What a compiler says of itself: part of the key of all that it builds."""
+    return subprocess.run([*compiler, "--version"], capture_output=True, text=True, errors="replace").stdout
+
+
+def run_compiler(command: list[str], what: str) -> None:
+    """Run it. Raises BuildError, which begins with `what` ("x.cpp does") and gives its first error."""
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        lines = [line.strip() for line in done.stderr.splitlines()] or ["no message"]
+        reason = next((line for line in lines if "error" in line), lines[0])
+        raise BuildError(f"{what} not build with {command[0]} (exit code {done.returncode}): {reason}. "
+                         "Install g++ 11 or newer, or name a compiler with CXX=.")
 
 
 def _flags(name: str) -> list[str]:
@@ -158,9 +167,8 @@ def _key(name: str, compiler: list[str]) -> str:
 
     from mllama_graph.graphs import processor_name
 
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, errors="replace").stdout
     source = (SOURCE / f"{name}.cpp").read_text()
-    parts = (source, torch.__version__, *compiler, version, *_flags(name), processor_name())
+    parts = (source, torch.__version__, *compiler, compiler_version(compiler), *_flags(name), processor_name())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 

@@ -29,7 +29,7 @@ import torchair  # noqa: F401  (registers torchair.ops)
 from torch import Tensor
 
 from mllama_graph.ops.contract import Ops
-from mllama_graph.ops.plain import PLAIN, Pages
+from mllama_graph.ops.plain import Pages
 from mllama_graph.ops.ranks import ranked
 
 # docs of npu_fused_infer_attention_score: the last axis of 16-bit queries, keys and values.

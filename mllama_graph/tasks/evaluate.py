@@ -10,13 +10,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Optional
 
+from mllama_graph.checkpoint import model_of
 from mllama_graph.config import Run, UserError
 from mllama_graph.engine import Engine
 from mllama_graph.offline import Line, Results, most_images, read_lines, serve_lines
 from mllama_graph.preflight import plan_of
 from mllama_graph.processor import Request
 from mllama_graph.report import Progress, columns, write_result
-from mllama_graph.start import model_of, processor_of, start_engine
+from mllama_graph.start import processor_of, start_engine
 from mllama_graph.tasks.generate import finish_compiling, metrics_of
 
 ALL = "all"

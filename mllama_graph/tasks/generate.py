@@ -4,6 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Optional
 
+from mllama_graph.checkpoint import model_of
 from mllama_graph.config import Run
 from mllama_graph.engine import Delta, Engine, Result
 from mllama_graph.images import list_images, shorten
@@ -12,7 +13,7 @@ from mllama_graph.preflight import packaged, plan_of
 from mllama_graph.processor import Request
 from mllama_graph.report import Progress, table, write_result
 from mllama_graph.scheduler import Scheduler
-from mllama_graph.start import model_of, processor_of, start_engine
+from mllama_graph.start import processor_of, start_engine
 from mllama_graph.team import Ranks
 
 DEFAULT_PROMPT = {True: "Describe this image.", False: "What can you do?"}

@@ -14,16 +14,15 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mllama_graph.buckets import Bucket
-from mllama_graph.checkpoint import Pixels, build
+from mllama_graph.checkpoint import model_of
 from mllama_graph.config import Run
 from mllama_graph.dispatch import Record
-from mllama_graph.graphs import GraphSpec, prepare_collectives, trace
+from mllama_graph.graphs import GraphSpec, prepare_collectives, trace, unfilled
 from mllama_graph.place import CORES, deaf_children
 from mllama_graph.preflight import plan_of
 from mllama_graph.rank import graph_spec, graph_store, pick_device, precision_of
 from mllama_graph.report import Progress, columns, table, write_result
 from mllama_graph.shape import ModelShape
-from mllama_graph.start import model_of
 from mllama_graph.table import Shard, elements, replicated
 
 MB = 1e6
@@ -62,8 +61,7 @@ def main(run: Run) -> None:
 def rank_shapes(spec: GraphSpec, shard: Shard) -> dict[str, torch.Size]:
     """The shapes of a rank's Parameters, by path."""
     with FakeTensorMode():
-        tree = build(spec.shape, Pixels(1.0, (0.0,) * 3, (1.0,) * 3), spec.store, torch.device(spec.device),
-                     lambda entry, part, region: None, lambda count: None, shard)
+        tree = unfilled(spec, shard)
     return {path: value.shape for path, value in tree.named_parameters()}
 
 

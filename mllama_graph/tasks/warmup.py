@@ -4,12 +4,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mllama_graph.buckets import Bucket
+from mllama_graph.checkpoint import model_of
 from mllama_graph.config import Run, UserError
 from mllama_graph.dispatch import GraphCompiler
 from mllama_graph.preflight import plan_of
 from mllama_graph.rank import graph_spec, graph_store, pick_device, precision_of
 from mllama_graph.report import Progress, write_result
-from mllama_graph.start import model_of
 
 
 def main(run: Run) -> None:
@@ -24,7 +24,7 @@ def main(run: Run) -> None:
         raise UserError(f"{store.warning} A warm-up would be lost: give a graph_cache= that can be written.")
     buckets = plan.buckets()
     compiler = GraphCompiler(spec, store, progress.say)
-    missing = [bucket for bucket in buckets if not compiler.sound(bucket)]
+    missing = [bucket for bucket in buckets if compiler.stored(bucket) is None]
     progress.say(f"{len(buckets)} graphs, {len(buckets) - len(missing)} in {store.folder}, {len(missing)} to compile")
     failed: list[Bucket] = []
     try:
