@@ -15,6 +15,8 @@ from mllama_graph.shape import ModelShape
 
 # Each step of a ladder is this many times the one before: few graphs, each compiled on first use.
 LADDER = 4
+# docs npu_fused_infer_attention_score: pages for several query rows.
+NPU_PAGE, MOST_NPU_PAGE = 128, 512
 SMALLEST_PREFILL = 32
 LARGEST_PREFILL = 2048
 
@@ -150,9 +152,12 @@ def make_plan(run: Run, shape: ModelShape, max_images: int) -> Plan:
     Raises UserError where a size given in the configuration can't hold what the run's limits allow.
     """
     choice = run.plan
-    size = choice.page_size
+    size, on_npu = choice.page_size, run.backend.name == "torchair"
     if size < 1:
         raise UserError(f"plan.page_size={size} must be at least 1.")
+    if on_npu and (size % NPU_PAGE or size > MOST_NPU_PAGE):
+        raise UserError(f"plan.page_size={size}: an NPU's attention takes pages of {NPU_PAGE} to {MOST_NPU_PAGE} tokens, in "
+                        f"steps of {NPU_PAGE}. Use plan.page_size={NPU_PAGE}.")
     longest = run.max_input_length + run.max_output_length
     pages_per_sequence = pages_for(longest, size)
     chunk = min(LARGEST_PREFILL, run.max_input_length)
@@ -163,12 +168,19 @@ def make_plan(run: Run, shape: ModelShape, max_images: int) -> Plan:
     pages_per_image = pages_for(shape.vision.max_tiles * shape.vision.tokens, size)
     # A padded token row writes to a slot of its own in these pages, so that slots are unique.
     scratch = pages_for(max(prefill[-1], batch[-1]), size)
+    if on_npu:
+        # Each sequence of a batch counts pages of its own, a padded row one (docs npu_fused_infer_attention_score).
+        scratch = max(scratch, batch[-1])
     num_pages = scratch + (run.batch * pages_per_sequence if choice.num_pages is None else choice.num_pages)
     if num_pages - scratch < pages_per_sequence:
         raise UserError(f"plan.num_pages={choice.num_pages} can't hold one sequence of {longest} tokens: "
                         f"it takes {pages_per_sequence} pages of {size}.")
-    num_images = max(run.batch, max_images) if choice.num_images is None else choice.num_images
-    if num_images < max_images:
-        raise UserError(f"plan.num_images={num_images} must be at least the {max_images} images of one request.")
+    # The same rule counts an image once for every sequence that sees it, shared or not.
+    least = batch[-1] * images[-1] if on_npu else max_images
+    num_images = max(run.batch, least) if choice.num_images is None else choice.num_images
+    if num_images < least:
+        needed = (f"{least}: {images[-1]} images for each of {batch[-1]} sequences, as an NPU's attention counts them"
+                  if on_npu else f"the {least} images of one request")
+        raise UserError(f"plan.num_images={num_images} must be at least {needed}.")
     return Plan(size, longest, prefill, batch, pages, images, pages_per_image, scratch, num_pages,
                 num_images * pages_per_image)

@@ -186,25 +186,27 @@ def build(shape: ModelShape, pixels: Pixels, dtype: torch.dtype, device: torch.d
     `progress` gets the bytes done since its last call.
     """
     root = Node()
+    # An NPU gets whole tensors: its values are made on the host, which needs none of its kernels.
+    made_on = torch.device("cpu") if device.type == "npu" else device
     groups: dict[str, list[Entry]] = {}
     for entry in table(shape):
         groups.setdefault(entry.path, []).append(entry)
     for path, entries in groups.items():
         parts = [entry.local(shard) for entry in entries]
-        whole = torch.empty((sum(part[0] for part in parts), *parts[0][1:]), dtype=dtype, device=device)
+        whole = torch.empty((sum(part[0] for part in parts), *parts[0][1:]), dtype=dtype, device=made_on)
         for entry, part in zip(entries, whole.split([part[0] for part in parts]), strict=True):
             _fill_padded(entry, part, entry.region(shard), fill)
-        _place(root, path, nn.Parameter(whole, requires_grad=False))
+        _place(root, path, nn.Parameter(whole.to(device), requires_grad=False))
         progress(whole.numel() * whole.element_size())
     for layer in root.vision.local_layers:
         layer.register_parameter("attention_gate", None)
         layer.register_parameter("mlp_gate", None)
     root.text.register_buffer("inv_freq", inverse_frequencies(shape.text.rope, shape.text.head_width).to(device))
     # A buffer and no number in the graph, so that ranks share their graphs.
-    first = torch.tensor(shard.bounds(shape.embeddings)[0], dtype=torch.int32, device=device)
+    first = torch.tensor(shard.bounds(shape.embeddings)[0], dtype=torch.int32).to(device)
     root.text.embed.register_buffer("first", first)
     for name in ("scale", "mean", "std"):
-        value = torch.tensor(getattr(pixels, name), device=device)
+        value = torch.tensor(getattr(pixels, name)).to(device)
         root.vision.register_buffer(f"pixel_{name}", value if name == "scale" else value[:, None, None])
     return root
 

@@ -9,10 +9,11 @@ import torch.distributed as dist
 
 from mllama_graph import native
 from mllama_graph.config import Run, UserError
-from mllama_graph.ops.ranks import GROUP
+from mllama_graph.ops.ranks import GROUP, HOST_GROUP
 from mllama_graph.place import Place
+from mllama_graph.preflight import NPUS
 
-BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
+BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl", "npu-sim": "gloo"}
 
 
 def kind_of(run: Run, device: str, place: Place) -> str:
@@ -41,6 +42,10 @@ class Collectives:
             dist.init_process_group(BACKENDS[device], store=dist.PrefixStore("group", store), rank=place.rank,
                                     world_size=place.world, timeout=timedelta(seconds=timeout))
             torch._C._distributed_c10d._register_process_group(GROUP, dist.group.WORLD)
+            if device in NPUS:
+                # Logits are sampled on the host. A group of its own: in one of both kinds torchair takes the host's name.
+                self._host = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+                torch._C._distributed_c10d._register_process_group(HOST_GROUP, self._host)
 
     def fault(self) -> str:
         """What the last failed exchange said, or nothing: an exception that passed a compiled graph has lost it."""

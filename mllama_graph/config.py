@@ -13,6 +13,9 @@ BACKENDS = ("auto", "inductor", "torchair", "eager")
 COMPILE = ("background", "wait", "never")
 QUANTS = ("none", "w8a16", "w8a8", "kv8")
 COLLECTIVES = ("auto", "shared_memory", "distributed")
+TORCHAIR_MODES = ("max-autotune", "npugraph_ex")
+WEIGHT_FORMATS = ("nd", "nz")
+TOPOLOGIES = ("BFS", "DFS", "RDFS", "StableRDFS")
 
 
 class UserError(Exception):
@@ -46,12 +49,28 @@ class ModelChoice:
 
 
 @dataclass
+class TorchairChoice:
+    """How torchair compiles for an NPU; conf/backend/torchair.yaml says what each does and why."""
+
+    mode: str = "max-autotune"
+    frozen_parameter: bool = True
+    tiling_schedule_optimize: bool = True
+    topology_sorting_strategy: str = "StableRDFS"
+    ge_cache: bool = True
+    static_kernel_compile: bool = False
+    weight_format: str = "nd"
+
+
+@dataclass
 class BackendChoice:
     """One option of conf/backend/."""
 
     name: str = "auto"
     # Options handed to Inductor as they are (torch._inductor.config names).
     inductor: dict[str, Any] = field(default_factory=dict)
+    torchair: TorchairChoice = field(default_factory=TorchairChoice)
+    # Variables that stand before torch_npu is imported; what the environment already says wins.
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -143,6 +162,9 @@ def check(run: Run) -> None:
     _one_of("quant", run.quant, QUANTS)
     _one_of("plan.compile", run.plan.compile, COMPILE)
     _one_of("collectives", run.collectives, COLLECTIVES)
+    _one_of("backend.torchair.mode", run.backend.torchair.mode, TORCHAIR_MODES)
+    _one_of("backend.torchair.weight_format", run.backend.torchair.weight_format, WEIGHT_FORMATS)
+    _one_of("backend.torchair.topology_sorting_strategy", run.backend.torchair.topology_sorting_strategy, TOPOLOGIES)
     for key in ("tp", "batch", "max_input_length", "max_output_length"):
         _at_least(key, getattr(run, key), 1)
     _at_least("temperature", run.temperature, 0)

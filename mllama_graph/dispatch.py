@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
+import torch
+
 from mllama_graph.buckets import Bucket, choose
 from mllama_graph.compiler import Compiler
 from mllama_graph.config import UserError
-from mllama_graph.graphs import WEIGHT_PREFIX, GraphSpec, Step, compile_into, package
-from mllama_graph.model.tree import Node
+from mllama_graph.graphs import WEIGHT_PREFIX, GraphSpec, Step, compile_into, npu_graph, package
+from mllama_graph.model.tree import Node, Pages
 from mllama_graph.ops.contract import Ops
-from mllama_graph.store import PACKAGE, GraphStore
+from mllama_graph.store import PACKAGE, TORCHAIR, GraphStore, bytes_of
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class GraphCompiler:
                 self.say(f"{bucket} could not be compiled: {error}")
                 continue
             key = self.spec.key(bucket)
-            size = (self.store.written / key / PACKAGE).stat().st_size
+            size = bytes_of(self.store.written / key / PACKAGE)
             # Another process that needed the same graph may have been first.
             source = "compiled" if seconds else "hit"
             self.records.append(Record(bucket.phase, str(bucket), source, round(seconds, 3), size, key))
@@ -81,7 +83,8 @@ class GraphCompiler:
 class Loaded:
     """What one rank can run: the graphs it has loaded, and the same functions uncompiled."""
 
-    def __init__(self, spec: GraphSpec, weights: Node, ops: Ops, store: GraphStore, say: Callable[[str], None]):
+    def __init__(self, spec: GraphSpec, weights: Node, pages: tuple[Pages, Pages], ops: Ops, store: GraphStore,
+                 say: Callable[[str], None]):
         self.spec, self.store = spec, store
         self._compiler = GraphCompiler(spec, store, say)
         self._uncompiled = {phase: Step(phase, weights, spec.shape, ops) for phase in ("vision", "prefill", "decode")}
@@ -113,6 +116,42 @@ class Loaded:
         return self._ready[bucket] if compiled else self._uncompiled[bucket.phase]
 
 
+class LoadedNpu:
+    """The same for a rank on an NPU: it compiles what the store lacks when it loads it. Nothing runs uncompiled."""
+
+    def __init__(self, spec: GraphSpec, weights: Node, pages: tuple[Pages, Pages], ops: Ops, store: GraphStore,
+                 say: Callable[[str], None]):
+        from mllama_graph.ops.npu import npu_ops
+
+        self.spec, self.store, self._weights, self._pages = spec, store, weights, pages
+        self._ops, self._say = npu_ops(spec.world_size, dict(spec.options)["mode"]), say
+        self._ready: dict[Bucket, Callable] = {}
+
+    # As steps are executed: a graph is compiled for the mode in which it is called.
+    @torch.inference_mode()
+    def load(self, bucket: Bucket) -> None:
+        """Load this rank's graph, or compile it into the store. What can't be lowered raises."""
+        key = self.spec.key(bucket)
+        with self.store.lock(key):
+            path, fault = self.store.find(key)
+            if fault:
+                self._say(f"graph {key} ({bucket}): {fault}; compiling it again")
+            if path is None:
+                with self.store.workspace() as workspace:
+                    self._ready[bucket] = self._graph(bucket, workspace / TORCHAIR, stored=False)
+                    self.store.add(key, self.spec.key_fields(bucket), workspace / TORCHAIR)
+            else:
+                self._ready[bucket] = self._graph(bucket, path, stored=True)
+
+    def graph(self, bucket: Bucket, compiled: bool) -> Callable:
+        """What runs a step of a bucket."""
+        assert compiled
+        return self._ready[bucket]
+
+    def _graph(self, bucket: Bucket, folder: Path, stored: bool) -> Callable:
+        return npu_graph(self.spec, bucket, self._weights, self._pages, self._ops, folder, stored)
+
+
 class Graphs:
     """Which graph runs a step, decided once for all ranks; each is compiled at most once.
 
@@ -142,13 +181,20 @@ class Graphs:
         return self.spec.backend != "eager"
 
     @property
+    def compiled_by_ranks(self) -> bool:
+        """Whether the ranks compile their own graphs, when they load them, instead of worker processes ahead of them."""
+        return self.spec.backend == "torchair"
+
+    @property
     def records(self) -> list[Record]:
         """What became of each graph so far."""
         return self.compiler.records
 
     def want(self, need: Bucket) -> None:
         """Have a graph on its way that holds `need`, ahead of the first step that asks for it."""
-        if self.compiles:
+        if self.compiled_by_ranks:
+            self._serve_from_ranks(need)
+        elif self.compiles:
             self._choose(need)
 
     def serve(self, need: Bucket) -> tuple[Bucket, bool]:
@@ -158,6 +204,8 @@ class Graphs:
         """
         if not self.compiles:
             return need, False
+        if self.compiled_by_ranks:
+            return self._serve_from_ranks(need), True
         self._collect()
         best = self._choose(need)
         while self.mode == "wait" and best in self.compiler.asked:
@@ -176,13 +224,40 @@ class Graphs:
             self._collect(timeout=0.5)
         progress(total, total)
 
+    def _serve_from_ranks(self, need: Bucket) -> Bucket:
+        """The bucket that suits a need best, loaded by every rank, or compiled by it: the step waits."""
+        best = self._best(need, {*self._ready, *self._stored})
+        self.load_exactly(best)
+        return best
+
+    def load_exactly(self, bucket: Bucket) -> None:
+        """Have every rank load its own graph of this bucket, or compile it. Raises UserError where it may not."""
+        if bucket in self._ready:
+            return
+        stored = bucket in self._stored and self.compiler.stored(bucket) is not None
+        if not stored:
+            if self.mode == "never":
+                raise UserError(f"{bucket} is not sound in the graph store, and plan.compile=never. Run task=warmup first.")
+            self.say(f"compiling {bucket}")
+        start, key = time.perf_counter(), self.spec.key(bucket)
+        self._load_everywhere(bucket)
+        self._ready.add(bucket)
+        path, _ = self.store.find(key)
+        self.records.append(Record(bucket.phase, str(bucket), "hit" if stored else "compiled",
+                                   round(time.perf_counter() - start, 4), bytes_of(path) if path else 0, key))
+
+    def _best(self, need: Bucket, known: set[Bucket]) -> Bucket:
+        """The known graph that suits a need, or a new one for it. Raises UserError where none may be compiled."""
+        best = choose(need, known, self.cost, math.inf if self.mode == "never" else self.reuse)
+        if best not in known and self.mode == "never":
+            raise UserError(f"{best} is not in the graph store, and plan.compile=never. Run task=warmup first.")
+        return best
+
     def _choose(self, need: Bucket) -> Bucket:
         """The graph that suits a need best; asked for where there is none yet."""
         known = {*self._ready, *self._stored, *self.compiler.asked, *self._failed}
-        best = choose(need, known, self.cost, math.inf if self.mode == "never" else self.reuse)
+        best = self._best(need, known)
         if best not in known:
-            if self.mode == "never":
-                raise UserError(f"{best} is not in the graph store, and plan.compile=never. Run task=warmup first.")
             self.say(f"compiling {best}" + (
                 " in the background; its steps run uncompiled till then" if self.mode == "background" else ""))
             self.compiler.ask(best)

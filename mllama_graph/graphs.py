@@ -20,20 +20,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from mllama_graph import __version__, native
+from mllama_graph import __version__, lowering, native
 from mllama_graph.buckets import Bucket
 from mllama_graph.checkpoint import Pixels, build
 from mllama_graph.model.text import decode, prefill
 from mllama_graph.model.tree import ImageInput, Node, Pages, PromptInput, TileInput, TokenInput
 from mllama_graph.model.vision import encode_image
-from mllama_graph.ops.contract import Ops
+from mllama_graph.ops.contract import Ops, padded_head
 from mllama_graph.ops.ranks import COLLECTIVES, GROUP, ranked
 from mllama_graph.shape import ModelShape
 from mllama_graph.store import PACKAGE, GraphStore, key_of
 from mllama_graph.table import Shard
 
 # Source that decides what a graph computes.
-SOURCES = ("model", "ops", "graphs.py", "shape.py", "table.py", "checkpoint.py")
+SOURCES = ("model", "ops", "graphs.py", "lowering.py", "shape.py", "table.py", "checkpoint.py")
 
 
 class Step(nn.Module):
@@ -71,7 +71,10 @@ WEIGHT_PREFIX = "step.weights."
 
 @dataclass(frozen=True)
 class GraphSpec:
-    """Everything but the bucket that decides a graph. `options` are (name, value) pairs for the compiler."""
+    """Everything but the bucket that decides a graph. `options` are (name, value) pairs for the compiler.
+
+    `device` is cpu, cuda, npu or npu-sim. `rank` counts where ranks don't share their graphs: torchair's hold it.
+    """
 
     shape: ModelShape
     page_size: int
@@ -86,12 +89,24 @@ class GraphSpec:
     collectives: str = COLLECTIVES[0]
     deterministic: bool = False
     options: tuple[tuple[str, Any], ...] = ()
+    rank: int = 0
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device of weights, pages and inputs."""
+        return torch.device("npu" if self.device == "npu-sim" else self.device)
+
+    @property
+    def head_width(self) -> int:
+        """Width of a head in the pages: an NPU's attention takes multiples of 16, and pages are never copied to be padded."""
+        width = self.shape.text.head_width
+        return padded_head(width) if self.backend == "torchair" else width
 
     def key_fields(self, bucket: Bucket) -> dict[str, Any]:
         """All that can change the graph of a bucket, readable."""
         fields = {
             "engine": __version__, "torch": torch.__version__, "source": source_hash(), "backend": self.backend,
-            "device": processor_name() if self.device == "cpu" else torch.cuda.get_device_name(),
+            "device": device_name(self.device),
             "threads": self.threads, "world_size": self.world_size, "options": dict(self.options),
             "deterministic": self.deterministic,
             "weights": str(self.store), "compute": str(self.compute), "page_size": self.page_size,
@@ -104,6 +119,8 @@ class GraphSpec:
             fields["num_image_pages"] = self.num_image_pages
         if self.world_size > 1:
             fields["collectives"] = self.collectives
+        if self.backend == "torchair":
+            fields |= lowering.key_fields() | {"rank": self.rank}
         return fields
 
     def key(self, bucket: Bucket) -> str:
@@ -115,26 +132,27 @@ class GraphSpec:
         text = self.shape.text
 
         def pool(count: int, layers: int) -> Pages:
-            size = (count, self.page_size, text.kv_heads // self.world_size, text.head_width)
-            new = lambda: allocate(size, dtype=self.compute, device=self.device)  # noqa: E731
+            size = (count, self.page_size, text.kv_heads // self.world_size, self.head_width)
+            new = lambda: allocate(size, dtype=self.compute, device=self.torch_device)  # noqa: E731
             return tuple((new(), new()) for _ in range(layers))
 
         return pool(self.num_pages, len(text.self_layers)), pool(self.num_image_pages, len(text.cross_layers))
 
     def example(self, bucket: Bucket) -> Any:
-        """Inputs of a bucket's shapes; only shapes matter."""
-        vision = self.shape.vision
-        ints = lambda *size: torch.zeros(size, dtype=torch.int32, device=self.device)  # noqa: E731
+        """Inputs of a bucket's shapes that do no harm: one image tile, tokens that are padding, in scratch slots."""
+        vision, device = self.shape.vision, self.torch_device
+        ints = lambda *size: torch.zeros(size, dtype=torch.int32).to(device)  # noqa: E731
+        ones = lambda size: torch.ones(size, dtype=torch.int32).to(device)  # noqa: E731
+        slots = lambda count: torch.arange(count, dtype=torch.int32).to(device)  # noqa: E731
         B, T, J = bucket.rows, bucket.tokens, bucket.pages
         if bucket.phase == "vision":
-            tiles = torch.zeros((vision.max_tiles, vision.channels, vision.tile, vision.tile), dtype=torch.uint8,
-                                device=self.device)
-            return TileInput(tiles, ints(1), ints(1), ints(vision.max_tiles * vision.tokens))
+            tiles = torch.zeros((vision.max_tiles, vision.channels, vision.tile, vision.tile), dtype=torch.uint8)
+            return TileInput(tiles.to(device), ones(1), ones(1), slots(vision.max_tiles * vision.tokens))
         image = ImageInput(ints(B, bucket.image_pages), ints(B, bucket.image_pages), ints(T, 2))
         image = image if bucket.image_pages else None
         if bucket.phase == "prefill":
-            return PromptInput(ints(T), ints(T), ints(T), ints(1), ints(1), ints(J) if J else None, image)
-        return TokenInput(ints(T), ints(T), ints(T), ints(B, J), ints(B), image)
+            return PromptInput(ints(T), ints(T), slots(T), ints(1), ints(1), ints(J) if J else None, image)
+        return TokenInput(ints(T), ints(T), slots(T), ints(B, J), ones(B), image)
 
 
 def arguments(bucket: Bucket, given: Any, pages: Pages, image_pages: Pages) -> tuple:
@@ -151,6 +169,13 @@ def source_hash() -> str:
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
             digest.update(file.relative_to(root).as_posix().encode() + file.read_bytes())
     return digest.hexdigest()
+
+
+def device_name(device: str) -> str:
+    """The device that a graph is compiled for, as exactly as it matters."""
+    if device == "cpu":
+        return processor_name()
+    return torch.cuda.get_device_name() if device == "cuda" else f"{device} {torch.npu.get_device_name()}"
 
 
 @lru_cache
@@ -183,6 +208,30 @@ class Package:
     def __call__(self, *inputs: Any) -> Optional[Tensor]:
         outputs = self._loader.boxed_run(tensors(inputs))
         return outputs[0] if outputs else None
+
+
+class NpuGraph:
+    """A graph that torchair has compiled for this rank's step: the weights are the module's own."""
+
+    def __init__(self, run: Callable):
+        self._run = run
+
+    def __call__(self, *inputs: Any) -> Optional[Tensor]:
+        return self._run(*tensors(inputs))
+
+
+def npu_graph(spec: GraphSpec, bucket: Bucket, weights: Node, pages: tuple[Pages, Pages], ops: Ops, folder: Path,
+              stored: bool) -> NpuGraph:
+    """A bucket's graph for the rank whose weights and pages these are: from `folder`, or compiled into it.
+
+    Compiling runs the graph once, on padding. What can't be lowered raises.
+    """
+    inputs = arguments(bucket, spec.example(bucket), *pages)
+    step = Flat(Step(bucket.phase, weights, spec.shape, ops), inputs)
+    options, name = dict(spec.options), str(bucket).replace(" ", "_").replace("=", "")
+    if stored:
+        return NpuGraph(lowering.load_step(step, name, options, folder))
+    return NpuGraph(lowering.compile_step(step, name, tensors(inputs), options, folder))
 
 
 class RankPackage:
@@ -232,7 +281,7 @@ def compile_package(spec: GraphSpec, bucket: Bucket, path: Path) -> None:
 
 def unfilled(spec: GraphSpec, shard: Shard) -> Node:
     """A rank's weight tree without values."""
-    return build(spec.shape, Pixels(1.0, (0.0,) * 3, (1.0,) * 3), spec.store, torch.device(spec.device),
+    return build(spec.shape, Pixels(1.0, (0.0,) * 3, (1.0,) * 3), spec.store, spec.torch_device,
                  lambda entry, part, region: None, lambda count: None, shard)
 
 

@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import IO, Optional
 
 from mllama_graph import native
+from mllama_graph.ascend import stubs
 from mllama_graph.config import Interrupted, PeerGone, RankFailed, Run, UserError
 from mllama_graph.place import Place, bind_master_port, deaf_children, place_from
-from mllama_graph.preflight import preflight, refuse_what_is_not_built
+from mllama_graph.preflight import NPUS, preflight, refuse_what_is_not_built, settle_npu
+from mllama_graph.store import GraphStore, store_folder
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +48,7 @@ def launch(run: Run, fresh: bool) -> None:
     Raises UserError, Interrupted, or RankFailed with what the first failing rank said.
     """
     place = place_from(os.environ)
+    settle_npu(run)
     if fresh and place:
         raise UserError("a sweep can't run under torchrun: start it with python run.py -m, and it spawns its ranks itself.")
     alone = not run.task.ranks or only_shapes(run)
@@ -56,10 +59,27 @@ def launch(run: Run, fresh: bool) -> None:
         preflight(run, place)
     refuse_what_is_not_built(run)
     ranks = 1 if alone else run.tp
-    if place is None and (fresh or ranks > 1):
+    simulated = run.device == "npu-sim" and run.task.name != "cache"
+    if simulated:
+        simulate(run, place)
+    if place is None and (fresh or ranks > 1 or simulated):
         Supervisor(run, ranks).watch()
     else:
         run_here(run, place or Place())
+
+
+def simulate(run: Run, place: Optional[Place]) -> None:
+    """Have the processes that this one starts simulate an NPU: the loader reads their environment when they start.
+
+    Raises UserError under torchrun, whose processes have started, or where the stubs of CANN can't be built.
+    """
+    if place:
+        raise UserError("device=npu-sim can't run under torchrun: start it with python run.py, which starts the ranks.")
+    print("no NPU here: every graph is executed on the CPU by an interpreter, slowly", file=sys.stderr)
+    try:
+        os.environ |= stubs.environment(GraphStore(store_folder(run)).written)
+    except native.BuildError as error:
+        raise UserError(str(error)) from error
 
 
 def only_shapes(run: Run) -> bool:
@@ -87,6 +107,11 @@ def prepare_environment(run: Optional[Run], place: Place) -> None:
         os.environ["OMP_NUM_THREADS"] = str(run.threads)
     elif place.local_world > 1 and ("OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ):
         os.environ["OMP_NUM_THREADS"] = str(place.threads())
+    # torch would import torch_npu by itself, which fails without CANN: ranks on an NPU import it where they need it.
+    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+    if run and run.device in NPUS:
+        for name, value in run.backend.environment.items():
+            os.environ.setdefault(name, value)
     if run and run.deterministic:
         os.environ |= DETERMINISTIC
 

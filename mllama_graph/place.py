@@ -5,6 +5,7 @@ A rank finds its place in the environment variables of torchrun, whether that or
 """
 
 import contextlib
+import importlib.util
 import os
 import signal
 import socket
@@ -102,6 +103,8 @@ def device_of(device: str) -> str:
     """What device=auto means here, as far as can be told without torch."""
     if device != "auto":
         return device
+    if visible_devices("npu", {}) and importlib.util.find_spec("torch_npu"):
+        return "npu"
     return "cuda" if visible_devices("cuda", {}) and not metadata.version("torch").endswith("+cpu") else "cpu"
 
 

@@ -1,5 +1,6 @@
 """What a run's model, plan and memory are, and what can be refused at once: no torch here, and no rank has started yet."""
 
+import importlib.util
 import os
 from pathlib import Path
 from typing import Optional
@@ -20,6 +21,7 @@ MADE_UP = ("random", "meta")
 DEFAULT_MAX_IMAGES = 4
 # What a process takes beside weights, pages and workspace: torch and the compiled graphs.
 PROCESS_BYTES = 400_000_000
+NPUS = ("npu", "npu-sim")
 # Names of safetensors, ours, and bytes.
 STORED = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 WIDTH = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -76,10 +78,12 @@ def precision(dtype: str, device: str, stored: str) -> tuple[str, str]:
     """What dtype= means on a device: what weights are kept in, and what is computed and paged in.
 
     auto is the checkpoint's dtype on an accelerator. On a CPU the weights stay as they are stored and are computed in
-    fp32: few CPUs multiply bf16 or fp16 faster than fp32, all read it faster.
+    fp32: few CPUs multiply bf16 or fp16 faster than fp32, all read it faster. An NPU's attention takes no fp32.
     """
     if dtype != "auto":
         return dtype, dtype
+    if device in NPUS and stored == "fp32":
+        stored = "bf16"
     return stored, "fp32" if device == "cpu" else stored
 
 
@@ -121,9 +125,63 @@ def refuse_what_is_not_built(run: Run) -> None:
     """Raises UserError for what has its place in the configuration and nothing behind it."""
     if run.quant != "none":
         raise UserError(f"quant={run.quant}: quantisation is not built yet. Use quant=none.")
-    if run.backend.name == "torchair" or run.device in ("npu", "npu-sim"):
-        asked = f"device={run.device}" if run.device != "auto" else "backend=torchair"
-        raise UserError(f"{asked}: the Ascend backend is not built yet. Use device=cpu or cuda with backend=inductor or eager.")
+
+
+def settle_npu(run: Run) -> None:
+    """Fill in device= and backend= where they mean an NPU: a real one, or a simulated one where there is none.
+
+    Raises UserError for what does not go together.
+    """
+    if run.task.name == "verify":
+        _settle_verify(run)
+    if run.device == "auto" and run.backend.name in ("auto", "torchair"):
+        found = device_of("auto")
+        if run.backend.name == "torchair":
+            found = "npu" if found == "npu" else "npu-sim"
+        run.device = found if found in NPUS else "auto"
+    on_npu = run.device in NPUS
+    if run.backend.name == "torchair" and not on_npu:
+        raise UserError(f"backend=torchair compiles for an NPU, not for device={run.device}. Leave device= out, or use "
+                        "device=npu or npu-sim.")
+    if not on_npu:
+        return
+    if run.backend.name not in ("auto", "torchair"):
+        raise UserError(f"backend={run.backend.name} does not run on device={run.device}. Use backend=torchair.")
+    run.backend.name = "torchair"
+    if not importlib.util.find_spec("torch_npu"):
+        raise UserError(f"device={run.device} needs torch_npu, which is not installed. Install it with: "
+                        "pip install -e '.[npu]'")
+    if run.collectives == "shared_memory":
+        raise UserError(f"collectives=shared_memory serves CPU ranks; device={run.device} has its own. Use collectives=auto.")
+    if run.dtype == "fp32" and run.device == "npu":
+        raise UserError("dtype=fp32: attention on an NPU takes 16-bit types only. Use dtype=bf16 or fp16; the simulation "
+                        "(device=npu-sim) computes the same graphs in fp32.")
+    if run.device == "npu-sim":
+        _refuse_what_needs_a_device(run)
+    if run.task.ranks and run.weights == "meta":
+        raise UserError(f"weights=meta on {run.device}: graphs are lowered without weights by task=verify.")
+    # A graph is compiled by the rank that runs it, so warming up takes the ranks.
+    run.task.ranks = run.task.ranks or run.task.name == "warmup"
+
+
+def _settle_verify(run: Run) -> None:
+    """Graphs are verified without a device, and without weights where none are given."""
+    if run.backend.name == "auto":
+        run.backend.name = "torchair"
+    if run.device == "auto":
+        run.device = "npu-sim"
+    if run.weights is None and run.model.weights is None:
+        run.weights = "meta"
+
+
+def _refuse_what_needs_a_device(run: Run) -> None:
+    choice = run.backend.torchair
+    if choice.mode != "max-autotune":
+        raise UserError(f"backend.torchair.mode={choice.mode} captures kernels while they run, and the simulation has none. "
+                        "Use backend.torchair.mode=max-autotune, or an NPU.")
+    if choice.weight_format != "nd":
+        raise UserError(f"backend.torchair.weight_format={choice.weight_format}: only an NPU casts weights to its own "
+                        "tiles. Use backend.torchair.weight_format=nd.")
 
 
 def preflight(run: Run, place: Optional[Place]) -> None:
@@ -138,6 +196,6 @@ def preflight(run: Run, place: Optional[Place]) -> None:
         raise UserError(f"requests={run.requests} can't be read: there is no such file.")
     images = list_images(run.image) if run.requests is None else ()
     check_devices(run.device, ranks)
-    if weights != "meta" and device_of(run.device) == "cpu":
-        plan = plan_of(run, shape, len(images))
-        require_on_host(memory_of(run, shape, plan, "cpu", stored_in(weights)), run, ranks)
+    plan, device = plan_of(run, shape, len(images)), device_of(run.device)
+    if weights != "meta" and device in ("cpu", "npu-sim"):
+        require_on_host(memory_of(run, shape, plan, device, stored_in(weights)), run, ranks)

@@ -1,10 +1,13 @@
 """One rank, one device: its part of the weights, pages and graphs, and the execution of steps. Integers in, ids out."""
 
+import contextlib
 import ctypes
+import io
+import logging
 import os
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Optional
 
@@ -13,22 +16,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mllama_graph import batch
+from mllama_graph import batch, lowering
 from mllama_graph.buckets import Bucket, Plan
 from mllama_graph.checkpoint import DTYPES, Checkpoint, Pixels, build, from_checkpoint, random_fill
 from mllama_graph.collectives import Collectives, kind_of
 from mllama_graph.config import PeerGone, Run, UserError
-from mllama_graph.dispatch import Loaded
+from mllama_graph.dispatch import Loaded, LoadedNpu
 from mllama_graph.graphs import GraphSpec, arguments
 from mllama_graph.model import sample
-from mllama_graph.ops.ranks import ranked
+from mllama_graph.ops.ranks import HOST_GROUP, gather_in, ranked
 from mllama_graph.place import Place
-from mllama_graph.preflight import precision
+from mllama_graph.preflight import NPUS, precision
 from mllama_graph.report import Progress
 from mllama_graph.scheduler import AnyStep, PrefillStep, Row, VisionStep
 from mllama_graph.shape import ModelShape
-from mllama_graph.store import GraphStore, default_store
+from mllama_graph.store import GraphStore, store_folder
 from mllama_graph.table import Shard, elements
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,7 @@ class Precision:
 
 
 def pick_device(run: Run) -> str:
-    """The device of device=, checked. Raises UserError where there is none."""
+    """The device of device=, checked. Raises UserError where there is none. NPUs are settled before (preflight.py)."""
     if run.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if run.device == "cuda" and not torch.cuda.is_available():
@@ -68,15 +74,16 @@ def graph_spec(run: Run, shape: ModelShape, plan: Plan, device: str, chosen: Pre
     """What the graphs of a run are compiled for; without `place`, for ranks that share this host."""
     place = place or Place(0, run.tp, 0, run.tp)
     backend = "inductor" if run.backend.name == "auto" else run.backend.name
+    options = asdict(run.backend.torchair) if backend == "torchair" else run.backend.inductor
     threads = run.threads or min(torch.get_num_threads(), place.threads())
     return GraphSpec(shape, plan.page_size, plan.num_pages, plan.num_image_pages, chosen.store, chosen.compute, backend,
                      device, threads, run.tp, kind_of(run, device, place), run.deterministic,
-                     tuple(sorted(run.backend.inductor.items())))
+                     tuple(sorted(options.items())), place.rank)
 
 
 def graph_store(run: Run) -> GraphStore:
     """The store of graph_cache=."""
-    return GraphStore(Path(run.graph_cache).expanduser().absolute() if run.graph_cache else default_store())
+    return GraphStore(store_folder(run))
 
 
 def precision_of(run: Run, device: str, checkpoint: Optional[Checkpoint]) -> Precision:
@@ -92,11 +99,13 @@ class Rank:
                  place: Place, store: Optional[dist.Store], segment: str, progress: Progress):
         self.run, self.shape, self.plan, self.shard = run, shape, plan, Shard(place.rank, place.world)
         name, graphs = pick_device(run), graph_store(run)
+        self.precision = precision_of(run, name, checkpoint)
         if name == "cuda":
             torch.cuda.set_device(place.local_rank)
-        self.device = torch.device(name)
-        self.precision = precision_of(run, name, checkpoint)
+        elif name in NPUS:
+            start_npu(name, place.local_rank, self.precision)
         self.spec = spec = graph_spec(run, shape, plan, name, self.precision, place)
+        self.device, on_npu = spec.torch_device, spec.backend == "torchair"
         make_deterministic(run.deterministic)
         if name == "cpu" and place.local_world > 1 and spec.threads <= len(place.cores()):
             os.sched_setaffinity(0, place.cores())
@@ -113,10 +122,14 @@ class Rank:
         fill = from_checkpoint(checkpoint) if checkpoint else random_fill(shape, run.seed, dtype)
         self.weights = build(shape, pixels, dtype, self.device, fill, report, self.shard)
         _return_freed_memory()
+        if run.backend.torchair.weight_format == "nz" and on_npu:
+            lowering.cast_to_nz(self.weights)
         # Zeros, since a masked key still takes part with weight 0, and 0 * NaN is NaN.
-        self.pages, self.image_pages = spec.pages(torch.zeros)
+        self.pages, self.image_pages = spec.pages(_zeros)
         self.ops = ranked(place.world, spec.collectives)
-        self.graphs = Loaded(spec, self.weights, self.ops, graphs, progress.say)
+        self.gather = gather_in(HOST_GROUP, place.world) if on_npu and place.world > 1 else self.ops.all_gather
+        kind = LoadedNpu if on_npu else Loaded
+        self.graphs = kind(spec, self.weights, (self.pages, self.image_pages), self.ops, graphs, progress.say)
 
     @torch.inference_mode()
     def execute(self, step: AnyStep, bucket: Bucket, compiled: bool, pixels: Optional[np.ndarray]) -> list[Token]:
@@ -144,15 +157,16 @@ class Rank:
         return self._sample(logits[:len(step.rows)], step.rows)
 
     def _sample(self, logits_BV: Tensor, rows: Sequence[Row]) -> list[Token]:
-        chosen, vocab, gather = [row.sampling for row in rows], self.shape.text.vocab, self.ops.all_gather
+        chosen, vocab, gather = [row.sampling for row in rows], self.shape.text.vocab, self.gather
         first = self.shard.rank * self.shard.size(vocab)
-        logits_BV = sample.own_ids(logits_BV, first, vocab)
+        # On an NPU the host samples: kernels outside of a graph are launched one by one.
+        logits_BV = sample.own_ids(logits_BV.cpu() if self.device.type == "npu" else logits_BV, first, vocab)
         best = max((s.logprobs for s in chosen if s.logprobs is not None), default=0)
         offered = min(max(best, *(1 if s.temperature == 0 else s.top_k or vocab for s in chosen), 1), vocab)
         value_Bk, id_Bk = sample.candidates(logits_BV, offered, first, gather)
-        at_B = torch.zeros(len(rows), dtype=torch.long, device=self.device)
+        at_B = torch.zeros(len(rows), dtype=torch.long, device=logits_BV.device)
         if any(s.temperature > 0 for s in chosen):
-            column = lambda values: torch.tensor(values, device=self.device)  # noqa: E731
+            column = lambda values: torch.tensor(values, device=logits_BV.device)  # noqa: E731
             draws = [noise(row.sampling.seed, row.start + len(row.ids)) for row in rows]
             at_B = sample.draw(
                 value_Bk, column([float(s.temperature) for s in chosen]), column([s.top_k for s in chosen]),
@@ -165,6 +179,38 @@ class Rank:
         return [Token(ids[i]) if s.logprobs is None else
                 Token(ids[i], own[i], tuple(top_ids[i][:s.logprobs]), tuple(top[i][:s.logprobs]))
                 for i, s in enumerate(chosen)]
+
+
+def start_npu(name: str, index: int, chosen: Precision) -> None:
+    """Make torch know the NPU, and this rank's one the current; on a machine without one, have graphs interpreted."""
+    _import_torch_npu()
+    if name == "npu":
+        torch.npu.set_device(index)
+        return
+    from mllama_graph.ascend import interpreter
+
+    interpreter.install(wide=chosen.compute == torch.float32)
+
+
+def _import_torch_npu() -> None:
+    """Registers the device. What it prints of CANN's version goes to the log: stdout is the answer's."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        import torch_npu  # noqa: F401
+    log.info("torch_npu: %s", said.getvalue().strip() or "imported")
+
+
+def free_npu_memory(index: int) -> int:
+    """Bytes that an NPU has to give."""
+    _import_torch_npu()
+    torch.npu.set_device(index)
+    return torch.npu.mem_get_info()[0]
+
+
+def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that need no kernel of an NPU."""
+    if device.type != "npu":
+        return torch.zeros(size, dtype=dtype, device=device)
+    return torch.zeros(size, dtype=dtype).to(device)
 
 
 def make_deterministic(deterministic: bool) -> None:

@@ -1,6 +1,6 @@
 """The graph store: compiled graphs on disk, one entry a graph, whole or not there.
 
-    <folder>/<key>/{key.json, checksums.json, graph.pt2}
+    <folder>/<key>/{key.json, checksums.json, graph.pt2 or torchair/...}
     <folder>/inductor/  Inductor's own cache      <folder>/native/  C++ operators, built here
 
 The key is a hash of every field that can change a graph; key.json holds the fields, so that a person sees why two
@@ -21,7 +21,11 @@ from typing import Any, Optional
 
 from filelock import FileLock, Timeout
 
-PACKAGE = "graph.pt2"
+from mllama_graph.config import Run
+
+# What an entry holds: Inductor's package, or the folder in which torchair keeps one graph.
+PACKAGE, TORCHAIR = "graph.pt2", "torchair"
+PAYLOADS = (PACKAGE, TORCHAIR)
 # Folders that hold no graph.
 CACHES = ("inductor", "native")
 # What a killed process may leave: folders with this prefix, swept away once this old.
@@ -72,19 +76,19 @@ class GraphStore:
 
     def has(self, key: str) -> bool:
         """Whether there is an entry of this key, not looked into."""
-        return any((folder / key / PACKAGE).is_file() for folder in {self.folder, self._written})
+        return any(payload_of(folder / key) for folder in {self.folder, self._written})
 
     def find(self, key: str) -> tuple[Optional[Path], Optional[str]]:
-        """The package of a sound entry, and what is wrong with an unsound one."""
+        """The package or folder of a sound entry, and what is wrong with an unsound one."""
         fault = None
         for folder in (self._written, self.folder):
             entry = folder / key
-            if (entry / PACKAGE).exists() or entry.exists():
+            if entry.exists():
                 fault = fault_of(entry)
                 if fault is None:
                     with contextlib.suppress(OSError):
                         os.utime(entry)
-                    return entry / PACKAGE, None
+                    return payload_of(entry), None
         return None, fault
 
     @contextlib.contextmanager
@@ -93,13 +97,14 @@ class GraphStore:
         with FileLock(self._written / f".{key}.lock"):
             yield
 
-    def add(self, key: str, fields: dict[str, Any], package: Path) -> Path:
-        """Move a package in; an unsound entry of the same key gives way."""
+    def add(self, key: str, fields: dict[str, Any], payload: Path) -> Path:
+        """Move a package, or torchair's folder, in; an unsound entry of the same key gives way."""
+        name = TORCHAIR if payload.is_dir() else PACKAGE
         aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=self._written))
         try:
-            shutil.move(package, aside / PACKAGE)
+            shutil.move(payload, aside / name)
             (aside / "key.json").write_text(json.dumps(fields, indent=1, sort_keys=True) + "\n")
-            sums = {name: _sha256(aside / name) for name in (PACKAGE, "key.json")}
+            sums = {file.relative_to(aside).as_posix(): _sha256(file) for file in sorted(aside.rglob("*")) if file.is_file()}
             (aside / "checksums.json").write_text(json.dumps(sums, indent=1) + "\n")
             entry = self._written / key
             if entry.exists():
@@ -108,7 +113,7 @@ class GraphStore:
         except OSError:
             shutil.rmtree(aside, ignore_errors=True)
             raise
-        return entry / PACKAGE
+        return entry / name
 
     @contextlib.contextmanager
     def workspace(self) -> Iterator[Path]:
@@ -127,8 +132,7 @@ class GraphStore:
             except (OSError, ValueError):
                 fields = {}
             fault = fault_of(path) if verify else None if fields else "key.json can't be read"
-            size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-            found.append(Entry(path.name, fields, size, path.stat().st_mtime, fault))
+            found.append(Entry(path.name, fields, bytes_of(path), path.stat().st_mtime, fault))
         return sorted(found, key=lambda entry: -entry.used)
 
     def remove(self, key: str) -> None:
@@ -153,6 +157,16 @@ class GraphStore:
                     shutil.rmtree(path, ignore_errors=True)
 
 
+def payload_of(entry: Path) -> Optional[Path]:
+    """What an entry holds, not looked into; None where there is nothing."""
+    return next((entry / name for name in PAYLOADS if (entry / name).exists()), None)
+
+
+def bytes_of(path: Path) -> int:
+    """Size of a file, or of all files of a folder."""
+    return path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+
+
 def fault_of(entry: Path) -> Optional[str]:
     """What is wrong with an entry on disk, or None: every file is there with its checksum."""
     try:
@@ -160,8 +174,8 @@ def fault_of(entry: Path) -> Optional[str]:
         names = sums.items()
     except (OSError, ValueError, AttributeError):
         return "checksums.json can't be read"
-    if PACKAGE not in sums:
-        return f"checksums.json does not list {PACKAGE}"
+    if not any(name.split("/")[0] in PAYLOADS for name in sums):
+        return f"checksums.json lists neither {PACKAGE} nor {TORCHAIR}"
     for name, expected in names:
         try:
             if _sha256(entry / name) != expected:
@@ -178,3 +192,8 @@ def _sha256(path: Path) -> str:
 def default_store() -> Path:
     """The user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mllama_graph"
+
+
+def store_folder(run: Run) -> Path:
+    """The folder of graph_cache=."""
+    return Path(run.graph_cache).expanduser().absolute() if run.graph_cache else default_store()

@@ -26,7 +26,7 @@ from mllama_graph.config import PeerGone, Run
 from mllama_graph.dispatch import Graphs
 from mllama_graph.place import Place, place_from
 from mllama_graph.preflight import memory_of, require_on_host
-from mllama_graph.rank import Rank, Token, pick_device
+from mllama_graph.rank import Rank, Token, free_npu_memory, pick_device
 from mllama_graph.report import Progress
 from mllama_graph.roofline import bucket_cost, require
 from mllama_graph.scheduler import AnyStep, VisionStep
@@ -157,8 +157,10 @@ class Ranks:
         self.place = place = place_from(os.environ) or Place()
         device = pick_device(run)
         self.memory = memory_of(run, shape, plan, device, checkpoint.stored if checkpoint else "bf16")
-        if device == "cpu":
+        if device in ("cpu", "npu-sim"):
             require_on_host(self.memory, run, place.local_world)
+        elif device == "npu":
+            require(self.memory, free_npu_memory(place.local_rank), "free on the NPU")
         else:
             require(self.memory, torch.cuda.mem_get_info()[0], "free on the CUDA device")
         if checkpoint:

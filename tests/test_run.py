@@ -241,7 +241,11 @@ def test_an_interrupt_keeps_every_finished_line(checkpoint, tmp_path):
      r"\. tp can be 1, 2, 4, 8\."),
     (["weights=random", "model=11b", "timeout=0"], "timeout=0 must be above 0 seconds"),
     (["weights=random", "model=11b", "collectives=mpi"], "collectives=mpi is not one of auto, shared_memory, distributed"),
-    (["quant=w8a8"], "quant=w8a8"), (["backend=torchair"], "backend=torchair"), (["device=npu"], "needs 1 npu devices; this machine shows 0"),
+    (["quant=w8a8"], "quant=w8a8"),
+    (["device=npu"], "device=npu needs torch_npu, which is not installed. Install it|needs 1 npu devices; this machine shows 0"),
+    (["backend=torchair", "device=cpu"], "backend=torchair compiles for an NPU, not for device=cpu"),
+    (["backend=eager", "device=npu-sim"], "backend=eager does not run on device=npu-sim. Use backend=torchair"),
+    (["backend.torchair.mode=fast"], "backend.torchair.mode=fast is not one of max-autotune, npugraph_ex"),
     (["weights=random", "model=11b", "top_p=0"], "top_p=0"),
     (["weights=random", "model=11b", "requests=nowhere.jsonl"], "nowhere.jsonl can't be read"),
 ])

@@ -224,6 +224,19 @@ def sxpy(x1: Tensor, x2: Tensor, alpha: Optional[Tensor] = None):
     return rounded(x1.float() - scale * x2.float(), x2)
 
 
+@operation("ReduceSum", source="IR ReduceSum; TF Sum")
+def reduce_sum(x: Tensor, axes: Tensor, *, keep_dims=False, noop_with_empty_axes=True):
+    rule(axes.numel() > 0, "a sum over no axes is not known")
+    wide = x.float() if x.is_floating_point() else x
+    return wide.sum(ints(axes), keepdim=keep_dims).to(x.dtype)
+
+
+@operation("ClipByValueV2", source="IR ClipByValueV2")
+def clip(x: Tensor, clip_value_min: Tensor, clip_value_max: Tensor):
+    rule(x.dtype == clip_value_min.dtype == clip_value_max.dtype, "the limits must have the dtype of x")
+    return torch.minimum(torch.maximum(x, clip_value_min), clip_value_max)
+
+
 @operation("SelectV2", source="IR SelectV2; TF SelectV2")
 def select(condition: Tensor, then: Tensor, else_: Tensor):
     rule(condition.dtype == torch.bool and then.dtype == else_.dtype, "bool condition and two equal dtypes are needed")

@@ -14,7 +14,7 @@ from typing import Any, Optional
 import torch
 import torch_npu  # noqa: F401  (registers the device, makes torchair importable)
 from torch import Tensor
-from torchair._ge_concrete_graph import ge_ir_pb2
+from torchair._ge_concrete_graph import fx2ge_converter, ge_ir_pb2
 from torchair.core import _backend, _torchair
 
 from mllama_graph.ascend.ge_ops import OPERATIONS, GraphError
@@ -245,6 +245,16 @@ def install(wide: bool = False) -> None:
     _backend.TorchNpuGraph = SimulatedGraph
     # Newer operations ask which CANN there is; "" says that nothing is missing.
     _torchair.check_cann_compat = lambda *_: ""
+    # A stored graph names its group by ranks. On a device HCCL's own name takes that place when the graph is loaded.
+    fx2ge_converter.codegen_refresh_cache_pgname = _find_groups
+    torch_npu.distributed._is_support_hccl_comm_name = lambda: True
+
+
+def _find_groups(used: dict[str, tuple[list[int], str]]) -> str:
+    """Code of a stored graph: the ranks' own group is the one that torchair will find under the names that it keeps."""
+    distributed = "torch.distributed.distributed_c10d"
+    return "\n".join(f"assert {distributed}._find_pg_by_ranks_and_tag({tag!r}, {list(ranks)}) is {distributed}.GroupMember.WORLD"
+                     for ranks, tag in used.values())
 
 
 def operations(graph: Any) -> Counter:

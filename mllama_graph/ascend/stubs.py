@@ -58,6 +58,8 @@ def environment(folder: Path) -> dict[str, str]:
         ACTIVE: str(libraries), "LD_LIBRARY_PATH": os.pathsep.join(paths),
         # An operation's failure is that of its own call (torch_npu's reference of environment variables).
         "ASCEND_LAUNCH_BLOCKING": "1",
+        # torch_npu's allocator warns of the padding that this CANN and chip would need.
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
 
 

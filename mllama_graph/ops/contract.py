@@ -13,6 +13,15 @@ from dataclasses import dataclass
 from torch import Tensor
 
 
+# docs of npu_fused_infer_attention_score: the last axis of 16-bit queries, keys and values is a multiple of this.
+NPU_HEAD = 16
+
+
+def padded_head(width: int) -> int:
+    """The head width that an NPU's attention, and so its pages, take for a model's."""
+    return -(-width // NPU_HEAD) * NPU_HEAD
+
+
 @dataclass(frozen=True)
 class Ops:
     """One callable an operation. Names ending in _ write into their arguments.

@@ -21,6 +21,7 @@ What layers have in common (masks, casts) is written once a layer here and compu
 """
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -28,20 +29,13 @@ import torch_npu
 import torchair  # noqa: F401  (registers torchair.ops)
 from torch import Tensor
 
-from mllama_graph.ops.contract import Ops
+from mllama_graph.ops.contract import Ops, padded_head
 from mllama_graph.ops.plain import Pages
 from mllama_graph.ops.ranks import ranked
 
-# docs of npu_fused_infer_attention_score: the last axis of 16-bit queries, keys and values.
-HEAD_MULTIPLE = 16
 # docs of npu_fused_infer_attention_score: "(2048, 2048)" for sparse_mode 2, 3 and 4.
 MASK_SIDE = 2048
 CAUSAL = 3
-
-
-def padded_head(width: int) -> int:
-    """The head width that pages and attention take for a model's."""
-    return -(-width // HEAD_MULTIPLE) * HEAD_MULTIPLE
 
 
 def _widen(x: Tensor, width: int) -> Tensor:
@@ -91,13 +85,14 @@ def write_pages_(k_TKH: Tensor, v_TKH: Tensor, pages: Pages, slot_T: Tensor) -> 
 
 
 def _attention(q_BRQH: Tensor, k: Tensor, v: Tensor, head_width: int, *, kv_heads: int, mask: Tensor | None,
-               sparse_mode: int = 0, **paged) -> Tensor:
+               captured: bool, sparse_mode: int = 0, **paged) -> Tensor:
     """Fused attention, (B * R, Q, head_width). k and v are (B, L, K, H), or pages (N, P, K, H) with `block_table`.
 
-    torchair's form of the operation takes lengths as tensors; torch_npu's takes integers.
+    torchair's form of the operation takes lengths as tensors, in graphs of GE alone; torch_npu's takes integers.
     """
     B, R, Q, H = q_BRQH.shape
-    out_BRQH, _ = torchair.ops.npu_fused_infer_attention_score(
+    fused = torch_npu.npu_fused_infer_attention_score if captured else torchair.ops.npu_fused_infer_attention_score
+    out_BRQH, _ = fused(
         # BSH: rows lie as the linear layers have them, and pages need no transpose.
         q_BRQH.reshape(B, R, Q * H), k.flatten(2), v.flatten(2), num_heads=Q, num_key_value_heads=kv_heads,
         input_layout="BSH", scale=head_width ** -0.5, atten_mask=mask, sparse_mode=sparse_mode, inner_precise=0,
@@ -112,19 +107,20 @@ def causal_mask(device: torch.device) -> Tensor:
 
 
 def attend_prompt(q_TQH: Tensor, k_TKH: Tensor, v_TKH: Tensor, pages: Pages, table_J: Tensor | None,
-                  past_1: Tensor) -> Tensor:
+                  past_1: Tensor, captured: bool = False) -> Tensor:
     T, K, H = k_TKH.shape
     width = padded_head(H)
     q_1TQH, k_1LKH, v_1LKH = (_widen(x, width)[None] for x in (q_TQH, k_TKH, v_TKH))
     if table_J is None:
-        return _attention(q_1TQH, k_1LKH, v_1LKH, H, kv_heads=K, mask=causal_mask(q_TQH.device), sparse_mode=CAUSAL)
+        return _attention(q_1TQH, k_1LKH, v_1LKH, H, kv_heads=K, mask=causal_mask(q_TQH.device), sparse_mode=CAUSAL,
+                          captured=captured)
     # Earlier pages end anywhere, fresh rows begin after the last of them: they are gathered, and masked by length.
     past_k, past_v = (data.index_select(0, table_J).flatten(0, 1)[None].to(q_TQH.dtype) for data in pages)
     row_T = torch.arange(T, dtype=torch.int32, device=q_TQH.device)
     column_L = torch.arange(past_k.shape[1], dtype=torch.int32, device=q_TQH.device)
     unseen_TL = torch.cat(((column_L >= past_1).expand(T, -1), row_T[None, :] > row_T[:, None]), dim=1)
     return _attention(q_1TQH, torch.cat((past_k, k_1LKH), dim=1), torch.cat((past_v, v_1LKH), dim=1), H, kv_heads=K,
-                      mask=unseen_TL[None, None])
+                      mask=unseen_TL[None, None], captured=captured)
 
 
 def attend_pages(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, len_B: Tensor) -> Tensor:
@@ -134,10 +130,24 @@ def attend_pages(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, len_B: Tensor) -
     causal = q_BRQH.shape[1] > 1
     return _attention(q_BRQH, *pages, H, kv_heads=K, mask=causal_mask(q_TQH.device) if causal else None,
                       sparse_mode=CAUSAL if causal else 0, block_table=table_BJ, block_size=P,
-                      actual_seq_lengths_kv=len_B.long())
+                      actual_seq_lengths_kv=len_B.long(), captured=False)
 
 
-def attend_image(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, fill_BJ: Tensor, see_T2: Tensor) -> Tensor:
+def attend_pages_captured(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, len_B: Tensor) -> Tensor:
+    """The same for kernels that are captured once: lengths are numbers there, the table's whole width for every
+    sequence, and a mask made of len_B hides what is behind its end."""
+    (B, J), H, (_, P, K, width) = table_BJ.shape, q_TQH.shape[-1], pages[0].shape
+    q_BRQH = _widen(q_TQH, width).view(B, -1, q_TQH.shape[1], width)
+    R, device = q_BRQH.shape[1], q_TQH.device
+    column_L = torch.arange(J * P, dtype=torch.int32, device=device)
+    row_R = torch.arange(R, dtype=torch.int32, device=device)
+    unseen_BRL = column_L > (len_B[:, None] - R + row_R)[..., None]
+    return _attention(q_BRQH, *pages, H, kv_heads=K, mask=unseen_BRL[:, None], block_table=table_BJ, block_size=P,
+                      actual_seq_lengths_kv=[J * P] * B, captured=True)
+
+
+def attend_image(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, fill_BJ: Tensor, see_T2: Tensor,
+                 captured: bool = False) -> Tensor:
     (B, J), H, (_, P, K, width) = table_BJ.shape, q_TQH.shape[-1], pages[0].shape
     q_BRQH = _widen(q_TQH, width).view(B, -1, q_TQH.shape[1], width)
     R, device = q_BRQH.shape[1], q_TQH.device
@@ -149,24 +159,32 @@ def attend_image(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, fill_BJ: Tensor,
     # A row that sees no image is dropped by the caller; seeing every key, it is not wholly masked.
     sees_BR1 = to_BR1 > from_BR1
     unseen_BRL = (hidden_BRJ[..., None] | empty_BJP[:, None]).view(B, R, J * P) & sees_BR1
-    # The mask says all; the lengths are the table's whole width whatever the images.
-    whole_B = torch.full((B,), J * P, dtype=torch.int64, device=device)
+    # Pages behind the last used entry are not read; a row without images has one, whatever it holds.
+    used_B = (fill_BJ > 0).sum(-1, dtype=torch.int32).clamp(min=1)
     return _attention(q_BRQH, *pages, H, kv_heads=K, mask=unseen_BRL[:, None], block_table=table_BJ, block_size=P,
-                      actual_seq_lengths_kv=whole_B)
+                      actual_seq_lengths_kv=[J * P] * B if captured else (used_B * P).long(), captured=captured)
 
 
-def attend_tiles(q_SAH: Tensor, k_SAH: Tensor, v_SAH: Tensor, pad_S: Tensor) -> Tensor:
+def attend_tiles(q_SAH: Tensor, k_SAH: Tensor, v_SAH: Tensor, pad_S: Tensor, captured: bool = False) -> Tensor:
     width = padded_head(q_SAH.shape[-1])
     q_1SAH, k_1SAH, v_1SAH = (_widen(x, width)[None] for x in (q_SAH, k_SAH, v_SAH))
     unseen_SS = pad_S[:, None] & pad_S[None, :]
-    return _attention(q_1SAH, k_1SAH, v_1SAH, q_SAH.shape[-1], kv_heads=q_SAH.shape[1], mask=unseen_SS[None, None])
+    return _attention(q_1SAH, k_1SAH, v_1SAH, q_SAH.shape[-1], kv_heads=q_SAH.shape[1], mask=unseen_SS[None, None],
+                      captured=captured)
 
 
-def npu_ops(world: int) -> Ops:
-    """The operations of one of `world` ranks; collectives are torch.distributed's, which become HCCL's."""
-    return replace(ranked(world, "distributed"), linear=linear, rms_norm=rms_norm, add_rms_norm=add_rms_norm, rope=rope,
-                   swiglu=swiglu, gelu=gelu, write_pages_=write_pages_, attend_prompt=attend_prompt,
-                   attend_pages=attend_pages, attend_image=attend_image, attend_tiles=attend_tiles)
+def npu_ops(world: int, mode: str = "max-autotune") -> Ops:
+    """The operations of one of `world` ranks; collectives are torch.distributed's, which become HCCL's.
+
+    `mode` is torchair's: max-autotune for graphs of GE, npugraph_ex for kernels that are captured.
+    """
+    ops = replace(ranked(world, "distributed"), linear=linear, rms_norm=rms_norm, add_rms_norm=add_rms_norm, rope=rope,
+                  swiglu=swiglu, gelu=gelu, write_pages_=write_pages_, attend_prompt=attend_prompt,
+                  attend_pages=attend_pages, attend_image=attend_image, attend_tiles=attend_tiles)
+    if mode == "max-autotune":
+        return ops
+    captured = {name: partial(getattr(ops, name), captured=True) for name in ("attend_prompt", "attend_image", "attend_tiles")}
+    return replace(ops, attend_pages=attend_pages_captured, **captured)
 
 
 NPU = npu_ops(1)

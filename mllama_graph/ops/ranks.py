@@ -1,5 +1,6 @@
 """The operations of a tensor-parallel rank: plain.py's on its own part, and what ranks say to each other."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -13,6 +14,8 @@ from mllama_graph.ops.plain import PLAIN
 COLLECTIVES = ("shared_memory", "distributed")
 # The name under which the process group is registered; graphs hold it as a string.
 GROUP = "tensor_parallel"
+# The same ranks, for tensors of the host where the device is an NPU.
+HOST_GROUP = "tensor_parallel_host"
 
 
 def ranked(world: int, collectives: str) -> Ops:
@@ -22,7 +25,7 @@ def ranked(world: int, collectives: str) -> Ops:
     if collectives == "shared_memory":
         all_reduce, all_gather = _shared_all_reduce, _shared_all_gather
     else:
-        all_reduce, all_gather = _distributed_all_reduce, lambda x: _distributed_all_gather(x, world)
+        all_reduce, all_gather = _distributed_all_reduce, gather_in(GROUP, world)
 
     def embed(ids_T: Tensor, leaf) -> Tensor:
         """Each rank looks up the ids whose rows it holds; the sum has all of them, unrounded: the others add zeros."""
@@ -47,7 +50,12 @@ def _distributed_all_reduce(x: Tensor) -> Tensor:
     return functional.wait_tensor(functional.all_reduce(x.contiguous(), "sum", GROUP))
 
 
-def _distributed_all_gather(x: Tensor, world: int) -> Tensor:
-    functional = torch.ops._c10d_functional
-    whole = functional.wait_tensor(functional.all_gather_into_tensor(x.contiguous(), world, GROUP))
-    return whole.view(world, *x.shape)
+def gather_in(group: str, world: int) -> Callable[[Tensor], Tensor]:
+    """The all-gather of a registered group: x -> (world, *x.shape)."""
+
+    def all_gather(x: Tensor) -> Tensor:
+        functional = torch.ops._c10d_functional
+        whole = functional.wait_tensor(functional.all_gather_into_tensor(x.contiguous(), world, group))
+        return whole.view(world, *x.shape)
+
+    return all_gather

@@ -1,15 +1,18 @@
-"""task=warmup: compile every bucket of the plan into the graph store. Needs neither weights nor their memory."""
+"""task=warmup: compile every bucket of the plan into the graph store. Inductor needs neither weights nor their memory."""
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Optional
 
-from mllama_graph.buckets import Bucket
-from mllama_graph.checkpoint import model_of
+from mllama_graph.buckets import Bucket, Plan
+from mllama_graph.checkpoint import Checkpoint, model_of
 from mllama_graph.config import Run, UserError
 from mllama_graph.dispatch import GraphCompiler
 from mllama_graph.preflight import plan_of
 from mllama_graph.rank import graph_spec, graph_store, pick_device, precision_of
 from mllama_graph.report import Progress, write_result
+from mllama_graph.shape import ModelShape
+from mllama_graph.start import processor_of, start_engine
 
 
 def main(run: Run) -> None:
@@ -17,7 +20,11 @@ def main(run: Run) -> None:
     if run.backend.name == "eager":
         raise UserError("backend=eager compiles nothing, so there is nothing to warm up. Use backend=inductor.")
     shape, checkpoint = model_of(run)
-    plan, device, progress = plan_of(run, shape), pick_device(run), Progress()
+    plan, progress = plan_of(run, shape), Progress()
+    if run.backend.name == "torchair":
+        _warm_ranks(run, plan, shape, checkpoint, progress)
+        return
+    device = pick_device(run)
     spec, store = graph_spec(run, shape, plan, device, precision_of(run, device, checkpoint)), graph_store(run)
     progress.say(f"plan: {plan.describe()}")
     if store.warning:
@@ -41,3 +48,20 @@ def main(run: Run) -> None:
     if failed:
         raise UserError(f"{len(failed)} of {len(missing)} graphs could not be compiled; the lines above say why.")
     progress.say(f"all {len(buckets)} graphs are in {store.folder}")
+
+
+def _warm_ranks(run: Run, plan: Plan, shape: ModelShape, checkpoint: Optional[Checkpoint], progress: Progress) -> None:
+    """Have every rank compile its graphs by itself, over its own weights: that is how torchair compiles."""
+    engine = start_engine(run, plan, shape, checkpoint, processor_of(run, shape, checkpoint), progress)
+    graphs, buckets = engine.ranks.graphs, plan.buckets()
+    if graphs.store.warning:
+        raise UserError(f"{graphs.store.warning} A warm-up would be lost: give a graph_cache= that can be written.")
+    for done, bucket in enumerate(buckets):
+        progress.graphs(done, len(buckets))
+        graphs.load_exactly(bucket)
+    progress.graphs(len(buckets), len(buckets))
+    engine.ranks.close()
+    compiled = sum(record.source == "compiled" for record in graphs.records)
+    write_result(Path(run.output_dir), asdict(run), graphs=[asdict(record) for record in graphs.records],
+                 metrics={"graphs": len(buckets), "compiled": compiled, "failed": 0})
+    progress.say(f"all {len(buckets)} graphs of every rank are in {graphs.store.folder}, {compiled} of them new")
