@@ -228,7 +228,7 @@ def npu_graph(spec: GraphSpec, bucket: Bucket, weights: Node, pages: tuple[Pages
     """
     inputs = arguments(bucket, spec.example(bucket), *pages)
     step = Flat(Step(bucket.phase, weights, spec.shape, ops), inputs)
-    options, name = dict(spec.options), str(bucket).replace(" ", "_").replace("=", "")
+    options, name = dict(spec.options), f"{bucket.phase}_{spec.key(bucket)}"
     if stored:
         return NpuGraph(lowering.load_step(step, name, options, folder))
     return NpuGraph(lowering.compile_step(step, name, tensors(inputs), options, folder))

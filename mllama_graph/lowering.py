@@ -4,6 +4,7 @@ torchair caches by the text of a module, without shapes or source, and skips all
 gets a folder of its own, which the graph store names by everything that matters; nothing else guards it.
 """
 
+import itertools
 import logging
 import types
 import warnings
@@ -16,6 +17,8 @@ import torch.fx
 from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
+
+_numbers = itertools.count()
 
 # Number of the fractal layout in which the matrix unit reads (torch_npu.Format.FRACTAL_NZ).
 FRACTAL_NZ = 29
@@ -50,7 +53,18 @@ def compiler_config(mode: str = "max-autotune", frozen_parameter: bool = True, t
         experimental.topology_sorting_strategy = topology_sorting_strategy
     else:
         experimental.aclgraph._aclnn_static_shape_kernel = static_kernel_compile
+        # Pages lie still, and are too large to be copied before each replay; inputs that moved are copied all the same.
+        config.debug.aclgraph.clone_input = False
+        _write_pages_in_place()
     return config
+
+
+def _write_pages_in_place() -> None:
+    """Have captured graphs write pages where they are. torchair knows which operations can; this one is not on its list,
+    and would copy the whole pool twice a layer."""
+    from torchair._acl_concrete_graph.graph_pass import register_inplaceable_npu_op
+
+    register_inplaceable_npu_op("npu_scatter_pa_kv_cache_functional", "npu_scatter_pa_kv_cache", mutated_arg=[2, 3])
 
 
 def key_fields() -> dict[str, Any]:
@@ -65,15 +79,15 @@ def key_fields() -> dict[str, Any]:
 def _cached(step: nn.Module, name: str, options: dict[str, Any], folder: Path) -> tuple[Callable, Path]:
     """torchair's callable for `step.forward`, and the file in which it keeps the graph.
 
-    Every graph needs a code object of its own: torchair tells its graphs apart by code, and deletes the cache of one
-    that it believes to see a second time.
+    Every callable needs a code object of its own: torchair tells its graphs apart by code, and deletes the cache of one
+    that it believes to see a second time. The function's name is part of the file's, and the same in every process.
     """
     import torch_npu  # noqa: F401  (makes torchair importable)
     import torchair
     from torchair.inference._cache_compiler import CompiledModel
 
     forward = type(step).forward
-    code = forward.__code__.replace(co_name=name, co_qualname=name)
+    code = forward.__code__.replace(co_name=f"{name}_{next(_numbers)}")
     method = types.MethodType(types.FunctionType(code, forward.__globals__, name), step)
     given = {"config": compiler_config(**options), "dynamic": False, "cache_dir": str(folder),
              "ge_cache": options["ge_cache"] and options["mode"] == "max-autotune"}
@@ -83,7 +97,7 @@ def _cached(step: nn.Module, name: str, options: dict[str, Any], folder: Path) -
 def compile_step(step: nn.Module, name: str, inputs: list[Tensor], options: dict[str, Any], folder: Path) -> Callable:
     """Compile `step.forward(*inputs)` into `folder` by running it once; what runs it from then on.
 
-    `name` is the graph's, unlike any other of the process. What can't be lowered raises.
+    `name` is the graph's. What can't be lowered raises.
     """
     run, file = _cached(step, name, options, folder)
     # torchair warns of each of its options; what matters of that stands in conf/backend/torchair.yaml.

@@ -1,0 +1,110 @@
+"""run.py with device=npu-sim: what a person gets, and processes that start with nothing but the graph store."""
+
+import json
+import os
+
+import pytest
+
+from engines import serve, start
+from test_engine import few
+from test_ranks import wrong
+from test_run import run
+from test_stubs import needs_torch_npu
+
+ANSWER = "I see a red circle, a green triangle and a blue star."
+SIMULATED = "no NPU here: every graph is executed on the CPU by an interpreter, slowly"
+
+pytestmark = needs_torch_npu
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return f"graph_cache={tmp_path_factory.mktemp('store')}"
+
+
+@pytest.fixture(scope="module")
+def first(store, tmp_path_factory):
+    """The tiny model's own question, on an empty store."""
+    return run(tmp_path_factory.mktemp("first") / "out", "backend=torchair", store)
+
+
+def test_the_tiny_model_answers_through_interpreted_graphs(first):
+    assert first.code == 0 and first.out.splitlines()[0] == ANSWER, first.err
+    assert SIMULATED in first.err and "Traceback" not in first.err and "Warning" not in first.err
+    result = first.result()
+    assert result["config"]["device"] == "npu-sim" and result["config"]["backend"]["name"] == "torchair"
+    assert {graph["source"] for graph in result["graphs"]} == {"compiled"}
+    assert {graph["phase"] for graph in result["graphs"]} == {"vision", "prefill", "decode"}
+
+
+def test_a_second_process_loads_every_graph_without_tracing(first, store, tmp_path, monkeypatch):
+    # Nothing can be traced in this process: were a graph not loaded, its step would run eagerly, which raises here.
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    done = run(tmp_path / "out", "backend=torchair", store, "plan.compile=never")
+    assert done.code == 0 and done.out.splitlines()[0] == ANSWER, done.err
+    assert {graph["source"] for graph in done.result()["graphs"]} == {"hit"}
+
+
+@pytest.mark.parametrize("change", ["backend.torchair.topology_sorting_strategy=DFS", "dtype=fp16", "tp=2",
+                                    "max_input_length=500"])
+def test_another_option_dtype_world_or_plan_never_hits(change, first, store, tmp_path):
+    done = run(tmp_path / "out", "backend=torchair", store, "plan.compile=never", change)
+    assert done.code == 2 and "is not in the graph store, and plan.compile=never" in done.one_line_error().replace("rank 0: ", "")
+
+
+def test_two_ranks_give_the_tokens_of_one(checkpoint, requests, store, tmp_path):
+    plan = {"batch": 8, "page_size": 128}
+    lines = [line | {"logprobs": 2} for line in few(requests, "cross_first")]
+    (tmp_path / "requests.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    one = serve(start(checkpoint("cross_first"), **plan), lines)
+    done = run(tmp_path / "out", "backend=torchair", "tp=2", "dtype=fp32", "batch=8", "model=custom", store,
+               "max_input_length=300", "max_output_length=100", "max_images=4", "plan.prefill_tokens=[32]",
+               "plan.decode_batch=[8]", "plan.pages=[4]", "plan.images=[4]",
+               f"weights={checkpoint('cross_first')}", f"requests={tmp_path / 'requests.jsonl'}")
+    assert done.code == 0, done.err
+    assert len(done.lines()) == len(lines) and not wrong(done.lines(), one)
+
+
+def test_the_tiny_model_answers_held_out_scenes_as_through_plain(store, tmp_path):
+    asked = ["task=evaluate", "task.each=3", "task.controls=false", "batch=8", "plan.decode_batch=[8]", "max_images=2",
+             "plan.prefill_tokens=[64]", "max_input_length=64", "max_output_length=60", "plan.images=[2]"]
+    texts = []
+    for name, backend in (("npu", ["backend=torchair", store]), ("plain", ["backend=eager", "device=cpu"])):
+        done = run(tmp_path / name, *asked, *backend)
+        assert done.code == 0, done.err
+        texts.append([line["text"] for line in done.lines()])
+    assert len(texts[0]) == 66 and texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("given, message", [
+    (["backend.torchair.mode=npugraph_ex"], "captures kernels while they run, and the simulation has none"),
+    (["backend.torchair.weight_format=nz"], "only an NPU casts weights to its own tiles"),
+    (["plan.page_size=64"], "plan.page_size=64: an NPU's attention takes pages of 128 to 512 tokens"),
+    (["plan.num_images=2", "batch=2"], "4 images for each of 2 sequences"),
+    (["weights=meta", "model=11b"], "graphs are lowered without weights by task=verify"),
+    (["collectives=shared_memory", "tp=2"], "collectives=shared_memory serves CPU ranks"),
+    (["device=npu"], "needs 1 npu devices; this machine shows 0"),
+])
+def test_what_the_simulation_cant_do_is_one_line(given, message, tmp_path):
+    done = run(tmp_path / "out", "backend=torchair", *given)
+    assert done.code == 2 and message in done.one_line_error()
+
+
+def test_under_torchrun_the_simulation_says_how_to_start(tmp_path, monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "20031"}.items():
+        monkeypatch.setenv(name, value)
+    done = run(tmp_path / "out", "backend=torchair")
+    assert done.code == 2 and "start it with python run.py" in done.one_line_error()
+
+
+def test_a_cpu_run_beside_an_installed_torch_npu_needs_no_cann(tmp_path):
+    assert "LD_LIBRARY_PATH" not in os.environ or "native" not in os.environ["LD_LIBRARY_PATH"]
+    done = run(tmp_path / "out", "backend=eager", "device=cpu")
+    assert done.code == 0 and done.out.splitlines()[0] == ANSWER
