@@ -74,6 +74,17 @@ class BackendChoice:
 
 
 @dataclass
+class HardwareChoice:
+    """One option of conf/hardware/: the peaks of a device, per second and in bytes, that latencies are modelled from."""
+
+    name: str = ""
+    flops: float = 0.0
+    memory_bytes_per_second: float = 0.0
+    memory_bytes: float = 0.0
+    link_bytes_per_second: float = 0.0
+
+
+@dataclass
 class TaskChoice:
     """One option of conf/task/: names the module in mllama_graph/tasks/, and holds what only it needs."""
 
@@ -119,6 +130,7 @@ class Run:
     backend: BackendChoice = field(default_factory=BackendChoice)
     device: str = "auto"
     task: TaskChoice = field(default_factory=TaskChoice)
+    hardware: HardwareChoice = field(default_factory=HardwareChoice)
     prompt: Optional[str] = None
     image: Any = None
     system: Optional[str] = None

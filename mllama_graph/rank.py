@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import random
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -194,9 +195,14 @@ def start_npu(name: str, index: int, chosen: Precision) -> None:
 
 def _import_torch_npu() -> None:
     """Registers the device. What it prints of CANN's version goes to the log: stdout is the answer's."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     with contextlib.redirect_stdout(io.StringIO()) as said:
         import torch_npu  # noqa: F401
+        import torchair  # noqa: F401
     log.info("torch_npu: %s", said.getvalue().strip() or "imported")
+    # torchair takes these signals for itself, closes its engine and goes on: an interrupt must end the run.
+    for number, handler in kept.items():
+        signal.signal(number, handler)
 
 
 def free_npu_memory(index: int) -> int:

@@ -204,13 +204,14 @@ def test_bad_lines_get_an_error_each_and_the_others_their_results_in_order(check
     assert done.result()["metrics"]["requests"] == len(good) + 1
 
 
-def test_an_interrupt_keeps_every_finished_line(checkpoint, tmp_path):
-    lines = [{"id": n, "input_ids": [n + 1] * 20, "max_new_tokens": 100, "ignore_eos": True} for n in range(200)]
+def interrupted(tmp_path, requests: int, *arguments: str) -> Done:
+    """A run of many requests of 100 tokens each, stopped by Ctrl-C when the third is finished."""
+    lines = [{"id": n, "input_ids": [n + 1] * 20, "max_new_tokens": 100, "ignore_eos": True} for n in range(requests)]
     (tmp_path / "requests.jsonl").write_text("\n".join(map(json.dumps, lines)))
     folder = tmp_path / "out"
     process = subprocess.Popen(
-        command_line(folder, *QUICK, f"weights={checkpoint('base')}", f"requests={tmp_path / 'requests.jsonl'}",
-                     "max_output_length=100"), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        command_line(folder, f"requests={tmp_path / 'requests.jsonl'}", "max_output_length=100", *arguments), cwd=tmp_path,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         results, until = folder / "results.jsonl", time.monotonic() + 120
         while not (results.exists() and results.read_text().count("\n") >= 3):
@@ -220,13 +221,21 @@ def test_an_interrupt_keeps_every_finished_line(checkpoint, tmp_path):
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    done = Done(process.returncode, out, err, folder, 0)
+    return Done(process.returncode, out, err, folder, 0)
+
+
+def assert_kept(done: Done, requests: int) -> None:
+    """The interrupt ended the run, and every finished request is there whole."""
     assert done.code == 130
     assert "interrupted" in done.one_line_error()
     kept = done.lines()
-    assert 3 <= len(kept) < len(lines)
+    assert 3 <= len(kept) < requests
     assert all(len(line["token_ids"]) == 100 for line in kept)
     assert done.result()["status"] == "error"
+
+
+def test_an_interrupt_keeps_every_finished_line(checkpoint, tmp_path):
+    assert_kept(interrupted(tmp_path, 200, *QUICK, f"weights={checkpoint('base')}"), 200)
 
 
 # ---- errors

@@ -8,7 +8,7 @@ import pytest
 from engines import serve, start
 from test_engine import few
 from test_ranks import wrong
-from test_run import run
+from test_run import assert_kept, interrupted, run
 from test_stubs import needs_torch_npu
 
 ANSWER = "I see a red circle, a green triangle and a blue star."
@@ -81,6 +81,10 @@ def test_the_tiny_model_answers_held_out_scenes_as_through_plain(store, tmp_path
         assert done.code == 0, done.err
         texts.append([line["text"] for line in done.lines()])
     assert len(texts[0]) == 66 and texts[0] == texts[1]
+
+
+def test_an_interrupt_ends_the_run_and_keeps_every_finished_line(store, tmp_path):
+    assert_kept(interrupted(tmp_path, 60, "backend=torchair", store, "max_input_length=30"), 60)
 
 
 @pytest.mark.parametrize("given, message", [
