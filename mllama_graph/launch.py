@@ -307,6 +307,8 @@ def child() -> None:
         kind, message = "interrupted", str(error)
     except PeerGone as error:
         kind, message = "peer", f"{who}{error} (stack in {run.output_dir}/{where})"
+    except RankFailed as error:
+        kind, message = "failed", str(error)
     except Exception as error:
         kind, message = "failed", f"{who}internal error: {type(error).__name__}: {error} (stack in {run.output_dir}/{where})"
     log.exception("the rank ended early")

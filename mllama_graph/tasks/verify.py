@@ -1,0 +1,257 @@
+"""What task=verify does: lower the graphs that an NPU would get, from shapes alone, and hold them to ascend/lint.py.
+
+Buckets of one class differ in sizes alone. Of each class the smallest and the largest bucket are lowered whole, and
+must be one graph but for sizes; every bucket, and the last rank, is lowered for a model of one layer of each kind.
+"""
+
+import multiprocessing
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mllama_graph.buckets import Bucket, Plan
+from mllama_graph.checkpoint import model_of
+from mllama_graph.config import HardwareChoice, RankFailed, Run, UserError
+from mllama_graph.graphs import GraphSpec
+from mllama_graph.model.vision import ROW_MULTIPLE
+from mllama_graph.place import CORES, deaf_children
+from mllama_graph.preflight import plan_of
+from mllama_graph.rank import Precision, graph_spec, pick_device, precision_of, start_npu
+from mllama_graph.report import Progress, columns, write_result
+from mllama_graph.roofline import bucket_cost, kv_elements, memory, sizes, step_bytes
+
+# A worker takes up to 1 GB; what is lowered is no faster with more than one core.
+WORKERS = 2
+# Operations that do the work of several.
+FUSED = ("FusedInferAttentionScore", "ScatterPaKvCache", "AddRmsNorm", "RmsNorm", "LayerNormV4", "RotaryMul", "SwiGlu",
+         "GeluV2")
+SUM = "HcomAllReduce"
+HEAD = ("graph", "lowered", "operations", "fused", "weights MB", "sums", "lint", "seconds", "modelled ms")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A bucket's graph of a rank, of the whole model or of one layer of each kind."""
+
+    bucket: Bucket
+    whole: bool
+    rank: int = 0
+
+
+@dataclass
+class Judged:
+    """What there is to say of a graph: lint.structure's digests, and findings as (lint, message)."""
+
+    job: Job
+    seconds: float
+    findings: list[tuple[str, str]]
+    operations: int = 0
+    fused: int = 0
+    sums: int = 0
+    weight_bytes: int = 0
+    structure: dict[str, str] = field(default_factory=dict)
+
+
+def main(run: Run) -> None:
+    """Lower, judge and print. Raises RankFailed where a graph breaks a rule."""
+    shape, checkpoint = model_of(run)
+    device, progress, begun = pick_device(run), Progress(), time.perf_counter()
+    plan, chosen = plan_of(run, shape), precision_of(run, device, checkpoint)
+    if chosen.compute == torch.float32:
+        raise UserError("dtype=fp32: task=verify judges graphs for an NPU, which takes bf16 or fp16. Use dtype=bf16.")
+    spec = graph_spec(run, shape, plan, device, chosen)
+    progress.say(f"plan: {plan.describe()}")
+    judged = lower(spec, jobs(spec, plan), chosen, progress)
+    findings, seconds = all_findings(judged), time.perf_counter() - begun
+    print(columns(HEAD, list(rows(spec, judged, run.hardware))))
+    for finding in findings:
+        print(f"\n{finding}")
+    sys.stdout.flush()
+    progress.say(ranks_line(run.tp))
+    progress.say(memory_line(spec, plan, run.hardware))
+    progress.say(f"{len(judged)} graphs lowered in {seconds:.0f} s, {len(findings)} findings")
+    write_result(Path(run.output_dir), asdict(run), status="error" if findings else "ok", graphs=records(judged),
+                 metrics={"graphs": len(judged), "findings": findings, "seconds": round(seconds, 1)})
+    if findings:
+        raise RankFailed(f"{len(findings)} findings in the graphs for an NPU; the first: {findings[0]}")
+
+
+def kind(bucket: Bucket) -> tuple[str, bool, bool]:
+    """The class of a bucket: what its graph is but for sizes."""
+    return bucket.phase, bucket.image_pages > 0, bucket.phase == "prefill" and bucket.pages > 0
+
+
+def jobs(spec: GraphSpec, plan: Plan) -> list[Job]:
+    """What is lowered, the longest first."""
+    classes: dict[tuple, list[Bucket]] = {}
+    for bucket in plan.buckets():
+        classes.setdefault(kind(bucket), []).append(bucket)
+    cost = lambda bucket: bucket_cost(spec.shape, spec.page_size, bucket)  # noqa: E731
+    ends = [(max(buckets, key=cost), min(buckets, key=cost)) for buckets in classes.values()]
+    whole = dict.fromkeys(bucket for pair in ends for bucket in pair)
+    last = [buckets[0] for buckets in classes.values()] if spec.world_size > 1 else []
+    return [*(Job(bucket, True) for bucket in whole), *(Job(bucket, False) for bucket in plan.buckets()),
+            *(Job(bucket, False, spec.world_size - 1) for bucket in last)]
+
+
+def lower(spec: GraphSpec, wanted: list[Job], chosen: Precision, progress: Progress) -> list[Judged]:
+    """Judge every graph, in processes of their own."""
+    # Of every process that meets the device: that its memory is rounded up.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    context, judged = multiprocessing.get_context("spawn"), []
+    with deaf_children(), ProcessPoolExecutor(min(WORKERS, len(CORES)), context, _begin, (chosen,)) as pool:
+        try:
+            for found in pool.map(partial(judge, spec), wanted):
+                judged.append(found)
+                progress.graphs(len(judged), len(wanted))
+        except BrokenProcessPool as error:
+            raise RankFailed("a process that lowers graphs died, as the system ends one when memory runs out "
+                             f"(each of {WORKERS} takes up to 1 GB)") from error
+        except KeyboardInterrupt:
+            # Rather than wait for what they are lowering.
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            raise
+    return judged
+
+
+def _begin(chosen: Precision) -> None:
+    torch.set_num_threads(1)
+    start_npu("npu-sim", 0, chosen)
+
+
+def judge(spec: GraphSpec, job: Job) -> Judged:
+    """Lower a graph and lint it."""
+    from mllama_graph.ascend.capture import CaptureError, capture, shortened
+    from mllama_graph.ascend.interpreter import operations
+    from mllama_graph.ascend.lint import Context, Graph, lint, structure
+
+    begun = time.perf_counter()
+    own = replace(spec, rank=job.rank, shape=spec.shape if job.whole else shortened(spec.shape))
+    try:
+        captured = capture(own, job.bucket)
+    except CaptureError as error:
+        return Judged(job, time.perf_counter() - begun, [("lowering", str(error))])
+    findings = [(found.lint, found.message) for found in lint(captured, Context(own, job.bucket))]
+    found = operations(captured.graph)
+    return Judged(job, time.perf_counter() - begun, findings, found.total(), sum(found[name] for name in FUSED),
+                  found[SUM], Graph(captured).weight_bytes, structure(captured))
+
+
+def all_findings(judged: list[Judged]) -> list[str]:
+    """Of every graph, and where graphs of one class part. What many graphs have in common is told once."""
+    first: dict[tuple, Judged] = {}
+    alike: dict[tuple[str, str], list[str]] = {}
+    for found in judged:
+        like = first.setdefault((kind(found.job.bucket), found.job.whole), found)
+        parts = difference(like.structure, found.structure) if found.structure and like.structure else []
+        told = [*found.findings, *(("structure", f"not in every graph of its class: {line}") for line in parts)]
+        for name, message in told:
+            alike.setdefault((name, re.sub(r"_?\d+", "", message)), []).append(f"{name}: {found.job.bucket}: {message}")
+    return [f"{told[0]}{f' (and in {len(told) - 1} more graphs)' if len(told) > 1 else ''}" for told in alike.values()]
+
+
+def difference(one: dict[str, str], other: dict[str, str]) -> list[str]:
+    """The first operation of each of two structures that the other has not; none where they are equal."""
+    return [next(told for digest, told in a.items() if digest not in b) for a, b in ((one, other), (other, one))
+            if a.keys() - b.keys()]
+
+
+def rows(spec: GraphSpec, judged: list[Judged], hardware: HardwareChoice) -> Iterator[tuple[str, ...]]:
+    """A row for each bucket; what was not lowered whole has the numbers of the graph that stands for it."""
+    whole = {found.job.bucket: found for found in judged if found.job.whole}
+    standing = {kind(bucket): found for bucket, found in whole.items()}
+    for found in judged:
+        bucket = found.job.bucket
+        if found.job.whole or found.job.rank:
+            continue
+        of = whole.get(bucket, standing[kind(bucket)])
+        bad = len(found.findings) + len(whole[bucket].findings if bucket in whole else [])
+        yield (str(bucket), "whole" if bucket in whole else f"as {of.job.bucket}", str(of.operations), str(of.fused),
+               f"{of.weight_bytes / 1e6:,.0f}", str(of.sums), f"{bad} findings" if bad else "clean",
+               f"{(of if bucket in whole else found).seconds:.1f}", f"{1e3 * modelled(spec, bucket, hardware):.2f}")
+
+
+def records(judged: list[Judged]) -> list[dict[str, Any]]:
+    """The graphs as result.json has them."""
+    return [{"bucket": str(found.job.bucket), "whole": found.job.whole, "rank": found.job.rank,
+             "operations": found.operations, "fused": found.fused, "sums": found.sums,
+             "weight_bytes": found.weight_bytes, "seconds": round(found.seconds, 2), "findings": found.findings}
+            for found in judged]
+
+
+def modelled(spec: GraphSpec, bucket: Bucket, hardware: HardwareChoice) -> float:
+    """Seconds that a step takes at the least: a rank's bytes or its operations, whichever take longer, and its sums.
+
+    Every page of the bucket is read. Launches, latencies of links and all that is not a product are left out.
+    """
+    moved, flops = work(spec, bucket)
+    text, vision, ranks = spec.shape.text, spec.shape.vision, spec.world_size
+    if bucket.phase == "vision":
+        sums, row, tokens = 2 * (vision.layers + vision.global_layers), vision.width, _vision_rows(spec)
+    else:
+        layers = text.layers if bucket.image_pages else len(text.self_layers)
+        sums, row, tokens = 1 + 2 * layers, text.width, bucket.tokens
+    # Each rank sends 2 (n - 1) / n of a sum over n - 1 links at once (ring or mesh).
+    summed = 2 / ranks * sums * tokens * row * spec.compute.itemsize if ranks > 1 else 0.0
+    alone = max(moved / hardware.memory_bytes_per_second, flops / hardware.flops) / ranks
+    return alone + summed / hardware.link_bytes_per_second
+
+
+def _vision_rows(spec: GraphSpec) -> int:
+    """Rows of the vision tower, with those that pad a tile."""
+    vision = spec.shape.vision
+    return vision.max_tiles * (vision.tokens + -vision.tokens % ROW_MULTIPLE)
+
+
+def work(spec: GraphSpec, bucket: Bucket) -> tuple[float, float]:
+    """Bytes that all ranks together move in a step, and floating-point operations of its products."""
+    if bucket.phase == "vision":
+        return _vision_work(spec)
+    shape, images, width = spec.shape, bucket.image_pages > 0, spec.compute.itemsize
+    text, parts, page = shape.text, sizes(shape), spec.page_size
+    keys, image_keys = bucket.rows * bucket.pages * page, bucket.rows * bucket.image_pages * page
+    moved = step_bytes(shape, images, keys, image_keys, spec.store.itemsize, width)
+    moved += bucket.tokens * kv_elements(shape, len(text.self_layers)) * width
+    prefill = bucket.phase == "prefill"
+    # A fresh row of a prompt sees half of them, on average.
+    seen = (bucket.pages * page + prefill * bucket.tokens / 2) * len(text.self_layers)
+    seen += bucket.image_pages * page * len(text.cross_layers)
+    dense = parts.self_layers + (parts.cross_layers if images else 0)
+    flops = bucket.tokens * (2 * dense + 4 * seen * text.heads * text.head_width)
+    return moved, flops + 2 * parts.head * (1 if prefill else bucket.tokens)
+
+
+def _vision_work(spec: GraphSpec) -> tuple[float, float]:
+    vision, parts, kept = spec.shape.vision, sizes(spec.shape), len(spec.shape.text.cross_layers)
+    rows, tokens, E = _vision_rows(spec), vision.max_tiles * vision.tokens, vision.width
+    layers, patches = vision.layers + vision.global_layers, vision.channels * vision.patch**2 * E
+    tower, late = layers * (4 * E**2 + 2 * E * vision.mlp), parts.projector + parts.cross_kv
+    # Of the positions, those that all tiles share and those of one aspect ratio.
+    read = tower + patches + late + vision.tokens * E * (1 + vision.max_tiles)
+    moved = read * spec.store.itemsize + tokens * kv_elements(spec.shape, kept) * spec.compute.itemsize
+    return moved, 2 * rows * tower + 2 * tokens * (patches + late) + 4 * layers * rows**2 * E
+
+
+def ranks_line(tp: int) -> str:
+    """What is known of the ranks that were not lowered."""
+    if tp == 1:
+        return "1 rank"
+    return (f"{tp} ranks: the graphs of rank 0 stand for all, which differ in weights alone; rank {tp - 1} was "
+            "compared, shortened")
+
+
+def memory_line(spec: GraphSpec, plan: Plan, hardware: HardwareChoice) -> str:
+    """What a rank allocates, beside what the device has."""
+    needed = memory(spec.shape, plan, spec.store.itemsize, spec.compute.itemsize, spec.world_size)
+    return f"modelled memory of a rank: {needed.describe()}; {hardware.name} has {hardware.memory_bytes / 1e9:.0f} GB"

@@ -1,0 +1,38 @@
+"""Captured graphs of the small models, and copies of them with one thing broken."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torchair._ge_concrete_graph import ge_ir_pb2
+
+from checkpoints import SPECS, model_config
+
+from mllama_graph.ascend.capture import Capture
+from mllama_graph.buckets import Bucket
+from mllama_graph.graphs import GraphSpec
+from mllama_graph.shape import shape_of
+
+VISION = Bucket("vision", 1, 1, 0, 2)
+DECODE, LEAN = Bucket("decode", 2, 2, 3, 8), Bucket("decode", 2, 2, 3, 0)
+PREFILL, PREFILL_LEAN = Bucket("prefill", 1, 32, 0, 8), Bucket("prefill", 1, 32, 0, 0)
+CHUNK, CHUNK_LEAN = Bucket("prefill", 1, 32, 3, 8), Bucket("prefill", 1, 32, 3, 0)
+CLASSES = (VISION, DECODE, LEAN, PREFILL, PREFILL_LEAN, CHUNK, CHUNK_LEAN)
+
+
+def spec_of(name: str, ranks: int = 1, **changes: Any) -> GraphSpec:
+    """What graphs of a small model are lowered for: bf16, pools that hold two sequences with four images each."""
+    given = {"page_size": 128, "num_pages": 12, "num_image_pages": 16} | changes
+    shape = shape_of(model_config(SPECS[name]))
+    return replace(GraphSpec(shape, store=torch.bfloat16, compute=torch.bfloat16, backend="torchair", device="npu-sim",
+                             threads=1, world_size=ranks, collectives="distributed",
+                             page_size=128, num_pages=12, num_image_pages=16), **given)
+
+
+def broken(captured: Capture, change: Callable[[dict[str, Any]], None]) -> Capture:
+    """A copy with one thing changed: `change` gets {name: operation}."""
+    graph = ge_ir_pb2.GraphDef()
+    graph.CopyFrom(captured.graph)
+    change({op.name: op for op in graph.op})
+    return replace(captured, graph=graph)

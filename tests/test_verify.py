@@ -1,0 +1,138 @@
+"""What task=verify lowers, how it says what it found, the latencies that it models. The graphs are tested elsewhere."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mllama_graph.buckets import Bucket, make_plan
+from mllama_graph.config import BackendChoice, HardwareChoice, ModelChoice, RankFailed, Run, UserError
+from mllama_graph.graphs import GraphSpec
+from mllama_graph.roofline import bucket_cost
+from mllama_graph.shape import shape_of
+from mllama_graph.tasks import verify
+from mllama_graph.tasks.verify import Judged, all_findings, difference, jobs, kind, modelled, rows, work
+
+RELEASED = shape_of({"model_type": "mllama"})
+HARDWARE = HardwareChoice("a device", flops=3e14, memory_bytes_per_second=1.6e12, memory_bytes=64e9,
+                          link_bytes_per_second=3e10)
+
+
+def run_of(tmp_path, **changes):
+    return Run(**{"model": ModelChoice("11b", {"text_config": {}}), "weights": "meta", "batch": 4, "device": "npu-sim",
+                  "backend": BackendChoice("torchair"), "hardware": HARDWARE, "output_dir": str(tmp_path)} | changes)
+
+
+def spec_of(ranks=1):
+    return GraphSpec(RELEASED, 128, 100, 200, torch.bfloat16, torch.bfloat16, "torchair", "npu-sim", 1, ranks,
+                     "distributed")
+
+
+@pytest.fixture
+def plan(tmp_path):
+    return make_plan(run_of(tmp_path, max_input_length=3000), RELEASED, 2)
+
+
+def judged(wanted, **broken):
+    """As if every graph had been lowered; `broken` gives a bucket's findings."""
+    return [Judged(job, 1.0, broken.get(str(job.bucket), []), 100, 20, 3, 10**9, {str(kind(job.bucket)): "Add Add"})
+            for job in wanted]
+
+
+def test_every_bucket_is_lowered_and_the_ends_of_each_class_are_lowered_whole(plan):
+    spec, cost = spec_of(), lambda bucket: bucket_cost(RELEASED, 128, bucket)
+    wanted = jobs(spec, plan)
+    assert {job.bucket for job in wanted if not job.whole} == set(plan.buckets()) and len(set(wanted)) == len(wanted)
+    whole = [job.bucket for job in wanted if job.whole]
+    for one in {kind(bucket) for bucket in plan.buckets()}:
+        costs = [cost(bucket) for bucket in plan.buckets() if kind(bucket) == one]
+        assert {min(costs), max(costs)} == {cost(bucket) for bucket in whole if kind(bucket) == one}
+    assert len({kind(bucket) for bucket in whole}) == 7
+
+
+def test_of_several_ranks_the_last_is_lowered_too(plan):
+    last = [job for job in jobs(spec_of(4), plan) if job.rank]
+    assert {job.rank for job in last} == {3}
+    assert {kind(job.bucket) for job in last} == {kind(bucket) for bucket in plan.buckets()}
+
+
+def test_every_bucket_has_a_row_that_says_which_graph_stands_for_it(plan):
+    spec = spec_of()
+    table = list(rows(spec, judged(jobs(spec, plan)), HARDWARE))
+    assert [row[0] for row in table] == [str(bucket) for bucket in plan.buckets()]
+    by_name = {str(bucket): bucket for bucket in plan.buckets()}
+    standing = {row[0] for row in table if row[1] == "whole"}
+    for name, lowered, *_ in table:
+        like = lowered.removeprefix("as ")
+        assert lowered == "whole" or like in standing and kind(by_name[like]) == kind(by_name[name])
+
+
+def test_graphs_of_a_class_that_differ_are_found(plan):
+    found = judged(jobs(spec_of(), plan))
+    assert all_findings(found) == []
+    odd = [one for one in found if not one.job.whole and one.job.bucket.phase == "decode"][-1]
+    odd.structure |= {"another": "Mul Mul_3, at text.py:1"}
+    assert all_findings(found) == [
+        f"structure: {odd.job.bucket}: not in every graph of its class: Mul Mul_3, at text.py:1"]
+
+
+def test_what_many_graphs_have_in_common_is_told_once(plan):
+    found = judged(jobs(spec_of(), plan))
+    for number, one in enumerate(found):
+        one.findings = [("moves", f"TensorMove TensorMove_{number}: copies pages.0.0, at text.py:3")]
+    assert all_findings(found) == [f"moves: {found[0].job.bucket}: TensorMove TensorMove_0: copies pages.0.0, "
+                                   f"at text.py:3 (and in {len(found) - 1} more graphs)"]
+
+
+def test_a_structure_differs_by_what_only_one_has():
+    one, other = {"a": "A", "b": "B"}, {"a": "A", "c": "C", "d": "D"}
+    assert difference(one, other) == ["B", "C"] and difference(one, dict(one)) == []
+
+
+def test_findings_end_the_run_after_they_are_printed(tmp_path, monkeypatch, capsys):
+    bucket = Bucket("decode", 1, 1, 1, 0)
+    monkeypatch.setattr(verify, "lower", lambda spec, wanted, chosen, progress: judged(
+        wanted, **{str(bucket): [("moves", "TensorMove TensorMove: copies pages.0.0, at text.py:3")]}))
+    with pytest.raises(RankFailed, match="1 findings .* moves: decode batch=1 pages=1 image_pages=0: TensorMove"):
+        verify.main(run_of(tmp_path))
+    printed, result = capsys.readouterr().out, json.loads((tmp_path / "result.json").read_text())
+    # Whole and shortened.
+    assert "2 findings" in printed and result["metrics"]["findings"][0] in printed and result["status"] == "error"
+
+
+def test_clean_graphs_leave_a_result(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(verify, "lower", lambda spec, wanted, chosen, progress: judged(wanted))
+    verify.main(run_of(tmp_path, tp=4))
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["status"] == "ok" and result["metrics"]["findings"] == []
+    assert len(result["graphs"]) == result["metrics"]["graphs"]
+    assert "clean" in capsys.readouterr().out
+
+
+def test_graphs_of_fp32_are_refused(tmp_path):
+    with pytest.raises(UserError, match="Use dtype=bf16"):
+        verify.main(run_of(tmp_path, dtype="fp32"))
+
+
+# ---- modelled latencies
+
+
+def test_a_decode_step_takes_the_time_of_its_bytes():
+    """15.0 GB of weights in bf16 (text layers and head of the 11B model), and 20 kB a token and layer."""
+    lean = Bucket("decode", 1, 1, 16, 0)
+    assert modelled(spec_of(), lean, HARDWARE) == pytest.approx((15.0e9 + 2048 * 32 * 4096) / 1.6e12, rel=0.01)
+    assert modelled(spec_of(), replace(lean, image_pages=51), HARDWARE) > modelled(spec_of(), lean, HARDWARE)
+
+
+def test_a_prefill_takes_the_time_of_its_products():
+    bucket = Bucket("prefill", 1, 2048, 0, 0)
+    assert modelled(spec_of(), bucket, HARDWARE) == pytest.approx(work(spec_of(), bucket)[1] / 3e14)
+    assert work(spec_of(), bucket)[1] == pytest.approx(2 * 2048 * 6.98e9 + 2 * 2048**2 * 4096 * 32, rel=0.01)
+
+
+def test_ranks_share_the_work_and_pay_for_their_sums():
+    bucket = Bucket("prefill", 1, 2048, 0, 0)
+    # 65 sums of 2048 x 4096 bf16 numbers, of which a rank sends half over each of its links.
+    summed = 65 * 2048 * 4096 * 2 * 2 / 4 / 3e10
+    assert modelled(spec_of(4), bucket, HARDWARE) == pytest.approx(modelled(spec_of(), bucket, HARDWARE) / 4 + summed)
