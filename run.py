@@ -26,7 +26,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from mllama_graph.config import Interrupted, PeerGone, RankFailed, Run, UserError, check
 from mllama_graph.launch import join, launch
 from mllama_graph.place import place_from
-from mllama_graph.report import write_result, write_summary
+from mllama_graph.report import write_failure, write_summary
 
 # Taken literally: Hydra's grammar would refuse commas, apostrophes, parentheses, = and Chinese.
 LITERAL_KEYS = ("prompt", "image", "system", "requests", "weights")
@@ -69,6 +69,8 @@ def job(cfg: DictConfig) -> None:
     folder, sweeping = Path(state.runtime.output_dir), state.mode == RunMode.MULTIRUN
     run: Run = OmegaConf.to_object(cfg)
     run.output_dir = str(folder)
+    # Of an earlier run in the same folder: it must not be taken for this one's.
+    (folder / "result.json").unlink(missing_ok=True)
     try:
         check(run)
         # A sweep's jobs share this process, so each gets fresh ones for its ranks.
@@ -88,7 +90,7 @@ def job(cfg: DictConfig) -> None:
 
 def _fail(run: Run, folder: Path, message: str, exit_code: int) -> None:
     print(f"error: {message}", file=sys.stderr)
-    write_result(folder, asdict(run), status="error", error=message)
+    write_failure(folder, asdict(run), message)
     failures.append(exit_code)
 
 

@@ -214,7 +214,8 @@ class Supervisor:
         readable, writable = os.pipe()
         log = open(self.folder / "ranks" / f"{place.rank}.log", "ab") if place.rank else None
         with deaf_children():
-            process = subprocess.Popen([sys.executable, "-m", __name__, str(writable)], env=environment,
+            # -P: not the package of whatever folder this was started in.
+            process = subprocess.Popen([sys.executable, "-P", "-m", __name__, str(writable)], env=environment,
                                        stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=[writable, *handed])
         os.close(writable)
         if log:

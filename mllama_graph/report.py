@@ -79,6 +79,15 @@ def write_result(folder: Path, config: dict[str, Any], status: str = "ok", error
         "graphs": graphs or [], "text": text, "token_ids": token_ids})
 
 
+def write_failure(folder: Path, config: dict[str, Any], message: str) -> None:
+    """result.json of a run that failed; what its task has written there before is kept."""
+    path = folder / "result.json"
+    if not path.is_file():
+        write_result(folder, config, status="error", error=message)
+        return
+    write_json(path, json.loads(path.read_text(encoding="utf8")) | {"status": "error", "error": message})
+
+
 def table(rows: list[tuple[str, str]]) -> str:
     """Two aligned columns."""
     width = max(len(name) for name, _ in rows)

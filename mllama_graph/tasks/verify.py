@@ -83,7 +83,7 @@ def main(run: Run) -> None:
     write_result(Path(run.output_dir), asdict(run), status="error" if findings else "ok", graphs=records(judged),
                  metrics={"graphs": len(judged), "findings": findings, "seconds": round(seconds, 1)})
     if findings:
-        raise RankFailed(f"{len(findings)} findings in the graphs for an NPU; the first: {findings[0]}")
+        raise RankFailed(f"{len(findings)} findings in the graphs for an NPU; the first: {' at '.join(findings[0].splitlines())}")
 
 
 def kind(bucket: Bucket) -> tuple[str, bool, bool]:

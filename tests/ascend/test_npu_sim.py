@@ -2,13 +2,16 @@
 
 import json
 import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 
 from engines import serve, start
 from test_engine import few
 from test_ranks import wrong
-from test_run import assert_kept, interrupted, run
+from test_run import ROOT, assert_kept, interrupted, run
 from test_stubs import needs_torch_npu
 
 ANSWER = "I see a red circle, a green triangle and a blue star."
@@ -112,3 +115,37 @@ def test_a_cpu_run_beside_an_installed_torch_npu_needs_no_cann(tmp_path):
     assert "LD_LIBRARY_PATH" not in os.environ or "native" not in os.environ["LD_LIBRARY_PATH"]
     done = run(tmp_path / "out", "backend=eager", "device=cpu")
     assert done.code == 0 and done.out.splitlines()[0] == ANSWER
+
+
+# Three layers, and one bucket of each kind.
+SMALL = ["task=verify", "model=custom", "max_input_length=32", "max_output_length=16", "max_images=1"]
+
+
+def test_verify_lowers_every_graph_of_the_plan_and_prints_a_verdict_for_each(checkpoint, tmp_path):
+    done = run(tmp_path / "out", *SMALL, f"weights={checkpoint('no_template')}")
+    assert done.code == 0, done.err
+    result = done.result()
+    assert result["metrics"]["findings"] == [] and result["status"] == "ok"
+    buckets = {graph["bucket"] for graph in result["graphs"]}
+    phases = {bucket.split()[0] for bucket in buckets}
+    assert phases == {"vision", "prefill", "decode"} and all(bucket in done.out for bucket in buckets)
+    assert done.out.count(" clean ") == len(buckets)
+    assert "modelled ms" in done.out
+
+
+def test_a_graph_that_breaks_a_rule_ends_verify_with_code_1_and_the_line_of_the_model(checkpoint, tmp_path):
+    """In a copy of the project whose attention gets a Python number for a length."""
+    broken = tmp_path / "project"
+    shutil.copytree(ROOT, broken, ignore=shutil.ignore_patterns(".git", ".venv*", "outputs", "__pycache__"))
+    source = broken / "mllama_graph" / "ops" / "npu.py"
+    right = "actual_seq_lengths_kv=len_B.long(), captured=False)"
+    assert source.read_text().count(right) == 1
+    source.write_text(source.read_text().replace(right, "actual_seq_lengths_kv=[5] * B, captured=True)"))
+    command = [sys.executable, str(broken / "run.py"), *SMALL, f"weights={checkpoint('no_template')}",
+               f"hydra.run.dir={tmp_path / 'out'}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    [error] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "actual_seq_lengths_kv is baked into the graph" in error and "mllama_graph/model/text.py" in error
+    kept = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert kept["status"] == "error" and kept["graphs"] and kept["metrics"]["findings"]
