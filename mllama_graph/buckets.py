@@ -6,6 +6,7 @@ so that the same command finds the same graphs again whatever memory happens to 
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from typing import Optional, Sequence
 
@@ -19,6 +20,10 @@ LADDER = 4
 NPU_PAGE, MOST_NPU_PAGE = 128, 512
 SMALLEST_PREFILL = 32
 LARGEST_PREFILL = 2048
+# Where the kernels take lengths as data, buckets differ in rows and tokens alone, and their ladders are finer.
+FINE_LADDER = 2
+# On a CPU a chunk of fewer tokens costs as much: reading the weights takes as long as multiplying so many rows by them.
+CPU_FLAT_TOKENS = 16
 
 
 @dataclass(frozen=True, order=True)
@@ -82,6 +87,10 @@ class Plan:
     decode_batch: tuple[int, ...]
     pages: tuple[int, ...]
     images: tuple[int, ...]
+    # A chunk of up to so many tokens costs the same.
+    flat_tokens: int
+    # Whether a step's cost follows its lengths, not its bucket's: then one bucket of pages serves any.
+    lengths_are_free: bool
     pages_per_image: int
     scratch_pages: int
     num_pages: int
@@ -98,12 +107,18 @@ class Plan:
 
     def prefill(self, tokens: int, past_pages: int, image_pages: int) -> Bucket:
         """The smallest prefill bucket for a chunk of `tokens` behind `past_pages` earlier pages."""
-        past = pick(past_pages, self.pages) if past_pages else 0
+        past = pick(past_pages, self.pages) if past_pages or self.lengths_are_free else 0
         return Bucket("prefill", 1, pick(tokens, self.prefill_tokens), past, self._images(image_pages))
 
     def vision(self) -> Bucket:
         """The one vision bucket: an image with all its tiles."""
         return Bucket("vision", 1, 1, 0, self.pages_per_image)
+
+    def chunk(self, left: int) -> int:
+        """How many of a prompt's `left` tokens to prefill next, so that its chunks cost least together."""
+        if left > self.prefill_tokens[-1]:
+            return self.prefill_tokens[-1]
+        return min(left, _cheapest_split(left, self.prefill_tokens, self.flat_tokens)[1])
 
     def _images(self, image_pages: int) -> int:
         return pick(image_pages, [n * self.pages_per_image for n in self.images]) if image_pages else 0
@@ -111,12 +126,13 @@ class Plan:
     def buckets(self) -> list[Bucket]:
         """Every bucket that a step can need, the vision one first."""
         image_pages = [0] + [n * self.pages_per_image for n in self.images]
-        # A chunk comes behind earlier pages only where a prompt (or one that was preempted) exceeds the largest chunk.
-        chunk = self.prefill_tokens[-1]
-        least = pages_for(chunk, self.page_size)
-        past = [p for p in self.pages if p >= least] if self.max_length - 1 > chunk else []
-        prefill = [Bucket("prefill", 1, t, p, i)
-                   for t, p, i in product(self.prefill_tokens, (0, *past), image_pages)]
+        past = self.pages
+        if not self.lengths_are_free:
+            # A chunk comes behind earlier pages only where a prompt (or one that was preempted) exceeds the largest chunk.
+            chunk = self.prefill_tokens[-1]
+            least = pages_for(chunk, self.page_size)
+            past = (0, *(p for p in self.pages if p >= least)) if self.max_length - 1 > chunk else (0,)
+        prefill = [Bucket("prefill", 1, t, p, i) for t, p, i in product(self.prefill_tokens, past, image_pages)]
         decode = [Bucket("decode", b, b, p, i) for b, p, i in product(self.decode_batch, self.pages, image_pages)]
         return [self.vision(), *prefill, *decode]
 
@@ -126,6 +142,17 @@ class Plan:
         return (f"prefill_tokens={join(self.prefill_tokens)} decode_batch={join(self.decode_batch)} "
                 f"pages={join(self.pages)} images={join(self.images)} page_size={self.page_size} "
                 f"num_pages={self.num_pages} num_image_pages={self.num_image_pages}")
+
+
+@lru_cache(maxsize=1 << 16)
+def _cheapest_split(left: int, sizes: tuple[int, ...], flat: int) -> tuple[int, int]:
+    """(cost in tokens of the cheapest chunks for `left` tokens, the first of them)."""
+    options = []
+    for size in reversed(sizes):
+        rest = _cheapest_split(left - size, sizes, flat)[0] if size < left else 0
+        options.append((max(size, flat) + rest, size))
+    # Of equal ones the first, the largest chunk.
+    return min(options, key=lambda option: option[0])
 
 
 def choose(need: Bucket, existing: Iterable[Bucket], cost: Callable[[Bucket], float], reuse: float) -> Bucket:
@@ -162,9 +189,10 @@ def make_plan(run: Run, shape: ModelShape, max_images: int) -> Plan:
     pages_per_sequence = pages_for(longest, size)
     chunk = min(LARGEST_PREFILL, run.max_input_length)
     prefill = _sizes("prefill_tokens", choice.prefill_tokens, ladder(SMALLEST_PREFILL, chunk), 1)
-    batch = _sizes("decode_batch", choice.decode_batch, ladder(1, run.batch), run.batch)
-    pages = _sizes("pages", choice.pages, ladder(1, pages_per_sequence), pages_per_sequence)
-    images = _sizes("images", choice.images, ladder(1, max_images), max_images)
+    free = run.backend.kernels == "native"
+    batch = _sizes("decode_batch", choice.decode_batch, ladder(1, run.batch, FINE_LADDER if free else LADDER), run.batch)
+    pages = _sizes("pages", choice.pages, (pages_per_sequence,) if free else ladder(1, pages_per_sequence), pages_per_sequence)
+    images = _sizes("images", choice.images, (max_images,) if free else ladder(1, max_images), max_images)
     pages_per_image = pages_for(shape.vision.max_tiles * shape.vision.tokens, size)
     # A padded token row writes to a slot of its own in these pages, so that slots are unique.
     scratch = pages_for(max(prefill[-1], batch[-1]), size)
@@ -182,5 +210,5 @@ def make_plan(run: Run, shape: ModelShape, max_images: int) -> Plan:
         needed = (f"{least}: {images[-1]} images for each of {batch[-1]} sequences, as an NPU's attention counts them"
                   if on_npu else f"the {least} images of one request")
         raise UserError(f"plan.num_images={num_images} must be at least {needed}.")
-    return Plan(size, longest, prefill, batch, pages, images, pages_per_image, scratch, num_pages,
-                num_images * pages_per_image)
+    return Plan(size, longest, prefill, batch, pages, images, CPU_FLAT_TOKENS if free else LARGEST_PREFILL, free,
+                pages_per_image, scratch, num_pages, num_images * pages_per_image)

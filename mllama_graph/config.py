@@ -13,6 +13,7 @@ BACKENDS = ("auto", "inductor", "torchair", "eager")
 COMPILE = ("background", "wait", "never")
 QUANTS = ("none", "w8a16", "w8a8", "kv8")
 COLLECTIVES = ("auto", "shared_memory", "distributed")
+KERNELS = ("auto", "native", "plain")
 TORCHAIR_MODES = ("max-autotune", "npugraph_ex")
 WEIGHT_FORMATS = ("nd", "nz")
 TOPOLOGIES = ("BFS", "DFS", "RDFS", "StableRDFS")
@@ -66,6 +67,8 @@ class BackendChoice:
     """One option of conf/backend/."""
 
     name: str = "auto"
+    # What computes products of few rows and attention on a CPU: C++ built here, or what the backend has.
+    kernels: str = "auto"
     # Options handed to Inductor as they are (torch._inductor.config names).
     inductor: dict[str, Any] = field(default_factory=dict)
     torchair: TorchairChoice = field(default_factory=TorchairChoice)
@@ -112,7 +115,7 @@ class PlanChoice:
     num_pages: Optional[int] = None
     num_images: Optional[int] = None
     # A graph that exists already serves a smaller step at up to this many times the smaller bucket's modelled cost.
-    reuse: float = 4.0
+    reuse: float = 1.25
     # What a step does whose graph is not in the store.
     compile: str = "background"
 
@@ -173,6 +176,7 @@ def check(run: Run) -> None:
     _one_of("backend", run.backend.name, BACKENDS)
     _one_of("quant", run.quant, QUANTS)
     _one_of("plan.compile", run.plan.compile, COMPILE)
+    _one_of("backend.kernels", run.backend.kernels, KERNELS)
     _one_of("collectives", run.collectives, COLLECTIVES)
     _one_of("backend.torchair.mode", run.backend.torchair.mode, TORCHAIR_MODES)
     _one_of("backend.torchair.weight_format", run.backend.torchair.weight_format, WEIGHT_FORMATS)

@@ -111,9 +111,9 @@ class Engine:
         image_pages = sum(pages_for(t.count * self._tokens_per_tile, plan.page_size) for t in request.images)
         if request.images:
             graphs.want(plan.vision())
-        done, largest = 0, plan.prefill_tokens[-1]
+        done = 0
         while done < len(request.ids):
-            chunk = min(largest, len(request.ids) - done)
+            chunk = plan.chunk(len(request.ids) - done)
             graphs.want(plan.prefill(chunk, pages_for(done, plan.page_size), image_pages))
             done += chunk
         if request.max_new > 1:

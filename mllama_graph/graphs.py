@@ -27,6 +27,8 @@ from mllama_graph.model.text import decode, prefill
 from mllama_graph.model.tree import ImageInput, Node, Pages, PromptInput, TileInput, TokenInput
 from mllama_graph.model.vision import encode_image
 from mllama_graph.ops.contract import Ops, padded_head
+from mllama_graph.ops.cpu import CPU
+from mllama_graph.ops.plain import PLAIN
 from mllama_graph.ops.ranks import COLLECTIVES, GROUP, ranked
 from mllama_graph.shape import ModelShape
 from mllama_graph.store import PACKAGE, GraphStore, key_of
@@ -87,6 +89,7 @@ class GraphSpec:
     threads: int
     world_size: int = 1
     collectives: str = COLLECTIVES[0]
+    kernels: str = "plain"
     deterministic: bool = False
     options: tuple[tuple[str, Any], ...] = ()
     rank: int = 0
@@ -108,7 +111,7 @@ class GraphSpec:
             "engine": __version__, "torch": torch.__version__, "source": source_hash(), "backend": self.backend,
             "device": device_name(self.device),
             "threads": self.threads, "world_size": self.world_size, "options": dict(self.options),
-            "deterministic": self.deterministic,
+            "deterministic": self.deterministic, "kernels": self.kernels,
             "weights": str(self.store), "compute": str(self.compute), "page_size": self.page_size,
             "bucket": asdict(bucket), "model": asdict(self.shape),
         }
@@ -289,16 +292,23 @@ def trace(spec: GraphSpec, bucket: Bucket, shard: Optional[Shard] = None) -> tor
     """A bucket's step of one rank as a whole graph with static shapes. What can't be traced raises."""
     weights = unfilled(spec, shard or Shard(0, spec.world_size))
     inputs = arguments(bucket, spec.example(bucket), *spec.pages(torch.empty))
-    step = Flat(Step(bucket.phase, weights, spec.shape, ranked(spec.world_size, spec.collectives)), inputs)
+    step = Flat(Step(bucket.phase, weights, spec.shape, ops_of(spec)), inputs)
     return torch.export.export(step, tuple(tensors(inputs)), strict=False)
 
 
 _stand_in: Optional[torch.distributed.ProcessGroup] = None
 
 
-def prepare_collectives(spec: GraphSpec, folder: Path) -> None:
+def ops_of(spec: GraphSpec) -> Ops:
+    """The operations of a rank, except on an NPU."""
+    return ranked(spec.world_size, spec.collectives, CPU if spec.kernels == "native" else PLAIN)
+
+
+def prepare_tracing(spec: GraphSpec, folder: Path) -> None:
     """What a process needs that traces the graphs of ranks without being one."""
     global _stand_in
+    if spec.kernels == "native":
+        native.load("kernels", folder)
     if spec.world_size > 1 and spec.collectives == "shared_memory":
         native.load("collectives", folder)
         native.declare(spec.world_size)
@@ -315,7 +325,7 @@ def compile_into(folder: Path, spec: GraphSpec, bucket: Bucket, key: str) -> flo
     """
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
     store, fields = GraphStore(folder), spec.key_fields(bucket)
-    prepare_collectives(spec, folder)
+    prepare_tracing(spec, folder)
     torch.use_deterministic_algorithms(spec.deterministic, warn_only=True)
     if key_of(fields) != key:
         raise RuntimeError("the engine's source or its environment changed since the run began")

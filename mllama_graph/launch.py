@@ -25,7 +25,7 @@ from mllama_graph import native
 from mllama_graph.ascend import stubs
 from mllama_graph.config import Interrupted, PeerGone, RankFailed, Run, UserError
 from mllama_graph.place import Place, bind_master_port, deaf_children, place_from
-from mllama_graph.preflight import NPUS, preflight, refuse_what_is_not_built, settle_npu
+from mllama_graph.preflight import NPUS, preflight, refuse_what_is_not_built, settle_kernels, settle_npu
 from mllama_graph.store import GraphStore, store_folder
 
 log = logging.getLogger(__name__)
@@ -49,6 +49,7 @@ def launch(run: Run, fresh: bool) -> None:
     """
     place = place_from(os.environ)
     settle_npu(run)
+    settle_kernels(run)
     if fresh and place:
         raise UserError("a sweep can't run under torchrun: start it with python run.py -m, and it spawns its ranks itself.")
     alone = not run.task.ranks or only_shapes(run)

@@ -7,6 +7,7 @@ from typing import Optional
 
 from safetensors import SafetensorError, safe_open
 
+from mllama_graph import native
 from mllama_graph.buckets import Plan, make_plan
 from mllama_graph.config import Run, UserError
 from mllama_graph.images import list_images
@@ -162,6 +163,18 @@ def settle_npu(run: Run) -> None:
         raise UserError(f"weights=meta on {run.device}: graphs are lowered without weights by task=verify.")
     # A graph is compiled by the rank that runs it, so warming up takes the ranks.
     run.task.ranks = run.task.ranks or run.task.name == "warmup"
+
+
+def settle_kernels(run: Run) -> None:
+    """Fill in backend.kernels=: native on a CPU that computes in fp32 and has a C++ compiler.
+
+    Raises UserError where native ones are asked for and can't serve.
+    """
+    fits = device_of(run.device) == "cpu" and run.dtype in ("auto", "fp32")
+    if run.backend.kernels == "native" and not fits:
+        raise UserError("backend.kernels=native: the kernels are a CPU's, and compute in fp32. Use backend.kernels=auto.")
+    if run.backend.kernels == "auto":
+        run.backend.kernels = "native" if fits and native.has_compiler() else "plain"
 
 
 def _settle_verify(run: Run) -> None:

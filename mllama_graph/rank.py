@@ -17,15 +17,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mllama_graph import batch, lowering
+from mllama_graph import batch, lowering, native
 from mllama_graph.buckets import Bucket, Plan
 from mllama_graph.checkpoint import DTYPES, Checkpoint, Pixels, build, from_checkpoint, random_fill
 from mllama_graph.collectives import Collectives, kind_of
 from mllama_graph.config import PeerGone, Run, UserError
 from mllama_graph.dispatch import Loaded, LoadedNpu
-from mllama_graph.graphs import GraphSpec, arguments
+from mllama_graph.graphs import GraphSpec, arguments, ops_of
 from mllama_graph.model import sample
-from mllama_graph.ops.ranks import HOST_GROUP, gather_in, ranked
+from mllama_graph.ops.ranks import HOST_GROUP, gather_in
 from mllama_graph.place import Place
 from mllama_graph.preflight import NPUS, precision
 from mllama_graph.report import Progress
@@ -78,8 +78,8 @@ def graph_spec(run: Run, shape: ModelShape, plan: Plan, device: str, chosen: Pre
     options = asdict(run.backend.torchair) if backend == "torchair" else run.backend.inductor
     threads = run.threads or min(torch.get_num_threads(), place.threads())
     return GraphSpec(shape, plan.page_size, plan.num_pages, plan.num_image_pages, chosen.store, chosen.compute, backend,
-                     device, threads, run.tp, kind_of(run, device, place), run.deterministic,
-                     tuple(sorted(options.items())), place.rank)
+                     device, threads, run.tp, kind_of(run, device, place), "native" if run.backend.kernels == "native" else "plain",
+                     run.deterministic, tuple(sorted(options.items())), place.rank)
 
 
 def graph_store(run: Run) -> GraphStore:
@@ -111,6 +111,8 @@ class Rank:
         if name == "cpu" and place.local_world > 1 and spec.threads <= len(place.cores()):
             os.sched_setaffinity(0, place.cores())
         torch.set_num_threads(spec.threads)
+        if spec.kernels == "native":
+            load_kernels(graphs.written)
         self.collectives = Collectives(spec.collectives, place, store, segment, run.timeout, name, graphs.written)
         self._done = 0
         whole = elements(shape, self.shard) * self.precision.store.itemsize
@@ -127,7 +129,7 @@ class Rank:
             lowering.cast_to_nz(self.weights)
         # Zeros, since a masked key still takes part with weight 0, and 0 * NaN is NaN.
         self.pages, self.image_pages = spec.pages(_zeros)
-        self.ops = ranked(place.world, spec.collectives)
+        self.ops = ops_of(spec)
         self.gather = gather_in(HOST_GROUP, place.world) if on_npu and place.world > 1 else self.ops.all_gather
         kind = LoadedNpu if on_npu else Loaded
         self.graphs = kind(spec, self.weights, (self.pages, self.image_pages), self.ops, graphs, progress.say)
@@ -180,6 +182,14 @@ class Rank:
         return [Token(ids[i]) if s.logprobs is None else
                 Token(ids[i], own[i], tuple(top_ids[i][:s.logprobs]), tuple(top[i][:s.logprobs]))
                 for i, s in enumerate(chosen)]
+
+
+def load_kernels(folder: Path) -> None:
+    """A CPU's kernels, built into the graph store's folder if they are not there. Raises UserError where they can't be."""
+    try:
+        native.load("kernels", folder)
+    except native.BuildError as error:
+        raise UserError(f"{error} Or use backend.kernels=plain.") from error
 
 
 def start_npu(name: str, index: int, chosen: Precision) -> None:

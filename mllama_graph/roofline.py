@@ -72,14 +72,14 @@ def step_bytes(shape: ModelShape, images: bool, tokens: int, image_tokens: int, 
     return weights * weight_width + (self_kv + image_kv) * page_width
 
 
-def bucket_cost(shape: ModelShape, page_size: int, bucket: Bucket) -> float:
+def bucket_cost(shape: ModelShape, page_size: int, bucket: Bucket, weight_width: int = 4) -> float:
     """A relative cost of a bucket: the larger of its bytes and its scaled operations. Only orders buckets."""
     if bucket.phase == "vision":
         return 1.0
     images = bucket.image_pages > 0
     keys = bucket.rows * bucket.pages * page_size
     image_keys = bucket.rows * bucket.image_pages * page_size
-    read = step_bytes(shape, images, keys, image_keys, 4, 4)
+    read = step_bytes(shape, images, keys, image_keys, weight_width, 4)
     parts = sizes(shape)
     dense = parts.self_layers + (parts.cross_layers if images else 0)
     attended = (bucket.pages * page_size + (bucket.tokens if bucket.phase == "prefill" else 0),

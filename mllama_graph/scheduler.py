@@ -246,7 +246,7 @@ class Scheduler:
             entry = self.images[image.key]
             if not entry.encoded:
                 return self._issue(VisionStep(image, tuple(entry.pages)), [sequence])
-        count = min(sequence.length - sequence.computed, self.plan.prefill_tokens[-1])
+        count = self.plan.chunk(sequence.length - sequence.computed)
         row = self._row(sequence, count)
         return self._issue(PrefillStep(row, sample=sequence.computed + count == sequence.length), [sequence])
 

@@ -173,7 +173,8 @@ class Ranks:
         self._followers.confirmed()
         self.graphs = Graphs(
             self.rank.spec, self.rank.graphs.store, plan.buckets(),
-            cost=lambda bucket: bucket_cost(shape, plan.page_size, bucket), reuse=1.0 if run.deterministic else run.plan.reuse,
+            cost=lambda bucket: bucket_cost(shape, plan.page_size, bucket, self.rank.precision.store.itemsize),
+            reuse=1.0 if run.deterministic else run.plan.reuse,
             mode="wait" if run.deterministic and run.plan.compile == "background" else run.plan.compile,
             say=progress.say, compile=lambda bucket: self._followers.send(Compile(bucket)), load=self._load)
 

@@ -1,4 +1,4 @@
-"""C++ operators: collectives of ranks on one CPU host, and a runner of packages that frees the interpreter.
+"""C++ operators: a CPU's kernels, collectives of ranks on one CPU host, and a runner of packages that frees the interpreter.
 
 A library is built by the machine's own compiler when it is first needed, once, into the folder of the graph store:
 
@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Optional
 
 SOURCE = Path(__file__).parent
-# What is linked, beside the flags that all libraries share. `collectives` uses torch's stable ABI alone.
+# Flags beside those that all libraries share. `kernels` and `collectives` use torch's stable ABI alone.
 LIBRARIES = {
+    "kernels": ("-O3", "-DTORCH_TARGET_VERSION=0x020d000000000000"),
     "collectives": ("-O3", "-DTORCH_TARGET_VERSION=0x020d000000000000"),
     "runner": ("-O1",),
 }
@@ -38,7 +39,7 @@ class BuildError(RuntimeError):
 def load(name: str, folder: Path) -> None:
     """Make the operators of a library available as torch.ops.mllama_graph.*, with what tracing needs to know of them.
 
-    `name` is "collectives" or "runner"; `folder` is the graph store's. Loading twice is loading once. Where the folder
+    `name` is one of LIBRARIES; `folder` is the graph store's. Loading twice is loading once. Where the folder
     can't be written the library lasts as long as the process. Raises BuildError.
     """
     import torch
@@ -46,9 +47,8 @@ def load(name: str, folder: Path) -> None:
     if name in _loaded:
         return
     torch.ops.load_library(str(build(name, folder)))
-    if name == "collectives":
-        torch.library.register_fake("mllama_graph::all_reduce", _traced_all_reduce)
-        torch.library.register_fake("mllama_graph::all_gather", _traced_all_gather)
+    for operator, traced in _TRACED[name].items():
+        torch.library.register_fake(f"mllama_graph::{operator}", traced)
     _loaded.add(name)
 
 
@@ -132,6 +132,14 @@ def compiler_command() -> list[str]:
     return [found, *command[1:]]
 
 
+def has_compiler() -> bool:
+    """Whether a library could be built here."""
+    try:
+        return bool(compiler_command())
+    except BuildError:
+        return False
+
+
 def compiler_version(compiler: list[str]) -> str:
     """What a compiler says of itself: part of the key of all that it builds."""
     return subprocess.run([*compiler, "--version"], capture_output=True, text=True, errors="replace").stdout
@@ -188,3 +196,20 @@ def _traced_all_gather(x):
     if _world is None:
         raise RuntimeError("the number of ranks is not known: declare(world) or attach first")
     return x.new_empty((_world, *x.shape))
+
+
+def _traced_linear(x, weight, bias):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _traced_attention(q, *others):
+    return q.new_empty(q.shape)
+
+
+# What tracing needs to know of a library's operators: the shapes of their results.
+_TRACED = {
+    "kernels": {"linear": _traced_linear} | {
+        f"attend_{what}": _traced_attention for what in ("prompt", "pages", "image", "tiles")},
+    "collectives": {"all_reduce": _traced_all_reduce, "all_gather": _traced_all_gather},
+    "runner": {},
+}

@@ -18,10 +18,10 @@ GROUP = "tensor_parallel"
 HOST_GROUP = "tensor_parallel_host"
 
 
-def ranked(world: int, collectives: str) -> Ops:
+def ranked(world: int, collectives: str, base: Ops = PLAIN) -> Ops:
     """The operations of one of `world` ranks. The same for all of them, so that they share their graphs."""
     if world == 1:
-        return PLAIN
+        return base
     if collectives == "shared_memory":
         all_reduce, all_gather = _shared_all_reduce, _shared_all_gather
     else:
@@ -34,7 +34,7 @@ def ranked(world: int, collectives: str) -> Ops:
         x_TD = F.embedding(torch.where(held_T, row_T, 0), leaf.weight)
         return all_reduce(torch.where(held_T[:, None], x_TD, 0))
 
-    return replace(PLAIN, embed=embed, all_reduce=all_reduce, all_gather=all_gather)
+    return replace(base, embed=embed, all_reduce=all_reduce, all_gather=all_gather)
 
 
 def _shared_all_reduce(x: Tensor) -> Tensor:

@@ -1,0 +1,691 @@
+// Kernels of a CPU's decode steps: products of a few rows with a weight, and attention over pages.
+//
+// Both are bound by memory: a weight or a key is read once from memory, whatever number of rows use it, and widened on
+// the way where it is stored in 16 bits. Vectors are the compiler's own (GCC and Clang), as wide as the machine's.
+//
+// Sums are formed in one order, whatever the number of rows, of threads and of the padding around them: a row's result
+// has the same bits alone and in a batch.
+//
+// Built on torch's stable ABI; threads are those of torch.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Vector __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Integers __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+[[noreturn]] void fail(const std::string& text) { throw std::runtime_error(text); }
+
+// ---- Loads that widen ----
+
+inline float widen(float x) { return x; }
+
+inline float widen(BFloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+
+inline float widen(Float16 x) {
+  _Float16 half;
+  std::memcpy(&half, &x.bits, sizeof half);
+  return static_cast<float>(half);
+}
+
+inline Vector load(const float* from) {
+  Vector x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+
+inline Vector load(const BFloat16* from) {
+  Halves halves;
+  std::memcpy(&halves, from, sizeof halves);
+  return reinterpret_cast<Vector>(__builtin_convertvector(halves, Integers) << 16);
+}
+
+inline Vector load(const Float16* from) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vector>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+#elif defined(__F16C__)
+  return reinterpret_cast<Vector>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#else
+  Vector x;
+  for (int lane = 0; lane < kLanes; lane++) x[lane] = widen(from[lane]);
+  return x;
+#endif
+}
+
+// The first `count` elements, and zeros.
+template <class Element>
+inline Vector load(const Element* from, int64_t count) {
+  Element part[kLanes] = {};
+  std::memcpy(part, from, count * sizeof(Element));
+  return load(part);
+}
+
+// a * b + c, rounded once where the machine can. Named, since compilers fuse or not as they see fit.
+inline Vector multiply_add(Vector a, Vector b, Vector c) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vector>(_mm512_fmadd_ps(a, b, c));
+#elif defined(__FMA__)
+  return reinterpret_cast<Vector>(_mm256_fmadd_ps(a, b, c));
+#elif defined(__aarch64__)
+  return reinterpret_cast<Vector>(vfmaq_f32(c, a, b));
+#else
+  return a * b + c;
+#endif
+}
+
+inline void store(float* to, Vector x) { std::memcpy(to, &x, sizeof x); }
+
+// The sum of a vector's lanes, in halves.
+inline float total(Vector x) {
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int lane = 0; lane < half; lane++) x[lane] += x[lane + half];
+  return x[0];
+}
+
+// ---- A few rows times a weight ----
+
+// Columns of x and of the weight that are worked through at a time: what is reused stays in the first-level cache.
+constexpr int64_t kDepth = 512;
+// Rows of x that are read together at most, and rows of the weight for so many: products of both fill the registers.
+constexpr int kRows = 4;
+constexpr int kOutputs[kRows + 1] = {0, 8, 6, 4, 3};
+// Rows of the weight that pass over one piece of x.
+constexpr int kGroup = 24;
+// Bytes of a weight that are worth a thread.
+constexpr int64_t kGrainBytes = 1 << 16;
+
+// Adds to sums[o][t] the products of O rows of w with T rows of x over `depth` columns. `next` are the O rows of w that
+// are wanted after these, if any: they are called for in time.
+template <int O, int T, class W>
+inline void multiply(const W* w, int64_t w_stride, const float* x, int64_t x_stride, int64_t depth, bool first,
+                     Vector* sums, int64_t sums_stride, const W* next, int64_t next_step) {
+  Vector sum[O][T];
+  for (int o = 0; o < O; o++)
+    for (int t = 0; t < T; t++) sum[o][t] = first ? Vector{} : sums[o * sums_stride + t];
+  for (int64_t i = 0; i < depth; i += kLanes) {
+    Vector wide[O];
+    if (next) {
+#pragma GCC unroll 8
+      for (int o = 0; o < O; o++) __builtin_prefetch(next + o * w_stride, 0, 3);
+      next += next_step;
+    }
+#pragma GCC unroll 8
+    for (int o = 0; o < O; o++) wide[o] = load(w + o * w_stride + i);
+#pragma GCC unroll 4
+    for (int t = 0; t < T; t++) {
+      const Vector row = load(x + t * x_stride + i);
+#pragma GCC unroll 8
+      for (int o = 0; o < O; o++) sum[o][t] = multiply_add(wide[o], row, sum[o][t]);
+    }
+  }
+  for (int o = 0; o < O; o++)
+    for (int t = 0; t < T; t++) sums[o * sums_stride + t] = sum[o][t];
+}
+
+// The same for `outputs` rows of w, at most kGroup, O at a time, and any number of rows of x, T at a time.
+template <int O, int T, class W>
+void multiply_group(const W* w, int64_t w_stride, const float* x, int64_t x_stride, int64_t depth, bool first,
+                    Vector* sums, int outputs, int64_t rows, const W* next) {
+  int o = 0;
+  const auto all_rows = [&](auto count, const W* wanted) {
+    constexpr int kCount = decltype(count)::value;
+    const W* from = w + o * w_stride;
+    int64_t t = 0;
+    const int64_t step = std::max<int64_t>(1, kLanes * T / rows), ahead = step * (depth / kLanes);
+    const auto where = [&] { return wanted ? wanted + std::min(t / T * ahead, depth) : wanted; };
+    for (; t + T <= rows; t += T)
+      multiply<kCount, T>(from, w_stride, x + t * x_stride, x_stride, depth, first, sums + o * rows + t, rows, where(), step);
+    for (; t < rows; t++)
+      multiply<kCount, 1>(from, w_stride, x + t * x_stride, x_stride, depth, first, sums + o * rows + t, rows, where(), step);
+  };
+  for (; o + O <= outputs; o += O)
+    all_rows(std::integral_constant<int, O>{}, !next ? nullptr : o + 2 * O <= outputs ? w + (o + O) * w_stride : next);
+  for (; o < outputs; o++) all_rows(std::integral_constant<int, 1>{}, static_cast<const W*>(nullptr));
+}
+
+template <int O, int T, class W>
+void linear_rows(const float* x, const W* w, const W* bias, float* y, int64_t rows, int64_t inputs, int64_t outputs,
+                 int64_t from, int64_t to) {
+  const int64_t whole = inputs / kLanes * kLanes, rest = inputs - whole;
+  const int64_t most = rows > T ? kDepth : whole;
+  std::vector<Vector> sums(kGroup * rows);
+  for (int64_t o = from; o < to; o += kGroup) {
+    const int group = static_cast<int>(std::min<int64_t>(kGroup, to - o));
+    for (int64_t i = 0; i < whole; i += most) {
+      const int64_t depth = std::min(most, whole - i);
+      const W* piece = w + o * inputs + i;
+      const W* next = i + depth < whole ? piece + depth : o + 2 * group <= outputs ? w + (o + group) * inputs : nullptr;
+      multiply_group<O, T>(piece, inputs, x + i, inputs, depth, i == 0, sums.data(), group, rows, next);
+    }
+    for (int row = 0; row < group; row++) {
+      for (int64_t t = 0; t < rows; t++) {
+        Vector sum = whole ? sums[row * rows + t] : Vector{};
+        if (rest)
+          sum = multiply_add(load(w + (o + row) * inputs + whole, rest), load(x + t * inputs + whole, rest), sum);
+        y[t * outputs + o + row] = total(sum) + (bias ? widen(bias[o + row]) : 0.0f);
+      }
+    }
+  }
+}
+
+template <class W>
+void linear_of(const Tensor& x, const Tensor& weight, const Tensor* bias, const Tensor& y) {
+  const int64_t outputs = weight.size(0), inputs = weight.size(1), rows = y.numel() / std::max<int64_t>(outputs, 1);
+  const auto* w = static_cast<const W*>(weight.const_data_ptr());
+  const auto* b = bias ? static_cast<const W*>(bias->const_data_ptr()) : nullptr;
+  const auto* from = static_cast<const float*>(x.const_data_ptr());
+  auto* to = static_cast<float*>(y.mutable_data_ptr());
+  const int64_t grain = std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, inputs * sizeof(W)));
+  torch::stable::parallel_for(0, outputs, grain, [&](int64_t first, int64_t last) {
+    switch (rows) {
+      case 1: return linear_rows<8, 1>(from, w, b, to, rows, inputs, outputs, first, last);
+      case 2: return linear_rows<6, 2>(from, w, b, to, rows, inputs, outputs, first, last);
+      case 3: return linear_rows<4, 3>(from, w, b, to, rows, inputs, outputs, first, last);
+      default: return linear_rows<3, 4>(from, w, b, to, rows, inputs, outputs, first, last);
+    }
+  });
+}
+
+// y = x w' + bias: x (..., I) fp32; w (O, I) and bias (O) fp32, bf16 or fp16.
+Tensor linear(Tensor given, Tensor weight, std::optional<Tensor> bias) {
+  const Tensor x = torch::stable::contiguous(given);
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  if (x.scalar_type() != ScalarType::Float || weight.dim() != 2 || !weight.is_contiguous() || sizes.empty() ||
+      sizes.back() != weight.size(1) || (bias && bias->scalar_type() != weight.scalar_type()))
+    fail("linear takes x (..., I) in float32, a contiguous weight (O, I) and a bias (O) of the weight's dtype");
+  sizes.back() = weight.size(0);
+  Tensor y = torch::stable::new_empty(x, sizes);
+  const Tensor* b = bias ? &*bias : nullptr;
+  switch (weight.scalar_type()) {
+    case ScalarType::Float: linear_of<float>(x, weight, b, y); break;
+    case ScalarType::BFloat16: linear_of<BFloat16>(x, weight, b, y); break;
+    case ScalarType::Half: linear_of<Float16>(x, weight, b, y); break;
+    default: fail("linear takes weights of float32, bfloat16 and float16");
+  }
+  return y;
+}
+
+// ---- Attention over pages ----
+
+// Tokens that a thread takes at a time, and that are scored together.
+constexpr int64_t kSplit = 512;
+constexpr int kTokens = 16;
+// Up to so many rows of a sequence read its pages each for itself.
+constexpr int64_t kFewRows = 4;
+
+// e to each lane, to 2 units in the last place; what is below 1e-37 is 0.
+inline Vector exponential(Vector x) {
+  constexpr float kMagic = 12582912.0f;  // adding it rounds to a whole number
+  const Integers tiny = x < -87.0f;
+  const Vector whole = x * 1.44269504f + kMagic - kMagic;
+  Vector rest = multiply_add(whole, Vector{} - 0.693359375f, x);
+  rest = multiply_add(whole, Vector{} + 2.12194440e-4f, rest);
+  Vector power = Vector{} + 1.9875691500e-4f;
+  for (const float factor : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+    power = multiply_add(power, rest, Vector{} + factor);
+  power = multiply_add(power, rest * rest, rest + 1.0f);
+  const Integers bits = reinterpret_cast<Integers>(power) + (__builtin_convertvector(whole, Integers) << 23);
+  return reinterpret_cast<Vector>(bits & ~tiny);
+}
+
+struct Heads {
+  int64_t queries, keys, width;
+  int64_t group() const { return queries / keys; }
+};
+
+// What one query row makes of some tokens: for each of its heads the largest score, the sum of the weights and the
+// weighted sum of the values.
+struct Partial {
+  float* largest;
+  float* sum;
+  float* values;
+};
+
+// Adds `tokens` tokens, at most kTokens, whose keys and values lie at k and v.
+template <int G>
+void attend_tokens(const float* q, const float* k, const float* v, int tokens, const Heads& heads, float scale,
+                   Partial out) {
+  const int64_t stride = heads.keys * heads.width, whole = heads.width / kLanes * kLanes;
+  alignas(64) float weights[G][kTokens];
+  Vector sums[kTokens * G];
+  multiply_group<kOutputs[G], G, float>(k, stride, q, heads.width, whole, true, sums, tokens, G, nullptr);
+  for (int g = 0; g < G; g++) {
+    float largest = out.largest[g];
+    for (int i = 0; i < kTokens; i++) {
+      float score = -std::numeric_limits<float>::infinity();
+      if (i < tokens) {
+        score = whole ? total(sums[i * G + g]) : 0.0f;
+        for (int64_t h = whole; h < heads.width; h++) score = std::fma(k[i * stride + h], q[g * heads.width + h], score);
+        score *= scale;
+      }
+      weights[g][i] = score;
+      largest = std::max(largest, score);
+    }
+    const float shrink = exponential(Vector{} + (out.largest[g] - largest))[0];
+    Vector sum{};
+    for (int i = 0; i < kTokens; i += kLanes) {
+      const Vector weight = exponential(load(weights[g] + i) - largest);
+      store(weights[g] + i, weight);
+      sum += weight;
+    }
+    out.sum[g] = out.sum[g] * shrink + total(sum);
+    out.largest[g] = largest;
+    float* values = out.values + g * heads.width;
+    if (shrink != 1.0f)
+      for (int64_t h = 0; h < heads.width; h++) values[h] *= shrink;
+  }
+  for (int64_t h = 0; h < whole; h += kLanes) {
+    Vector sum[G];
+    for (int g = 0; g < G; g++) sum[g] = load(out.values + g * heads.width + h);
+    for (int i = 0; i < tokens; i++) {
+      const Vector value = load(v + i * stride + h);
+      for (int g = 0; g < G; g++) sum[g] = multiply_add(Vector{} + weights[g][i], value, sum[g]);
+    }
+    for (int g = 0; g < G; g++) store(out.values + g * heads.width + h, sum[g]);
+  }
+  for (int64_t h = whole; h < heads.width; h++)
+    for (int g = 0; g < G; g++)
+      for (int i = 0; i < tokens; i++)
+        out.values[g * heads.width + h] =
+            std::fma(weights[g][i], v[i * stride + h], out.values[g * heads.width + h]);
+}
+
+// The same for any number of query heads to a key head, at most kRows at a time.
+void attend_group(const float* q, const float* k, const float* v, int tokens, const Heads& heads, float scale,
+                  Partial out) {
+  for (int64_t g = 0; g < heads.group(); g += kRows) {
+    const auto call = [&](auto some) {
+      attend_tokens<decltype(some)::value>(q + g * heads.width, k, v, tokens, heads, scale,
+                                           {out.largest + g, out.sum + g, out.values + g * heads.width});
+    };
+    switch (std::min<int64_t>(kRows, heads.group() - g)) {
+      case 1: call(std::integral_constant<int, 1>{}); break;
+      case 2: call(std::integral_constant<int, 2>{}); break;
+      case 3: call(std::integral_constant<int, 3>{}); break;
+      default: call(std::integral_constant<int, 4>{});
+    }
+  }
+}
+
+// Tokens of one query row, within a page.
+struct Piece {
+  int64_t page, tokens;
+};
+
+// Some pieces of one row, a thread's work; its partial result has the number of the task.
+struct Task {
+  int64_t row;
+  std::vector<Piece> pieces;
+};
+
+// q (T, Q, H) against the tokens that `seen(row, entry)` counts in entry `entry` of the row's table (B, J).
+template <class Seen>
+Tensor attend(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages, const Tensor& table, double scale,
+              const Seen& seen) {
+  const int64_t rows = q.size(0), B = table.size(0), J = table.size(1), page = k_pages.size(1);
+  const Heads heads{q.size(1), k_pages.size(2), q.size(2)};
+  for (const Tensor* x : {&q, &k_pages, &v_pages})
+    if (x->scalar_type() != ScalarType::Float || !x->is_contiguous()) fail("attention takes contiguous float32");
+  if (k_pages.size(3) != heads.width || heads.queries % heads.keys || rows % B)
+    fail("attention takes q (T, Q, H), pages (N, P, K, H) and a table (B, J), Q a multiple of K and T of B");
+  const auto* tables = static_cast<const int32_t*>(table.const_data_ptr());
+
+  std::vector<Task> tasks;
+  std::vector<int64_t> first_task(rows + 1, 0);
+  for (int64_t row = 0; row < rows; row++) {
+    first_task[row] = static_cast<int64_t>(tasks.size());
+    int64_t room = 0;
+    for (int64_t j = 0; j < J; j++) {
+      const int64_t tokens = seen(row, j);
+      if (tokens <= 0) continue;
+      if (room < tokens) {
+        tasks.push_back({row, {}});
+        room = std::max(kSplit, page);
+      }
+      tasks.back().pieces.push_back({tables[row / (rows / B) * J + j], tokens});
+      room -= tokens;
+    }
+  }
+  first_task[rows] = static_cast<int64_t>(tasks.size());
+
+  const auto* queries = static_cast<const float*>(q.const_data_ptr());
+  const auto* keys = static_cast<const float*>(k_pages.const_data_ptr());
+  const auto* values = static_cast<const float*>(v_pages.const_data_ptr());
+  // A task's partial result: the largest scores, the sums, the values.
+  const int64_t width = heads.queries * (heads.width + 2), token = heads.keys * heads.width;
+  std::vector<float> partials(tasks.size() * width, 0.0f);
+  const auto partial = [&](int64_t task) {
+    float* at = partials.data() + task * width;
+    return Partial{at, at + heads.queries, at + 2 * heads.queries};
+  };
+  torch::stable::parallel_for(0, static_cast<int64_t>(tasks.size()), 1, [&](int64_t from, int64_t to) {
+    for (int64_t task = from; task < to; task++) {
+      const Partial out = partial(task);
+      std::fill_n(out.largest, heads.queries, -std::numeric_limits<float>::infinity());
+      const float* row = queries + tasks[task].row * heads.queries * heads.width;
+      for (const Piece& piece : tasks[task].pieces) {
+        for (int64_t i = 0; i < piece.tokens; i += kTokens) {
+          const int some = static_cast<int>(std::min<int64_t>(kTokens, piece.tokens - i));
+          const int64_t at = (piece.page * page + i) * token;
+          for (int64_t head = 0; head < heads.keys; head++) {
+            const int64_t h = head * heads.width, g = head * heads.group();
+            attend_group(row + g * heads.width, keys + at + h, values + at + h, some, heads, static_cast<float>(scale),
+                         {out.largest + g, out.sum + g, out.values + g * heads.width});
+          }
+        }
+      }
+    }
+  });
+
+  Tensor y = torch::stable::new_empty(q, q.sizes());
+  auto* results = static_cast<float*>(y.mutable_data_ptr());
+  for (int64_t row = 0; row < rows; row++) {
+    for (int64_t head = 0; head < heads.queries; head++) {
+      float* result = results + (row * heads.queries + head) * heads.width;
+      std::fill_n(result, heads.width, 0.0f);
+      float largest = -std::numeric_limits<float>::infinity(), sum = 0;
+      for (int64_t task = first_task[row]; task < first_task[row + 1]; task++)
+        largest = std::max(largest, partial(task).largest[head]);
+      for (int64_t task = first_task[row]; task < first_task[row + 1]; task++) {
+        const Partial part = partial(task);
+        const float factor = std::exp(part.largest[head] - largest);
+        sum += part.sum[head] * factor;
+        for (int64_t h = 0; h < heads.width; h++) result[h] += part.values[head * heads.width + h] * factor;
+      }
+      // A row that sees nothing keeps zeros.
+      for (int64_t h = 0; h < heads.width && sum > 0; h++) result[h] /= sum;
+    }
+  }
+  return y;
+}
+
+// ---- Attention of many rows ----
+
+// Query rows (of all heads that share a key head) and tokens that are worked through at a time.
+constexpr int64_t kQueries = 128, kKeys = 48;
+
+// c += a b for a tile of R rows and V vectors of columns.
+template <int R, int V>
+inline void multiply_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth, float* c,
+                          int64_t c_stride) {
+  Vector sum[R][V];
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < V; v++) sum[r][v] = load(c + r * c_stride + v * kLanes);
+  for (int64_t i = 0; i < depth; i++) {
+    Vector column[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) column[v] = load(b + i * b_stride + v * kLanes);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+      const Vector one = Vector{} + a[r * a_stride + i];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v++) sum[r][v] = multiply_add(one, column[v], sum[r][v]);
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < V; v++) store(c + r * c_stride + v * kLanes, sum[r][v]);
+}
+
+// c (rows, columns) += a (rows, depth) b (depth, columns); columns are a multiple of kLanes.
+void multiply_matrix(const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride,
+                     int64_t rows, int64_t columns, int64_t depth) {
+  for (int64_t left = columns / kLanes, v = 0; left > 0;) {
+    const auto tiles = [&](auto some) {
+      constexpr int V = decltype(some)::value;
+      const float* from = b + v * kLanes;
+      float* to = c + v * kLanes;
+      int64_t r = 0;
+      for (; r + 4 <= rows; r += 4)
+        multiply_tile<4, V>(a + r * a_stride, a_stride, from, b_stride, depth, to + r * c_stride, c_stride);
+      for (; r < rows; r++)
+        multiply_tile<1, V>(a + r * a_stride, a_stride, from, b_stride, depth, to + r * c_stride, c_stride);
+      v += V, left -= V;
+    };
+    if (left == 1) tiles(std::integral_constant<int, 1>{});
+    else if (left == 2 || left == 4) tiles(std::integral_constant<int, 2>{});
+    else tiles(std::integral_constant<int, 3>{});
+  }
+}
+
+// The tokens that a set of rows attends to, in order: where the first head's key and value of each lie.
+struct Tokens {
+  std::vector<const float*> keys, values;
+  void add(const float* k, const float* v) {
+    keys.push_back(k);
+    values.push_back(v);
+  }
+};
+
+// A query row sees the tokens from `first` to before `last`.
+struct Seen {
+  int64_t first, last;
+};
+
+// q (T, Q, H) against `tokens`, of which row t sees seen[t]. A row that sees none gets zeros.
+void attend_rows(const float* q, float* out, int64_t rows, const Heads& heads, const Tokens& tokens,
+                 const std::vector<Seen>& seen, float scale) {
+  const int64_t G = heads.group(), H = heads.width, wide = (H + kLanes - 1) / kLanes * kLanes;
+  const int64_t count = static_cast<int64_t>(tokens.keys.size()), blocks = (rows * G + kQueries - 1) / kQueries;
+  torch::stable::parallel_for(0, heads.keys * blocks, 1, [&](int64_t from, int64_t to) {
+    std::vector<float> query(kQueries * H), key(H * kKeys), value(kKeys * wide), weight(kQueries * kKeys);
+    std::vector<float> sum_of_values(kQueries * wide), largest(kQueries), sum(kQueries);
+    for (int64_t task = from; task < to; task++) {
+      const int64_t head = task / blocks, row = task % blocks * kQueries;
+      const int64_t some = std::min(kQueries, rows * G - row);
+      int64_t first = count, last = 0;
+      for (int64_t r = 0; r < some; r++) {
+        const int64_t t = (row + r) / G, g = (row + r) % G;
+        const float* from_row = q + (t * heads.queries + head * G + g) * H;
+        for (int64_t h = 0; h < H; h++) query[r * H + h] = from_row[h] * scale;
+        first = std::min(first, seen[t].first);
+        last = std::max(last, seen[t].last);
+      }
+      std::fill(largest.begin(), largest.end(), -std::numeric_limits<float>::infinity());
+      std::fill(sum.begin(), sum.end(), 0.0f);
+      std::fill(sum_of_values.begin(), sum_of_values.end(), 0.0f);
+      // Blocks begin at multiples of kKeys, whatever rows there are.
+      for (int64_t start = first / kKeys * kKeys; start < std::min(last, count); start += kKeys) {
+        const int64_t held = std::min(kKeys, count - start);
+        for (int64_t i = 0; i < kKeys; i++) {
+          const int64_t token = start + std::min(i, held - 1);
+          const float* k = tokens.keys[token] + head * H;
+          for (int64_t h = 0; h < H; h++) key[h * kKeys + i] = k[h];
+          std::memcpy(value.data() + i * wide, tokens.values[token] + head * H, H * sizeof(float));
+        }
+        std::fill(weight.begin(), weight.begin() + some * kKeys, 0.0f);
+        multiply_matrix(query.data(), H, key.data(), kKeys, weight.data(), kKeys, some, kKeys, H);
+        for (int64_t r = 0; r < some; r++) {
+          const Seen& sees = seen[(row + r) / G];
+          float* w = weight.data() + r * kKeys;
+          const int64_t begin = std::max<int64_t>(0, sees.first - start);
+          const int64_t end = std::min(held, sees.last - start);
+          for (int64_t i = 0; i < begin && i < kKeys; i++) w[i] = -std::numeric_limits<float>::infinity();
+          for (int64_t i = std::max<int64_t>(0, end); i < kKeys; i++) w[i] = -std::numeric_limits<float>::infinity();
+          if (begin >= end) {
+            std::fill_n(w, kKeys, 0.0f);
+            continue;
+          }
+          Vector most = load(w);
+          for (int64_t i = kLanes; i < kKeys; i += kLanes) {
+            const Vector next = load(w + i);
+            most = most > next ? most : next;
+          }
+          float top = largest[r];
+          for (int lane = 0; lane < kLanes; lane++) top = std::max(top, most[lane]);
+          Vector part{};
+          for (int64_t i = 0; i < kKeys; i += kLanes) {
+            const Vector e = exponential(load(w + i) - top);
+            store(w + i, e);
+            part += e;
+          }
+          if (top > largest[r]) {
+            const float shrink = exponential(Vector{} + (largest[r] - top))[0];
+            for (int64_t h = 0; h < wide; h += kLanes)
+              store(sum_of_values.data() + r * wide + h, load(sum_of_values.data() + r * wide + h) * shrink);
+            sum[r] *= shrink;
+            largest[r] = top;
+          }
+          sum[r] += total(part);
+        }
+        multiply_matrix(weight.data(), kKeys, value.data(), wide, sum_of_values.data(), wide, some, wide, kKeys);
+      }
+      for (int64_t r = 0; r < some; r++) {
+        float* result = out + ((row + r) / G * heads.queries + head * G + (row + r) % G) * H;
+        const float factor = sum[r] > 0 ? 1 / sum[r] : 0.0f;
+        for (int64_t h = 0; h < H; h++) result[h] = sum_of_values[r * wide + h] * factor;
+      }
+    }
+  });
+}
+
+const float* floats(const Tensor& x) {
+  if (x.scalar_type() != ScalarType::Float || !x.is_contiguous()) fail("attention takes contiguous float32");
+  return static_cast<const float*>(x.const_data_ptr());
+}
+
+Tensor attend_rows(const Tensor& q, int64_t key_heads, const Tokens& tokens, const std::vector<Seen>& seen,
+                   double scale) {
+  Tensor y = torch::stable::new_empty(q, q.sizes());
+  attend_rows(floats(q), static_cast<float*>(y.mutable_data_ptr()), q.size(0), {q.size(1), key_heads, q.size(2)}, tokens,
+              seen, static_cast<float>(scale));
+  return y;
+}
+
+// Row t sees `past` tokens of the table's pages and the first t + 1 rows of k and v.
+Tensor attend_prompt(Tensor q, Tensor given_k, Tensor given_v, Tensor k_pages, Tensor v_pages, Tensor table, Tensor past,
+                     double scale) {
+  const Tensor k = torch::stable::contiguous(given_k), v = torch::stable::contiguous(given_v);
+  const auto* entries = static_cast<const int32_t*>(table.const_data_ptr());
+  const int64_t page = k_pages.size(1), rows = q.size(0), token = k.size(1) * k.size(2);
+  const int64_t earlier = std::min<int64_t>(*static_cast<const int32_t*>(past.const_data_ptr()), table.size(0) * page);
+  Tokens tokens;
+  for (int64_t i = 0; i < earlier; i++) {
+    const int64_t at = (entries[i / page] * page + i % page) * token;
+    tokens.add(floats(k_pages) + at, floats(v_pages) + at);
+  }
+  std::vector<Seen> seen;
+  for (int64_t t = 0; t < rows; t++) {
+    tokens.add(floats(k) + t * token, floats(v) + t * token);
+    seen.push_back({0, earlier + t + 1});
+  }
+  return attend_rows(torch::stable::contiguous(q), k.size(1), tokens, seen, scale);
+}
+
+// All rows see all rows, but padding does not see padding.
+Tensor attend_tiles(Tensor q, Tensor given_k, Tensor given_v, Tensor pad, double scale) {
+  const Tensor k = torch::stable::contiguous(given_k), v = torch::stable::contiguous(given_v);
+  const auto* padding = static_cast<const bool*>(pad.const_data_ptr());
+  const int64_t rows = q.size(0), token = k.size(1) * k.size(2);
+  Tokens tokens;
+  for (const bool wanted : {false, true})
+    for (int64_t s = 0; s < rows; s++)
+      if (padding[s] == wanted) tokens.add(floats(k) + s * token, floats(v) + s * token);
+  const int64_t real = std::count(padding, padding + rows, false);
+  std::vector<Seen> seen;
+  for (int64_t s = 0; s < rows; s++) seen.push_back({0, padding[s] ? real : rows});
+  return attend_rows(torch::stable::contiguous(q), k.size(1), tokens, seen, scale);
+}
+
+// attend_image for one sequence of many rows.
+Tensor attend_image_rows(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages, const Tensor& table,
+                         const int32_t* fills, const int32_t* sees, double scale) {
+  const auto* entries = static_cast<const int32_t*>(table.const_data_ptr());
+  const int64_t page = k_pages.size(1), token = k_pages.size(2) * k_pages.size(3), J = table.size(1);
+  Tokens tokens;
+  std::vector<int64_t> start;
+  for (int64_t j = 0; j <= J; j++) {
+    start.push_back(static_cast<int64_t>(tokens.keys.size()));
+    for (int64_t i = 0; j < J && i < fills[j]; i++) {
+      const int64_t at = (entries[j] * page + i) * token;
+      tokens.add(floats(k_pages) + at, floats(v_pages) + at);
+    }
+  }
+  std::vector<Seen> seen;
+  for (int64_t t = 0; t < q.size(0); t++) seen.push_back({start[sees[2 * t]], start[sees[2 * t + 1]]});
+  return attend_rows(q, k_pages.size(2), tokens, seen, scale);
+}
+
+// Row i of R = T / B rows of a sequence sees its first length - R + 1 + i tokens.
+Tensor attend_pages(Tensor q, Tensor k_pages, Tensor v_pages, Tensor table, Tensor length, double scale) {
+  const auto* lengths = static_cast<const int32_t*>(length.const_data_ptr());
+  const int64_t R = q.size(0) / table.size(0), page = k_pages.size(1);
+  return attend(torch::stable::contiguous(q), k_pages, v_pages, table, scale, [=](int64_t row, int64_t j) {
+    return std::min(page, lengths[row / R] - R + 1 + row % R - j * page);
+  });
+}
+
+// Row t sees the first `fill` tokens of the table's entries see[0] .. see[1] - 1.
+Tensor attend_image(Tensor q, Tensor k_pages, Tensor v_pages, Tensor table, Tensor fill, Tensor see, double scale) {
+  const auto* fills = static_cast<const int32_t*>(fill.const_data_ptr());
+  const auto* sees = static_cast<const int32_t*>(see.const_data_ptr());
+  const int64_t R = q.size(0) / table.size(0), J = table.size(1);
+  if (table.size(0) == 1 && R > kFewRows)
+    return attend_image_rows(torch::stable::contiguous(q), k_pages, v_pages, table, fills, sees, scale);
+  return attend(torch::stable::contiguous(q), k_pages, v_pages, table, scale, [=](int64_t row, int64_t j) -> int64_t {
+    return sees[2 * row] <= j && j < sees[2 * row + 1] ? fills[row / R * J + j] : 0;
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mllama_graph, library) {
+  const std::vector<at::Tag> traceable{at::Tag::pt2_compliant_tag};
+  library.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", traceable);
+  library.def("attend_pages(Tensor q, Tensor k_pages, Tensor v_pages, Tensor table, Tensor length, float scale) -> Tensor",
+              traceable);
+  library.def("attend_prompt(Tensor q, Tensor k, Tensor v, Tensor k_pages, Tensor v_pages, Tensor table, Tensor past, "
+              "float scale) -> Tensor", traceable);
+  library.def("attend_tiles(Tensor q, Tensor k, Tensor v, Tensor pad, float scale) -> Tensor", traceable);
+  library.def("attend_image(Tensor q, Tensor k_pages, Tensor v_pages, Tensor table, Tensor fill, Tensor see, "
+              "float scale) -> Tensor", traceable);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mllama_graph, CPU, library) {
+  library.impl("linear", TORCH_BOX(&linear));
+  library.impl("attend_pages", TORCH_BOX(&attend_pages));
+  library.impl("attend_prompt", TORCH_BOX(&attend_prompt));
+  library.impl("attend_tiles", TORCH_BOX(&attend_tiles));
+  library.impl("attend_image", TORCH_BOX(&attend_image));
+}

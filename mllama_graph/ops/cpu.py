@@ -1,0 +1,48 @@
+"""The operations on a CPU that computes in fp32: plain.py's, with C++ kernels where memory or plain attention bounds them.
+
+The kernels are in mllama_graph/native/kernels.cpp; `native.load("kernels", folder)` comes before the first use. Every
+length is data there: a step costs what its tokens cost, whatever the bucket holds.
+"""
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mllama_graph.ops import plain
+from mllama_graph.ops.plain import PLAIN, Pages
+
+# Rows of x up to which the kernel beats a GEMM, by whether the weight must be widened first
+# (profiles/2026-11-25-cpu-speed).
+FEW_ROWS, FEW_WIDENED_ROWS = 64, 192
+
+
+def linear(x: Tensor, leaf) -> Tensor:
+    rows, few = x.numel() // x.shape[-1], FEW_ROWS if leaf.weight.dtype == x.dtype else FEW_WIDENED_ROWS
+    if rows <= few:
+        return torch.ops.mllama_graph.linear(x, leaf.weight, leaf.bias)
+    return F.linear(x, leaf.weight.to(x.dtype), None if leaf.bias is None else leaf.bias.to(x.dtype))
+
+
+def attend_prompt(q_TQH: Tensor, k_TKH: Tensor, v_TKH: Tensor, pages: Pages, table_J: Tensor | None,
+                  past_1: Tensor) -> Tensor:
+    if table_J is None:
+        return plain.attend_prompt(q_TQH, k_TKH, v_TKH, pages, table_J, past_1)
+    return torch.ops.mllama_graph.attend_prompt(q_TQH, k_TKH, v_TKH, *pages, table_J, past_1, q_TQH.shape[-1] ** -0.5)
+
+
+def attend_pages(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, len_B: Tensor) -> Tensor:
+    return torch.ops.mllama_graph.attend_pages(q_TQH, *pages, table_BJ, len_B, q_TQH.shape[-1] ** -0.5)
+
+
+def attend_image(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, fill_BJ: Tensor, see_T2: Tensor) -> Tensor:
+    return torch.ops.mllama_graph.attend_image(q_TQH, *pages, table_BJ, fill_BJ, see_T2, q_TQH.shape[-1] ** -0.5)
+
+
+def attend_tiles(q_SAH: Tensor, k_SAH: Tensor, v_SAH: Tensor, pad_S: Tensor) -> Tensor:
+    return torch.ops.mllama_graph.attend_tiles(q_SAH, k_SAH, v_SAH, pad_S, q_SAH.shape[-1] ** -0.5)
+
+
+CPU = replace(PLAIN, linear=linear, attend_prompt=attend_prompt, attend_pages=attend_pages, attend_image=attend_image,
+              attend_tiles=attend_tiles)
