@@ -33,9 +33,9 @@ def arguments(changes: dict[str, Any]) -> list[str]:
 
 
 def run_of(folder: Path, **changes: Any) -> Run:
-    """A Run on a checkpoint: eager and fp32 unless told; the names of PlanChoice go to its plan."""
+    """A Run on a checkpoint: eager, without kernels and fp32 unless told; the names of PlanChoice go to its plan."""
     plan = PlanChoice(**{f.name: changes.pop(f.name) for f in fields(PlanChoice) if f.name in changes})
-    backend = BackendChoice(changes.pop("backend", "eager"))
+    backend = BackendChoice(changes.pop("backend", "eager"), changes.pop("kernels", "plain"))
     limits = {"max_input_length": 300, "max_output_length": 100, "max_images": 4, "dtype": "fp32"}
     return Run(weights=str(folder), backend=backend, plan=plan, **(limits | changes))
 

@@ -95,6 +95,23 @@ def test_no_plan_changes_the_tokens(name, plan, checkpoint, requests, expected):
     assert holds_nothing(engine)
 
 
+@pytest.mark.parametrize("plan", [{}, PLANS["pages of 8"], PLANS["chunks of 50 across pages of 16"], PLANS["batch 3"]])
+@pytest.mark.parametrize("name", ["base", "cross_first", "adjacent", "half"])
+def test_kernels_give_the_same_tokens(name, plan, checkpoint, requests, expected):
+    # fp32 sums in another order, and no seed of these specs has a near tie.
+    engine = start(checkpoint(name), kernels="native", **({"batch": 8} | plan))
+    assert tokens_of(engine, few(requests, name)) == expected(name)
+    assert holds_nothing(engine)
+
+
+def test_kernels_read_weights_as_they_are_stored(checkpoint, requests):
+    # What is stored in 16 bits is widened exactly, so that the text is that of the same weights in fp32.
+    for name in ("cross_first", "half"):
+        wide, narrow = (start(checkpoint(name), kernels="native", batch=4, dtype=dtype) for dtype in ("fp32", "auto"))
+        assert narrow.ranks.rank.precision.store.itemsize == 2
+        assert tokens_of(narrow, few(requests, name)) == tokens_of(wide, few(requests, name))
+
+
 @pytest.mark.parametrize("name", ["base", "cross_first"])
 def test_preemption_does_not_change_the_tokens(name, checkpoint, requests, expected):
     # 400 tokens are the longest sequence: 25 pages of 16 hold one, and eight rows must fight for them.

@@ -102,6 +102,26 @@ inline Vector load(const Element* from, int64_t count) {
   return load(part);
 }
 
+// x in every lane.
+inline Vector splat(float x) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vector>(_mm512_set1_ps(x));
+#elif defined(__AVX__)
+  return reinterpret_cast<Vector>(_mm256_set1_ps(x));
+#else
+  return Vector{x, x, x, x};
+#endif
+}
+
+// Keeps x in a register: compilers would load it again for each of its uses.
+inline void keep(Vector& x) {
+#if defined(__x86_64__)
+  asm("" : "+x"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+}
+
 // a * b + c, rounded once where the machine can. Named, since compilers fuse or not as they see fit.
 inline Vector multiply_add(Vector a, Vector b, Vector c) {
 #if defined(__AVX512F__)
@@ -117,11 +137,17 @@ inline Vector multiply_add(Vector a, Vector b, Vector c) {
 
 inline void store(float* to, Vector x) { std::memcpy(to, &x, sizeof x); }
 
-// The sum of a vector's lanes, in halves.
+// The sum of a vector's lanes.
 inline float total(Vector x) {
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int lane = 0; lane < half; lane++) x[lane] += x[lane + half];
-  return x[0];
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(x);
+#elif defined(__AVX__)
+  __m128 sum = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+  return _mm_cvtss_f32(_mm_add_ss(sum, _mm_shuffle_ps(sum, sum, 1)));
+#else
+  return (x[0] + x[2]) + (x[1] + x[3]);
+#endif
 }
 
 // ---- A few rows times a weight ----
@@ -217,6 +243,7 @@ void linear_of(const Tensor& x, const Tensor& weight, const Tensor* bias, const 
   const auto* b = bias ? static_cast<const W*>(bias->const_data_ptr()) : nullptr;
   const auto* from = static_cast<const float*>(x.const_data_ptr());
   auto* to = static_cast<float*>(y.mutable_data_ptr());
+  if (!rows) return;
   const int64_t grain = std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, inputs * sizeof(W)));
   torch::stable::parallel_for(0, outputs, grain, [&](int64_t first, int64_t last) {
     switch (rows) {
@@ -260,11 +287,11 @@ inline Vector exponential(Vector x) {
   constexpr float kMagic = 12582912.0f;  // adding it rounds to a whole number
   const Integers tiny = x < -87.0f;
   const Vector whole = x * 1.44269504f + kMagic - kMagic;
-  Vector rest = multiply_add(whole, Vector{} - 0.693359375f, x);
-  rest = multiply_add(whole, Vector{} + 2.12194440e-4f, rest);
-  Vector power = Vector{} + 1.9875691500e-4f;
+  Vector rest = multiply_add(whole, splat(-0.693359375f), x);
+  rest = multiply_add(whole, splat(2.12194440e-4f), rest);
+  Vector power = splat(1.9875691500e-4f);
   for (const float factor : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
-    power = multiply_add(power, rest, Vector{} + factor);
+    power = multiply_add(power, rest, splat(factor));
   power = multiply_add(power, rest * rest, rest + 1.0f);
   const Integers bits = reinterpret_cast<Integers>(power) + (__builtin_convertvector(whole, Integers) << 23);
   return reinterpret_cast<Vector>(bits & ~tiny);
@@ -303,7 +330,7 @@ void attend_tokens(const float* q, const float* k, const float* v, int tokens, c
       weights[g][i] = score;
       largest = std::max(largest, score);
     }
-    const float shrink = exponential(Vector{} + (out.largest[g] - largest))[0];
+    const float shrink = exponential(splat(out.largest[g] - largest))[0];
     Vector sum{};
     for (int i = 0; i < kTokens; i += kLanes) {
       const Vector weight = exponential(load(weights[g] + i) - largest);
@@ -321,7 +348,7 @@ void attend_tokens(const float* q, const float* k, const float* v, int tokens, c
     for (int g = 0; g < G; g++) sum[g] = load(out.values + g * heads.width + h);
     for (int i = 0; i < tokens; i++) {
       const Vector value = load(v + i * stride + h);
-      for (int g = 0; g < G; g++) sum[g] = multiply_add(Vector{} + weights[g][i], value, sum[g]);
+      for (int g = 0; g < G; g++) sum[g] = multiply_add(splat(weights[g][i]), value, sum[g]);
     }
     for (int g = 0; g < G; g++) store(out.values + g * heads.width + h, sum[g]);
   }
@@ -456,10 +483,10 @@ inline void multiply_tile(const float* a, int64_t a_stride, const float* b, int6
   for (int64_t i = 0; i < depth; i++) {
     Vector column[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; v++) column[v] = load(b + i * b_stride + v * kLanes);
+    for (int v = 0; v < V; v++) keep(column[v] = load(b + i * b_stride + v * kLanes));
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
-      const Vector one = Vector{} + a[r * a_stride + i];
+      const Vector one = splat(a[r * a_stride + i]);
 #pragma GCC unroll 4
       for (int v = 0; v < V; v++) sum[r][v] = multiply_add(one, column[v], sum[r][v]);
     }
@@ -528,12 +555,14 @@ void attend_rows(const float* q, float* out, int64_t rows, const Heads& heads, c
       // Blocks begin at multiples of kKeys, whatever rows there are.
       for (int64_t start = first / kKeys * kKeys; start < std::min(last, count); start += kKeys) {
         const int64_t held = std::min(kKeys, count - start);
+        const float* keys_of[kKeys];
         for (int64_t i = 0; i < kKeys; i++) {
           const int64_t token = start + std::min(i, held - 1);
-          const float* k = tokens.keys[token] + head * H;
-          for (int64_t h = 0; h < H; h++) key[h * kKeys + i] = k[h];
+          keys_of[i] = tokens.keys[token] + head * H;
           std::memcpy(value.data() + i * wide, tokens.values[token] + head * H, H * sizeof(float));
         }
+        for (int64_t h = 0; h < H; h++)
+          for (int64_t i = 0; i < kKeys; i++) key[h * kKeys + i] = keys_of[i][h];
         std::fill(weight.begin(), weight.begin() + some * kKeys, 0.0f);
         multiply_matrix(query.data(), H, key.data(), kKeys, weight.data(), kKeys, some, kKeys, H);
         for (int64_t r = 0; r < some; r++) {
@@ -561,7 +590,7 @@ void attend_rows(const float* q, float* out, int64_t rows, const Heads& heads, c
             part += e;
           }
           if (top > largest[r]) {
-            const float shrink = exponential(Vector{} + (largest[r] - top))[0];
+            const float shrink = exponential(splat(largest[r] - top))[0];
             for (int64_t h = 0; h < wide; h += kLanes)
               store(sum_of_values.data() + r * wide + h, load(sum_of_values.data() + r * wide + h) * shrink);
             sum[r] *= shrink;

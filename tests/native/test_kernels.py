@@ -1,0 +1,140 @@
+"""A CPU's kernels: they compute what plain.py computes, and a row's result does not depend on its neighbours."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, strategies as st
+
+from mllama_graph import native
+from mllama_graph.ops import plain
+from mllama_graph.ops.cpu import CPU
+
+# fp32 sums in another order: a few units in the last place of values of order one to ten.
+CLOSE = {"atol": 2e-5, "rtol": 1e-5}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels(tmp_path_factory):
+    native.load("kernels", tmp_path_factory.mktemp("store"))
+
+
+def randoms(seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *size: torch.randn(size, generator=generator)
+
+
+# Widths around a vector's lanes and around the pieces in which a row is worked through.
+@pytest.mark.parametrize("inputs", [1, 7, 8, 9, 31, 512, 515, 1040])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_product_is_the_exact_one_rounded_and_each_row_that_of_a_batch_of_one(inputs, dtype):
+    normal = randoms(inputs)
+    for rows in (1, 2, 3, 4, 5, 8, 11):
+        for outputs in (1, 5, 24, 51):
+            x, weight, bias = normal(rows, inputs), normal(outputs, inputs).to(dtype), normal(outputs).to(dtype)
+            leaf = SimpleNamespace(weight=weight, bias=bias)
+            y = CPU.linear(x, leaf)
+            exact = F.linear(x.double(), weight.double(), bias.double())
+            # Sums of `inputs` products in fp32.
+            torch.testing.assert_close(y.double(), exact, atol=1e-6 * inputs**0.5 * 10, rtol=1e-5)
+            alone = torch.cat([CPU.linear(x[t:t + 1], leaf) for t in range(rows)])
+            assert torch.equal(y, alone)
+            assert torch.equal(CPU.linear(x, SimpleNamespace(weight=weight, bias=None)) + bias.float(), y)
+
+
+def test_a_product_keeps_leading_axes_and_takes_no_rows():
+    normal = randoms(0)
+    leaf = SimpleNamespace(weight=normal(5, 16), bias=None)
+    x = normal(2, 3, 16)
+    assert torch.equal(CPU.linear(x, leaf).view(6, 5), CPU.linear(x.view(6, 16), leaf))
+    assert CPU.linear(x[:0], leaf).shape == (0, 3, 5)
+
+
+def test_what_does_not_fit_is_refused():
+    normal = randoms(0)
+    with pytest.raises(RuntimeError):
+        CPU.linear(normal(2, 15), SimpleNamespace(weight=normal(5, 16), bias=None))
+    with pytest.raises(RuntimeError):
+        torch.ops.mllama_graph.attend_pages(normal(2, 3, 8), normal(4, 2, 2, 8), normal(4, 2, 2, 8),
+                                            torch.zeros(2, 1).int(), torch.ones(2).int(), 1.0)
+
+
+SHAPES = st.fixed_dictionaries({
+    "seed": st.integers(0, 99), "keys": st.integers(1, 3), "group": st.integers(1, 6),
+    "width": st.sampled_from((1, 5, 8, 12, 16, 20, 96)), "page": st.sampled_from((1, 3, 16, 128)), "J": st.integers(1, 6)})
+
+
+def pool(normal, shape: dict):
+    """Pages of random values, and tables of three sequences that share none of them."""
+    count, page = 3 * shape["J"] + 1, shape["page"]
+    pages = tuple(normal(count, page, shape["keys"], shape["width"]) for _ in range(2))
+    generator = torch.Generator().manual_seed(shape["seed"])
+    return pages, torch.randperm(count, generator=generator)[:3 * shape["J"]].view(3, -1).int(), generator
+
+
+@given(SHAPES, st.integers(1, 3))
+def test_attention_to_pages(shape, rows):
+    normal = randoms(shape["seed"])
+    pages, table, generator = pool(normal, shape)
+    most = shape["J"] * shape["page"]
+    rows = min(rows, most)
+    q = 2 * normal(3 * rows, shape["keys"] * shape["group"], shape["width"])
+    length = torch.tensor([rows, most, int(torch.randint(rows, most + 1, (), generator=generator))]).int()
+    ours = CPU.attend_pages(q, pages, table, length)
+    torch.testing.assert_close(ours, plain.attend_pages(q, pages, table, length), **CLOSE)
+    # Whatever the others and the width of the table are.
+    used = -(-int(length[0]) // shape["page"])
+    assert torch.equal(ours[:rows], CPU.attend_pages(q[:rows], pages, table[:1, :used].contiguous(), length[:1]))
+
+
+@given(SHAPES, st.sampled_from((1, 2, 5, 33)))
+def test_attention_to_images(shape, rows):
+    normal = randoms(shape["seed"])
+    pages, table, generator = pool(normal, shape)
+    J = shape["J"]
+    B = 3 if rows < 5 else 1
+    q = 2 * normal(B * rows, shape["keys"] * shape["group"], shape["width"])
+    fill = torch.randint(0, shape["page"] + 1, (B, J), generator=generator).int()
+    see = torch.sort(torch.randint(0, J + 1, (B * rows, 2), generator=generator)).values.int()
+    ours, theirs = (ops.attend_image(q, pages, table[:B], fill, see) for ops in (CPU, plain))
+    kept = [any(fill[t // rows, see[t, 0]:see[t, 1]] > 0) for t in range(B * rows)]
+    torch.testing.assert_close(ours[kept], theirs[kept], **CLOSE)
+    # A row that sees nothing is dropped by the model, which must not multiply NaN by 0.
+    assert ours.isfinite().all()
+
+
+@given(SHAPES, st.sampled_from((1, 7, 50, 140)))
+def test_attention_of_a_chunk(shape, rows):
+    normal = randoms(shape["seed"])
+    pages, table, generator = pool(normal, shape)
+    q = 2 * normal(rows, shape["keys"] * shape["group"], shape["width"])
+    k, v = (normal(rows, shape["keys"], shape["width"]) for _ in range(2))
+    most = shape["J"] * shape["page"]
+    for past in {0, 1, most - 1, most}:
+        given = (q, k, v, pages, table[0], torch.tensor([past]).int())
+        torch.testing.assert_close(CPU.attend_prompt(*given), plain.attend_prompt(*given), **CLOSE)
+
+
+@given(st.integers(0, 99), st.integers(1, 3), st.sampled_from((1, 5, 16, 80)), st.sampled_from((1, 9, 60, 130)))
+def test_attention_among_tiles(seed, heads, width, rows):
+    normal = randoms(seed)
+    q, k, v = (normal(rows, heads, width) for _ in range(3))
+    pad = torch.rand(rows, generator=torch.Generator().manual_seed(seed)) < 0.3
+    pad[0] = False
+    torch.testing.assert_close(CPU.attend_tiles(q, k, v, pad), plain.attend_tiles(q, k, v, pad), **CLOSE)
+
+
+def test_threads_do_not_change_a_bit():
+    normal, before = randoms(3), torch.get_num_threads()
+    x, leaf = normal(5, 700), SimpleNamespace(weight=normal(301, 700), bias=None)
+    q, k, v = (normal(150, 3, 16) for _ in range(3))
+    pad = torch.zeros(150, dtype=torch.bool)
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append((CPU.linear(x, leaf), CPU.attend_tiles(q, k, v, pad)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
