@@ -5,15 +5,17 @@ names of either transformers generation. Files are memory-mapped and copied bloc
 second copy of the weights ever exists and a rank reads what it holds and nothing else.
 """
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mllama_graph.config import Run, UserError
@@ -271,6 +273,16 @@ def random_fill(shape: ModelShape, seed: int, dtype: torch.dtype) -> Fill:
         part.mul_(std).add_(shift.get(entry.init, 0.0))
 
     return fill
+
+
+def write_random(shape: ModelShape, config: dict[str, Any], seed: int, dtype: torch.dtype, folder: Path) -> None:
+    """The checkpoint that weights=random stands for, as a Hugging Face folder; `config` is its config.json."""
+    fill, tensors = random_fill(shape, seed, dtype), {}
+    for entry in table(shape):
+        tensors[entry.name] = torch.empty(entry.shape, dtype=dtype)
+        fill(entry, tensors[entry.name], entry.region(WHOLE))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def _rows(part: Tensor) -> int:

@@ -11,6 +11,7 @@ DTYPES = ("auto", "fp32", "fp16", "bf16")
 DEVICES = ("auto", "cpu", "cuda", "npu", "npu-sim")
 BACKENDS = ("auto", "inductor", "torchair", "eager")
 COMPILE = ("background", "wait", "never")
+PEERS = ("transformers",)
 QUANTS = ("none", "w8a16", "w8a8", "kv8")
 COLLECTIVES = ("auto", "shared_memory", "distributed")
 KERNELS = ("auto", "native", "plain")
@@ -101,6 +102,9 @@ class TaskChoice:
     controls: bool = True
     folder: Optional[str] = None
     steps: int = 8000
+    images: int = 1
+    new_tokens: int = 17
+    repetitions: int = 3
 
 
 @dataclass
@@ -138,6 +142,9 @@ class Run:
     image: Any = None
     system: Optional[str] = None
     requests: Optional[str] = None
+    batch_sizes: list[int] = field(default_factory=lambda: [1])
+    lengths: list[int] = field(default_factory=lambda: [64])
+    peers: list[str] = field(default_factory=list)
     max_input_length: int = 2048
     max_output_length: int = 128
     max_images: Optional[int] = None
@@ -187,6 +194,11 @@ def check(run: Run) -> None:
     _at_least("top_k", run.top_k, 0)
     if not 0 < run.top_p <= 1:
         raise UserError(f"top_p={run.top_p} must be above 0 and at most 1.")
+    for key in ("batch_sizes", "lengths"):
+        for value in getattr(run, key) or [0]:
+            _at_least(key, value, 1)
+    for peer in run.peers:
+        _one_of("peers", peer, PEERS)
     if run.max_images is not None:
         _at_least("max_images", run.max_images, 1)
     if run.threads is not None:

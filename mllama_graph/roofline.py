@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from mllama_graph.buckets import Bucket, Plan
 from mllama_graph.config import UserError
-from mllama_graph.shape import ModelShape
+from mllama_graph.shape import ROW_MULTIPLE, ModelShape, VisionShape
 from mllama_graph.table import Shard, elements
 
 GB = 1e9
@@ -70,6 +70,49 @@ def step_bytes(shape: ModelShape, images: bool, tokens: int, image_tokens: int, 
     self_kv = tokens * kv_elements(shape, len(shape.text.self_layers))
     image_kv = image_tokens * kv_elements(shape, len(shape.text.cross_layers)) if images else 0
     return weights * weight_width + (self_kv + image_kv) * page_width
+
+
+def vision_rows(vision: VisionShape) -> int:
+    """Rows of the vision tower, with those that pad a tile."""
+    return vision.max_tiles * (vision.tokens + -vision.tokens % ROW_MULTIPLE)
+
+
+def work(shape: ModelShape, page_size: int, bucket: Bucket, weight_width: int, page_width: int) -> tuple[float, float]:
+    """Bytes that all ranks together move in a step of a full bucket, and floating-point operations of its products."""
+    if bucket.phase == "vision":
+        return _vision_work(shape, weight_width, page_width)
+    text, images = shape.text, bucket.image_pages > 0
+    keys, image_keys = bucket.rows * bucket.pages * page_size, bucket.rows * bucket.image_pages * page_size
+    if bucket.phase == "prefill":
+        # A fresh row of a prompt sees half of them, on average.
+        seen = bucket.tokens * (keys + bucket.tokens / 2), bucket.tokens * image_keys
+        return step_work(shape, images, bucket.tokens, keys, image_keys, seen, 1, weight_width, page_width)
+    return step_work(shape, images, bucket.tokens, keys, image_keys, (keys, image_keys), bucket.tokens, weight_width,
+                     page_width)
+
+
+def step_work(shape: ModelShape, images: bool, tokens: int, keys: int, image_keys: int, seen: tuple[float, float],
+              rows_of_logits: int, weight_width: int, page_width: int) -> tuple[float, float]:
+    """Bytes and operations of a step of `tokens` rows that reads `keys` and `image_keys` tokens of K/V a layer, `seen` of
+    them counted once for each row that sees them."""
+    text, parts = shape.text, sizes(shape)
+    moved = step_bytes(shape, images, keys, image_keys, weight_width, page_width)
+    moved += tokens * kv_elements(shape, len(text.self_layers)) * page_width
+    attended = seen[0] * len(text.self_layers) + seen[1] * len(text.cross_layers)
+    dense = parts.self_layers + (parts.cross_layers if images else 0)
+    flops = 2 * tokens * dense + 4 * attended * text.heads * text.head_width
+    return moved, flops + 2 * parts.head * rows_of_logits
+
+
+def _vision_work(shape: ModelShape, weight_width: int, page_width: int) -> tuple[float, float]:
+    vision, parts, kept = shape.vision, sizes(shape), len(shape.text.cross_layers)
+    rows, tokens, E = vision_rows(vision), vision.max_tiles * vision.tokens, vision.width
+    layers, patches = vision.layers + vision.global_layers, vision.channels * vision.patch**2 * E
+    tower, late = layers * (4 * E**2 + 2 * E * vision.mlp), parts.projector + parts.cross_kv
+    # Of the positions, those that all tiles share and those of one aspect ratio.
+    read = tower + patches + late + vision.tokens * E * (1 + vision.max_tiles)
+    moved = read * weight_width + tokens * kv_elements(shape, kept) * page_width
+    return moved, 2 * rows * tower + 2 * tokens * (patches + late) + 4 * layers * rows**2 * E
 
 
 def bucket_cost(shape: ModelShape, page_size: int, bucket: Bucket, weight_width: int = 4) -> float:

@@ -8,6 +8,8 @@ from typing import Any, Optional
 
 from mllama_graph.config import UserError
 
+# Rows of a tile in the vision tower are padded to a multiple of this.
+ROW_MULTIPLE = 8
 # Frequencies beyond these need tables of their own; no released mllama uses them.
 ROPE_TYPES = ("default", "linear", "llama3")
 

@@ -9,10 +9,10 @@ import torch
 from mllama_graph.buckets import Bucket, make_plan
 from mllama_graph.config import BackendChoice, HardwareChoice, ModelChoice, RankFailed, Run, UserError
 from mllama_graph.graphs import GraphSpec
-from mllama_graph.roofline import bucket_cost
+from mllama_graph.roofline import bucket_cost, work
 from mllama_graph.shape import shape_of
 from mllama_graph.tasks import verify
-from mllama_graph.tasks.verify import Judged, all_findings, difference, jobs, kind, modelled, rows, work
+from mllama_graph.tasks.verify import Judged, all_findings, difference, jobs, kind, modelled, rows
 
 RELEASED = shape_of({"model_type": "mllama"})
 HARDWARE = HardwareChoice("a device", flops=3e14, memory_bytes_per_second=1.6e12, memory_bytes=64e9,
@@ -127,8 +127,8 @@ def test_a_decode_step_takes_the_time_of_its_bytes():
 
 def test_a_prefill_takes_the_time_of_its_products():
     bucket = Bucket("prefill", 1, 2048, 0, 0)
-    assert modelled(spec_of(), bucket, HARDWARE) == pytest.approx(work(spec_of(), bucket)[1] / 3e14)
-    assert work(spec_of(), bucket)[1] == pytest.approx(2 * 2048 * 6.98e9 + 2 * 2048**2 * 4096 * 32, rel=0.01)
+    assert modelled(spec_of(), bucket, HARDWARE) == pytest.approx(work(RELEASED, 128, bucket, 2, 2)[1] / 3e14)
+    assert work(RELEASED, 128, bucket, 2, 2)[1] == pytest.approx(2 * 2048 * 6.98e9 + 2 * 2048**2 * 4096 * 32, rel=0.01)
 
 
 def test_ranks_share_the_work_and_pay_for_their_sums():

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from mllama_graph.model.tree import Node, Pages, TileInput
 from mllama_graph.ops.contract import Ops
-from mllama_graph.shape import ModelShape, VisionShape
+from mllama_graph.shape import ROW_MULTIPLE, ModelShape, VisionShape
 
 # Both are fixed, whatever norm_eps says (transformers modeling_mllama.py, MllamaVisionModel).
 OUTER_NORM_EPS = 1e-5
-ROW_MULTIPLE = 8
 
 
 def normalise(w: Node, tiles_C3hw: Tensor, real_1: Tensor, dtype: torch.dtype) -> Tensor:

@@ -23,12 +23,11 @@ from mllama_graph.buckets import Bucket, Plan
 from mllama_graph.checkpoint import model_of
 from mllama_graph.config import HardwareChoice, RankFailed, Run, UserError
 from mllama_graph.graphs import GraphSpec
-from mllama_graph.model.vision import ROW_MULTIPLE
 from mllama_graph.place import CORES, deaf_children
 from mllama_graph.preflight import plan_of
 from mllama_graph.rank import Precision, graph_spec, pick_device, precision_of, start_npu
 from mllama_graph.report import Progress, columns, write_result
-from mllama_graph.roofline import bucket_cost, kv_elements, memory, sizes, step_bytes
+from mllama_graph.roofline import bucket_cost, memory, vision_rows, work
 
 # A worker takes up to 1 GB; what is lowered is no faster with more than one core.
 WORKERS = 2
@@ -195,10 +194,10 @@ def modelled(spec: GraphSpec, bucket: Bucket, hardware: HardwareChoice) -> float
 
     Every page of the bucket is read. Launches, latencies of links and all that is not a product are left out.
     """
-    moved, flops = work(spec, bucket)
+    moved, flops = work(spec.shape, spec.page_size, bucket, spec.store.itemsize, spec.compute.itemsize)
     text, vision, ranks = spec.shape.text, spec.shape.vision, spec.world_size
     if bucket.phase == "vision":
-        sums, row, tokens = 2 * (vision.layers + vision.global_layers), vision.width, _vision_rows(spec)
+        sums, row, tokens = 2 * (vision.layers + vision.global_layers), vision.width, vision_rows(vision)
     else:
         layers = text.layers if bucket.image_pages else len(text.self_layers)
         sums, row, tokens = 1 + 2 * layers, text.width, bucket.tokens
@@ -206,41 +205,6 @@ def modelled(spec: GraphSpec, bucket: Bucket, hardware: HardwareChoice) -> float
     summed = 2 / ranks * sums * tokens * row * spec.compute.itemsize if ranks > 1 else 0.0
     alone = max(moved / hardware.memory_bytes_per_second, flops / hardware.flops) / ranks
     return alone + summed / hardware.link_bytes_per_second
-
-
-def _vision_rows(spec: GraphSpec) -> int:
-    """Rows of the vision tower, with those that pad a tile."""
-    vision = spec.shape.vision
-    return vision.max_tiles * (vision.tokens + -vision.tokens % ROW_MULTIPLE)
-
-
-def work(spec: GraphSpec, bucket: Bucket) -> tuple[float, float]:
-    """Bytes that all ranks together move in a step, and floating-point operations of its products."""
-    if bucket.phase == "vision":
-        return _vision_work(spec)
-    shape, images, width = spec.shape, bucket.image_pages > 0, spec.compute.itemsize
-    text, parts, page = shape.text, sizes(shape), spec.page_size
-    keys, image_keys = bucket.rows * bucket.pages * page, bucket.rows * bucket.image_pages * page
-    moved = step_bytes(shape, images, keys, image_keys, spec.store.itemsize, width)
-    moved += bucket.tokens * kv_elements(shape, len(text.self_layers)) * width
-    prefill = bucket.phase == "prefill"
-    # A fresh row of a prompt sees half of them, on average.
-    seen = (bucket.pages * page + prefill * bucket.tokens / 2) * len(text.self_layers)
-    seen += bucket.image_pages * page * len(text.cross_layers)
-    dense = parts.self_layers + (parts.cross_layers if images else 0)
-    flops = bucket.tokens * (2 * dense + 4 * seen * text.heads * text.head_width)
-    return moved, flops + 2 * parts.head * (1 if prefill else bucket.tokens)
-
-
-def _vision_work(spec: GraphSpec) -> tuple[float, float]:
-    vision, parts, kept = spec.shape.vision, sizes(spec.shape), len(spec.shape.text.cross_layers)
-    rows, tokens, E = _vision_rows(spec), vision.max_tiles * vision.tokens, vision.width
-    layers, patches = vision.layers + vision.global_layers, vision.channels * vision.patch**2 * E
-    tower, late = layers * (4 * E**2 + 2 * E * vision.mlp), parts.projector + parts.cross_kv
-    # Of the positions, those that all tiles share and those of one aspect ratio.
-    read = tower + patches + late + vision.tokens * E * (1 + vision.max_tiles)
-    moved = read * spec.store.itemsize + tokens * kv_elements(spec.shape, kept) * spec.compute.itemsize
-    return moved, 2 * rows * tower + 2 * tokens * (patches + late) + 4 * layers * rows**2 * E
 
 
 def ranks_line(tp: int) -> str:

@@ -10,8 +10,9 @@ from graphs import CLASSES, DECODE, LEAN, spec_of
 from mllama_graph.ascend.capture import capture, shortened
 from mllama_graph.ascend.interpreter import attribute, metadata
 from mllama_graph.ascend.lint import Graph
+from mllama_graph.roofline import work
 from mllama_graph.table import table
-from mllama_graph.tasks.verify import Job, judge, work
+from mllama_graph.tasks.verify import Job, judge
 
 
 def shape(graph, value):
@@ -37,7 +38,7 @@ def products(graph):
 def test_the_modelled_products_are_those_of_the_graph(bucket):
     spec = replace(spec_of("base"), shape=shortened(spec_of("base").shape))
     # Norms and biases are counted as if they were products; of a chunk behind earlier pages, hidden rows are not.
-    assert work(spec, bucket)[1] == pytest.approx(products(Graph(capture(spec, bucket))), rel=0.02)
+    assert work(spec.shape, spec.page_size, bucket, 2, 2)[1] == pytest.approx(products(Graph(capture(spec, bucket))), rel=0.02)
 
 
 def test_a_graph_is_judged_whole_and_short():
