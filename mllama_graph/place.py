@@ -27,12 +27,17 @@ CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else
 
 @contextlib.contextmanager
 def deaf_children() -> Iterator[None]:
-    """Processes started inside don't hear Ctrl-C, which reaches the whole group: their parent decides what it means."""
+    """Processes started inside don't hear Ctrl-C, which reaches the whole group: their parent decides what it means.
+
+    One that comes meanwhile is kept: a signal that is blocked is not thrown away, though it be ignored (signal(7)).
+    """
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 @dataclass(frozen=True)
