@@ -282,7 +282,10 @@ def write_random(shape: ModelShape, config: dict[str, Any], seed: int, dtype: to
         tensors[entry.name] = torch.empty(entry.shape, dtype=dtype)
         fill(entry, tensors[entry.name], entry.region(WHOLE))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config))
+    # What transformers would else take from the released models.
+    text = {"pad_token_id": 0} | config["text_config"]
+    vision = {"vision_output_dim": shape.vision.out_width} | config["vision_config"]
+    (folder / "config.json").write_text(json.dumps(config | {"text_config": text, "vision_config": vision}))
 
 
 def _rows(part: Tensor) -> int:

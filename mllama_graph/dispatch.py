@@ -12,7 +12,8 @@ import torch
 from mllama_graph.buckets import Bucket, choose
 from mllama_graph.compiler import Compiler
 from mllama_graph.config import UserError
-from mllama_graph.graphs import WEIGHT_PREFIX, GraphSpec, Step, compile_into, npu_graph, package
+from mllama_graph.cuda_graphs import CapturedStep, Cuda
+from mllama_graph.graphs import WEIGHT_PREFIX, GraphSpec, Step, arguments, compile_into, npu_graph, package
 from mllama_graph.model.tree import Node, Pages
 from mllama_graph.ops.contract import Ops
 from mllama_graph.store import PACKAGE, TORCHAIR, GraphStore, bytes_of
@@ -88,6 +89,8 @@ class Loaded:
         self.spec, self.store = spec, store
         self._compiler = GraphCompiler(spec, store, say)
         self._uncompiled = {phase: Step(phase, weights, spec.shape, ops) for phase in ("vision", "prefill", "decode")}
+        self._pages, self._say = pages, say
+        self._cuda = Cuda(spec.torch_device) if spec.device == "cuda" else None
         self._weights = {f"{WEIGHT_PREFIX}{name}": value for name, value in weights.state_dict().items()}
         self._ready: dict[Bucket, Callable] = {}
 
@@ -96,6 +99,8 @@ class Loaded:
         if self._compiler.stored(bucket) is None:
             self._compiler.ask(bucket)
 
+    # As steps are executed: capturing runs the graph.
+    @torch.inference_mode()
     def load(self, bucket: Bucket) -> None:
         """Load a stored graph. A host whose store lacks it compiles it, the run waiting.
 
@@ -109,7 +114,11 @@ class Loaded:
                 if error:
                     raise RuntimeError(f"{done} could not be compiled: {error}")
         path = path or self._compiler.stored(bucket)
-        self._ready[bucket] = package(path, self._weights, self.spec, self.store.written)
+        run = package(path, self._weights, self.spec, self.store.written)
+        if self._cuda and bucket.phase == "decode":
+            example = arguments(bucket, self.spec.example(bucket), *self._pages)
+            run = CapturedStep(run, example, self._cuda, self._say)
+        self._ready[bucket] = run
 
     def graph(self, bucket: Bucket, compiled: bool) -> Callable:
         """What runs a step of a bucket."""

@@ -122,6 +122,10 @@ class GraphSpec:
             fields["num_image_pages"] = self.num_image_pages
         if self.world_size > 1:
             fields["collectives"] = self.collectives
+        if self.device == "cuda":
+            from mllama_graph.ops.cuda import triton_version
+
+            fields["triton"] = triton_version()
         if self.backend == "torchair":
             fields |= lowering.key_fields() | {"rank": self.rank}
         return fields
@@ -202,8 +206,9 @@ def tensors(tree: Any) -> list[Tensor]:
 class Package:
     """A loaded ahead-of-time package, bound to the run's weights. Imports no compiler."""
 
-    def __init__(self, path: Path, weights: dict[str, Tensor]):
-        self._loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
+    def __init__(self, path: Path, weights: dict[str, Tensor], captured: bool = False):
+        # The third argument, that one thread runs it at a time, is what a package needs that is captured.
+        self._loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", captured, 1, -1)
         names = self._loader.get_constant_fqns()
         # (constants, into the inactive buffer, all must be given, memory stays ours)
         self._loader.load_constants({name: weights[name] for name in names}, False, True, True)
@@ -259,7 +264,7 @@ def package(path: Path, weights: dict[str, Tensor], spec: GraphSpec, folder: Pat
     """A stored graph, ready to be called with a step's arguments. `folder` is the store's."""
     if spec.world_size > 1 and spec.device == "cpu":
         return RankPackage(path, weights, folder)
-    return Package(path, weights)
+    return Package(path, weights, captured=spec.device == "cuda")
 
 
 def compile_package(spec: GraphSpec, bucket: Bucket, path: Path) -> None:
@@ -301,6 +306,11 @@ _stand_in: Optional[torch.distributed.ProcessGroup] = None
 
 def ops_of(spec: GraphSpec) -> Ops:
     """The operations of a rank, except on an NPU."""
+    if spec.device == "cuda":
+        # Imports Triton.
+        from mllama_graph.ops.cuda import cuda_ops
+
+        return cuda_ops(spec.world_size)
     return ranked(spec.world_size, spec.collectives, CPU if spec.kernels == "native" else PLAIN)
 
 

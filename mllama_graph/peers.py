@@ -48,13 +48,13 @@ def settings_of(peers: list[str]) -> list[Setting]:
 class Peer:
     """A process that runs one setting; `run` has it serve a batch. `fault` says why it ended, if it did."""
 
-    def __init__(self, setting: Setting, folder: Path, threads: int, progress: Progress):
+    def __init__(self, setting: Setting, folder: Path, device: str, threads: int, progress: Progress):
         self.setting, self.fault = setting, ""
         progress.say(f"starting {setting.name}")
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)} | (
             {"TORCHINDUCTOR_FREEZING": "1"} if setting.freezing else {})
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", __spec__.name, json.dumps(asdict(setting)), str(folder)], text=True,
+            [sys.executable, "-P", "-m", __spec__.name, json.dumps(asdict(setting)), str(folder), device], text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             env=environment | {"PYTHONPATH": str(ROOT)})
 
@@ -76,14 +76,14 @@ class Peer:
         self._process.wait()
 
 
-def _serve(setting: Setting, folder: str) -> None:
+def _serve(setting: Setting, folder: str, device: str) -> None:
     # Whatever libraries print is no answer.
     answers, sys.stdout = sys.stdout, sys.stderr
     import torch
     from transformers import MllamaForConditionalGeneration
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    model = MllamaForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, setting.dtype)).eval()
+    model = MllamaForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, setting.dtype)).eval().to(device)
     for line in sys.stdin:
         try:
             told = _generate(model, setting, json.loads(line))
@@ -107,9 +107,12 @@ def _generate(model, setting: Setting, case: dict[str, Any]) -> dict[str, Any]:
         inputs |= {"pixel_values": pixels, "aspect_ratio_ids": torch.full(tiles[:2], case["aspect"]),
                    "aspect_ratio_mask": torch.ones(tiles, dtype=torch.long),
                    "cross_attention_mask": torch.ones(len(ids), ids.shape[1], each, vision.max_num_tiles, dtype=torch.long)}
+    inputs = {name: value.to(model.device) for name, value in inputs.items()}
     times: list[float] = []
 
     def clock(_, scores):
+        if scores.is_cuda:
+            torch.cuda.synchronize()
         times.append(time.perf_counter())
         return scores
 
@@ -128,4 +131,4 @@ def _generate(model, setting: Setting, case: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    _serve(Setting(**json.loads(sys.argv[1])), sys.argv[2])
+    _serve(Setting(**json.loads(sys.argv[1])), *sys.argv[2:])

@@ -22,6 +22,7 @@ from mllama_graph.buckets import Bucket, Plan
 from mllama_graph.checkpoint import DTYPES, Checkpoint, Pixels, build, from_checkpoint, random_fill
 from mllama_graph.collectives import Collectives, kind_of
 from mllama_graph.config import PeerGone, Run, UserError
+from mllama_graph.cuda_graphs import CapturedStep
 from mllama_graph.dispatch import Loaded, LoadedNpu
 from mllama_graph.graphs import GraphSpec, arguments, ops_of
 from mllama_graph.model import sample
@@ -156,7 +157,9 @@ class Rank:
         if isinstance(step, PrefillStep):
             logits = call(batch.prompt_input(step.row, bucket, self.plan, self.device))
             return self._sample(logits, (step.row,)) if step.sample else []
-        logits = call(batch.token_input(step.rows, bucket, self.plan, self.device))
+        # A captured step brings its inputs to the device itself, in one copy.
+        device = torch.device("cpu") if isinstance(graph, CapturedStep) else self.device
+        logits = call(batch.token_input(step.rows, bucket, self.plan, device))
         return self._sample(logits[:len(step.rows)], step.rows)
 
     def _sample(self, logits_BV: Tensor, rows: Sequence[Row]) -> list[Token]:

@@ -20,16 +20,18 @@ IGNORE = lambda *_: None  # noqa: E731
 
 
 GRAPH_SPEC = "no_template"
-# One size of everything: vision, a first and a later chunk, a decode step, each with and without images.
+# One size of everything: vision, a chunk and a decode step, both with and without images.
 GRAPH_PLAN = {"batch": 4, "page_size": 16, "prefill_tokens": [32], "decode_batch": [4], "pages": [6], "images": [2],
-              "max_images": 2, "max_input_length": 60, "max_output_length": 30, "dtype": "fp32", "threads": 1}
-GRAPHS = 7
+              "max_images": 2, "max_input_length": 60, "max_output_length": 30, "dtype": "fp32", "threads": 1,
+              "kernels": "native"}
+GRAPHS = 5
 
 
 def arguments(changes: dict[str, Any]) -> list[str]:
     """`changes` of `run_of` as run.py takes them."""
     inside = {f.name for f in fields(PlanChoice)}
-    return [f"{'plan.' if name in inside else ''}{name}={value}".replace(" ", "") for name, value in changes.items()]
+    group = lambda name: "plan." if name in inside else "backend." if name == "kernels" else ""  # noqa: E731
+    return [f"{group(name)}{name}={value}".replace(" ", "") for name, value in changes.items()]
 
 
 def run_of(folder: Path, **changes: Any) -> Run:

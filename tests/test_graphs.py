@@ -23,8 +23,8 @@ from mllama_graph.store import GraphStore, key_of
 ROOT = Path(__file__).parents[1]
 SPEC = GRAPH_SPEC
 PLAN = GRAPH_PLAN | {"compile": "wait"}
-# What the lines below use: all but the decode step without images and the later chunk with them.
-USED = 5
+# What the lines below use: all but the decode step without images.
+USED = 4
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def test_a_second_start_hits_every_graph_and_imports_no_compiler(checkpoint, lin
 def test_a_truncated_package_is_rebuilt(checkpoint, lines, store, compiled, tmp_path):
     copy = tmp_path / "graphs"
     shutil.copytree(store, copy)
-    record = next(r for r in compiled[0].ranks.graphs.records if r.bucket == "prefill tokens=32 pages=0 image_pages=0")
+    record = next(r for r in compiled[0].ranks.graphs.records if r.bucket == "prefill tokens=32 pages=6 image_pages=0")
     package = copy / record.key / "graph.pt2"
     whole = package.read_bytes()
     package.write_bytes(whole[:len(whole) // 2])
@@ -140,7 +140,7 @@ def test_a_truncated_package_is_rebuilt(checkpoint, lines, store, compiled, tmp_
     assert [(r.source, r.key) for r in engine.ranks.graphs.records] == [("compiled", record.key)]
     assert tokens["text"] == compiled[1]["text"][:1]
     assert GraphStore(copy).find(record.key) == (package, None)
-    assert f"graph {record.key} (prefill tokens=32 pages=0 image_pages=0): graph.pt2 is altered or truncated" in said(engine)
+    assert f"graph {record.key} (prefill tokens=32 pages=6 image_pages=0): graph.pt2 is altered or truncated" in said(engine)
 
 
 def said(engine):

@@ -74,7 +74,7 @@ def main(run: Run) -> None:
         if run.peers and weights_of(run) in MADE_UP:
             progress.say("writing the random weights for the peers")
             write_random(shape, {"model_type": "mllama", **run.model.config}, run.seed, rank.precision.store, folder)
-        peers = [Peer(setting, folder, rank.spec.threads, progress) for setting in settings_of(run.peers)]
+        peers = [Peer(setting, folder, rank.device.type, rank.spec.threads, progress) for setting in settings_of(run.peers)]
         try:
             rows, found = [], []
             for case in cases:

@@ -1,0 +1,169 @@
+"""Steps captured into CUDA graphs: a decode step is replayed as one launch.
+
+`Cuda` is all that is asked of torch.cuda, so that tests can put a stand-in there. Nothing here has ever run on a GPU:
+what is tested is which inputs are copied where, on a CPU; capture, replay, pinned copies and what happens after a
+failed capture are not.
+"""
+
+from collections.abc import Callable
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+# Runs before a capture: libraries set themselves up and allocate then, which a capture can't hold.
+WARM_UPS = 3
+# Bytes at which an input begins in the buffer of inputs: what torch's own allocator keeps, and kernels expect at most.
+ALIGNMENT = 512
+
+
+class Cuda:
+    """The device, its stream of captures, and the memory pool that all captured steps of a process share."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+
+    def buffer(self, size: int) -> Tensor:
+        """`size` bytes on the device."""
+        return torch.zeros(size, dtype=torch.uint8, device=self.device)
+
+    def pinned(self, size: int) -> Tensor:
+        """`size` bytes of the host that the device copies from while the host goes on."""
+        return torch.zeros(size, dtype=torch.uint8, pin_memory=True)
+
+    def on_host(self, leaf: Tensor) -> bool:
+        """Whether an input must be brought to the device."""
+        return leaf.device.type == "cpu"
+
+    def event(self) -> Any:
+        """Has record(), on the current stream, and synchronize(), which returns at once where nothing was recorded."""
+        return torch.cuda.Event()
+
+    def warm_up(self, run: Callable[[], Any]) -> None:
+        """Run on the stream that captures."""
+        current = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            for _ in range(WARM_UPS):
+                run()
+        current.wait_stream(self._stream)
+
+    def capture(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        """The replay of a run, and its output, which each replay overwrites.
+
+        Raises RuntimeError where the run can't be captured.
+        """
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may call CUDA meanwhile, as NCCL's watchdog does.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            output = run()
+        return graph.replay, output
+
+
+def _signature(leaf: Any) -> Optional[tuple]:
+    return (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else None
+
+
+def _aligned(leaf: Tensor) -> int:
+    """Bytes of a tensor and of the gap behind it."""
+    return -(-leaf.numel() * leaf.element_size() // ALIGNMENT) * ALIGNMENT
+
+
+def _views(buffer: Tensor, leaves: list[Optional[Tensor]]) -> list[Optional[Tensor]]:
+    """Tensors in `buffer`, one after another, of the shapes and types of `leaves`; None stays None."""
+    views, offset = [], 0
+    for leaf in leaves:
+        if leaf is None:
+            views.append(None)
+            continue
+        size = leaf.numel() * leaf.element_size()
+        views.append(buffer[offset:offset + size].view(leaf.dtype).view(leaf.shape))
+        offset += _aligned(leaf)
+    return views
+
+
+class CapturedStep:
+    """A step of one bucket as a CUDA graph: a call copies its first argument, replays, and returns the output.
+
+    `run` is a loaded package or an uncompiled step. `inputs` are its arguments with a `given` that does no harm: the
+    step runs WARM_UPS times on it. `given` is a tree of tensors and None, on the host or on the device; from the
+    host all its tensors go in one copy, out of pinned memory. Pages and other arguments are captured by address, as
+    are the weights inside `run`: calls pass the same objects.
+
+    A call waits for nothing but the copy of the call before, where that still runs. The output is valid until the next
+    call of any step that shares `cuda`. Where a step can't be captured, `say` gets a line and its calls run uncaptured.
+    """
+
+    def __init__(self, run: Callable, inputs: tuple, cuda: Cuda, say: Callable[[str], None]):
+        self._cuda = cuda
+        given, *self._fixed = inputs
+        leaves, self._tree = pytree.tree_flatten(given)
+        self._signatures = [_signature(leaf) for leaf in leaves]
+        size = sum(_aligned(leaf) for leaf in leaves if leaf is not None)
+        self._buffer, self._pinned, self._copied = cuda.buffer(size), cuda.pinned(size), cuda.event()
+        self._static, self._staged = _views(self._buffer, leaves), _views(self._pinned, leaves)
+        static = pytree.tree_unflatten(self._static, self._tree)
+        self._run, self._output = lambda: run(static, *self._fixed), None
+        self._copy(leaves)
+        # What fails here would fail uncaptured as well.
+        cuda.warm_up(self._run)
+        try:
+            self._replay, self._output = cuda.capture(self._run)
+        except RuntimeError as error:
+            self._replay = None
+            say(f"a step can't be captured in a CUDA graph, and runs without: {error}")
+
+    @property
+    def captured(self) -> bool:
+        """Whether calls are replays."""
+        return self._replay is not None
+
+    def __call__(self, given: Any, *fixed: Any) -> Any:
+        """The step's output. Raises ValueError where an input isn't what the step was captured with."""
+        leaves, tree = pytree.tree_flatten(given)
+        if tree != self._tree or [_signature(leaf) for leaf in leaves] != self._signatures:
+            raise ValueError(self._mismatch(given))
+        if len(fixed) != len(self._fixed) or not all(map(_same, fixed, self._fixed)):
+            raise ValueError("pages other than those that the step was captured with: a CUDA graph holds their "
+                             "addresses. Capture the step again.")
+        self._copy(leaves)
+        if self._replay is None:
+            return self._run()
+        self._replay()
+        return self._output
+
+    def _copy(self, leaves: list[Optional[Tensor]]) -> None:
+        present = [(static, staged, leaf) for static, staged, leaf in zip(self._static, self._staged, leaves)
+                   if leaf is not None]
+        if not all(self._cuda.on_host(leaf) for _, _, leaf in present):
+            for static, _, leaf in present:
+                static.copy_(leaf, non_blocking=True)
+            return
+        self._copied.synchronize()
+        for _, staged, leaf in present:
+            staged.copy_(leaf)
+        self._buffer.copy_(self._pinned, non_blocking=True)
+        self._copied.record()
+
+    def _mismatch(self, given: Any) -> str:
+        paths, tree = pytree.tree_flatten_with_path(given)
+        if tree != self._tree:
+            return f"inputs of another form than the step's: {tree}, not {self._tree}. Use the inputs of its bucket."
+        faults = [f"{pytree.keystr(path) or 'input'} is {_words(_signature(leaf))}, not {_words(signature)}"
+                  for (path, leaf), signature in zip(paths, self._signatures) if _signature(leaf) != signature]
+        return f"{'; '.join(faults)}: a captured step takes its bucket's shapes. Pad the inputs, or use another bucket."
+
+
+def _words(signature: Optional[tuple]) -> str:
+    return "None" if signature is None else f"{signature[1]} {list(signature[0])}".removeprefix("torch.")
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two arguments hold the same tensors."""
+    if one is other:
+        return True
+    ours, theirs = pytree.tree_leaves(one), pytree.tree_leaves(other)
+    return len(ours) == len(theirs) and all(a is b for a, b in zip(ours, theirs))
