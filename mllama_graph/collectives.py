@@ -36,7 +36,7 @@ class Collectives:
                  folder: Path):
         self.kind = kind if place.world > 1 else "none"
         if self.kind == "shared_memory":
-            load_native(folder)
+            load_native("collectives", folder, "collectives=distributed")
             native.attach(segment, place.rank, place.world, timeout)
         elif self.kind == "distributed":
             dist.init_process_group(BACKENDS[device], store=dist.PrefixStore("group", store), rank=place.rank,
@@ -52,9 +52,12 @@ class Collectives:
         return native.last_error() if self.kind == "shared_memory" else ""
 
 
-def load_native(folder: Path) -> None:
-    """The shared-memory operations, built into the graph store's folder if they are not there."""
+def load_native(name: str, folder: Path, instead: str) -> None:
+    """A library's operations, built into the graph store's folder if they are not there.
+
+    Raises UserError where they can't be, which names the key that does without: `instead`.
+    """
     try:
-        native.load("collectives", folder)
+        native.load(name, folder)
     except native.BuildError as error:
-        raise UserError(f"{error} Or use collectives=distributed.") from error
+        raise UserError(f"{error} Or use {instead}.") from error

@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mllama_graph import batch, lowering, native
+from mllama_graph import batch, lowering
 from mllama_graph.buckets import Bucket, Plan
 from mllama_graph.checkpoint import DTYPES, Checkpoint, Pixels, build, from_checkpoint, random_fill
-from mllama_graph.collectives import Collectives, kind_of
+from mllama_graph.collectives import Collectives, kind_of, load_native
 from mllama_graph.config import PeerGone, Run, UserError
 from mllama_graph.cuda_graphs import CapturedStep
 from mllama_graph.dispatch import Loaded, LoadedNpu
@@ -113,7 +113,7 @@ class Rank:
             os.sched_setaffinity(0, place.cores())
         torch.set_num_threads(spec.threads)
         if spec.kernels == "native":
-            load_kernels(graphs.written)
+            load_native("kernels", graphs.written, "backend.kernels=plain")
         self.collectives = Collectives(spec.collectives, place, store, segment, run.timeout, name, graphs.written)
         self._done = 0
         whole = elements(shape, self.shard) * self.precision.store.itemsize
@@ -185,14 +185,6 @@ class Rank:
         return [Token(ids[i]) if s.logprobs is None else
                 Token(ids[i], own[i], tuple(top_ids[i][:s.logprobs]), tuple(top[i][:s.logprobs]))
                 for i, s in enumerate(chosen)]
-
-
-def load_kernels(folder: Path) -> None:
-    """A CPU's kernels, built into the graph store's folder if they are not there. Raises UserError where they can't be."""
-    try:
-        native.load("kernels", folder)
-    except native.BuildError as error:
-        raise UserError(f"{error} Or use backend.kernels=plain.") from error
 
 
 def start_npu(name: str, index: int, chosen: Precision) -> None:

@@ -247,10 +247,10 @@ void linear_of(const Tensor& x, const Tensor& weight, const Tensor* bias, const 
   const int64_t grain = std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, inputs * sizeof(W)));
   torch::stable::parallel_for(0, outputs, grain, [&](int64_t first, int64_t last) {
     switch (rows) {
-      case 1: return linear_rows<8, 1>(from, w, b, to, rows, inputs, outputs, first, last);
-      case 2: return linear_rows<6, 2>(from, w, b, to, rows, inputs, outputs, first, last);
-      case 3: return linear_rows<4, 3>(from, w, b, to, rows, inputs, outputs, first, last);
-      default: return linear_rows<3, 4>(from, w, b, to, rows, inputs, outputs, first, last);
+      case 1: return linear_rows<kOutputs[1], 1>(from, w, b, to, rows, inputs, outputs, first, last);
+      case 2: return linear_rows<kOutputs[2], 2>(from, w, b, to, rows, inputs, outputs, first, last);
+      case 3: return linear_rows<kOutputs[3], 3>(from, w, b, to, rows, inputs, outputs, first, last);
+      default: return linear_rows<kOutputs[4], 4>(from, w, b, to, rows, inputs, outputs, first, last);
     }
   });
 }
@@ -376,6 +376,11 @@ void attend_group(const float* q, const float* k, const float* v, int tokens, co
   }
 }
 
+const float* floats(const Tensor& x) {
+  if (x.scalar_type() != ScalarType::Float || !x.is_contiguous()) fail("attention takes contiguous float32");
+  return static_cast<const float*>(x.const_data_ptr());
+}
+
 // Tokens of one query row, within a page.
 struct Piece {
   int64_t page, tokens;
@@ -393,8 +398,7 @@ Tensor attend(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages, con
               const Seen& seen) {
   const int64_t rows = q.size(0), B = table.size(0), J = table.size(1), page = k_pages.size(1);
   const Heads heads{q.size(1), k_pages.size(2), q.size(2)};
-  for (const Tensor* x : {&q, &k_pages, &v_pages})
-    if (x->scalar_type() != ScalarType::Float || !x->is_contiguous()) fail("attention takes contiguous float32");
+  const float *queries = floats(q), *keys = floats(k_pages), *values = floats(v_pages);
   if (k_pages.size(3) != heads.width || heads.queries % heads.keys || rows % B)
     fail("attention takes q (T, Q, H), pages (N, P, K, H) and a table (B, J), Q a multiple of K and T of B");
   const auto* tables = static_cast<const int32_t*>(table.const_data_ptr());
@@ -417,9 +421,6 @@ Tensor attend(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages, con
   }
   first_task[rows] = static_cast<int64_t>(tasks.size());
 
-  const auto* queries = static_cast<const float*>(q.const_data_ptr());
-  const auto* keys = static_cast<const float*>(k_pages.const_data_ptr());
-  const auto* values = static_cast<const float*>(v_pages.const_data_ptr());
   // A task's partial result: the largest scores, the sums, the values.
   const int64_t width = heads.queries * (heads.width + 2), token = heads.keys * heads.width;
   std::vector<float> partials(tasks.size() * width, 0.0f);
@@ -609,11 +610,6 @@ void attend_rows(const float* q, float* out, int64_t rows, const Heads& heads, c
   });
 }
 
-const float* floats(const Tensor& x) {
-  if (x.scalar_type() != ScalarType::Float || !x.is_contiguous()) fail("attention takes contiguous float32");
-  return static_cast<const float*>(x.const_data_ptr());
-}
-
 Tensor attend_rows(const Tensor& q, int64_t key_heads, const Tokens& tokens, const std::vector<Seen>& seen,
                    double scale) {
   Tensor y = torch::stable::new_empty(q, q.sizes());
@@ -629,14 +625,15 @@ Tensor attend_prompt(Tensor q, Tensor given_k, Tensor given_v, Tensor k_pages, T
   const auto* entries = static_cast<const int32_t*>(table.const_data_ptr());
   const int64_t page = k_pages.size(1), rows = q.size(0), token = k.size(1) * k.size(2);
   const int64_t earlier = std::min<int64_t>(*static_cast<const int32_t*>(past.const_data_ptr()), table.size(0) * page);
+  const float *earlier_keys = floats(k_pages), *earlier_values = floats(v_pages), *keys = floats(k), *values = floats(v);
   Tokens tokens;
   for (int64_t i = 0; i < earlier; i++) {
     const int64_t at = (entries[i / page] * page + i % page) * token;
-    tokens.add(floats(k_pages) + at, floats(v_pages) + at);
+    tokens.add(earlier_keys + at, earlier_values + at);
   }
   std::vector<Seen> seen;
   for (int64_t t = 0; t < rows; t++) {
-    tokens.add(floats(k) + t * token, floats(v) + t * token);
+    tokens.add(keys + t * token, values + t * token);
     seen.push_back({0, earlier + t + 1});
   }
   return attend_rows(torch::stable::contiguous(q), k.size(1), tokens, seen, scale);
@@ -647,10 +644,11 @@ Tensor attend_tiles(Tensor q, Tensor given_k, Tensor given_v, Tensor pad, double
   const Tensor k = torch::stable::contiguous(given_k), v = torch::stable::contiguous(given_v);
   const auto* padding = static_cast<const bool*>(pad.const_data_ptr());
   const int64_t rows = q.size(0), token = k.size(1) * k.size(2);
+  const float *keys = floats(k), *values = floats(v);
   Tokens tokens;
   for (const bool wanted : {false, true})
     for (int64_t s = 0; s < rows; s++)
-      if (padding[s] == wanted) tokens.add(floats(k) + s * token, floats(v) + s * token);
+      if (padding[s] == wanted) tokens.add(keys + s * token, values + s * token);
   const int64_t real = std::count(padding, padding + rows, false);
   std::vector<Seen> seen;
   for (int64_t s = 0; s < rows; s++) seen.push_back({0, padding[s] ? real : rows});
@@ -662,13 +660,14 @@ Tensor attend_image_rows(const Tensor& q, const Tensor& k_pages, const Tensor& v
                          const int32_t* fills, const int32_t* sees, double scale) {
   const auto* entries = static_cast<const int32_t*>(table.const_data_ptr());
   const int64_t page = k_pages.size(1), token = k_pages.size(2) * k_pages.size(3), J = table.size(1);
+  const float *keys = floats(k_pages), *values = floats(v_pages);
   Tokens tokens;
   std::vector<int64_t> start;
   for (int64_t j = 0; j <= J; j++) {
     start.push_back(static_cast<int64_t>(tokens.keys.size()));
     for (int64_t i = 0; j < J && i < fills[j]; i++) {
       const int64_t at = (entries[j] * page + i) * token;
-      tokens.add(floats(k_pages) + at, floats(v_pages) + at);
+      tokens.add(keys + at, values + at);
     }
   }
   std::vector<Seen> seen;

@@ -7,7 +7,6 @@ length is data there: a step costs what its tokens cost, whatever the bucket hol
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mllama_graph.ops import plain
@@ -22,7 +21,7 @@ def linear(x: Tensor, leaf) -> Tensor:
     rows, few = x.numel() // x.shape[-1], FEW_ROWS if leaf.weight.dtype == x.dtype else FEW_WIDENED_ROWS
     if rows <= few:
         return torch.ops.mllama_graph.linear(x, leaf.weight, leaf.bias)
-    return F.linear(x, leaf.weight.to(x.dtype), None if leaf.bias is None else leaf.bias.to(x.dtype))
+    return plain.linear(x, leaf)
 
 
 def attend_prompt(q_TQH: Tensor, k_TKH: Tensor, v_TKH: Tensor, pages: Pages, table_J: Tensor | None,
