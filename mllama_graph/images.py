@@ -62,8 +62,8 @@ def open_image(source: str) -> Image.Image:
 
 
 def shorten(source: str) -> str:
-    """A source as messages show it."""
-    return source if len(source) <= 80 else source[:77] + "..."
+    """A source as messages show it: the beginning of a long one, and its end, where a file's name is."""
+    return source if len(source) <= 80 else source[:30] + "..." + source[-47:]
 
 
 def error_text(error: Exception) -> str:

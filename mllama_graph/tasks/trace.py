@@ -17,7 +17,7 @@ from mllama_graph.buckets import Bucket
 from mllama_graph.checkpoint import model_of
 from mllama_graph.config import Run
 from mllama_graph.dispatch import Record
-from mllama_graph.graphs import GraphSpec, prepare_collectives, trace, unfilled
+from mllama_graph.graphs import GraphSpec, prepare_tracing, trace, unfilled
 from mllama_graph.place import CORES, deaf_children
 from mllama_graph.preflight import plan_of
 from mllama_graph.rank import graph_spec, graph_store, pick_device, precision_of
@@ -40,7 +40,7 @@ def main(run: Run) -> None:
     records, rows = [], []
     context = multiprocessing.get_context("spawn")
     with deaf_children():
-        pool = context.Pool(min(len(CORES), len(jobs)), prepare_collectives, (spec, graph_store(run).written))
+        pool = context.Pool(min(len(CORES), len(jobs)), prepare_tracing, (spec, graph_store(run).written))
     with pool:
         for (bucket, _), (nodes, sums, seconds) in zip(jobs, pool.imap(partial(traced, spec), jobs)):
             records.append(Record(bucket.phase, str(bucket), "traced", round(seconds, 3), 0, spec.key(bucket)))
