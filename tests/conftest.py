@@ -12,10 +12,13 @@ os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
 from checkpoints import SPECS, write_checkpoint
 from engines import GRAPH_PLAN, GRAPH_SPEC, Model, arguments, load_model
+
+from mllama_graph.store import default_store
 
 # Shared machines have slow seconds: a slow example is no failure, and runs repeat exactly.
 settings.register_profile("suite", deadline=None, derandomize=True, database=None, max_examples=60,
@@ -25,12 +28,29 @@ settings.load_profile("suite")
 torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory):
+    """The folder that all processes of a session share."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
 @pytest.fixture(scope="session", autouse=True)
-def cache_home(tmp_path_factory):
-    """No test reads or fills the user's own store of graphs."""
+def cache_home(shared):
+    """No test reads or fills the user's own store of graphs. Yields the session's."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
+        patch.setenv("XDG_CACHE_HOME", str(shared / "cache"))
+        yield default_store()
+
+
+@pytest.fixture
+def empty_store(cache_home, tmp_path):
+    """A graph store without graphs; the libraries, which cost a minute of compiling, are the session's."""
+    (cache_home / "native").mkdir(parents=True, exist_ok=True)
+    folder = tmp_path / "graphs"
+    folder.mkdir()
+    (folder / "native").symlink_to(cache_home / "native")
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -78,12 +98,17 @@ def requests(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def warm(checkpoint, tmp_path_factory):
-    """(graph store, run.py's result.json, what it printed): task=warmup for GRAPH_SPEC and GRAPH_PLAN."""
-    store, out = tmp_path_factory.mktemp("graphs"), tmp_path_factory.mktemp("warm") / "out"
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).parents[1] / "run.py"), "task=warmup", f"weights={checkpoint(GRAPH_SPEC)}",
-         f"graph_cache={store}", f"hydra.run.dir={out}", *arguments(GRAPH_PLAN)],
-        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    return store, json.loads((out / "result.json").read_text()), done.stderr
+def warm(shared):
+    """(graph store, run.py's result.json, what it printed): task=warmup for GRAPH_SPEC and GRAPH_PLAN, once a session."""
+    store, folder = shared / "warm" / "graphs", shared / "warm"
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / ".lock"):
+        if not (folder / "said").exists():
+            write_checkpoint(folder / "checkpoint", SPECS[GRAPH_SPEC])
+            done = subprocess.run(
+                [sys.executable, str(Path(__file__).parents[1] / "run.py"), "task=warmup", f"weights={folder / 'checkpoint'}",
+                 f"graph_cache={store}", f"hydra.run.dir={folder / 'out'}", *arguments(GRAPH_PLAN)],
+                capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            assert done.returncode == 0, done.stderr
+            (folder / "said").write_text(done.stderr)
+    return store, json.loads((folder / "out" / "result.json").read_text()), (folder / "said").read_text()

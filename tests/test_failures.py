@@ -115,10 +115,10 @@ def processes_with(variable: str) -> list[int]:
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-def test_an_interrupt_ends_the_compilers_too(tp, checkpoint, tmp_path):
+def test_an_interrupt_ends_the_compilers_too(tp, checkpoint, empty_store, tmp_path):
     mark = f"MARK_OF_THIS_TEST={os.urandom(8).hex()}"
     process = subprocess.Popen(
-        command(tmp_path / "out", f"weights={checkpoint('half')}", f"graph_cache={tmp_path / 'graphs'}", f"tp={tp}",
+        command(tmp_path / "out", f"weights={checkpoint('half')}", f"graph_cache={empty_store}", f"tp={tp}",
                 "plan.compile=wait", "prompt=hi"),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
         env=environment(**dict([mark.split("=")])), start_new_session=True)

@@ -148,8 +148,9 @@ def said(engine):
     return engine.ranks.graphs.say.__self__._stream.getvalue()
 
 
-def test_without_waiting_steps_run_uncompiled_while_their_graphs_compile(checkpoint, lines, eager, compiled, store, tmp_path):
-    plan = PLAN | {"compile": "background", "graph_cache": str(tmp_path)}
+def test_without_waiting_steps_run_uncompiled_while_their_graphs_compile(checkpoint, lines, eager, compiled, store,
+                                                                                   empty_store):
+    plan = PLAN | {"compile": "background", "graph_cache": str(empty_store)}
     engine = start(checkpoint(SPEC), backend="inductor", **plan)
     try:
         assert tokens_of(engine, lines[:1]) == {"two": eager[1]["two"]}
@@ -159,7 +160,7 @@ def test_without_waiting_steps_run_uncompiled_while_their_graphs_compile(checkpo
     finally:
         running.compiler.close()
     for bucket in running.compiler.asked:
-        shutil.copytree(store / running.spec.key(bucket), tmp_path / running.spec.key(bucket))
+        shutil.copytree(store / running.spec.key(bucket), empty_store / running.spec.key(bucket))
     engine = start(checkpoint(SPEC), backend="inductor", **plan)
     assert tokens_of(engine, lines[:1]) == {"two": compiled[1]["two"]}
     assert [record.source for record in engine.ranks.graphs.records] == ["hit"] * 3
@@ -185,11 +186,11 @@ def test_every_weight_of_a_step_stays_outside_its_package(compiled, store):
 
 
 @pytest.fixture
-def key(checkpoint, tmp_path):
+def key(checkpoint, empty_store):
     """key(bucket, changes to the plan) -> the key of a graph and its readable fields."""
 
     def of(bucket=Bucket("decode", 4, 4, 6, 0), name=SPEC, **changes):
-        return start(checkpoint(name), **(PLAN | {"graph_cache": str(tmp_path)} | changes)).ranks.graphs.spec.key(bucket)
+        return start(checkpoint(name), **(PLAN | {"graph_cache": str(empty_store)} | changes)).ranks.graphs.spec.key(bucket)
 
     return of
 
@@ -261,11 +262,11 @@ def test_the_source_hash_follows_every_file_that_decides_what_a_graph_computes(t
 # ---- warm runs
 
 
-def test_a_warm_run_refuses_to_compile(checkpoint, lines, compiled, store, tmp_path):
+def test_a_warm_run_refuses_to_compile(checkpoint, lines, compiled, store, empty_store):
     plan = PLAN | {"compile": "never"}
     engine = start(checkpoint(SPEC), backend="inductor", graph_cache=str(store), **plan)
     assert tokens_of(engine, lines[:1]) == {"two": compiled[1]["two"]}
-    engine = start(checkpoint(SPEC), backend="inductor", graph_cache=str(tmp_path), **plan)
+    engine = start(checkpoint(SPEC), backend="inductor", graph_cache=str(empty_store), **plan)
     with pytest.raises(UserError, match="vision image_pages=4 is not in the graph store"):
         tokens_of(engine, lines[:1])
 

@@ -63,19 +63,19 @@ def test_sampled_text_is_that_of_one_rank(checkpoint, requests, file, tmp_path):
         assert not wrong(done["lines"], one)
 
 
-def test_compiled_graphs_are_shared_by_the_ranks_and_found_again(checkpoint, requests, file, tmp_path):
+def test_compiled_graphs_are_shared_by_the_ranks_and_found_again(checkpoint, requests, file, empty_store, tmp_path):
     name, plan = "half", arguments(GRAPH_PLAN | {"pages": [25], "max_input_length": 300, "max_output_length": 100})
     lines = [line for line in few(requests, name) if line["id"] in ("chain_of_three_48", "same_image_twice_49")]
     path = tmp_path / "requests.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     plan = [part for part in plan if not part.startswith(("plan.images", "max_images"))] + ["plan.images=[4]", "max_images=4"]
     one = serve(start(checkpoint(name), batch=8), lines)
-    given = [f"weights={checkpoint(name)}", f"requests={path}", "tp=2", f"graph_cache={tmp_path / 'graphs'}", *plan]
+    given = [f"weights={checkpoint(name)}", f"requests={path}", "tp=2", f"graph_cache={empty_store}", *plan]
     for compile, source in (("wait", "compiled"), ("never", "hit")):
         done = run(tmp_path / compile, *given, f"plan.compile={compile}")
         assert not wrong(done["lines"], one)
         assert done["graphs"] and {graph["source"] for graph in done["graphs"]} == {source}
-    entries = list((tmp_path / "graphs").glob("*/graph.pt2"))
+    entries = list(empty_store.glob("*/graph.pt2"))
     assert len(entries) == len(done["graphs"]), "ranks compile graphs of their own"
 
 

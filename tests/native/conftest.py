@@ -8,12 +8,11 @@ from mllama_graph import native
 
 
 @pytest.fixture(scope="session")
-def libraries(tmp_path_factory):
-    """The folder that both libraries are built in."""
-    folder = tmp_path_factory.mktemp("libraries")
+def libraries(cache_home):
+    """The folder that the libraries are built in."""
     for name in native.LIBRARIES:
-        native.build(name, folder)
-    return folder
+        native.build(name, cache_home)
+    return cache_home
 
 
 @pytest.fixture(scope="session")
