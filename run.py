@@ -6,9 +6,11 @@ composed fails in a moment.
 
 import difflib
 import logging
+import math
 import os
 import re
 import sys
+import time
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -18,6 +20,7 @@ os.environ.setdefault("HYDRA_FULL_ERROR", "1")
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -26,10 +29,11 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from mllama_graph.config import Interrupted, PeerGone, RankFailed, Run, UserError, check
 from mllama_graph.launch import join, launch
 from mllama_graph.place import place_from
-from mllama_graph.report import write_failure, write_summary
+from mllama_graph.report import write_failure
+from mllama_graph.sweep import standing, write_summary
 
 # Taken literally: Hydra's grammar would refuse commas, apostrophes, parentheses, = and Chinese.
-LITERAL_KEYS = ("prompt", "image", "system", "requests", "weights")
+LITERAL_KEYS = ("prompt", "image", "system", "requests", "weights", "a", "b", "task.measured")
 
 # 2: an error that the user can mend.
 EXIT_CODES = {UserError: 2, Interrupted: 130}
@@ -38,7 +42,10 @@ log = logging.getLogger("mllama_graph")
 
 
 class JobFailed(Exception):
-    """A job of a sweep ended with an error that has been reported already; the sweep goes on and counts it."""
+    """A job of a sweep ended with an error that has been reported already; the sweep goes on and counts it.
+
+    Its argument is the exit code: launchers may have run the job in another process.
+    """
 
 
 def quote(value: str) -> str:
@@ -58,8 +65,24 @@ def literal(argument: str) -> str:
     return f"{key}={quote(value)}" if equals and key in LITERAL_KEYS else argument
 
 
-# Exit codes of the jobs that failed.
+# Exit codes of the jobs that failed in this process.
 failures: list[int] = []
+
+
+def swept_in(sweep: Path) -> dict[str, int]:
+    """The keys that a sweep sweeps over, and how many values each has."""
+    noted = OmegaConf.load(sweep / "multirun.yaml").hydra
+    given = {word.partition("=")[0]: word for word in noted.overrides.task}
+    words = {name: f"{name}={value}" for name, value in (noted.sweeper.get("params") or {}).items()} | given
+    parsed = OverridesParser.create().parse_overrides(list(words.values()))
+    return {o.key_or_group: len(list(o.sweep_string_iterator())) for o in parsed if o.is_sweep_override()}
+
+
+def announce(sweep: Path, number: int, overrides: list[str]) -> None:
+    """Tell a person which job of a sweep begins, and how long the rest will take."""
+    swept, begun = swept_in(sweep), (sweep / "multirun.yaml").stat().st_mtime
+    own = ", ".join(word for word in overrides if word.partition("=")[0] in swept)
+    print(f"{standing(sweep, number, math.prod(swept.values()), begun, time.time())}: {own}", file=sys.stderr, flush=True)
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -71,6 +94,8 @@ def job(cfg: DictConfig) -> None:
     run.output_dir = str(folder)
     # Of an earlier run in the same folder: it must not be taken for this one's.
     (folder / "result.json").unlink(missing_ok=True)
+    if sweeping:
+        announce(folder.parent, state.job.num, state.overrides.task)
     try:
         check(run)
         # A sweep's jobs share this process, so each gets fresh ones for its ranks.
@@ -85,7 +110,7 @@ def job(cfg: DictConfig) -> None:
         if sweeping:
             write_summary(folder.parent)
     if sweeping and len(failures) > failed_before:
-        raise JobFailed
+        raise JobFailed(failures[-1])
 
 
 def _fail(run: Run, folder: Path, message: str, exit_code: int) -> None:
@@ -130,8 +155,8 @@ def main() -> int:
     sys.argv[1:] = [literal(argument) for argument in given]
     try:
         job()
-    except JobFailed:
-        pass
+    except JobFailed as error:
+        return failures[0] if failures else error.args[0]
     except KeyboardInterrupt:
         return 130
     except (HydraException, OmegaConfBaseException) as error:

@@ -11,7 +11,6 @@ DTYPES = ("auto", "fp32", "fp16", "bf16")
 DEVICES = ("auto", "cpu", "cuda", "npu", "npu-sim")
 BACKENDS = ("auto", "inductor", "torchair", "eager")
 COMPILE = ("background", "wait", "never")
-PEERS = ("transformers",)
 QUANTS = ("none", "w8a16", "w8a8", "kv8")
 COLLECTIVES = ("auto", "shared_memory", "distributed")
 KERNELS = ("auto", "native", "plain")
@@ -79,9 +78,13 @@ class BackendChoice:
 
 @dataclass
 class HardwareChoice:
-    """One option of conf/hardware/: the peaks of a device, per second and in bytes, that latencies are modelled from."""
+    """One option of conf/hardware/: the peaks of a device, per second and in bytes, that latencies are modelled from.
+
+    device is what device= calls it: what is stored and computed there follows from that.
+    """
 
     name: str = ""
+    device: str = "npu"
     flops: float = 0.0
     memory_bytes_per_second: float = 0.0
     memory_bytes: float = 0.0
@@ -105,6 +108,12 @@ class TaskChoice:
     images: int = 1
     new_tokens: int = 17
     repetitions: int = 3
+    measured: Optional[str] = None
+    # Of task=compare.
+    across_hardware: bool = False
+    # Of task=profile on an NPU.
+    level: int = 1
+    aic_metrics: str = "PipeUtilization"
 
 
 @dataclass
@@ -145,6 +154,8 @@ class Run:
     batch_sizes: list[int] = field(default_factory=lambda: [1])
     lengths: list[int] = field(default_factory=lambda: [64])
     peers: list[str] = field(default_factory=list)
+    a: Optional[str] = None
+    b: Optional[str] = None
     max_input_length: int = 2048
     max_output_length: int = 128
     max_images: Optional[int] = None
@@ -197,8 +208,8 @@ def check(run: Run) -> None:
     for key in ("batch_sizes", "lengths"):
         for value in getattr(run, key) or [0]:
             _at_least(key, value, 1)
-    for peer in run.peers:
-        _one_of("peers", peer, PEERS)
+    for key, least in (("new_tokens", 2), ("repetitions", 1), ("images", 0)):
+        _at_least(f"task.{key}", getattr(run.task, key), least)
     if run.max_images is not None:
         _at_least("max_images", run.max_images, 1)
     if run.threads is not None:

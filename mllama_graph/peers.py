@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, Optional
 
 import numpy as np
 
+from mllama_graph.config import UserError
 from mllama_graph.report import Progress
 
 ROOT = Path(__file__).parents[1]
@@ -31,18 +33,25 @@ class Setting:
     freezing: bool = False
 
 
-SETTINGS = {"transformers": (
+SETTINGS = (
     Setting("transformers fp32", "float32"),
     Setting("transformers fp32 static", "float32", "static"),
     Setting("transformers fp32 static compiled", "float32", "static", compiled=True),
     Setting("transformers fp32 static frozen", "float32", "static", compiled=True, freezing=True),
     Setting("transformers bf16", "bfloat16"),
-)}
+)
 
 
 def settings_of(peers: list[str]) -> list[Setting]:
-    """Every setting of the named peers."""
-    return [setting for peer in peers for setting in SETTINGS[peer]]
+    """The settings named: one by its whole name, all of a peer by its first word. Raises UserError for an unknown one."""
+    found: list[Setting] = []
+    for peer in peers:
+        named = [setting for setting in SETTINGS if peer in (setting.name, setting.name.split()[0])]
+        if not named:
+            known = dict.fromkeys(name for setting in SETTINGS for name in (setting.name.split()[0], setting.name))
+            raise UserError(f"peers={peer} is not one of {', '.join(known)}.")
+        found += named
+    return list(dict.fromkeys(found))
 
 
 class Peer:
@@ -53,10 +62,10 @@ class Peer:
         progress.say(f"starting {setting.name}")
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)} | (
             {"TORCHINDUCTOR_FREEZING": "1"} if setting.freezing else {})
+        self._said = tempfile.TemporaryFile("w+", errors="replace")
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", __spec__.name, json.dumps(asdict(setting)), str(folder), device], text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            env=environment | {"PYTHONPATH": str(ROOT)})
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, env=environment | {"PYTHONPATH": str(ROOT)})
 
     def run(self, ids: list[list[int]], tiles: list[np.ndarray], aspect: int, new: int) -> Optional[dict[str, Any]]:
         """{"first": seconds to the first token, "steps": seconds of each later one}; None where it can't."""
@@ -64,16 +73,24 @@ class Peer:
         try:
             self._process.stdin.write(json.dumps({"ids": ids, "images": images, "aspect": aspect, "new": new}) + "\n")
             self._process.stdin.flush()
-            told = json.loads(self._process.stdout.readline() or '{"fault": "its process ended"}')
+            told = json.loads(self._process.stdout.readline() or "null") or {"fault": self._last_words()}
         except OSError:
-            told = {"fault": "its process ended"}
+            told = {"fault": self._last_words()}
         self.fault = told.get("fault", "")
         return None if self.fault else told
+
+    def _last_words(self) -> str:
+        """Why the process ended: the last line that it printed."""
+        code = self._process.wait()
+        self._said.seek(0)
+        lines = [line.strip() for line in self._said if line.strip()]
+        return f"its process ended with exit code {code}: {lines[-1][:200] if lines else 'it said nothing'}"
 
     def close(self) -> None:
         """End the process."""
         self._process.kill()
         self._process.wait()
+        self._said.close()
 
 
 def _serve(setting: Setting, folder: str, device: str) -> None:

@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import signal
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -115,6 +116,8 @@ class Rank:
         if spec.kernels == "native":
             load_native("kernels", graphs.written, "backend.kernels=plain")
         self.collectives = Collectives(spec.collectives, place, store, segment, run.timeout, name, graphs.written)
+        # Seconds spent sampling; where work is queued on a device, the wait for the logits is part of it.
+        self.sample_seconds = 0.0
         self._done = 0
         whole = elements(shape, self.shard) * self.precision.store.itemsize
 
@@ -163,6 +166,12 @@ class Rank:
         return self._sample(logits[:len(step.rows)], step.rows)
 
     def _sample(self, logits_BV: Tensor, rows: Sequence[Row]) -> list[Token]:
+        start = time.perf_counter()
+        tokens = self._tokens(logits_BV, rows)
+        self.sample_seconds += time.perf_counter() - start
+        return tokens
+
+    def _tokens(self, logits_BV: Tensor, rows: Sequence[Row]) -> list[Token]:
         chosen, vocab, gather = [row.sampling for row in rows], self.shape.text.vocab, self.gather
         first = self.shard.rank * self.shard.size(vocab)
         # On an NPU the host samples: kernels outside of a graph are launched one by one.

@@ -22,8 +22,8 @@ class Progress:
 
     def __init__(self, stream=None):
         self._stream = stream or sys.stderr
-        self._bar: Optional[tqdm] = None
-        self._graphs: Optional[tqdm] = None
+        self._bars: dict[str, tqdm] = {}
+        self._begun = 0.0
 
     def say(self, line: str) -> None:
         """One line for the reader, and for run.log."""
@@ -32,23 +32,29 @@ class Progress:
 
     def weights(self, done: int, total: int) -> None:
         """Bytes of weights in place, of how many."""
-        if self._bar is None:
-            self._bar, self._begun = tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1000, desc="weights", leave=False,
-                             file=self._stream, disable=not self._stream.isatty()), time.perf_counter()
-        self._bar.update(done - self._bar.n)
+        self._begun = self._begun or time.perf_counter()
+        self._show("weights", done, total, unit="B", unit_scale=True, unit_divisor=1000)
         if done >= total:
-            self._bar.close()
             self.say(f"weights: {total / 1e9:.3f} GB in {time.perf_counter() - self._begun:.1f} s")
 
     def graphs(self, done: int, total: int) -> None:
         """Graphs compiled, of how many."""
-        if self._graphs is None:
-            self._graphs = tqdm(total=total, unit="graph", desc="graphs", leave=False, file=self._stream,
-                                disable=not self._stream.isatty())
-        self._graphs.update(done - self._graphs.n)
+        self._show("graphs", done, total, unit="graph")
+
+    def turns(self, done: int, total: int, what: str) -> None:
+        """Measurements taken, of how many, with the time left; `what` is being measured."""
+        self._show("measured", done, total, what, unit="turn", bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}")
+
+    def _show(self, name: str, done: int, total: int, what: str = "", **look: Any) -> None:
+        bar = self._bars.get(name)
+        if bar is None:
+            bar = self._bars[name] = tqdm(total=total, desc=name, leave=False, file=self._stream,
+                                          disable=not self._stream.isatty(), **look)
+        if what:
+            bar.set_postfix_str(what, refresh=False)
+        bar.update(done - bar.n)
         if done >= total:
-            self._graphs.close()
-            self._graphs = None
+            self._bars.pop(name).close()
 
 
 def versions() -> dict[str, Optional[str]]:
@@ -100,25 +106,6 @@ def columns(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in [head, *rows])
 
 
-def write_summary(sweep: Path) -> None:
-    """summary.md of a sweep: one row a job that has ended, written anew after each."""
-    jobs = []
-    for path in sweep.glob("*/result.json"):
-        job = json.loads(path.read_text(encoding="utf8"))
-        number = path.parent.name.split("_", 1)[0]
-        jobs.append((int(number) if number.isdigit() else 0, path.parent.name.partition("_")[2] or "-", job))
-    lines = ["| job | overrides | status | time to first token ms | time per token ms | tokens/s |",
-             "|---|---|---|---|---|---|"]
-    for number, overrides, job in sorted(jobs, key=lambda entry: entry[0]):
-        metrics = job["metrics"]
-        cells = [_cell(metrics.get(name)) for name in (
-            "time_to_first_token_ms", "time_per_output_token_ms", "tokens_per_second")]
-        status = job["status"] if not job["error"] else f"{job['status']}: {job['error']}".replace("|", "\\|")
-        lines.append(f"| {number} | {overrides} | {status} | {' | '.join(cells)} |")
-    aside = sweep / ".summary.md"
-    aside.write_text("\n".join(lines) + "\n", encoding="utf8")
-    aside.replace(sweep / "summary.md")
-
-
-def _cell(value: Any) -> str:
-    return "-" if value is None else f"{value:.2f}"
+def markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    """The lines of a Markdown table."""
+    return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in [head, ("---",) * len(head), *rows]]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from mllama_graph.buckets import Bucket, Plan
-from mllama_graph.config import UserError
+from mllama_graph.config import HardwareChoice, UserError
 from mllama_graph.shape import ROW_MULTIPLE, ModelShape, VisionShape
 from mllama_graph.table import Shard, elements
 
@@ -113,6 +113,39 @@ def _vision_work(shape: ModelShape, weight_width: int, page_width: int) -> tuple
     read = tower + patches + late + vision.tokens * E * (1 + vision.max_tiles)
     moved = read * weight_width + tokens * kv_elements(shape, kept) * page_width
     return moved, 2 * rows * tower + 2 * tokens * (patches + late) + 4 * layers * rows**2 * E
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Seconds that a step of a rank takes at the least for each thing that it must do."""
+
+    memory: float
+    products: float
+    links: float
+
+    @property
+    def seconds(self) -> float:
+        """Reading and multiplying overlap; a sum over ranks waits for its products."""
+        return max(self.memory, self.products) + self.links
+
+    @property
+    def bound(self) -> str:
+        """What takes longest."""
+        return max(("memory", "products", "links"), key=lambda name: getattr(self, name))
+
+
+def floor_of(shape: ModelShape, page_size: int, bucket: Bucket, weight_width: int, page_width: int, ranks: int,
+             hardware: HardwareChoice) -> Floor:
+    """The floor of a full bucket: every page is read. Launches, latencies of links and all that is no product are left out."""
+    moved, flops = work(shape, page_size, bucket, weight_width, page_width)
+    text, vision = shape.text, shape.vision
+    if bucket.phase == "vision":
+        sums, row, tokens = 2 * (vision.layers + vision.global_layers), vision.width, vision_rows(vision)
+    else:
+        sums, row, tokens = 1 + 2 * (text.layers if bucket.image_pages else len(text.self_layers)), text.width, bucket.tokens
+    # Each rank sends 2 (n - 1) / n of a sum over n - 1 links at once (ring or mesh).
+    summed = 2 / ranks * sums * tokens * row * page_width / hardware.link_bytes_per_second if ranks > 1 else 0.0
+    return Floor(moved / hardware.memory_bytes_per_second / ranks, flops / hardware.flops / ranks, summed)
 
 
 def bucket_cost(shape: ModelShape, page_size: int, bucket: Bucket, weight_width: int = 4) -> float:

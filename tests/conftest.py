@@ -28,9 +28,14 @@ settings.load_profile("suite")
 torch.set_num_threads(1)
 
 
+SHARED = "MLLAMA_GRAPH_TESTS_SHARE"
+
+
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory):
-    """The folder that all processes of a session share."""
+    """The folder that all processes of a session share, sessions that a test starts among them."""
+    if SHARED in os.environ:
+        return Path(os.environ[SHARED])
     own = tmp_path_factory.getbasetemp()
     return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
@@ -40,6 +45,7 @@ def cache_home(shared):
     """No test reads or fills the user's own store of graphs. Yields the session's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(shared / "cache"))
+        patch.setenv(SHARED, str(shared))
         yield default_store()
 
 

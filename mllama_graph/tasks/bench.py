@@ -1,16 +1,19 @@
 """task=bench: how fast each batch size and length is, beside what the machine allows and beside peers in the same run."""
 
-import csv
+import itertools
+import resource
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
-from mllama_graph import limits
+from mllama_graph import limits, plots
 from mllama_graph.checkpoint import model_of, write_random
 from mllama_graph.config import Run
 from mllama_graph.engine import Engine
@@ -19,15 +22,17 @@ from mllama_graph.limits import Limits
 from mllama_graph.peers import Peer, settings_of
 from mllama_graph.preflight import MADE_UP, plan_of, weights_of
 from mllama_graph.processor import Request
-from mllama_graph.report import Progress, columns, write_result
+from mllama_graph.report import Progress, columns, markdown, write_result
 from mllama_graph.roofline import kv_elements, sizes, step_work, work
 from mllama_graph.scheduler import Sampling
+from mllama_graph.session import BENCH, write_csv, write_manifest
 from mllama_graph.start import processor_of, start_engine
 from mllama_graph.tasks.generate import finish_compiling
 
 # Of the example that this engine replaces, in its order.
 SEED_COLUMNS = ("batch", "input_len", "output_len", "embedding_len", "first_token_time(ms)", "non_first_token_time(ms)",
                 "ResponseTime(ms)", "E2E Throughput Average(Tokens/s)")
+OURS = "mllama_graph"
 MS = 1e3
 
 
@@ -42,6 +47,19 @@ class Case:
 
 
 @dataclass
+class Turns:
+    """How far the measuring is."""
+
+    progress: Progress
+    total: int
+    done: int = 0
+
+    def begin(self, what: str) -> None:
+        self.progress.turns(self.done, self.total, what)
+        self.done += 1
+
+
+@dataclass
 class Timing:
     """Of one case, a value a repetition, in seconds; steps a value a decode step. `who` is the engine or a peer."""
 
@@ -49,6 +67,8 @@ class Timing:
     image: list[float] = field(default_factory=list)
     vision: list[float] = field(default_factory=list)
     prefill: list[float] = field(default_factory=list)
+    # Drawing the first tokens: a part of prefill.
+    sample: list[float] = field(default_factory=list)
     first: list[float] = field(default_factory=list)
     # The first token of a request whose images are known.
     again: list[float] = field(default_factory=list)
@@ -57,12 +77,13 @@ class Timing:
 
 
 def main(run: Run) -> None:
-    """Measure every case; writes bench.csv and result.json, and prints a table."""
-    task = run.task
+    """Measure every case; writes the session (bench.csv, manifest.json, summary.md, plots) and prints its table."""
+    task, settings = run.task, settings_of(run.peers)
     cases = [Case(batch, length, task.images, task.new_tokens) for batch in run.batch_sizes for length in run.lengths]
     run.batch = max(run.batch, *run.batch_sizes)
     run.max_input_length = max(run.max_input_length, *run.lengths)
-    run.max_output_length = max(run.max_output_length, task.new_tokens)
+    # Those that get their first token before others do decode meanwhile.
+    run.max_output_length = max(run.max_output_length, task.new_tokens + max(run.batch_sizes))
     run.plan.compile = "wait"
     shape, checkpoint = model_of(run)
     processor, progress = processor_of(run, shape, checkpoint), Progress()
@@ -71,33 +92,29 @@ def main(run: Run) -> None:
     rank = engine.ranks.rank
     with tempfile.TemporaryDirectory(prefix="mllama_graph-bench-") as aside:
         folder = checkpoint.folder if checkpoint else Path(aside)
-        if run.peers and weights_of(run) in MADE_UP:
+        if settings and weights_of(run) in MADE_UP:
             progress.say("writing the random weights for the peers")
             write_random(shape, {"model_type": "mllama", **run.model.config}, run.seed, rank.precision.store, folder)
-        peers = [Peer(setting, folder, rank.device.type, rank.spec.threads, progress) for setting in settings_of(run.peers)]
+        peers = [Peer(setting, folder, rank.device.type, rank.spec.threads, progress) for setting in settings]
         try:
             rows, found = [], []
+            turns = Turns(progress, len(cases) * (task.repetitions + 1) * (1 + len(settings)))
             for case in cases:
                 progress.say(f"batch {case.batch}, {case.length} text ids, {case.images} images each")
-                timings, ceiling = _measure(engine, case, task.repetitions, peers, progress)
+                timings, ceiling = _measure(engine, case, task.repetitions, peers, progress, turns)
                 found.append(ceiling)
                 rows += [_row(engine, case, timing, ceiling) for timing in timings]
         finally:
             for peer in peers:
                 peer.close()
-    path = Path(run.output_dir) / "bench.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    print("\n" + columns(("engine", "batch", "ids", "first token", "of them vision", "again", "a decode step", "least", "most",
-                          "floor", "of floor"), [_line(row) for row in rows]))
-    print("\nlimits measured beside each case: " + "; ".join(
-        f"read {c.bytes_per_second / 1e9:.1f} GB/s, product {c.flops / 1e9:.0f} GFLOP/s" for c in found), flush=True)
-    write_result(Path(run.output_dir), asdict(run), metrics={"limits": [asdict(c) for c in found], "cases": rows},
-                 graphs=[asdict(record) for record in engine.ranks.graphs.records])
     finish_compiling(engine.ranks, progress)
-    progress.say(f"\n{path}")
+    folder = Path(run.output_dir)
+    write_csv(folder / BENCH, rows)
+    write_manifest(folder, run, rank.device.type)
+    write_result(folder, asdict(run), metrics={"limits": [asdict(c) for c in found], "cases": rows},
+                 graphs=[asdict(record) for record in engine.ranks.graphs.records])
+    print("\n" + columns(*_table(rows)), flush=True)
+    progress.say(f"\n{write_report(folder, run.model.name, rows, progress)}")
 
 
 def requests_of(engine: Engine, case: Case, seed: int, pictures: int) -> tuple[list[Request], float]:
@@ -115,27 +132,33 @@ def requests_of(engine: Engine, case: Case, seed: int, pictures: int) -> tuple[l
             spent += time.perf_counter() - start
         text = random.integers(0, shape.text.vocab, case.length - len(images)).tolist()
         ids = (*[shape.image_token] * len(images), *text)
-        requests.append(Request(number, ids, tuple(images), tuple(range(len(images))), case.new, Sampling(), ignore_eos=True))
+        most = case.new + case.batch
+        requests.append(Request(number, ids, tuple(images), tuple(range(len(images))), most, Sampling(), ignore_eos=True))
     return requests, spent
 
 
-def _measure(engine: Engine, case: Case, repetitions: int, peers: list[Peer], progress: Progress) -> tuple[list[Timing], Limits]:
+def _measure(engine: Engine, case: Case, repetitions: int, peers: list[Peer], progress: Progress,
+             turns: Turns) -> tuple[list[Timing], Limits]:
     """One run that is not counted, then repetitions in which the engine and each peer take turns."""
-    ours, theirs = Timing("mllama_graph"), {peer: Timing(peer.setting.name) for peer in peers}
-    ceilings = []
+    ours, theirs = Timing(OURS), {peer: Timing(peer.setting.name) for peer in peers}
+    # Every case and repetition has pictures of its own: none is known before its first turn.
+    ceilings, seeds = [], itertools.count(1000 * case.batch + 1_000_000 * case.length)
     for repetition in range(repetitions + 1):
-        requests, spent = requests_of(engine, case, repetition, repetition)
+        turns.begin(f"{OURS}, batch {case.batch}, {case.length} ids")
+        requests, spent = requests_of(engine, case, seed := next(seeds), seed)
         counted = Timing("") if repetition == 0 else ours
         counted.image.append(spent)
-        _serve(engine, requests, counted, again=False)
-        _serve(engine, requests_of(engine, case, 100 + repetition, repetition)[0], counted, again=True)
+        _serve(engine, requests, case.new, counted, again=False)
+        _serve(engine, requests_of(engine, case, seed + 500, seed)[0], case.new, counted, again=True)
         ceilings.append(limits.measure(engine.ranks.rank.device))
         for peer, timing in list(theirs.items()):
+            turns.begin(f"{peer.setting.name}, batch {case.batch}, {case.length} ids")
             told = peer.run([list(r.ids) for r in requests], [t.data for r in requests for t in r.images],
                             requests[0].images[0].aspect if case.images else 0, case.new)
             if told is None:
                 progress.say(f"{peer.setting.name} can't run this case: {peer.fault}")
                 theirs.pop(peer)
+                turns.total -= repetitions - repetition
             elif repetition:
                 timing.first.append(told["first"])
                 timing.steps += told["steps"]
@@ -145,28 +168,31 @@ def _measure(engine: Engine, case: Case, repetitions: int, peers: list[Peer], pr
     return [ours, *theirs.values()], Limits(median("bytes_per_second"), median("flops"))
 
 
-def _serve(engine: Engine, requests: list[Request], timing: Timing, again: bool) -> None:
-    """Serve requests together. The first token's time is that of the last request to get one, as a batch would wait."""
-    start, stats = time.perf_counter(), engine.stats
-    vision, prefill, without = stats.vision_seconds, stats.prefill_seconds, set(range(len(requests)))
-    for request in requests:
-        engine.submit(request)
-    first = None
-    while not engine.idle:
-        before, steps = time.perf_counter(), stats.decode_steps
-        for delta in engine.step():
-            without.discard(delta.id)
-        if not without and first is None:
-            first = time.perf_counter() - start
-        elif first is not None and stats.decode_steps > steps and engine.load == len(requests):
-            timing.steps.append(time.perf_counter() - before)
+def _serve(engine: Engine, requests: list[Request], new: int, timing: Timing, again: bool) -> None:
+    """Serve requests together, until all have a token and then decoded `new` - 1 more in one batch.
+
+    The first token's time is that of the last request to get one, as a batch would wait.
+    """
+    start, stats, rank = time.perf_counter(), engine.stats, engine.ranks.rank
+    vision, prefill, sample = stats.vision_seconds, stats.prefill_seconds, rank.sample_seconds
+    numbers, without = [engine.submit(request) for request in requests], {request.id for request in requests}
+    while without:
+        without -= {delta.id for delta in engine.step()}
+    first = time.perf_counter() - start
     if again:
         timing.again.append(first)
-        return
-    timing.first.append(first)
-    timing.whole.append(time.perf_counter() - start)
-    timing.vision.append(stats.vision_seconds - vision)
-    timing.prefill.append(stats.prefill_seconds - prefill)
+    else:
+        timing.first.append(first)
+        timing.vision.append(stats.vision_seconds - vision)
+        timing.prefill.append(stats.prefill_seconds - prefill)
+        timing.sample.append(rank.sample_seconds - sample)
+        for _ in range(new - 1):
+            before = time.perf_counter()
+            engine.step()
+            timing.steps.append(time.perf_counter() - before)
+        timing.whole.append(time.perf_counter() - start)
+    for number in numbers:
+        engine.abort(number)
 
 
 def _row(engine: Engine, case: Case, timing: Timing, ceiling: Limits) -> dict[str, object]:
@@ -182,25 +208,95 @@ def _row(engine: Engine, case: Case, timing: Timing, ceiling: Limits) -> dict[st
     prompt = step_work(shape, case.images > 0, case.length, case.length, image_tokens, seen, 1, *widths)
     first_floor = case.batch * (max(prompt[0] / ceiling.bytes_per_second, prompt[1] / ceiling.flops)
                                 + case.images * work(shape, plan.page_size, plan.vision(), *widths)[1] / ceiling.flops)
-    ms = lambda times: round(statistics.median(times) * MS, 3) if times else ""  # noqa: E731
-    step, first = ms(timing.steps), ms(timing.first)
-    whole = statistics.median(timing.whole)
-    return dict(zip(SEED_COLUMNS, (case.batch, case.length, case.new, image_tokens, first, step, round(whole * MS, 3),
+    ms = lambda seconds: round(seconds * MS, 3)  # noqa: E731
+    median = lambda times: ms(statistics.median(times)) if times else ""  # noqa: E731
+    step, first, whole = median(timing.steps), median(timing.first), statistics.median(timing.whole)
+    ours = timing.who == OURS
+    return dict(zip(SEED_COLUMNS, (case.batch, case.length, case.new, image_tokens, first, step, ms(whole),
                                    round(case.batch * case.new / whole, 3)))) | {
-        "engine": timing.who, "images": case.images, "image_ms": ms(timing.image), "vision_ms": ms(timing.vision),
-        "prefill_ms": ms(timing.prefill), "first_token_again_ms": ms(timing.again),
-        "decode_ms_least": round(min(timing.steps) * MS, 3), "decode_ms_most": round(max(timing.steps) * MS, 3),
-        "decode_floor_ms": round(step_floor * MS, 3), "decode_of_floor": round(step_floor * MS / step, 4),
-        "first_token_floor_ms": round(first_floor * MS, 3), "first_token_of_floor": round(first_floor * MS / first, 4),
+        "engine": timing.who, "images": case.images, "image_ms": median(timing.image), "vision_ms": median(timing.vision),
+        "prefill_ms": median(timing.prefill), "first_sample_ms": median(timing.sample),
+        "first_token_ms_least": ms(min(timing.first)), "first_token_ms_most": ms(max(timing.first)),
+        "first_token_again_ms": median(timing.again),
+        "decode_ms_least": ms(min(timing.steps)), "decode_ms_most": ms(max(timing.steps)),
+        "decode_tokens_per_s": round(case.batch * MS / step, 3),
+        "decode_floor_ms": ms(step_floor), "decode_of_floor": round(step_floor * MS / step, 4),
+        "first_token_floor_ms": ms(first_floor), "first_token_of_floor": round(first_floor * MS / first, 4),
+        "read_of_limit": round(moved * MS / step / ceiling.bytes_per_second, 4),
+        "flops_of_limit": round(flops * MS / step / ceiling.flops, 4),
         "decode_bytes": round(moved), "decode_flops": round(flops),
         "weight_bytes": sizes(shape).total * widths[0],
         "self_kv_bytes": keys * kv_elements(shape, len(shape.text.self_layers)) * widths[1],
         "image_kv_bytes": image_keys * kv_elements(shape, len(shape.text.cross_layers)) * widths[1],
+        "planned_bytes": engine.ranks.memory.total if ours else "",
+        "most_resident_bytes": most_resident(rank.device) if ours else "",
         "read_gb_per_s": round(ceiling.bytes_per_second / 1e9, 3), "product_gflop_per_s": round(ceiling.flops / 1e9, 3)}
+
+
+def most_resident(device: torch.device) -> int:
+    """The most bytes that rank 0 has held since it started: of a CPU's process, or allocated on the device."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _table(rows: list[dict[str, object]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    return ("engine", "batch", "ids", "first token", "of it vision", "again", "a decode step", "least", "most", "floor", "of floor",
+            "tokens/s"), [_line(row) for row in rows]
 
 
 def _line(row: dict[str, object]) -> tuple[str, ...]:
     ms = lambda name: f"{row[name]:,.1f} ms" if row[name] != "" else "-"  # noqa: E731
     return (str(row["engine"]), str(row["batch"]), str(row["input_len"]), ms("first_token_time(ms)"), ms("vision_ms"),
             ms("first_token_again_ms"), ms("non_first_token_time(ms)"), ms("decode_ms_least"), ms("decode_ms_most"),
-            ms("decode_floor_ms"), f"{100 * row['decode_of_floor']:.0f} %")
+            ms("decode_floor_ms"), f"{100 * row['decode_of_floor']:.0f} %", f"{row['decode_tokens_per_s']:,.1f}")
+
+
+def write_report(folder: Path, model: str, rows: list[dict[str, object]], progress: Progress) -> Path:
+    """summary.md beside bench.csv, and plots over the batch sizes or lengths that were measured; the summary's path."""
+    reads, products = ([row[name] for row in rows] for name in ("read_gb_per_s", "product_gflop_per_s"))
+    text = [f"# task=bench, {model}", "", "Medians. The floor of a step is the larger of bytes / bandwidth and operations / rate, "
+            f"measured beside each case: {min(reads):.1f} to {max(reads):.1f} GB/s read, {min(products):,.0f} to "
+            f"{max(products):,.0f} GFLOP/s of a product. Kept images spare the vision pass of the column *again*.", "",
+            *markdown(*_table(rows)), ""]
+    for peer in {row["engine"]: None for row in rows if row["engine"] != OURS}:
+        text += [f"- {line}" for line in _against(rows, peer)]
+    for across, name in (("batch", "batch"), ("input_len", "text ids")):
+        if len({row[across] for row in rows}) < 2:
+            continue
+        if not plots.available():
+            progress.say(plots.MISSING)
+            break
+        for column, title, spread in (
+                ("non_first_token_time(ms)", "a decode step, ms", ("decode_ms_least", "decode_ms_most")),
+                ("first_token_time(ms)", "first token, ms", ("first_token_ms_least", "first_token_ms_most")),
+                ("decode_tokens_per_s", "decoded tokens/s", ())):
+            path = folder / f"{title.split(',')[0].replace('/', ' a ').replace(' ', '_')}_by_{across}.png"
+            plots.lines(path, f"{model}: {title}", name, title, *_series(rows, across, column, spread))
+            text += ["", f"![{title}]({path.name})"]
+    path = folder / "summary.md"
+    path.write_text("\n".join(text) + "\n", encoding="utf8")
+    return path
+
+
+def _against(rows: list[dict[str, object]], peer: str) -> Iterator[str]:
+    """How many times sooner than a peer, a line a case."""
+    case = lambda row: (row["batch"], row["input_len"], row["images"])  # noqa: E731
+    ours = {case(row): row for row in rows if row["engine"] == OURS}
+    for row in rows:
+        if row["engine"] == peer:
+            first, step = (row[name] / ours[case(row)][name] for name in ("first_token_time(ms)", "non_first_token_time(ms)"))
+            yield f"{peer}, batch {row['batch']}, {row['input_len']} ids: first token {first:.2f}x, decode {step:.2f}x our time"
+
+
+def _series(rows: list[dict[str, object]], across: str, column: str, spread: tuple[str, ...]) -> tuple[dict, list[str]]:
+    """A line an engine and value of the other axis, with the floors of ours dashed."""
+    other, unit = ("input_len", "ids") if across == "batch" else ("batch", "rows")
+    many, series, floors = len({row[other] for row in rows}) > 1, {}, {}
+    floor = {"non_first_token_time(ms)": "decode_floor_ms", "first_token_time(ms)": "first_token_floor_ms"}.get(column)
+    for row in rows:
+        name = f"{row['engine']}, {row[other]} {unit}" if many else str(row["engine"])
+        series.setdefault(name, []).append((row[across], row[column], *(row[bound] for bound in spread)))
+        if floor and row["engine"] == OURS:
+            floors.setdefault(f"floor, {row[other]} {unit}" if many else "floor", []).append((row[across], row[floor]))
+    return series | floors, list(floors)

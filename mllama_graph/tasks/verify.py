@@ -27,7 +27,7 @@ from mllama_graph.place import CORES, deaf_children
 from mllama_graph.preflight import plan_of
 from mllama_graph.rank import Precision, graph_spec, pick_device, precision_of, start_npu
 from mllama_graph.report import Progress, columns, write_result
-from mllama_graph.roofline import bucket_cost, memory, vision_rows, work
+from mllama_graph.roofline import bucket_cost, floor_of, memory
 
 # A worker takes up to 1 GB; what is lowered is no faster with more than one core.
 WORKERS = 2
@@ -190,21 +190,8 @@ def records(judged: list[Judged]) -> list[dict[str, Any]]:
 
 
 def modelled(spec: GraphSpec, bucket: Bucket, hardware: HardwareChoice) -> float:
-    """Seconds that a step takes at the least: a rank's bytes or its operations, whichever take longer, and its sums.
-
-    Every page of the bucket is read. Launches, latencies of links and all that is not a product are left out.
-    """
-    moved, flops = work(spec.shape, spec.page_size, bucket, spec.store.itemsize, spec.compute.itemsize)
-    text, vision, ranks = spec.shape.text, spec.shape.vision, spec.world_size
-    if bucket.phase == "vision":
-        sums, row, tokens = 2 * (vision.layers + vision.global_layers), vision.width, vision_rows(vision)
-    else:
-        layers = text.layers if bucket.image_pages else len(text.self_layers)
-        sums, row, tokens = 1 + 2 * layers, text.width, bucket.tokens
-    # Each rank sends 2 (n - 1) / n of a sum over n - 1 links at once (ring or mesh).
-    summed = 2 / ranks * sums * tokens * row * spec.compute.itemsize if ranks > 1 else 0.0
-    alone = max(moved / hardware.memory_bytes_per_second, flops / hardware.flops) / ranks
-    return alone + summed / hardware.link_bytes_per_second
+    """Seconds that a step takes at the least."""
+    return floor_of(spec.shape, spec.page_size, bucket, spec.store.itemsize, spec.compute.itemsize, spec.world_size, hardware).seconds
 
 
 def ranks_line(tp: int) -> str:

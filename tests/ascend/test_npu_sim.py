@@ -17,7 +17,8 @@ from test_stubs import needs_torch_npu
 ANSWER = "I see a red circle, a green triangle and a blue star."
 SIMULATED = "no NPU here: every graph is executed on the CPU by an interpreter, slowly"
 
-pytestmark = needs_torch_npu
+# One worker runs them all: they share a store.
+pytestmark = [needs_torch_npu, pytest.mark.xdist_group("npu_sim")]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -16,9 +16,9 @@ needs_torch_npu = pytest.mark.skipif(not stubs.installed(), reason=(
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(shared):
     """Where the stubs of this session are built."""
-    return tmp_path_factory.mktemp("stubs")
+    return shared / "stubs"
 
 
 def simulated(folder, *arguments):

@@ -1,0 +1,94 @@
+"""Plots of a session, as PNG files. matplotlib is an extra: without it there are tables alone."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Optional
+
+MISSING = "no plots: matplotlib is not installed (pip install -e '.[plots]')"
+WIDTH, HEIGHT, DPI = 6.4, 4.0, 110
+
+# A line of a plot: (x, y) in order, or (x, y, least, most).
+Points = Sequence[tuple[float, ...]]
+
+
+def available() -> bool:
+    """Whether there can be plots."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def lines(path: Path, title: str, across: str, up: str, series: Mapping[str, Points], dashed: Sequence[str] = (),
+          log: bool = False) -> None:
+    """Lines with markers, one a name; those in `dashed` are floors. With least and most, a band shows the spread."""
+    axes = _axes(title, across, up)
+    for name, points in series.items():
+        if not points:
+            continue
+        x, y = [point[0] for point in points], [point[1] for point in points]
+        drawn, = axes.plot(x, y, "--" if name in dashed else "o-", label=name, linewidth=1.5, markersize=4)
+        if len(points[0]) == 4:
+            axes.fill_between(x, [p[2] for p in points], [p[3] for p in points], color=drawn.get_color(), alpha=0.15, linewidth=0)
+    if log:
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
+    _ticks(axes, [point[0] for points in series.values() for point in points], log)
+    axes.legend(frameon=False, fontsize=8)
+    _save(axes, path)
+
+
+def stacked(path: Path, title: str, up: str, names: Sequence[str], parts: Mapping[str, Sequence[float]]) -> None:
+    """A bar a name, its parts on top of each other."""
+    axes = _axes(title, "", up)
+    base = [0.0] * len(names)
+    for part, values in parts.items():
+        axes.bar(names, values, bottom=base, label=part, width=0.6)
+        base = [below + value for below, value in zip(base, values)]
+    axes.tick_params(axis="x", labelrotation=30 if max(map(len, names)) > 6 else 0, labelsize=8)
+    axes.legend(frameon=False, fontsize=8)
+    _save(axes, path)
+
+
+def roofline(path: Path, title: str, bytes_per_second: float, flops: float, points: Mapping[str, tuple[float, Optional[float]]]) -> None:
+    """The two roofs, and each name at (operations a byte, operations a second reached; None: on its roof)."""
+    axes = _axes(title, "operations a byte", "operations a second")
+    ridge = flops / bytes_per_second
+    across = [min([ridge, *(p[0] for p in points.values())]) / 4, ridge, max([ridge, *(p[0] for p in points.values())]) * 4]
+    axes.plot(across, [min(flops, x * bytes_per_second) for x in across], color="black", linewidth=1.5)
+    for name, (intensity, reached) in points.items():
+        roof = min(flops, intensity * bytes_per_second)
+        axes.plot([intensity], [reached or roof], "o" if reached else "x", label=name, markersize=5)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.legend(frameon=False, fontsize=7)
+    _save(axes, path)
+
+
+def _axes(title: str, across: str, up: str):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    axes = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, layout="constrained").subplots()
+    axes.set(title=title, xlabel=across, ylabel=up)
+    axes.title.set_fontsize(10)
+    axes.grid(True, alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return axes
+
+
+def _ticks(axes, values: Sequence[float], log: bool) -> None:
+    """A tick at each measured place, as long as they are few."""
+    places = sorted(set(values))
+    if len(places) <= 12:
+        axes.set_xticks(places, [f"{place:g}" for place in places])
+        axes.minorticks_off()
+
+
+def _save(axes, path: Path) -> None:
+    axes.figure.savefig(path)

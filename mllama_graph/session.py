@@ -1,0 +1,105 @@
+"""A session of measurements: a folder that says where and how its figures came about, so that it can be kept and compared."""
+
+import csv
+import json
+import os
+import platform
+import subprocess
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mllama_graph.config import Run, UserError
+from mllama_graph.place import CORES
+from mllama_graph.preflight import host_memory
+from mllama_graph.report import versions, write_json
+
+MANIFEST, BENCH = "manifest.json", "bench.csv"
+# The device of figures that no device gave.
+MODELLED = "modelled"
+# Of a configuration, what only says where this run found and left its files.
+PLACES = ("output_dir", "graph_cache", "weights", "requests", "image")
+
+
+def write_manifest(folder: Path, run: Run, device: str) -> None:
+    """manifest.json: hardware, versions, commit, command, configuration and date of what the folder holds."""
+    config = {name: value for name, value in asdict(run).items() if name not in PLACES}
+    write_json(folder / MANIFEST, {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "hardware": hardware(device),
+        "versions": versions(), "commit": commit(), "command": command(folder), "config": config})
+
+
+def command(folder: Path) -> str:
+    """What was typed, from what Hydra noted in the run's folder; files and checkpoints by their last name."""
+    path = folder / ".hydra" / "overrides.yaml"
+    words = yaml.safe_load(path.read_text(encoding="utf8")) if path.is_file() else []
+    return " ".join(["python run.py", *map(_without_folder, words)])
+
+
+def _without_folder(word: str) -> str:
+    key, equals, value = word.partition("=")
+    return f"{key}={Path(value).name}" if equals and value.startswith(("/", "~")) else word
+
+
+def hardware(device: str) -> dict[str, Any]:
+    """What the figures are of: processor, cores, memory, and the accelerator where one computes."""
+    from mllama_graph.graphs import processor_name
+
+    found: dict[str, Any] = {"device": device, "processor": processor_name(), "machine": platform.machine(),
+                             "cores": len(CORES), "memory_gib": round(_memory() / 2**30, 1)}
+    if device == "cuda":
+        import torch
+
+        found["accelerator"] = torch.cuda.get_device_name()
+    elif device == "npu":
+        import torch
+
+        found["accelerator"] = torch.npu.get_device_name()
+    return found
+
+
+def _memory() -> int:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except ValueError:
+        return host_memory()[0]
+
+
+def commit() -> str:
+    """The commit of the checkout, "+" where files differ from it; "" outside one."""
+    here = Path(__file__).parents[1]
+    git = lambda *words: subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True)  # noqa: E731
+    try:
+        head = git("rev-parse", "--short", "HEAD")
+        return head.stdout.strip() + "+" * bool(git("status", "--porcelain", "-uno").stdout) if not head.returncode else ""
+    except OSError:
+        return ""
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Raises UserError where the folder is no session."""
+    try:
+        return json.loads((folder / MANIFEST).read_text(encoding="utf8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} is no session: it has no readable {MANIFEST}. Give the folder of a run of task=bench.") from error
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """A line a row, columns in the order of their first appearance."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with path.open("w", newline="", encoding="utf8") as file:
+        writer = csv.DictWriter(file, fieldnames=names)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file. Raises UserError where there is none."""
+    try:
+        with path.open(newline="", encoding="utf8") as file:
+            return list(csv.DictReader(file))
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}. task=bench writes it.") from error
