@@ -129,6 +129,8 @@ def explain(error: Exception) -> str:
         close = difflib.get_close_matches(found[1].split(".")[0], known, n=1)
         guess = f" Did you mean {close[0]}?" if close else ""
         return f"there is no key {found[1]!r}.{guess} conf/config.yaml lists every key."
+    if found := re.search(r"Could not (?:find|load) 'hydra/launcher/(\w+)'", text):
+        return f"hydra/launcher={found[1]} is not installed. Install it with: pip install -e '.[sweeps]'"
     if found := re.search(r"Could not find '([^']+)/([^']+)' Available options in '[^']+': (.*?) Config search", text):
         return f"{found[1]}={found[2]} is not one of {', '.join(found[3].split())}."
     cause = str(error.__cause__).splitlines()[0] if error.__cause__ else ""

@@ -8,6 +8,7 @@ from typing import Any, Optional
 import numpy as np
 
 from mllama_graph.blocks import pages_for
+from mllama_graph.place import process_age
 from mllama_graph.processor import Detokenizer, Processor, Request
 from mllama_graph.rank import Token
 from mllama_graph.roofline import step_bytes
@@ -59,7 +60,8 @@ class Stats:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     decode_bytes: int = 0
-    started: float = field(default_factory=time.perf_counter)
+    # Seconds from the start of the process to the first token of all; None before it.
+    start_to_first_token: Optional[float] = None
 
 
 @dataclass
@@ -147,6 +149,8 @@ class Engine:
         state = self._running[sequence.id]
         now = time.perf_counter()
         state.first = state.first or now
+        if self.stats.start_to_first_token is None:
+            self.stats.start_to_first_token = process_age()
         state.tokens.append(token)
         request = state.request
         ended = token.id in self.processor.eos and not request.ignore_eos

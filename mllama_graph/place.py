@@ -9,6 +9,7 @@ import importlib.util
 import os
 import signal
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -141,3 +142,13 @@ def bind_master_port(environment: Mapping[str, str] = os.environ) -> tuple[socke
         except OSError:
             listening.close()
     raise UserError(f"MASTER_PORT={given} and all of {PORTS[0]}-{PORTS[-1]} are taken. Set MASTER_PORT to a free port.")
+
+
+def process_age() -> Optional[float]:
+    """Seconds since this process started, imports included; None where the system does not tell."""
+    try:
+        # After the name in brackets, which may hold anything: field 22 of proc(5) is the start in ticks since the boot.
+        started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - started
+    except (OSError, AttributeError, ValueError, IndexError):
+        return None

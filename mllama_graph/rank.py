@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 from mllama_graph import batch, lowering
 from mllama_graph.buckets import Bucket, Plan
@@ -30,7 +31,9 @@ from mllama_graph.model import sample
 from mllama_graph.ops.ranks import HOST_GROUP, gather_in
 from mllama_graph.place import Place
 from mllama_graph.preflight import NPUS, precision
+from mllama_graph.profiler import GRAPH, SAMPLE, Level, Profiler
 from mllama_graph.report import Progress
+from mllama_graph.roofline import Memory
 from mllama_graph.scheduler import AnyStep, PrefillStep, Row, VisionStep
 from mllama_graph.shape import ModelShape
 from mllama_graph.store import GraphStore, store_folder
@@ -135,6 +138,7 @@ class Rank:
         self.pages, self.image_pages = spec.pages(_zeros)
         self.ops = ops_of(spec)
         self.gather = gather_in(HOST_GROUP, place.world) if on_npu and place.world > 1 else self.ops.all_gather
+        self.profiler: Optional[Profiler] = None
         kind = LoadedNpu if on_npu else Loaded
         self.graphs = kind(spec, self.weights, (self.pages, self.image_pages), self.ops, graphs, progress.say)
 
@@ -145,14 +149,32 @@ class Rank:
         Raises PeerGone where another rank does not take part.
         """
         try:
-            return self._execute(step, bucket, self.graphs.graph(bucket, compiled), pixels)
+            with self.profiler.step(bucket) if self.profiler else contextlib.nullcontext():
+                return self._execute(step, bucket, self.graphs.graph(bucket, compiled), pixels)
         except RuntimeError as error:
             if fault := self.collectives.fault():
                 raise PeerGone(fault) from error
             raise
 
+    def profile(self, planned: Optional[Memory]) -> None:
+        """Begin to record what this rank does, `planned` its memory; None ends it and writes the run's rank<k>/."""
+        if planned is None:
+            self.profiler.end()
+            self.profiler = None
+            return
+        task = self.run.task
+        folder = Path(self.run.output_dir) / f"rank{self.shard.rank}"
+        self.profiler = Profiler(self.spec, folder, planned, Level(task.level, task.aic_metrics))
+        self.profiler.begin()
+
+    def _marked(self, name: str) -> contextlib.AbstractContextManager:
+        return record_function(name) if self.profiler else contextlib.nullcontext()
+
     def _execute(self, step: AnyStep, bucket: Bucket, graph: Callable, pixels: Optional[np.ndarray]) -> list[Token]:
-        call = lambda given: graph(*arguments(bucket, given, self.pages, self.image_pages))  # noqa: E731
+        def call(given) -> Optional[Tensor]:
+            with self._marked(GRAPH):
+                return graph(*arguments(bucket, given, self.pages, self.image_pages))
+
         if isinstance(step, VisionStep):
             assert pixels is not None
             call(batch.tile_input(step, pixels, self.shape, self.plan, self.device))
@@ -167,7 +189,8 @@ class Rank:
 
     def _sample(self, logits_BV: Tensor, rows: Sequence[Row]) -> list[Token]:
         start = time.perf_counter()
-        tokens = self._tokens(logits_BV, rows)
+        with self._marked(SAMPLE):
+            tokens = self._tokens(logits_BV, rows)
         self.sample_seconds += time.perf_counter() - start
         return tokens
 

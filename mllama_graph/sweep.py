@@ -14,7 +14,8 @@ from mllama_graph.session import write_csv
 
 SUMMARY = "summary"
 # What a job's line shows of its metrics in summary.md, in either task's words; summary.csv has all.
-SHOWN = {"first token ms": ("time_to_first_token_ms", "first_token_time(ms)"),
+SHOWN = {"start to first token s": ("start_to_first_token_s",),
+         "first token ms": ("time_to_first_token_ms", "first_token_time(ms)"),
          "a decode step ms": ("time_per_output_token_ms", "non_first_token_time(ms)"),
          "tokens/s": ("tokens_per_second", "decode_tokens_per_s")}
 
@@ -37,7 +38,8 @@ def write_summary(sweep: Path) -> None:
     write_csv(aside, rows)
     aside.replace(sweep / f"{SUMMARY}.csv")
     swept = _swept(rows)
-    text = ["# Sweep", "", *markdown(("job", *(name for name, _ in swept), "status", *SHOWN), [_line(row, swept) for row in rows]), ""]
+    shown = {title: names for title, names in SHOWN.items() if any(_metric(row, names) is not None for row in rows)}
+    text = ["# Sweep", "", *markdown(("job", *(name for name, _ in swept), "status", *shown), [_line(row, swept, shown) for row in rows]), ""]
     text += [f"- job {row['job']}: {row['error']}" for row in rows if row["error"]]
     if not plots.available():
         text += ["", plots.MISSING]
@@ -78,8 +80,8 @@ def _swept(rows: list[dict[str, Any]]) -> list[tuple[str, list[Any]]]:
     return found
 
 
-def _line(row: dict[str, Any], swept: list[tuple[str, list[Any]]]) -> tuple[str, ...]:
-    cells = [_number(_metric(row, names)) for names in SHOWN.values()]
+def _line(row: dict[str, Any], swept: list[tuple[str, list[Any]]], shown: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
+    cells = [_number(_metric(row, names)) for names in shown.values()]
     return (str(row["job"]), *(str(row.get(name, "-")) for name, _ in swept), str(row["status"]), *cells)
 
 

@@ -28,7 +28,7 @@ from mllama_graph.place import Place, place_from
 from mllama_graph.preflight import memory_of, require_on_host
 from mllama_graph.rank import Rank, Token, free_npu_memory, pick_device
 from mllama_graph.report import Progress
-from mllama_graph.roofline import bucket_cost, require
+from mllama_graph.roofline import Memory, bucket_cost, require
 from mllama_graph.scheduler import AnyStep, VisionStep
 from mllama_graph.shape import ModelShape
 
@@ -72,8 +72,15 @@ class Execute:
     pixels: Optional[np.ndarray]
 
 
+@dataclass(frozen=True)
+class Profile:
+    """Begin to record what the rank does, or, without its planned memory, end it and say when all is written."""
+
+    planned: Optional[Memory]
+
+
 # None says only that the driver is there.
-Order = Union[Start, Compile, Load, Execute, None]
+Order = Union[Start, Compile, Load, Execute, Profile, None]
 
 
 def meet(place: Place) -> dist.Store:
@@ -185,6 +192,13 @@ class Ranks:
         self._followers.send(Execute(step, bucket, compiled, pixels))
         return self.rank.execute(step, bucket, compiled, pixels)
 
+    def profile(self, begin: bool) -> None:
+        """Have every rank begin to record what it does, or end and write it down."""
+        planned = self.memory if begin else None
+        self._followers.send(Profile(planned))
+        self.rank.profile(planned)
+        self._followers.confirmed()
+
     def close(self) -> None:
         """Let the other ranks end. Nothing can be executed any more."""
         self._followers.close()
@@ -216,6 +230,9 @@ def follow(place: Place, begun: Callable[[Run], None]) -> None:
             rank.graphs.compile(order.bucket)
         elif isinstance(order, Load):
             rank.graphs.load(order.bucket)
+            connection.send(None)
+        elif isinstance(order, Profile):
+            rank.profile(order.planned)
             connection.send(None)
         elif isinstance(order, Execute):
             rank.execute(order.step, order.bucket, order.compiled, order.pixels)

@@ -1,5 +1,6 @@
 """The command line: run.py in a process of its own, the files that it leaves, and how it ends."""
 
+import csv
 import json
 import os
 import re
@@ -309,9 +310,14 @@ def test_a_sweep_with_a_failing_job_finishes_the_others_and_fails(checkpoint, tm
     assert done.result(jobs[0])["status"] == "error"
     good = done.result(jobs[1])
     assert good["status"] == "ok" and good["token_ids"] and good["config"]["prompt"] == "one, two"
-    rows = (done.folder / "summary.md").read_text().splitlines()[2:]
-    assert len(rows) == 2
-    assert "error: dtype=fp8" in rows[0] and re.search(r"\| ok \| [\d.]+ \| [\d.]+ \| [\d.]+ \|", rows[1])
+    said = (done.folder / "summary.md").read_text()
+    assert "| 0 | fp8 | error | - | - | - | - |" in said and "- job 0: dtype=fp8 is not one of" in said
+    assert re.search(r"\| 1 \| fp32 \| ok \| [\d.]+ \| [\d.]+ \| [\d.]+ \| [\d.]+ \|", said)
+    with (done.folder / "summary.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["job"], row["dtype"], row["status"]) for row in rows] == [("0", "fp8", "error"), ("1", "fp32", "ok")]
+    assert rows[1]["tokens_per_second"] and (done.folder / "first_token_ms.png").is_file()
+    assert "job 2 of 2, about" in done.err
 
 
 # ---- the graph store

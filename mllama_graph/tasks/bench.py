@@ -1,7 +1,6 @@
 """task=bench: how fast each batch size and length is, beside what the machine allows and beside peers in the same run."""
 
 import itertools
-import resource
 import statistics
 import tempfile
 import time
@@ -10,7 +9,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 from mllama_graph import limits, plots
@@ -22,6 +20,7 @@ from mllama_graph.limits import Limits
 from mllama_graph.peers import Peer, settings_of
 from mllama_graph.preflight import MADE_UP, plan_of, weights_of
 from mllama_graph.processor import Request
+from mllama_graph.profiler import most_bytes
 from mllama_graph.report import Progress, columns, markdown, write_result
 from mllama_graph.roofline import kv_elements, sizes, step_work, work
 from mllama_graph.scheduler import Sampling
@@ -148,8 +147,8 @@ def _measure(engine: Engine, case: Case, repetitions: int, peers: list[Peer], pr
         requests, spent = requests_of(engine, case, seed := next(seeds), seed)
         counted = Timing("") if repetition == 0 else ours
         counted.image.append(spent)
-        _serve(engine, requests, case.new, counted, again=False)
-        _serve(engine, requests_of(engine, case, seed + 500, seed)[0], case.new, counted, again=True)
+        serve(engine, requests, case.new, counted, again=False)
+        serve(engine, requests_of(engine, case, seed + 500, seed)[0], case.new, counted, again=True)
         ceilings.append(limits.measure(engine.ranks.rank.device))
         for peer, timing in list(theirs.items()):
             turns.begin(f"{peer.setting.name}, batch {case.batch}, {case.length} ids")
@@ -168,7 +167,7 @@ def _measure(engine: Engine, case: Case, repetitions: int, peers: list[Peer], pr
     return [ours, *theirs.values()], Limits(median("bytes_per_second"), median("flops"))
 
 
-def _serve(engine: Engine, requests: list[Request], new: int, timing: Timing, again: bool) -> None:
+def serve(engine: Engine, requests: list[Request], new: int, timing: Timing, again: bool) -> None:
     """Serve requests together, until all have a token and then decoded `new` - 1 more in one batch.
 
     The first token's time is that of the last request to get one, as a batch would wait.
@@ -229,15 +228,8 @@ def _row(engine: Engine, case: Case, timing: Timing, ceiling: Limits) -> dict[st
         "self_kv_bytes": keys * kv_elements(shape, len(shape.text.self_layers)) * widths[1],
         "image_kv_bytes": image_keys * kv_elements(shape, len(shape.text.cross_layers)) * widths[1],
         "planned_bytes": engine.ranks.memory.total if ours else "",
-        "most_resident_bytes": most_resident(rank.device) if ours else "",
+        "most_bytes": most_bytes(rank.device.type) if ours else "",
         "read_gb_per_s": round(ceiling.bytes_per_second / 1e9, 3), "product_gflop_per_s": round(ceiling.flops / 1e9, 3)}
-
-
-def most_resident(device: torch.device) -> int:
-    """The most bytes that rank 0 has held since it started: of a CPU's process, or allocated on the device."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _table(rows: list[dict[str, object]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

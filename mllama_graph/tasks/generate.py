@@ -81,6 +81,7 @@ def metrics_of(engine: Engine, finished: list[Result]) -> dict[str, Any]:
     return {
         "requests": len(finished), "prompt_tokens": sum(r.prompt_tokens for r in finished),
         "image_tokens": sum(r.image_tokens for r in finished), "new_tokens": sum(len(r.token_ids) for r in finished),
+        "start_to_first_token_s": stats.start_to_first_token and round(stats.start_to_first_token, 2),
         "time_to_first_token_ms": mean(first), "time_per_output_token_ms": mean(per_token),
         "tokens_per_second": round(stats.decode_rows / stats.decode_seconds, 3) if steps else None,
         "bytes_per_step": round(step_bytes) if steps else None,

@@ -1,0 +1,53 @@
+"""README.zh-CN.md says the same as README.md: the commands, the figures, the tables."""
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NUMBER = re.compile(r"\d+(?:\.\d+)?")
+
+
+def sections(name: str) -> list[str]:
+    """The text from each heading of the second level to the next."""
+    return re.split(r"^## .*$", (ROOT / name).read_text(encoding="utf8"), flags=re.MULTILINE)
+
+
+def commands(text: str) -> list[str]:
+    """The lines of all code blocks, without what is said of them after #."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    return [re.sub(r"\s+#.*", "", line) for block in blocks for line in block.splitlines()]
+
+
+ENGLISH, CHINESE = sections("README.md"), sections("README.zh-CN.md")
+
+
+def test_both_have_the_same_sections():
+    assert len(ENGLISH) == len(CHINESE) > 5
+
+
+@pytest.mark.parametrize("section", range(len(ENGLISH)))
+def test_commands_code_figures_and_rows_are_the_same(section):
+    one, other = ENGLISH[section], CHINESE[section]
+    assert commands(one) == commands(other)
+    code = lambda text: Counter(re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL)))  # noqa: E731
+    assert code(one) == code(other)
+    assert Counter(NUMBER.findall(one)) == Counter(NUMBER.findall(other))
+    rows = lambda text: sum(line.startswith("|") for line in text.splitlines())  # noqa: E731
+    assert rows(one) == rows(other)
+
+
+def test_the_chinese_one_is_in_chinese():
+    for one, other in zip(ENGLISH, CHINESE, strict=True):
+        assert len(re.findall(r"[\u4e00-\u9fff]", other)) > len(one) / 20
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
+def test_links_lead_somewhere(name):
+    text = (ROOT / name).read_text(encoding="utf8")
+    # GitHub's anchors: lower case, spaces to hyphens, other punctuation gone.
+    anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        assert target.removeprefix("#") in anchors if target.startswith("#") else (ROOT / target).exists(), target

@@ -1,0 +1,122 @@
+"""Sessions of measurements: what is written of them, compared, and modelled beside them."""
+
+import csv
+import json
+import shutil
+
+import pytest
+
+from test_run import run
+
+from mllama_graph.config import HardwareChoice
+from mllama_graph.roofline import floor_of, work
+from mllama_graph.buckets import Bucket
+from mllama_graph.tasks.compare import verdict
+from test_shape import RELEASED
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory):
+    """The folder of a small session."""
+    folder = tmp_path_factory.mktemp("session") / "out"
+    done = run(folder, "task=bench", "batch_sizes=[1,2]", "lengths=[5]", "task.new_tokens=4", "task.repetitions=2", "backend=eager")
+    assert done.code == 0, done.err
+    return folder
+
+
+def test_a_session_says_where_it_comes_from_and_draws_what_it_measured(session):
+    manifest = json.loads((session / "manifest.json").read_text())
+    assert manifest["command"].startswith("python run.py task=bench batch_sizes=[1,2]")
+    assert manifest["hardware"]["cores"] > 0 and manifest["versions"]["torch"] and manifest["config"]["task"]["repetitions"] == 2
+    assert "output_dir" not in manifest["config"]
+    text = (session / "summary.md").read_text()
+    for name in ("a_decode_step_by_batch.png", "first_token_by_batch.png", "decoded_tokens_a_s_by_batch.png"):
+        assert name in text and (session / name).read_bytes().startswith(b"\x89PNG")
+
+
+def altered(session, tmp_path, change):
+    """A copy of a session with changed lines and manifest."""
+    copy = tmp_path / "other"
+    shutil.copytree(session, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    with (copy / "bench.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    change(lines, manifest)
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with (copy / "bench.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(lines[0]))
+        writer.writeheader()
+        writer.writerows(lines)
+    return copy
+
+
+def compare(tmp_path, a, b, *given):
+    return run(tmp_path / "compared", "task=compare", f"a={a}", f"b={b}", *given)
+
+
+def slower(lines, manifest):
+    for name in ("non_first_token_time(ms)", "decode_ms_least", "decode_ms_most"):
+        lines[0][name] = str(float(lines[0][name]) * 3)
+
+
+def test_what_got_slower_is_told_and_noise_is_not(session, tmp_path):
+    done = compare(tmp_path, session, altered(session, tmp_path, slower))
+    assert done.code == 0, done.err
+    changes = done.result()["metrics"]["changes"]
+    told = {(change["batch"], change["figure"]): change["verdict"] for change in changes}
+    assert told.pop(("1", "a decode step")) == "slower"
+    assert set(told.values()) == {"within the noise"}
+    assert "1 slower" in done.out and "| slower |" in (tmp_path / "compared" / "summary.md").read_text()
+
+
+def test_other_hardware_is_refused_without_the_flag(session, tmp_path):
+    def move(lines, manifest):
+        manifest["hardware"]["cores"] = 512
+
+    other = altered(session, tmp_path, move)
+    refused = compare(tmp_path, session, other)
+    assert refused.code == 2 and "cores: " in refused.one_line_error() and "across_hardware=true" in refused.one_line_error()
+    assert compare(tmp_path, session, other, "task.across_hardware=true").code == 0
+
+
+@pytest.mark.parametrize("given, rule", [
+    (["a=nowhere", "b=nowhere"], "nowhere is no session"), ([], "needs two sessions: a=FOLDER b=FOLDER")])
+def test_what_is_no_session_is_refused(given, rule, tmp_path):
+    done = run(tmp_path / "out", "task=compare", *given)
+    assert done.code == 2 and rule in done.one_line_error()
+
+
+@pytest.mark.parametrize("before, after, spreads, told", [
+    (10, 20, ((9, 11), (18, 22)), "slower"), (20, 10, ((18, 22), (9, 11)), "faster"),
+    (10, 12, ((9, 13), (10.5, 14)), "within the noise"), (10, 12, ((9, 11), (9.5, 14)), "within the noise"),
+    (10, 10.4, (None, None), "within the noise"), (10, 10.6, (None, None), "slower")])
+def test_a_change_stands_out_where_neither_session_saw_the_other_median(before, after, spreads, told):
+    assert verdict(before, after, *spreads) == told
+
+
+def test_the_roofline_of_a_model_needs_no_weights_and_says_the_distance(session, tmp_path):
+    done = run(tmp_path / "out", "task=roofline", "hardware=cpu", f"task.measured={session}")
+    assert done.code == 0, done.err
+    tables = done.result()["metrics"]["tables"]
+    measured = tables["Measured, beside the floors of cpu"]
+    assert [row["batch"] for row in measured] == [1, 2]
+    assert all(0 < float(row["of floor"].removesuffix(" %")) for row in measured)
+    for name in ("latency_by_batch", "tokens_by_batch", "bytes_split", "roofline"):
+        assert (tmp_path / "out" / f"{name}.png").is_file()
+
+
+def test_what_fits_on_eight_devices_need_not_fit_on_one(tmp_path):
+    done = run(tmp_path / "out", "task=roofline", "model=90b", "tp=8")
+    assert done.code == 0, done.err
+    fits = {row["tp"]: row for row in next(rows for title, rows in done.result()["metrics"]["tables"].items() if "Memory" in title)}
+    assert (fits[1]["fits"], fits[1]["largest batch"]) == ("no", 0)
+    assert fits[8]["fits"] == "yes" and fits[8]["largest batch"] > 100
+
+
+def test_a_floor_is_the_longer_of_reading_and_multiplying():
+    hardware, bucket = HardwareChoice("a", "npu", 1e14, 1e12, 64e9, 1e10), Bucket("decode", 4, 4, 2, 51)
+    moved, flops = work(RELEASED, 128, bucket, 2, 2)
+    floor = floor_of(RELEASED, 128, bucket, 2, 2, 1, hardware)
+    assert floor.seconds == max(moved / 1e12, flops / 1e14) == floor.memory and floor.bound == "memory"
+    both = floor_of(RELEASED, 128, bucket, 2, 2, 2, hardware)
+    assert both.seconds == floor.seconds / 2 + both.links and both.links > 0
