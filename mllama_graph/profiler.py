@@ -8,6 +8,7 @@ product does; what comes after belongs to the next, as the sum of the residual a
 import contextlib
 import gzip
 import json
+import os
 import resource
 from collections import defaultdict
 from collections.abc import Iterator
@@ -54,6 +55,8 @@ class Profiler:
         self._buckets: dict[str, Bucket] = {}
         self._on_npu = spec.device == "npu"
         folder.mkdir(parents=True, exist_ok=True)
+        # Kineto tells that it starts and stops.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         self._profile = _npu_profile(folder, level) if self._on_npu else torch.profiler.profile(
             activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if spec.device == "cuda" else [])])
 

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from checkpoints import SPECS
 from engines import GRAPH_PLAN, GRAPH_SPEC, arguments
 from test_run import run
 
@@ -48,19 +49,23 @@ def rows(path):
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("backend, tp", [("inductor", 1), ("eager", 2)])
-def test_traces_have_the_ranges_of_every_layer(backend, tp, checkpoint, warm, tmp_path):
-    plan = [part for part in arguments(GRAPH_PLAN) if not part.startswith("batch=")]
-    done = run(tmp_path / "out", "task=profile", "model=custom", f"weights={checkpoint(GRAPH_SPEC)}", f"backend={backend}", f"tp={tp}",
-               f"graph_cache={warm[0]}", "lengths=[5]", "task.new_tokens=3", "batch=2", *plan)
+@pytest.mark.parametrize("name, given", [
+    (GRAPH_SPEC, ["backend=inductor", "plan.compile=never", *arguments(GRAPH_PLAN)]), ("half", ["backend=eager", "tp=2", "dtype=fp32"])],
+    ids=["compiled", "two_ranks"])
+def test_traces_have_the_ranges_of_every_layer(name, given, checkpoint, warm, tmp_path):
+    tp = 1 + ("tp=2" in given)
+    done = run(tmp_path / "out", "task=profile", "model=custom", f"weights={checkpoint(name)}", f"graph_cache={warm[0]}", "lengths=[5]",
+               "task.new_tokens=3", "batch_sizes=[2]", *given)
     assert done.code == 0, done.err
     for rank in range(tp):
         folder = tmp_path / "out" / f"rank{rank}"
         with gzip.open(folder / "trace.json.gz", "rt") as file:
             events = json.load(file)["traceEvents"]
         named = {e["name"] for e in events if e.get("tid") == "parts of the model"}
-        assert {"text.00.self.attention", "text.00.self.mlp", "text.head", "vision.local.00.attention", "vision.patches"} <= named
-        assert any(".cross.attention" in name for name in named)
+        layers = {name.split(".")[1] for name in named if name.startswith("text.") and name != "text.head"}
+        assert layers == {f"{index:02}" for index in range(SPECS[name].layers)}
+        assert {f"text.{what}.{part}" for what in ("self", "cross") for part in ("attention", "mlp")} <= set(map(kind_of, named))
+        assert {"text.head", "vision.local.00.attention", "vision.global.00.mlp", "vision.patches"} <= named
         parts, ops = rows(folder / "parts.csv"), rows(folder / "ops.csv")
         assert {row["phase"] for row in parts} == {row["phase"] for row in ops} == {"vision", "prefill", "decode"}
         graphs = sum(float(row["ms"]) for row in parts)

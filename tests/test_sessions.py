@@ -7,12 +7,12 @@ import shutil
 import pytest
 
 from test_run import run
+from test_verify import RELEASED
 
+from mllama_graph.buckets import Bucket
 from mllama_graph.config import HardwareChoice
 from mllama_graph.roofline import floor_of, work
-from mllama_graph.buckets import Bucket
 from mllama_graph.tasks.compare import verdict
-from test_shape import RELEASED
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,15 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -150,6 +153,19 @@ inline float total(Vector x) {
 #endif
 }
 
+// The largest of a vector's lanes.
+inline float largest_of(Vector x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(x);
+#elif defined(__AVX__)
+  __m128 most = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  most = _mm_max_ps(most, _mm_movehl_ps(most, most));
+  return _mm_cvtss_f32(_mm_max_ss(most, _mm_shuffle_ps(most, most, 1)));
+#else
+  return std::max(std::max(x[0], x[2]), std::max(x[1], x[3]));
+#endif
+}
+
 // ---- A few rows times a weight ----
 
 // Columns of x and of the weight that are worked through at a time: what is reused stays in the first-level cache.
@@ -237,7 +253,7 @@ void linear_rows(const float* x, const W* w, const W* bias, float* y, int64_t ro
 }
 
 template <class W>
-void linear_of(const Tensor& x, const Tensor& weight, const Tensor* bias, const Tensor& y) {
+void linear_of_few(const Tensor& x, const Tensor& weight, const Tensor* bias, const Tensor& y) {
   const int64_t outputs = weight.size(0), inputs = weight.size(1), rows = y.numel() / std::max<int64_t>(outputs, 1);
   const auto* w = static_cast<const W*>(weight.const_data_ptr());
   const auto* b = bias ? static_cast<const W*>(bias->const_data_ptr()) : nullptr;
@@ -255,23 +271,88 @@ void linear_of(const Tensor& x, const Tensor& weight, const Tensor* bias, const 
   });
 }
 
+// More rows than this are torch's: its GEMM beats the kernel (profiles/2026-11-25-cpu-speed).
+constexpr int64_t kFewProducts = 64;
+// Of a weight that must be widened first, elements that stay in a cache until they are multiplied; and rows from which
+// writing the whole weight to memory costs nothing beside its product.
+constexpr int64_t kPiece = 1 << 20, kManyProducts = 1024;
+
+// aten's operator of this name; it returns a tensor.
+template <class... Arguments>
+Tensor call(const char* name, const char* overload, const Arguments&... arguments) {
+  std::array<StableIValue, sizeof...(arguments)> stack{torch::stable::detail::from(arguments)...};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+template <class W>
+void widen(const W* from, float* to, int64_t count) {
+  torch::stable::parallel_for(0, (count + kLanes - 1) / kLanes, 4096, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; i++) {
+      const int64_t at = i * kLanes, left = count - at;
+      if (left >= kLanes) {
+        store(to + at, load(from + at));
+      } else {
+        const Vector some = load(from + at, left);
+        std::memcpy(to + at, &some, left * sizeof(float));
+      }
+    }
+  });
+}
+
+// The products of many rows: x (R, I), y (R, O).
+template <class W>
+Tensor linear_of_many(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  if constexpr (std::is_same_v<W, float>) return call("aten::linear", "", x, weight, bias);
+  const int64_t outputs = weight.size(0), inputs = weight.size(1), rows = x.size(0);
+  const auto* w = static_cast<const W*>(weight.const_data_ptr());
+  // Only a vision tower's weights have a bias, and it has many rows.
+  const bool whole = rows >= kManyProducts || bias;
+  const int64_t piece = whole ? outputs : std::max<int64_t>(1, kPiece / std::max<int64_t>(1, inputs));
+  std::optional<Tensor> wide_bias;
+  if (bias) {
+    wide_bias = torch::stable::new_empty(x, {outputs});
+    widen(static_cast<const W*>(bias->const_data_ptr()), static_cast<float*>(wide_bias->mutable_data_ptr()), outputs);
+  }
+  Tensor wide = torch::stable::new_empty(x, {std::min(piece, outputs), inputs});
+  auto* to = static_cast<float*>(wide.mutable_data_ptr());
+  if (piece >= outputs) {
+    widen(w, to, outputs * inputs);
+    return call("aten::linear", "", x, wide, wide_bias);
+  }
+  Tensor y = torch::stable::new_empty(x, {rows, outputs});
+  for (int64_t first = 0; first < outputs; first += piece) {
+    const int64_t some = std::min(piece, outputs - first);
+    widen(w + first * inputs, to, some * inputs);
+    call("aten::mm", "out", x, torch::stable::transpose(torch::stable::narrow(wide, 0, 0, some), 0, 1),
+         torch::stable::narrow(y, 1, first, some));
+  }
+  return y;
+}
+
+template <class W>
+Tensor linear_of(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  const int64_t inputs = weight.size(1), outputs = weight.size(0), rows = x.numel() / std::max<int64_t>(inputs, 1);
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = outputs;
+  if (rows > kFewProducts) return torch::stable::view(linear_of_many<W>(torch::stable::view(x, {rows, inputs}), weight, bias), sizes);
+  Tensor y = torch::stable::new_empty(x, sizes);
+  linear_of_few<W>(x, weight, bias ? &*bias : nullptr, y);
+  return y;
+}
+
 // y = x w' + bias: x (..., I) fp32; w (O, I) and bias (O) fp32, bf16 or fp16.
 Tensor linear(Tensor given, Tensor weight, std::optional<Tensor> bias) {
   const Tensor x = torch::stable::contiguous(given);
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  if (x.scalar_type() != ScalarType::Float || weight.dim() != 2 || !weight.is_contiguous() || sizes.empty() ||
-      sizes.back() != weight.size(1) || (bias && bias->scalar_type() != weight.scalar_type()))
+  if (x.scalar_type() != ScalarType::Float || weight.dim() != 2 || !weight.is_contiguous() || x.dim() == 0 ||
+      x.size(x.dim() - 1) != weight.size(1) || (bias && bias->scalar_type() != weight.scalar_type()))
     fail("linear takes x (..., I) in float32, a contiguous weight (O, I) and a bias (O) of the weight's dtype");
-  sizes.back() = weight.size(0);
-  Tensor y = torch::stable::new_empty(x, sizes);
-  const Tensor* b = bias ? &*bias : nullptr;
   switch (weight.scalar_type()) {
-    case ScalarType::Float: linear_of<float>(x, weight, b, y); break;
-    case ScalarType::BFloat16: linear_of<BFloat16>(x, weight, b, y); break;
-    case ScalarType::Half: linear_of<Float16>(x, weight, b, y); break;
+    case ScalarType::Float: return linear_of<float>(x, weight, bias);
+    case ScalarType::BFloat16: return linear_of<BFloat16>(x, weight, bias);
+    case ScalarType::Half: return linear_of<Float16>(x, weight, bias);
     default: fail("linear takes weights of float32, bfloat16 and float16");
   }
-  return y;
 }
 
 // ---- Attention over pages ----
@@ -472,20 +553,20 @@ Tensor attend(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages, con
 // ---- Attention of many rows ----
 
 // Query rows (of all heads that share a key head) and tokens that are worked through at a time.
-constexpr int64_t kQueries = 128, kKeys = 48;
+constexpr int64_t kQueries = 64, kKeys = 96;
 
-// c += a b for a tile of R rows and V vectors of columns.
-template <int R, int V>
+// c = a b, added to what c holds unless `fresh`, for a tile of R rows and V vectors of columns.
+template <int R, int V, bool fresh>
 inline void multiply_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth, float* c,
                           int64_t c_stride) {
   Vector sum[R][V];
   for (int r = 0; r < R; r++)
-    for (int v = 0; v < V; v++) sum[r][v] = load(c + r * c_stride + v * kLanes);
+    for (int v = 0; v < V; v++) sum[r][v] = fresh ? Vector{} : load(c + r * c_stride + v * kLanes);
   for (int64_t i = 0; i < depth; i++) {
     Vector column[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; v++) keep(column[v] = load(b + i * b_stride + v * kLanes));
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
       const Vector one = splat(a[r * a_stride + i]);
 #pragma GCC unroll 4
@@ -496,24 +577,26 @@ inline void multiply_tile(const float* a, int64_t a_stride, const float* b, int6
     for (int v = 0; v < V; v++) store(c + r * c_stride + v * kLanes, sum[r][v]);
 }
 
-// c (rows, columns) += a (rows, depth) b (depth, columns); columns are a multiple of kLanes.
+// The same for c (rows, columns), a (rows, depth) and b (depth, columns); columns are a multiple of kLanes.
+template <bool fresh>
 void multiply_matrix(const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride,
                      int64_t rows, int64_t columns, int64_t depth) {
   for (int64_t left = columns / kLanes, v = 0; left > 0;) {
-    const auto tiles = [&](auto some) {
-      constexpr int V = decltype(some)::value;
+    // As many sums as the registers hold.
+    const auto tiles = [&](auto some_rows, auto some) {
+      constexpr int R = decltype(some_rows)::value, V = decltype(some)::value;
       const float* from = b + v * kLanes;
       float* to = c + v * kLanes;
       int64_t r = 0;
-      for (; r + 4 <= rows; r += 4)
-        multiply_tile<4, V>(a + r * a_stride, a_stride, from, b_stride, depth, to + r * c_stride, c_stride);
+      for (; r + R <= rows; r += R)
+        multiply_tile<R, V, fresh>(a + r * a_stride, a_stride, from, b_stride, depth, to + r * c_stride, c_stride);
       for (; r < rows; r++)
-        multiply_tile<1, V>(a + r * a_stride, a_stride, from, b_stride, depth, to + r * c_stride, c_stride);
+        multiply_tile<1, V, fresh>(a + r * a_stride, a_stride, from, b_stride, depth, to + r * c_stride, c_stride);
       v += V, left -= V;
     };
-    if (left == 1) tiles(std::integral_constant<int, 1>{});
-    else if (left == 2 || left == 4) tiles(std::integral_constant<int, 2>{});
-    else tiles(std::integral_constant<int, 3>{});
+    if (left == 1) tiles(std::integral_constant<int, 8>{}, std::integral_constant<int, 1>{});
+    else if (left == 2 || left == 4) tiles(std::integral_constant<int, 6>{}, std::integral_constant<int, 2>{});
+    else tiles(std::integral_constant<int, 4>{}, std::integral_constant<int, 3>{});
   }
 }
 
@@ -531,16 +614,67 @@ struct Seen {
   int64_t first, last;
 };
 
+// Keys and values in blocks of kKeys tokens, as products take them. The last block repeats its last token.
+struct Blocks {
+  int64_t count, width, wide;
+  std::unique_ptr<float[]> keys, values;  // (heads, count, width, kKeys), (heads, count, kKeys, wide)
+
+  Blocks(const Tokens& tokens, const Heads& heads)
+      : count((static_cast<int64_t>(tokens.keys.size()) + kKeys - 1) / kKeys),
+        width(heads.width),
+        wide((width + kLanes - 1) / kLanes * kLanes),
+        keys(new float[heads.keys * count * kKeys * width]),
+        values(new float[heads.keys * count * kKeys * wide]) {
+    const int64_t last = static_cast<int64_t>(tokens.keys.size()) - 1;
+    torch::stable::parallel_for(0, heads.keys * count, 1, [&](int64_t from, int64_t to) {
+      for (int64_t task = from; task < to; task++) {
+        const int64_t head = task / count, start = task % count * kKeys;
+        float *key = keys.get() + task * kKeys * width, *value = values.get() + task * kKeys * wide;
+        for (int64_t i = 0; i < kKeys; i++) {
+          const int64_t token = std::min(start + i, last);
+          const float* k = tokens.keys[token] + head * width;
+          for (int64_t h = 0; h < width; h++) key[h * kKeys + i] = k[h];
+          std::memcpy(value + i * wide, tokens.values[token] + head * width, width * sizeof(float));
+          std::fill(value + i * wide + width, value + (i + 1) * wide, 0.0f);
+        }
+      }
+    });
+  }
+};
+
+// Makes weights of `held` scores of a row, of which the first `begin` and those from `end` on are not seen; the sum of the
+// weights. `top` is the largest score so far, and after it.
+inline float weigh(float* w, int64_t begin, int64_t end, float& top) {
+  constexpr float kUnseen = -std::numeric_limits<float>::infinity();
+  std::fill(w, w + begin, kUnseen);
+  std::fill(w + end, w + kKeys, kUnseen);
+  Vector most = load(w);
+  for (int64_t i = kLanes; i < kKeys; i += kLanes) {
+    const Vector next = load(w + i);
+    most = most > next ? most : next;
+  }
+  top = std::max(top, largest_of(most));
+  Vector part{};
+  for (int64_t i = 0; i < kKeys; i += kLanes) {
+    const Vector e = exponential(load(w + i) - top);
+    store(w + i, e);
+    part += e;
+  }
+  return total(part);
+}
+
 // q (T, Q, H) against `tokens`, of which row t sees seen[t]. A row that sees none gets zeros.
 void attend_rows(const float* q, float* out, int64_t rows, const Heads& heads, const Tokens& tokens,
                  const std::vector<Seen>& seen, float scale) {
-  const int64_t G = heads.group(), H = heads.width, wide = (H + kLanes - 1) / kLanes * kLanes;
-  const int64_t count = static_cast<int64_t>(tokens.keys.size()), blocks = (rows * G + kQueries - 1) / kQueries;
-  torch::stable::parallel_for(0, heads.keys * blocks, 1, [&](int64_t from, int64_t to) {
-    std::vector<float> query(kQueries * H), key(H * kKeys), value(kKeys * wide), weight(kQueries * kKeys);
-    std::vector<float> sum_of_values(kQueries * wide), largest(kQueries), sum(kQueries);
+  const int64_t G = heads.group(), H = heads.width, tasks = (rows * G + kQueries - 1) / kQueries;
+  const int64_t count = static_cast<int64_t>(tokens.keys.size());
+  const Blocks blocks(tokens, heads);
+  const int64_t wide = blocks.wide;
+  torch::stable::parallel_for(0, heads.keys * tasks, 1, [&](int64_t from, int64_t to) {
+    std::vector<float> query(kQueries * H), weight(kQueries * kKeys), sum_of_values(kQueries * wide);
+    std::vector<float> top(kQueries), sum(kQueries);
     for (int64_t task = from; task < to; task++) {
-      const int64_t head = task / blocks, row = task % blocks * kQueries;
+      const int64_t head = task / tasks, row = task % tasks * kQueries;
       const int64_t some = std::min(kQueries, rows * G - row);
       int64_t first = count, last = 0;
       for (int64_t r = 0; r < some; r++) {
@@ -550,56 +684,33 @@ void attend_rows(const float* q, float* out, int64_t rows, const Heads& heads, c
         first = std::min(first, seen[t].first);
         last = std::max(last, seen[t].last);
       }
-      std::fill(largest.begin(), largest.end(), -std::numeric_limits<float>::infinity());
+      std::fill(top.begin(), top.end(), -std::numeric_limits<float>::infinity());
       std::fill(sum.begin(), sum.end(), 0.0f);
       std::fill(sum_of_values.begin(), sum_of_values.end(), 0.0f);
       // Blocks begin at multiples of kKeys, whatever rows there are.
-      for (int64_t start = first / kKeys * kKeys; start < std::min(last, count); start += kKeys) {
-        const int64_t held = std::min(kKeys, count - start);
-        const float* keys_of[kKeys];
-        for (int64_t i = 0; i < kKeys; i++) {
-          const int64_t token = start + std::min(i, held - 1);
-          keys_of[i] = tokens.keys[token] + head * H;
-          std::memcpy(value.data() + i * wide, tokens.values[token] + head * H, H * sizeof(float));
-        }
-        for (int64_t h = 0; h < H; h++)
-          for (int64_t i = 0; i < kKeys; i++) key[h * kKeys + i] = keys_of[i][h];
-        std::fill(weight.begin(), weight.begin() + some * kKeys, 0.0f);
-        multiply_matrix(query.data(), H, key.data(), kKeys, weight.data(), kKeys, some, kKeys, H);
+      for (int64_t block = first / kKeys; block * kKeys < std::min(last, count); block++) {
+        const int64_t start = block * kKeys, held = std::min(kKeys, count - start);
+        const int64_t at = (head * blocks.count + block) * kKeys;
+        multiply_matrix<true>(query.data(), H, blocks.keys.get() + at * H, kKeys, weight.data(), kKeys, some, kKeys, H);
         for (int64_t r = 0; r < some; r++) {
           const Seen& sees = seen[(row + r) / G];
-          float* w = weight.data() + r * kKeys;
-          const int64_t begin = std::max<int64_t>(0, sees.first - start);
-          const int64_t end = std::min(held, sees.last - start);
-          for (int64_t i = 0; i < begin && i < kKeys; i++) w[i] = -std::numeric_limits<float>::infinity();
-          for (int64_t i = std::max<int64_t>(0, end); i < kKeys; i++) w[i] = -std::numeric_limits<float>::infinity();
+          const int64_t begin = std::max<int64_t>(0, sees.first - start), end = std::min(held, sees.last - start);
           if (begin >= end) {
-            std::fill_n(w, kKeys, 0.0f);
+            std::fill_n(weight.data() + r * kKeys, kKeys, 0.0f);
             continue;
           }
-          Vector most = load(w);
-          for (int64_t i = kLanes; i < kKeys; i += kLanes) {
-            const Vector next = load(w + i);
-            most = most > next ? most : next;
-          }
-          float top = largest[r];
-          for (int lane = 0; lane < kLanes; lane++) top = std::max(top, most[lane]);
-          Vector part{};
-          for (int64_t i = 0; i < kKeys; i += kLanes) {
-            const Vector e = exponential(load(w + i) - top);
-            store(w + i, e);
-            part += e;
-          }
-          if (top > largest[r]) {
-            const float shrink = exponential(splat(largest[r] - top))[0];
+          const float before = top[r];
+          const float part = weigh(weight.data() + r * kKeys, begin, end, top[r]);
+          if (top[r] > before) {
+            const float shrink = exponential(splat(before - top[r]))[0];
             for (int64_t h = 0; h < wide; h += kLanes)
               store(sum_of_values.data() + r * wide + h, load(sum_of_values.data() + r * wide + h) * shrink);
             sum[r] *= shrink;
-            largest[r] = top;
           }
-          sum[r] += total(part);
+          sum[r] += part;
         }
-        multiply_matrix(weight.data(), kKeys, value.data(), wide, sum_of_values.data(), wide, some, wide, kKeys);
+        multiply_matrix<false>(weight.data(), kKeys, blocks.values.get() + at * wide, wide, sum_of_values.data(), wide, some,
+                               wide, kKeys);
       }
       for (int64_t r = 0; r < some; r++) {
         float* result = out + ((row + r) / G * heads.queries + head * G + (row + r) % G) * H;

@@ -12,16 +12,8 @@ from torch import Tensor
 from mllama_graph.ops import plain
 from mllama_graph.ops.plain import PLAIN, Pages
 
-# Rows of x up to which the kernel beats a GEMM, by whether the weight must be widened first
-# (profiles/2026-11-25-cpu-speed).
-FEW_ROWS, FEW_WIDENED_ROWS = 64, 192
-
-
 def linear(x: Tensor, leaf) -> Tensor:
-    rows, few = x.numel() // x.shape[-1], FEW_ROWS if leaf.weight.dtype == x.dtype else FEW_WIDENED_ROWS
-    if rows <= few:
-        return torch.ops.mllama_graph.linear(x, leaf.weight, leaf.bias)
-    return plain.linear(x, leaf)
+    return torch.ops.mllama_graph.linear(x, leaf.weight, leaf.bias)
 
 
 def attend_prompt(q_TQH: Tensor, k_TKH: Tensor, v_TKH: Tensor, pages: Pages, table_J: Tensor | None,

@@ -83,7 +83,7 @@ def main(run: Run) -> None:
     run.max_input_length = max(run.max_input_length, *run.lengths)
     # Those that get their first token before others do decode meanwhile.
     run.max_output_length = max(run.max_output_length, task.new_tokens + max(run.batch_sizes))
-    run.plan.compile = "wait"
+    run.plan.compile = "never" if run.plan.compile == "never" else "wait"
     shape, checkpoint = model_of(run)
     processor, progress = processor_of(run, shape, checkpoint), Progress()
     plan = plan_of(run, shape, task.images)

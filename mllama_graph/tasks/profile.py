@@ -36,7 +36,7 @@ def main(run: Run) -> None:
     run.batch = max(run.batch, case.batch)
     run.max_input_length = max(run.max_input_length, case.length)
     run.max_output_length = max(run.max_output_length, case.new + case.batch)
-    run.plan.compile = "wait"
+    run.plan.compile = "never" if run.plan.compile == "never" else "wait"
     shape, checkpoint = model_of(run)
     progress = Progress()
     engine = start_engine(run, plan_of(run, shape, run.task.images), shape, checkpoint, processor_of(run, shape, checkpoint), progress)
