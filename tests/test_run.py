@@ -320,6 +320,43 @@ def test_a_sweep_with_a_failing_job_finishes_the_others_and_fails(checkpoint, tm
     assert "job 2 of 2, about" in done.err
 
 
+@pytest.mark.parametrize("launcher", ["parallel", "submitit_local"])
+def test_jobs_run_elsewhere_and_a_failing_one_is_counted(launcher, checkpoint, tmp_path):
+    done = run(tmp_path / "out", "-m", f"hydra/launcher={launcher}", "backend=eager", "dtype=fp8,fp32", "max_output_length=4",
+               f"weights={checkpoint('base')}", "prompt=one")
+    assert done.code == 2, done.err
+    with (done.folder / "summary.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["job"], row["dtype"], row["status"]) for row in rows] == [("0", "fp8", "error"), ("1", "fp32", "ok")]
+    assert "Traceback" not in done.out + done.err
+
+
+def jobs_of(*given):
+    """What each job of a sweep is given, as Hydra composes it: nothing is run."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("config", list(given), return_hydra_config=True)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml")))
+def test_every_experiment_composes(name):
+    ConfigStore.instance().store(name="schema", node=Run)
+    composed = jobs_of(f"experiment={name}")
+    swept = composed.hydra.sweeper.get("params") or {}
+    assert bool(swept) == (name not in ("performance", "h200"))
+    if name == "performance":
+        assert list(composed.batch_sizes) == list(range(1, 11)) and composed.task.name == "bench"
+
+
+def test_a_cold_start_compiles_and_a_warm_one_finds(checkpoint, tmp_path):
+    done = run(tmp_path / "out", "-m", "experiment=cold_vs_warm", f"weights={checkpoint(GRAPH_SPEC)}", "prompt=one",
+               *(part for part in arguments(GRAPH_PLAN) if "compile" not in part))
+    assert done.code == 0, done.err
+    with (done.folder / "summary.csv").open() as file:
+        cold, warm = csv.DictReader(file)
+    assert (cold["plan.compile"], warm["plan.compile"]) == ("wait", "never")
+    assert float(cold["start_to_first_token_s"]) > float(warm["start_to_first_token_s"]) > 0
+
+
 # ---- the graph store
 
 

@@ -80,9 +80,18 @@ inline Vector load(const float* from) {
 }
 
 inline Vector load(const BFloat16* from) {
+  // Named where they exist: compilers widen by halves.
+#if defined(__AVX512F__)
+  const auto wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  return reinterpret_cast<Vector>(_mm512_slli_epi32(wide, 16));
+#elif defined(__AVX2__)
+  const auto wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  return reinterpret_cast<Vector>(_mm256_slli_epi32(wide, 16));
+#else
   Halves halves;
   std::memcpy(&halves, from, sizeof halves);
   return reinterpret_cast<Vector>(__builtin_convertvector(halves, Integers) << 16);
+#endif
 }
 
 inline Vector load(const Float16* from) {
@@ -138,6 +147,22 @@ inline Vector multiply_add(Vector a, Vector b, Vector c) {
 #endif
 }
 
+// Columns of a weight that a step takes, kLanes at a time. A step of bf16 is one load: its even columns, then its odd ones,
+// each by one instruction; x is put in that order beforehand.
+template <class W>
+constexpr int kStep = std::is_same_v<W, BFloat16> ? 2 * kLanes : kLanes;
+
+template <int part, class W>
+inline Vector load_part(const W* from) {
+  if constexpr (std::is_same_v<W, BFloat16>) {
+    Integers pairs;
+    std::memcpy(&pairs, from, sizeof pairs);
+    return reinterpret_cast<Vector>(part == 0 ? pairs << 16 : pairs & static_cast<int32_t>(0xffff0000));
+  } else {
+    return load(from);
+  }
+}
+
 inline void store(float* to, Vector x) { std::memcpy(to, &x, sizeof x); }
 
 // The sum of a vector's lanes.
@@ -186,21 +211,26 @@ inline void multiply(const W* w, int64_t w_stride, const float* x, int64_t x_str
   Vector sum[O][T];
   for (int o = 0; o < O; o++)
     for (int t = 0; t < T; t++) sum[o][t] = first ? Vector{} : sums[o * sums_stride + t];
-  for (int64_t i = 0; i < depth; i += kLanes) {
+  const auto take = [&](auto which, int64_t i) {
+    constexpr int part = decltype(which)::value;
     Vector wide[O];
+#pragma GCC unroll 8
+    for (int o = 0; o < O; o++) wide[o] = load_part<part>(w + o * w_stride + i);
+#pragma GCC unroll 4
+    for (int t = 0; t < T; t++) {
+      const Vector row = load(x + t * x_stride + i + part * kLanes);
+#pragma GCC unroll 8
+      for (int o = 0; o < O; o++) sum[o][t] = multiply_add(wide[o], row, sum[o][t]);
+    }
+  };
+  for (int64_t i = 0; i < depth; i += kStep<W>) {
     if (next) {
 #pragma GCC unroll 8
       for (int o = 0; o < O; o++) __builtin_prefetch(next + o * w_stride, 0, 3);
       next += next_step;
     }
-#pragma GCC unroll 8
-    for (int o = 0; o < O; o++) wide[o] = load(w + o * w_stride + i);
-#pragma GCC unroll 4
-    for (int t = 0; t < T; t++) {
-      const Vector row = load(x + t * x_stride + i);
-#pragma GCC unroll 8
-      for (int o = 0; o < O; o++) sum[o][t] = multiply_add(wide[o], row, sum[o][t]);
-    }
+    take(std::integral_constant<int, 0>{}, i);
+    if constexpr (kStep<W> > kLanes) take(std::integral_constant<int, 1>{}, i);
   }
   for (int o = 0; o < O; o++)
     for (int t = 0; t < T; t++) sums[o * sums_stride + t] = sum[o][t];
@@ -215,7 +245,7 @@ void multiply_group(const W* w, int64_t w_stride, const float* x, int64_t x_stri
     constexpr int kCount = decltype(count)::value;
     const W* from = w + o * w_stride;
     int64_t t = 0;
-    const int64_t step = std::max<int64_t>(1, kLanes * T / rows), ahead = step * (depth / kLanes);
+    const int64_t step = std::max<int64_t>(1, kStep<W> * T / rows), ahead = step * (depth / kStep<W>);
     const auto where = [&] { return wanted ? wanted + std::min(t / T * ahead, depth) : wanted; };
     for (; t + T <= rows; t += T)
       multiply<kCount, T>(from, w_stride, x + t * x_stride, x_stride, depth, first, sums + o * rows + t, rows, where(), step);
@@ -230,7 +260,7 @@ void multiply_group(const W* w, int64_t w_stride, const float* x, int64_t x_stri
 template <int O, int T, class W>
 void linear_rows(const float* x, const W* w, const W* bias, float* y, int64_t rows, int64_t inputs, int64_t outputs,
                  int64_t from, int64_t to) {
-  const int64_t whole = inputs / kLanes * kLanes, rest = inputs - whole;
+  const int64_t whole = inputs / kStep<W> * kStep<W>;
   const int64_t most = rows > T ? kDepth : whole;
   std::vector<Vector> sums(kGroup * rows);
   for (int64_t o = from; o < to; o += kGroup) {
@@ -244,12 +274,25 @@ void linear_rows(const float* x, const W* w, const W* bias, float* y, int64_t ro
     for (int row = 0; row < group; row++) {
       for (int64_t t = 0; t < rows; t++) {
         Vector sum = whole ? sums[row * rows + t] : Vector{};
-        if (rest)
-          sum = multiply_add(load(w + (o + row) * inputs + whole, rest), load(x + t * inputs + whole, rest), sum);
+        for (int64_t i = whole; i < inputs; i += kLanes) {
+          const int64_t rest = std::min<int64_t>(kLanes, inputs - i);
+          sum = multiply_add(load(w + (o + row) * inputs + i, rest), load(x + t * inputs + i, rest), sum);
+        }
         y[t * outputs + o + row] = total(sum) + (bias ? widen(bias[o + row]) : 0.0f);
       }
     }
   }
+}
+
+// x (rows, inputs) with the columns of each whole step in the order of load_part.
+template <class W>
+std::vector<float> in_parts(const float* x, int64_t rows, int64_t inputs) {
+  std::vector<float> parts(x, x + rows * inputs);
+  for (int64_t row = 0; row < rows; row++)
+    for (int64_t i = 0; i + kStep<W> <= inputs; i += kStep<W>)
+      for (int lane = 0; lane < kLanes; lane++)
+        for (int part = 0; part < 2; part++) parts[row * inputs + i + part * kLanes + lane] = x[row * inputs + i + 2 * lane + part];
+  return parts;
 }
 
 template <class W>
@@ -260,6 +303,8 @@ void linear_of_few(const Tensor& x, const Tensor& weight, const Tensor* bias, co
   const auto* from = static_cast<const float*>(x.const_data_ptr());
   auto* to = static_cast<float*>(y.mutable_data_ptr());
   if (!rows) return;
+  std::vector<float> parts;
+  if constexpr (kStep<W> > kLanes) from = (parts = in_parts<W>(from, rows, inputs)).data();
   const int64_t grain = std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, inputs * sizeof(W)));
   torch::stable::parallel_for(0, outputs, grain, [&](int64_t first, int64_t last) {
     switch (rows) {
