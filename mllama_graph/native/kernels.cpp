@@ -1,10 +1,10 @@
-// Kernels of a CPU's decode steps: products of a few rows with a weight, and attention over pages.
+// Kernels of a CPU's steps: products of rows with a weight, and attention over pages, prompts and tiles.
 //
-// Both are bound by memory: a weight or a key is read once from memory, whatever number of rows use it, and widened on
+// Decode steps are bound by memory: a weight or a key is read once from memory, whatever number of rows use it, and widened on
 // the way where it is stored in 16 bits. Vectors are the compiler's own (GCC and Clang), as wide as the machine's.
 //
 // Sums are formed in one order, whatever the number of rows, of threads and of the padding around them: a row's result
-// has the same bits alone and in a batch.
+// has the same bits alone and in a batch. Products of more than kFewProducts rows are torch's, and may round otherwise.
 //
 // Built on torch's stable ABI; threads are those of torch.
 
