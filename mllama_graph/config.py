@@ -14,6 +14,10 @@ COMPILE = ("background", "wait", "never")
 QUANTS = ("none", "w8a16", "w8a8", "kv8")
 COLLECTIVES = ("auto", "shared_memory", "distributed")
 KERNELS = ("auto", "native", "plain")
+# Of torch_npu.profiler.
+LEVELS = (0, 1, 2)
+AIC_METRICS = ("AiCoreNone", "PipeUtilization", "ArithmeticUtilization", "Memory", "MemoryL0", "MemoryUB", "MemoryAccess",
+               "L2Cache", "ResourceConflictRatio")
 TORCHAIR_MODES = ("max-autotune", "npugraph_ex")
 WEIGHT_FORMATS = ("nd", "nz")
 TOPOLOGIES = ("BFS", "DFS", "RDFS", "StableRDFS")
@@ -208,6 +212,8 @@ def check(run: Run) -> None:
     for key in ("batch_sizes", "lengths"):
         for value in getattr(run, key) or [0]:
             _at_least(key, value, 1)
+    _one_of("task.level", run.task.level, LEVELS)
+    _one_of("task.aic_metrics", run.task.aic_metrics, AIC_METRICS)
     for key, least in (("new_tokens", 2), ("repetitions", 1), ("images", 0)):
         _at_least(f"task.{key}", getattr(run.task, key), least)
     if run.max_images is not None:

@@ -28,7 +28,7 @@ def measure(device: torch.device) -> Limits:
     # A CPU is limited by what it reads; an accelerator's copy reads and writes.
     reads = [lambda: wide.sum(), lambda: torch.dot(wide, wide)] if on_cpu else [lambda: wide.clone()]
     moved = READ_BYTES * (1 if on_cpu else 2)
-    m, k, n = (2048, 1536, 4096) if on_cpu else (8192, 8192, 8192)
+    m, k, n = (1024, 1536, 2048) if on_cpu else (8192, 8192, 8192)
     a, b = torch.ones(m, k, device=device, dtype=dtype), torch.ones(k, n, device=device, dtype=dtype)
     best = min(_seconds(read, device) for read in reads)
     return Limits(moved / best, 2 * m * k * n / _seconds(lambda: a @ b, device))

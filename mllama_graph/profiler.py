@@ -301,5 +301,8 @@ def _take_npu_trace(folder: Path, path: Path) -> None:
     """torch_npu's trace under the name that every backend's has; its own output, for MindStudio Insight, stays whole."""
     found = next(folder.glob("*_ascend_pt/ASCEND_PROFILER_OUTPUT/trace_view.json"))
     events = json.loads(found.read_text(encoding="utf8"))
+    # Its times are strings in some versions.
+    for event in events:
+        event |= {name: float(event[name]) for name in ("ts", "dur") if name in event}
     with gzip.open(path, "wt", encoding="utf8") as file:
-        json.dump(events if isinstance(events, dict) else {"traceEvents": events}, file)
+        json.dump({"traceEvents": events}, file)

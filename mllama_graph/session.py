@@ -36,7 +36,7 @@ def command(folder: Path) -> str:
     """What was typed, from what Hydra noted in the run's folder; files and checkpoints by their last name."""
     path = folder / ".hydra" / "overrides.yaml"
     words = yaml.safe_load(path.read_text(encoding="utf8")) if path.is_file() else []
-    return " ".join(["python run.py", *map(_without_folder, words)])
+    return " ".join(["python run.py", *(_without_folder(word) for word in words if not word.startswith("graph_cache="))])
 
 
 def _without_folder(word: str) -> str:

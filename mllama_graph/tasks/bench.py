@@ -103,6 +103,7 @@ def main(run: Run) -> None:
                 timings, ceiling = _measure(engine, case, task.repetitions, peers, progress, turns)
                 found.append(ceiling)
                 rows += [_row(engine, case, timing, ceiling) for timing in timings]
+            progress.turns(turns.total, turns.total, "")
         finally:
             for peer in peers:
                 peer.close()
