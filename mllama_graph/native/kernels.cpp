@@ -147,10 +147,9 @@ inline Vector multiply_add(Vector a, Vector b, Vector c) {
 #endif
 }
 
-// Columns of a weight that a step takes, kLanes at a time. A step of bf16 is one load: its even columns, then its odd ones,
-// each by one instruction; x is put in that order beforehand.
-template <class W>
-constexpr int kStep = std::is_same_v<W, BFloat16> ? 2 * kLanes : kLanes;
+// Columns of a weight that a step takes, in two parts. Those of bf16 are one load: its even columns, then its odd ones, each
+// by one instruction; x is put in that order beforehand.
+constexpr int kStep = 2 * kLanes;
 
 template <int part, class W>
 inline Vector load_part(const W* from) {
@@ -159,7 +158,7 @@ inline Vector load_part(const W* from) {
     std::memcpy(&pairs, from, sizeof pairs);
     return reinterpret_cast<Vector>(part == 0 ? pairs << 16 : pairs & static_cast<int32_t>(0xffff0000));
   } else {
-    return load(from);
+    return load(from + part * kLanes);
   }
 }
 
@@ -223,14 +222,14 @@ inline void multiply(const W* w, int64_t w_stride, const float* x, int64_t x_str
       for (int o = 0; o < O; o++) sum[o][t] = multiply_add(wide[o], row, sum[o][t]);
     }
   };
-  for (int64_t i = 0; i < depth; i += kStep<W>) {
+  for (int64_t i = 0; i < depth; i += kStep) {
     if (next) {
 #pragma GCC unroll 8
       for (int o = 0; o < O; o++) __builtin_prefetch(next + o * w_stride, 0, 3);
       next += next_step;
     }
     take(std::integral_constant<int, 0>{}, i);
-    if constexpr (kStep<W> > kLanes) take(std::integral_constant<int, 1>{}, i);
+    take(std::integral_constant<int, 1>{}, i);
   }
   for (int o = 0; o < O; o++)
     for (int t = 0; t < T; t++) sums[o * sums_stride + t] = sum[o][t];
@@ -245,7 +244,7 @@ void multiply_group(const W* w, int64_t w_stride, const float* x, int64_t x_stri
     constexpr int kCount = decltype(count)::value;
     const W* from = w + o * w_stride;
     int64_t t = 0;
-    const int64_t step = std::max<int64_t>(1, kStep<W> * T / rows), ahead = step * (depth / kStep<W>);
+    const int64_t step = std::max<int64_t>(1, kStep * T / rows), ahead = step * (depth / kStep);
     const auto where = [&] { return wanted ? wanted + std::min(t / T * ahead, depth) : wanted; };
     for (; t + T <= rows; t += T)
       multiply<kCount, T>(from, w_stride, x + t * x_stride, x_stride, depth, first, sums + o * rows + t, rows, where(), step);
@@ -260,7 +259,7 @@ void multiply_group(const W* w, int64_t w_stride, const float* x, int64_t x_stri
 template <int O, int T, class W>
 void linear_rows(const float* x, const W* w, const W* bias, float* y, int64_t rows, int64_t inputs, int64_t outputs,
                  int64_t from, int64_t to) {
-  const int64_t whole = inputs / kStep<W> * kStep<W>;
+  const int64_t whole = inputs / kStep * kStep;
   const int64_t most = rows > T ? kDepth : whole;
   std::vector<Vector> sums(kGroup * rows);
   for (int64_t o = from; o < to; o += kGroup) {
@@ -284,12 +283,11 @@ void linear_rows(const float* x, const W* w, const W* bias, float* y, int64_t ro
   }
 }
 
-// x (rows, inputs) with the columns of each whole step in the order of load_part.
-template <class W>
-std::vector<float> in_parts(const float* x, int64_t rows, int64_t inputs) {
+// x (rows, inputs) with the columns of each whole step in the order of a bf16 weight's parts.
+inline std::vector<float> in_parts(const float* x, int64_t rows, int64_t inputs) {
   std::vector<float> parts(x, x + rows * inputs);
   for (int64_t row = 0; row < rows; row++)
-    for (int64_t i = 0; i + kStep<W> <= inputs; i += kStep<W>)
+    for (int64_t i = 0; i + kStep <= inputs; i += kStep)
       for (int lane = 0; lane < kLanes; lane++)
         for (int part = 0; part < 2; part++) parts[row * inputs + i + part * kLanes + lane] = x[row * inputs + i + 2 * lane + part];
   return parts;
@@ -304,7 +302,7 @@ void linear_of_few(const Tensor& x, const Tensor& weight, const Tensor* bias, co
   auto* to = static_cast<float*>(y.mutable_data_ptr());
   if (!rows) return;
   std::vector<float> parts;
-  if constexpr (kStep<W> > kLanes) from = (parts = in_parts<W>(from, rows, inputs)).data();
+  if constexpr (std::is_same_v<W, BFloat16>) from = (parts = in_parts(from, rows, inputs)).data();
   const int64_t grain = std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, inputs * sizeof(W)));
   torch::stable::parallel_for(0, outputs, grain, [&](int64_t first, int64_t last) {
     switch (rows) {
@@ -423,6 +421,18 @@ inline Vector exponential(Vector x) {
   return reinterpret_cast<Vector>(bits & ~tiny);
 }
 
+// 2 to each lane, none of which is positive, to 2 units in the last place; what is below 2^-126 is 0.
+inline Vector power_of_two(Vector x) {
+  constexpr float kMagic = 12582912.0f;  // adding it rounds to a whole number, which the low bits then hold
+  const Integers tiny = x < -126.0f;
+  const Vector shifted = x + kMagic, rest = x - (shifted - kMagic);
+  Vector power = splat(1.5403530e-4f);
+  for (const float factor : {1.33335581e-3f, 9.61812911e-3f, 5.55041087e-2f, 2.40226507e-1f, 6.93147181e-1f, 1.0f})
+    power = multiply_add(power, rest, splat(factor));
+  const Integers bits = reinterpret_cast<Integers>(power) + (reinterpret_cast<Integers>(shifted) << 23);
+  return reinterpret_cast<Vector>(bits & ~tiny);
+}
+
 struct Heads {
   int64_t queries, keys, width;
   int64_t group() const { return queries / keys; }
@@ -440,7 +450,7 @@ struct Partial {
 template <int G>
 void attend_tokens(const float* q, const float* k, const float* v, int tokens, const Heads& heads, float scale,
                    Partial out) {
-  const int64_t stride = heads.keys * heads.width, whole = heads.width / kLanes * kLanes;
+  const int64_t stride = heads.keys * heads.width, whole = heads.width / kStep * kStep;
   alignas(64) float weights[G][kTokens];
   Vector sums[kTokens * G];
   multiply_group<kOutputs[G], G, float>(k, stride, q, heads.width, whole, true, sums, tokens, G, nullptr);
@@ -600,17 +610,32 @@ Tensor attend(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages, con
 // Query rows (of all heads that share a key head) and tokens that are worked through at a time.
 constexpr int64_t kQueries = 64, kKeys = 96;
 
-// c = a b, added to what c holds unless `fresh`, for a tile of R rows and V vectors of columns.
+// Columns are worked through in panels of up to 3 vectors: calls f(rows, vectors, first vector) for each, `rows` being as many
+// as leave the registers enough for the sums.
+template <class F>
+inline void panels(int64_t columns, const F& f) {
+  for (int64_t left = columns / kLanes, v = 0; left > 0;) {
+    const auto panel = [&](auto rows, auto vectors) {
+      f(rows, vectors, v);
+      v += vectors, left -= vectors;
+    };
+    if (left == 1) panel(std::integral_constant<int, 8>{}, std::integral_constant<int, 1>{});
+    else if (left == 2 || left == 4) panel(std::integral_constant<int, 6>{}, std::integral_constant<int, 2>{});
+    else panel(std::integral_constant<int, 4>{}, std::integral_constant<int, 3>{});
+  }
+}
+
+// c = a b, added to what c holds unless `fresh`, for R rows and a panel of V vectors, whose rows follow each other in b.
 template <int R, int V, bool fresh>
-inline void multiply_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth, float* c,
-                          int64_t c_stride) {
+inline void multiply_tile(const float* a, int64_t a_stride, const float* b, int64_t depth, float* c, int64_t c_stride) {
   Vector sum[R][V];
   for (int r = 0; r < R; r++)
     for (int v = 0; v < V; v++) sum[r][v] = fresh ? Vector{} : load(c + r * c_stride + v * kLanes);
+#pragma GCC unroll 4
   for (int64_t i = 0; i < depth; i++) {
     Vector column[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; v++) keep(column[v] = load(b + i * b_stride + v * kLanes));
+    for (int v = 0; v < V; v++) keep(column[v] = load(b + (i * V + v) * kLanes));
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
       const Vector one = splat(a[r * a_stride + i]);
@@ -622,27 +647,18 @@ inline void multiply_tile(const float* a, int64_t a_stride, const float* b, int6
     for (int v = 0; v < V; v++) store(c + r * c_stride + v * kLanes, sum[r][v]);
 }
 
-// The same for c (rows, columns), a (rows, depth) and b (depth, columns); columns are a multiple of kLanes.
+// The same for c (rows, columns), a (rows, depth) and b (depth, columns) in panels; columns are a multiple of kLanes.
 template <bool fresh>
-void multiply_matrix(const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride,
-                     int64_t rows, int64_t columns, int64_t depth) {
-  for (int64_t left = columns / kLanes, v = 0; left > 0;) {
-    // As many sums as the registers hold.
-    const auto tiles = [&](auto some_rows, auto some) {
-      constexpr int R = decltype(some_rows)::value, V = decltype(some)::value;
-      const float* from = b + v * kLanes;
-      float* to = c + v * kLanes;
-      int64_t r = 0;
-      for (; r + R <= rows; r += R)
-        multiply_tile<R, V, fresh>(a + r * a_stride, a_stride, from, b_stride, depth, to + r * c_stride, c_stride);
-      for (; r < rows; r++)
-        multiply_tile<1, V, fresh>(a + r * a_stride, a_stride, from, b_stride, depth, to + r * c_stride, c_stride);
-      v += V, left -= V;
-    };
-    if (left == 1) tiles(std::integral_constant<int, 8>{}, std::integral_constant<int, 1>{});
-    else if (left == 2 || left == 4) tiles(std::integral_constant<int, 6>{}, std::integral_constant<int, 2>{});
-    else tiles(std::integral_constant<int, 4>{}, std::integral_constant<int, 3>{});
-  }
+void multiply_matrix(const float* a, int64_t a_stride, const float* b, float* c, int64_t c_stride, int64_t rows, int64_t columns,
+                     int64_t depth) {
+  panels(columns, [&](auto some, auto vectors, int64_t v) {
+    constexpr int R = decltype(some)::value, V = decltype(vectors)::value;
+    const float* from = b + v * kLanes * depth;
+    float* to = c + v * kLanes;
+    int64_t r = 0;
+    for (; r + R <= rows; r += R) multiply_tile<R, V, fresh>(a + r * a_stride, a_stride, from, depth, to + r * c_stride, c_stride);
+    for (; r < rows; r++) multiply_tile<1, V, fresh>(a + r * a_stride, a_stride, from, depth, to + r * c_stride, c_stride);
+  });
 }
 
 // The tokens that a set of rows attends to, in order: where the first head's key and value of each lie.
@@ -659,10 +675,10 @@ struct Seen {
   int64_t first, last;
 };
 
-// Keys and values in blocks of kKeys tokens, as products take them. The last block repeats its last token.
+// Keys and values in blocks of kKeys tokens, in panels as products take them. The last block repeats its last token.
 struct Blocks {
   int64_t count, width, wide;
-  std::unique_ptr<float[]> keys, values;  // (heads, count, width, kKeys), (heads, count, kKeys, wide)
+  std::unique_ptr<float[]> keys, values;  // (heads, count, width by kKeys), (heads, count, kKeys by wide)
 
   Blocks(const Tokens& tokens, const Heads& heads)
       : count((static_cast<int64_t>(tokens.keys.size()) + kKeys - 1) / kKeys),
@@ -675,13 +691,26 @@ struct Blocks {
       for (int64_t task = from; task < to; task++) {
         const int64_t head = task / count, start = task % count * kKeys;
         float *key = keys.get() + task * kKeys * width, *value = values.get() + task * kKeys * wide;
-        for (int64_t i = 0; i < kKeys; i++) {
-          const int64_t token = std::min(start + i, last);
-          const float* k = tokens.keys[token] + head * width;
-          for (int64_t h = 0; h < width; h++) key[h * kKeys + i] = k[h];
-          std::memcpy(value + i * wide, tokens.values[token] + head * width, width * sizeof(float));
-          std::fill(value + i * wide + width, value + (i + 1) * wide, 0.0f);
-        }
+        const auto from_token = [&](const std::vector<const float*>& tokens, int64_t i) {
+          return tokens[std::min(start + i, last)] + head * width;
+        };
+        panels(kKeys, [&](auto, auto vectors, int64_t v) {
+          constexpr int64_t kColumns = decltype(vectors)::value * kLanes;
+          float* to = key + v * kLanes * width;
+          for (int64_t i = 0; i < kColumns; i++) {
+            const float* k = from_token(tokens.keys, v * kLanes + i);
+            for (int64_t h = 0; h < width; h++) to[h * kColumns + i] = k[h];
+          }
+        });
+        panels(wide, [&](auto, auto vectors, int64_t v) {
+          constexpr int64_t kColumns = decltype(vectors)::value * kLanes;
+          float* to = value + v * kLanes * kKeys;
+          const int64_t some = std::min(kColumns, width - v * kLanes);
+          for (int64_t i = 0; i < kKeys; i++, to += kColumns) {
+            std::memcpy(to, from_token(tokens.values, i) + v * kLanes, some * sizeof(float));
+            std::fill(to + some, to + kColumns, 0.0f);
+          }
+        });
       }
     });
   }
@@ -701,20 +730,21 @@ inline float weigh(float* w, int64_t begin, int64_t end, float& top) {
   top = std::max(top, largest_of(most));
   Vector part{};
   for (int64_t i = 0; i < kKeys; i += kLanes) {
-    const Vector e = exponential(load(w + i) - top);
+    const Vector e = power_of_two(load(w + i) - top);
     store(w + i, e);
     part += e;
   }
   return total(part);
 }
 
-// q (T, Q, H) against `tokens`, of which row t sees seen[t]. A row that sees none gets zeros.
+// q (T, Q, H) against `tokens`, of which row t sees seen[t]. A row that sees none gets zeros. Scores are powers of two.
 void attend_rows(const float* q, float* out, int64_t rows, const Heads& heads, const Tokens& tokens,
                  const std::vector<Seen>& seen, float scale) {
   const int64_t G = heads.group(), H = heads.width, tasks = (rows * G + kQueries - 1) / kQueries;
   const int64_t count = static_cast<int64_t>(tokens.keys.size());
   const Blocks blocks(tokens, heads);
   const int64_t wide = blocks.wide;
+  constexpr float kPowers = 1.44269504f;  // log2(e)
   torch::stable::parallel_for(0, heads.keys * tasks, 1, [&](int64_t from, int64_t to) {
     std::vector<float> query(kQueries * H), weight(kQueries * kKeys), sum_of_values(kQueries * wide);
     std::vector<float> top(kQueries), sum(kQueries);
@@ -725,7 +755,7 @@ void attend_rows(const float* q, float* out, int64_t rows, const Heads& heads, c
       for (int64_t r = 0; r < some; r++) {
         const int64_t t = (row + r) / G, g = (row + r) % G;
         const float* from_row = q + (t * heads.queries + head * G + g) * H;
-        for (int64_t h = 0; h < H; h++) query[r * H + h] = from_row[h] * scale;
+        for (int64_t h = 0; h < H; h++) query[r * H + h] = from_row[h] * scale * kPowers;
         first = std::min(first, seen[t].first);
         last = std::max(last, seen[t].last);
       }
@@ -736,7 +766,7 @@ void attend_rows(const float* q, float* out, int64_t rows, const Heads& heads, c
       for (int64_t block = first / kKeys; block * kKeys < std::min(last, count); block++) {
         const int64_t start = block * kKeys, held = std::min(kKeys, count - start);
         const int64_t at = (head * blocks.count + block) * kKeys;
-        multiply_matrix<true>(query.data(), H, blocks.keys.get() + at * H, kKeys, weight.data(), kKeys, some, kKeys, H);
+        multiply_matrix<true>(query.data(), H, blocks.keys.get() + at * H, weight.data(), kKeys, some, kKeys, H);
         for (int64_t r = 0; r < some; r++) {
           const Seen& sees = seen[(row + r) / G];
           const int64_t begin = std::max<int64_t>(0, sees.first - start), end = std::min(held, sees.last - start);
@@ -747,15 +777,15 @@ void attend_rows(const float* q, float* out, int64_t rows, const Heads& heads, c
           const float before = top[r];
           const float part = weigh(weight.data() + r * kKeys, begin, end, top[r]);
           if (top[r] > before) {
-            const float shrink = exponential(splat(before - top[r]))[0];
+            const float shrink = power_of_two(splat(before - top[r]))[0];
             for (int64_t h = 0; h < wide; h += kLanes)
               store(sum_of_values.data() + r * wide + h, load(sum_of_values.data() + r * wide + h) * shrink);
             sum[r] *= shrink;
           }
           sum[r] += part;
         }
-        multiply_matrix<false>(weight.data(), kKeys, blocks.values.get() + at * wide, wide, sum_of_values.data(), wide, some,
-                               wide, kKeys);
+        multiply_matrix<false>(weight.data(), kKeys, blocks.values.get() + at * wide, sum_of_values.data(), wide, some, wide,
+                               kKeys);
       }
       for (int64_t r = 0; r < some; r++) {
         float* result = out + ((row + r) / G * heads.queries + head * G + (row + r) % G) * H;
