@@ -81,7 +81,7 @@ def work(shape: ModelShape, page_size: int, bucket: Bucket, weight_width: int, p
     """Bytes that all ranks together move in a step of a full bucket, and floating-point operations of its products."""
     if bucket.phase == "vision":
         return _vision_work(shape, weight_width, page_width)
-    text, images = shape.text, bucket.image_pages > 0
+    images = bucket.image_pages > 0
     keys, image_keys = bucket.rows * bucket.pages * page_size, bucket.rows * bucket.image_pages * page_size
     if bucket.phase == "prefill":
         # A fresh row of a prompt sees half of them, on average.

@@ -1,5 +1,6 @@
 """README.zh-CN.md says the same as README.md: the commands, the figures, the tables."""
 
+import csv
 import re
 from collections import Counter
 from pathlib import Path
@@ -51,3 +52,15 @@ def test_links_lead_somewhere(name):
     anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
     for target in re.findall(r"\]\(([^)]+)\)", text):
         assert target.removeprefix("#") in anchors if target.startswith("#") else (ROOT / target).exists(), target
+
+
+def test_figures_of_speed_are_those_of_the_committed_sessions():
+    rows = [line for line in ENGLISH[0].splitlines() + "\n".join(ENGLISH).splitlines() if line.startswith("| [")]
+    assert rows
+    for row in rows:
+        folder = re.search(r"\]\((profiles/[^)]+)\)", row)[1]
+        with (ROOT / folder / "bench.csv").open(encoding="utf8") as file:
+            measured = [float(value) for line in csv.DictReader(file) for value in line.values() if NUMBER.fullmatch(value)]
+        for figure, unit in re.findall(r"(\d+(?:\.\d+)?) (ms|s|%)(?= |$)", row.partition("](")[2]):
+            scale, digits = {"ms": 1, "s": 1e3, "%": 0.01}[unit], len(figure.partition(".")[2])
+            assert any(round(value / scale, digits) == float(figure) for value in measured), f"{figure} {unit} is not in {folder}"
