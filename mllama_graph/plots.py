@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Optional
 
 MISSING = "no plots: matplotlib is not installed (pip install -e '.[plots]')"
-WIDTH, HEIGHT, DPI = 6.4, 4.0, 110
+WIDTH, HEIGHT, DPI = 8.0, 4.0, 110
 
 # A line of a plot: (x, y) in order, or (x, y, least, most).
 Points = Sequence[tuple[float, ...]]
@@ -37,7 +37,7 @@ def lines(path: Path, title: str, across: str, up: str, series: Mapping[str, Poi
     else:
         axes.set_ylim(bottom=0)
     _ticks(axes, [point[0] for points in series.values() for point in points], log)
-    axes.legend(frameon=False, fontsize=8)
+    _legend(axes)
     _save(axes, path)
 
 
@@ -49,7 +49,7 @@ def stacked(path: Path, title: str, up: str, names: Sequence[str], parts: Mappin
         axes.bar(names, values, bottom=base, label=part, width=0.6)
         base = [below + value for below, value in zip(base, values)]
     axes.tick_params(axis="x", labelrotation=30 if max(map(len, names)) > 6 else 0, labelsize=8)
-    axes.legend(frameon=False, fontsize=8)
+    _legend(axes)
     _save(axes, path)
 
 
@@ -64,7 +64,7 @@ def roofline(path: Path, title: str, bytes_per_second: float, flops: float, poin
         axes.plot([intensity], [reached or roof], "o" if reached else "x", label=name, markersize=5)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.legend(frameon=False, fontsize=7)
+    _legend(axes)
     _save(axes, path)
 
 
@@ -77,9 +77,15 @@ def _axes(title: str, across: str, up: str):
     axes = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, layout="constrained").subplots()
     axes.set(title=title, xlabel=across, ylabel=up)
     axes.title.set_fontsize(10)
+    axes.set_prop_cycle(color=matplotlib.colormaps["tab20"].colors[::2] + matplotlib.colormaps["tab20"].colors[1::2])
     axes.grid(True, alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     return axes
+
+
+def _legend(axes) -> None:
+    """Beside the plot, where it hides nothing."""
+    axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def _ticks(axes, values: Sequence[float], log: bool) -> None:
