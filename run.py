@@ -108,7 +108,9 @@ def job(cfg: DictConfig) -> None:
         _fail(run, folder, f"internal error: {type(error).__name__}: {error} (stack in {folder / 'run.log'})", 1)
     finally:
         if sweeping:
-            write_summary(folder.parent)
+            path = write_summary(folder.parent)
+            if state.job.num + 1 == math.prod(swept_in(folder.parent).values()):
+                print(path, file=sys.stderr, flush=True)
     if sweeping and len(failures) > failed_before:
         raise JobFailed(failures[-1])
 
@@ -128,9 +130,18 @@ def explain(error: Exception) -> str:
         known = [entry.name for entry in fields(Run)]
         close = difflib.get_close_matches(found[1].split(".")[0], known, n=1)
         guess = f" Did you mean {close[0]}?" if close else ""
-        return f"there is no key {found[1]!r}.{guess} conf/config.yaml lists every key."
+        listed = "conf/config.yaml lists every key." if "." not in found[1] else (
+            f"conf/{found[1].split('.')[0]}/ and conf/config.yaml list its keys.")
+        return f"there is no key {found[1]!r}.{guess if '.' not in found[1] else ''} {listed}"
     if found := re.search(r"Could not (?:find|load) 'hydra/launcher/(\w+)'", text):
-        return f"hydra/launcher={found[1]} is not installed. Install it with: pip install -e '.[sweeps]'"
+        if found[1] in ("parallel", "slurm", "joblib", "submitit_local", "submitit_slurm"):
+            return f"hydra/launcher={found[1]} is not installed. Install it with: pip install -e '.[sweeps]'"
+        return f"hydra/launcher={found[1]} is not one of basic, parallel, slurm, joblib, submitit_local, submitit_slurm."
+    if found := re.search(r"Error merging override (\S+?)=(.*?) Invalid value assigned: \w+ is not a ListConfig", text):
+        return f"{found[1]}={found[2].strip(' .')} must be a list. Use {found[1]}=[{found[2].strip(' .')}]."
+    if found := re.search(r"Ambiguous value for argument '([^'=]+)=([^']*)'", text):
+        return (f"{found[1]}={found[2]} names several values. Use -m to run a job for each, "
+                f"or {found[1]}=[{found[2]}] for a list.")
     if found := re.search(r"Could not find '([^']+)/([^']+)' Available options in '[^']+': (.*?) Config search", text):
         return f"{found[1]}={found[2]} is not one of {', '.join(found[3].split())}."
     cause = str(error.__cause__).splitlines()[0] if error.__cause__ else ""

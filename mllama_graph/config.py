@@ -210,7 +210,9 @@ def check(run: Run) -> None:
     if not 0 < run.top_p <= 1:
         raise UserError(f"top_p={run.top_p} must be above 0 and at most 1.")
     for key in ("batch_sizes", "lengths"):
-        for value in getattr(run, key) or [0]:
+        if not getattr(run, key):
+            raise UserError(f"{key}=[] must hold at least one number: {key}=[1].")
+        for value in getattr(run, key):
             _at_least(key, value, 1)
     _one_of("task.level", run.task.level, LEVELS)
     _one_of("task.aic_metrics", run.task.aic_metrics, AIC_METRICS)

@@ -20,17 +20,26 @@ def available() -> bool:
     return True
 
 
-def lines(path: Path, title: str, across: str, up: str, series: Mapping[str, Points], dashed: Sequence[str] = (),
-          log: bool = False) -> None:
+def lines(
+    path: Path,
+    title: str,
+    across: str,
+    up: str,
+    series: Mapping[str, Points],
+    dashed: Sequence[str] = (),
+    log: bool = False,
+) -> None:
     """Lines with markers, one a name; those in `dashed` are floors. With least and most, a band shows the spread."""
     axes = _axes(title, across, up)
     for name, points in series.items():
         if not points:
             continue
         x, y = [point[0] for point in points], [point[1] for point in points]
-        drawn, = axes.plot(x, y, "--" if name in dashed else "o-", label=name, linewidth=1.5, markersize=4)
+        (drawn,) = axes.plot(x, y, "--" if name in dashed else "o-", label=name, linewidth=1.5, markersize=4)
         if len(points[0]) == 4:
-            axes.fill_between(x, [p[2] for p in points], [p[3] for p in points], color=drawn.get_color(), alpha=0.15, linewidth=0)
+            axes.fill_between(
+                x, [p[2] for p in points], [p[3] for p in points], color=drawn.get_color(), alpha=0.15, linewidth=0
+            )
     if log:
         axes.set_xscale("log")
         axes.set_yscale("log")
@@ -53,11 +62,17 @@ def stacked(path: Path, title: str, up: str, names: Sequence[str], parts: Mappin
     _save(axes, path)
 
 
-def roofline(path: Path, title: str, bytes_per_second: float, flops: float, points: Mapping[str, tuple[float, Optional[float]]]) -> None:
+def roofline(
+    path: Path, title: str, bytes_per_second: float, flops: float, points: Mapping[str, tuple[float, Optional[float]]]
+) -> None:
     """The two roofs, and each name at (operations a byte, operations a second reached; None: on its roof)."""
     axes = _axes(title, "operations a byte", "operations a second")
     ridge = flops / bytes_per_second
-    across = [min([ridge, *(p[0] for p in points.values())]) / 4, ridge, max([ridge, *(p[0] for p in points.values())]) * 4]
+    across = [
+        min([ridge, *(p[0] for p in points.values())]) / 4,
+        ridge,
+        max([ridge, *(p[0] for p in points.values())]) * 4,
+    ]
     axes.plot(across, [min(flops, x * bytes_per_second) for x in across], color="black", linewidth=1.5)
     for name, (intensity, reached) in points.items():
         roof = min(flops, intensity * bytes_per_second)

@@ -29,8 +29,19 @@ from mllama_graph.report import write_json
 
 STEP, GRAPH, SAMPLE = "step ", "graph", "sample"
 # A weight's product, as libraries call it, and attention, whose products are of no weight.
-PRODUCTS = {"mllama_graph::linear", "aten::linear", "aten::addmm", "aten::mm", "aten::matmul", "aten::conv2d", "aten::convolution",
-            "aten::_convolution", "aten::mkldnn_convolution", "mkldnn::_linear_pointwise", "mkldnn::_convolution_pointwise"}
+PRODUCTS = {
+    "mllama_graph::linear",
+    "aten::linear",
+    "aten::addmm",
+    "aten::mm",
+    "aten::matmul",
+    "aten::conv2d",
+    "aten::convolution",
+    "aten::_convolution",
+    "aten::mkldnn_convolution",
+    "mkldnn::_linear_pointwise",
+    "mkldnn::_convolution_pointwise",
+}
 ATTENTION = ("aten::scaled_dot_product", "aten::_scaled_dot_product", "mllama_graph::attend")
 # What is left of a graph's time between the operations that the profiler sees.
 GENERATED = "generated loops, and launches"
@@ -57,8 +68,13 @@ class Profiler:
         folder.mkdir(parents=True, exist_ok=True)
         # Kineto tells that it starts and stops.
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-        self._profile = _npu_profile(folder, level) if self._on_npu else torch.profiler.profile(
-            activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if spec.device == "cuda" else [])])
+        self._profile = (
+            _npu_profile(folder, level)
+            if self._on_npu
+            else torch.profiler.profile(
+                activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if spec.device == "cuda" else [])]
+            )
+        )
 
     def begin(self) -> None:
         self._profile.__enter__()
@@ -75,8 +91,13 @@ class Profiler:
         if self.spec.device == "cuda":
             torch.cuda.synchronize()
         self._profile.__exit__(None, None, None)
-        write_json(self.folder / "memory.json", {
-            "planned_bytes": asdict(self.planned) | {"total": self.planned.total}, "most_bytes": most_bytes(self.spec.device)})
+        write_json(
+            self.folder / "memory.json",
+            {
+                "planned_bytes": asdict(self.planned) | {"total": self.planned.total},
+                "most_bytes": most_bytes(self.spec.device),
+            },
+        )
         path = self.folder / TRACE
         if self._on_npu:
             _take_npu_trace(self.folder, path)
@@ -134,7 +155,8 @@ def products(spec: GraphSpec, bucket: Bucket) -> list[str]:
             return ops.patch_embed(x, weight)
 
         Step(bucket.phase, weights, spec.shape, replace(ops, linear=linear, patch_embed=patch_embed))(
-            spec.example(bucket), *spec.pages(torch.empty))
+            spec.example(bucket), *spec.pages(torch.empty)
+        )
     return noted
 
 
@@ -180,9 +202,14 @@ class Traced:
 
 def steps_of(events: list[dict[str, Any]]) -> list[Traced]:
     """The steps of a trace, in order."""
-    timed = sorted((event for event in events if event.get("ph") == "X" and "dur" in event), key=lambda e: (e["ts"], -e["dur"]))
-    steps = [Traced(e["name"].removeprefix(STEP), e, [], []) for e in timed
-             if e["name"].startswith(STEP) and e.get("cat") in ("user_annotation", "cpu_op")]
+    timed = sorted(
+        (event for event in events if event.get("ph") == "X" and "dur" in event), key=lambda e: (e["ts"], -e["dur"])
+    )
+    steps = [
+        Traced(e["name"].removeprefix(STEP), e, [], [])
+        for e in timed
+        if e["name"].startswith(STEP) and e.get("cat") in ("user_annotation", "cpu_op")
+    ]
     at = 0
     for event in timed:
         while at < len(steps) and event["ts"] >= _end(steps[at].event):
@@ -231,8 +258,10 @@ def ops_rows(steps: list[Traced]) -> list[dict[str, Any]]:
         for event in step.kernels:
             sums[step.phase, "device", event["name"]][0] += 1
             sums[step.phase, "device", event["name"]][1] += event["dur"]
-    rows = [{"phase": phase, "where": where, "op": name, "calls": int(calls), "ms": round(own / 1e3, 4)}
-            for (phase, where, name), (calls, own) in sums.items()]
+    rows = [
+        {"phase": phase, "where": where, "op": name, "calls": int(calls), "ms": round(own / 1e3, 4)}
+        for (phase, where, name), (calls, own) in sums.items()
+    ]
     return sorted(rows, key=lambda row: -row["ms"])
 
 
@@ -270,7 +299,10 @@ def parts_rows(parts: list[tuple[Traced, list[tuple[str, float, float]]]]) -> li
         for name, begun, end in found:
             sums[step.phase, name][0] += 1
             sums[step.phase, name][1] += end - begun
-    return [{"phase": phase, "part": name, "runs": int(runs), "ms": round(spent / 1e3, 4)} for (phase, name), (runs, spent) in sums.items()]
+    return [
+        {"phase": phase, "part": name, "runs": int(runs), "ms": round(spent / 1e3, 4)}
+        for (phase, name), (runs, spent) in sums.items()
+    ]
 
 
 def ranges(parts: list[tuple[Traced, list[tuple[str, float, float]]]]) -> list[dict[str, Any]]:
@@ -279,8 +311,11 @@ def ranges(parts: list[tuple[Traced, list[tuple[str, float, float]]]]) -> list[d
         return []
     pid, line = parts[0][0].event["pid"], "parts of the model"
     made: list[dict[str, Any]] = [{"ph": "M", "name": "thread_name", "pid": pid, "tid": line, "args": {"name": line}}]
-    return made + [{"ph": "X", "cat": "user_annotation", "name": name, "pid": pid, "tid": line, "ts": begun, "dur": end - begun}
-                   for _, found in parts for name, begun, end in found]
+    return made + [
+        {"ph": "X", "cat": "user_annotation", "name": name, "pid": pid, "tid": line, "ts": begun, "dur": end - begun}
+        for _, found in parts
+        for name, begun, end in found
+    ]
 
 
 # ---- an NPU: never run on one
@@ -293,8 +328,11 @@ def _npu_profile(folder: Path, level: Level) -> Any:
     return npu.profile(
         activities=[npu.ProfilerActivity.CPU, npu.ProfilerActivity.NPU],
         on_trace_ready=npu.tensorboard_trace_handler(str(folder)),
-        experimental_config=npu._ExperimentalConfig(profiler_level=getattr(npu.ProfilerLevel, f"Level{level.level}"),
-                                                    aic_metrics=getattr(npu.AiCMetrics, level.aic_metrics)))
+        experimental_config=npu._ExperimentalConfig(
+            profiler_level=getattr(npu.ProfilerLevel, f"Level{level.level}"),
+            aic_metrics=getattr(npu.AiCMetrics, level.aic_metrics),
+        ),
+    )
 
 
 def _take_npu_trace(folder: Path, path: Path) -> None:

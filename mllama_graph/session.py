@@ -27,16 +27,26 @@ PLACES = ("output_dir", "graph_cache", "weights", "requests", "image")
 def write_manifest(folder: Path, run: Run, device: str) -> None:
     """manifest.json: hardware, versions, commit, command, configuration and date of what the folder holds."""
     config = {name: value for name, value in asdict(run).items() if name not in PLACES}
-    write_json(folder / MANIFEST, {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "hardware": hardware(device),
-        "versions": versions(), "commit": commit(), "command": command(folder), "config": config})
+    write_json(
+        folder / MANIFEST,
+        {
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "hardware": hardware(device),
+            "versions": versions(),
+            "commit": commit(),
+            "command": command(folder),
+            "config": config,
+        },
+    )
 
 
 def command(folder: Path) -> str:
     """What was typed, from what Hydra noted in the run's folder; files and checkpoints by their last name."""
     path = folder / ".hydra" / "overrides.yaml"
     words = yaml.safe_load(path.read_text(encoding="utf8")) if path.is_file() else []
-    return " ".join(["python run.py", *(_without_folder(word) for word in words if not word.startswith("graph_cache="))])
+    return " ".join(
+        ["python run.py", *(_without_folder(word) for word in words if not word.startswith("graph_cache="))]
+    )
 
 
 def _without_folder(word: str) -> str:
@@ -48,8 +58,13 @@ def hardware(device: str) -> dict[str, Any]:
     """What the figures are of: processor, cores, memory, and the accelerator where one computes."""
     from mllama_graph.graphs import processor_name
 
-    found: dict[str, Any] = {"device": device, "processor": processor_name(), "machine": platform.machine(),
-                             "cores": len(CORES), "memory_gib": round(_memory() / 2**30, 1)}
+    found: dict[str, Any] = {
+        "device": device,
+        "processor": processor_name(),
+        "machine": platform.machine(),
+        "cores": len(CORES),
+        "memory_gib": round(_memory() / 2**30, 1),
+    }
     if device == "cuda":
         import torch
 
@@ -74,7 +89,9 @@ def commit() -> str:
     git = lambda *words: subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True)  # noqa: E731
     try:
         head = git("rev-parse", "--short", "HEAD")
-        return head.stdout.strip() + "+" * bool(git("status", "--porcelain", "-uno").stdout) if not head.returncode else ""
+        return (
+            head.stdout.strip() + "+" * bool(git("status", "--porcelain", "-uno").stdout) if not head.returncode else ""
+        )
     except OSError:
         return ""
 
@@ -84,7 +101,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         return json.loads((folder / MANIFEST).read_text(encoding="utf8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is no session: it has no readable {MANIFEST}. Give the folder of a run of task=bench.") from error
+        raise UserError(
+            f"{folder} is no session: it has no readable {MANIFEST}. Give the folder of a run of task=bench."
+        ) from error
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -14,10 +14,12 @@ from mllama_graph.session import write_csv
 
 SUMMARY = "summary"
 # What a job's line shows of its metrics in summary.md, in either task's words; summary.csv has all.
-SHOWN = {"start to first token s": ("start_to_first_token_s",),
-         "first token ms": ("time_to_first_token_ms", "first_token_time(ms)"),
-         "a decode step ms": ("time_per_output_token_ms", "non_first_token_time(ms)"),
-         "tokens/s": ("tokens_per_second", "decode_tokens_per_s")}
+SHOWN = {
+    "start to first token s": ("start_to_first_token_s",),
+    "first token ms": ("time_to_first_token_ms", "first_token_time(ms)"),
+    "a decode step ms": ("time_per_output_token_ms", "non_first_token_time(ms)"),
+    "tokens/s": ("tokens_per_second", "decode_tokens_per_s"),
+}
 
 
 def standing(sweep: Path, number: int, total: int, begun: float, now: float) -> str:
@@ -31,7 +33,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
-def write_summary(sweep: Path) -> None:
+def write_summary(sweep: Path) -> Path:
     """summary.csv, summary.md and a plot over the swept keys, of the jobs that have ended: written anew after each."""
     rows = [row for job in jobs_of(sweep) for row in _rows(*job)]
     aside = sweep / f".{SUMMARY}.{os.getpid()}"
@@ -39,14 +41,19 @@ def write_summary(sweep: Path) -> None:
     aside.replace(sweep / f"{SUMMARY}.csv")
     swept = _swept(rows)
     shown = {title: names for title, names in SHOWN.items() if any(_metric(row, names) is not None for row in rows)}
-    text = ["# Sweep", "", *markdown(("job", *(name for name, _ in swept), "status", *shown), [_line(row, swept, shown) for row in rows]), ""]
+    text = [
+        "# Sweep",
+        "",
+        *markdown(("job", *(name for name, _ in swept), "status", *shown), [_line(row, swept, shown) for row in rows]),
+        "",
+    ]
     text += [f"- job {row['job']}: {row['error']}" for row in rows if row["error"]]
     if not plots.available():
         text += ["", plots.MISSING]
     else:
         text += [f"\n![{name}]({path.name})" for name, path in _plots(sweep, rows, swept)]
     aside.write_text("\n".join(text) + "\n", encoding="utf8")
-    aside.replace(sweep / f"{SUMMARY}.md")
+    return aside.replace(sweep / f"{SUMMARY}.md")
 
 
 def jobs_of(sweep: Path) -> list[tuple[int, dict[str, str], dict[str, Any]]]:
@@ -70,7 +77,9 @@ def _rows(number: int, given: dict[str, str], result: dict[str, Any]) -> list[di
 
 def _swept(rows: list[dict[str, Any]]) -> list[tuple[str, list[Any]]]:
     """Keys that differ among jobs, with their values: overrides, and the axes of cases."""
-    overridden = [name for name in dict.fromkeys(n for row in rows for n in row) if name not in ("job", "status", "error")]
+    overridden = [
+        name for name in dict.fromkeys(n for row in rows for n in row) if name not in ("job", "status", "error")
+    ]
     axes = ("batch", "input_len", "engine")
     found = []
     for name in overridden:
@@ -80,7 +89,9 @@ def _swept(rows: list[dict[str, Any]]) -> list[tuple[str, list[Any]]]:
     return found
 
 
-def _line(row: dict[str, Any], swept: list[tuple[str, list[Any]]], shown: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
+def _line(
+    row: dict[str, Any], swept: list[tuple[str, list[Any]]], shown: dict[str, tuple[str, ...]]
+) -> tuple[str, ...]:
     cells = [_number(_metric(row, names)) for names in shown.values()]
     return (str(row["job"]), *(str(row.get(name, "-")) for name, _ in swept), str(row["status"]), *cells)
 
@@ -102,8 +113,11 @@ def _plots(sweep: Path, rows: list[dict[str, Any]], swept: list[tuple[str, list[
         path = sweep / f"{shown.replace('/', ' a ').replace(' ', '_')}.png"
         series: dict[str, list] = {}
         for row, value in measured:
-            label = ", ".join(f"{row.get(name, '-')}" if name == "engine" else f"{name}={row.get(name, '-')}"
-                              for name, _ in swept if name != across)
+            label = ", ".join(
+                f"{row.get(name, '-')}" if name == "engine" else f"{name}={row.get(name, '-')}"
+                for name, _ in swept
+                if name != across
+            )
             series.setdefault(label or shown, []).append((float(row.get(across) or 0) if across else 0.0, value))
         if not measured or not swept:
             continue

@@ -49,7 +49,10 @@ def test_the_chinese_one_is_in_chinese():
 def test_links_lead_somewhere(name):
     text = (ROOT / name).read_text(encoding="utf8")
     # GitHub's anchors: lower case, spaces to hyphens, other punctuation gone.
-    anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
+    anchors = {
+        re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    }
     for target in re.findall(r"\]\(([^)]+)\)", text):
         assert target.removeprefix("#") in anchors if target.startswith("#") else (ROOT / target).exists(), target
 
@@ -60,7 +63,11 @@ def test_figures_of_speed_are_those_of_the_committed_sessions():
     for row in rows:
         folder = re.search(r"\]\((profiles/[^)]+)\)", row)[1]
         with (ROOT / folder / "bench.csv").open(encoding="utf8") as file:
-            measured = [float(value) for line in csv.DictReader(file) for value in line.values() if NUMBER.fullmatch(value)]
+            measured = [
+                float(value) for line in csv.DictReader(file) for value in line.values() if NUMBER.fullmatch(value)
+            ]
         for figure, unit in re.findall(r"(\d+(?:\.\d+)?) (ms|s|%)(?= |$)", row.partition("](")[2]):
             scale, digits = {"ms": 1, "s": 1e3, "%": 0.01}[unit], len(figure.partition(".")[2])
-            assert any(round(value / scale, digits) == float(figure) for value in measured), f"{figure} {unit} is not in {folder}"
+            assert any(round(value / scale, digits) == float(figure) for value in measured), (
+                f"{figure} {unit} is not in {folder}"
+            )

@@ -19,7 +19,15 @@ from mllama_graph.tasks.compare import verdict
 def session(tmp_path_factory):
     """The folder of a small session."""
     folder = tmp_path_factory.mktemp("session") / "out"
-    done = run(folder, "task=bench", "batch_sizes=[1,2]", "lengths=[5]", "task.new_tokens=4", "task.repetitions=2", "backend=eager")
+    done = run(
+        folder,
+        "task=bench",
+        "batch_sizes=[1,2]",
+        "lengths=[5]",
+        "task.new_tokens=4",
+        "task.repetitions=2",
+        "backend=eager",
+    )
     assert done.code == 0, done.err
     return folder
 
@@ -27,7 +35,11 @@ def session(tmp_path_factory):
 def test_a_session_says_where_it_comes_from_and_draws_what_it_measured(session):
     manifest = json.loads((session / "manifest.json").read_text())
     assert manifest["command"].startswith("python run.py task=bench batch_sizes=[1,2]")
-    assert manifest["hardware"]["cores"] > 0 and manifest["versions"]["torch"] and manifest["config"]["task"]["repetitions"] == 2
+    assert (
+        manifest["hardware"]["cores"] > 0
+        and manifest["versions"]["torch"]
+        and manifest["config"]["task"]["repetitions"] == 2
+    )
     assert "output_dir" not in manifest["config"]
     text = (session / "summary.md").read_text()
     for name in ("a_decode_step_by_batch.png", "first_token_by_batch.png", "decoded_tokens_a_s_by_batch.png"):
@@ -75,21 +87,34 @@ def test_other_hardware_is_refused_without_the_flag(session, tmp_path):
 
     other = altered(session, tmp_path, move)
     refused = compare(tmp_path, session, other)
-    assert refused.code == 2 and "cores: " in refused.one_line_error() and "across_hardware=true" in refused.one_line_error()
+    assert (
+        refused.code == 2
+        and "cores: " in refused.one_line_error()
+        and "across_hardware=true" in refused.one_line_error()
+    )
     assert compare(tmp_path, session, other, "task.across_hardware=true").code == 0
 
 
-@pytest.mark.parametrize("given, rule", [
-    (["a=nowhere", "b=nowhere"], "nowhere is no session"), ([], "needs two sessions: a=FOLDER b=FOLDER")])
+@pytest.mark.parametrize(
+    "given, rule",
+    [(["a=nowhere", "b=nowhere"], "nowhere is no session"), ([], "needs two sessions: a=FOLDER b=FOLDER")],
+)
 def test_what_is_no_session_is_refused(given, rule, tmp_path):
     done = run(tmp_path / "out", "task=compare", *given)
     assert done.code == 2 and rule in done.one_line_error()
 
 
-@pytest.mark.parametrize("before, after, spreads, told", [
-    (10, 20, ((9, 11), (18, 22)), "slower"), (20, 10, ((18, 22), (9, 11)), "faster"),
-    (10, 12, ((9, 13), (10.5, 14)), "within the noise"), (10, 12, ((9, 11), (9.5, 14)), "within the noise"),
-    (10, 10.4, (None, None), "within the noise"), (10, 10.6, (None, None), "slower")])
+@pytest.mark.parametrize(
+    "before, after, spreads, told",
+    [
+        (10, 20, ((9, 11), (18, 22)), "slower"),
+        (20, 10, ((18, 22), (9, 11)), "faster"),
+        (10, 12, ((9, 13), (10.5, 14)), "within the noise"),
+        (10, 12, ((9, 11), (9.5, 14)), "within the noise"),
+        (10, 10.4, (None, None), "within the noise"),
+        (10, 10.6, (None, None), "slower"),
+    ],
+)
 def test_a_change_stands_out_where_neither_session_saw_the_other_median(before, after, spreads, told):
     assert verdict(before, after, *spreads) == told
 
@@ -108,7 +133,10 @@ def test_the_roofline_of_a_model_needs_no_weights_and_says_the_distance(session,
 def test_what_fits_on_eight_devices_need_not_fit_on_one(tmp_path):
     done = run(tmp_path / "out", "task=roofline", "model=90b", "tp=8")
     assert done.code == 0, done.err
-    fits = {row["tp"]: row for row in next(rows for title, rows in done.result()["metrics"]["tables"].items() if "Memory" in title)}
+    fits = {
+        row["tp"]: row
+        for row in next(rows for title, rows in done.result()["metrics"]["tables"].items() if "Memory" in title)
+    }
     assert (fits[1]["fits"], fits[1]["largest batch"]) == ("no", 0)
     assert fits[8]["fits"] == "yes" and fits[8]["largest batch"] > 100
 

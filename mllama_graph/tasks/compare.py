@@ -16,7 +16,20 @@ FIGURES = {
     "a decode step": ("non_first_token_time(ms)", "decode_ms_least", "decode_ms_most"),
 }
 CASE = ("engine", "batch", "input_len", "output_len", "images")
-HEAD = ("engine", "batch", "ids", "new", "images", "figure", "a ms", "b ms", "b / a", "spread of a", "spread of b", "verdict")
+HEAD = (
+    "engine",
+    "batch",
+    "ids",
+    "new",
+    "images",
+    "figure",
+    "a ms",
+    "b ms",
+    "b / a",
+    "spread of a",
+    "spread of b",
+    "verdict",
+)
 # Where there is no spread, a change of less than this part is not told.
 UNMEASURED_NOISE = 0.05
 
@@ -32,14 +45,20 @@ def main(run: Run) -> None:
     manifests = [read_manifest(folder) for folder in folders]
     differing = _differences(*(manifest["hardware"] for manifest in manifests))
     if differing and not run.task.across_hardware:
-        raise UserError(f"the sessions are of different hardware ({'; '.join(differing)}), so that a ratio says nothing of the "
-                        "engine. Use task.across_hardware=true to compare them all the same.")
+        raise UserError(
+            f"the sessions are of different hardware ({'; '.join(differing)}), so that a ratio says nothing of the "
+            "engine. Use task.across_hardware=true to compare them all the same."
+        )
     a, b = ({tuple(row[name] for name in CASE): row for row in read_csv(folder / BENCH)} for folder in folders)
     rows = [line for case in a if case in b for line in _lines(case, a[case], b[case])]
     if not rows:
-        raise UserError(f"{folders[0]} and {folders[1]} have no case in common: the same engine, batch, ids, new tokens and images.")
+        raise UserError(
+            f"{folders[0]} and {folders[1]} have no case in common: the same engine, batch, ids, new tokens and images."
+        )
     progress = Progress()
-    changed = _differences(*({**manifest["versions"], "commit": manifest["commit"], **_flat(manifest["config"])} for manifest in manifests))
+    changed = _differences(
+        *({**manifest["versions"], "commit": manifest["commit"], **_flat(manifest["config"])} for manifest in manifests)
+    )
     notes = [f"hardware: {line}" for line in differing] + changed
     if only := [name for name, one, other in (("a", a, b), ("b", b, a)) for case in one if case not in other]:
         notes.append(f"cases in one session alone: {only.count('a')} in a, {only.count('b')} in b")
@@ -49,10 +68,24 @@ def main(run: Run) -> None:
     for note in notes:
         progress.say(f"differs: {note}")
     folder = Path(run.output_dir)
-    (folder / "summary.md").write_text("\n".join([
-        f"# From {folders[0].name} to {folders[1].name}", "", ", ".join(f"{count} {name}" for name, count in told.items()), "",
-        *markdown(HEAD, rows), "", *(f"- differs: {note}" for note in notes)]) + "\n", encoding="utf8")
-    write_result(folder, asdict(run), metrics={"changes": [dict(zip(HEAD, row)) for row in rows], "differs": notes, **told})
+    (folder / "summary.md").write_text(
+        "\n".join(
+            [
+                f"# From {folders[0].name} to {folders[1].name}",
+                "",
+                ", ".join(f"{count} {name}" for name, count in told.items()),
+                "",
+                *markdown(HEAD, rows),
+                "",
+                *(f"- differs: {note}" for note in notes),
+            ]
+        )
+        + "\n",
+        encoding="utf8",
+    )
+    write_result(
+        folder, asdict(run), metrics={"changes": [dict(zip(HEAD, row)) for row in rows], "differs": notes, **told}
+    )
     progress.say(f"\n{folder / 'summary.md'}")
 
 
@@ -65,7 +98,11 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    return [f"{name}: {one.get(name)} and {other.get(name)}" for name in dict.fromkeys([*one, *other]) if one.get(name) != other.get(name)]
+    return [
+        f"{name}: {one.get(name)} and {other.get(name)}"
+        for name in dict.fromkeys([*one, *other])
+        if one.get(name) != other.get(name)
+    ]
 
 
 def _lines(case: tuple[str, ...], a: dict[str, str], b: dict[str, str]) -> list[tuple[str, ...]]:
@@ -77,8 +114,17 @@ def _lines(case: tuple[str, ...], a: dict[str, str], b: dict[str, str]) -> list[
         if not before or not after:
             continue
         spreads = [(float(row[least]), float(row[most])) if least and row.get(least) else None for row in (a, b)]
-        found.append((*case, figure, f"{before:,.2f}", f"{after:,.2f}", f"{after / before:.3f}",
-                      *(f"{s[0]:,.2f} to {s[1]:,.2f}" if s else "-" for s in spreads), verdict(before, after, *spreads)))
+        found.append(
+            (
+                *case,
+                figure,
+                f"{before:,.2f}",
+                f"{after:,.2f}",
+                f"{after / before:.3f}",
+                *(f"{s[0]:,.2f} to {s[1]:,.2f}" if s else "-" for s in spreads),
+                verdict(before, after, *spreads),
+            )
+        )
     return found
 
 

@@ -28,19 +28,27 @@ def main(run: Run) -> None:
     Raises UserError where there is nothing real to time.
     """
     if run.device == "npu-sim":
-        raise UserError("task=profile on a simulated NPU would time the interpreter. Use backend=inductor, or an NPU; "
-                        "task=verify and task=roofline model an NPU's times.")
+        raise UserError(
+            "task=profile on a simulated NPU would time the interpreter. Use backend=inductor, or an NPU; "
+            "task=verify and task=roofline model an NPU's times."
+        )
     case = Case(run.batch_sizes[0], run.lengths[0], run.task.images, run.task.new_tokens)
     if len(run.batch_sizes) > 1 or len(run.lengths) > 1:
-        raise UserError("task=profile records one batch: give one of batch_sizes= and one of lengths=, or sweep with -m.")
+        raise UserError(
+            "task=profile records one batch: give one of batch_sizes= and one of lengths=, or sweep with -m."
+        )
     run.batch = max(run.batch, case.batch)
     run.max_input_length = max(run.max_input_length, case.length)
     run.max_output_length = max(run.max_output_length, case.new + case.batch)
     run.plan.compile = "never" if run.plan.compile == "never" else "wait"
     shape, checkpoint = model_of(run)
     progress = Progress()
-    engine = start_engine(run, plan_of(run, shape, run.task.images), shape, checkpoint, processor_of(run, shape, checkpoint), progress)
-    progress.say(f"profiling batch {case.batch}, {case.length} text ids, {case.images} images each, {case.new} new tokens")
+    engine = start_engine(
+        run, plan_of(run, shape, run.task.images), shape, checkpoint, processor_of(run, shape, checkpoint), progress
+    )
+    progress.say(
+        f"profiling batch {case.batch}, {case.length} text ids, {case.images} images each, {case.new} new tokens"
+    )
     # Once to have every graph loaded; then other prompts about other images.
     serve(engine, requests_of(engine, case, 0, 0)[0], case.new, Timing(""), again=False)
     engine.ranks.profile(begin=True)
@@ -54,30 +62,51 @@ def main(run: Run) -> None:
     tables = summary_tables(ops, parts)
     for title, (head, rows) in tables.items():
         print(f"\n{title}\n{columns(head, rows)}")
-    text = [f"# Profile: {run.model.name}, tp={run.tp}, batch {case.batch}, {case.length} text ids, {case.images} images each, "
-            f"{case.new} new tokens", "", *in_words(ops, parts), "",
-            f"Traces: {', '.join(f'rank{rank}/{TRACE}' for rank in ops)} (open them in Perfetto; the line *parts of the model* has "
-            "the named ranges). The profiler's own cost is part of every figure."]
+    text = [
+        f"# Profile: {run.model.name}, tp={run.tp}, batch {case.batch}, {case.length} text ids, {case.images} images each, "
+        f"{case.new} new tokens",
+        "",
+        *in_words(ops, parts),
+        "",
+        f"Traces: {', '.join(f'rank{rank}/{TRACE}' for rank in ops)} (open them in Perfetto; the line *parts of the model* has "
+        "the named ranges). The profiler's own cost is part of every figure.",
+    ]
     for title, (head, rows) in tables.items():
         text += ["", f"## {title}", "", *markdown(head, rows)]
     if plots.available():
         kinds = by_kind(parts[0])
-        plots.stacked(folder / "parts.png", f"{run.model.name}, rank 0: where the time goes", "ms", [phase for phase in PHASES if phase in kinds],
-                      {part: [kinds[phase].get(part, 0.0) for phase in PHASES if phase in kinds]
-                       for part in dict.fromkeys(part for own in kinds.values() for part in own)})
+        plots.stacked(
+            folder / "parts.png",
+            f"{run.model.name}, rank 0: where the time goes",
+            "ms",
+            [phase for phase in PHASES if phase in kinds],
+            {
+                part: [kinds[phase].get(part, 0.0) for phase in PHASES if phase in kinds]
+                for part in dict.fromkeys(part for own in kinds.values() for part in own)
+            },
+        )
         text += ["", "![parts](parts.png)"]
     (folder / "summary.md").write_text("\n".join(text) + "\n", encoding="utf8")
-    write_result(folder, asdict(run), graphs=[asdict(record) for record in engine.ranks.graphs.records],
-                 metrics={"phase_ms": {f"rank{rank}": phases(rows) for rank, rows in ops.items()},
-                          "part_ms": {f"rank{rank}": by_kind(rows) for rank, rows in parts.items()}})
+    write_result(
+        folder,
+        asdict(run),
+        graphs=[asdict(record) for record in engine.ranks.graphs.records],
+        metrics={
+            "phase_ms": {f"rank{rank}": phases(rows) for rank, rows in ops.items()},
+            "part_ms": {f"rank{rank}": by_kind(rows) for rank, rows in parts.items()},
+        },
+    )
     print(flush=True)
     progress.say(str(folder / "summary.md"))
 
 
 def phases(ops: Rows) -> dict[str, float]:
     """Milliseconds of the host in each phase: operations' own times add up to their steps'."""
-    return {phase: round(sum(float(row["ms"]) for row in ops if row["phase"] == phase and row["where"] == "host"), 3)
-            for phase in PHASES if any(row["phase"] == phase for row in ops)}
+    return {
+        phase: round(sum(float(row["ms"]) for row in ops if row["phase"] == phase and row["where"] == "host"), 3)
+        for phase in PHASES
+        if any(row["phase"] == phase for row in ops)
+    }
 
 
 def by_kind(parts: Rows) -> dict[str, dict[str, float]]:
@@ -89,14 +118,24 @@ def by_kind(parts: Rows) -> dict[str, dict[str, float]]:
     return kinds
 
 
-def summary_tables(ops: dict[int, Rows], parts: dict[int, Rows]) -> dict[str, tuple[tuple[str, ...], list[tuple[str, ...]]]]:
+def summary_tables(
+    ops: dict[int, Rows], parts: dict[int, Rows]
+) -> dict[str, tuple[tuple[str, ...], list[tuple[str, ...]]]]:
     """The tables of summary.md, by title."""
     ranks = tuple(f"rank {rank} ms" for rank in ops)
     of_phase = {rank: phases(rows) for rank, rows in ops.items()}
-    tables = {"By phase": (("phase", *ranks), [(phase, *(f"{of[phase]:,.2f}" for of in of_phase.values())) for phase in of_phase[0]])}
+    tables = {
+        "By phase": (
+            ("phase", *ranks),
+            [(phase, *(f"{of[phase]:,.2f}" for of in of_phase.values())) for phase in of_phase[0]],
+        )
+    }
     of_kind = {rank: by_kind(rows) for rank, rows in parts.items()}
-    rows = [(phase, part, *(f"{of[phase][part]:,.2f}" for of in of_kind.values()), _share(ms, of_kind[0][phase].values()))
-            for phase in of_kind[0] for part, ms in of_kind[0][phase].items()]
+    rows = [
+        (phase, part, *(f"{of[phase][part]:,.2f}" for of in of_kind.values()), _share(ms, of_kind[0][phase].values()))
+        for phase in of_kind[0]
+        for part, ms in of_kind[0][phase].items()
+    ]
     if rows:
         tables["By part of the model, inside the graphs"] = (("phase", "part", *ranks, "of its phase"), rows)
     for phase in of_phase[0]:
@@ -104,8 +143,13 @@ def summary_tables(ops: dict[int, Rows], parts: dict[int, Rows]) -> dict[str, tu
             own = [row for row in ops[0] if row["phase"] == phase and row["where"] == where]
             if own:
                 every = [float(row["ms"]) for row in own]
-                tables[f"Operations of {phase}, rank 0, {where}"] = (("op", "calls", "ms", "share"), [
-                    (row["op"], row["calls"], f"{float(row['ms']):,.2f}", _share(float(row["ms"]), every)) for row in own[:SHOWN_OPS]])
+                tables[f"Operations of {phase}, rank 0, {where}"] = (
+                    ("op", "calls", "ms", "share"),
+                    [
+                        (row["op"], row["calls"], f"{float(row['ms']):,.2f}", _share(float(row["ms"]), every))
+                        for row in own[:SHOWN_OPS]
+                    ],
+                )
     return tables
 
 
@@ -118,8 +162,11 @@ def in_words(ops: dict[int, Rows], parts: dict[int, Rows]) -> list[str]:
     """Where the time went, a sentence a line."""
     of_phase, kinds, said = phases(ops[0]), by_kind(parts[0]), []
     whole = sum(of_phase.values())
-    said.append(f"Rank 0 spent {whole:,.1f} ms in steps: " + ", ".join(
-        f"{ms:,.1f} ms ({100 * ms / whole:.0f} %) in {phase}" for phase, ms in of_phase.items()) + ".")
+    said.append(
+        f"Rank 0 spent {whole:,.1f} ms in steps: "
+        + ", ".join(f"{ms:,.1f} ms ({100 * ms / whole:.0f} %) in {phase}" for phase, ms in of_phase.items())
+        + "."
+    )
     for phase in of_phase:
         op = max((row for row in ops[0] if row["phase"] == phase), key=lambda row: float(row["ms"]))
         line = f"In {phase} the operation that took longest is {op['op']} ({float(op['ms']):,.1f} ms in {op['calls']} calls)"
@@ -128,9 +175,13 @@ def in_words(ops: dict[int, Rows], parts: dict[int, Rows]) -> list[str]:
             line += f", the part {part} ({ms:,.1f} ms, {_share(ms, kinds[phase].values())} of its graphs)"
         said.append(line + ".")
     if missing := [phase for phase in of_phase if not kinds.get(phase)]:
-        said.append(f"Parts of {', '.join(missing)} are not known: the trace does not show the products of weights one by one.")
+        said.append(
+            f"Parts of {', '.join(missing)} are not known: the trace does not show the products of weights one by one."
+        )
     if len(ops) > 1:
         sums = {rank: sum(phases(rows).values()) for rank, rows in ops.items()}
-        said.append(f"Ranks: from {min(sums.values()):,.1f} ms (rank {min(sums, key=sums.get)}) to {max(sums.values()):,.1f} ms "
-                    f"(rank {max(sums, key=sums.get)}); they wait for each other in every sum.")
+        said.append(
+            f"Ranks: from {min(sums.values()):,.1f} ms (rank {min(sums, key=sums.get)}) to {max(sums.values()):,.1f} ms "
+            f"(rank {max(sums, key=sums.get)}); they wait for each other in every sum."
+        )
     return [f"- {line}" for line in said]
