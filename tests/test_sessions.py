@@ -68,7 +68,8 @@ def compare(tmp_path, a, b, *given):
 
 def slower(lines, manifest):
     for name in ("non_first_token_time(ms)", "decode_ms_least", "decode_ms_most"):
-        lines[0][name] = str(float(lines[0][name]) * 3)
+        # Beyond any spread that a busy machine gives.
+        lines[0][name] = str(float(lines[0][name]) * 100)
 
 
 def test_what_got_slower_is_told_and_noise_is_not(session, tmp_path):
