@@ -137,8 +137,9 @@ def explain(error: Exception) -> str:
         if found[1] in ("parallel", "slurm", "joblib", "submitit_local", "submitit_slurm"):
             return f"hydra/launcher={found[1]} is not installed. Install it with: pip install -e '.[sweeps]'"
         return f"hydra/launcher={found[1]} is not one of basic, parallel, slurm, joblib, submitit_local, submitit_slurm."
-    if found := re.search(r"Error merging override (\S+?)=(.*?) Invalid value assigned: \w+ is not a ListConfig", text):
-        return f"{found[1]}={found[2].strip(' .')} must be a list. Use {found[1]}=[{found[2].strip(' .')}]."
+    found = re.search(r"Error merging override ([^=\s]+)=(.*?)\.?$", text.split(" full_key:")[0])
+    if found and "is not a ListConfig" in str(error.__cause__):
+        return f"{found[1]}={found[2]} must be a list. Use {found[1]}=[{found[2]}]."
     if found := re.search(r"Ambiguous value for argument '([^'=]+)=([^']*)'", text):
         return (f"{found[1]}={found[2]} names several values. Use -m to run a job for each, "
                 f"or {found[1]}=[{found[2]}] for a list.")

@@ -272,6 +272,8 @@ def test_a_users_error_is_one_line_and_exit_code_2(arguments, message, tmp_path)
     (["tpp=4"], "there is no key 'tpp'. Did you mean tp"), (["model=12b"], "model=12b is not one of 11b, 90b, custom, mid, tiny"),
     (["tp=four"], "tp.*four"), (["batch=1.5"], "batch"), (["plan.page_sise=3"], "plan.page_sise"),
     (["backend=cuda"], "backend=cuda is not one of"), (["prompt"], "prompt"), (["seed=(1"], "seed"),
+    (["experiment=nope"], "experiment=nope is not one of buckets"), (["batch_sizes=2"], r"batch_sizes=2 must be a list. Use batch_sizes=\[2\]"),
+    (["batch=1,4"], "Use -m to run a job for each"), (["task.nope=1"], "no key 'task.nope'. conf/task/ and"),
 ])
 def test_what_cant_be_composed_is_one_line_and_exit_code_2(arguments, message, tmp_path):
     done = run(tmp_path / "out", *arguments)
