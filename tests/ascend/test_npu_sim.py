@@ -17,8 +17,7 @@ from test_stubs import needs_torch_npu
 ANSWER = "I see a red circle, a green triangle and a blue star."
 SIMULATED = "no NPU here: every graph is executed on the CPU by an interpreter, slowly"
 
-# One worker runs them all: they share a store.
-pytestmark = [needs_torch_npu, pytest.mark.xdist_group("npu_sim")]
+pytestmark = needs_torch_npu
 
 
 @pytest.fixture(scope="module", autouse=True)
