@@ -35,6 +35,9 @@ from mllama_graph.sweep import standing, write_summary
 # Taken literally: Hydra's grammar would refuse commas, apostrophes, parentheses, = and Chinese.
 LITERAL_KEYS = ("prompt", "image", "system", "requests", "weights", "a", "b", "task.measured")
 
+# Those of conf/hydra/launcher/ and of the plugins that they need.
+LAUNCHERS = ("parallel", "slurm", "joblib", "submitit_local", "submitit_slurm")
+
 # 2: an error that the user can mend.
 EXIT_CODES = {UserError: 2, Interrupted: 130}
 
@@ -78,11 +81,13 @@ def swept_in(sweep: Path) -> dict[str, int]:
     return {o.key_or_group: len(list(o.sweep_string_iterator())) for o in parsed if o.is_sweep_override()}
 
 
-def announce(sweep: Path, number: int, overrides: list[str]) -> None:
-    """Tell a person which job of a sweep begins, and how long the rest will take."""
+def announce(sweep: Path, number: int, overrides: list[str]) -> int:
+    """Tell a person which job of a sweep begins, and how long the rest will take; how many jobs there are."""
     swept, begun = swept_in(sweep), (sweep / "multirun.yaml").stat().st_mtime
     own = ", ".join(word for word in overrides if word.partition("=")[0] in swept)
-    print(f"{standing(sweep, number, math.prod(swept.values()), begun, time.time())}: {own}", file=sys.stderr, flush=True)
+    total = math.prod(swept.values())
+    print(f"{standing(sweep, number, total, begun, time.time())}: {own}", file=sys.stderr, flush=True)
+    return total
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -94,8 +99,7 @@ def job(cfg: DictConfig) -> None:
     run.output_dir = str(folder)
     # Of an earlier run in the same folder: it must not be taken for this one's.
     (folder / "result.json").unlink(missing_ok=True)
-    if sweeping:
-        announce(folder.parent, state.job.num, state.overrides.task)
+    jobs = announce(folder.parent, state.job.num, state.overrides.task) if sweeping else 1
     try:
         check(run)
         # A sweep's jobs share this process, so each gets fresh ones for its ranks.
@@ -109,7 +113,7 @@ def job(cfg: DictConfig) -> None:
     finally:
         if sweeping:
             path = write_summary(folder.parent)
-            if state.job.num + 1 == math.prod(swept_in(folder.parent).values()):
+            if state.job.num + 1 == jobs:
                 print(path, file=sys.stderr, flush=True)
     if sweeping and len(failures) > failed_before:
         raise JobFailed(failures[-1])
@@ -134,9 +138,9 @@ def explain(error: Exception) -> str:
             f"conf/{found[1].split('.')[0]}/ and conf/config.yaml list its keys.")
         return f"there is no key {found[1]!r}.{guess if '.' not in found[1] else ''} {listed}"
     if found := re.search(r"Could not (?:find|load) 'hydra/launcher/(\w+)'", text):
-        if found[1] in ("parallel", "slurm", "joblib", "submitit_local", "submitit_slurm"):
+        if found[1] in LAUNCHERS:
             return f"hydra/launcher={found[1]} is not installed. Install it with: pip install -e '.[sweeps]'"
-        return f"hydra/launcher={found[1]} is not one of basic, parallel, slurm, joblib, submitit_local, submitit_slurm."
+        return f"hydra/launcher={found[1]} is not one of basic, {', '.join(LAUNCHERS)}."
     found = re.search(r"Error merging override ([^=\s]+)=(.*?)\.?$", text.split(" full_key:")[0])
     if found and "is not a ListConfig" in str(error.__cause__):
         return f"{found[1]}={found[2]} must be a list. Use {found[1]}=[{found[2]}]."
@@ -170,7 +174,7 @@ def main() -> int:
     try:
         job()
     except JobFailed as error:
-        return failures[0] if failures else error.args[0]
+        return error.args[0]
     except KeyboardInterrupt:
         return 130
     except (HydraException, OmegaConfBaseException) as error:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Optional
 
 MISSING = "no plots: matplotlib is not installed (pip install -e '.[plots]')"
 WIDTH, HEIGHT, DPI = 8.0, 4.0, 110
@@ -20,6 +19,11 @@ def available() -> bool:
     return True
 
 
+def file_name(title: str) -> str:
+    """The name of a plot's file."""
+    return f"{title.replace('/', ' a ').replace(' ', '_')}.png"
+
+
 def lines(
     path: Path,
     title: str,
@@ -27,7 +31,6 @@ def lines(
     up: str,
     series: Mapping[str, Points],
     dashed: Sequence[str] = (),
-    log: bool = False,
 ) -> None:
     """Lines with markers, one a name; those in `dashed` are floors. With least and most, a band shows the spread."""
     axes = _axes(title, across, up)
@@ -40,12 +43,8 @@ def lines(
             axes.fill_between(
                 x, [p[2] for p in points], [p[3] for p in points], color=drawn.get_color(), alpha=0.15, linewidth=0
             )
-    if log:
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-    else:
-        axes.set_ylim(bottom=0)
-    _ticks(axes, [point[0] for points in series.values() for point in points], log)
+    axes.set_ylim(bottom=0)
+    _ticks(axes, [point[0] for points in series.values() for point in points])
     _legend(axes)
     _save(axes, path)
 
@@ -63,20 +62,15 @@ def stacked(path: Path, title: str, up: str, names: Sequence[str], parts: Mappin
 
 
 def roofline(
-    path: Path, title: str, bytes_per_second: float, flops: float, points: Mapping[str, tuple[float, Optional[float]]]
+    path: Path, title: str, bytes_per_second: float, flops: float, points: Mapping[str, float]
 ) -> None:
-    """The two roofs, and each name at (operations a byte, operations a second reached; None: on its roof)."""
+    """The two roofs, and on them each name at its operations a byte."""
     axes = _axes(title, "operations a byte", "operations a second")
     ridge = flops / bytes_per_second
-    across = [
-        min([ridge, *(p[0] for p in points.values())]) / 4,
-        ridge,
-        max([ridge, *(p[0] for p in points.values())]) * 4,
-    ]
+    across = [min(ridge, *points.values()) / 4, ridge, max(ridge, *points.values()) * 4]
     axes.plot(across, [min(flops, x * bytes_per_second) for x in across], color="black", linewidth=1.5)
-    for name, (intensity, reached) in points.items():
-        roof = min(flops, intensity * bytes_per_second)
-        axes.plot([intensity], [reached or roof], "o" if reached else "x", label=name, markersize=5)
+    for name, intensity in points.items():
+        axes.plot([intensity], [min(flops, intensity * bytes_per_second)], "x", label=name, markersize=5)
     axes.set_xscale("log")
     axes.set_yscale("log")
     _legend(axes)
@@ -85,8 +79,6 @@ def roofline(
 
 def _axes(title: str, across: str, up: str):
     import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
     axes = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, layout="constrained").subplots()
@@ -103,7 +95,7 @@ def _legend(axes) -> None:
     axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
-def _ticks(axes, values: Sequence[float], log: bool) -> None:
+def _ticks(axes, values: Sequence[float]) -> None:
     """A tick at each measured place, as long as they are few."""
     places = sorted(set(values))
     if len(places) <= 12:

@@ -108,7 +108,12 @@ def host_memory() -> tuple[int, str]:
         fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         return int(fields["MemAvailable"].split()[0]) * 1024, "MemAvailable"
     except (OSError, KeyError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "physical memory"
+        return physical_memory(), "physical memory"
+
+
+def physical_memory() -> int:
+    """Bytes that this host has."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def stored_in(weights: str) -> str:

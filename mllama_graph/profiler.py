@@ -21,11 +21,11 @@ from torch.profiler import ProfilerActivity, record_function
 
 from mllama_graph.buckets import Bucket
 from mllama_graph.graphs import GraphSpec, Step, ops_of, unfilled
+from mllama_graph.report import write_json
 from mllama_graph.roofline import Memory
 from mllama_graph.session import write_csv
 from mllama_graph.shape import ModelShape
 from mllama_graph.table import Shard
-from mllama_graph.report import write_json
 
 STEP, GRAPH, SAMPLE = "step ", "graph", "sample"
 # A weight's product, as libraries call it, and attention, whose products are of no weight.
@@ -107,7 +107,8 @@ class Profiler:
             trace = json.load(file)
         steps = steps_of(trace["traceEvents"])
         write_csv(self.folder / "ops.csv", ops_rows(steps) or [{}])
-        parts = [(step, parts_of_step(step, _names(self.spec, self._buckets[step.name]))) for step in steps]
+        names = {name: products(self.spec, bucket) for name, bucket in self._buckets.items()}
+        parts = [(step, parts_of_step(step, names[step.name])) for step in steps]
         write_csv(self.folder / "parts.csv", parts_rows(parts) or [{}])
         trace["traceEvents"] += ranges(parts)
         with gzip.open(path, "wt", encoding="utf8") as file:
@@ -124,15 +125,6 @@ def most_bytes(device: str) -> int:
 
 
 # ---- which product is which
-
-
-_known: dict[tuple[GraphSpec, Bucket], list[str]] = {}
-
-
-def _names(spec: GraphSpec, bucket: Bucket) -> list[str]:
-    if (spec, bucket) not in _known:
-        _known[spec, bucket] = products(spec, bucket)
-    return _known[spec, bucket]
 
 
 def products(spec: GraphSpec, bucket: Bucket) -> list[str]:

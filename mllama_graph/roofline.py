@@ -62,14 +62,18 @@ def kv_elements(shape: ModelShape, layers: int) -> int:
     return 2 * layers * shape.text.kv_heads * shape.text.head_width
 
 
+def kv_bytes(shape: ModelShape, keys: int, image_keys: int, page_width: int) -> tuple[int, int]:
+    """Bytes of the K/V of `keys` text and `image_keys` image tokens, summed over sequences, of all layers."""
+    return (keys * kv_elements(shape, len(shape.text.self_layers)) * page_width,
+            image_keys * kv_elements(shape, len(shape.text.cross_layers)) * page_width)
+
+
 def step_bytes(shape: ModelShape, images: bool, tokens: int, image_tokens: int, weight_width: int,
                page_width: int) -> int:
     """Bytes that one decode step must read: weights once, and the K/V of `tokens` and `image_tokens` (summed over rows)."""
     parts = sizes(shape)
     weights = parts.self_layers + parts.head + (parts.cross_layers if images else 0)
-    self_kv = tokens * kv_elements(shape, len(shape.text.self_layers))
-    image_kv = image_tokens * kv_elements(shape, len(shape.text.cross_layers)) if images else 0
-    return weights * weight_width + (self_kv + image_kv) * page_width
+    return weights * weight_width + sum(kv_bytes(shape, tokens, image_tokens if images else 0, page_width))
 
 
 def vision_rows(vision: VisionShape) -> int:

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import platform
 import subprocess
 from dataclasses import asdict
@@ -14,7 +13,7 @@ import yaml
 
 from mllama_graph.config import Run, UserError
 from mllama_graph.place import CORES
-from mllama_graph.preflight import host_memory
+from mllama_graph.preflight import physical_memory
 from mllama_graph.report import versions, write_json
 
 MANIFEST, BENCH = "manifest.json", "bench.csv"
@@ -42,11 +41,14 @@ def write_manifest(folder: Path, run: Run, device: str) -> None:
 
 def command(folder: Path) -> str:
     """What was typed, from what Hydra noted in the run's folder; files and checkpoints by their last name."""
+    words = [_without_folder(word) for word in overrides(folder) if not word.startswith("graph_cache=")]
+    return " ".join(["python run.py", *words])
+
+
+def overrides(folder: Path) -> list[str]:
+    """The key=value words of a run, as Hydra noted them in its folder; none where it did not."""
     path = folder / ".hydra" / "overrides.yaml"
-    words = yaml.safe_load(path.read_text(encoding="utf8")) if path.is_file() else []
-    return " ".join(
-        ["python run.py", *(_without_folder(word) for word in words if not word.startswith("graph_cache="))]
-    )
+    return yaml.safe_load(path.read_text(encoding="utf8")) if path.is_file() else []
 
 
 def _without_folder(word: str) -> str:
@@ -63,7 +65,7 @@ def hardware(device: str) -> dict[str, Any]:
         "processor": processor_name(),
         "machine": platform.machine(),
         "cores": len(CORES),
-        "memory_gib": round(_memory() / 2**30, 1),
+        "memory_gib": round(physical_memory() / 2**30, 1),
     }
     if device == "cuda":
         import torch
@@ -74,13 +76,6 @@ def hardware(device: str) -> dict[str, Any]:
 
         found["accelerator"] = torch.npu.get_device_name()
     return found
-
-
-def _memory() -> int:
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except ValueError:
-        return host_memory()[0]
 
 
 def commit() -> str:

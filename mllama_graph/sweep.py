@@ -6,11 +6,9 @@ import os
 from pathlib import Path
 from typing import Any, Optional
 
-import yaml
-
 from mllama_graph import plots
 from mllama_graph.report import markdown
-from mllama_graph.session import write_csv
+from mllama_graph.session import overrides, write_csv
 
 SUMMARY = "summary"
 # What a job's line shows of its metrics in summary.md, in either task's words; summary.csv has all.
@@ -61,9 +59,8 @@ def jobs_of(sweep: Path) -> list[tuple[int, dict[str, str], dict[str, Any]]]:
     jobs = []
     for path in sweep.glob("*/result.json"):
         number = path.parent.name.split("_", 1)[0]
-        noted = path.parent / ".hydra" / "overrides.yaml"
-        words = yaml.safe_load(noted.read_text(encoding="utf8")) if noted.is_file() else []
-        given = {key.lstrip("+~"): value for key, _, value in (word.partition("=") for word in words or [])}
+        words = (word.partition("=") for word in overrides(path.parent))
+        given = {key.lstrip("+~"): value for key, _, value in words}
         jobs.append((int(number) if number.isdigit() else 0, given, json.loads(path.read_text(encoding="utf8"))))
     return sorted(jobs, key=lambda job: job[0])
 
@@ -110,7 +107,7 @@ def _plots(sweep: Path, rows: list[dict[str, Any]], swept: list[tuple[str, list[
     made = []
     for shown, names in SHOWN.items():
         measured = [(row, value) for row in rows if (value := _metric(row, names)) is not None]
-        path = sweep / f"{shown.replace('/', ' a ').replace(' ', '_')}.png"
+        path = sweep / plots.file_name(shown)
         series: dict[str, list] = {}
         for row, value in measured:
             label = ", ".join(

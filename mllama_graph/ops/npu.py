@@ -1,7 +1,8 @@
 """The operations on an NPU: torch_npu's fused ones where they exist, plain.py's where the compiler has its own.
 
-Only this file calls torch_npu. It is written to be traced by torchair into a graph of the graph engine (GE), with every
-length a tensor: a Python integer would be baked into the graph. Sources, in the torch_npu 2.13.0 package unless said
+The model's operations of torch_npu are called here alone; lowering.py compiles and casts weights with it, rank.py and
+profiler.py start it. Written to be traced by torchair into a graph of the graph engine (GE), with every length a tensor:
+a Python integer would be baked into the graph. Sources, in the torch_npu 2.13.0 package unless said
 otherwise: "docs" is `_op_plugin_docs.py` under the operation's name, "converter" is `dynamo/torchair`.
 
     page size 128        docs of npu_fused_infer_attention_score: recommended for one query row, the least for several

@@ -22,7 +22,7 @@ from mllama_graph.preflight import MADE_UP, plan_of, weights_of
 from mllama_graph.processor import Request
 from mllama_graph.profiler import most_bytes
 from mllama_graph.report import Progress, columns, markdown, write_result
-from mllama_graph.roofline import kv_elements, sizes, step_work, work
+from mllama_graph.roofline import kv_bytes, sizes, step_work, work
 from mllama_graph.scheduler import Sampling
 from mllama_graph.session import BENCH, write_csv, write_manifest
 from mllama_graph.start import processor_of, start_engine
@@ -78,12 +78,7 @@ class Timing:
 def main(run: Run) -> None:
     """Measure every case; writes the session (bench.csv, manifest.json, summary.md, plots) and prints its table."""
     task, settings = run.task, settings_of(run.peers)
-    cases = [Case(batch, length, task.images, task.new_tokens) for batch in run.batch_sizes for length in run.lengths]
-    run.batch = max(run.batch, *run.batch_sizes)
-    run.max_input_length = max(run.max_input_length, *run.lengths)
-    # Those that get their first token before others do decode meanwhile.
-    run.max_output_length = max(run.max_output_length, task.new_tokens + max(run.batch_sizes))
-    run.plan.compile = "never" if run.plan.compile == "never" else "wait"
+    cases = cases_of(run)
     shape, checkpoint = model_of(run)
     processor, progress = processor_of(run, shape, checkpoint), Progress()
     plan = plan_of(run, shape, task.images)
@@ -115,6 +110,17 @@ def main(run: Run) -> None:
                  graphs=[asdict(record) for record in engine.ranks.graphs.records])
     print("\n" + columns(*_table(rows)), flush=True)
     progress.say(f"\n{write_report(folder, run.model.name, rows, progress)}")
+
+
+def cases_of(run: Run) -> list[Case]:
+    """Every case that a run measures; its limits are raised to hold them, and its graphs compiled before they run."""
+    task = run.task
+    run.batch = max(run.batch, *run.batch_sizes)
+    run.max_input_length = max(run.max_input_length, *run.lengths)
+    # Those that get their first token before others do decode meanwhile.
+    run.max_output_length = max(run.max_output_length, task.new_tokens + max(run.batch_sizes))
+    run.plan.compile = "never" if run.plan.compile == "never" else "wait"
+    return [Case(batch, length, task.images, task.new_tokens) for batch in run.batch_sizes for length in run.lengths]
 
 
 def requests_of(engine: Engine, case: Case, seed: int, pictures: int) -> tuple[list[Request], float]:
@@ -202,6 +208,7 @@ def _row(engine: Engine, case: Case, timing: Timing, ceiling: Limits) -> dict[st
     keys = case.batch * (case.length + case.new // 2)
     image_tokens = case.images * shape.vision.max_tiles * shape.vision.tokens
     image_keys = case.batch * image_tokens
+    self_kv, image_kv = kv_bytes(shape, keys, image_keys, widths[1])
     moved, flops = step_work(shape, case.images > 0, case.batch, keys, image_keys, (keys, image_keys), case.batch, *widths)
     step_floor = max(moved / ceiling.bytes_per_second, flops / ceiling.flops)
     seen = case.length * case.length / 2, case.length * image_tokens
@@ -226,8 +233,7 @@ def _row(engine: Engine, case: Case, timing: Timing, ceiling: Limits) -> dict[st
         "flops_of_limit": round(flops * MS / step / ceiling.flops, 4),
         "decode_bytes": round(moved), "decode_flops": round(flops),
         "weight_bytes": sizes(shape).total * widths[0],
-        "self_kv_bytes": keys * kv_elements(shape, len(shape.text.self_layers)) * widths[1],
-        "image_kv_bytes": image_keys * kv_elements(shape, len(shape.text.cross_layers)) * widths[1],
+        "self_kv_bytes": self_kv, "image_kv_bytes": image_kv,
         "planned_bytes": engine.ranks.memory.total if ours else "",
         "most_bytes": most_bytes(rank.device.type) if ours else "",
         "read_gb_per_s": round(ceiling.bytes_per_second / 1e9, 3), "product_gflop_per_s": round(ceiling.flops / 1e9, 3)}
@@ -264,7 +270,7 @@ def write_report(folder: Path, model: str, rows: list[dict[str, object]], progre
                 ("non_first_token_time(ms)", "a decode step, ms", ("decode_ms_least", "decode_ms_most")),
                 ("first_token_time(ms)", "first token, ms", ("first_token_ms_least", "first_token_ms_most")),
                 ("decode_tokens_per_s", "decoded tokens/s", ())):
-            path = folder / f"{title.split(',')[0].replace('/', ' a ').replace(' ', '_')}_by_{across}.png"
+            path = folder / plots.file_name(f"{title.split(',')[0]} by {across}")
             plots.lines(path, f"{model}: {title}", name, title, *_series(rows, across, column, spread))
             text += ["", f"![{title}]({path.name})"]
     path = folder / "summary.md"

@@ -64,7 +64,8 @@ def main(run: Run) -> None:
         notes.append(f"cases in one session alone: {only.count('a')} in a, {only.count('b')} in b")
     print(columns(HEAD, rows))
     told = {name: sum(row[-1] == name for row in rows) for name in ("faster", "slower", "within the noise")}
-    print("\n" + ", ".join(f"{count} {name}" for name, count in told.items()), flush=True)
+    counts = ", ".join(f"{count} {name}" for name, count in told.items())
+    print(f"\n{counts}", flush=True)
     for note in notes:
         progress.say(f"differs: {note}")
     folder = Path(run.output_dir)
@@ -73,7 +74,7 @@ def main(run: Run) -> None:
             [
                 f"# From {folders[0].name} to {folders[1].name}",
                 "",
-                ", ".join(f"{count} {name}" for name, count in told.items()),
+                counts,
                 "",
                 *markdown(HEAD, rows),
                 "",

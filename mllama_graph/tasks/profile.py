@@ -5,14 +5,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mllama_graph import plots
-from mllama_graph.config import Run, UserError
 from mllama_graph.checkpoint import model_of
+from mllama_graph.config import Run, UserError
 from mllama_graph.preflight import plan_of
 from mllama_graph.profiler import TRACE, kind_of
 from mllama_graph.report import Progress, columns, markdown, write_result
 from mllama_graph.session import read_csv, write_manifest
 from mllama_graph.start import processor_of, start_engine
-from mllama_graph.tasks.bench import Case, Timing, requests_of, serve
+from mllama_graph.tasks.bench import Timing, cases_of, requests_of, serve
 from mllama_graph.tasks.generate import finish_compiling
 
 PHASES = ("vision", "prefill", "decode")
@@ -32,15 +32,11 @@ def main(run: Run) -> None:
             "task=profile on a simulated NPU would time the interpreter. Use backend=inductor, or an NPU; "
             "task=verify and task=roofline model an NPU's times."
         )
-    case = Case(run.batch_sizes[0], run.lengths[0], run.task.images, run.task.new_tokens)
-    if len(run.batch_sizes) > 1 or len(run.lengths) > 1:
+    case, *others = cases_of(run)
+    if others:
         raise UserError(
             "task=profile records one batch: give one of batch_sizes= and one of lengths=, or sweep with -m."
         )
-    run.batch = max(run.batch, case.batch)
-    run.max_input_length = max(run.max_input_length, case.length)
-    run.max_output_length = max(run.max_output_length, case.new + case.batch)
-    run.plan.compile = "never" if run.plan.compile == "never" else "wait"
     shape, checkpoint = model_of(run)
     progress = Progress()
     engine = start_engine(

@@ -1,9 +1,8 @@
 """task=roofline: what a device allows a model at the most, from shapes and the figures of conf/hardware/. No weights."""
 
-import math
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 
@@ -12,7 +11,7 @@ from mllama_graph.buckets import Bucket, Plan, make_plan
 from mllama_graph.config import HardwareChoice, Run, UserError
 from mllama_graph.preflight import MADE_UP, WIDTH, host_memory, plan_of, precision, shape_of_run, stored_in, weights_of
 from mllama_graph.report import Progress, columns, markdown, write_result
-from mllama_graph.roofline import GB, Floor, floor_of, kv_elements, memory, sizes, step_work, work
+from mllama_graph.roofline import GB, Floor, floor_of, kv_bytes, memory, sizes, step_work, work
 from mllama_graph.session import BENCH, MODELLED, read_csv, read_manifest, write_csv, write_manifest
 from mllama_graph.shape import ModelShape
 
@@ -165,29 +164,24 @@ def _step_row(
     keys, image_keys = _keys(run, shape, batch, length)
     moved, flops = step_work(shape, run.task.images > 0, batch, keys, image_keys, (keys, image_keys), batch, *widths)
     floor = _step_floor(run, shape, batch, moved, flops, widths, hardware)
+    parts, (self_kv, image_kv) = sizes(shape), kv_bytes(shape, keys, image_keys, widths[1])
+    read = parts.self_layers + parts.head + parts.cross_layers * (run.task.images > 0)
+    held = parts.total * widths[0] + self_kv + image_kv
     return {
         "batch": batch,
         "ids": length,
         **_times(floor),
         "tokens/s": round(batch / floor.seconds, 1),
-        "fits": "yes" if _held(shape, keys, image_keys, widths) / run.tp <= _share(hardware, run.tp) else "no",
-        **{
-            f"{name} MB": round(size / 1e6, 1)
-            for name, size in _split(shape, run.task.images > 0, keys, image_keys, widths).items()
-        },
+        "fits": "yes" if held / run.tp <= _share(hardware, run.tp) else "no",
+        "weights MB": round(read * widths[0] / 1e6, 1),
+        "self K/V MB": round(self_kv / 1e6, 1),
+        "image K/V MB": round(image_kv / 1e6, 1),
     }
 
 
 def _share(hardware: HardwareChoice, ranks: int) -> float:
     """Bytes that a rank has: those of a CPU share its memory."""
     return hardware.memory_bytes / (ranks if hardware.device == "cpu" else 1)
-
-
-def _held(shape: ModelShape, keys: int, image_keys: int, widths: tuple[int, int]) -> float:
-    """Bytes of all ranks' weights and K/V."""
-    text = shape.text
-    kv = keys * kv_elements(shape, len(text.self_layers)) + image_keys * kv_elements(shape, len(text.cross_layers))
-    return sizes(shape).total * widths[0] + kv * widths[1]
 
 
 def _keys(run: Run, shape: ModelShape, batch: int, length: int) -> tuple[int, int]:
@@ -215,16 +209,6 @@ def _step_floor(
         hardware,
     )
     return Floor(moved / hardware.memory_bytes_per_second / run.tp, flops / hardware.flops / run.tp, sums.links)
-
-
-def _split(shape: ModelShape, images: bool, keys: int, image_keys: int, widths: tuple[int, int]) -> dict[str, float]:
-    """Bytes of all ranks that a decode step reads, by what they are."""
-    parts, text = sizes(shape), shape.text
-    return {
-        "weights": (parts.self_layers + parts.head + parts.cross_layers * images) * widths[0],
-        "self K/V": keys * kv_elements(shape, len(text.self_layers)) * widths[1],
-        "image K/V": image_keys * kv_elements(shape, len(text.cross_layers)) * widths[1],
-    }
 
 
 def _distances(run: Run, shape: ModelShape, widths: tuple[int, int], hardware: HardwareChoice) -> list[dict[str, Any]]:
@@ -291,10 +275,9 @@ def _plots(
         [f"batch {row['batch']}" for row in first],
         {name: [row[f"{name} MB"] for row in first] for name in ("weights", "self K/V", "image K/V")},
     )
-    points: dict[str, tuple[float, Optional[float]]] = {}
+    points = {}
     for bucket in plan.buckets():
         moved, flops = work(shape, plan.page_size, bucket, *widths)
-        if math.isfinite(flops / moved):
-            points[str(bucket)] = (flops / moved, None)
+        points[str(bucket)] = flops / moved
     plots.roofline(paths[3], f"Roofline of a rank: {title}", hardware.memory_bytes_per_second, hardware.flops, points)
     return paths
