@@ -16,6 +16,8 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
+from mllama_graph.model.tree import Node, matrices
+
 log = logging.getLogger(__name__)
 
 _numbers = itertools.count()
@@ -118,11 +120,10 @@ def load_step(step: nn.Module, name: str, options: dict[str, Any], folder: Path)
     return run
 
 
-def cast_to_nz(weights: nn.Module) -> None:
+def cast_to_nz(weights: Node) -> None:
     """Lay the matrices of linear layers out as the matrix unit reads them, in place; only an NPU can."""
     import torch_npu
 
     torch.npu.config.allow_internal_format = True
-    for path, weight in weights.named_parameters():
-        if path.endswith(".weight") and weight.dim() == 2 and not path.endswith("embed.weight"):
-            weight.data = torch_npu.npu_format_cast(weight.data, FRACTAL_NZ)
+    for weight in matrices(weights):
+        weight.data = torch_npu.npu_format_cast(weight.data, FRACTAL_NZ)

@@ -28,6 +28,7 @@ from mllama_graph.cuda_graphs import CapturedStep
 from mllama_graph.dispatch import Loaded, LoadedNpu
 from mllama_graph.graphs import GraphSpec, arguments, ops_of
 from mllama_graph.model import sample
+from mllama_graph.ops import cpu
 from mllama_graph.ops.ranks import HOST_GROUP, gather_in
 from mllama_graph.place import Place
 from mllama_graph.preflight import NPUS, precision
@@ -134,6 +135,8 @@ class Rank:
         _return_freed_memory()
         if run.backend.torchair.weight_format == "nz" and on_npu:
             lowering.cast_to_nz(self.weights)
+        if spec.kernels == "native":
+            cpu.lay_out(self.weights)
         # Zeros, since a masked key still takes part with weight 0, and 0 * NaN is NaN.
         self.pages, self.image_pages = spec.pages(_zeros)
         self.ops = ops_of(spec)

@@ -21,6 +21,12 @@ class Leaf(Node):
         self.register_parameter("bias", None)
 
 
+def matrices(root: Node) -> list[nn.Parameter]:
+    """The weights of linear layers, which a backend may lay out as its kernels read them; only `Ops.linear` reads them."""
+    return [weight for path, weight in root.named_parameters()
+            if path.endswith(".weight") and weight.dim() == 2 and not path.endswith("embed.weight")]
+
+
 # One pair of (N, P, K, H) tensors a layer: K and V apart, allocated once.
 Pages = tuple[tuple[Tensor, Tensor], ...]
 

@@ -3,8 +3,8 @@
 // Decode steps are bound by memory: a weight or a key is read once from memory, whatever number of rows use it, and widened on
 // the way where it is stored in 16 bits. Vectors are the compiler's own (GCC and Clang), as wide as the machine's.
 //
-// Sums are formed in one order, whatever the number of rows, of threads and of the padding around them: a row's result
-// has the same bits alone and in a batch. Products of more than kFewProducts rows are torch's, and may round otherwise.
+// Sums are formed in one order, whatever the number of rows, of threads and of the padding around them: a row's product
+// has the same bits alone, in a batch and in a prompt's chunk.
 //
 // Built on torch's stable ABI; threads are those of torch.
 
@@ -147,21 +147,6 @@ inline Vector multiply_add(Vector a, Vector b, Vector c) {
 #endif
 }
 
-// Columns of a weight that a step takes, in two parts. Those of bf16 are one load: its even columns, then its odd ones, each
-// by one instruction; x is put in that order beforehand.
-constexpr int kStep = 2 * kLanes;
-
-template <int part, class W>
-inline Vector load_part(const W* from) {
-  if constexpr (std::is_same_v<W, BFloat16>) {
-    Integers pairs;
-    std::memcpy(&pairs, from, sizeof pairs);
-    return reinterpret_cast<Vector>(part == 0 ? pairs << 16 : pairs & static_cast<int32_t>(0xffff0000));
-  } else {
-    return load(from + part * kLanes);
-  }
-}
-
 inline void store(float* to, Vector x) { std::memcpy(to, &x, sizeof x); }
 
 // The sum of a vector's lanes.
@@ -190,212 +175,231 @@ inline float largest_of(Vector x) {
 #endif
 }
 
-// ---- A few rows times a weight ----
+// ---- Products ----
+//
+// The second factor lies in panels of kLanes columns: a column's neighbours within a panel follow each other, then the next
+// row of the panel. A product reads each panel from its begin to its end. A weight (O, I) is kept so, its outputs being the
+// columns.
 
-// Columns of x and of the weight that are worked through at a time: what is reused stays in the first-level cache.
-constexpr int64_t kDepth = 512;
-// Rows of x that are read together at most, and rows of the weight for so many: products of both fill the registers.
-constexpr int kRows = 4;
-constexpr int kOutputs[kRows + 1] = {0, 8, 6, 4, 3};
-// Rows of the weight that pass over one piece of x.
-constexpr int kGroup = 24;
+// bf16 lies by pairs of a panel's rows, an element of each in 32 bits, so that one load and one instruction for each part
+// widen both; an odd last row lies alone.
+template <class W>
+constexpr int kPaired = std::is_same_v<W, BFloat16> ? 2 : 1;
+
+// One of kPaired rows of a panel that lie together.
+template <int part, class W>
+inline Vector load_row(const W* rows) {
+  if constexpr (kPaired<W> == 1) return load(rows);
+  Integers pairs;
+  std::memcpy(&pairs, rows, sizeof pairs);
+  return reinterpret_cast<Vector>(part == 0 ? pairs << 16 : pairs & static_cast<int32_t>(0xffff0000));
+}
+
+// Adds to R by V sums the products of R elements of a with V vectors.
+template <int R, int V>
+[[gnu::always_inline]] inline void add_products(Vector (&sum)[R][V], const float* a, int64_t a_stride, Vector (&column)[V]) {
+#pragma GCC unroll 8
+  for (int v = 0; v < V; v++) keep(column[v]);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++) {
+    const Vector one = splat(a[r * a_stride]);
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) sum[r][v] = multiply_add(one, column[v], sum[r][v]);
+  }
+}
+
+// Rows of b between calls for what is wanted next.
+constexpr int kPaced = 4;
+
+// c += a b, or c = a b where it is `fresh`, for R rows of a and V panels of b, `panel` elements apart; b has `depth` rows.
+// `next`, if anything, is called for on the way, `pace` elements of each panel at a time.
+template <int R, int V, bool fresh, class W>
+inline void multiply_tile(const float* a, int64_t a_stride, const W* b, int64_t panel, int64_t depth, float* c,
+                          int64_t c_stride, const W* next, int64_t pace) {
+  Vector sum[R][V], column[V];
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < V; v++) sum[r][v] = fresh ? Vector{} : load(c + r * c_stride + v * kLanes);
+  int64_t i = 0;
+  const auto take = [&]() __attribute__((always_inline)) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) column[v] = load_row<0>(b + v * panel + i * kLanes);
+    add_products(sum, a + i, a_stride, column);
+    if constexpr (kPaired<W> == 2) {
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) column[v] = load_row<1>(b + v * panel + i * kLanes);
+      add_products(sum, a + i + 1, a_stride, column);
+    }
+    i += kPaired<W>;
+  };
+  while (i + kPaced <= depth) {
+    if (next) {
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) __builtin_prefetch(next + v * panel, 0, 3);
+      next += pace;
+    }
+#pragma GCC unroll 4
+    for (int some = 0; some < kPaced; some += kPaired<W>) take();
+  }
+  while (i + kPaired<W> <= depth) take();
+  if (i < depth) {
+    for (int v = 0; v < V; v++) column[v] = load(b + v * panel + i * kLanes);
+    add_products(sum, a + i, a_stride, column);
+  }
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < V; v++) store(c + r * c_stride + v * kLanes, sum[r][v]);
+}
+
+// The same for any number of rows, R at a time, and of panels, V at a time.
+template <int R, int V, bool fresh, class W>
+inline void multiply_tiles(const float* a, int64_t a_stride, const W* b, int64_t panel, int64_t depth, float* c,
+                           int64_t c_stride, int64_t rows, int64_t panels, const W* next) {
+  const int64_t pace = kPaced * kLanes * R / std::max<int64_t>(rows, R);
+  for (int64_t v = 0; v + V <= panels; v += V, b += V * panel, c += V * kLanes) {
+    const auto tile = [&](auto some, int64_t r) {
+      constexpr int kSome = decltype(some)::value;
+      const W* ahead = next ? next + v * panel + r / R * (depth / kPaced) * pace : nullptr;
+      multiply_tile<kSome, V, fresh>(a + r * a_stride, a_stride, b, panel, depth, c + r * c_stride, c_stride, ahead, pace);
+      return r + kSome;
+    };
+    int64_t r = 0;
+    while (r + R <= rows) r = tile(std::integral_constant<int, R>{}, r);
+    if (R > 4 && r + 4 <= rows) r = tile(std::integral_constant<int, 4>{}, r);
+    if (R > 2 && r + 2 <= rows) r = tile(std::integral_constant<int, 2>{}, r);
+    while (r < rows) r = tile(std::integral_constant<int, 1>{}, r);
+  }
+}
+
+// The same, with tiles whose sums fill the registers. Each element is summed in the order of depth, whatever the tile.
+template <bool fresh, class W>
+void multiply(const float* a, int64_t a_stride, const W* b, int64_t panel, int64_t depth, float* c, int64_t c_stride,
+              int64_t rows, int64_t panels, const W* next = nullptr) {
+  const auto tiles = [&](auto r, auto v, int64_t some) {
+    multiply_tiles<decltype(r)::value, decltype(v)::value, fresh>(a, a_stride, b, panel, depth, c, c_stride, rows, some, next);
+    b += some * panel, c += some * kLanes, panels -= some;
+    if (next) next += some * panel;
+  };
+  const auto few = [&](auto r, auto v) {
+    tiles(r, v, panels / v * v);
+    tiles(r, std::integral_constant<int, 1>{}, panels);
+  };
+  using std::integral_constant;
+  switch (rows) {
+    case 1: return few(integral_constant<int, 1>{}, integral_constant<int, 4>{});
+    case 2: return few(integral_constant<int, 2>{}, integral_constant<int, 4>{});
+    case 3: return few(integral_constant<int, 3>{}, integral_constant<int, 3>{});
+    case 5: return few(integral_constant<int, 5>{}, integral_constant<int, 2>{});
+  }
+  if constexpr (kPaired<W> == 1) {
+    // One panel left of threes would keep too few sums under way: four go by twos.
+    tiles(integral_constant<int, 4>{}, integral_constant<int, 3>{}, panels % 3 == 1 && panels > 3 ? panels - 4 : panels / 3 * 3);
+    tiles(integral_constant<int, 6>{}, integral_constant<int, 2>{}, panels / 2 * 2);
+  } else {
+    // The mask of pairs takes a register, too.
+    tiles(integral_constant<int, 4>{}, integral_constant<int, 2>{}, panels / 2 * 2);
+  }
+  tiles(integral_constant<int, 8>{}, integral_constant<int, 1>{}, panels);
+}
+
+// ---- Rows times a weight ----
+
+// Up to so many rows, a panel is read once for all of them.
+constexpr int64_t kOnce = 5;
+// For more, columns of x that are worked through at a time: three panels of so many stay in the first-level cache; and rows of x
+// and panels for so many: they stay in the second-level one.
+constexpr int64_t kDeep = 256, kTall = 96, kWide = 24;
+// Up to so many rows wait for memory, too: fewer panels follow each other at once, and what they need next is called for.
+constexpr int64_t kWaiting = 16, kStreams = 6;
 // Bytes of a weight that are worth a thread.
 constexpr int64_t kGrainBytes = 1 << 16;
 
-// Adds to sums[o][t] the products of O rows of w with T rows of x over `depth` columns. `next` are the O rows of w that
-// are wanted after these, if any: they are called for in time.
-template <int O, int T, class W>
-inline void multiply(const W* w, int64_t w_stride, const float* x, int64_t x_stride, int64_t depth, bool first,
-                     Vector* sums, int64_t sums_stride, const W* next, int64_t next_step) {
-  Vector sum[O][T];
-  for (int o = 0; o < O; o++)
-    for (int t = 0; t < T; t++) sum[o][t] = first ? Vector{} : sums[o * sums_stride + t];
-  const auto take = [&](auto which, int64_t i) {
-    constexpr int part = decltype(which)::value;
-    Vector wide[O];
-#pragma GCC unroll 8
-    for (int o = 0; o < O; o++) wide[o] = load_part<part>(w + o * w_stride + i);
-#pragma GCC unroll 4
-    for (int t = 0; t < T; t++) {
-      const Vector row = load(x + t * x_stride + i + part * kLanes);
-#pragma GCC unroll 8
-      for (int o = 0; o < O; o++) sum[o][t] = multiply_add(wide[o], row, sum[o][t]);
+// Where a panel of `width` outputs has that of input i.
+template <class W>
+inline int64_t place(int64_t i, int64_t output, int64_t inputs, int64_t width) {
+  const bool paired = kPaired<W> == 2 && i < inputs / 2 * 2;
+  return paired ? (i / 2 * width + output) * 2 + i % 2 : i * width + output;
+}
+
+// The rows of a weight (O, I) become panels, in place; the last one holds what is left.
+template <class W>
+void lay_out(const Tensor& weight) {
+  const int64_t outputs = weight.size(0), inputs = weight.size(1);
+  auto* w = static_cast<W*>(weight.mutable_data_ptr());
+  torch::stable::parallel_for(0, (outputs + kLanes - 1) / kLanes, 1, [&](int64_t first, int64_t last) {
+    std::vector<W> rows(kLanes * inputs);
+    for (int64_t panel = first; panel < last; panel++) {
+      W* to = w + panel * kLanes * inputs;
+      const int64_t some = std::min<int64_t>(kLanes, outputs - panel * kLanes);
+      std::memcpy(rows.data(), to, some * inputs * sizeof(W));
+      for (int64_t o = 0; o < some; o++)
+        for (int64_t i = 0; i < inputs; i++) to[place<W>(i, o, inputs, some)] = rows[o * inputs + i];
     }
-  };
-  for (int64_t i = 0; i < depth; i += kStep) {
-    if (next) {
-#pragma GCC unroll 8
-      for (int o = 0; o < O; o++) __builtin_prefetch(next + o * w_stride, 0, 3);
-      next += next_step;
-    }
-    take(std::integral_constant<int, 0>{}, i);
-    take(std::integral_constant<int, 1>{}, i);
+  });
+}
+
+void lay_out_(Tensor weight) {
+  if (weight.dim() != 2 || !weight.is_contiguous()) fail("lay_out_ takes a contiguous weight (O, I)");
+  switch (weight.scalar_type()) {
+    case ScalarType::Float: return lay_out<float>(weight);
+    case ScalarType::BFloat16: return lay_out<BFloat16>(weight);
+    case ScalarType::Half: return lay_out<Float16>(weight);
+    default: fail("lay_out_ takes weights of float32, bfloat16 and float16");
   }
-  for (int o = 0; o < O; o++)
-    for (int t = 0; t < T; t++) sums[o * sums_stride + t] = sum[o][t];
-}
-
-// The same for `outputs` rows of w, at most kGroup, O at a time, and any number of rows of x, T at a time.
-template <int O, int T, class W>
-void multiply_group(const W* w, int64_t w_stride, const float* x, int64_t x_stride, int64_t depth, bool first,
-                    Vector* sums, int outputs, int64_t rows, const W* next) {
-  int o = 0;
-  const auto all_rows = [&](auto count, const W* wanted) {
-    constexpr int kCount = decltype(count)::value;
-    const W* from = w + o * w_stride;
-    int64_t t = 0;
-    const int64_t step = std::max<int64_t>(1, kStep * T / rows), ahead = step * (depth / kStep);
-    const auto where = [&] { return wanted ? wanted + std::min(t / T * ahead, depth) : wanted; };
-    for (; t + T <= rows; t += T)
-      multiply<kCount, T>(from, w_stride, x + t * x_stride, x_stride, depth, first, sums + o * rows + t, rows, where(), step);
-    for (; t < rows; t++)
-      multiply<kCount, 1>(from, w_stride, x + t * x_stride, x_stride, depth, first, sums + o * rows + t, rows, where(), step);
-  };
-  for (; o + O <= outputs; o += O)
-    all_rows(std::integral_constant<int, O>{}, !next ? nullptr : o + 2 * O <= outputs ? w + (o + O) * w_stride : next);
-  for (; o < outputs; o++) all_rows(std::integral_constant<int, 1>{}, static_cast<const W*>(nullptr));
-}
-
-template <int O, int T, class W>
-void linear_rows(const float* x, const W* w, const W* bias, float* y, int64_t rows, int64_t inputs, int64_t outputs,
-                 int64_t from, int64_t to) {
-  const int64_t whole = inputs / kStep * kStep;
-  const int64_t most = rows > T ? kDepth : whole;
-  std::vector<Vector> sums(kGroup * rows);
-  for (int64_t o = from; o < to; o += kGroup) {
-    const int group = static_cast<int>(std::min<int64_t>(kGroup, to - o));
-    for (int64_t i = 0; i < whole; i += most) {
-      const int64_t depth = std::min(most, whole - i);
-      const W* piece = w + o * inputs + i;
-      const W* next = i + depth < whole ? piece + depth : o + 2 * group <= outputs ? w + (o + group) * inputs : nullptr;
-      multiply_group<O, T>(piece, inputs, x + i, inputs, depth, i == 0, sums.data(), group, rows, next);
-    }
-    for (int row = 0; row < group; row++) {
-      for (int64_t t = 0; t < rows; t++) {
-        Vector sum = whole ? sums[row * rows + t] : Vector{};
-        for (int64_t i = whole; i < inputs; i += kLanes) {
-          const int64_t rest = std::min<int64_t>(kLanes, inputs - i);
-          sum = multiply_add(load(w + (o + row) * inputs + i, rest), load(x + t * inputs + i, rest), sum);
-        }
-        y[t * outputs + o + row] = total(sum) + (bias ? widen(bias[o + row]) : 0.0f);
-      }
-    }
-  }
-}
-
-// x (rows, inputs) with the columns of each whole step in the order of a bf16 weight's parts.
-inline std::vector<float> in_parts(const float* x, int64_t rows, int64_t inputs) {
-  std::vector<float> parts(x, x + rows * inputs);
-  for (int64_t row = 0; row < rows; row++)
-    for (int64_t i = 0; i + kStep <= inputs; i += kStep)
-      for (int lane = 0; lane < kLanes; lane++)
-        for (int part = 0; part < 2; part++) parts[row * inputs + i + part * kLanes + lane] = x[row * inputs + i + 2 * lane + part];
-  return parts;
 }
 
 template <class W>
-void linear_of_few(const Tensor& x, const Tensor& weight, const Tensor* bias, const Tensor& y) {
+void linear_of(const Tensor& x, const Tensor& weight, const Tensor* bias, const Tensor& y) {
   const int64_t outputs = weight.size(0), inputs = weight.size(1), rows = y.numel() / std::max<int64_t>(outputs, 1);
   const auto* w = static_cast<const W*>(weight.const_data_ptr());
   const auto* b = bias ? static_cast<const W*>(bias->const_data_ptr()) : nullptr;
   const auto* from = static_cast<const float*>(x.const_data_ptr());
   auto* to = static_cast<float*>(y.mutable_data_ptr());
-  if (!rows) return;
-  std::vector<float> parts;
-  if constexpr (std::is_same_v<W, BFloat16>) from = (parts = in_parts(from, rows, inputs)).data();
-  const int64_t grain = std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, inputs * sizeof(W)));
-  torch::stable::parallel_for(0, outputs, grain, [&](int64_t first, int64_t last) {
-    switch (rows) {
-      case 1: return linear_rows<kOutputs[1], 1>(from, w, b, to, rows, inputs, outputs, first, last);
-      case 2: return linear_rows<kOutputs[2], 2>(from, w, b, to, rows, inputs, outputs, first, last);
-      case 3: return linear_rows<kOutputs[3], 3>(from, w, b, to, rows, inputs, outputs, first, last);
-      default: return linear_rows<kOutputs[4], 4>(from, w, b, to, rows, inputs, outputs, first, last);
-    }
-  });
-}
-
-// More rows than this are torch's: its GEMM beats the kernel (profiles/2026-11-25-cpu-speed).
-constexpr int64_t kFewProducts = 64;
-// Of a weight that must be widened first, elements that stay in a cache until they are multiplied; and rows from which
-// writing the whole weight to memory costs nothing beside its product.
-constexpr int64_t kPiece = 1 << 20, kManyProducts = 1024;
-
-// aten's operator of this name; it returns a tensor.
-template <class... Arguments>
-Tensor call(const char* name, const char* overload, const Arguments&... arguments) {
-  std::array<StableIValue, sizeof...(arguments)> stack{torch::stable::detail::from(arguments)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-template <class W>
-void widen(const W* from, float* to, int64_t count) {
-  torch::stable::parallel_for(0, (count + kLanes - 1) / kLanes, 4096, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; i++) {
-      const int64_t at = i * kLanes, left = count - at;
-      if (left >= kLanes) {
-        store(to + at, load(from + at));
+  const int64_t panel = kLanes * inputs, panels = outputs / kLanes, rest = outputs % kLanes;
+  const int64_t deep = rows <= kOnce ? std::max<int64_t>(1, inputs) : kDeep, blocks = (rows + kTall - 1) / kTall;
+  const int64_t grain = std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, panel * sizeof(W)));
+  torch::stable::parallel_for(0, blocks * (panels + 1), grain, [&](int64_t first, int64_t last) {
+    for (int64_t some; first < last; first += some) {
+      // The last of panels + 1 is the one that holds fewer outputs, or none.
+      const int64_t row = first / (panels + 1) * kTall, tall = std::min(kTall, rows - row), at = first % (panels + 1);
+      const float* x = from + row * inputs;
+      float* y = to + row * outputs + at * kLanes;
+      some = at == panels ? 1 : std::min({last - first, panels - at, rows <= kWaiting ? kStreams : kWide});
+      const int64_t columns = at == panels ? rest : some * kLanes;
+      for (int64_t t = 0; t < tall; t++)
+        for (int64_t o = 0; o < columns; o++) y[t * outputs + o] = b ? widen(b[at * kLanes + o]) : 0.0f;
+      if (at == panels) {
+        for (int64_t t = 0; t < tall; t++)
+          for (int64_t o = 0; o < rest; o++) {
+            float& sum = y[t * outputs + o];
+            for (int64_t i = 0; i < inputs; i++)
+              sum = std::fma(x[t * inputs + i], widen(w[at * panel + place<W>(i, o, inputs, rest)]), sum);
+          }
       } else {
-        const Vector some = load(from + at, left);
-        std::memcpy(to + at, &some, left * sizeof(float));
+        for (int64_t i = 0; i < inputs; i += deep)
+          multiply<false>(x + i, inputs, w + at * panel + i * kLanes, panel, std::min(deep, inputs - i), y, outputs, tall, some,
+                          rows <= kWaiting && i + deep < inputs ? w + at * panel + (i + deep) * kLanes : nullptr);
       }
     }
   });
 }
 
-// The products of many rows: x (R, I), y (R, O).
-template <class W>
-Tensor linear_of_many(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  if constexpr (std::is_same_v<W, float>) return call("aten::linear", "", x, weight, bias);
-  const int64_t outputs = weight.size(0), inputs = weight.size(1), rows = x.size(0);
-  const auto* w = static_cast<const W*>(weight.const_data_ptr());
-  // Only a vision tower's weights have a bias, and it has many rows.
-  const bool whole = rows >= kManyProducts || bias;
-  const int64_t piece = whole ? outputs : std::max<int64_t>(1, kPiece / std::max<int64_t>(1, inputs));
-  std::optional<Tensor> wide_bias;
-  if (bias) {
-    wide_bias = torch::stable::new_empty(x, {outputs});
-    widen(static_cast<const W*>(bias->const_data_ptr()), static_cast<float*>(wide_bias->mutable_data_ptr()), outputs);
-  }
-  Tensor wide = torch::stable::new_empty(x, {std::min(piece, outputs), inputs});
-  auto* to = static_cast<float*>(wide.mutable_data_ptr());
-  if (piece >= outputs) {
-    widen(w, to, outputs * inputs);
-    return call("aten::linear", "", x, wide, wide_bias);
-  }
-  Tensor y = torch::stable::new_empty(x, {rows, outputs});
-  for (int64_t first = 0; first < outputs; first += piece) {
-    const int64_t some = std::min(piece, outputs - first);
-    widen(w + first * inputs, to, some * inputs);
-    call("aten::mm", "out", x, torch::stable::transpose(torch::stable::narrow(wide, 0, 0, some), 0, 1),
-         torch::stable::narrow(y, 1, first, some));
-  }
-  return y;
-}
-
-template <class W>
-Tensor linear_of(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  const int64_t inputs = weight.size(1), outputs = weight.size(0), rows = x.numel() / std::max<int64_t>(inputs, 1);
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  sizes.back() = outputs;
-  if (rows > kFewProducts) return torch::stable::view(linear_of_many<W>(torch::stable::view(x, {rows, inputs}), weight, bias), sizes);
-  Tensor y = torch::stable::new_empty(x, sizes);
-  linear_of_few<W>(x, weight, bias ? &*bias : nullptr, y);
-  return y;
-}
-
-// y = x w' + bias: x (..., I) fp32; w (O, I) and bias (O) fp32, bf16 or fp16.
+// y = x w' + bias: x (..., I) fp32; w (O, I) in panels and bias (O) fp32, bf16 or fp16.
 Tensor linear(Tensor given, Tensor weight, std::optional<Tensor> bias) {
   const Tensor x = torch::stable::contiguous(given);
   if (x.scalar_type() != ScalarType::Float || weight.dim() != 2 || !weight.is_contiguous() || x.dim() == 0 ||
       x.size(x.dim() - 1) != weight.size(1) || (bias && bias->scalar_type() != weight.scalar_type()))
     fail("linear takes x (..., I) in float32, a contiguous weight (O, I) and a bias (O) of the weight's dtype");
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = weight.size(0);
+  Tensor y = torch::stable::new_empty(x, sizes);
+  if (!y.numel()) return y;
+  const Tensor* b = bias ? &*bias : nullptr;
   switch (weight.scalar_type()) {
-    case ScalarType::Float: return linear_of<float>(x, weight, bias);
-    case ScalarType::BFloat16: return linear_of<BFloat16>(x, weight, bias);
-    case ScalarType::Half: return linear_of<Float16>(x, weight, bias);
+    case ScalarType::Float: linear_of<float>(x, weight, b, y); break;
+    case ScalarType::BFloat16: linear_of<BFloat16>(x, weight, b, y); break;
+    case ScalarType::Half: linear_of<Float16>(x, weight, b, y); break;
     default: fail("linear takes weights of float32, bfloat16 and float16");
   }
+  return y;
 }
 
 // ---- Attention over pages ----
@@ -405,6 +409,9 @@ constexpr int64_t kSplit = 512;
 constexpr int kTokens = 16;
 // Up to so many rows of a sequence read its pages each for itself.
 constexpr int64_t kFewRows = 4;
+// Query heads that are scored together at most, and tokens for so many: their sums fill the registers.
+constexpr int kHeads = 4;
+constexpr int kScored[kHeads + 1] = {0, 8, 6, 4, 3};
 
 // e to each lane, to 2 units in the last place; what is below 1e-37 is 0.
 inline Vector exponential(Vector x) {
@@ -446,20 +453,68 @@ struct Partial {
   float* values;
 };
 
+// The products of `tokens` keys, O at a time, with G queries over `width` columns, lane by lane: sums[token][query].
+template <int O, int G>
+inline void score(const float* k, int64_t stride, const float* q, int64_t q_stride, int64_t width, int tokens,
+                  Vector (*sums)[G]) {
+  int token = 0;
+  const auto some = [&](auto count) {
+    constexpr int kCount = decltype(count)::value;
+    Vector sum[kCount][G] = {};
+    for (int64_t i = 0; i < width; i += kLanes) {
+      Vector key[kCount];
+#pragma GCC unroll 8
+      for (int o = 0; o < kCount; o++) key[o] = load(k + (token + o) * stride + i);
+#pragma GCC unroll 4
+      for (int g = 0; g < G; g++) {
+        const Vector query = load(q + g * q_stride + i);
+#pragma GCC unroll 8
+        for (int o = 0; o < kCount; o++) sum[o][g] = multiply_add(key[o], query, sum[o][g]);
+      }
+    }
+    for (int o = 0; o < kCount; o++)
+      for (int g = 0; g < G; g++) sums[token + o][g] = sum[o][g];
+    token += kCount;
+  };
+  while (token + O <= tokens) some(std::integral_constant<int, O>{});
+  while (token < tokens) some(std::integral_constant<int, 1>{});
+}
+
+// Adds to V vectors of columns of G rows the weighted values of `tokens` tokens.
+template <int G, int V>
+inline void add_values(const float (&weights)[G][kTokens], const float* v, int64_t stride, int tokens, float* to, int64_t width) {
+  Vector sum[G][V];
+  for (int g = 0; g < G; g++)
+    for (int c = 0; c < V; c++) sum[g][c] = load(to + g * width + c * kLanes);
+  for (int i = 0; i < tokens; i++) {
+    Vector weight[G];
+#pragma GCC unroll 4
+    for (int g = 0; g < G; g++) weight[g] = splat(weights[g][i]);
+#pragma GCC unroll 8
+    for (int c = 0; c < V; c++) {
+      const Vector value = load(v + i * stride + c * kLanes);
+#pragma GCC unroll 4
+      for (int g = 0; g < G; g++) sum[g][c] = multiply_add(weight[g], value, sum[g][c]);
+    }
+  }
+  for (int g = 0; g < G; g++)
+    for (int c = 0; c < V; c++) store(to + g * width + c * kLanes, sum[g][c]);
+}
+
 // Adds `tokens` tokens, at most kTokens, whose keys and values lie at k and v.
 template <int G>
 void attend_tokens(const float* q, const float* k, const float* v, int tokens, const Heads& heads, float scale,
                    Partial out) {
-  const int64_t stride = heads.keys * heads.width, whole = heads.width / kStep * kStep;
+  const int64_t stride = heads.keys * heads.width, whole = heads.width / kLanes * kLanes;
   alignas(64) float weights[G][kTokens];
-  Vector sums[kTokens * G];
-  multiply_group<kOutputs[G], G, float>(k, stride, q, heads.width, whole, true, sums, tokens, G, nullptr);
+  Vector sums[kTokens][G];
+  score<kScored[G], G>(k, stride, q, heads.width, whole, tokens, sums);
   for (int g = 0; g < G; g++) {
     float largest = out.largest[g];
     for (int i = 0; i < kTokens; i++) {
       float score = -std::numeric_limits<float>::infinity();
       if (i < tokens) {
-        score = whole ? total(sums[i * G + g]) : 0.0f;
+        score = total(sums[i][g]);
         for (int64_t h = whole; h < heads.width; h++) score = std::fma(k[i * stride + h], q[g * heads.width + h], score);
         score *= scale;
       }
@@ -479,31 +534,28 @@ void attend_tokens(const float* q, const float* k, const float* v, int tokens, c
     if (shrink != 1.0f)
       for (int64_t h = 0; h < heads.width; h++) values[h] *= shrink;
   }
-  for (int64_t h = 0; h < whole; h += kLanes) {
-    Vector sum[G];
-    for (int g = 0; g < G; g++) sum[g] = load(out.values + g * heads.width + h);
-    for (int i = 0; i < tokens; i++) {
-      const Vector value = load(v + i * stride + h);
-      for (int g = 0; g < G; g++) sum[g] = multiply_add(splat(weights[g][i]), value, sum[g]);
-    }
-    for (int g = 0; g < G; g++) store(out.values + g * heads.width + h, sum[g]);
-  }
-  for (int64_t h = whole; h < heads.width; h++)
+  // As many columns at a time as keep enough sums under way.
+  constexpr int kColumns = G == 1 ? 8 : G == 2 ? 4 : 2;
+  int64_t h = 0;
+  for (; h + kColumns * kLanes <= whole; h += kColumns * kLanes)
+    add_values<G, kColumns>(weights, v + h, stride, tokens, out.values + h, heads.width);
+  for (; h < whole; h += kLanes) add_values<G, 1>(weights, v + h, stride, tokens, out.values + h, heads.width);
+  for (; h < heads.width; h++)
     for (int g = 0; g < G; g++)
       for (int i = 0; i < tokens; i++)
         out.values[g * heads.width + h] =
             std::fma(weights[g][i], v[i * stride + h], out.values[g * heads.width + h]);
 }
 
-// The same for any number of query heads to a key head, at most kRows at a time.
+// The same for any number of query heads to a key head, at most kHeads at a time.
 void attend_group(const float* q, const float* k, const float* v, int tokens, const Heads& heads, float scale,
                   Partial out) {
-  for (int64_t g = 0; g < heads.group(); g += kRows) {
+  for (int64_t g = 0; g < heads.group(); g += kHeads) {
     const auto call = [&](auto some) {
       attend_tokens<decltype(some)::value>(q + g * heads.width, k, v, tokens, heads, scale,
                                            {out.largest + g, out.sum + g, out.values + g * heads.width});
     };
-    switch (std::min<int64_t>(kRows, heads.group() - g)) {
+    switch (std::min<int64_t>(kHeads, heads.group() - g)) {
       case 1: call(std::integral_constant<int, 1>{}); break;
       case 2: call(std::integral_constant<int, 2>{}); break;
       case 3: call(std::integral_constant<int, 3>{}); break;
@@ -610,57 +662,6 @@ Tensor attend(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages, con
 // Query rows (of all heads that share a key head) and tokens that are worked through at a time.
 constexpr int64_t kQueries = 64, kKeys = 96;
 
-// Columns are worked through in panels of up to 3 vectors: calls f(rows, vectors, first vector) for each, `rows` being as many
-// as leave the registers enough for the sums.
-template <class F>
-inline void panels(int64_t columns, const F& f) {
-  for (int64_t left = columns / kLanes, v = 0; left > 0;) {
-    const auto panel = [&](auto rows, auto vectors) {
-      f(rows, vectors, v);
-      v += vectors, left -= vectors;
-    };
-    if (left == 1) panel(std::integral_constant<int, 8>{}, std::integral_constant<int, 1>{});
-    else if (left == 2 || left == 4) panel(std::integral_constant<int, 6>{}, std::integral_constant<int, 2>{});
-    else panel(std::integral_constant<int, 4>{}, std::integral_constant<int, 3>{});
-  }
-}
-
-// c = a b, added to what c holds unless `fresh`, for R rows and a panel of V vectors, whose rows follow each other in b.
-template <int R, int V, bool fresh>
-inline void multiply_tile(const float* a, int64_t a_stride, const float* b, int64_t depth, float* c, int64_t c_stride) {
-  Vector sum[R][V];
-  for (int r = 0; r < R; r++)
-    for (int v = 0; v < V; v++) sum[r][v] = fresh ? Vector{} : load(c + r * c_stride + v * kLanes);
-#pragma GCC unroll 4
-  for (int64_t i = 0; i < depth; i++) {
-    Vector column[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; v++) keep(column[v] = load(b + (i * V + v) * kLanes));
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) {
-      const Vector one = splat(a[r * a_stride + i]);
-#pragma GCC unroll 4
-      for (int v = 0; v < V; v++) sum[r][v] = multiply_add(one, column[v], sum[r][v]);
-    }
-  }
-  for (int r = 0; r < R; r++)
-    for (int v = 0; v < V; v++) store(c + r * c_stride + v * kLanes, sum[r][v]);
-}
-
-// The same for c (rows, columns), a (rows, depth) and b (depth, columns) in panels; columns are a multiple of kLanes.
-template <bool fresh>
-void multiply_matrix(const float* a, int64_t a_stride, const float* b, float* c, int64_t c_stride, int64_t rows, int64_t columns,
-                     int64_t depth) {
-  panels(columns, [&](auto some, auto vectors, int64_t v) {
-    constexpr int R = decltype(some)::value, V = decltype(vectors)::value;
-    const float* from = b + v * kLanes * depth;
-    float* to = c + v * kLanes;
-    int64_t r = 0;
-    for (; r + R <= rows; r += R) multiply_tile<R, V, fresh>(a + r * a_stride, a_stride, from, depth, to + r * c_stride, c_stride);
-    for (; r < rows; r++) multiply_tile<1, V, fresh>(a + r * a_stride, a_stride, from, depth, to + r * c_stride, c_stride);
-  });
-}
-
 // The tokens that a set of rows attends to, in order: where the first head's key and value of each lie.
 struct Tokens {
   std::vector<const float*> keys, values;
@@ -694,23 +695,19 @@ struct Blocks {
         const auto from_token = [&](const std::vector<const float*>& tokens, int64_t i) {
           return tokens[std::min(start + i, last)] + head * width;
         };
-        panels(kKeys, [&](auto, auto vectors, int64_t v) {
-          constexpr int64_t kColumns = decltype(vectors)::value * kLanes;
-          float* to = key + v * kLanes * width;
-          for (int64_t i = 0; i < kColumns; i++) {
-            const float* k = from_token(tokens.keys, v * kLanes + i);
-            for (int64_t h = 0; h < width; h++) to[h * kColumns + i] = k[h];
+        for (int64_t i = 0; i < kKeys; i++) {
+          const float* k = from_token(tokens.keys, i);
+          float* to = key + i / kLanes * kLanes * width + i % kLanes;
+          for (int64_t h = 0; h < width; h++) to[h * kLanes] = k[h];
+        }
+        for (int64_t h = 0; h < wide; h += kLanes) {
+          const int64_t some = std::min<int64_t>(kLanes, width - h);
+          for (int64_t i = 0; i < kKeys; i++) {
+            float* to = value + h * kKeys + i * kLanes;
+            std::memcpy(to, from_token(tokens.values, i) + h, some * sizeof(float));
+            std::fill(to + some, to + kLanes, 0.0f);
           }
-        });
-        panels(wide, [&](auto, auto vectors, int64_t v) {
-          constexpr int64_t kColumns = decltype(vectors)::value * kLanes;
-          float* to = value + v * kLanes * kKeys;
-          const int64_t some = std::min(kColumns, width - v * kLanes);
-          for (int64_t i = 0; i < kKeys; i++, to += kColumns) {
-            std::memcpy(to, from_token(tokens.values, i) + v * kLanes, some * sizeof(float));
-            std::fill(to + some, to + kColumns, 0.0f);
-          }
-        });
+        }
       }
     });
   }
@@ -766,7 +763,7 @@ void attend_rows(const float* q, float* out, int64_t rows, const Heads& heads, c
       for (int64_t block = first / kKeys; block * kKeys < std::min(last, count); block++) {
         const int64_t start = block * kKeys, held = std::min(kKeys, count - start);
         const int64_t at = (head * blocks.count + block) * kKeys;
-        multiply_matrix<true>(query.data(), H, blocks.keys.get() + at * H, weight.data(), kKeys, some, kKeys, H);
+        multiply<true>(query.data(), H, blocks.keys.get() + at * H, kLanes * H, H, weight.data(), kKeys, some, kKeys / kLanes);
         for (int64_t r = 0; r < some; r++) {
           const Seen& sees = seen[(row + r) / G];
           const int64_t begin = std::max<int64_t>(0, sees.first - start), end = std::min(held, sees.last - start);
@@ -784,8 +781,8 @@ void attend_rows(const float* q, float* out, int64_t rows, const Heads& heads, c
           }
           sum[r] += part;
         }
-        multiply_matrix<false>(weight.data(), kKeys, blocks.values.get() + at * wide, sum_of_values.data(), wide, some, wide,
-                               kKeys);
+        multiply<false>(weight.data(), kKeys, blocks.values.get() + at * wide, kLanes * kKeys, kKeys, sum_of_values.data(), wide,
+                        some, wide / kLanes);
       }
       for (int64_t r = 0; r < some; r++) {
         float* result = out + ((row + r) / G * heads.queries + head * G + (row + r) % G) * H;
@@ -886,6 +883,7 @@ Tensor attend_image(Tensor q, Tensor k_pages, Tensor v_pages, Tensor table, Tens
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mllama_graph, library) {
   const std::vector<at::Tag> traceable{at::Tag::pt2_compliant_tag};
+  library.def("lay_out_(Tensor(a!) weight) -> ()");
   library.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", traceable);
   library.def("attend_pages(Tensor q, Tensor k_pages, Tensor v_pages, Tensor table, Tensor length, float scale) -> Tensor",
               traceable);
@@ -897,6 +895,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mllama_graph, library) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mllama_graph, CPU, library) {
+  library.impl("lay_out_", TORCH_BOX(&lay_out_));
   library.impl("linear", TORCH_BOX(&linear));
   library.impl("attend_pages", TORCH_BOX(&attend_pages));
   library.impl("attend_prompt", TORCH_BOX(&attend_prompt));

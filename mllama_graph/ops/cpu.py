@@ -9,10 +9,19 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from mllama_graph.model.tree import Node, matrices
 from mllama_graph.ops import plain
 from mllama_graph.ops.plain import PLAIN, Pages
 
+
+def lay_out(weights: Node) -> None:
+    """Lay the matrices of linear layers out as the kernel reads them, in place: outputs side by side, as many as a vector has."""
+    for weight in matrices(weights):
+        torch.ops.mllama_graph.lay_out_(weight)
+
+
 def linear(x: Tensor, leaf) -> Tensor:
+    """Of a weight that `lay_out` has laid out."""
     return torch.ops.mllama_graph.linear(x, leaf.weight, leaf.bias)
 
 

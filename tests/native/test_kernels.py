@@ -25,27 +25,35 @@ def randoms(seed: int):
     return lambda *size: torch.randn(size, generator=generator)
 
 
+def laid_out(weight, bias=None):
+    """A leaf whose weight is as the kernel reads it."""
+    weight = weight.clone()
+    torch.ops.mllama_graph.lay_out_(weight)
+    return SimpleNamespace(weight=weight, bias=bias)
+
+
 # Widths around a vector's lanes and around the pieces in which a row is worked through.
 @pytest.mark.parametrize("inputs", [1, 7, 8, 9, 31, 512, 515, 1040])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_product_is_the_exact_one_rounded_and_each_row_that_of_a_batch_of_one(inputs, dtype):
     normal = randoms(inputs)
-    for rows in (1, 2, 3, 4, 5, 8, 11):
-        for outputs in (1, 5, 24, 51):
+    # Rows around those of a tile, of what is read once and of a block.
+    for rows in (1, 2, 3, 4, 5, 6, 7, 8, 11, 17, 99):
+        for outputs in (1, 5, 24, 51, 203):
             x, weight, bias = normal(rows, inputs), normal(outputs, inputs).to(dtype), normal(outputs).to(dtype)
-            leaf = SimpleNamespace(weight=weight, bias=bias)
+            leaf = laid_out(weight, bias)
             y = CPU.linear(x, leaf)
             exact = F.linear(x.double(), weight.double(), bias.double())
             # Sums of `inputs` products in fp32.
             torch.testing.assert_close(y.double(), exact, atol=1e-6 * inputs**0.5 * 10, rtol=1e-5)
             alone = torch.cat([CPU.linear(x[t:t + 1], leaf) for t in range(rows)])
             assert torch.equal(y, alone)
-            assert torch.equal(CPU.linear(x, SimpleNamespace(weight=weight, bias=None)) + bias.float(), y)
+            assert torch.equal(CPU.linear(x, laid_out(weight)), CPU.linear(x, laid_out(weight, torch.zeros_like(bias))))
 
 
 def test_a_product_keeps_leading_axes_and_takes_no_rows():
     normal = randoms(0)
-    leaf = SimpleNamespace(weight=normal(5, 16), bias=None)
+    leaf = laid_out(normal(5, 16))
     x = normal(2, 3, 16)
     assert torch.equal(CPU.linear(x, leaf).view(6, 5), CPU.linear(x.view(6, 16), leaf))
     assert CPU.linear(x[:0], leaf).shape == (0, 3, 5)
@@ -127,7 +135,7 @@ def test_attention_among_tiles(seed, heads, width, rows):
 
 def test_threads_do_not_change_a_bit():
     normal, before = randoms(3), torch.get_num_threads()
-    x, leaf = normal(5, 700), SimpleNamespace(weight=normal(301, 700), bias=None)
+    x, leaf = normal(105, 700), laid_out(normal(301, 700))
     q, k, v = (normal(150, 3, 16) for _ in range(3))
     pad = torch.zeros(150, dtype=torch.bool)
     results = []
