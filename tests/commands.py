@@ -1,10 +1,15 @@
-"""Runs of run.py as processes of their own, with ranks."""
+"""Runs of run.py as processes of their own, with ranks, and what the processes of a session share."""
 
 import json
 import os
+import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[1]
 LIMITS = ["model=custom", "dtype=fp32", "max_input_length=300", "max_output_length=100", "plan.page_size=16"]
@@ -27,3 +32,13 @@ def run(folder: Path, *given: str, code: int = 0, **variables: str) -> dict:
     path = folder / "results.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return json.loads((folder / "result.json").read_text()) | {"lines": lines, "err": done.stderr}
+
+
+def kept(path: Path, make: Callable[[], Any]) -> Any:
+    """What `make` returns: made by the first process of a session that asks, and kept at `path` for the others."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            made = make()
+            path.write_bytes(pickle.dumps(made))
+        return pickle.loads(path.read_bytes())

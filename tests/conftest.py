@@ -16,6 +16,7 @@ from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
 from checkpoints import SPECS, write_checkpoint
+from commands import kept
 from engines import GRAPH_PLAN, GRAPH_SPEC, Model, arguments, load_model
 
 from mllama_graph.store import default_store
@@ -106,15 +107,15 @@ def requests(tmp_path_factory):
 @pytest.fixture(scope="session")
 def warm(shared):
     """(graph store, run.py's result.json, what it printed): task=warmup for GRAPH_SPEC and GRAPH_PLAN, once a session."""
-    store, folder = shared / "warm" / "graphs", shared / "warm"
-    folder.mkdir(exist_ok=True)
-    with FileLock(folder / ".lock"):
-        if not (folder / "said").exists():
-            write_checkpoint(folder / "checkpoint", SPECS[GRAPH_SPEC])
-            done = subprocess.run(
-                [sys.executable, str(Path(__file__).parents[1] / "run.py"), "task=warmup", f"weights={folder / 'checkpoint'}",
-                 f"graph_cache={store}", f"hydra.run.dir={folder / 'out'}", *arguments(GRAPH_PLAN)],
-                capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-            assert done.returncode == 0, done.stderr
-            (folder / "said").write_text(done.stderr)
-    return store, json.loads((folder / "out" / "result.json").read_text()), (folder / "said").read_text()
+    folder = shared / "warm"
+
+    def make():
+        write_checkpoint(folder / "checkpoint", SPECS[GRAPH_SPEC])
+        done = subprocess.run(
+            [sys.executable, str(Path(__file__).parents[1] / "run.py"), "task=warmup", f"weights={folder / 'checkpoint'}",
+             f"graph_cache={folder / 'graphs'}", f"hydra.run.dir={folder / 'out'}", *arguments(GRAPH_PLAN)],
+            capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        return folder / "graphs", json.loads((folder / "out" / "result.json").read_text()), done.stderr
+
+    return kept(folder / "made", make)

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from commands import kept
 from engines import serve, start
 from test_engine import few
 from test_ranks import wrong
@@ -28,14 +29,15 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return f"graph_cache={tmp_path_factory.mktemp('store')}"
+def store(shared):
+    return f"graph_cache={shared / 'simulated' / 'graphs'}"
 
 
 @pytest.fixture(scope="module")
-def first(store, tmp_path_factory):
-    """The tiny model's own question, on an empty store."""
-    return run(tmp_path_factory.mktemp("first") / "out", "backend=torchair", store)
+def first(store, shared):
+    """The tiny model's own question, on a store without its graphs."""
+    folder = shared / "simulated"
+    return kept(folder / "made", lambda: run(folder / "out", "backend=torchair", store))
 
 
 def test_the_tiny_model_answers_through_interpreted_graphs(first):

@@ -16,8 +16,8 @@ CLOSE = {"atol": 2e-5, "rtol": 1e-5}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def kernels(tmp_path_factory):
-    native.load("kernels", tmp_path_factory.mktemp("store"))
+def kernels(cache_home):
+    native.load("kernels", cache_home)
 
 
 def randoms(seed: int):
