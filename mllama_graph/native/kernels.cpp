@@ -175,11 +175,10 @@ inline float largest_of(Vector x) {
 #endif
 }
 
-// ---- Products ----
+// ---- Products of few rows ----
 //
-// The second factor lies in panels of kLanes columns: a column's neighbours within a panel follow each other, then the next
-// row of the panel. A product reads each panel from its begin to its end. A weight (O, I) is kept so, its outputs being the
-// columns.
+// They wait for the second factor, which is read once, from its begin to its end. It lies in panels of kLanes columns: a row's
+// elements of a panel together, then the next row's, then the next panel. A weight (O, I) is kept so, its outputs being the columns.
 
 // bf16 lies by pairs of a panel's rows, an element of each in 32 bits, so that one load and one instruction for each part
 // widen both; an odd last row lies alone.
@@ -211,14 +210,14 @@ template <int R, int V>
 // Rows of b between calls for what is wanted next.
 constexpr int kPaced = 4;
 
-// c += a b, or c = a b where it is `fresh`, for R rows of a and V panels of b, `panel` elements apart; b has `depth` rows.
+// c += a b for R rows of a and V panels of b, `panel` elements apart; b has `depth` rows.
 // `next`, if anything, is called for on the way, `pace` elements of each panel at a time.
-template <int R, int V, bool fresh, class W>
-inline void multiply_tile(const float* a, int64_t a_stride, const W* b, int64_t panel, int64_t depth, float* c,
+template <int R, int V, class W>
+inline void stream_tile(const float* a, int64_t a_stride, const W* b, int64_t panel, int64_t depth, float* c,
                           int64_t c_stride, const W* next, int64_t pace) {
   Vector sum[R][V], column[V];
   for (int r = 0; r < R; r++)
-    for (int v = 0; v < V; v++) sum[r][v] = fresh ? Vector{} : load(c + r * c_stride + v * kLanes);
+    for (int v = 0; v < V; v++) sum[r][v] = load(c + r * c_stride + v * kLanes);
   int64_t i = 0;
   const auto take = [&]() __attribute__((always_inline)) {
 #pragma GCC unroll 8
@@ -250,15 +249,15 @@ inline void multiply_tile(const float* a, int64_t a_stride, const W* b, int64_t 
 }
 
 // The same for any number of rows, R at a time, and of panels, V at a time.
-template <int R, int V, bool fresh, class W>
-inline void multiply_tiles(const float* a, int64_t a_stride, const W* b, int64_t panel, int64_t depth, float* c,
+template <int R, int V, class W>
+inline void stream_tiles(const float* a, int64_t a_stride, const W* b, int64_t panel, int64_t depth, float* c,
                            int64_t c_stride, int64_t rows, int64_t panels, const W* next) {
   const int64_t pace = kPaced * kLanes * R / std::max<int64_t>(rows, R);
   for (int64_t v = 0; v + V <= panels; v += V, b += V * panel, c += V * kLanes) {
     const auto tile = [&](auto some, int64_t r) {
       constexpr int kSome = decltype(some)::value;
       const W* ahead = next ? next + v * panel + r / R * (depth / kPaced) * pace : nullptr;
-      multiply_tile<kSome, V, fresh>(a + r * a_stride, a_stride, b, panel, depth, c + r * c_stride, c_stride, ahead, pace);
+      stream_tile<kSome, V>(a + r * a_stride, a_stride, b, panel, depth, c + r * c_stride, c_stride, ahead, pace);
       return r + kSome;
     };
     int64_t r = 0;
@@ -270,11 +269,11 @@ inline void multiply_tiles(const float* a, int64_t a_stride, const W* b, int64_t
 }
 
 // The same, with tiles whose sums fill the registers. Each element is summed in the order of depth, whatever the tile.
-template <bool fresh, class W>
-void multiply(const float* a, int64_t a_stride, const W* b, int64_t panel, int64_t depth, float* c, int64_t c_stride,
-              int64_t rows, int64_t panels, const W* next = nullptr) {
+template <class W>
+void stream(const float* a, int64_t a_stride, const W* b, int64_t panel, int64_t depth, float* c, int64_t c_stride,
+              int64_t rows, int64_t panels, const W* next) {
   const auto tiles = [&](auto r, auto v, int64_t some) {
-    multiply_tiles<decltype(r)::value, decltype(v)::value, fresh>(a, a_stride, b, panel, depth, c, c_stride, rows, some, next);
+    stream_tiles<decltype(r)::value, decltype(v)::value>(a, a_stride, b, panel, depth, c, c_stride, rows, some, next);
     b += some * panel, c += some * kLanes, panels -= some;
     if (next) next += some * panel;
   };
@@ -284,7 +283,7 @@ void multiply(const float* a, int64_t a_stride, const W* b, int64_t panel, int64
   };
   using std::integral_constant;
   switch (rows) {
-    case 1: return few(integral_constant<int, 1>{}, integral_constant<int, 4>{});
+    case 1: return few(integral_constant<int, 1>{}, integral_constant<int, 6>{});
     case 2: return few(integral_constant<int, 2>{}, integral_constant<int, 4>{});
     case 3: return few(integral_constant<int, 3>{}, integral_constant<int, 3>{});
     case 5: return few(integral_constant<int, 5>{}, integral_constant<int, 2>{});
@@ -300,15 +299,69 @@ void multiply(const float* a, int64_t a_stride, const W* b, int64_t panel, int64
   tiles(integral_constant<int, 8>{}, integral_constant<int, 1>{}, panels);
 }
 
+// ---- Products of many rows ----
+//
+// They wait for nothing but themselves where the second factor stays in a cache, in panels of up to 3 vectors.
+
+// Calls f(rows, vectors, first vector) for each, `rows` being as many
+// as leave the registers enough for the sums.
+template <class F>
+inline void panels(int64_t columns, const F& f) {
+  for (int64_t left = columns / kLanes, v = 0; left > 0;) {
+    const auto panel = [&](auto rows, auto vectors) {
+      f(rows, vectors, v);
+      v += vectors, left -= vectors;
+    };
+    if (left == 1) panel(std::integral_constant<int, 8>{}, std::integral_constant<int, 1>{});
+    else if (left == 2 || left == 4) panel(std::integral_constant<int, 6>{}, std::integral_constant<int, 2>{});
+    else panel(std::integral_constant<int, 4>{}, std::integral_constant<int, 3>{});
+  }
+}
+
+// c = a b, added to what c holds unless `fresh`, for R rows and a panel of V vectors, whose rows follow each other in b.
+template <int R, int V, bool fresh>
+inline void multiply_tile(const float* a, int64_t a_stride, const float* b, int64_t depth, float* c, int64_t c_stride) {
+  Vector sum[R][V];
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < V; v++) sum[r][v] = fresh ? Vector{} : load(c + r * c_stride + v * kLanes);
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < depth; i++) {
+    Vector column[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) keep(column[v] = load(b + (i * V + v) * kLanes));
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      const Vector one = splat(a[r * a_stride + i]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v++) sum[r][v] = multiply_add(one, column[v], sum[r][v]);
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < V; v++) store(c + r * c_stride + v * kLanes, sum[r][v]);
+}
+
+// The same for c (rows, columns), a (rows, depth) and b (depth, columns) in panels; columns are a multiple of kLanes.
+template <bool fresh>
+void multiply_matrix(const float* a, int64_t a_stride, const float* b, float* c, int64_t c_stride, int64_t rows, int64_t columns,
+                     int64_t depth) {
+  panels(columns, [&](auto some, auto vectors, int64_t v) {
+    constexpr int R = decltype(some)::value, V = decltype(vectors)::value;
+    const float* from = b + v * kLanes * depth;
+    float* to = c + v * kLanes;
+    int64_t r = 0;
+    for (; r + R <= rows; r += R) multiply_tile<R, V, fresh>(a + r * a_stride, a_stride, from, depth, to + r * c_stride, c_stride);
+    for (; r < rows; r++) multiply_tile<1, V, fresh>(a + r * a_stride, a_stride, from, depth, to + r * c_stride, c_stride);
+  });
+}
+
 // ---- Rows times a weight ----
 
-// Up to so many rows, a panel is read once for all of them.
-constexpr int64_t kOnce = 5;
-// For more, columns of x that are worked through at a time: three panels of so many stay in the first-level cache; and rows of x
-// and panels for so many: they stay in the second-level one.
+// Up to so many rows, a panel is read once for all of them; up to so many, they wait for a weight, whose panels follow each other
+// kStreams at a time, what they need next being called for.
+constexpr int64_t kOnce = 5, kWaiting = 16, kStreams = 6;
+// Columns of x that are worked through at a time otherwise: a panel of so many stays in the first-level cache. Rows of x, and
+// panels for so many: they stay in the second-level one.
 constexpr int64_t kDeep = 256, kTall = 96, kWide = 24;
-// Up to so many rows wait for memory, too: fewer panels follow each other at once, and what they need next is called for.
-constexpr int64_t kWaiting = 16, kStreams = 6;
 // Bytes of a weight that are worth a thread.
 constexpr int64_t kGrainBytes = 1 << 16;
 
@@ -346,6 +399,39 @@ void lay_out_(Tensor weight) {
   }
 }
 
+// y += x w' for few rows.
+template <class W>
+void add_few(const float* x, const W* w, int64_t inputs, int64_t panels, float* y, int64_t stride, int64_t rows) {
+  const int64_t panel = kLanes * inputs, deep = rows <= kOnce ? inputs : kDeep;
+  for (int64_t i = 0; i < inputs; i += deep)
+    stream(x + i, inputs, w + i * kLanes, panel, std::min(deep, inputs - i), y, stride, rows, panels,
+           i + deep < inputs ? w + (i + deep) * kLanes : nullptr);
+}
+
+// y += x w' for many rows: the weight is widened and its panels put together, a piece at a time that stays in a cache.
+template <class W>
+void add_many(const float* x, const W* w, int64_t inputs, int64_t panels_of_w, float* y, int64_t stride, int64_t rows) {
+  const int64_t columns = panels_of_w * kLanes;
+  std::vector<float> wide(kDeep * columns);
+  for (int64_t i = 0; i < inputs; i += kDeep) {
+    const int64_t depth = std::min(kDeep, inputs - i);
+    panels(columns, [&](auto, auto vectors, int64_t v) {
+      constexpr int64_t V = decltype(vectors)::value;
+      for (int64_t p = 0; p < V; p++) {
+        const W* from = w + (v + p) * kLanes * inputs + i * kLanes;
+        float* to = wide.data() + (v * depth + p) * kLanes;
+        int64_t k = 0;
+        for (; k + kPaired<W> <= depth; k += kPaired<W>) {
+          store(to + k * V * kLanes, load_row<0>(from + k * kLanes));
+          if constexpr (kPaired<W> == 2) store(to + (k + 1) * V * kLanes, load_row<1>(from + k * kLanes));
+        }
+        if (k < depth) store(to + k * V * kLanes, load(from + k * kLanes));
+      }
+    });
+    multiply_matrix<false>(x + i, inputs, wide.data(), y, stride, rows, columns, depth);
+  }
+}
+
 template <class W>
 void linear_of(const Tensor& x, const Tensor& weight, const Tensor* bias, const Tensor& y) {
   const int64_t outputs = weight.size(0), inputs = weight.size(1), rows = y.numel() / std::max<int64_t>(outputs, 1);
@@ -353,12 +439,11 @@ void linear_of(const Tensor& x, const Tensor& weight, const Tensor* bias, const 
   const auto* b = bias ? static_cast<const W*>(bias->const_data_ptr()) : nullptr;
   const auto* from = static_cast<const float*>(x.const_data_ptr());
   auto* to = static_cast<float*>(y.mutable_data_ptr());
-  const int64_t panel = kLanes * inputs, panels = outputs / kLanes, rest = outputs % kLanes;
-  const int64_t deep = rows <= kOnce ? std::max<int64_t>(1, inputs) : kDeep, blocks = (rows + kTall - 1) / kTall;
+  const int64_t panel = kLanes * inputs, panels = outputs / kLanes, rest = outputs % kLanes, blocks = (rows + kTall - 1) / kTall;
   const int64_t grain = std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, panel * sizeof(W)));
+  // The last of panels + 1 is the one that holds fewer outputs, or none.
   torch::stable::parallel_for(0, blocks * (panels + 1), grain, [&](int64_t first, int64_t last) {
     for (int64_t some; first < last; first += some) {
-      // The last of panels + 1 is the one that holds fewer outputs, or none.
       const int64_t row = first / (panels + 1) * kTall, tall = std::min(kTall, rows - row), at = first % (panels + 1);
       const float* x = from + row * inputs;
       float* y = to + row * outputs + at * kLanes;
@@ -366,18 +451,17 @@ void linear_of(const Tensor& x, const Tensor& weight, const Tensor* bias, const 
       const int64_t columns = at == panels ? rest : some * kLanes;
       for (int64_t t = 0; t < tall; t++)
         for (int64_t o = 0; o < columns; o++) y[t * outputs + o] = b ? widen(b[at * kLanes + o]) : 0.0f;
-      if (at == panels) {
-        for (int64_t t = 0; t < tall; t++)
-          for (int64_t o = 0; o < rest; o++) {
-            float& sum = y[t * outputs + o];
-            for (int64_t i = 0; i < inputs; i++)
-              sum = std::fma(x[t * inputs + i], widen(w[at * panel + place<W>(i, o, inputs, rest)]), sum);
-          }
-      } else {
-        for (int64_t i = 0; i < inputs; i += deep)
-          multiply<false>(x + i, inputs, w + at * panel + i * kLanes, panel, std::min(deep, inputs - i), y, outputs, tall, some,
-                          rows <= kWaiting && i + deep < inputs ? w + at * panel + (i + deep) * kLanes : nullptr);
+      if (at < panels) {
+        rows <= kWaiting ? add_few(x, w + at * panel, inputs, some, y, outputs, tall)
+                         : add_many(x, w + at * panel, inputs, some, y, outputs, tall);
+        continue;
       }
+      for (int64_t t = 0; t < tall; t++)
+        for (int64_t o = 0; o < rest; o++) {
+          float& sum = y[t * outputs + o];
+          for (int64_t i = 0; i < inputs; i++)
+            sum = std::fma(x[t * inputs + i], widen(w[at * panel + place<W>(i, o, inputs, rest)]), sum);
+        }
     }
   });
 }
@@ -407,6 +491,8 @@ Tensor linear(Tensor given, Tensor weight, std::optional<Tensor> bias) {
 // Tokens that a thread takes at a time, and that are scored together.
 constexpr int64_t kSplit = 512;
 constexpr int kTokens = 16;
+// Floats that memory gives at a time.
+constexpr int kLine = 16;
 // Up to so many rows of a sequence read its pages each for itself.
 constexpr int64_t kFewRows = 4;
 // Query heads that are scored together at most, and tokens for so many: their sums fill the registers.
@@ -453,9 +539,14 @@ struct Partial {
   float* values;
 };
 
+// Calls for what lies `ahead` of the columns at `at`, a line a time.
+inline void call_for(const float* at, int64_t ahead, int64_t column) {
+  if (column % kLine == 0) __builtin_prefetch(at + ahead, 0, 3);
+}
+
 // The products of `tokens` keys, O at a time, with G queries over `width` columns, lane by lane: sums[token][query].
 template <int O, int G>
-inline void score(const float* k, int64_t stride, const float* q, int64_t q_stride, int64_t width, int tokens,
+inline void score(const float* k, int64_t stride, const float* q, int64_t q_stride, int64_t width, int tokens, int64_t ahead,
                   Vector (*sums)[G]) {
   int token = 0;
   const auto some = [&](auto count) {
@@ -464,7 +555,10 @@ inline void score(const float* k, int64_t stride, const float* q, int64_t q_stri
     for (int64_t i = 0; i < width; i += kLanes) {
       Vector key[kCount];
 #pragma GCC unroll 8
-      for (int o = 0; o < kCount; o++) key[o] = load(k + (token + o) * stride + i);
+      for (int o = 0; o < kCount; o++) {
+        key[o] = load(k + (token + o) * stride + i);
+        call_for(k + (token + o) * stride + i, ahead, i);
+      }
 #pragma GCC unroll 4
       for (int g = 0; g < G; g++) {
         const Vector query = load(q + g * q_stride + i);
@@ -482,7 +576,8 @@ inline void score(const float* k, int64_t stride, const float* q, int64_t q_stri
 
 // Adds to V vectors of columns of G rows the weighted values of `tokens` tokens.
 template <int G, int V>
-inline void add_values(const float (&weights)[G][kTokens], const float* v, int64_t stride, int tokens, float* to, int64_t width) {
+inline void add_values(const float (&weights)[G][kTokens], const float* v, int64_t stride, int tokens, int64_t ahead, float* to,
+                       int64_t width) {
   Vector sum[G][V];
   for (int g = 0; g < G; g++)
     for (int c = 0; c < V; c++) sum[g][c] = load(to + g * width + c * kLanes);
@@ -493,6 +588,7 @@ inline void add_values(const float (&weights)[G][kTokens], const float* v, int64
 #pragma GCC unroll 8
     for (int c = 0; c < V; c++) {
       const Vector value = load(v + i * stride + c * kLanes);
+      call_for(v + i * stride + c * kLanes, ahead, c * kLanes);
 #pragma GCC unroll 4
       for (int g = 0; g < G; g++) sum[g][c] = multiply_add(weight[g], value, sum[g][c]);
     }
@@ -501,14 +597,14 @@ inline void add_values(const float (&weights)[G][kTokens], const float* v, int64
     for (int c = 0; c < V; c++) store(to + g * width + c * kLanes, sum[g][c]);
 }
 
-// Adds `tokens` tokens, at most kTokens, whose keys and values lie at k and v.
+// Adds `tokens` tokens, at most kTokens, whose keys and values lie at k and v. What is wanted next lies `ahead` of them.
 template <int G>
-void attend_tokens(const float* q, const float* k, const float* v, int tokens, const Heads& heads, float scale,
+void attend_tokens(const float* q, const float* k, const float* v, int tokens, int64_t ahead, const Heads& heads, float scale,
                    Partial out) {
   const int64_t stride = heads.keys * heads.width, whole = heads.width / kLanes * kLanes;
   alignas(64) float weights[G][kTokens];
   Vector sums[kTokens][G];
-  score<kScored[G], G>(k, stride, q, heads.width, whole, tokens, sums);
+  score<kScored[G], G>(k, stride, q, heads.width, whole, tokens, ahead, sums);
   for (int g = 0; g < G; g++) {
     float largest = out.largest[g];
     for (int i = 0; i < kTokens; i++) {
@@ -538,8 +634,8 @@ void attend_tokens(const float* q, const float* k, const float* v, int tokens, c
   constexpr int kColumns = G == 1 ? 8 : G == 2 ? 4 : 2;
   int64_t h = 0;
   for (; h + kColumns * kLanes <= whole; h += kColumns * kLanes)
-    add_values<G, kColumns>(weights, v + h, stride, tokens, out.values + h, heads.width);
-  for (; h < whole; h += kLanes) add_values<G, 1>(weights, v + h, stride, tokens, out.values + h, heads.width);
+    add_values<G, kColumns>(weights, v + h, stride, tokens, ahead, out.values + h, heads.width);
+  for (; h < whole; h += kLanes) add_values<G, 1>(weights, v + h, stride, tokens, ahead, out.values + h, heads.width);
   for (; h < heads.width; h++)
     for (int g = 0; g < G; g++)
       for (int i = 0; i < tokens; i++)
@@ -548,11 +644,11 @@ void attend_tokens(const float* q, const float* k, const float* v, int tokens, c
 }
 
 // The same for any number of query heads to a key head, at most kHeads at a time.
-void attend_group(const float* q, const float* k, const float* v, int tokens, const Heads& heads, float scale,
+void attend_group(const float* q, const float* k, const float* v, int tokens, int64_t ahead, const Heads& heads, float scale,
                   Partial out) {
   for (int64_t g = 0; g < heads.group(); g += kHeads) {
     const auto call = [&](auto some) {
-      attend_tokens<decltype(some)::value>(q + g * heads.width, k, v, tokens, heads, scale,
+      attend_tokens<decltype(some)::value>(q + g * heads.width, k, v, tokens, ahead, heads, scale,
                                            {out.largest + g, out.sum + g, out.values + g * heads.width});
     };
     switch (std::min<int64_t>(kHeads, heads.group() - g)) {
@@ -627,7 +723,9 @@ Tensor attend(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages, con
           const int64_t at = (piece.page * page + i) * token;
           for (int64_t head = 0; head < heads.keys; head++) {
             const int64_t h = head * heads.width, g = head * heads.group();
-            attend_group(row + g * heads.width, keys + at + h, values + at + h, some, heads, static_cast<float>(scale),
+            // The next head's, or the next tokens' of the first one.
+            const int64_t ahead = head + 1 < heads.keys ? heads.width : kTokens * token - h;
+            attend_group(row + g * heads.width, keys + at + h, values + at + h, some, ahead, heads, static_cast<float>(scale),
                          {out.largest + g, out.sum + g, out.values + g * heads.width});
           }
         }
@@ -695,19 +793,23 @@ struct Blocks {
         const auto from_token = [&](const std::vector<const float*>& tokens, int64_t i) {
           return tokens[std::min(start + i, last)] + head * width;
         };
-        for (int64_t i = 0; i < kKeys; i++) {
-          const float* k = from_token(tokens.keys, i);
-          float* to = key + i / kLanes * kLanes * width + i % kLanes;
-          for (int64_t h = 0; h < width; h++) to[h * kLanes] = k[h];
-        }
-        for (int64_t h = 0; h < wide; h += kLanes) {
-          const int64_t some = std::min<int64_t>(kLanes, width - h);
-          for (int64_t i = 0; i < kKeys; i++) {
-            float* to = value + h * kKeys + i * kLanes;
-            std::memcpy(to, from_token(tokens.values, i) + h, some * sizeof(float));
-            std::fill(to + some, to + kLanes, 0.0f);
+        panels(kKeys, [&](auto, auto vectors, int64_t v) {
+          constexpr int64_t kColumns = decltype(vectors)::value * kLanes;
+          float* to = key + v * kLanes * width;
+          for (int64_t i = 0; i < kColumns; i++) {
+            const float* k = from_token(tokens.keys, v * kLanes + i);
+            for (int64_t h = 0; h < width; h++) to[h * kColumns + i] = k[h];
           }
-        }
+        });
+        panels(wide, [&](auto, auto vectors, int64_t v) {
+          constexpr int64_t kColumns = decltype(vectors)::value * kLanes;
+          float* to = value + v * kLanes * kKeys;
+          const int64_t some = std::min(kColumns, width - v * kLanes);
+          for (int64_t i = 0; i < kKeys; i++, to += kColumns) {
+            std::memcpy(to, from_token(tokens.values, i) + v * kLanes, some * sizeof(float));
+            std::fill(to + some, to + kColumns, 0.0f);
+          }
+        });
       }
     });
   }
@@ -763,7 +865,7 @@ void attend_rows(const float* q, float* out, int64_t rows, const Heads& heads, c
       for (int64_t block = first / kKeys; block * kKeys < std::min(last, count); block++) {
         const int64_t start = block * kKeys, held = std::min(kKeys, count - start);
         const int64_t at = (head * blocks.count + block) * kKeys;
-        multiply<true>(query.data(), H, blocks.keys.get() + at * H, kLanes * H, H, weight.data(), kKeys, some, kKeys / kLanes);
+        multiply_matrix<true>(query.data(), H, blocks.keys.get() + at * H, weight.data(), kKeys, some, kKeys, H);
         for (int64_t r = 0; r < some; r++) {
           const Seen& sees = seen[(row + r) / G];
           const int64_t begin = std::max<int64_t>(0, sees.first - start), end = std::min(held, sees.last - start);
@@ -781,8 +883,8 @@ void attend_rows(const float* q, float* out, int64_t rows, const Heads& heads, c
           }
           sum[r] += part;
         }
-        multiply<false>(weight.data(), kKeys, blocks.values.get() + at * wide, kLanes * kKeys, kKeys, sum_of_values.data(), wide,
-                        some, wide / kLanes);
+        multiply_matrix<false>(weight.data(), kKeys, blocks.values.get() + at * wide, sum_of_values.data(), wide, some, wide,
+                               kKeys);
       }
       for (int64_t r = 0; r < some; r++) {
         float* result = out + ((row + r) / G * heads.queries + head * G + (row + r) % G) * H;
