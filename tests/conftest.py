@@ -9,6 +9,8 @@ from pathlib import Path
 
 # Where torch_npu is installed, torch would load it, which fails without CANN; tests/ascend loads it itself.
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+# Tests share the cores with each other; their runs of run.py would wait for threads that have none.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
