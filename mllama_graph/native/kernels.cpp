@@ -13,7 +13,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -104,14 +103,6 @@ inline Vector load(const Float16* from) {
   for (int lane = 0; lane < kLanes; lane++) x[lane] = widen(from[lane]);
   return x;
 #endif
-}
-
-// The first `count` elements, and zeros.
-template <class Element>
-inline Vector load(const Element* from, int64_t count) {
-  Element part[kLanes] = {};
-  std::memcpy(part, from, count * sizeof(Element));
-  return load(part);
 }
 
 // x in every lane.
@@ -214,7 +205,7 @@ constexpr int kPaced = 4;
 // `next`, if anything, is called for on the way, `pace` elements of each panel at a time.
 template <int R, int V, class W>
 inline void stream_tile(const float* a, int64_t a_stride, const W* b, int64_t panel, int64_t depth, float* c,
-                          int64_t c_stride, const W* next, int64_t pace) {
+                        int64_t c_stride, const W* next, int64_t pace) {
   Vector sum[R][V], column[V];
   for (int r = 0; r < R; r++)
     for (int v = 0; v < V; v++) sum[r][v] = load(c + r * c_stride + v * kLanes);
@@ -251,7 +242,7 @@ inline void stream_tile(const float* a, int64_t a_stride, const W* b, int64_t pa
 // The same for any number of rows, R at a time, and of panels, V at a time.
 template <int R, int V, class W>
 inline void stream_tiles(const float* a, int64_t a_stride, const W* b, int64_t panel, int64_t depth, float* c,
-                           int64_t c_stride, int64_t rows, int64_t panels, const W* next) {
+                         int64_t c_stride, int64_t rows, int64_t panels, const W* next) {
   const int64_t pace = kPaced * kLanes * R / std::max<int64_t>(rows, R);
   for (int64_t v = 0; v + V <= panels; v += V, b += V * panel, c += V * kLanes) {
     const auto tile = [&](auto some, int64_t r) {
@@ -271,7 +262,7 @@ inline void stream_tiles(const float* a, int64_t a_stride, const W* b, int64_t p
 // The same, with tiles whose sums fill the registers. Each element is summed in the order of depth, whatever the tile.
 template <class W>
 void stream(const float* a, int64_t a_stride, const W* b, int64_t panel, int64_t depth, float* c, int64_t c_stride,
-              int64_t rows, int64_t panels, const W* next) {
+            int64_t rows, int64_t panels, const W* next) {
   const auto tiles = [&](auto r, auto v, int64_t some) {
     stream_tiles<decltype(r)::value, decltype(v)::value>(a, a_stride, b, panel, depth, c, c_stride, rows, some, next);
     b += some * panel, c += some * kLanes, panels -= some;
@@ -303,8 +294,7 @@ void stream(const float* a, int64_t a_stride, const W* b, int64_t panel, int64_t
 //
 // They wait for nothing but themselves where the second factor stays in a cache, in panels of up to 3 vectors.
 
-// Calls f(rows, vectors, first vector) for each, `rows` being as many
-// as leave the registers enough for the sums.
+// Calls f(rows, vectors, first vector) for each panel, `rows` being as many as leave the registers enough for the sums.
 template <class F>
 inline void panels(int64_t columns, const F& f) {
   for (int64_t left = columns / kLanes, v = 0; left > 0;) {
@@ -328,13 +318,8 @@ inline void multiply_tile(const float* a, int64_t a_stride, const float* b, int6
   for (int64_t i = 0; i < depth; i++) {
     Vector column[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; v++) keep(column[v] = load(b + (i * V + v) * kLanes));
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) {
-      const Vector one = splat(a[r * a_stride + i]);
-#pragma GCC unroll 4
-      for (int v = 0; v < V; v++) sum[r][v] = multiply_add(one, column[v], sum[r][v]);
-    }
+    for (int v = 0; v < V; v++) column[v] = load(b + (i * V + v) * kLanes);
+    add_products(sum, a + i, a_stride, column);
   }
   for (int r = 0; r < R; r++)
     for (int v = 0; v < V; v++) store(c + r * c_stride + v * kLanes, sum[r][v]);
@@ -432,6 +417,15 @@ void add_many(const float* x, const W* w, int64_t inputs, int64_t panels_of_w, f
   }
 }
 
+// y += x w' for the last panel, which holds `rest` outputs, fewer than a vector has.
+template <class W>
+void add_rest(const float* x, const W* w, int64_t inputs, int64_t rest, float* y, int64_t stride, int64_t rows) {
+  for (int64_t t = 0; t < rows; t++)
+    for (int64_t o = 0; o < rest; o++)
+      for (int64_t i = 0; i < inputs; i++)
+        y[t * stride + o] = std::fma(x[t * inputs + i], widen(w[place<W>(i, o, inputs, rest)]), y[t * stride + o]);
+}
+
 template <class W>
 void linear_of(const Tensor& x, const Tensor& weight, const Tensor* bias, const Tensor& y) {
   const int64_t outputs = weight.size(0), inputs = weight.size(1), rows = y.numel() / std::max<int64_t>(outputs, 1);
@@ -449,19 +443,12 @@ void linear_of(const Tensor& x, const Tensor& weight, const Tensor* bias, const 
       float* y = to + row * outputs + at * kLanes;
       some = at == panels ? 1 : std::min({last - first, panels - at, rows <= kWaiting ? kStreams : kWide});
       const int64_t columns = at == panels ? rest : some * kLanes;
-      for (int64_t t = 0; t < tall; t++)
-        for (int64_t o = 0; o < columns; o++) y[t * outputs + o] = b ? widen(b[at * kLanes + o]) : 0.0f;
-      if (at < panels) {
-        rows <= kWaiting ? add_few(x, w + at * panel, inputs, some, y, outputs, tall)
-                         : add_many(x, w + at * panel, inputs, some, y, outputs, tall);
-        continue;
-      }
-      for (int64_t t = 0; t < tall; t++)
-        for (int64_t o = 0; o < rest; o++) {
-          float& sum = y[t * outputs + o];
-          for (int64_t i = 0; i < inputs; i++)
-            sum = std::fma(x[t * inputs + i], widen(w[at * panel + place<W>(i, o, inputs, rest)]), sum);
-        }
+      for (int64_t t = 0; t < tall; t++) std::fill_n(y + t * outputs, columns, 0.0f);
+      if (at == panels) add_rest(x, w + at * panel, inputs, rest, y, outputs, tall);
+      else if (rows <= kWaiting) add_few(x, w + at * panel, inputs, some, y, outputs, tall);
+      else add_many(x, w + at * panel, inputs, some, y, outputs, tall);
+      for (int64_t t = 0; b && t < tall; t++)
+        for (int64_t o = 0; o < columns; o++) y[t * outputs + o] += widen(b[at * kLanes + o]);
     }
   });
 }

@@ -182,7 +182,8 @@ def test_every_step_equals_plain_in_fp32(name, played):
         assert_close(got, want, **CLOSE)
 
 
-@pytest.mark.parametrize("name,dtype", [("base", torch.float16), ("base", torch.bfloat16), ("adjacent", torch.bfloat16)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("name", ["base", "adjacent"])
 def test_in_16_bits_the_steps_are_no_further_from_fp32_than_plain_is(name, dtype, model, played):
     _, logits, _, wanted = played(name, dtype)
     sixteen = play(Eager(model(name), dtype, dtype), Conversation(model(name).shape))
