@@ -11,6 +11,9 @@ from pathlib import Path
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 # Tests share the cores with each other; their runs of run.py would wait for threads that have none.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A third of the seconds of a small graph: probing AVX, and optimising the code that calls its kernels.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+os.environ.setdefault("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")
 
 import pytest
 import torch
