@@ -351,8 +351,10 @@ def test_every_experiment_composes(name):
 
 
 def test_a_cold_start_compiles_and_a_warm_one_finds(checkpoint, tmp_path):
+    # One token: the graph of the prompt alone. Without kernels, which a graph store of its own would compile too.
+    plan = GRAPH_PLAN | {"max_output_length": 1, "kernels": "plain"}
     done = run(tmp_path / "out", "-m", "experiment=cold_vs_warm", f"weights={checkpoint(GRAPH_SPEC)}", "prompt=one",
-               *(part for part in arguments(GRAPH_PLAN) if "compile" not in part))
+               *arguments(plan))
     assert done.code == 0, done.err
     with (done.folder / "summary.csv").open() as file:
         cold, warm = csv.DictReader(file)
@@ -418,7 +420,7 @@ ANY = st.text(alphabet=st.characters(codec="utf-8", exclude_characters="\0"), ma
 @example(text="null", key="prompt")
 @example(text="", key="prompt")
 @example(text="1,2", key="image")
-@settings(max_examples=60)
+@settings(max_examples=25)
 def test_a_literal_value_arrives_unchanged(text, key, composed):
     assert attrgetter(key)(composed(f"{key}={text}")) == text
 

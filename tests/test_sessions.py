@@ -1,4 +1,4 @@
-"""Sessions of measurements: what is written of them, compared, and modelled beside them."""
+"""Sessions of measurements: the columns that are promised, what is written of them, compared, and modelled beside them."""
 
 import csv
 import json
@@ -15,21 +15,41 @@ from mllama_graph.roofline import floor_of, work
 from mllama_graph.tasks.compare import verdict
 
 
+SEED = ["batch", "input_len", "output_len", "embedding_len", "first_token_time(ms)", "non_first_token_time(ms)",
+        "ResponseTime(ms)", "E2E Throughput Average(Tokens/s)"]
+
+
 @pytest.fixture(scope="module")
 def session(tmp_path_factory):
     """The folder of a small session."""
     folder = tmp_path_factory.mktemp("session") / "out"
-    done = run(
-        folder,
-        "task=bench",
-        "batch_sizes=[1,2]",
-        "lengths=[5]",
-        "task.new_tokens=4",
-        "task.repetitions=2",
-        "backend=eager",
-    )
+    done = run(folder, "task=bench", "batch_sizes=[1,2]", "lengths=[5,40]", "task.new_tokens=4", "task.repetitions=2",
+               "backend=eager")
     assert done.code == 0, done.err
     return folder
+
+
+def test_each_case_has_a_line_with_the_columns_of_the_seed_system_first(session):
+    with (session / "bench.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert list(lines[0])[:8] == SEED
+    assert [(line["batch"], line["input_len"]) for line in lines] == [("1", "5"), ("1", "40"), ("2", "5"), ("2", "40")]
+    for line in lines:
+        figures = {name: float(value) for name, value in line.items() if name != "engine"}
+        # The tiny model's picture: 2 tiles of 74 tokens, the class token with them.
+        assert figures["output_len"] == 4 and figures["embedding_len"] == 148
+        assert figures["decode_ms_least"] <= figures["non_first_token_time(ms)"] <= figures["decode_ms_most"]
+        assert figures["first_token_time(ms)"] >= figures["vision_ms"] + figures["prefill_ms"] > 0
+        # Without a vision pass: the image is known.
+        assert 0 < figures["first_token_again_ms"]
+        assert figures["decode_of_floor"] > 0 and figures["read_gb_per_s"] > 0
+    assert float(lines[3]["self_kv_bytes"]) > float(lines[1]["self_kv_bytes"])
+
+
+def test_an_unknown_peer_and_no_batch_are_refused(tmp_path):
+    for given, said in (("peers=[vllm]", "peers=vllm is not one of transformers"), ("batch_sizes=[0]", "batch_sizes=0")):
+        done = run(tmp_path / "out", "task=bench", given)
+        assert done.code == 2 and said in done.err, done.err
 
 
 def test_a_session_says_where_it_comes_from_and_draws_what_it_measured(session):
@@ -76,8 +96,8 @@ def test_what_got_slower_is_told_and_noise_is_not(session, tmp_path):
     done = compare(tmp_path, session, altered(session, tmp_path, slower))
     assert done.code == 0, done.err
     changes = done.result()["metrics"]["changes"]
-    told = {(change["batch"], change["figure"]): change["verdict"] for change in changes}
-    assert told.pop(("1", "a decode step")) == "slower"
+    told = {(change["batch"], change["input_len"], change["figure"]): change["verdict"] for change in changes}
+    assert told.pop(("1", "5", "a decode step")) == "slower"
     assert set(told.values()) == {"within the noise"}
     assert "1 slower" in done.out and "| slower |" in (tmp_path / "compared" / "summary.md").read_text()
 
@@ -125,7 +145,7 @@ def test_the_roofline_of_a_model_needs_no_weights_and_says_the_distance(session,
     assert done.code == 0, done.err
     tables = done.result()["metrics"]["tables"]
     measured = tables["Measured, beside the floors of cpu"]
-    assert [row["batch"] for row in measured] == [1, 2]
+    assert [row["batch"] for row in measured] == [1, 1, 2, 2]
     assert all(0 < float(row["of floor"].removesuffix(" %")) for row in measured)
     for name in ("latency_by_batch", "tokens_by_batch", "bytes_split", "roofline"):
         assert (tmp_path / "out" / f"{name}.png").is_file()

@@ -1,16 +1,15 @@
-"""The stub libraries: built from the installed wheel, once, and enough to run what tests/ascend/simulated holds."""
+"""The stub libraries: built from the installed wheel, once, and enough to import torch_npu and move memory."""
 
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from mllama_graph.ascend import stubs
 from mllama_graph.native import BuildError
 
-HERE = Path(__file__).parent
+pytestmark = pytest.mark.usefixtures("without_stubs")
 needs_torch_npu = pytest.mark.skipif(not stubs.installed(), reason=(
     "torch_npu is not installed. In an environment of its own: pip install -e '.[npu,test]'"))
 
@@ -19,13 +18,6 @@ needs_torch_npu = pytest.mark.skipif(not stubs.installed(), reason=(
 def folder(shared):
     """Where the stubs of this session are built."""
     return shared / "stubs"
-
-
-def simulated(folder, *arguments):
-    """Python with an NPU simulated."""
-    environment = stubs.environment(folder) | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, env=environment,
-                          cwd=HERE.parents[1])
 
 
 @needs_torch_npu
@@ -69,13 +61,5 @@ try:
 except RuntimeError as error:
     print("raised", "500001" in str(error))
 """
-    done = simulated(folder, "-c", code)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=stubs.environment(folder))
     assert done.stdout.splitlines()[-1:] == ["raised True"], done.stdout + done.stderr
-
-
-@needs_torch_npu
-@pytest.mark.parametrize("file", sorted(path.name for path in (HERE / "simulated").glob("test_*.py")))
-def test_simulated(file, folder):
-    """A file of tests/ascend/simulated. `python -m mllama_graph.ascend -m pytest tests/ascend/simulated` shows more."""
-    done = simulated(folder, "-m", "pytest", "-q", HERE / "simulated" / file)
-    assert done.returncode == 0, done.stdout + done.stderr

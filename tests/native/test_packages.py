@@ -55,10 +55,7 @@ def compile_all(rank, world, folder):
     torch._C._distributed_c10d._register_process_group(GROUP, stand_in)
     native.load("collectives", folder)
     native.declare(2)
-    settings = {"aot_inductor.package_constants_in_so": False, "always_keep_tensor_constants": True, "cpp.threads": 1,
-                # Sooner built: no headers ahead, no trial of the vector instructions, no optimisation.
-                "aot_inductor.precompile_headers": False, "cpp.vec_isa_ok": True,
-                "aot_inductor.compile_wrapper_opt_level": "O0"}
+    settings = {"aot_inductor.package_constants_in_so": False, "always_keep_tensor_constants": True, "cpp.threads": 1}
     paths = {}
     for name, module in {"shared": SharedMemory(weight(0)), "gloo": Gloo(weight(0))}.items():
         program = torch.export.export(module, (torch.ones(3, WIDTH),), strict=False)
