@@ -2,6 +2,8 @@
 
 import csv
 import re
+import shlex
+import tomllib
 from collections import Counter
 from pathlib import Path
 
@@ -55,6 +57,12 @@ def test_links_lead_somewhere(name):
     }
     for target in re.findall(r"\]\(([^)]+)\)", text):
         assert target.removeprefix("#") in anchors if target.startswith("#") else (ROOT / target).exists(), target
+
+
+def test_torch_npu_is_installed_as_the_package_asks_for_it():
+    asked = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["npu"]
+    [line] = [line for line in commands("".join(ENGLISH)) if "--target" in line]
+    assert [part for part in shlex.split(line) if re.match("torch_npu|protobuf", part)] == asked
 
 
 def test_figures_of_speed_are_those_of_the_committed_sessions():

@@ -143,8 +143,7 @@ def test_a_graph_that_breaks_a_rule_ends_verify_with_code_1_and_the_line_of_the_
     right = "actual_seq_lengths_kv=len_B.long(), captured=False)"
     assert source.read_text().count(right) == 1
     source.write_text(source.read_text().replace(right, "actual_seq_lengths_kv=[5] * B, captured=True)"))
-    # No images, and a prompt of one chunk: few graphs.
-    command = [sys.executable, str(broken / "run.py"), *SMALL, "max_images=0", f"weights={checkpoint('no_template')}",
+    command = [sys.executable, str(broken / "run.py"), *SMALL, f"weights={checkpoint('no_template')}",
                f"hydra.run.dir={tmp_path / 'out'}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and "Traceback" not in done.stderr

@@ -10,8 +10,7 @@ from mllama_graph.ascend import stubs
 from mllama_graph.native import BuildError
 
 pytestmark = pytest.mark.usefixtures("without_stubs")
-needs_torch_npu = pytest.mark.skipif(not stubs.installed(), reason=(
-    "torch_npu is not installed. In an environment of its own: pip install -e '.[npu,test]'"))
+needs_torch_npu = pytest.mark.skipif(not stubs.installed(), reason="torch_npu is not installed: README.md, Test, says how")
 
 
 @pytest.fixture(scope="module")

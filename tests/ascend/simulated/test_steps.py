@@ -152,8 +152,8 @@ def play(run, talk):
     """Logits of every step of the conversation; its second sequence is of text alone, or sees the image too."""
     run("vision", talk.vision())
     logits = [run("prefill", talk.prompt(0, 0, FIRST, True))]
-    logits.append(run("prefill", talk.prompt(0, FIRST, SECOND, True)))
     logits.append(run("prefill", talk.prompt(1, 0, SECOND, not talk.text_alone)))
+    logits.append(run("prefill", talk.prompt(0, FIRST, SECOND, True)))
     logits.append(run("prefill", talk.prompt(1, SECOND, FIRST, not talk.text_alone)))
     for step in range(1, 4):
         logits.append(run("decode", talk.tokens([FIRST + SECOND + step] * 2, True)))
