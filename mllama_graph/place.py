@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Optional
 
@@ -30,14 +31,15 @@ CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else
 def deaf_children() -> Iterator[None]:
     """Processes started inside don't hear Ctrl-C, which reaches the whole group: their parent decides what it means.
 
-    One that comes meanwhile is kept: a signal that is blocked is not thrown away, though it be ignored (signal(7)).
+    They inherit that it is blocked. Were it ignored, one that comes meanwhile would be lost where this process has other
+    threads: any of them takes it, and throws it away. Blocked in one thread, it is another's to hear or waits (signal(7)).
     """
+    # Started by the first process of multiprocessing otherwise, which unblocks what it has blocked.
+    resource_tracker.ensure_running()
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 

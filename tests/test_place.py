@@ -1,12 +1,18 @@
 """Places, devices, ports and threads of ranks, from environment variables alone."""
 
+import os
+import signal
 import socket
+import subprocess
+import sys
+import threading
+import time
 
 import pytest
 
 from mllama_graph import place
 from mllama_graph.config import UserError
-from mllama_graph.place import MASTER_PORT, PORTS, Place, bind_master_port, check_devices, place_from, visible_devices
+from mllama_graph.place import MASTER_PORT, PORTS, Place, bind_master_port, check_devices, deaf_children, place_from, visible_devices
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
 
@@ -80,3 +86,20 @@ def test_a_taken_master_port_gives_way_to_a_free_one_and_says_so():
 def test_a_master_port_that_is_none_is_refused(port):
     with pytest.raises(UserError, match=f"MASTER_PORT={port} must be a port number"):
         bind_master_port({"MASTER_PORT": port})
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+def test_an_interrupt_while_a_deaf_child_starts_is_not_lost(threads):
+    done, blocked = threading.Event(), "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+    for _ in range(threads):
+        threading.Thread(target=done.wait).start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            with deaf_children():
+                child = subprocess.Popen([sys.executable, "-c", blocked], stdout=subprocess.PIPE, text=True)
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.1)
+            time.sleep(1)
+    finally:
+        done.set()
+    assert child.communicate()[0] == "True\n"

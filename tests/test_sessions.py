@@ -96,7 +96,7 @@ def test_what_got_slower_is_told_and_noise_is_not(session, tmp_path):
     done = compare(tmp_path, session, altered(session, tmp_path, slower))
     assert done.code == 0, done.err
     changes = done.result()["metrics"]["changes"]
-    told = {(change["batch"], change["input_len"], change["figure"]): change["verdict"] for change in changes}
+    told = {(change["batch"], change["ids"], change["figure"]): change["verdict"] for change in changes}
     assert told.pop(("1", "5", "a decode step")) == "slower"
     assert set(told.values()) == {"within the noise"}
     assert "1 slower" in done.out and "| slower |" in (tmp_path / "compared" / "summary.md").read_text()
