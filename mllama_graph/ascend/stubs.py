@@ -70,8 +70,7 @@ def build(folder: Path) -> Path:
     """
     from filelock import FileLock
 
-    found = importlib.util.find_spec("torch_npu")
-    if found is None:
+    if not installed():
         raise BuildError("torch_npu is not installed. Install it with: pip install 'mllama_graph[npu]'")
     for tool in ("nm", "readelf"):
         if shutil.which(tool) is None:
@@ -83,7 +82,7 @@ def build(folder: Path) -> Path:
     home.mkdir(parents=True, exist_ok=True)
     with FileLock(home / ".lock"):
         if not (home / LIBRARY).is_file():
-            _build(home, Path(found.origin).parent, compiler)
+            _build(home, compiler)
     return home
 
 
@@ -94,10 +93,11 @@ def _key(compiler: list[str]) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 
-def _build(home: Path, package: Path, compiler: list[str]) -> None:
+def _build(home: Path, compiler: list[str]) -> None:
     """The library and its names; the library itself comes last, under its name by a rename."""
-    users = [path for path in package.rglob("*.so*") if path.name != LEFT_OUT]
-    present = _present(package.parent / "torch" / "lib", users, compiler)
+    torch, torch_npu = (Path(importlib.util.find_spec(name).origin).parent for name in ("torch", "torch_npu"))
+    users = [path for path in torch_npu.rglob("*.so*") if path.name != LEFT_OUT]
+    present = _present(torch / "lib", users, compiler)
     with tempfile.TemporaryDirectory(prefix=ASIDE, dir=home) as aside:
         special, noops, library = (Path(aside) / name for name in ("special.o", "noops.c", LIBRARY))
         run_compiler([*compiler, *FLAGS[:-1], "-c", str(SOURCE), "-o", str(special)], WHAT)
