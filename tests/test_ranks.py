@@ -65,7 +65,7 @@ def test_sampled_text_is_that_of_one_rank(checkpoint, requests, tmp_path):
 
 
 def test_compiled_graphs_are_shared_by_the_ranks_and_found_again(checkpoint, requests, file, empty_store, tmp_path):
-    name, plan = "half", arguments(GRAPH_PLAN | {"pages": [25], "max_input_length": 300, "max_output_length": 100})
+    name, plan = "cross_first", arguments(GRAPH_PLAN | {"pages": [25], "max_input_length": 300, "max_output_length": 100})
     lines = [line for line in few(requests, name) if line["id"] in ("chain_of_three_48", "same_image_twice_49")]
     path = tmp_path / "requests.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))

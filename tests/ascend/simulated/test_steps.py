@@ -5,10 +5,7 @@ beside a sequence of text. Pages carry over from step to step, so that what a st
 """
 
 import copy
-import subprocess
-import sys
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -38,14 +35,14 @@ def int32(values):
     return torch.tensor(values, dtype=torch.int32)
 
 
-def pools(shape, dtype, padded, world=1):
-    """A rank's pages of all layers, and image pages for two sequences with one image each."""
+def pools(shape, dtype, padded):
+    """Pages of all layers, and image pages for two sequences with one image each."""
     text = shape.text
     width = padded_head(text.head_width) if padded else text.head_width
     per_image = pages_for(shape.vision.max_tiles * shape.vision.tokens, P)
 
     def pool(count, layers):
-        size = (count, P, text.kv_heads // world, width)
+        size = (count, P, text.kv_heads, width)
         return tuple(tuple(torch.zeros(size, dtype=dtype) for _ in "kv") for _ in range(layers))
 
     return pool(NUM_PAGES, len(text.self_layers)), pool(1 + 2 * per_image, len(text.cross_layers))
@@ -85,16 +82,16 @@ class Eager:
 class Compiled(Eager):
     """The steps by npu.py, through torchair: one graph for each combination of phase and shapes."""
 
-    def __init__(self, model, dtype, ops=NPU, world=1):
-        self.shape, self.dtype, self.ops = model.shape, dtype, ops
+    def __init__(self, model, dtype):
+        self.shape, self.dtype = model.shape, dtype
         self.weights = rounded(model.weights, dtype).to("npu")
-        self.pages, self.image_pages = to_npu(pools(model.shape, dtype, True, world))
+        self.pages, self.image_pages = to_npu(pools(model.shape, dtype, padded=True))
         self.lowered = {}
 
     def __call__(self, phase, given):
         key = (phase, *(None if x is None else x.shape for x in given[:-1]), getattr(given, "image", None) is None)
         if key not in self.lowered:
-            step = Step(phase, self.weights, self.shape, self.ops)
+            step = Step(phase, self.weights, self.shape, NPU)
             self.lowered[key] = lower(step.forward, wide=self.dtype == torch.float32)
         return self.lowered[key](to_npu(given), () if phase == "vision" else self.pages, self._image_pages(given))
 
@@ -226,29 +223,6 @@ def test_a_decode_graph_gives_logits_alone(played):
     for (phase, *_), lowered in played("base", torch.bfloat16)[0].lowered.items():
         if phase == "decode":
             assert len(lowered.graphs[0].interpreter.outputs) == 1
-
-
-def test_two_ranks_give_the_logits_of_one(model, checkpoint, tmp_path):
-    """Collectives go through gloo; a rank's logits are its part of the vocabulary."""
-    name = "cross_first"
-    script, folders = Path(__file__).parent / "rank.py", [str(checkpoint(name)), str(tmp_path)]
-    ranks = [subprocess.Popen([sys.executable, str(script), str(rank), "2", *folders], stderr=subprocess.PIPE,
-                              text=True) for rank in range(2)]
-    for rank in ranks:
-        said = rank.communicate()[1]
-        assert rank.returncode == 0, said
-    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    eager = Eager(model(name), torch.float32, torch.float32)
-    for index, want in enumerate(play(eager, Conversation(model(name).shape))):
-        got = torch.cat([part["logits"][index] for part in parts], dim=-1)[:, :want.shape[-1]]
-        assert_close(got, want, **CLOSE)
-    own = [torch.arange(6.0).view(2, 3).add(10 * rank).bfloat16() for rank in range(2)]
-    for part in parts:
-        assert torch.equal(part["gathered"], torch.stack(own)) and torch.equal(part["summed"], own[0] + own[1])
-        text = model(name).shape.text
-        for lean, found in part["operations"]:
-            # The embedding's, and after attention and MLP of every layer one.
-            assert found["HcomAllReduce"] == 1 + 2 * (len(text.self_layers) if lean else text.layers)
 
 
 def test_a_hundred_steps_of_growing_length_compile_once_and_stay_right(model):
