@@ -42,6 +42,13 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;
 #endif
 
+// Rows whose sums with 3, 2 and 1 vectors fill the registers, of which AVX-512 has twice as many.
+#if defined(__AVX512F__)
+constexpr int kRows[] = {0, 16, 12, 8};
+#else
+constexpr int kRows[] = {0, 8, 6, 4};
+#endif
+
 typedef float Vector __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Integers __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
@@ -190,7 +197,7 @@ template <int R, int V>
 [[gnu::always_inline]] inline void add_products(Vector (&sum)[R][V], const float* a, int64_t a_stride, Vector (&column)[V]) {
 #pragma GCC unroll 8
   for (int v = 0; v < V; v++) keep(column[v]);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int r = 0; r < R; r++) {
     const Vector one = splat(a[r * a_stride]);
 #pragma GCC unroll 8
@@ -302,9 +309,9 @@ inline void panels(int64_t columns, const F& f) {
       f(rows, vectors, v);
       v += vectors, left -= vectors;
     };
-    if (left == 1) panel(std::integral_constant<int, 8>{}, std::integral_constant<int, 1>{});
-    else if (left == 2 || left == 4) panel(std::integral_constant<int, 6>{}, std::integral_constant<int, 2>{});
-    else panel(std::integral_constant<int, 4>{}, std::integral_constant<int, 3>{});
+    if (left == 1) panel(std::integral_constant<int, kRows[1]>{}, std::integral_constant<int, 1>{});
+    else if (left == 2 || left == 4) panel(std::integral_constant<int, kRows[2]>{}, std::integral_constant<int, 2>{});
+    else panel(std::integral_constant<int, kRows[3]>{}, std::integral_constant<int, 3>{});
   }
 }
 
