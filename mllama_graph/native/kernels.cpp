@@ -350,7 +350,7 @@ void multiply_matrix(const float* a, int64_t a_stride, const float* b, float* c,
 
 // Up to so many rows, a panel is read once for all of them; up to so many, they wait for a weight, whose panels follow each other
 // kStreams at a time, what they need next being called for.
-constexpr int64_t kOnce = 5, kWaiting = 16, kStreams = 6;
+constexpr int64_t kOnce = 5, kWaiting = 48, kStreams = 6;
 // Columns of x that are worked through at a time otherwise: a panel of so many stays in the first-level cache. Rows of x, and
 // panels for so many: they stay in the second-level one.
 constexpr int64_t kDeep = 256, kTall = 96, kWide = 24;
