@@ -9,10 +9,15 @@ import logging
 import math
 import os
 import re
+import signal
 import sys
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
+
+# While modules are imported Ctrl-C ends the process without a word, rather than with the stack of an import.
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # Errors reach main() as exceptions, so that a person sees one line and run.log the stack.
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")
@@ -153,6 +158,12 @@ def explain(error: Exception) -> str:
     return f"{text.split(' full_key:')[0].split(' See https')[0]}. {cause}".rstrip(". ") + "."
 
 
+def hear_interrupts() -> None:
+    """From here on Ctrl-C raises KeyboardInterrupt."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def main() -> int:
     """The exit code: 0, or 2 for an error that the user can mend."""
     try:
@@ -162,6 +173,7 @@ def main() -> int:
         return 2
     if place and place.rank > 0:
         # torchrun starts every rank alike; rank 0 alone composes the run and writes its folder.
+        hear_interrupts()
         return join(place)
     for argument in sys.argv[1:]:
         if not argument.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in argument):
@@ -172,10 +184,12 @@ def main() -> int:
     given = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))
     sys.argv[1:] = [literal(argument) for argument in given]
     try:
+        hear_interrupts()
         job()
     except JobFailed as error:
         return error.args[0]
     except KeyboardInterrupt:
+        print("error: interrupted.", file=sys.stderr)
         return 130
     except (HydraException, OmegaConfBaseException) as error:
         print(f"error: {explain(error)}", file=sys.stderr)

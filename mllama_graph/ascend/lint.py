@@ -195,18 +195,24 @@ def places(graph: Graph, context: Context) -> Iterator[tuple[Any, str]]:
 
 
 def writes(graph: Graph, context: Context) -> Iterator[tuple[Any, str]]:
-    """What is overwritten is a graph input itself, and whoever else reads it reads what was written."""
+    """What is overwritten is a graph input itself, and whoever else reads it reads what was written; no pool is left out."""
+    text, vision = context.spec.shape.text, context.bucket.phase == "vision"
+    pool, layers = ("image_pages", text.cross_layers) if vision else ("pages", text.self_layers)
+    unwritten = dict.fromkeys(f"{pool}.{layer}.{part}" for layer in range(len(layers)) for part in range(2))
     for op in graph.ops.values():
         written = OPERATIONS[op.type].written if op.type in OPERATIONS else ()
         for name, value in graph.fed(op):
             if name not in written:
                 continue
+            behind = graph.through(value, MOVERS + VIEWS)
+            unwritten.pop(graph.role(behind), None)
             if graph.maker(value).type not in INPUTS:
-                behind = graph.through(value, MOVERS + VIEWS)
                 yield op, f"{name} is {_named(graph, value)}, a copy of {_named(graph, behind)}"
             for reader, _ in graph.takers[value]:
                 if reader.name != op.name:
                     yield reader, f"reads {_named(graph, value)}, which {op.name} writes, in no order"
+    for role in unwritten:
+        yield graph.ops["NetOutput"], f"{role} is never written"
 
 
 def numbers(graph: Graph, context: Context) -> Iterator[tuple[Any, str]]:

@@ -88,6 +88,13 @@ def test_a_write_to_a_copy_is_found(viewed):
                         + WRITE, message)
 
 
+@pytest.mark.parametrize("bucket, pool", [(DECODE, "pages"), (VISION, "image_pages")], ids=str)
+def test_pages_that_are_never_written_are_found(bucket, pool):
+    [message] = caught("writes", bucket, write_pages_=lambda *given: None)
+    layers = len(BASE.shape.text.cross_layers if bucket == VISION else BASE.shape.text.self_layers)
+    assert message.startswith(f"NetOutput NetOutput: {pool}.0.0 is never written (and {2 * layers - 1} more)")
+
+
 def test_a_read_of_pages_beside_their_write_is_found(decode):
     def change(ops):
         pages = ops["ScatterPaKvCache"].input[1]
