@@ -13,6 +13,12 @@ from engines import GRAPH_PLAN, arguments, serve, start
 from test_engine import LOGPROB, few
 
 
+def written(path: Path, lines: list[dict]) -> Path:
+    """A requests file of these lines."""
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
 @pytest.fixture(scope="module")
 def file(tmp_path_factory, requests):
     """file(spec, changes as JSON) -> a requests file: all requests, those of FEW where changes are given."""
@@ -20,9 +26,7 @@ def file(tmp_path_factory, requests):
     @cache
     def write(name: str, changes: str = "") -> Path:
         lines = [line | json.loads(changes) for line in few(requests, name)] if changes else requests(name)
-        path = tmp_path_factory.mktemp("requests") / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        return path
+        return written(tmp_path_factory.mktemp("requests") / f"{name}.jsonl", lines)
 
     return write
 
@@ -57,8 +61,7 @@ def test_sampled_text_is_that_of_one_rank(checkpoint, requests, tmp_path):
     changes = [{"temperature": 0.9, "top_p": 0.9, "seed": 7},
                {"temperature": 0.8, "top_k": 20, "seed": 8, "logprobs": 3}]
     lines = [line | change | {"id": f"{line['id']} {n}"} for line in few(requests, "half") for n, change in enumerate(changes)]
-    path = tmp_path / "requests.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path = written(tmp_path / "requests.jsonl", lines)
     one = serve(start(checkpoint("half"), batch=8), lines)
     done = run(tmp_path / "out", f"weights={checkpoint('half')}", f"requests={path}", "backend=eager", "batch=3", "tp=2")
     assert len(done["lines"]) == len(lines) and not wrong(done["lines"], one)
@@ -67,8 +70,7 @@ def test_sampled_text_is_that_of_one_rank(checkpoint, requests, tmp_path):
 def test_compiled_graphs_are_shared_by_the_ranks_and_found_again(checkpoint, requests, file, empty_store, tmp_path):
     name, plan = "cross_first", arguments(GRAPH_PLAN | {"pages": [25], "max_input_length": 300, "max_output_length": 100})
     lines = [line for line in few(requests, name) if line["id"] in ("chain_of_three_48", "same_image_twice_49")]
-    path = tmp_path / "requests.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path = written(tmp_path / "requests.jsonl", lines)
     plan = [part for part in plan if not part.startswith(("plan.images", "max_images"))] + ["plan.images=[4]", "max_images=4"]
     one = serve(start(checkpoint(name), batch=8), lines)
     given = [f"weights={checkpoint(name)}", f"requests={path}", "tp=2", f"graph_cache={empty_store}", *plan]

@@ -420,7 +420,7 @@ ANY = st.text(alphabet=st.characters(codec="utf-8", exclude_characters="\0"), ma
 @example(text="null", key="prompt")
 @example(text="", key="prompt")
 @example(text="1,2", key="image")
-@settings(max_examples=25)
+@settings(max_examples=60)
 def test_a_literal_value_arrives_unchanged(text, key, composed):
     assert attrgetter(key)(composed(f"{key}={text}")) == text
 
