@@ -112,6 +112,8 @@ class TaskChoice:
     images: int = 1
     new_tokens: int = 17
     repetitions: int = 3
+    # The Python that runs peers=mistralrs.
+    mistralrs: str = ".venv/mistralrs/bin/python"
     measured: Optional[str] = None
     # Of task=compare.
     across_hardware: bool = False

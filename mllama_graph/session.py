@@ -20,12 +20,12 @@ MANIFEST, BENCH = "manifest.json", "bench.csv"
 # The device of figures that no device gave.
 MODELLED = "modelled"
 # Of a configuration, what only says where this run found and left its files.
-PLACES = ("output_dir", "graph_cache", "weights", "requests", "image")
+PLACES = ("output_dir", "graph_cache", "weights", "requests", "image", "mistralrs", "folder", "measured")
 
 
 def write_manifest(folder: Path, run: Run, device: str) -> None:
     """manifest.json: hardware, versions, commit, command, configuration and date of what the folder holds."""
-    config = {name: value for name, value in asdict(run).items() if name not in PLACES}
+    config = _without_places(asdict(run))
     write_json(
         folder / MANIFEST,
         {
@@ -37,6 +37,11 @@ def write_manifest(folder: Path, run: Run, device: str) -> None:
             "config": config,
         },
     )
+
+
+def _without_places(config: dict[str, Any]) -> dict[str, Any]:
+    return {name: _without_places(value) if isinstance(value, dict) else value for name, value in config.items()
+            if name not in PLACES}
 
 
 def command(folder: Path) -> str:

@@ -77,7 +77,7 @@ class Timing:
 
 def main(run: Run) -> None:
     """Measure every case; writes the session (bench.csv, manifest.json, summary.md, plots) and prints its table."""
-    task, settings = run.task, settings_of(run.peers)
+    task, settings = run.task, settings_of(run)
     cases = cases_of(run)
     shape, checkpoint = model_of(run)
     processor, progress = processor_of(run, shape, checkpoint), Progress()
@@ -89,7 +89,7 @@ def main(run: Run) -> None:
         if settings and weights_of(run) in MADE_UP:
             progress.say("writing the random weights for the peers")
             write_random(shape, {"model_type": "mllama", **run.model.config}, run.seed, rank.precision.store, folder)
-        peers = [Peer(setting, folder, rank.device.type, rank.spec.threads, progress) for setting in settings]
+        peers = [Peer(setting, run, shape, folder, rank.device.type, rank.spec.threads, progress) for setting in settings]
         try:
             rows, found = [], []
             turns = Turns(progress, len(cases) * (task.repetitions + 1) * (1 + len(settings)))
@@ -159,8 +159,7 @@ def _measure(engine: Engine, case: Case, repetitions: int, peers: list[Peer], pr
         ceilings.append(limits.measure(engine.ranks.rank.device))
         for peer, timing in list(theirs.items()):
             turns.begin(f"{peer.setting.name}, batch {case.batch}, {case.length} ids")
-            told = peer.run([list(r.ids) for r in requests], [t.data for r in requests for t in r.images],
-                            requests[0].images[0].aspect if case.images else 0, case.new)
+            told = peer.run(requests, case.new)
             if told is None:
                 progress.say(f"{peer.setting.name} can't run this case: {peer.fault}")
                 theirs.pop(peer)

@@ -1,0 +1,58 @@
+"""A process that runs mistralrs: a case a line in, its times a line out.
+
+It runs in an environment that holds mistralrs and nothing of this project.
+"""
+
+import json
+import sys
+import threading
+import time
+from typing import Any
+
+from mistralrs import ChatCompletionRequest, ModelDType, MultimodalArchitecture, Runner, Which
+
+DTYPES = {"float32": ModelDType.F32}
+
+
+def main(setting: dict[str, Any], folder: str, device: str) -> None:
+    """Load the checkpoint of a folder and serve cases till there are no more. The device is what the wheel is built for."""
+    runner = Runner(which=Which.MultimodalPlain(model_id=folder, arch=MultimodalArchitecture.VLlama,
+                                                dtype=DTYPES[setting["dtype"]]))
+    for line in sys.stdin:
+        try:
+            told = generate(runner, json.loads(line))
+        except Exception as error:
+            told = {"fault": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+        print(json.dumps(told), flush=True)
+
+
+def generate(runner: Runner, case: dict[str, Any]) -> dict[str, Any]:
+    """A greedy generation of each prompt, together; the clock read as tokens come. An image's token is `<|image|>`."""
+    prompts, each = len(case["ids"]), len(case["images"]) // len(case["ids"])
+    times: list[list[float]] = [[] for _ in range(prompts)]
+
+    def ask(number: int) -> None:
+        images = case["images"][number * each:(number + 1) * each]
+        words = ["<|image|>"] * each + [f"t{id}" for id in case["ids"][number][each:]]
+        content: Any = [{"type": "image_url", "image_url": {"url": image}} for image in images]
+        content.append({"type": "text", "text": " ".join(words)})
+        request = ChatCompletionRequest(model="", messages=[{"role": "user", "content": content}], max_tokens=case["new"],
+                                        temperature=0.0, stream=True)
+        for _ in runner.send_chat_completion_request(request):
+            times[number].append(time.perf_counter())
+
+    start = time.perf_counter()
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(prompts)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if any(len(some) != case["new"] for some in times):
+        raise RuntimeError(f"{[len(some) for some in times]} tokens came instead of {case['new']}")
+    # As of a batch: a step's token is there when the last sequence has it.
+    steps = [max(some) for some in zip(*times)]
+    return {"first": steps[0] - start, "steps": [b - a for a, b in zip(steps, steps[1:])]}
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]), *sys.argv[2:])

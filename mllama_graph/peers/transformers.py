@@ -1,0 +1,67 @@
+"""A process that runs transformers in one setting: a case a line in, its times a line out."""
+
+import base64
+import json
+import os
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import CompileConfig, MllamaForConditionalGeneration
+
+
+def main(setting: dict[str, Any], folder: str, device: str) -> None:
+    """Load the checkpoint of a folder and serve cases till there are no more."""
+    # Whatever libraries print is no answer.
+    answers, sys.stdout = sys.stdout, sys.stderr
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    dtype = getattr(torch, setting["dtype"])
+    model = MllamaForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval().to(device)
+    for line in sys.stdin:
+        try:
+            told = generate(model, setting, json.loads(line))
+        except Exception as error:
+            told = {"fault": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+        print(json.dumps(told), file=answers, flush=True)
+
+
+def generate(model, setting: dict[str, Any], case: dict[str, Any]) -> dict[str, Any]:
+    """A greedy generation of the whole batch, the clock read at each step's logits."""
+    vision, ids = model.config.vision_config, torch.tensor(case["ids"])
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if case["images"]:
+        each = len(case["images"]) // len(ids)
+        data = np.stack([np.frombuffer(base64.b64decode(i["data"]), np.uint8).reshape(i["shape"]) for i in case["images"]])
+        pixels = torch.from_numpy(data).view(len(ids), each, *data.shape[1:]).to(model.dtype) / 127.5 - 1
+        tiles = (len(ids), each, vision.max_num_tiles)
+        aspects = torch.tensor([image["aspect"] for image in case["images"]])
+        inputs |= {"pixel_values": pixels, "aspect_ratio_ids": aspects.view(tiles[:2]),
+                   "aspect_ratio_mask": torch.ones(tiles, dtype=torch.long),
+                   "cross_attention_mask": torch.ones(len(ids), ids.shape[1], each, vision.max_num_tiles, dtype=torch.long)}
+    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    times: list[float] = []
+
+    def clock(_, scores):
+        if scores.is_cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter())
+        return scores
+
+    options: dict[str, Any] = {"cache_implementation": setting["cache"]} if setting["cache"] else {}
+    if setting["compiled"]:
+        options["compile_config"] = CompileConfig(fullgraph=False)
+        options["compile_config"]._compile_all_devices = True
+    elif setting["cache"]:
+        options["disable_compile"] = True
+    model.generation_config.eos_token_id = None
+    start = time.perf_counter()
+    with torch.inference_mode():
+        model.generate(**inputs, max_new_tokens=case["new"], do_sample=False, logits_processor=[clock], pad_token_id=0,
+                       **options)
+    return {"first": times[0] - start, "steps": [b - a for a, b in zip(times, times[1:])]}
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]), *sys.argv[2:])
