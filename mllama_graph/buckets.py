@@ -6,7 +6,6 @@ so that the same command finds the same graphs again whatever memory happens to 
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import product
 from typing import Optional, Sequence
 
@@ -20,10 +19,6 @@ LADDER = 4
 NPU_PAGE, MOST_NPU_PAGE = 128, 512
 SMALLEST_PREFILL = 32
 LARGEST_PREFILL = 2048
-# Where the kernels take lengths as data, buckets differ in rows and tokens alone, and their ladders are finer.
-FINE_LADDER = 2
-# On a CPU a chunk of fewer tokens costs as much: reading the weights takes as long as multiplying so many rows by them.
-CPU_FLAT_TOKENS = 16
 
 
 @dataclass(frozen=True, order=True)
@@ -87,8 +82,6 @@ class Plan:
     decode_batch: tuple[int, ...]
     pages: tuple[int, ...]
     images: tuple[int, ...]
-    # A chunk of up to so many tokens costs the same.
-    flat_tokens: int
     # Whether a step's cost follows its lengths, not its bucket's: then one bucket of pages serves any.
     lengths_are_free: bool
     pages_per_image: int
@@ -115,10 +108,8 @@ class Plan:
         return Bucket("vision", 1, 1, 0, self.pages_per_image)
 
     def chunk(self, left: int) -> int:
-        """How many of a prompt's `left` tokens to prefill next, so that its chunks cost least together."""
-        if left > self.prefill_tokens[-1]:
-            return self.prefill_tokens[-1]
-        return min(left, _cheapest_split(left, self.prefill_tokens, self.flat_tokens)[1])
+        """How many of a prompt's `left` tokens to prefill next."""
+        return min(left, self.prefill_tokens[-1])
 
     def _images(self, image_pages: int) -> int:
         return pick(image_pages, [n * self.pages_per_image for n in self.images]) if image_pages else 0
@@ -142,17 +133,6 @@ class Plan:
         return (f"prefill_tokens={join(self.prefill_tokens)} decode_batch={join(self.decode_batch)} "
                 f"pages={join(self.pages)} images={join(self.images)} page_size={self.page_size} "
                 f"num_pages={self.num_pages} num_image_pages={self.num_image_pages}")
-
-
-@lru_cache(maxsize=1 << 16)
-def _cheapest_split(left: int, sizes: tuple[int, ...], flat: int) -> tuple[int, int]:
-    """(cost in tokens of the cheapest chunks for `left` tokens, the first of them)."""
-    options = []
-    for size in reversed(sizes):
-        rest = _cheapest_split(left - size, sizes, flat)[0] if size < left else 0
-        options.append((max(size, flat) + rest, size))
-    # Of equal ones the first, the largest chunk.
-    return min(options, key=lambda option: option[0])
 
 
 def choose(need: Bucket, existing: Iterable[Bucket], cost: Callable[[Bucket], float], reuse: float) -> Bucket:
@@ -190,7 +170,7 @@ def make_plan(run: Run, shape: ModelShape, max_images: int) -> Plan:
     chunk = min(LARGEST_PREFILL, run.max_input_length)
     prefill = _sizes("prefill_tokens", choice.prefill_tokens, ladder(SMALLEST_PREFILL, chunk), 1)
     free = run.backend.kernels == "native"
-    batch = _sizes("decode_batch", choice.decode_batch, ladder(1, run.batch, FINE_LADDER if free else LADDER), run.batch)
+    batch = _sizes("decode_batch", choice.decode_batch, ladder(1, run.batch), run.batch)
     pages = _sizes("pages", choice.pages, (pages_per_sequence,) if free else ladder(1, pages_per_sequence), pages_per_sequence)
     images = _sizes("images", choice.images, (max_images,) if free else ladder(1, max_images), max_images)
     pages_per_image = pages_for(shape.vision.max_tiles * shape.vision.tokens, size)
@@ -210,5 +190,5 @@ def make_plan(run: Run, shape: ModelShape, max_images: int) -> Plan:
         needed = (f"{least}: {images[-1]} images for each of {batch[-1]} sequences, as an NPU's attention counts them"
                   if on_npu else f"the {least} images of one request")
         raise UserError(f"plan.num_images={num_images} must be at least {needed}.")
-    return Plan(size, longest, prefill, batch, pages, images, CPU_FLAT_TOKENS if free else LARGEST_PREFILL, free,
-                pages_per_image, scratch, num_pages, num_images * pages_per_image)
+    return Plan(size, longest, prefill, batch, pages, images, free, pages_per_image, scratch, num_pages,
+                num_images * pages_per_image)

@@ -89,6 +89,7 @@ def logits(w: Node, x_TD: Tensor, y_TD: Optional[Tensor], shape: ModelShape, ops
 
 def prefill(w: Node, given: PromptInput, pages: Pages, image_pages: Pages, shape: ModelShape, ops: Ops) -> Tensor:
     """Writes a chunk's K/V into its slots; logits_1V of row `last_1`."""
+    ops = ops.without_padding(ops, given)
 
     def attend(q_TQH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cache: tuple[Tensor, Tensor]) -> Tensor:
         ops.write_pages_(k_TKH, v_TKH, cache, given.slot_T)
@@ -102,6 +103,7 @@ def prefill(w: Node, given: PromptInput, pages: Pages, image_pages: Pages, shape
 
 def decode(w: Node, given: TokenInput, pages: Pages, image_pages: Pages, shape: ModelShape, ops: Ops) -> Tensor:
     """Writes the fresh tokens' K/V into their slots; logits_TV of every row."""
+    ops = ops.without_padding(ops, given)
 
     def attend(q_TQH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cache: tuple[Tensor, Tensor]) -> Tensor:
         ops.write_pages_(k_TKH, v_TKH, cache, given.slot_T)

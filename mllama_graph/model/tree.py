@@ -57,9 +57,17 @@ class PromptInput(NamedTuple):
     table_J: Optional[Tensor]
     image: Optional[ImageInput]
 
+    @property
+    def real_1(self) -> Tensor:
+        """How many rows are no padding; they come first. The logits that are wanted are the last one's."""
+        return self.last_1 + 1
+
 
 class TokenInput(NamedTuple):
-    """The fresh tokens of B running sequences, T = B * q rows. len_B counts a sequence's tokens, fresh ones included."""
+    """The fresh tokens of B running sequences, T = B * q rows. len_B counts a sequence's tokens, fresh ones included.
+
+    A padded sequence has one token, a running one more.
+    """
 
     ids_T: Tensor
     position_T: Tensor
@@ -67,6 +75,12 @@ class TokenInput(NamedTuple):
     table_BJ: Tensor
     len_B: Tensor
     image: Optional[ImageInput]
+
+    @property
+    def real_1(self) -> Tensor:
+        """How many rows are no padding; they come first."""
+        rows = self.ids_T.shape[0] // self.len_B.shape[0]
+        return (self.len_B > 1).sum(dim=0, keepdim=True, dtype=self.len_B.dtype) * rows
 
 
 class TileInput(NamedTuple):

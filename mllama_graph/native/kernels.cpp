@@ -433,9 +433,10 @@ void add_rest(const float* x, const W* w, int64_t inputs, int64_t rest, float* y
         y[t * stride + o] = std::fma(x[t * inputs + i], widen(w[place<W>(i, o, inputs, rest)]), y[t * stride + o]);
 }
 
+// The first `rows` rows of y.
 template <class W>
-void linear_of(const Tensor& x, const Tensor& weight, const Tensor* bias, const Tensor& y) {
-  const int64_t outputs = weight.size(0), inputs = weight.size(1), rows = y.numel() / std::max<int64_t>(outputs, 1);
+void linear_of(const Tensor& x, const Tensor& weight, const Tensor* bias, const Tensor& y, int64_t rows) {
+  const int64_t outputs = weight.size(0), inputs = weight.size(1);
   const auto* w = static_cast<const W*>(weight.const_data_ptr());
   const auto* b = bias ? static_cast<const W*>(bias->const_data_ptr()) : nullptr;
   const auto* from = static_cast<const float*>(x.const_data_ptr());
@@ -460,8 +461,13 @@ void linear_of(const Tensor& x, const Tensor& weight, const Tensor* bias, const 
   });
 }
 
-// y = x w' + bias: x (..., I) fp32; w (O, I) in panels and bias (O) fp32, bf16 or fp16.
-Tensor linear(Tensor given, Tensor weight, std::optional<Tensor> bias) {
+// How many of `rows` rows are no padding.
+int64_t real_of(int64_t rows, const std::optional<Tensor>& real) {
+  return real ? std::clamp<int64_t>(*static_cast<const int32_t*>(real->const_data_ptr()), 0, rows) : rows;
+}
+
+// y = x w' + bias: x (..., I) fp32; w (O, I) in panels and bias (O) fp32, bf16 or fp16. Rows from `real` on get zeros.
+Tensor linear(Tensor given, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> real) {
   const Tensor x = torch::stable::contiguous(given);
   if (x.scalar_type() != ScalarType::Float || weight.dim() != 2 || !weight.is_contiguous() || x.dim() == 0 ||
       x.size(x.dim() - 1) != weight.size(1) || (bias && bias->scalar_type() != weight.scalar_type()))
@@ -471,12 +477,17 @@ Tensor linear(Tensor given, Tensor weight, std::optional<Tensor> bias) {
   Tensor y = torch::stable::new_empty(x, sizes);
   if (!y.numel()) return y;
   const Tensor* b = bias ? &*bias : nullptr;
+  const int64_t outputs = weight.size(0), rows = y.numel() / outputs, some = real_of(rows, real);
   switch (weight.scalar_type()) {
-    case ScalarType::Float: linear_of<float>(x, weight, b, y); break;
-    case ScalarType::BFloat16: linear_of<BFloat16>(x, weight, b, y); break;
-    case ScalarType::Half: linear_of<Float16>(x, weight, b, y); break;
+    case ScalarType::Float: linear_of<float>(x, weight, b, y, some); break;
+    case ScalarType::BFloat16: linear_of<BFloat16>(x, weight, b, y, some); break;
+    case ScalarType::Half: linear_of<Float16>(x, weight, b, y, some); break;
     default: fail("linear takes weights of float32, bfloat16 and float16");
   }
+  auto* padding = static_cast<float*>(y.mutable_data_ptr()) + some * outputs;
+  torch::stable::parallel_for(0, (rows - some) * outputs, kGrainBytes, [&](int64_t first, int64_t last) {
+    std::fill(padding + first, padding + last, 0.0f);
+  });
   return y;
 }
 
@@ -897,12 +908,12 @@ Tensor attend_rows(const Tensor& q, int64_t key_heads, const Tokens& tokens, con
   return y;
 }
 
-// Row t sees `past` tokens of the table's pages and the first t + 1 rows of k and v.
+// Row t sees `past` tokens of the table's pages and the first t + 1 rows of k and v. Rows from `real` on get zeros.
 Tensor attend_prompt(Tensor q, Tensor given_k, Tensor given_v, Tensor k_pages, Tensor v_pages, Tensor table, Tensor past,
-                     double scale) {
+                     std::optional<Tensor> real, double scale) {
   const Tensor k = torch::stable::contiguous(given_k), v = torch::stable::contiguous(given_v);
   const auto* entries = static_cast<const int32_t*>(table.const_data_ptr());
-  const int64_t page = k_pages.size(1), rows = q.size(0), token = k.size(1) * k.size(2);
+  const int64_t page = k_pages.size(1), rows = real_of(q.size(0), real), token = k.size(1) * k.size(2);
   const int64_t earlier = std::min<int64_t>(*static_cast<const int32_t*>(past.const_data_ptr()), table.size(0) * page);
   const float *earlier_keys = floats(k_pages), *earlier_values = floats(v_pages), *keys = floats(k), *values = floats(v);
   Tokens tokens;
@@ -915,6 +926,7 @@ Tensor attend_prompt(Tensor q, Tensor given_k, Tensor given_v, Tensor k_pages, T
     tokens.add(keys + t * token, values + t * token);
     seen.push_back({0, earlier + t + 1});
   }
+  seen.resize(q.size(0), {0, 0});
   return attend_rows(torch::stable::contiguous(q), k.size(1), tokens, seen, scale);
 }
 
@@ -980,11 +992,11 @@ Tensor attend_image(Tensor q, Tensor k_pages, Tensor v_pages, Tensor table, Tens
 STABLE_TORCH_LIBRARY_FRAGMENT(mllama_graph, library) {
   const std::vector<at::Tag> traceable{at::Tag::pt2_compliant_tag};
   library.def("lay_out_(Tensor(a!) weight) -> ()");
-  library.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", traceable);
+  library.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor? real) -> Tensor", traceable);
   library.def("attend_pages(Tensor q, Tensor k_pages, Tensor v_pages, Tensor table, Tensor length, float scale) -> Tensor",
               traceable);
   library.def("attend_prompt(Tensor q, Tensor k, Tensor v, Tensor k_pages, Tensor v_pages, Tensor table, Tensor past, "
-              "float scale) -> Tensor", traceable);
+              "Tensor? real, float scale) -> Tensor", traceable);
   library.def("attend_tiles(Tensor q, Tensor k, Tensor v, Tensor pad, float scale) -> Tensor", traceable);
   library.def("attend_image(Tensor q, Tensor k_pages, Tensor v_pages, Tensor table, Tensor fill, Tensor see, "
               "float scale) -> Tensor", traceable);

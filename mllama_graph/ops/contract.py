@@ -29,6 +29,8 @@ class Ops:
     `linear` leaves have `.weight` (out, in), and `.bias` or None. `pages` is a pair of (N, P, K, H) tensors.
     """
 
+    # (these, a step's input) -> operations for that step, which may leave out what only padded rows need
+    without_padding: Callable
     # (ids_T, leaf with weight and .first, the id of its first row) -> x_TD
     embed: Callable
     # (x_...I, leaf) -> y_...O, in the dtype of x whatever the weight is stored in

@@ -161,6 +161,10 @@ def attend_tiles(q_SAH: Tensor, k_SAH: Tensor, v_SAH: Tensor, pad_S: Tensor) -> 
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_SS)[0].transpose(0, 1)
 
 
+def _as_they_are(ops: Ops, given) -> Ops:
+    return ops
+
+
 def _sum_of_one(x: Tensor) -> Tensor:
     return x
 
@@ -170,7 +174,7 @@ def _stack_of_one(x: Tensor) -> Tensor:
 
 
 PLAIN = Ops(
-    embed=embed, linear=linear, rms_norm=rms_norm, add_rms_norm=add_rms_norm, layer_norm=layer_norm,
+    without_padding=_as_they_are, embed=embed, linear=linear, rms_norm=rms_norm, add_rms_norm=add_rms_norm, layer_norm=layer_norm,
     rope_angles=rope_angles, rope=rope, swiglu=swiglu, gelu=gelu, patch_embed=patch_embed, write_pages_=write_pages_,
     attend_prompt=attend_prompt, attend_pages=attend_pages, attend_image=attend_image, attend_tiles=attend_tiles,
     all_reduce=_sum_of_one, all_gather=_stack_of_one,

@@ -4,6 +4,7 @@ It runs in an environment that holds mistralrs and nothing of this project.
 """
 
 import json
+import os
 import sys
 import threading
 import time
@@ -16,6 +17,9 @@ DTYPES = {"float32": ModelDType.F32}
 
 def main(setting: dict[str, Any], folder: str, device: str) -> None:
     """Load the checkpoint of a folder and serve cases till there are no more. The device is what the wheel is built for."""
+    # What the library prints, past Python, is no answer.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     runner = Runner(which=Which.MultimodalPlain(model_id=folder, arch=MultimodalArchitecture.VLlama,
                                                 dtype=DTYPES[setting["dtype"]]))
     for line in sys.stdin:
@@ -23,7 +27,7 @@ def main(setting: dict[str, Any], folder: str, device: str) -> None:
             told = generate(runner, json.loads(line))
         except Exception as error:
             told = {"fault": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
-        print(json.dumps(told), flush=True)
+        print(json.dumps(told), file=answers, flush=True)
 
 
 def generate(runner: Runner, case: dict[str, Any]) -> dict[str, Any]:

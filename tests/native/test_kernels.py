@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, strategies as st
 
 from mllama_graph import native
-from mllama_graph.ops import plain
+from mllama_graph.ops import cpu, plain
 from mllama_graph.ops.cpu import CPU
 
 # fp32 sums in another order: a few units in the last place of values of order one to ten.
@@ -49,6 +49,25 @@ def test_a_product_is_the_exact_one_rounded_and_each_row_that_of_a_batch_of_one(
             alone = torch.cat([CPU.linear(x[t:t + 1], leaf) for t in range(rows)])
             assert torch.equal(y, alone)
             assert torch.equal(CPU.linear(x, laid_out(weight)) + bias.float(), y)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 60, 200])
+def test_padded_rows_are_not_read_and_become_zeros(rows):
+    normal = randoms(rows)
+    leaf, pages, table = laid_out(normal(51, 40), normal(51)), (normal(3, 4, 2, 8), normal(3, 4, 2, 8)), torch.tensor([2, 0]).int()
+    given = normal(rows, 40), normal(rows, 4, 8), normal(rows, 2, 8), normal(rows, 2, 8)
+
+    def results(x, q, k, v, real_1=None):
+        return (cpu.linear(x, leaf, real_1),
+                cpu.attend_prompt(q, k, v, pages, table, torch.tensor([5]).int(), real_1))
+
+    whole = results(*given)
+    for real in {0, 1, rows // 2, rows}:
+        padded = [tensor.clone() for tensor in given]
+        for tensor in padded:
+            tensor[real:] = torch.nan
+        for y, exact in zip(results(*padded, torch.tensor([real]).int()), whole):
+            assert torch.equal(y[:real], exact[:real]) and not y[real:].any()
 
 
 def test_a_product_keeps_leading_axes_and_takes_no_rows():
