@@ -205,6 +205,10 @@ template <int R, int V>
   }
 }
 
+// Up to so many rows, a panel is read once for all of them: their sums fill the registers.
+template <class W>
+constexpr int64_t kOnce = kLanes == 16 && kPaired<W> == 1 ? 8 : 5;
+
 // Rows of b between calls for what is wanted next.
 constexpr int kPaced = 4;
 
@@ -286,6 +290,13 @@ void stream(const float* a, int64_t a_stride, const W* b, int64_t panel, int64_t
     case 3: return few(integral_constant<int, 3>{}, integral_constant<int, 3>{});
     case 5: return few(integral_constant<int, 5>{}, integral_constant<int, 2>{});
   }
+  if constexpr (kOnce<W> == 8) {
+    switch (rows) {
+      case 6: return few(integral_constant<int, 6>{}, integral_constant<int, 3>{});
+      case 7: return few(integral_constant<int, 7>{}, integral_constant<int, 3>{});
+      case 8: return few(integral_constant<int, 8>{}, integral_constant<int, 3>{});
+    }
+  }
   if constexpr (kPaired<W> == 1) {
     // One panel left of threes would keep too few sums under way: four go by twos.
     tiles(integral_constant<int, 4>{}, integral_constant<int, 3>{}, panels % 3 == 1 && panels > 3 ? panels - 4 : panels / 3 * 3);
@@ -348,9 +359,8 @@ void multiply_matrix(const float* a, int64_t a_stride, const float* b, float* c,
 
 // ---- Rows times a weight ----
 
-// Up to so many rows, a panel is read once for all of them; up to so many, they wait for a weight, whose panels follow each other
-// kStreams at a time, what they need next being called for.
-constexpr int64_t kOnce = 5, kWaiting = 48, kStreams = 6;
+// Up to so many rows they wait for a weight, whose panels follow each other kStreams at a time, what they need next being called for.
+constexpr int64_t kWaiting = 48, kStreams = 6;
 // Columns of x that are worked through at a time otherwise: a panel of so many stays in the first-level cache. Rows of x, and
 // panels for so many: they stay in the second-level one.
 constexpr int64_t kDeep = 256, kTall = 96, kWide = 24;
@@ -394,7 +404,7 @@ void lay_out_(Tensor weight) {
 // y += x w' for few rows.
 template <class W>
 void add_few(const float* x, const W* w, int64_t inputs, int64_t panels, float* y, int64_t stride, int64_t rows) {
-  const int64_t panel = kLanes * inputs, deep = rows <= kOnce ? inputs : kDeep;
+  const int64_t panel = kLanes * inputs, deep = rows <= kOnce<W> ? inputs : kDeep;
   for (int64_t i = 0; i < inputs; i += deep)
     stream(x + i, inputs, w + i * kLanes, panel, std::min(deep, inputs - i), y, stride, rows, panels,
            i + deep < inputs ? w + (i + deep) * kLanes : nullptr);
