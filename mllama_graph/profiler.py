@@ -138,9 +138,9 @@ def products(spec: GraphSpec, bucket: Bucket) -> list[str]:
         paths = {id(leaf): path for path, leaf in weights.named_modules()}
         ops = ops_of(spec)
 
-        def linear(x, leaf):
+        def linear(x, leaf, **padding):
             noted.append(part_of(paths[id(leaf)], spec.shape))
-            return ops.linear(x, leaf)
+            return ops.linear(x, leaf, **padding)
 
         def patch_embed(x, weight):
             noted.append("vision.patches")

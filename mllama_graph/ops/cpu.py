@@ -51,7 +51,7 @@ def attend_tiles(q_SAH: Tensor, k_SAH: Tensor, v_SAH: Tensor, pad_S: Tensor) -> 
 def without_padding(ops: Ops, given: PromptInput | TokenInput) -> Ops:
     """Other padded rows cost nothing already: they see no image, and one token of the pages."""
     real_1 = given.real_1
-    return replace(ops, linear=partial(linear, real_1=real_1), attend_prompt=partial(attend_prompt, real_1=real_1))
+    return replace(ops, linear=partial(ops.linear, real_1=real_1), attend_prompt=partial(ops.attend_prompt, real_1=real_1))
 
 
 CPU = replace(PLAIN, without_padding=without_padding, linear=linear, attend_prompt=attend_prompt, attend_pages=attend_pages,

@@ -6,8 +6,8 @@ It runs in an environment that holds mistralrs and nothing of this project.
 import json
 import os
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from mistralrs import ChatCompletionRequest, ModelDType, MultimodalArchitecture, Runner, Which
@@ -33,24 +33,19 @@ def main(setting: dict[str, Any], folder: str, device: str) -> None:
 def generate(runner: Runner, case: dict[str, Any]) -> dict[str, Any]:
     """A greedy generation of each prompt, together; the clock read as tokens come. An image's token is `<|image|>`."""
     prompts, each = len(case["ids"]), len(case["images"]) // len(case["ids"])
-    times: list[list[float]] = [[] for _ in range(prompts)]
 
-    def ask(number: int) -> None:
+    def ask(number: int) -> list[float]:
         images = case["images"][number * each:(number + 1) * each]
         words = ["<|image|>"] * each + [f"t{id}" for id in case["ids"][number][each:]]
         content: Any = [{"type": "image_url", "image_url": {"url": image}} for image in images]
         content.append({"type": "text", "text": " ".join(words)})
         request = ChatCompletionRequest(model="", messages=[{"role": "user", "content": content}], max_tokens=case["new"],
                                         temperature=0.0, stream=True)
-        for _ in runner.send_chat_completion_request(request):
-            times[number].append(time.perf_counter())
+        return [time.perf_counter() for _ in runner.send_chat_completion_request(request)]
 
     start = time.perf_counter()
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(prompts)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(prompts) as threads:
+        times = list(threads.map(ask, range(prompts)))
     if any(len(some) != case["new"] for some in times):
         raise RuntimeError(f"{[len(some) for some in times]} tokens came instead of {case['new']}")
     # As of a batch: a step's token is there when the last sequence has it.
