@@ -504,7 +504,7 @@ Tensor linear(Tensor given, Tensor weight, std::optional<Tensor> bias, std::opti
 // ---- Attention over pages ----
 
 // Tokens that a thread takes at a time, and that are scored together.
-constexpr int64_t kSplit = 512;
+constexpr int64_t kSplit = 256;
 constexpr int kTokens = 16;
 // Floats that memory gives at a time.
 constexpr int kLine = 16;
@@ -554,15 +554,20 @@ struct Partial {
   float* values;
 };
 
-// Calls for what lies `ahead` of the columns at `at`, a line a time.
-inline void call_for(const float* at, int64_t ahead, int64_t column) {
-  if (column % kLine == 0) __builtin_prefetch(at + ahead, 0, 3);
+// What is wanted next of memory, as much as is worked through meanwhile.
+struct Next {
+  const float *keys, *values;
+};
+
+// Calls for a vector at `next`, a line a time.
+inline void call_for(const float* next, int64_t column) {
+  if (column % kLine == 0) __builtin_prefetch(next, 0, 2);
 }
 
 // The products of `tokens` keys, O at a time, with G queries over `width` columns, lane by lane: sums[token][query].
 template <int O, int G>
-inline void score(const float* k, int64_t stride, const float* q, int64_t q_stride, int64_t width, int tokens, int64_t ahead,
-                  Vector (*sums)[G]) {
+inline void score(const float* k, int64_t stride, const float* q, int64_t q_stride, int64_t width, int tokens,
+                  const float* next, Vector (*sums)[G]) {
   int token = 0;
   const auto some = [&](auto count) {
     constexpr int kCount = decltype(count)::value;
@@ -572,7 +577,7 @@ inline void score(const float* k, int64_t stride, const float* q, int64_t q_stri
 #pragma GCC unroll 8
       for (int o = 0; o < kCount; o++) {
         key[o] = load(k + (token + o) * stride + i);
-        call_for(k + (token + o) * stride + i, ahead, i);
+        call_for(next + (token + o) * width + i, i);
       }
 #pragma GCC unroll 4
       for (int g = 0; g < G; g++) {
@@ -591,8 +596,8 @@ inline void score(const float* k, int64_t stride, const float* q, int64_t q_stri
 
 // Adds to V vectors of columns of G rows the weighted values of `tokens` tokens.
 template <int G, int V>
-inline void add_values(const float (&weights)[G][kTokens], const float* v, int64_t stride, int tokens, int64_t ahead, float* to,
-                       int64_t width) {
+inline void add_values(const float (&weights)[G][kTokens], const float* v, int64_t stride, int tokens, const float* next,
+                       float* to, int64_t width) {
   Vector sum[G][V];
   for (int g = 0; g < G; g++)
     for (int c = 0; c < V; c++) sum[g][c] = load(to + g * width + c * kLanes);
@@ -603,7 +608,7 @@ inline void add_values(const float (&weights)[G][kTokens], const float* v, int64
 #pragma GCC unroll 8
     for (int c = 0; c < V; c++) {
       const Vector value = load(v + i * stride + c * kLanes);
-      call_for(v + i * stride + c * kLanes, ahead, c * kLanes);
+      call_for(next + i * width + c * kLanes, c * kLanes);
 #pragma GCC unroll 4
       for (int g = 0; g < G; g++) sum[g][c] = multiply_add(weight[g], value, sum[g][c]);
     }
@@ -612,14 +617,14 @@ inline void add_values(const float (&weights)[G][kTokens], const float* v, int64
     for (int c = 0; c < V; c++) store(to + g * width + c * kLanes, sum[g][c]);
 }
 
-// Adds `tokens` tokens, at most kTokens, whose keys and values lie at k and v. What is wanted next lies `ahead` of them.
+// Adds `tokens` tokens, at most kTokens, whose keys and values lie at k and v.
 template <int G>
-void attend_tokens(const float* q, const float* k, const float* v, int tokens, int64_t ahead, const Heads& heads, float scale,
+void attend_tokens(const float* q, const float* k, const float* v, int tokens, Next next, const Heads& heads, float scale,
                    Partial out) {
   const int64_t stride = heads.keys * heads.width, whole = heads.width / kLanes * kLanes;
   alignas(64) float weights[G][kTokens];
   Vector sums[kTokens][G];
-  score<kScored[G], G>(k, stride, q, heads.width, whole, tokens, ahead, sums);
+  score<kScored[G], G>(k, stride, q, heads.width, whole, tokens, next.keys, sums);
   for (int g = 0; g < G; g++) {
     float largest = out.largest[g];
     for (int i = 0; i < kTokens; i++) {
@@ -649,8 +654,8 @@ void attend_tokens(const float* q, const float* k, const float* v, int tokens, i
   constexpr int kColumns = G == 1 ? 8 : G == 2 ? 4 : 2;
   int64_t h = 0;
   for (; h + kColumns * kLanes <= whole; h += kColumns * kLanes)
-    add_values<G, kColumns>(weights, v + h, stride, tokens, ahead, out.values + h, heads.width);
-  for (; h < whole; h += kLanes) add_values<G, 1>(weights, v + h, stride, tokens, ahead, out.values + h, heads.width);
+    add_values<G, kColumns>(weights, v + h, stride, tokens, next.values + h, out.values + h, heads.width);
+  for (; h < whole; h += kLanes) add_values<G, 1>(weights, v + h, stride, tokens, next.values + h, out.values + h, heads.width);
   for (; h < heads.width; h++)
     for (int g = 0; g < G; g++)
       for (int i = 0; i < tokens; i++)
@@ -659,11 +664,11 @@ void attend_tokens(const float* q, const float* k, const float* v, int tokens, i
 }
 
 // The same for any number of query heads to a key head, at most kHeads at a time.
-void attend_group(const float* q, const float* k, const float* v, int tokens, int64_t ahead, const Heads& heads, float scale,
+void attend_group(const float* q, const float* k, const float* v, int tokens, Next next, const Heads& heads, float scale,
                   Partial out) {
   for (int64_t g = 0; g < heads.group(); g += kHeads) {
     const auto call = [&](auto some) {
-      attend_tokens<decltype(some)::value>(q + g * heads.width, k, v, tokens, ahead, heads, scale,
+      attend_tokens<decltype(some)::value>(q + g * heads.width, k, v, tokens, next, heads, scale,
                                            {out.largest + g, out.sum + g, out.values + g * heads.width});
     };
     switch (std::min<int64_t>(kHeads, heads.group() - g)) {
@@ -680,9 +685,9 @@ const float* floats(const Tensor& x) {
   return static_cast<const float*>(x.const_data_ptr());
 }
 
-// Tokens of one query row, within a page.
+// Tokens of one query row, within a page; `next` is the page that is read after it.
 struct Piece {
-  int64_t page, tokens;
+  int64_t page, tokens, next;
 };
 
 // Some pieces of one row, a thread's work; its partial result has the number of the task.
@@ -714,7 +719,8 @@ Tensor attend(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages, con
         tasks.push_back({row, {}});
         room = std::max(kSplit, page);
       }
-      tasks.back().pieces.push_back({tables[row / (rows / B) * J + j], tokens});
+      const int64_t at = row / (rows / B) * J + j;
+      tasks.back().pieces.push_back({tables[at], tokens, tables[std::min(at + 1, B * J - 1)]});
       room -= tokens;
     }
   }
@@ -736,12 +742,12 @@ Tensor attend(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages, con
         for (int64_t i = 0; i < piece.tokens; i += kTokens) {
           const int some = static_cast<int>(std::min<int64_t>(kTokens, piece.tokens - i));
           const int64_t at = (piece.page * page + i) * token;
+          // The next tokens, of which each head calls for as many floats as it reads itself, in the order of memory.
+          const int64_t next = i + some < piece.tokens ? at + some * token : piece.next * page * token;
           for (int64_t head = 0; head < heads.keys; head++) {
-            const int64_t h = head * heads.width, g = head * heads.group();
-            // The next head's, or the next tokens' of the first one.
-            const int64_t ahead = head + 1 < heads.keys ? heads.width : kTokens * token - h;
-            attend_group(row + g * heads.width, keys + at + h, values + at + h, some, ahead, heads, static_cast<float>(scale),
-                         {out.largest + g, out.sum + g, out.values + g * heads.width});
+            const int64_t h = head * heads.width, g = head * heads.group(), ahead = next + h * some;
+            attend_group(row + g * heads.width, keys + at + h, values + at + h, some, {keys + ahead, values + ahead}, heads,
+                         static_cast<float>(scale), {out.largest + g, out.sum + g, out.values + g * heads.width});
           }
         }
       }
