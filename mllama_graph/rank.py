@@ -21,7 +21,7 @@ from torch.profiler import record_function
 
 from mllama_graph import batch, lowering
 from mllama_graph.buckets import Bucket, Plan
-from mllama_graph.checkpoint import DTYPES, Checkpoint, Pixels, build, from_checkpoint, random_fill
+from mllama_graph.checkpoint import DTYPES, Checkpoint, Pixels, allocate, build, from_checkpoint, random_fill
 from mllama_graph.collectives import Collectives, kind_of, load_native
 from mllama_graph.config import PeerGone, Run, UserError
 from mllama_graph.cuda_graphs import CapturedStep
@@ -254,9 +254,9 @@ def free_npu_memory(index: int) -> int:
 
 def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros that need no kernel of an NPU."""
-    if device.type != "npu":
-        return torch.zeros(size, dtype=dtype, device=device)
-    return torch.zeros(size, dtype=dtype).to(device)
+    if device.type == "npu":
+        return torch.zeros(size, dtype=dtype).to(device)
+    return allocate(size, dtype, device).zero_()
 
 
 def make_deterministic(deterministic: bool) -> None:
