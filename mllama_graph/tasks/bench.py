@@ -95,9 +95,9 @@ def main(run: Run) -> None:
             turns = Turns(progress, len(cases) * (task.repetitions + 1) * (1 + len(settings)))
             for case in cases:
                 progress.say(f"batch {case.batch}, {case.length} text ids, {case.images} images each")
-                timings, ceiling = _measure(engine, case, task.repetitions, peers, progress, turns)
-                found.append(ceiling)
-                rows += [_row(engine, case, timing, ceiling) for timing in timings]
+                timings, ceilings = _measure(engine, case, task.repetitions, peers, progress, turns)
+                found.append(_middle(ceilings))
+                rows += [_row(engine, case, timing, ceilings) for timing in timings]
             progress.turns(turns.total, turns.total, "")
         finally:
             for peer in peers:
@@ -144,8 +144,8 @@ def requests_of(engine: Engine, case: Case, seed: int, pictures: int) -> tuple[l
 
 
 def _measure(engine: Engine, case: Case, repetitions: int, peers: list[Peer], progress: Progress,
-             turns: Turns) -> tuple[list[Timing], Limits]:
-    """One run that is not counted, then repetitions in which the engine and each peer take turns."""
+             turns: Turns) -> tuple[list[Timing], list[Limits]]:
+    """One run that is not counted, then repetitions in which the engine and each peer take turns; the limits of each."""
     ours, theirs = Timing(OURS), {peer: Timing(peer.setting.name) for peer in peers}
     # Every case and repetition has pictures of its own: none is known before its first turn.
     ceilings, seeds = [], itertools.count(1000 * case.batch + 1_000_000 * case.length)
@@ -168,9 +168,12 @@ def _measure(engine: Engine, case: Case, repetitions: int, peers: list[Peer], pr
                 timing.first.append(told["first"])
                 timing.steps += told["steps"]
                 timing.whole.append(told["first"] + sum(told["steps"]))
-    counted = ceilings[1:] or ceilings
-    median = lambda name: statistics.median(getattr(ceiling, name) for ceiling in counted)  # noqa: E731
-    return [ours, *theirs.values()], Limits(median("bytes_per_second"), median("flops"))
+    return [ours, *theirs.values()], ceilings[1:]
+
+
+def _middle(ceilings: list[Limits]) -> Limits:
+    median = lambda name: statistics.median(getattr(ceiling, name) for ceiling in ceilings)  # noqa: E731
+    return Limits(median("bytes_per_second"), median("flops"))
 
 
 def serve(engine: Engine, requests: list[Request], new: int, timing: Timing, again: bool) -> None:
@@ -200,8 +203,12 @@ def serve(engine: Engine, requests: list[Request], new: int, timing: Timing, aga
         engine.abort(number)
 
 
-def _row(engine: Engine, case: Case, timing: Timing, ceiling: Limits) -> dict[str, object]:
-    """A line of bench.csv. The floor is the larger of bytes / bandwidth and operations / peak."""
+def _row(engine: Engine, case: Case, timing: Timing, ceilings: list[Limits]) -> dict[str, object]:
+    """A line of bench.csv. The floor is the larger of bytes / bandwidth and operations / peak.
+
+    A share of it is that of a repetition, whose limits were measured beside it: what memory gives may change from one to the next.
+    """
+    ceiling = _middle(ceilings)
     rank, shape, plan = engine.ranks.rank, engine.ranks.shape, engine.ranks.plan
     widths = rank.precision.store.itemsize, rank.precision.compute.itemsize
     keys = case.batch * (case.length + case.new // 2)
@@ -209,7 +216,10 @@ def _row(engine: Engine, case: Case, timing: Timing, ceiling: Limits) -> dict[st
     image_keys = case.batch * image_tokens
     self_kv, image_kv = kv_bytes(shape, keys, image_keys, widths[1])
     moved, flops = step_work(shape, case.images > 0, case.batch, keys, image_keys, (keys, image_keys), case.batch, *widths)
-    step_floor = max(moved / ceiling.bytes_per_second, flops / ceiling.flops)
+    floor = lambda limits: max(moved / limits.bytes_per_second, flops / limits.flops)  # noqa: E731
+    each = len(timing.steps) // len(ceilings)
+    steps = [statistics.median(timing.steps[at * each:(at + 1) * each]) for at in range(len(ceilings))]
+    share = lambda bound: round(statistics.median(bound(c) / s for c, s in zip(ceilings, steps)), 4)  # noqa: E731
     seen = case.length * case.length / 2, case.length * image_tokens
     prompt = step_work(shape, case.images > 0, case.length, case.length, image_tokens, seen, 1, *widths)
     first_floor = case.batch * (max(prompt[0] / ceiling.bytes_per_second, prompt[1] / ceiling.flops)
@@ -226,10 +236,10 @@ def _row(engine: Engine, case: Case, timing: Timing, ceiling: Limits) -> dict[st
         "first_token_again_ms": median(timing.again),
         "decode_ms_least": ms(min(timing.steps)), "decode_ms_most": ms(max(timing.steps)),
         "decode_tokens_per_s": round(case.batch * MS / step, 3),
-        "decode_floor_ms": ms(step_floor), "decode_of_floor": round(step_floor * MS / step, 4),
+        "decode_floor_ms": ms(floor(ceiling)), "decode_of_floor": share(floor),
         "first_token_floor_ms": ms(first_floor), "first_token_of_floor": round(first_floor * MS / first, 4),
-        "read_of_limit": round(moved * MS / step / ceiling.bytes_per_second, 4),
-        "flops_of_limit": round(flops * MS / step / ceiling.flops, 4),
+        "read_of_limit": share(lambda limits: moved / limits.bytes_per_second),
+        "flops_of_limit": share(lambda limits: flops / limits.flops),
         "decode_bytes": round(moved), "decode_flops": round(flops),
         "weight_bytes": sizes(shape).total * widths[0],
         "self_kv_bytes": self_kv, "image_kv_bytes": image_kv,
@@ -254,7 +264,7 @@ def write_report(folder: Path, model: str, rows: list[dict[str, object]], progre
     """summary.md beside bench.csv, and plots over the batch sizes or lengths that were measured; the summary's path."""
     reads, products = ([row[name] for row in rows] for name in ("read_gb_per_s", "product_gflop_per_s"))
     text = [f"# task=bench, {model}", "", "Medians. The floor of a step is the larger of bytes / bandwidth and operations / rate, "
-            f"measured beside each case: {min(reads):.1f} to {max(reads):.1f} GB/s read, {min(products):,.0f} to "
+            f"measured beside each repetition: {min(reads):.1f} to {max(reads):.1f} GB/s read, {min(products):,.0f} to "
             f"{max(products):,.0f} GFLOP/s of a product. Kept images spare the vision pass of the column *again*.", "",
             *markdown(*_table(rows)), ""]
     for peer in {row["engine"]: None for row in rows if row["engine"] != OURS}:
