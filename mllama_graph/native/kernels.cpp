@@ -414,14 +414,16 @@ void add_few(const float* x, const W* w, int64_t inputs, int64_t panels, float* 
 template <class W>
 void add_many(const float* x, const W* w, int64_t inputs, int64_t panels_of_w, float* y, int64_t stride, int64_t rows) {
   const int64_t columns = panels_of_w * kLanes;
-  std::vector<float> wide(kDeep * columns);
+  // Kept: a new one would be cleared or paged in by each call, which takes as long as a small product.
+  thread_local const std::unique_ptr<float[]> kept(new float[kDeep * kWide * kLanes]);
+  float* wide = kept.get();
   for (int64_t i = 0; i < inputs; i += kDeep) {
     const int64_t depth = std::min(kDeep, inputs - i);
     panels(columns, [&](auto, auto vectors, int64_t v) {
       constexpr int64_t V = decltype(vectors)::value;
       for (int64_t p = 0; p < V; p++) {
         const W* from = w + (v + p) * kLanes * inputs + i * kLanes;
-        float* to = wide.data() + (v * depth + p) * kLanes;
+        float* to = wide + (v * depth + p) * kLanes;
         int64_t k = 0;
         for (; k + kPaired<W> <= depth; k += kPaired<W>) {
           store(to + k * V * kLanes, load_row<0>(from + k * kLanes));
@@ -430,7 +432,7 @@ void add_many(const float* x, const W* w, int64_t inputs, int64_t panels_of_w, f
         if (k < depth) store(to + k * V * kLanes, load(from + k * kLanes));
       }
     });
-    multiply_matrix<false>(x + i, inputs, wide.data(), y, stride, rows, columns, depth);
+    multiply_matrix<false>(x + i, inputs, wide, y, stride, rows, columns, depth);
   }
 }
 
