@@ -32,6 +32,8 @@ from mllama_graph.tasks.generate import finish_compiling
 SEED_COLUMNS = ("batch", "input_len", "output_len", "embedding_len", "first_token_time(ms)", "non_first_token_time(ms)",
                 "ResponseTime(ms)", "E2E Throughput Average(Tokens/s)")
 OURS = "mllama_graph"
+# Seconds until the threads of the engine whose turn it was no longer wait busily.
+REST = 0.3
 MS = 1e3
 
 
@@ -52,9 +54,11 @@ class Turns:
     progress: Progress
     total: int
     done: int = 0
+    rest: float = 0.0
 
     def begin(self, what: str) -> None:
         self.progress.turns(self.done, self.total, what)
+        time.sleep(self.rest)
         self.done += 1
 
 
@@ -92,7 +96,7 @@ def main(run: Run) -> None:
         peers = [Peer(setting, run, shape, folder, rank.device.type, rank.spec.threads, progress) for setting in settings]
         try:
             rows, found = [], []
-            turns = Turns(progress, len(cases) * (task.repetitions + 1) * (1 + len(settings)))
+            turns = Turns(progress, len(cases) * (task.repetitions + 1) * (1 + len(settings)), rest=REST if settings else 0.0)
             for case in cases:
                 progress.say(f"batch {case.batch}, {case.length} text ids, {case.images} images each")
                 timings, ceilings = _measure(engine, case, task.repetitions, peers, progress, turns)
