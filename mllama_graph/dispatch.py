@@ -9,6 +9,7 @@ from typing import Optional
 
 import torch
 
+from mllama_graph import native
 from mllama_graph.buckets import Bucket, choose
 from mllama_graph.compiler import Compiler
 from mllama_graph.config import UserError
@@ -266,7 +267,12 @@ class Graphs:
         """The graph that suits a need best; asked for where there is none yet."""
         known = {*self._ready, *self._stored, *self.compiler.asked, *self._failed}
         best = self._best(need, known)
-        if best not in known:
+        if best not in known and self.spec.device == "cpu" and not native.has_compiler():
+            if not self._failed:
+                self.say("no C++ compiler: steps whose graph is not in the store run uncompiled, slower. Install g++ 11 or newer, "
+                         "or name a compiler with CXX=.")
+            self._failed.add(best)
+        elif best not in known:
             self.say(f"compiling {best}" + (
                 " in the background; its steps run uncompiled till then" if self.mode == "background" else ""))
             self.compiler.ask(best)

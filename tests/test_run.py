@@ -438,3 +438,14 @@ def test_other_arguments_are_left_to_hydra(text):
     for argument in (f"batch={text}", f"--{text}", f"+prompt.{text}", text.replace("=", "")):
         key = argument.partition("=")[0]
         assert key in command.LITERAL_KEYS or command.literal(argument) == argument
+
+
+def test_without_a_compiler_the_text_is_the_same_and_one_line_says_why_it_is_slower(tmp_path, monkeypatch):
+    asked = ["prompt=How many shapes are there?", f"image={ROOT / 'mllama_graph/tiny/scene.png'}"]
+    eager = run(tmp_path / "eager", *asked, "backend=eager")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    without = run(tmp_path / "without", *asked, f"graph_cache={tmp_path / 'graphs'}")
+    assert (eager.code, without.code) == (0, 0), without.err
+    text = lambda done: done.out.partition("\n\n")[0]  # noqa: E731
+    assert text(without) == text(eager) and "three shapes" in text(eager)
+    assert without.err.count("no C++ compiler") == 1 and "could not" not in without.err
