@@ -40,6 +40,7 @@ class GraphCompiler:
         self.records: list[Record] = []
         self.asked: set[Bucket] = set()
         self._workers: Optional[Compiler] = None
+        self._lacking = False
 
     @property
     def pending(self) -> int:
@@ -53,12 +54,19 @@ class GraphCompiler:
             self.say(f"graph {key} ({bucket}): {fault}; compiling it again")
         return path
 
-    def ask(self, bucket: Bucket) -> None:
-        """Have a bucket compiled, unless it is on its way."""
+    def ask(self, bucket: Bucket) -> bool:
+        """Have a bucket compiled, unless it is on its way. False where there is nothing to compile it with, said once."""
+        if self.spec.device == "cpu" and not native.has_compiler():
+            if not self._lacking:
+                self.say("no C++ compiler: steps whose graph is not in the store run uncompiled, slower. Install g++ 11 or newer, "
+                         "or name a compiler with CXX=.")
+            self._lacking = True
+            return False
         if bucket not in self.asked:
             self._workers = self._workers or Compiler(compile_into, self.store.written)
             self.asked.add(bucket)
             self._workers.submit(self.spec, bucket, self.spec.key(bucket))
+        return True
 
     def collect(self, timeout: float = 0.0) -> list[tuple[Bucket, Optional[str]]]:
         """(bucket, error or None) of what ended since; waits up to `timeout` seconds for the first."""
@@ -108,8 +116,8 @@ class Loaded:
         Raises RuntimeError where it can't be compiled.
         """
         path = self._compiler.stored(bucket)
-        if path is None:
-            self._compiler.ask(bucket)
+        if path is None and not self._compiler.ask(bucket):
+            raise RuntimeError(f"{bucket} could not be compiled: there is no C++ compiler on this host")
         while bucket in self._compiler.asked:
             for done, error in self._compiler.collect(timeout=1.0):
                 if error:
@@ -267,15 +275,11 @@ class Graphs:
         """The graph that suits a need best; asked for where there is none yet."""
         known = {*self._ready, *self._stored, *self.compiler.asked, *self._failed}
         best = self._best(need, known)
-        if best not in known and self.spec.device == "cpu" and not native.has_compiler():
-            if not self._failed:
-                self.say("no C++ compiler: steps whose graph is not in the store run uncompiled, slower. Install g++ 11 or newer, "
-                         "or name a compiler with CXX=.")
+        if best not in known and not self.compiler.ask(best):
             self._failed.add(best)
         elif best not in known:
             self.say(f"compiling {best}" + (
                 " in the background; its steps run uncompiled till then" if self.mode == "background" else ""))
-            self.compiler.ask(best)
             self._compile_elsewhere(best)
         return best
 

@@ -11,6 +11,7 @@ from mllama_graph import native
 from mllama_graph.buckets import Plan, make_plan
 from mllama_graph.config import Run, UserError
 from mllama_graph.images import list_images
+from mllama_graph.peers import settings_of
 from mllama_graph.place import Place, check_devices, device_of
 from mllama_graph.roofline import Memory, memory, require
 from mllama_graph.shape import ModelShape, differences, read_json, shape_of
@@ -213,6 +214,8 @@ def preflight(run: Run, place: Optional[Place]) -> None:
     if run.requests is not None and not Path(run.requests).expanduser().is_file():
         raise UserError(f"requests={run.requests} can't be read: there is no such file.")
     images = list_images(run.image) if run.requests is None else ()
+    if run.task.name == "bench":
+        settings_of(run)
     check_devices(run.device, ranks)
     plan, device = plan_of(run, shape, len(images)), device_of(run.device)
     if weights != "meta" and device in ("cpu", "npu-sim"):

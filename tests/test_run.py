@@ -449,3 +449,5 @@ def test_without_a_compiler_the_text_is_the_same_and_one_line_says_why_it_is_slo
     text = lambda done: done.out.partition("\n\n")[0]  # noqa: E731
     assert text(without) == text(eager) and "three shapes" in text(eager)
     assert without.err.count("no C++ compiler") == 1 and "could not" not in without.err
+    warmup = run(tmp_path / "warmup", "task=warmup", f"graph_cache={tmp_path / 'graphs'}")
+    assert warmup.code == 2 and warmup.err.count("no C++ compiler") == 1 and "graphs could not be compiled" in warmup.err, warmup.err

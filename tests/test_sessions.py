@@ -53,6 +53,19 @@ def test_an_unknown_peer_and_no_batch_are_refused(tmp_path):
         assert done.code == 2 and said in done.err, done.err
 
 
+def test_a_peer_is_measured_beside_it_on_the_same_work(tmp_path):
+    done = run(tmp_path / "out", "task=bench", "peers=[transformers fp32]", "task.new_tokens=4", "task.repetitions=1", "backend=eager")
+    assert done.code == 0 and "can't run" not in done.err, done.err
+    with (tmp_path / "out" / "bench.csv").open() as file:
+        ours, peer = csv.DictReader(file)
+    assert (ours["engine"], peer["engine"]) == ("mllama_graph", "transformers fp32")
+    for work in ("batch", "input_len", "images", "decode_bytes", "decode_flops", "first_token_floor_ms"):
+        assert peer[work] == ours[work]
+    # A sum over 4 tokens; medians of 3 steps.
+    assert float(peer["ResponseTime(ms)"]) >= float(peer["first_token_time(ms)"]) + float(peer["decode_ms_most"]) > 0
+    assert "- transformers fp32, batch 1, 64 ids: first token " in (tmp_path / "out" / "summary.md").read_text()
+
+
 def test_a_session_says_where_it_comes_from_and_draws_what_it_measured(session):
     manifest = json.loads((session / "manifest.json").read_text())
     assert manifest["command"].startswith("python run.py task=bench batch_sizes=[1,2]")

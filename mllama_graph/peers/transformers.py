@@ -14,8 +14,9 @@ from transformers import CompileConfig, MllamaForConditionalGeneration
 
 def main(setting: dict[str, Any], folder: str, device: str) -> None:
     """Load the checkpoint of a folder and serve cases till there are no more."""
-    # Whatever libraries print is no answer.
-    answers, sys.stdout = sys.stdout, sys.stderr
+    # What libraries print, past Python or not, is no answer.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     dtype = getattr(torch, setting["dtype"])
     model = MllamaForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval().to(device)

@@ -17,7 +17,8 @@ from mllama_graph.config import Run
 from mllama_graph.engine import Engine
 from mllama_graph.images import Tiles, tile_image
 from mllama_graph.limits import Limits
-from mllama_graph.peers import Peer, settings_of
+from mllama_graph.peers import settings_of
+from mllama_graph.peers.process import Peer
 from mllama_graph.preflight import MADE_UP, plan_of, weights_of
 from mllama_graph.processor import Request
 from mllama_graph.profiler import most_bytes

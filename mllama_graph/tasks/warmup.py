@@ -4,7 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Optional
 
-from mllama_graph.buckets import Bucket, Plan
+from mllama_graph.buckets import Plan
 from mllama_graph.checkpoint import Checkpoint, model_of
 from mllama_graph.config import Run, UserError
 from mllama_graph.dispatch import GraphCompiler
@@ -33,10 +33,8 @@ def main(run: Run) -> None:
     compiler = GraphCompiler(spec, store, progress.say)
     missing = [bucket for bucket in buckets if compiler.stored(bucket) is None]
     progress.say(f"{len(buckets)} graphs, {len(buckets) - len(missing)} in {store.folder}, {len(missing)} to compile")
-    failed: list[Bucket] = []
     try:
-        for bucket in missing:
-            compiler.ask(bucket)
+        failed = [bucket for bucket in missing if not compiler.ask(bucket)]
         while compiler.pending:
             progress.graphs(len(missing) - compiler.pending, len(missing))
             failed += [bucket for bucket, error in compiler.collect(timeout=0.5) if error]
