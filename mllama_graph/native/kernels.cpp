@@ -45,7 +45,9 @@ constexpr int kLanes = 4;
 // Rows whose sums with 3, 2 and 1 vectors fill the registers, of which AVX-512 has twice as many.
 #if defined(__AVX512F__)
 constexpr int kRows[] = {0, 16, 12, 8};
+constexpr int kRegisters = 32;
 #else
+constexpr int kRegisters = 16;
 constexpr int kRows[] = {0, 8, 6, 4};
 #endif
 
@@ -175,20 +177,23 @@ inline float largest_of(Vector x) {
 
 // ---- Products of few rows ----
 //
-// They wait for the second factor, which is read once, from its begin to its end. It lies in panels of kLanes columns: a row's
-// elements of a panel together, then the next row's, then the next panel. A weight (O, I) is kept so, its outputs being the columns.
+// They wait for the second factor, a weight (O, I), which is read once, from its begin to its end, as memory is read fastest. It
+// lies in panels of kPanel vectors of outputs: what they have of the first input, then of the next, then the next panel. The last
+// one holds what is left.
 
-// bf16 lies by pairs of a panel's rows, an element of each in 32 bits, so that one load and one instruction for each part
-// widen both; an odd last row lies alone.
+constexpr int kPanel = 3;
+
+// bf16 lies by pairs of inputs, an element of each in 32 bits, so that one load and one instruction for each part widen both;
+// an odd last input lies alone.
 template <class W>
 constexpr int kPaired = std::is_same_v<W, BFloat16> ? 2 : 1;
 
-// One of kPaired rows of a panel that lie together.
+// A vector of one of kPaired inputs that lie together.
 template <int part, class W>
-inline Vector load_row(const W* rows) {
-  if constexpr (kPaired<W> == 1) return load(rows);
+inline Vector load_part(const W* inputs) {
+  if constexpr (kPaired<W> == 1) return load(inputs);
   Integers pairs;
-  std::memcpy(&pairs, rows, sizeof pairs);
+  std::memcpy(&pairs, inputs, sizeof pairs);
   return reinterpret_cast<Vector>(part == 0 ? pairs << 16 : pairs & static_cast<int32_t>(0xffff0000));
 }
 
@@ -207,35 +212,39 @@ template <int R, int V>
 
 // Up to so many rows, a panel is read once for all of them: their sums fill the registers.
 template <class W>
-constexpr int64_t kOnce = kLanes == 16 && kPaired<W> == 1 ? 8 : 5;
+constexpr int kOnce = kLanes == 16 ? 8 : kPaired<W> == 2 ? 3 : 4;
 
-// Rows of b between calls for what is wanted next.
+// Inputs between calls for what is wanted next.
 constexpr int kPaced = 4;
 
-// c += a b for R rows of a and V panels of b, `panel` elements apart; b has `depth` rows.
-// `next`, if anything, is called for on the way, `pace` elements of each panel at a time.
+// c += a b for R rows of a and V vectors of the `width` columns of b, which has `depth` rows.
+// `next`, if anything, is called for on the way, `pace` elements at a time.
 template <int R, int V, class W>
-inline void stream_tile(const float* a, int64_t a_stride, const W* b, int64_t panel, int64_t depth, float* c,
-                        int64_t c_stride, const W* next, int64_t pace) {
-  Vector sum[R][V], column[V];
+[[gnu::noinline]] void stream_tile(const float* a, int64_t a_stride, const W* b, int64_t width, int64_t depth, float* c, int64_t c_stride,
+                 const W* next, int64_t pace) {
+  Vector sum[R][V];
   for (int r = 0; r < R; r++)
     for (int v = 0; v < V; v++) sum[r][v] = load(c + r * c_stride + v * kLanes);
   int64_t i = 0;
+  const auto add = [&](auto part) __attribute__((always_inline)) {
+    const W* from = b;
+    // Where no registers are left to keep pairs in they are loaded again: the compiler is not to know that they are the same.
+    if constexpr (part && R * V + 2 * V + 2 > kRegisters) asm("" : "+r"(from));
+    Vector column[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) column[v] = load_part<part>(from + v * kLanes * kPaired<W>);
+    add_products(sum, a + i + part, a_stride, column);
+  };
   const auto take = [&]() __attribute__((always_inline)) {
-#pragma GCC unroll 8
-    for (int v = 0; v < V; v++) column[v] = load_row<0>(b + v * panel + i * kLanes);
-    add_products(sum, a + i, a_stride, column);
-    if constexpr (kPaired<W> == 2) {
-#pragma GCC unroll 8
-      for (int v = 0; v < V; v++) column[v] = load_row<1>(b + v * panel + i * kLanes);
-      add_products(sum, a + i + 1, a_stride, column);
-    }
+    add(std::integral_constant<int, 0>{});
+    if constexpr (kPaired<W> == 2) add(std::integral_constant<int, 1>{});
     i += kPaired<W>;
+    b += kPaired<W> * width;
   };
   while (i + kPaced <= depth) {
     if (next) {
 #pragma GCC unroll 8
-      for (int v = 0; v < V; v++) __builtin_prefetch(next + v * panel, 0, 3);
+      for (int v = 0; v < V; v++) __builtin_prefetch(next + v * pace / V, 0, 3);
       next += pace;
     }
 #pragma GCC unroll 4
@@ -243,69 +252,31 @@ inline void stream_tile(const float* a, int64_t a_stride, const W* b, int64_t pa
   }
   while (i + kPaired<W> <= depth) take();
   if (i < depth) {
-    for (int v = 0; v < V; v++) column[v] = load(b + v * panel + i * kLanes);
+    Vector column[V];
+    for (int v = 0; v < V; v++) column[v] = load(b + v * kLanes);
     add_products(sum, a + i, a_stride, column);
   }
   for (int r = 0; r < R; r++)
     for (int v = 0; v < V; v++) store(c + r * c_stride + v * kLanes, sum[r][v]);
 }
 
-// The same for any number of rows, R at a time, and of panels, V at a time.
+// The same for `rows` rows, at most R.
 template <int R, int V, class W>
-inline void stream_tiles(const float* a, int64_t a_stride, const W* b, int64_t panel, int64_t depth, float* c,
-                         int64_t c_stride, int64_t rows, int64_t panels, const W* next) {
-  const int64_t pace = kPaced * kLanes * R / std::max<int64_t>(rows, R);
-  for (int64_t v = 0; v + V <= panels; v += V, b += V * panel, c += V * kLanes) {
-    const auto tile = [&](auto some, int64_t r) {
-      constexpr int kSome = decltype(some)::value;
-      const W* ahead = next ? next + v * panel + r / R * (depth / kPaced) * pace : nullptr;
-      stream_tile<kSome, V>(a + r * a_stride, a_stride, b, panel, depth, c + r * c_stride, c_stride, ahead, pace);
-      return r + kSome;
-    };
-    int64_t r = 0;
-    while (r + R <= rows) r = tile(std::integral_constant<int, R>{}, r);
-    if (R > 4 && r + 4 <= rows) r = tile(std::integral_constant<int, 4>{}, r);
-    if (R > 2 && r + 2 <= rows) r = tile(std::integral_constant<int, 2>{}, r);
-    while (r < rows) r = tile(std::integral_constant<int, 1>{}, r);
-  }
+void stream_rows(const float* a, int64_t a_stride, const W* b, int64_t width, int64_t depth, float* c, int64_t c_stride,
+                 int64_t rows, const W* next, int64_t pace) {
+  if (rows == R) return stream_tile<R, V>(a, a_stride, b, width, depth, c, c_stride, next, pace);
+  if constexpr (R > 1) stream_rows<R - 1, V>(a, a_stride, b, width, depth, c, c_stride, rows, next, pace);
 }
 
-// The same, with tiles whose sums fill the registers. Each element is summed in the order of depth, whatever the tile.
-template <class W>
-void stream(const float* a, int64_t a_stride, const W* b, int64_t panel, int64_t depth, float* c, int64_t c_stride,
-            int64_t rows, int64_t panels, const W* next) {
-  const auto tiles = [&](auto r, auto v, int64_t some) {
-    stream_tiles<decltype(r)::value, decltype(v)::value>(a, a_stride, b, panel, depth, c, c_stride, rows, some, next);
-    b += some * panel, c += some * kLanes, panels -= some;
-    if (next) next += some * panel;
-  };
-  const auto few = [&](auto r, auto v) {
-    tiles(r, v, panels / v * v);
-    tiles(r, std::integral_constant<int, 1>{}, panels);
-  };
-  using std::integral_constant;
-  switch (rows) {
-    case 1: return few(integral_constant<int, 1>{}, integral_constant<int, 6>{});
-    case 2: return few(integral_constant<int, 2>{}, integral_constant<int, 4>{});
-    case 3: return few(integral_constant<int, 3>{}, integral_constant<int, 3>{});
-    case 5: return few(integral_constant<int, 5>{}, integral_constant<int, 2>{});
+// The same for any number of rows, in tiles that are as even as they can be; what follows b in memory is called for meanwhile.
+template <int V, class W>
+void stream(const float* a, int64_t a_stride, const W* b, int64_t width, int64_t depth, float* c, int64_t c_stride, int64_t rows) {
+  const int64_t tiles = (rows + kOnce<W> - 1) / kOnce<W>, pace = kPaced * width / tiles;
+  for (int64_t tile = 0; tile < tiles; tile++) {
+    const int64_t row = tile * rows / tiles, some = (tile + 1) * rows / tiles - row;
+    const W* next = tiles == 1 ? nullptr : b + depth * width + tile * (depth / kPaced) * pace;
+    stream_rows<kOnce<W>, V>(a + row * a_stride, a_stride, b, width, depth, c + row * c_stride, c_stride, some, next, pace);
   }
-  if constexpr (kOnce<W> == 8) {
-    switch (rows) {
-      case 6: return few(integral_constant<int, 6>{}, integral_constant<int, 3>{});
-      case 7: return few(integral_constant<int, 7>{}, integral_constant<int, 3>{});
-      case 8: return few(integral_constant<int, 8>{}, integral_constant<int, 3>{});
-    }
-  }
-  if constexpr (kPaired<W> == 1) {
-    // One panel left of threes would keep too few sums under way: four go by twos.
-    tiles(integral_constant<int, 4>{}, integral_constant<int, 3>{}, panels % 3 == 1 && panels > 3 ? panels - 4 : panels / 3 * 3);
-    tiles(integral_constant<int, 6>{}, integral_constant<int, 2>{}, panels / 2 * 2);
-  } else {
-    // The mask of pairs takes a register, too.
-    tiles(integral_constant<int, 4>{}, integral_constant<int, 2>{}, panels / 2 * 2);
-  }
-  tiles(integral_constant<int, 8>{}, integral_constant<int, 1>{}, panels);
 }
 
 // ---- Products of many rows ----
@@ -326,9 +297,10 @@ inline void panels(int64_t columns, const F& f) {
   }
 }
 
-// c = a b, added to what c holds unless `fresh`, for R rows and a panel of V vectors, whose rows follow each other in b.
+// c = a b, added to what c holds unless `fresh`, for R rows and V vectors of the `width` columns of b.
 template <int R, int V, bool fresh>
-inline void multiply_tile(const float* a, int64_t a_stride, const float* b, int64_t depth, float* c, int64_t c_stride) {
+inline void multiply_tile(const float* a, int64_t a_stride, const float* b, int64_t width, int64_t depth, float* c,
+                          int64_t c_stride) {
   Vector sum[R][V];
   for (int r = 0; r < R; r++)
     for (int v = 0; v < V; v++) sum[r][v] = fresh ? Vector{} : load(c + r * c_stride + v * kLanes);
@@ -336,11 +308,20 @@ inline void multiply_tile(const float* a, int64_t a_stride, const float* b, int6
   for (int64_t i = 0; i < depth; i++) {
     Vector column[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; v++) column[v] = load(b + (i * V + v) * kLanes);
+    for (int v = 0; v < V; v++) column[v] = load(b + i * width + v * kLanes);
     add_products(sum, a + i, a_stride, column);
   }
   for (int r = 0; r < R; r++)
     for (int v = 0; v < V; v++) store(c + r * c_stride + v * kLanes, sum[r][v]);
+}
+
+// The same for any number of rows, R at a time.
+template <int R, int V, bool fresh>
+inline void multiply_panel(const float* a, int64_t a_stride, const float* b, int64_t width, int64_t depth, float* c,
+                           int64_t c_stride, int64_t rows) {
+  int64_t r = 0;
+  for (; r + R <= rows; r += R) multiply_tile<R, V, fresh>(a + r * a_stride, a_stride, b, width, depth, c + r * c_stride, c_stride);
+  for (; r < rows; r++) multiply_tile<1, V, fresh>(a + r * a_stride, a_stride, b, width, depth, c + r * c_stride, c_stride);
 }
 
 // The same for c (rows, columns), a (rows, depth) and b (depth, columns) in panels; columns are a multiple of kLanes.
@@ -348,22 +329,18 @@ template <bool fresh>
 void multiply_matrix(const float* a, int64_t a_stride, const float* b, float* c, int64_t c_stride, int64_t rows, int64_t columns,
                      int64_t depth) {
   panels(columns, [&](auto some, auto vectors, int64_t v) {
-    constexpr int R = decltype(some)::value, V = decltype(vectors)::value;
-    const float* from = b + v * kLanes * depth;
-    float* to = c + v * kLanes;
-    int64_t r = 0;
-    for (; r + R <= rows; r += R) multiply_tile<R, V, fresh>(a + r * a_stride, a_stride, from, depth, to + r * c_stride, c_stride);
-    for (; r < rows; r++) multiply_tile<1, V, fresh>(a + r * a_stride, a_stride, from, depth, to + r * c_stride, c_stride);
+    multiply_panel<some, vectors, fresh>(a, a_stride, b + v * kLanes * depth, vectors * kLanes, depth, c + v * kLanes, c_stride, rows);
   });
 }
 
 // ---- Rows times a weight ----
 
-// Up to so many rows they wait for a weight, whose panels follow each other kStreams at a time, what they need next being called for.
-constexpr int64_t kWaiting = 48, kStreams = 6;
-// Columns of x that are worked through at a time otherwise: a panel of so many stays in the first-level cache. Rows of x, and
-// panels for so many: they stay in the second-level one.
-constexpr int64_t kDeep = 256, kTall = 96, kWide = 24;
+// Columns of a panel.
+constexpr int64_t kColumns = kPanel * kLanes;
+// Up to so many rows they wait for a weight.
+constexpr int64_t kWaiting = 48;
+// Columns of x that are worked through at a time otherwise, rows of x, and panels for so many: they stay in the second-level cache.
+constexpr int64_t kDeep = 256, kTall = 96, kWide = 8;
 // Bytes of a weight that are worth a thread.
 constexpr int64_t kGrainBytes = 1 << 16;
 
@@ -379,11 +356,11 @@ template <class W>
 void lay_out(const Tensor& weight) {
   const int64_t outputs = weight.size(0), inputs = weight.size(1);
   auto* w = static_cast<W*>(weight.mutable_data_ptr());
-  torch::stable::parallel_for(0, (outputs + kLanes - 1) / kLanes, 1, [&](int64_t first, int64_t last) {
-    std::vector<W> rows(kLanes * inputs);
+  torch::stable::parallel_for(0, (outputs + kColumns - 1) / kColumns, 1, [&](int64_t first, int64_t last) {
+    std::vector<W> rows(kColumns * inputs);
     for (int64_t panel = first; panel < last; panel++) {
-      W* to = w + panel * kLanes * inputs;
-      const int64_t some = std::min<int64_t>(kLanes, outputs - panel * kLanes);
+      W* to = w + panel * kColumns * inputs;
+      const int64_t some = std::min(kColumns, outputs - panel * kColumns);
       std::memcpy(rows.data(), to, some * inputs * sizeof(W));
       for (int64_t o = 0; o < some; o++)
         for (int64_t i = 0; i < inputs; i++) to[place<W>(i, o, inputs, some)] = rows[o * inputs + i];
@@ -401,48 +378,70 @@ void lay_out_(Tensor weight) {
   }
 }
 
-// y += x w' for few rows.
-template <class W>
-void add_few(const float* x, const W* w, int64_t inputs, int64_t panels, float* y, int64_t stride, int64_t rows) {
-  const int64_t panel = kLanes * inputs, deep = rows <= kOnce<W> ? inputs : kDeep;
+// y += x w' for few rows and V vectors of a panel of `width` outputs.
+template <int V, class W>
+void add_few(const float* x, const W* w, int64_t inputs, int64_t width, float* y, int64_t stride, int64_t rows) {
+  const int64_t deep = rows <= kOnce<W> ? inputs : kDeep;
   for (int64_t i = 0; i < inputs; i += deep)
-    stream(x + i, inputs, w + i * kLanes, panel, std::min(deep, inputs - i), y, stride, rows, panels,
-           i + deep < inputs ? w + (i + deep) * kLanes : nullptr);
+    stream<V>(x + i, inputs, w + i * width, width, std::min(deep, inputs - i), y, stride, rows);
 }
 
-// y += x w' for many rows: the weight is widened and its panels put together, a piece at a time that stays in a cache.
-template <class W>
-void add_many(const float* x, const W* w, int64_t inputs, int64_t panels_of_w, float* y, int64_t stride, int64_t rows) {
-  const int64_t columns = panels_of_w * kLanes;
-  // Kept: a new one would be cleared or paged in by each call, which takes as long as a small product.
-  thread_local const std::unique_ptr<float[]> kept(new float[kDeep * kWide * kLanes]);
-  float* wide = kept.get();
-  for (int64_t i = 0; i < inputs; i += kDeep) {
-    const int64_t depth = std::min(kDeep, inputs - i);
-    panels(columns, [&](auto, auto vectors, int64_t v) {
-      constexpr int64_t V = decltype(vectors)::value;
-      for (int64_t p = 0; p < V; p++) {
-        const W* from = w + (v + p) * kLanes * inputs + i * kLanes;
-        float* to = wide + (v * depth + p) * kLanes;
-        int64_t k = 0;
-        for (; k + kPaired<W> <= depth; k += kPaired<W>) {
-          store(to + k * V * kLanes, load_row<0>(from + k * kLanes));
-          if constexpr (kPaired<W> == 2) store(to + (k + 1) * V * kLanes, load_row<1>(from + k * kLanes));
-        }
-        if (k < depth) store(to + k * V * kLanes, load(from + k * kLanes));
-      }
-    });
-    multiply_matrix<false>(x + i, inputs, wide, y, stride, rows, columns, depth);
+// `depth` inputs of V vectors of a panel of `width` outputs, widened, at `to`, where they are not wide already.
+template <int V, class W>
+const float* widened(const W* w, int64_t width, int64_t depth, float* to) {
+  if constexpr (std::is_same_v<W, float>) return w;
+  const auto put = [&](int64_t i, auto load_one) {
+    for (int v = 0; v < V; v++) store(to + i * width + v * kLanes, load_one(v));
+  };
+  int64_t i = 0;
+  for (; i + kPaired<W> <= depth; i += kPaired<W>) {
+    const W* from = w + i * width;
+    put(i, [&](int v) { return load_part<0>(from + v * kLanes * kPaired<W>); });
+    if constexpr (kPaired<W> == 2) put(i + 1, [&](int v) { return load_part<1>(from + v * kLanes * kPaired<W>); });
   }
+  if (i < depth) put(i, [&](int v) { return load(w + i * width + v * kLanes); });
+  return to;
 }
 
-// y += x w' for the last panel, which holds `rest` outputs, fewer than a vector has.
+// y += x w' for the outputs of a panel that fill no vector, from `whole` on.
 template <class W>
-void add_rest(const float* x, const W* w, int64_t inputs, int64_t rest, float* y, int64_t stride, int64_t rows) {
+void add_rest(const float* x, const W* w, int64_t inputs, int64_t width, int64_t whole, float* y, int64_t stride, int64_t rows) {
   for (int64_t t = 0; t < rows; t++)
-    for (int64_t o = 0; o < rest; o++)
+    for (int64_t o = whole; o < width; o++)
       for (int64_t i = 0; i < inputs; i++)
-        y[t * stride + o] = std::fma(x[t * inputs + i], widen(w[place<W>(i, o, inputs, rest)]), y[t * stride + o]);
+        y[t * stride + o] = std::fma(x[t * inputs + i], widen(w[place<W>(i, o, inputs, width)]), y[t * stride + o]);
+}
+
+// y += x w' for some panels, of which the last one may be narrower: `columns` outputs in all.
+template <class W>
+void add(const float* x, const W* w, int64_t inputs, int64_t columns, float* y, int64_t stride, int64_t rows, bool waiting) {
+  const auto each_panel = [&](const auto& f) {
+    for (int64_t at = 0; at < columns; at += kColumns) {
+      const int64_t width = std::min(kColumns, columns - at);
+      const auto call = [&](auto vectors) { f(vectors, w + at * inputs, width, y + at); };
+      static_assert(kPanel == 3);
+      if (width == kColumns) call(std::integral_constant<int, 3>{});
+      else if (width >= 2 * kLanes) call(std::integral_constant<int, 2>{});
+      else if (width >= kLanes) call(std::integral_constant<int, 1>{});
+    }
+  };
+  if (waiting) {
+    each_panel([&](auto vectors, const W* from, int64_t width, float* to) {
+      add_few<vectors>(x, from, inputs, width, to, stride, rows);
+    });
+  } else {
+    // Kept: a new one would be cleared or paged in by each call, which takes as long as a small product.
+    thread_local const std::unique_ptr<float[]> wide(new float[kDeep * kColumns]);
+    for (int64_t i = 0; i < inputs; i += kDeep) {
+      const int64_t depth = std::min(kDeep, inputs - i);
+      each_panel([&](auto vectors, const W* from, int64_t width, float* to) {
+        multiply_panel<kRows[vectors], vectors, false>(x + i, inputs, widened<vectors>(from + i * width, width, depth, wide.get()),
+                                                       width, depth, to, stride, rows);
+      });
+    }
+  }
+  const int64_t width = columns % kColumns, last = columns - width;
+  add_rest(x, w + last * inputs, inputs, width, width / kLanes * kLanes, y + last, stride, rows);
 }
 
 // The first `rows` rows of y.
@@ -453,22 +452,19 @@ void linear_of(const Tensor& x, const Tensor& weight, const Tensor* bias, const 
   const auto* b = bias ? static_cast<const W*>(bias->const_data_ptr()) : nullptr;
   const auto* from = static_cast<const float*>(x.const_data_ptr());
   auto* to = static_cast<float*>(y.mutable_data_ptr());
-  const int64_t panel = kLanes * inputs, panels = outputs / kLanes, rest = outputs % kLanes, blocks = (rows + kTall - 1) / kTall;
-  const int64_t grain = std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, panel * sizeof(W)));
-  // The last of panels + 1 is the one that holds fewer outputs, or none.
-  torch::stable::parallel_for(0, blocks * (panels + 1), grain, [&](int64_t first, int64_t last) {
+  const bool waiting = rows <= kWaiting;
+  const int64_t panels = (outputs + kColumns - 1) / kColumns, blocks = (rows + kTall - 1) / kTall;
+  const int64_t grain = std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, kColumns * inputs * sizeof(W)));
+  torch::stable::parallel_for(0, blocks * panels, grain, [&](int64_t first, int64_t last) {
     for (int64_t some; first < last; first += some) {
-      const int64_t row = first / (panels + 1) * kTall, tall = std::min(kTall, rows - row), at = first % (panels + 1);
-      const float* x = from + row * inputs;
-      float* y = to + row * outputs + at * kLanes;
-      some = at == panels ? 1 : std::min({last - first, panels - at, rows <= kWaiting ? kStreams : kWide});
-      const int64_t columns = at == panels ? rest : some * kLanes;
+      const int64_t row = first / panels * kTall, tall = std::min(kTall, rows - row), panel = first % panels, at = panel * kColumns;
+      some = std::min({last - first, panels - panel, waiting ? 1 : kWide});
+      const int64_t columns = std::min(some * kColumns, outputs - at);
+      float* y = to + row * outputs + at;
       for (int64_t t = 0; t < tall; t++) std::fill_n(y + t * outputs, columns, 0.0f);
-      if (at == panels) add_rest(x, w + at * panel, inputs, rest, y, outputs, tall);
-      else if (rows <= kWaiting) add_few(x, w + at * panel, inputs, some, y, outputs, tall);
-      else add_many(x, w + at * panel, inputs, some, y, outputs, tall);
+      add(from + row * inputs, w + at * inputs, inputs, columns, y, outputs, tall, waiting);
       for (int64_t t = 0; b && t < tall; t++)
-        for (int64_t o = 0; o < columns; o++) y[t * outputs + o] += widen(b[at * kLanes + o]);
+        for (int64_t o = 0; o < columns; o++) y[t * outputs + o] += widen(b[at + o]);
     }
   });
 }
@@ -653,10 +649,10 @@ void attend_tokens(const float* q, const float* k, const float* v, int tokens, N
       for (int64_t h = 0; h < heads.width; h++) values[h] *= shrink;
   }
   // As many columns at a time as keep enough sums under way.
-  constexpr int kColumns = G == 1 ? 8 : G == 2 ? 4 : 2;
+  constexpr int kVectors = G == 1 ? 8 : G == 2 ? 4 : 2;
   int64_t h = 0;
-  for (; h + kColumns * kLanes <= whole; h += kColumns * kLanes)
-    add_values<G, kColumns>(weights, v + h, stride, tokens, next.values + h, out.values + h, heads.width);
+  for (; h + kVectors * kLanes <= whole; h += kVectors * kLanes)
+    add_values<G, kVectors>(weights, v + h, stride, tokens, next.values + h, out.values + h, heads.width);
   for (; h < whole; h += kLanes) add_values<G, 1>(weights, v + h, stride, tokens, next.values + h, out.values + h, heads.width);
   for (; h < heads.width; h++)
     for (int g = 0; g < G; g++)
@@ -817,20 +813,20 @@ struct Blocks {
           return tokens[std::min(start + i, last)] + head * width;
         };
         panels(kKeys, [&](auto, auto vectors, int64_t v) {
-          constexpr int64_t kColumns = decltype(vectors)::value * kLanes;
+          constexpr int64_t kSome = decltype(vectors)::value * kLanes;
           float* to = key + v * kLanes * width;
-          for (int64_t i = 0; i < kColumns; i++) {
+          for (int64_t i = 0; i < kSome; i++) {
             const float* k = from_token(tokens.keys, v * kLanes + i);
-            for (int64_t h = 0; h < width; h++) to[h * kColumns + i] = k[h];
+            for (int64_t h = 0; h < width; h++) to[h * kSome + i] = k[h];
           }
         });
         panels(wide, [&](auto, auto vectors, int64_t v) {
-          constexpr int64_t kColumns = decltype(vectors)::value * kLanes;
+          constexpr int64_t kSome = decltype(vectors)::value * kLanes;
           float* to = value + v * kLanes * kKeys;
-          const int64_t some = std::min(kColumns, width - v * kLanes);
-          for (int64_t i = 0; i < kKeys; i++, to += kColumns) {
+          const int64_t some = std::min(kSome, width - v * kLanes);
+          for (int64_t i = 0; i < kKeys; i++, to += kSome) {
             std::memcpy(to, from_token(tokens.values, i) + v * kLanes, some * sizeof(float));
-            std::fill(to + some, to + kColumns, 0.0f);
+            std::fill(to + some, to + kSome, 0.0f);
           }
         });
       }
