@@ -42,13 +42,11 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;
 #endif
 
-// Rows whose sums with 3, 2 and 1 vectors fill the registers, of which AVX-512 has twice as many.
-#if defined(__AVX512F__)
-constexpr int kRows[] = {0, 16, 12, 8};
-constexpr int kRegisters = 32;
+// Registers for vectors, and the rows whose sums with 3, 2 and 1 vectors fill them.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kRegisters = 32, kRows[] = {0, 16, 12, 8};
 #else
-constexpr int kRegisters = 16;
-constexpr int kRows[] = {0, 8, 6, 4};
+constexpr int kRegisters = 16, kRows[] = {0, 8, 6, 4};
 #endif
 
 typedef float Vector __attribute__((vector_size(4 * kLanes)));
@@ -201,7 +199,7 @@ inline Vector load_part(const W* inputs) {
 template <int R, int V>
 [[gnu::always_inline]] inline void add_products(Vector (&sum)[R][V], const float* a, int64_t a_stride, Vector (&column)[V]) {
 #pragma GCC unroll 8
-  for (int v = 0; v < V; v++) keep(column[v]);
+  for (int v = 0; R > 1 && v < V; v++) keep(column[v]);
 #pragma GCC unroll 16
   for (int r = 0; r < R; r++) {
     const Vector one = splat(a[r * a_stride]);
@@ -211,71 +209,75 @@ template <int R, int V>
 }
 
 // Up to so many rows, a panel is read once for all of them: their sums fill the registers.
-template <class W>
-constexpr int kOnce = kLanes == 16 ? 8 : kPaired<W> == 2 ? 3 : 4;
+constexpr int kOnce = kRegisters == 32 ? 8 : 3;
 
 // Inputs between calls for what is wanted next.
 constexpr int kPaced = 4;
 
-// c += a b for R rows of a and V vectors of the `width` columns of b, which has `depth` rows.
-// `next`, if anything, is called for on the way, `pace` elements at a time.
-template <int R, int V, class W>
-[[gnu::noinline]] void stream_tile(const float* a, int64_t a_stride, const W* b, int64_t width, int64_t depth, float* c, int64_t c_stride,
-                 const W* next, int64_t pace) {
-  Vector sum[R][V];
-  for (int r = 0; r < R; r++)
-    for (int v = 0; v < V; v++) sum[r][v] = load(c + r * c_stride + v * kLanes);
-  int64_t i = 0;
-  const auto add = [&](auto part) __attribute__((always_inline)) {
-    const W* from = b;
-    // Where no registers are left to keep pairs in they are loaded again: the compiler is not to know that they are the same.
-    if constexpr (part && R * V + 2 * V + 2 > kRegisters) asm("" : "+r"(from));
-    Vector column[V];
+// The same with one of kPaired inputs that lie together in the first V vectors of P panels, `panel` elements apart.
+template <int part, int R, int P, int V, class W>
+[[gnu::always_inline]] inline void add_input(Vector (&sum)[R][P * V], const float* a, int64_t a_stride, const W* b, int64_t panel) {
+  // Where no registers are left to keep pairs in they are loaded again: the compiler is not to know that they are the same.
+  if constexpr (part && R > 1 && R * P * V + 2 * P * V + 2 > kRegisters) asm("" : "+r"(b));
+  Vector column[P * V];
+#pragma GCC unroll 2
+  for (int p = 0; p < P; p++)
 #pragma GCC unroll 8
-    for (int v = 0; v < V; v++) column[v] = load_part<part>(from + v * kLanes * kPaired<W>);
-    add_products(sum, a + i + part, a_stride, column);
-  };
-  const auto take = [&]() __attribute__((always_inline)) {
-    add(std::integral_constant<int, 0>{});
-    if constexpr (kPaired<W> == 2) add(std::integral_constant<int, 1>{});
-    i += kPaired<W>;
-    b += kPaired<W> * width;
-  };
-  while (i + kPaced <= depth) {
+    for (int v = 0; v < V; v++) column[p * V + v] = load_part<part>(b + p * panel + v * kLanes * kPaired<W>);
+  add_products(sum, a + part, a_stride, column);
+}
+
+// c += a b for R rows of a and the first V vectors of P panels of b, `width` columns each, which have `depth` rows.
+// `next`, if anything, is called for on the way, `pace` elements at a time.
+template <int R, int P, int V, class W>
+[[gnu::noinline]] void stream_tile(const float* a, int64_t a_stride, const W* b, int64_t width, int64_t depth, float* c,
+                                   int64_t c_stride, const W* next = nullptr, int64_t pace = 0) {
+  const int64_t panel = depth * width;
+  Vector sum[R][P * V];
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < P * V; v++) sum[r][v] = load(c + r * c_stride + v * kLanes);
+  for (; depth >= kPaced; depth -= kPaced) {
     if (next) {
 #pragma GCC unroll 8
       for (int v = 0; v < V; v++) __builtin_prefetch(next + v * pace / V, 0, 3);
       next += pace;
     }
 #pragma GCC unroll 4
-    for (int some = 0; some < kPaced; some += kPaired<W>) take();
+    for (int i = 0; i < kPaced; i += kPaired<W>, a += kPaired<W>, b += kPaired<W> * width) {
+      add_input<0, R, P, V>(sum, a, a_stride, b, panel);
+      if constexpr (kPaired<W> == 2) add_input<1, R, P, V>(sum, a, a_stride, b, panel);
+    }
   }
-  while (i + kPaired<W> <= depth) take();
-  if (i < depth) {
-    Vector column[V];
-    for (int v = 0; v < V; v++) column[v] = load(b + v * kLanes);
-    add_products(sum, a + i, a_stride, column);
+  for (; depth >= kPaired<W>; depth -= kPaired<W>, a += kPaired<W>, b += kPaired<W> * width) {
+    add_input<0, R, P, V>(sum, a, a_stride, b, panel);
+    if constexpr (kPaired<W> == 2) add_input<1, R, P, V>(sum, a, a_stride, b, panel);
+  }
+  if (depth) {
+    Vector column[P * V];
+    for (int p = 0; p < P; p++)
+      for (int v = 0; v < V; v++) column[p * V + v] = load(b + p * panel + v * kLanes);
+    add_products(sum, a, a_stride, column);
   }
   for (int r = 0; r < R; r++)
-    for (int v = 0; v < V; v++) store(c + r * c_stride + v * kLanes, sum[r][v]);
+    for (int v = 0; v < P * V; v++) store(c + r * c_stride + v * kLanes, sum[r][v]);
 }
 
-// The same for `rows` rows, at most R.
+// The same for `rows` rows, at most R, and a panel.
 template <int R, int V, class W>
 void stream_rows(const float* a, int64_t a_stride, const W* b, int64_t width, int64_t depth, float* c, int64_t c_stride,
                  int64_t rows, const W* next, int64_t pace) {
-  if (rows == R) return stream_tile<R, V>(a, a_stride, b, width, depth, c, c_stride, next, pace);
+  if (rows == R) return stream_tile<R, 1, V>(a, a_stride, b, width, depth, c, c_stride, next, pace);
   if constexpr (R > 1) stream_rows<R - 1, V>(a, a_stride, b, width, depth, c, c_stride, rows, next, pace);
 }
 
 // The same for any number of rows, in tiles that are as even as they can be; what follows b in memory is called for meanwhile.
 template <int V, class W>
 void stream(const float* a, int64_t a_stride, const W* b, int64_t width, int64_t depth, float* c, int64_t c_stride, int64_t rows) {
-  const int64_t tiles = (rows + kOnce<W> - 1) / kOnce<W>, pace = kPaced * width / tiles;
+  const int64_t tiles = (rows + kOnce - 1) / kOnce, pace = kPaced * width / tiles;
   for (int64_t tile = 0; tile < tiles; tile++) {
     const int64_t row = tile * rows / tiles, some = (tile + 1) * rows / tiles - row;
     const W* next = tiles == 1 ? nullptr : b + depth * width + tile * (depth / kPaced) * pace;
-    stream_rows<kOnce<W>, V>(a + row * a_stride, a_stride, b, width, depth, c + row * c_stride, c_stride, some, next, pace);
+    stream_rows<kOnce, V>(a + row * a_stride, a_stride, b, width, depth, c + row * c_stride, c_stride, some, next, pace);
   }
 }
 
@@ -381,7 +383,7 @@ void lay_out_(Tensor weight) {
 // y += x w' for few rows and V vectors of a panel of `width` outputs.
 template <int V, class W>
 void add_few(const float* x, const W* w, int64_t inputs, int64_t width, float* y, int64_t stride, int64_t rows) {
-  const int64_t deep = rows <= kOnce<W> ? inputs : kDeep;
+  const int64_t deep = rows <= kOnce ? inputs : kDeep;
   for (int64_t i = 0; i < inputs; i += deep)
     stream<V>(x + i, inputs, w + i * width, width, std::min(deep, inputs - i), y, stride, rows);
 }
@@ -425,6 +427,8 @@ void add(const float* x, const W* w, int64_t inputs, int64_t columns, float* y, 
       else if (width >= kLanes) call(std::integral_constant<int, 1>{});
     }
   };
+  // A row alone has too few sums under way with one panel.
+  if (rows == 1 && columns == 2 * kColumns) return stream_tile<1, 2, kPanel>(x, inputs, w, kColumns, inputs, y, stride);
   if (waiting) {
     each_panel([&](auto vectors, const W* from, int64_t width, float* to) {
       add_few<vectors>(x, from, inputs, width, to, stride, rows);
@@ -452,13 +456,13 @@ void linear_of(const Tensor& x, const Tensor& weight, const Tensor* bias, const 
   const auto* b = bias ? static_cast<const W*>(bias->const_data_ptr()) : nullptr;
   const auto* from = static_cast<const float*>(x.const_data_ptr());
   auto* to = static_cast<float*>(y.mutable_data_ptr());
-  const bool waiting = rows <= kWaiting;
+  const bool waiting = true;
   const int64_t panels = (outputs + kColumns - 1) / kColumns, blocks = (rows + kTall - 1) / kTall;
   const int64_t grain = std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, kColumns * inputs * sizeof(W)));
   torch::stable::parallel_for(0, blocks * panels, grain, [&](int64_t first, int64_t last) {
     for (int64_t some; first < last; first += some) {
-      const int64_t row = first / panels * kTall, tall = std::min(kTall, rows - row), panel = first % panels, at = panel * kColumns;
-      some = std::min({last - first, panels - panel, waiting ? 1 : kWide});
+      const int64_t row = first / panels * rows / blocks, tall = (first / panels + 1) * rows / blocks - row, panel = first % panels, at = panel * kColumns;
+      some = std::min({last - first, panels - panel, rows == 1 ? 2 : waiting ? 1 : kWide});
       const int64_t columns = std::min(some * kColumns, outputs - at);
       float* y = to + row * outputs + at;
       for (int64_t t = 0; t < tall; t++) std::fill_n(y + t * outputs, columns, 0.0f);
