@@ -173,10 +173,9 @@ inline float largest_of(Vector x) {
 #endif
 }
 
-// ---- Products of few rows ----
+// ---- Products with a weight ----
 //
-// They wait for the second factor, a weight (O, I), which is read once, from its begin to its end, as memory is read fastest. It
-// lies in panels of kPanel vectors of outputs: what they have of the first input, then of the next, then the next panel. The last
+// Few rows wait for the weight (O, I), which is read once, from its begin to its end, as memory is read fastest. It lies in panels of kPanel vectors of outputs: what they have of the first input, then of the next, then the next panel. The last
 // one holds what is left.
 
 constexpr int kPanel = 3;
@@ -208,11 +207,9 @@ template <int R, int V>
   }
 }
 
-// Up to so many rows, a panel is read once for all of them: their sums fill the registers.
-constexpr int kOnce = kRegisters == 32 ? 8 : 3;
-
-// Inputs between calls for what is wanted next.
-constexpr int kPaced = 4;
+// Up to so many rows, a panel is read once for all of them: their sums fill the registers. The mask of pairs takes one, too.
+template <class W>
+constexpr int kOnce = kRegisters == 32 ? 8 : kPaired<W> == 2 ? 3 : 4;
 
 // The same with one of kPaired inputs that lie together in the first V vectors of P panels, `panel` elements apart.
 template <int part, int R, int P, int V, class W>
@@ -228,27 +225,17 @@ template <int part, int R, int P, int V, class W>
 }
 
 // c += a b for R rows of a and the first V vectors of P panels of b, `width` columns each, which have `depth` rows.
-// `next`, if anything, is called for on the way, `pace` elements at a time.
+// What is wanted next is called for on the way, `pace` elements at a time.
 template <int R, int P, int V, class W>
 [[gnu::noinline]] void stream_tile(const float* a, int64_t a_stride, const W* b, int64_t width, int64_t depth, float* c,
-                                   int64_t c_stride, const W* next = nullptr, int64_t pace = 0) {
+                                   int64_t c_stride, const W* next, int64_t pace) {
   const int64_t panel = depth * width;
   Vector sum[R][P * V];
   for (int r = 0; r < R; r++)
     for (int v = 0; v < P * V; v++) sum[r][v] = load(c + r * c_stride + v * kLanes);
-  for (; depth >= kPaced; depth -= kPaced) {
-    if (next) {
-#pragma GCC unroll 8
-      for (int v = 0; v < V; v++) __builtin_prefetch(next + v * pace / V, 0, 3);
-      next += pace;
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < kPaced; i += kPaired<W>, a += kPaired<W>, b += kPaired<W> * width) {
-      add_input<0, R, P, V>(sum, a, a_stride, b, panel);
-      if constexpr (kPaired<W> == 2) add_input<1, R, P, V>(sum, a, a_stride, b, panel);
-    }
-  }
-  for (; depth >= kPaired<W>; depth -= kPaired<W>, a += kPaired<W>, b += kPaired<W> * width) {
+  // Not unrolled: compilers would run out of registers.
+  for (; depth >= kPaired<W>; depth -= kPaired<W>, a += kPaired<W>, b += kPaired<W> * width, next += pace) {
+    __builtin_prefetch(next, 0, 3);
     add_input<0, R, P, V>(sum, a, a_stride, b, panel);
     if constexpr (kPaired<W> == 2) add_input<1, R, P, V>(sum, a, a_stride, b, panel);
   }
@@ -273,17 +260,18 @@ void stream_rows(const float* a, int64_t a_stride, const W* b, int64_t width, in
 // The same for any number of rows, in tiles that are as even as they can be; what follows b in memory is called for meanwhile.
 template <int V, class W>
 void stream(const float* a, int64_t a_stride, const W* b, int64_t width, int64_t depth, float* c, int64_t c_stride, int64_t rows) {
-  const int64_t tiles = (rows + kOnce - 1) / kOnce, pace = kPaced * width / tiles;
+  const int64_t tiles = (rows + kOnce<W> - 1) / kOnce<W>, pace = kPaired<W> * width / tiles;
   for (int64_t tile = 0; tile < tiles; tile++) {
     const int64_t row = tile * rows / tiles, some = (tile + 1) * rows / tiles - row;
-    const W* next = tiles == 1 ? nullptr : b + depth * width + tile * (depth / kPaced) * pace;
-    stream_rows<kOnce, V>(a + row * a_stride, a_stride, b, width, depth, c + row * c_stride, c_stride, some, next, pace);
+    // Where a panel is read once, the machine sees by itself what is next.
+    const W* next = tiles == 1 ? b : b + depth * width + tile * (depth / kPaired<W>) * pace;
+    stream_rows<kOnce<W>, V>(a + row * a_stride, a_stride, b, width, depth, c + row * c_stride, c_stride, some, next, tiles == 1 ? 0 : pace);
   }
 }
 
-// ---- Products of many rows ----
+// ---- Products of matrices ----
 //
-// They wait for nothing but themselves where the second factor stays in a cache, in panels of up to 3 vectors.
+// The second factor stays in a cache, in panels of up to 3 vectors.
 
 // Calls f(rows, vectors, first vector) for each panel, `rows` being as many as leave the registers enough for the sums.
 template <class F>
@@ -299,10 +287,9 @@ inline void panels(int64_t columns, const F& f) {
   }
 }
 
-// c = a b, added to what c holds unless `fresh`, for R rows and V vectors of the `width` columns of b.
+// c = a b, added to what c holds unless `fresh`, for R rows and a panel of V vectors, whose rows follow each other in b.
 template <int R, int V, bool fresh>
-inline void multiply_tile(const float* a, int64_t a_stride, const float* b, int64_t width, int64_t depth, float* c,
-                          int64_t c_stride) {
+inline void multiply_tile(const float* a, int64_t a_stride, const float* b, int64_t depth, float* c, int64_t c_stride) {
   Vector sum[R][V];
   for (int r = 0; r < R; r++)
     for (int v = 0; v < V; v++) sum[r][v] = fresh ? Vector{} : load(c + r * c_stride + v * kLanes);
@@ -310,20 +297,11 @@ inline void multiply_tile(const float* a, int64_t a_stride, const float* b, int6
   for (int64_t i = 0; i < depth; i++) {
     Vector column[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; v++) column[v] = load(b + i * width + v * kLanes);
+    for (int v = 0; v < V; v++) column[v] = load(b + (i * V + v) * kLanes);
     add_products(sum, a + i, a_stride, column);
   }
   for (int r = 0; r < R; r++)
     for (int v = 0; v < V; v++) store(c + r * c_stride + v * kLanes, sum[r][v]);
-}
-
-// The same for any number of rows, R at a time.
-template <int R, int V, bool fresh>
-inline void multiply_panel(const float* a, int64_t a_stride, const float* b, int64_t width, int64_t depth, float* c,
-                           int64_t c_stride, int64_t rows) {
-  int64_t r = 0;
-  for (; r + R <= rows; r += R) multiply_tile<R, V, fresh>(a + r * a_stride, a_stride, b, width, depth, c + r * c_stride, c_stride);
-  for (; r < rows; r++) multiply_tile<1, V, fresh>(a + r * a_stride, a_stride, b, width, depth, c + r * c_stride, c_stride);
 }
 
 // The same for c (rows, columns), a (rows, depth) and b (depth, columns) in panels; columns are a multiple of kLanes.
@@ -331,18 +309,20 @@ template <bool fresh>
 void multiply_matrix(const float* a, int64_t a_stride, const float* b, float* c, int64_t c_stride, int64_t rows, int64_t columns,
                      int64_t depth) {
   panels(columns, [&](auto some, auto vectors, int64_t v) {
-    multiply_panel<some, vectors, fresh>(a, a_stride, b + v * kLanes * depth, vectors * kLanes, depth, c + v * kLanes, c_stride, rows);
+    constexpr int R = some, V = vectors;
+    const float* from = b + v * kLanes * depth;
+    float* to = c + v * kLanes;
+    int64_t r = 0;
+    for (; r + R <= rows; r += R) multiply_tile<R, V, fresh>(a + r * a_stride, a_stride, from, depth, to + r * c_stride, c_stride);
+    for (; r < rows; r++) multiply_tile<1, V, fresh>(a + r * a_stride, a_stride, from, depth, to + r * c_stride, c_stride);
   });
 }
 
 // ---- Rows times a weight ----
 
-// Columns of a panel.
-constexpr int64_t kColumns = kPanel * kLanes;
-// Up to so many rows they wait for a weight.
-constexpr int64_t kWaiting = 48;
-// Columns of x that are worked through at a time otherwise, rows of x, and panels for so many: they stay in the second-level cache.
-constexpr int64_t kDeep = 256, kTall = 96, kWide = 8;
+// Outputs of a panel. Inputs of it that are worked through at a time by more rows than it is read once for: they stay in the
+// first-level cache. Rows that are worked through at a time: theirs stay in the second-level one.
+constexpr int64_t kColumns = kPanel * kLanes, kDeep = 256, kTall = 96;
 // Bytes of a weight that are worth a thread.
 constexpr int64_t kGrainBytes = 1 << 16;
 
@@ -380,72 +360,27 @@ void lay_out_(Tensor weight) {
   }
 }
 
-// y += x w' for few rows and V vectors of a panel of `width` outputs.
+// y += x w' for V vectors of a panel of `width` outputs.
 template <int V, class W>
-void add_few(const float* x, const W* w, int64_t inputs, int64_t width, float* y, int64_t stride, int64_t rows) {
-  const int64_t deep = rows <= kOnce ? inputs : kDeep;
+void add_vectors(const float* x, const W* w, int64_t inputs, int64_t width, float* y, int64_t stride, int64_t rows) {
+  const int64_t deep = rows <= kOnce<W> ? inputs : kDeep;
   for (int64_t i = 0; i < inputs; i += deep)
     stream<V>(x + i, inputs, w + i * width, width, std::min(deep, inputs - i), y, stride, rows);
 }
 
-// `depth` inputs of V vectors of a panel of `width` outputs, widened, at `to`, where they are not wide already.
-template <int V, class W>
-const float* widened(const W* w, int64_t width, int64_t depth, float* to) {
-  if constexpr (std::is_same_v<W, float>) return w;
-  const auto put = [&](int64_t i, auto load_one) {
-    for (int v = 0; v < V; v++) store(to + i * width + v * kLanes, load_one(v));
-  };
-  int64_t i = 0;
-  for (; i + kPaired<W> <= depth; i += kPaired<W>) {
-    const W* from = w + i * width;
-    put(i, [&](int v) { return load_part<0>(from + v * kLanes * kPaired<W>); });
-    if constexpr (kPaired<W> == 2) put(i + 1, [&](int v) { return load_part<1>(from + v * kLanes * kPaired<W>); });
-  }
-  if (i < depth) put(i, [&](int v) { return load(w + i * width + v * kLanes); });
-  return to;
-}
-
-// y += x w' for the outputs of a panel that fill no vector, from `whole` on.
+// y += x w' for a panel of `width` outputs, of which the last ones may fill no vector.
 template <class W>
-void add_rest(const float* x, const W* w, int64_t inputs, int64_t width, int64_t whole, float* y, int64_t stride, int64_t rows) {
+void add_panel(const float* x, const W* w, int64_t inputs, int64_t width, float* y, int64_t stride, int64_t rows) {
+  static_assert(kPanel == 3);
+  switch (width / kLanes) {
+    case 3: add_vectors<3>(x, w, inputs, width, y, stride, rows); break;
+    case 2: add_vectors<2>(x, w, inputs, width, y, stride, rows); break;
+    case 1: add_vectors<1>(x, w, inputs, width, y, stride, rows); break;
+  }
   for (int64_t t = 0; t < rows; t++)
-    for (int64_t o = whole; o < width; o++)
+    for (int64_t o = width / kLanes * kLanes; o < width; o++)
       for (int64_t i = 0; i < inputs; i++)
         y[t * stride + o] = std::fma(x[t * inputs + i], widen(w[place<W>(i, o, inputs, width)]), y[t * stride + o]);
-}
-
-// y += x w' for some panels, of which the last one may be narrower: `columns` outputs in all.
-template <class W>
-void add(const float* x, const W* w, int64_t inputs, int64_t columns, float* y, int64_t stride, int64_t rows, bool waiting) {
-  const auto each_panel = [&](const auto& f) {
-    for (int64_t at = 0; at < columns; at += kColumns) {
-      const int64_t width = std::min(kColumns, columns - at);
-      const auto call = [&](auto vectors) { f(vectors, w + at * inputs, width, y + at); };
-      static_assert(kPanel == 3);
-      if (width == kColumns) call(std::integral_constant<int, 3>{});
-      else if (width >= 2 * kLanes) call(std::integral_constant<int, 2>{});
-      else if (width >= kLanes) call(std::integral_constant<int, 1>{});
-    }
-  };
-  // A row alone has too few sums under way with one panel.
-  if (rows == 1 && columns == 2 * kColumns) return stream_tile<1, 2, kPanel>(x, inputs, w, kColumns, inputs, y, stride);
-  if (waiting) {
-    each_panel([&](auto vectors, const W* from, int64_t width, float* to) {
-      add_few<vectors>(x, from, inputs, width, to, stride, rows);
-    });
-  } else {
-    // Kept: a new one would be cleared or paged in by each call, which takes as long as a small product.
-    thread_local const std::unique_ptr<float[]> wide(new float[kDeep * kColumns]);
-    for (int64_t i = 0; i < inputs; i += kDeep) {
-      const int64_t depth = std::min(kDeep, inputs - i);
-      each_panel([&](auto vectors, const W* from, int64_t width, float* to) {
-        multiply_panel<kRows[vectors], vectors, false>(x + i, inputs, widened<vectors>(from + i * width, width, depth, wide.get()),
-                                                       width, depth, to, stride, rows);
-      });
-    }
-  }
-  const int64_t width = columns % kColumns, last = columns - width;
-  add_rest(x, w + last * inputs, inputs, width, width / kLanes * kLanes, y + last, stride, rows);
 }
 
 // The first `rows` rows of y.
@@ -456,17 +391,21 @@ void linear_of(const Tensor& x, const Tensor& weight, const Tensor* bias, const 
   const auto* b = bias ? static_cast<const W*>(bias->const_data_ptr()) : nullptr;
   const auto* from = static_cast<const float*>(x.const_data_ptr());
   auto* to = static_cast<float*>(y.mutable_data_ptr());
-  const bool waiting = true;
   const int64_t panels = (outputs + kColumns - 1) / kColumns, blocks = (rows + kTall - 1) / kTall;
   const int64_t grain = std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, kColumns * inputs * sizeof(W)));
   torch::stable::parallel_for(0, blocks * panels, grain, [&](int64_t first, int64_t last) {
     for (int64_t some; first < last; first += some) {
-      const int64_t row = first / panels * rows / blocks, tall = (first / panels + 1) * rows / blocks - row, panel = first % panels, at = panel * kColumns;
-      some = std::min({last - first, panels - panel, rows == 1 ? 2 : waiting ? 1 : kWide});
+      const int64_t row = first / panels * rows / blocks, tall = (first / panels + 1) * rows / blocks - row;
+      const int64_t panel = first % panels, at = panel * kColumns;
+      // A row alone has too few sums under way with one panel.
+      const bool two = rows == 1 && first + 2 <= last && at + 2 * kColumns <= outputs;
+      some = two ? 2 : 1;
       const int64_t columns = std::min(some * kColumns, outputs - at);
+      const float* x = from + row * inputs;
       float* y = to + row * outputs + at;
       for (int64_t t = 0; t < tall; t++) std::fill_n(y + t * outputs, columns, 0.0f);
-      add(from + row * inputs, w + at * inputs, inputs, columns, y, outputs, tall, waiting);
+      if (two) stream_tile<1, 2, kPanel>(x, inputs, w + at * inputs, kColumns, inputs, y, outputs, w + at * inputs, 0);
+      else add_panel(x, w + at * inputs, inputs, columns, y, outputs, tall);
       for (int64_t t = 0; b && t < tall; t++)
         for (int64_t o = 0; o < columns; o++) y[t * outputs + o] += widen(b[at + o]);
     }
