@@ -211,6 +211,9 @@ template <int R, int V>
 template <class W>
 constexpr int kOnce = kRegisters == 32 ? 8 : kPaired<W> == 2 ? 3 : 4;
 
+// Where what is wanted next waits (__builtin_prefetch's locality), as measured: the first-level cache, or the second-level one.
+constexpr int kWaits = kRegisters == 32 ? 3 : 2;
+
 // The same with one of kPaired inputs that lie together in the first V vectors of P panels, `panel` elements apart.
 template <int part, int R, int P, int V, class W>
 [[gnu::always_inline]] inline void add_input(Vector (&sum)[R][P * V], const float* a, int64_t a_stride, const W* b, int64_t panel) {
@@ -235,7 +238,7 @@ template <int R, int P, int V, class W>
     for (int v = 0; v < P * V; v++) sum[r][v] = load(c + r * c_stride + v * kLanes);
   // Not unrolled: compilers would run out of registers.
   for (; depth >= kPaired<W>; depth -= kPaired<W>, a += kPaired<W>, b += kPaired<W> * width, next += pace) {
-    __builtin_prefetch(next, 0, 3);
+    __builtin_prefetch(next, 0, kWaits);
     add_input<0, R, P, V>(sum, a, a_stride, b, panel);
     if constexpr (kPaired<W> == 2) add_input<1, R, P, V>(sum, a, a_stride, b, panel);
   }
