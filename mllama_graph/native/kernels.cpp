@@ -722,8 +722,8 @@ Tensor attend(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages, con
 
 // ---- Attention of many rows ----
 
-// Query rows (of all heads that share a key head) and tokens that are worked through at a time.
-constexpr int64_t kQueries = 64, kKeys = 96;
+// Query rows (of all heads that share a key head) and tokens that are worked through at a time: whole tiles.
+constexpr int64_t kQueries = 72, kKeys = 96;
 
 // The tokens that a set of rows attends to, in order: where the first head's key and value of each lie.
 struct Tokens {
