@@ -325,7 +325,7 @@ void multiply_matrix(const float* a, int64_t a_stride, const float* b, float* c,
 
 // Outputs of a panel. Inputs of it that are worked through at a time by more rows than it is read once for: they stay in the
 // first-level cache. Rows that are worked through at a time: theirs stay in the second-level one.
-constexpr int64_t kColumns = kPanel * kLanes, kDeep = 256, kTall = 96;
+constexpr int64_t kColumns = kPanel * kLanes, kDeep = 256, kTall = 48;
 // Bytes of a weight that are worth a thread.
 constexpr int64_t kGrainBytes = 1 << 16;
 
@@ -395,7 +395,8 @@ void linear_of(const Tensor& x, const Tensor& weight, const Tensor* bias, const 
   const auto* from = static_cast<const float*>(x.const_data_ptr());
   auto* to = static_cast<float*>(y.mutable_data_ptr());
   const int64_t panels = (outputs + kColumns - 1) / kColumns, blocks = (rows + kTall - 1) / kTall;
-  const int64_t grain = std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, kColumns * inputs * sizeof(W)));
+  // Many rows take longer than what they read.
+  const int64_t bytes = kColumns * inputs * sizeof(W) * (1 + rows / 16), grain = kGrainBytes / std::max<int64_t>(1, bytes) + 1;
   torch::stable::parallel_for(0, blocks * panels, grain, [&](int64_t first, int64_t last) {
     for (int64_t some; first < last; first += some) {
       const int64_t row = first / panels * rows / blocks, tall = (first / panels + 1) * rows / blocks - row;
