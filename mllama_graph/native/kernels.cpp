@@ -175,8 +175,9 @@ inline float largest_of(Vector x) {
 
 // ---- Products with a weight ----
 //
-// Few rows wait for the weight (O, I), which is read once, from its begin to its end, as memory is read fastest. It lies in panels of kPanel vectors of outputs: what they have of the first input, then of the next, then the next panel. The last
-// one holds what is left.
+// Few rows wait for the weight (O, I), which is read once, from its begin to its end, as memory is read fastest. It lies in panels
+// of kPanel vectors of outputs: what they have of the first input, then of the next, then the next panel. The last one holds what
+// is left.
 
 constexpr int kPanel = 3;
 
@@ -260,15 +261,16 @@ void stream_rows(const float* a, int64_t a_stride, const W* b, int64_t width, in
   if constexpr (R > 1) stream_rows<R - 1, V>(a, a_stride, b, width, depth, c, c_stride, rows, next, pace);
 }
 
-// The same for any number of rows, in tiles that are as even as they can be; what follows b in memory is called for meanwhile.
+// The same for any number of rows, in tiles that are as even as they can be; what follows b in memory is called for meanwhile,
+// except where b is read once: the machine then sees by itself what is next.
 template <int V, class W>
 void stream(const float* a, int64_t a_stride, const W* b, int64_t width, int64_t depth, float* c, int64_t c_stride, int64_t rows) {
   const int64_t tiles = (rows + kOnce<W> - 1) / kOnce<W>, pace = kPaired<W> * width / tiles;
   for (int64_t tile = 0; tile < tiles; tile++) {
     const int64_t row = tile * rows / tiles, some = (tile + 1) * rows / tiles - row;
-    // Where a panel is read once, the machine sees by itself what is next.
-    const W* next = tiles == 1 ? b : b + depth * width + tile * (depth / kPaired<W>) * pace;
-    stream_rows<kOnce<W>, V>(a + row * a_stride, a_stride, b, width, depth, c + row * c_stride, c_stride, some, next, tiles == 1 ? 0 : pace);
+    const W* next = b + depth * width + tile * (depth / kPaired<W>) * pace;
+    stream_rows<kOnce<W>, V>(a + row * a_stride, a_stride, b, width, depth, c + row * c_stride, c_stride, some,
+                             tiles == 1 ? b : next, tiles == 1 ? 0 : pace);
   }
 }
 
