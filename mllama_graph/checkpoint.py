@@ -220,7 +220,8 @@ def allocate(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     """Memory for what steps read from begin to end; on a host in huge pages where the system grants them: reads are 3 to 5 %
     faster than from pages of 4 KiB."""
     whole = torch.empty(size, dtype=dtype, device=device)
-    if device.type == "cpu" and hasattr(mmap, "MADV_HUGEPAGE"):
+    # A traced one has no memory.
+    if device.type == "cpu" and type(whole) is Tensor and hasattr(mmap, "MADV_HUGEPAGE"):
         # The pages that lie wholly in it. What the system refuses costs nothing.
         start = -(-whole.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         length = whole.data_ptr() + whole.numel() * whole.element_size() - start
