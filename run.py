@@ -26,7 +26,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -135,6 +135,9 @@ def explain(error: Exception) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key}=??? is how the configuration writes a missing value. Give something else."
+    if isinstance(error, OverrideParseException):
+        return (f"{error.override} can't be read: {error.message.splitlines()[0].rstrip('.')}. Write it as key=value, a list as "
+                "key=[1,2] without spaces, and quote for the shell what has brackets: 'key=[1,2]'.")
     if found := re.search(r"Could not override '([^']+)'", text):
         known = [entry.name for entry in fields(Run)]
         close = difflib.get_close_matches(found[1].split(".")[0], known, n=1)

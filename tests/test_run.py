@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.errors import OverrideParseException
 from hypothesis import example, given, settings, strategies as st
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue
@@ -431,6 +432,13 @@ def test_three_question_marks_which_the_configuration_can_t_hold_are_refused(com
         composed("prompt=???")
     assert command.explain(error.value) == (
         "prompt=??? is how the configuration writes a missing value. Give something else.")
+
+
+def test_what_hydra_cannot_read_is_named_with_how_to_write_it(composed):
+    with pytest.raises(OverrideParseException) as error:
+        composed("batch_sizes=[3,")
+    told = command.explain(error.value)
+    assert told.startswith("batch_sizes=[3, can't be read") and "key=[1,2] without spaces" in told and "\n" not in told
 
 
 @given(text=ANY)
