@@ -275,9 +275,11 @@ class Graphs:
         """The graph that suits a need best; asked for where there is none yet."""
         known = {*self._ready, *self._stored, *self.compiler.asked, *self._failed}
         best = self._best(need, known)
-        if best not in known and not self.compiler.ask(best):
+        if best in known:
+            return best
+        if not self.compiler.ask(best):
             self._failed.add(best)
-        elif best not in known:
+        else:
             self.say(f"compiling {best}" + (
                 " in the background; its steps run uncompiled till then" if self.mode == "background" else ""))
             self._compile_elsewhere(best)

@@ -208,13 +208,6 @@ template <int R, int V>
   }
 }
 
-// Up to so many rows, a panel is read once for all of them: their sums fill the registers. The mask of pairs takes one, too.
-template <class W>
-constexpr int kOnce = kRegisters == 32 ? 8 : kPaired<W> == 2 ? 3 : 4;
-
-// Where what is wanted next waits (__builtin_prefetch's locality), as measured: the first-level cache, or the second-level one.
-constexpr int kWaits = kRegisters == 32 ? 3 : 2;
-
 // The same with one of kPaired inputs that lie together in the first V vectors of P panels, `panel` elements apart.
 template <int part, int R, int P, int V, class W>
 [[gnu::always_inline]] inline void add_input(Vector (&sum)[R][P * V], const float* a, int64_t a_stride, const W* b, int64_t panel) {
@@ -227,6 +220,13 @@ template <int part, int R, int P, int V, class W>
     for (int v = 0; v < V; v++) column[p * V + v] = load_part<part>(b + p * panel + v * kLanes * kPaired<W>);
   add_products(sum, a + part, a_stride, column);
 }
+
+// Up to so many rows, a panel is read once for all of them: their sums fill the registers. The mask of pairs takes one, too.
+template <class W>
+constexpr int kOnce = kRegisters == 32 ? 8 : kPaired<W> == 2 ? 3 : 4;
+
+// Where what is wanted next waits (__builtin_prefetch's locality), as measured: the first-level cache, or the second-level one.
+constexpr int kWaits = kRegisters == 32 ? 3 : 2;
 
 // c += a b for R rows of a and the first V vectors of P panels of b, `width` columns each, which have `depth` rows.
 // What is wanted next is called for on the way, `pace` elements at a time.
