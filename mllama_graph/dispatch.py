@@ -59,7 +59,7 @@ class GraphCompiler:
         if self.spec.device == "cpu" and not native.has_compiler():
             if not self._lacking:
                 self.say("no C++ compiler: steps whose graph is not in the store run uncompiled, slower. Install g++ 11 or newer, "
-                         "or name a compiler with CXX=.")
+                         "or name a compiler, without arguments, with CXX=.")
             self._lacking = True
             return False
         if bucket not in self.asked:
@@ -123,7 +123,7 @@ class Loaded:
                 if error:
                     raise RuntimeError(f"{done} could not be compiled: {error}")
         path = path or self._compiler.stored(bucket)
-        run = package(path, self._weights, self.spec, self.store.written)
+        run = package(path, self._weights, self.spec, self.store.folder)
         if self._cuda and bucket.phase == "decode":
             example = arguments(bucket, self.spec.example(bucket), *self._pages)
             run = CapturedStep(run, example, self._cuda, self._say)
@@ -207,6 +207,11 @@ class Graphs:
     def records(self) -> list[Record]:
         """What became of each graph so far."""
         return self.compiler.records
+
+    @property
+    def failed(self) -> list[str]:
+        """The graphs that could not be compiled."""
+        return sorted(map(str, self._failed))
 
     def want(self, need: Bucket) -> None:
         """Have a graph on its way that holds `need`, ahead of the first step that asks for it."""

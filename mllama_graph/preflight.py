@@ -15,6 +15,7 @@ from mllama_graph.peers import settings_of
 from mllama_graph.place import Place, check_devices, device_of
 from mllama_graph.roofline import Memory, memory, require
 from mllama_graph.shape import ModelShape, differences, read_json, shape_of
+from mllama_graph.store import store_folder
 
 PACKAGE = "package:"
 # Weights that no checkpoint holds.
@@ -172,7 +173,7 @@ def settle_npu(run: Run) -> None:
 
 
 def settle_kernels(run: Run) -> None:
-    """Fill in backend.kernels=: native on a CPU that computes in fp32 and has a C++ compiler.
+    """Fill in backend.kernels=: native on a CPU that computes in fp32 and has them built, or a C++ compiler.
 
     Raises UserError where native ones are asked for and can't serve.
     """
@@ -180,7 +181,8 @@ def settle_kernels(run: Run) -> None:
     if run.backend.kernels == "native" and not fits:
         raise UserError("backend.kernels=native: the kernels are a CPU's, and compute in fp32. Use backend.kernels=auto.")
     if run.backend.kernels == "auto":
-        run.backend.kernels = "native" if fits and native.has_compiler() else "plain"
+        there = fits and (native.has_compiler() or native.built("kernels", store_folder(run)))
+        run.backend.kernels = "native" if there else "plain"
 
 
 def _settle_verify(run: Run) -> None:

@@ -459,3 +459,13 @@ def test_without_a_compiler_the_text_is_the_same_and_one_line_says_why_it_is_slo
     assert without.err.count("no C++ compiler") == 1 and "could not" not in without.err
     warmup = run(tmp_path / "warmup", "task=warmup", f"graph_cache={tmp_path / 'graphs'}")
     assert warmup.code == 2 and warmup.err.count("no C++ compiler") == 1 and "graphs could not be compiled" in warmup.err, warmup.err
+
+
+def test_what_a_compiler_left_serves_without_one(tmp_path, monkeypatch, empty_store):
+    asked = ["prompt=Hello", "image=", "max_output_length=4", f"graph_cache={empty_store}", "plan.compile=wait"]
+    first = run(tmp_path / "first", *asked)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    again = run(tmp_path / "again", *asked)
+    assert (first.code, again.code) == (0, 0), again.err
+    assert "no C++ compiler" not in again.err and again.out.partition("\n")[0] == first.out.partition("\n")[0]
+    assert [{graph["source"] for graph in done.result()["graphs"]} for done in (first, again)] == [{"compiled"}, {"hit"}]

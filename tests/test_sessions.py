@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 
 import pytest
@@ -51,6 +52,15 @@ def test_an_unknown_peer_and_no_batch_are_refused(tmp_path):
                         (["peers=[mistralrs]", "task.mistralrs=no/python"], "task.mistralrs=no/python is no Python")):
         done = run(tmp_path / "out", "task=bench", *given)
         assert done.code == 2 and said in done.err, done.err
+
+
+def test_a_session_says_which_of_its_graphs_could_not_be_compiled(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "false")
+    done = run(tmp_path / "out", "task=bench", "backend.kernels=plain", "task.images=0", "task.new_tokens=2", "task.repetitions=1",
+               f"graph_cache={tmp_path / 'graphs'}")
+    assert done.code == 0, done.err
+    said = re.search(r"Could not be compiled, so these steps ran uncompiled: (.*)\.\*\*", (tmp_path / "out/summary.md").read_text())
+    assert [graph.split()[0] for graph in said[1].split("; ")] == ["decode", "prefill"]
 
 
 def test_a_peer_is_measured_beside_it_on_the_same_work(tmp_path):

@@ -20,7 +20,7 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
-from mllama_graph.native import ASIDE, BuildError, compiler_command, compiler_version, run_compiler
+from mllama_graph.native import ASIDE, BuildError, find_compiler, compiler_version, run_compiler
 
 SOURCE = Path(__file__).parent / "cann_stubs.cpp"
 LIBRARY = "libcann_stubs.so"
@@ -75,7 +75,7 @@ def build(folder: Path) -> Path:
     for tool in ("nm", "readelf"):
         if shutil.which(tool) is None:
             raise BuildError(f"{tool} is not found, which the CANN stubs are made with. Install binutils.")
-    compiler = compiler_command()
+    compiler = find_compiler()
     home = folder / "native" / _key(compiler)
     if (home / LIBRARY).is_file():
         return home
@@ -86,24 +86,24 @@ def build(folder: Path) -> Path:
     return home
 
 
-def _key(compiler: list[str]) -> str:
+def _key(compiler: str) -> str:
     """Whatever can change the libraries."""
     parts = (SOURCE.read_text(), Path(__file__).read_text(), version("torch_npu"), version("torch"), sys.version,
-             *compiler, compiler_version(compiler))
+             compiler, compiler_version(compiler))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 
-def _build(home: Path, compiler: list[str]) -> None:
+def _build(home: Path, compiler: str) -> None:
     """The library and its names; the library itself comes last, under its name by a rename."""
     torch, torch_npu = (Path(importlib.util.find_spec(name).origin).parent for name in ("torch", "torch_npu"))
     users = [path for path in torch_npu.rglob("*.so*") if path.name != LEFT_OUT]
     present = _present(torch / "lib", users, compiler)
     with tempfile.TemporaryDirectory(prefix=ASIDE, dir=home) as aside:
         special, noops, library = (Path(aside) / name for name in ("special.o", "noops.c", LIBRARY))
-        run_compiler([*compiler, *FLAGS[:-1], "-c", str(SOURCE), "-o", str(special)], WHAT)
+        run_compiler([compiler, *FLAGS[:-1], "-c", str(SOURCE), "-o", str(special)], WHAT)
         missing = missing_symbols(users, present) - symbols([special], "--defined-only")
         noops.write_text("".join(f"long {name}(void) {{ return 0; }}\n" for name in sorted(missing)))
-        run_compiler([*compiler, *FLAGS, str(special), "-x", "c", str(noops), f"-Wl,-soname,{LIBRARY}", "-o", str(library)],
+        run_compiler([compiler, *FLAGS, str(special), "-x", "c", str(noops), f"-Wl,-soname,{LIBRARY}", "-o", str(library)],
                      WHAT)
         for name in missing_libraries(users, present):
             (home / name).unlink(missing_ok=True)
@@ -111,11 +111,11 @@ def _build(home: Path, compiler: list[str]) -> None:
         os.replace(library, home / LIBRARY)
 
 
-def _present(torch_lib: Path, users: list[Path], compiler: list[str]) -> list[Path]:
+def _present(torch_lib: Path, users: list[Path], compiler: str) -> list[Path]:
     """Libraries that are there without CANN: torch's, torch_npu's own, the system's."""
     found = [*torch_lib.glob("*.so*"), *users]
     for name in sorted(needed_libraries(users) - {path.name for path in found}):
-        path = subprocess.run([*compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        path = subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
         if os.path.isabs(path):
             found.append(Path(path))
     return found

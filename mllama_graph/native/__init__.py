@@ -2,7 +2,9 @@
 
 A library is built by the machine's own compiler when it is first needed, once, into the folder of the graph store:
 
-    <folder>/native/<key>/<name>.so
+    <folder>/native/<key>/<compiler>.so
+
+Where there is no compiler, a library that another one has built is used.
 
 Importing this module imports no torch: the process that supervises the ranks only unlinks.
 """
@@ -12,7 +14,6 @@ import contextlib
 import hashlib
 import os
 import platform
-import shlex
 import shutil
 import subprocess
 import tempfile
@@ -90,28 +91,40 @@ def build(name: str, folder: Path) -> Path:
     """The library's file, built if it is not there yet. Processes that need it at once build it once."""
     from filelock import FileLock
 
-    compiler = compiler_command()
-    home = folder / "native" / _key(name, compiler)
-    library = home / f"{name}.so"
-    if library.is_file():
+    if library := built(name, folder):
         return library
+    compiler = find_compiler()
+    library = _library(name, folder, compiler)
     try:
-        home.mkdir(parents=True, exist_ok=True)
-        with FileLock(home / ".lock"):
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(library.parent / ".lock"):
             if not library.is_file():
                 # The lock is ours: what lies aside was left by builders that were killed.
-                for left in home.glob(f"{ASIDE}*"):
+                for left in library.parent.glob(f"{ASIDE}*"):
                     left.unlink()
                 _compile(name, compiler, library)
         return library
     except OSError:
         home = Path(tempfile.mkdtemp(prefix="mllama_graph-"))
         atexit.register(shutil.rmtree, home, ignore_errors=True)
-        _compile(name, compiler, home / f"{name}.so")
-        return home / f"{name}.so"
+        _compile(name, compiler, home / library.name)
+        return home / library.name
 
 
-def _compile(name: str, compiler: list[str], library: Path) -> None:
+def built(name: str, folder: Path) -> Optional[Path]:
+    """The library's file where it is there: of this machine's compiler or, where it has none, of any."""
+    if has_compiler():
+        library = _library(name, folder, find_compiler())
+        return library if library.is_file() else None
+    return next((folder / "native" / _key(name)).glob("*.so"), None)
+
+
+def _library(name: str, folder: Path, compiler: str) -> Path:
+    version = hashlib.sha256("\0".join((compiler, compiler_version(compiler))).encode()).hexdigest()[:8]
+    return folder / "native" / _key(name) / f"{version}.so"
+
+
+def _compile(name: str, compiler: str, library: Path) -> None:
     """Build aside and rename: a kill leaves no half library under its name."""
     descriptor, aside = tempfile.mkstemp(prefix=ASIDE, dir=library.parent)
     os.close(descriptor)
@@ -123,26 +136,27 @@ def _compile(name: str, compiler: list[str], library: Path) -> None:
             os.unlink(aside)
 
 
-def compiler_command() -> list[str]:
-    """The C++ compiler's command: CXX, else g++. Raises BuildError where there is none."""
-    command = shlex.split(os.environ.get("CXX") or "g++")
-    found = shutil.which(command[0])
+def find_compiler() -> str:
+    """The C++ compiler: CXX, a program without arguments as Inductor takes it, else g++. Raises BuildError where there is none."""
+    command = os.environ.get("CXX") or "g++"
+    found = shutil.which(command)
     if found is None:
-        raise BuildError(f"no C++ compiler: {command[0]!r} is not found. Install g++, or name a compiler with CXX=.")
-    return [found, *command[1:]]
+        raise BuildError(f"no C++ compiler: {command!r} is no program that is found. Install g++ 11 or newer, or name a compiler, "
+                         "without arguments, with CXX=.")
+    return found
 
 
 def has_compiler() -> bool:
-    """Whether a library could be built here."""
+    """Whether a library, or a graph, could be built here."""
     try:
-        return bool(compiler_command())
+        return bool(find_compiler())
     except BuildError:
         return False
 
 
-def compiler_version(compiler: list[str]) -> str:
+def compiler_version(compiler: str) -> str:
     """What a compiler says of itself: part of the key of all that it builds."""
-    return subprocess.run([*compiler, "--version"], capture_output=True, text=True, errors="replace").stdout
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True, errors="replace").stdout
 
 
 def run_compiler(command: list[str], what: str) -> None:
@@ -161,22 +175,22 @@ def _flags(name: str) -> list[str]:
     return [*LIBRARIES[name], machine, "-ffp-contract=off", "-std=c++20", "-fPIC", "-shared", "-w"]
 
 
-def _command(name: str, compiler: list[str]) -> list[str]:
+def _command(name: str, compiler: str) -> list[str]:
     import torch
 
     home = Path(torch.__file__).parent
-    return [*compiler, *_flags(name), f"-I{home / 'include'}", f"-I{home / 'include/torch/csrc/api/include'}",
+    return [compiler, *_flags(name), f"-I{home / 'include'}", f"-I{home / 'include/torch/csrc/api/include'}",
             str(SOURCE / f"{name}.cpp"), f"-L{home / 'lib'}", "-ltorch_cpu", "-lc10", "-lrt"]
 
 
-def _key(name: str, compiler: list[str]) -> str:
-    """A library's key: whatever can change it. It holds the machine's instructions, so the CPU is part of it."""
+def _key(name: str) -> str:
+    """A library's key: whatever but its compiler can change it. It holds the machine's instructions, so the CPU is part of it."""
     import torch
 
     from mllama_graph.graphs import processor_name
 
     source = (SOURCE / f"{name}.cpp").read_text()
-    parts = (source, torch.__version__, *compiler, compiler_version(compiler), *_flags(name), processor_name())
+    parts = (source, torch.__version__, *_flags(name), processor_name())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 

@@ -4,7 +4,7 @@ import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -114,7 +114,7 @@ def main(run: Run) -> None:
     write_result(folder, asdict(run), metrics={"limits": [asdict(c) for c in found], "cases": rows},
                  graphs=[asdict(record) for record in engine.ranks.graphs.records])
     print("\n" + columns(*_table(rows)), flush=True)
-    progress.say(f"\n{write_report(folder, run.model.name, rows, progress)}")
+    progress.say(f"\n{write_report(folder, run.model.name, rows, engine.ranks.graphs.failed, progress)}")
 
 
 def cases_of(run: Run) -> list[Case]:
@@ -150,18 +150,26 @@ def requests_of(engine: Engine, case: Case, seed: int, pictures: int) -> tuple[l
 
 def _measure(engine: Engine, case: Case, repetitions: int, peers: list[Peer], progress: Progress,
              turns: Turns) -> tuple[list[Timing], list[Limits]]:
-    """One run that is not counted, then repetitions in which the engine and each peer take turns; the limits of each."""
+    """One run that is not counted, then repetitions in which the engine and each peer take turns; the limits of each.
+
+    Limits are measured before and after a repetition's decode steps, since what memory gives may change at any time.
+    """
     ours, theirs = Timing(OURS), {peer: Timing(peer.setting.name) for peer in peers}
     # Every case and repetition has pictures of its own: none is known before its first turn.
     ceilings, seeds = [], itertools.count(1000 * case.batch + 1_000_000 * case.length)
+    device = engine.ranks.rank.device
     for repetition in range(repetitions + 1):
         turns.begin(f"{OURS}, batch {case.batch}, {case.length} ids")
         requests, spent = requests_of(engine, case, seed := next(seeds), seed)
         counted = Timing("") if repetition == 0 else ours
         counted.image.append(spent)
-        serve(engine, requests, case.new, counted, again=False)
-        serve(engine, requests_of(engine, case, seed + 500, seed)[0], case.new, counted, again=True)
-        ceilings.append(limits.measure(engine.ranks.rank.device))
+        around: list[Limits] = []
+        look = lambda: around.append(limits.measure(device))  # noqa: E731
+        serve(engine, requests, case.new, counted, before_decode=look)
+        look()
+        ceilings.append(_middle(around))
+        serve(engine, requests_of(engine, case, seed + 500, seed)[0], 1, known := Timing(""))
+        counted.again += known.first
         for peer, timing in list(theirs.items()):
             turns.begin(f"{peer.setting.name}, batch {case.batch}, {case.length} ids")
             told = peer.run(requests, case.new)
@@ -181,7 +189,7 @@ def _middle(ceilings: list[Limits]) -> Limits:
     return Limits(median("bytes_per_second"), median("flops"))
 
 
-def serve(engine: Engine, requests: list[Request], new: int, timing: Timing, again: bool) -> None:
+def serve(engine: Engine, requests: list[Request], new: int, timing: Timing, before_decode: Callable[[], None] = lambda: None) -> None:
     """Serve requests together, until all have a token and then decoded `new` - 1 more in one batch.
 
     The first token's time is that of the last request to get one, as a batch would wait.
@@ -191,19 +199,18 @@ def serve(engine: Engine, requests: list[Request], new: int, timing: Timing, aga
     numbers, without = [engine.submit(request) for request in requests], {request.id for request in requests}
     while without:
         without -= {delta.id for delta in engine.step()}
-    first = time.perf_counter() - start
-    if again:
-        timing.again.append(first)
-    else:
-        timing.first.append(first)
-        timing.vision.append(stats.vision_seconds - vision)
-        timing.prefill.append(stats.prefill_seconds - prefill)
-        timing.sample.append(rank.sample_seconds - sample)
-        for _ in range(new - 1):
-            before = time.perf_counter()
-            engine.step()
-            timing.steps.append(time.perf_counter() - before)
-        timing.whole.append(time.perf_counter() - start)
+    timing.first.append(time.perf_counter() - start)
+    timing.vision.append(stats.vision_seconds - vision)
+    timing.prefill.append(stats.prefill_seconds - prefill)
+    timing.sample.append(rank.sample_seconds - sample)
+    before_decode()
+    steps = []
+    for _ in range(new - 1):
+        start = time.perf_counter()
+        engine.step()
+        steps.append(time.perf_counter() - start)
+    timing.steps += steps
+    timing.whole.append(timing.first[-1] + sum(steps))
     for number in numbers:
         engine.abort(number)
 
@@ -211,7 +218,7 @@ def serve(engine: Engine, requests: list[Request], new: int, timing: Timing, aga
 def _row(engine: Engine, case: Case, timing: Timing, ceilings: list[Limits]) -> dict[str, object]:
     """A line of bench.csv. The floor is the larger of bytes / bandwidth and operations / peak.
 
-    A share of it is that of a repetition, whose limits were measured beside it: what memory gives may change from one to the next.
+    A share of it is that of a repetition, whose limits were measured around its decode steps.
     """
     ceiling = _middle(ceilings)
     rank, shape, plan = engine.ranks.rank, engine.ranks.shape, engine.ranks.plan
@@ -265,13 +272,16 @@ def _line(row: dict[str, object]) -> tuple[str, ...]:
             ms("decode_floor_ms"), f"{100 * row['decode_of_floor']:.0f} %", f"{row['decode_tokens_per_s']:,.1f}")
 
 
-def write_report(folder: Path, model: str, rows: list[dict[str, object]], progress: Progress) -> Path:
-    """summary.md beside bench.csv, and plots over the batch sizes or lengths that were measured; the summary's path."""
+def write_report(folder: Path, model: str, rows: list[dict[str, object]], uncompiled: list[str], progress: Progress) -> Path:
+    """summary.md beside bench.csv, and plots over the batch sizes or lengths that were measured; the summary's path.
+
+    `uncompiled`: the graphs whose steps had to run uncompiled.
+    """
     reads, products = ([row[name] for row in rows] for name in ("read_gb_per_s", "product_gflop_per_s"))
     text = [f"# task=bench, {model}", "", "Medians. The floor of a step is the larger of bytes / bandwidth and operations / rate, "
-            f"measured beside each repetition: {min(reads):.1f} to {max(reads):.1f} GB/s read, {min(products):,.0f} to "
+            f"measured before and after each repetition's decode steps: {min(reads):.1f} to {max(reads):.1f} GB/s read, {min(products):,.0f} to "
             f"{max(products):,.0f} GFLOP/s of a product. Kept images spare the vision pass of the column *again*.", "",
-            *markdown(*_table(rows)), ""]
+            *markdown(*_table(rows)), "", *uncompiled_line(uncompiled)]
     for peer in {row["engine"]: None for row in rows if row["engine"] != OURS}:
         text += [f"- {line}" for line in _against(rows, peer)]
     for across, name in (("batch", "batch"), ("input_len", "text ids")):
@@ -290,6 +300,11 @@ def write_report(folder: Path, model: str, rows: list[dict[str, object]], progre
     path = folder / "summary.md"
     path.write_text("\n".join(text) + "\n", encoding="utf8")
     return path
+
+
+def uncompiled_line(graphs: list[str]) -> list[str]:
+    """Says of a report which of the engine's steps are not what it is measured for; nothing where all are."""
+    return [f"**Could not be compiled, so these steps ran uncompiled: {'; '.join(graphs)}.**", ""] if graphs else []
 
 
 def _against(rows: list[dict[str, object]], peer: str) -> Iterator[str]:

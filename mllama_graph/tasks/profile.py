@@ -12,7 +12,7 @@ from mllama_graph.profiler import TRACE, kind_of
 from mllama_graph.report import Progress, columns, markdown, write_result
 from mllama_graph.session import read_csv, write_manifest
 from mllama_graph.start import processor_of, start_engine
-from mllama_graph.tasks.bench import Timing, cases_of, requests_of, serve
+from mllama_graph.tasks.bench import Timing, cases_of, requests_of, serve, uncompiled_line
 from mllama_graph.tasks.generate import finish_compiling
 
 PHASES = ("vision", "prefill", "decode")
@@ -46,9 +46,9 @@ def main(run: Run) -> None:
         f"profiling batch {case.batch}, {case.length} text ids, {case.images} images each, {case.new} new tokens"
     )
     # Once to have every graph loaded; then other prompts about other images.
-    serve(engine, requests_of(engine, case, 0, 0)[0], case.new, Timing(""), again=False)
+    serve(engine, requests_of(engine, case, 0, 0)[0], case.new, Timing(""))
     engine.ranks.profile(begin=True)
-    serve(engine, requests_of(engine, case, 1, 1)[0], case.new, Timing(""), again=False)
+    serve(engine, requests_of(engine, case, 1, 1)[0], case.new, Timing(""))
     engine.ranks.profile(begin=False)
     finish_compiling(engine.ranks, progress)
     folder = Path(run.output_dir)
@@ -62,6 +62,7 @@ def main(run: Run) -> None:
         f"# Profile: {run.model.name}, tp={run.tp}, batch {case.batch}, {case.length} text ids, {case.images} images each, "
         f"{case.new} new tokens",
         "",
+        *uncompiled_line(engine.ranks.graphs.failed),
         *in_words(ops, parts),
         "",
         f"Traces: {', '.join(f'rank{rank}/{TRACE}' for rank in ops)} (open them in Perfetto; the line *parts of the model* has "

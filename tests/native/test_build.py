@@ -46,7 +46,7 @@ def test_what_a_killed_builder_left_is_neither_used_nor_kept(compiler, tmp_path)
     first = native.build("collectives", tmp_path)
     first.rename(first.parent / f"{native.ASIDE}half")
     assert native.build("collectives", tmp_path) == first and first.read_text() == "whole\n"
-    assert {path.name for path in first.parent.iterdir()} <= {"collectives.so", ".lock"}
+    assert {path.name for path in first.parent.iterdir()} <= {first.name, ".lock"}
 
 
 def test_another_compiler_or_source_is_another_library(compiler, tmp_path, monkeypatch):
@@ -62,6 +62,14 @@ def test_another_compiler_or_source_is_another_library(compiler, tmp_path, monke
     script.write_text(script.read_text().replace("compiler 1", "compiler 2"))
     third = native.build("collectives", tmp_path)
     assert len({first, second, third}) == 3 and log.read_text() == 3 * "build\n"
+
+
+def test_what_is_built_needs_no_compiler_any_more(compiler, tmp_path, monkeypatch):
+    log = compiler('echo whole > "$out"')
+    first = native.build("collectives", tmp_path)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert native.build("collectives", tmp_path) == first == native.built("collectives", tmp_path)
+    assert native.built("kernels", tmp_path) is None and log.read_text() == "build\n"
 
 
 def test_a_folder_that_cannot_be_written_costs_a_build_a_process(compiler, tmp_path):
@@ -82,7 +90,9 @@ def test_a_compiler_that_fails_is_quoted_in_one_line(compiler, tmp_path):
 
 @pytest.mark.parametrize("cxx, rule", [
     ("false", r"does not build with .*/false \(exit code 1\): no message. Install g\+\+"),
-    ("no-such-compiler -O1", r"no C\+\+ compiler: 'no-such-compiler' is not found. Install g\+\+"),
+    ("no-such-compiler", r"no C\+\+ compiler: 'no-such-compiler' is no program that is found. Install g\+\+"),
+    # Inductor would not find it.
+    ("g++ -O1", r"no C\+\+ compiler: 'g\+\+ -O1' is no program that is found. .* without arguments"),
 ])
 def test_no_compiler_is_said(tmp_path, monkeypatch, cxx, rule):
     monkeypatch.setenv("CXX", cxx)
