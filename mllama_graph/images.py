@@ -62,7 +62,8 @@ def open_image(source: str) -> Image.Image:
 
 
 def shorten(source: str) -> str:
-    """A source as messages show it: the beginning of a long one, and its end, where a file's name is."""
+    """A source as messages show it: from the current folder on; of a long one the beginning, and its end, where a file's name is."""
+    source = source.removeprefix(f"{Path.cwd()}/")
     return source if len(source) <= 80 else source[:30] + "..." + source[-47:]
 
 

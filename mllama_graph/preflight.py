@@ -216,8 +216,8 @@ def preflight(run: Run, place: Optional[Place]) -> None:
     if run.requests is not None and not Path(run.requests).expanduser().is_file():
         raise UserError(f"requests={run.requests} can't be read: there is no such file.")
     images = list_images(run.image) if run.requests is None else ()
-    if run.task.name == "bench":
-        settings_of(run)
+    if settings_of(run) and run.task.name != "bench":
+        raise UserError(f"peers={','.join(run.peers)}: only task=bench measures other engines. Add task=bench, or leave peers= out.")
     check_devices(run.device, ranks)
     plan, device = plan_of(run, shape, len(images)), device_of(run.device)
     if weights != "meta" and device in ("cpu", "npu-sim"):

@@ -42,11 +42,11 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;
 #endif
 
-// Registers for vectors, and the rows whose sums with 3, 2 and 1 vectors fill them.
+// Registers for vectors.
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kRegisters = 32, kRows[] = {0, 16, 12, 8};
+constexpr int kRegisters = 32;
 #else
-constexpr int kRegisters = 16, kRows[] = {0, 8, 6, 4};
+constexpr int kRegisters = 16;
 #endif
 
 typedef float Vector __attribute__((vector_size(4 * kLanes)));
@@ -160,6 +160,33 @@ inline float total(Vector x) {
 #endif
 }
 
+// Sums of neighbouring lanes: a's, then b's.
+inline Vector pair_sums(Vector a, Vector b) {
+#if defined(__AVX512F__)
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  return reinterpret_cast<Vector>(_mm512_permutex2var_ps(a, even, b)) + reinterpret_cast<Vector>(_mm512_permutex2var_ps(a, odd, b));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Vector>(_mm256_permute4x64_pd(_mm256_castps_pd(_mm256_hadd_ps(a, b)), 0xd8));
+#elif defined(__aarch64__)
+  return reinterpret_cast<Vector>(vpaddq_f32(a, b));
+#else
+  Vector sums;
+  for (int lane = 0; lane < kLanes; lane++) {
+    const Vector& x = lane < kLanes / 2 ? a : b;
+    sums[lane] = x[2 * lane % kLanes] + x[2 * lane % kLanes + 1];
+  }
+  return sums;
+#endif
+}
+
+// Lane i is the sum of the lanes of x[i].
+template <int N = kLanes>
+inline Vector totals(const Vector* x) {
+  if constexpr (N == 1) return *x;
+  else return pair_sums(totals<N / 2>(x), totals<N / 2>(x + N / 2));
+}
+
 // The largest of a vector's lanes.
 inline float largest_of(Vector x) {
 #if defined(__AVX512F__)
@@ -180,6 +207,7 @@ inline float largest_of(Vector x) {
 // is left.
 
 constexpr int kPanel = 3;
+constexpr int64_t kColumns = kPanel * kLanes;
 
 // bf16 lies by pairs of inputs, an element of each in 32 bits, so that one load and one instruction for each part widen both;
 // an odd last input lies alone.
@@ -274,60 +302,9 @@ void stream(const float* a, int64_t a_stride, const W* b, int64_t width, int64_t
   }
 }
 
-// ---- Products of matrices ----
-//
-// The second factor stays in a cache, in panels of up to 3 vectors.
-
-// Calls f(rows, vectors, first vector) for each panel, `rows` being as many as leave the registers enough for the sums.
-template <class F>
-inline void panels(int64_t columns, const F& f) {
-  for (int64_t left = columns / kLanes, v = 0; left > 0;) {
-    const auto panel = [&](auto rows, auto vectors) {
-      f(rows, vectors, v);
-      v += vectors, left -= vectors;
-    };
-    if (left == 1) panel(std::integral_constant<int, kRows[1]>{}, std::integral_constant<int, 1>{});
-    else if (left == 2 || left == 4) panel(std::integral_constant<int, kRows[2]>{}, std::integral_constant<int, 2>{});
-    else panel(std::integral_constant<int, kRows[3]>{}, std::integral_constant<int, 3>{});
-  }
-}
-
-// c = a b, added to what c holds unless `fresh`, for R rows and a panel of V vectors, whose rows follow each other in b.
-template <int R, int V, bool fresh>
-inline void multiply_tile(const float* a, int64_t a_stride, const float* b, int64_t depth, float* c, int64_t c_stride) {
-  Vector sum[R][V];
-  for (int r = 0; r < R; r++)
-    for (int v = 0; v < V; v++) sum[r][v] = fresh ? Vector{} : load(c + r * c_stride + v * kLanes);
-#pragma GCC unroll 4
-  for (int64_t i = 0; i < depth; i++) {
-    Vector column[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; v++) column[v] = load(b + (i * V + v) * kLanes);
-    add_products(sum, a + i, a_stride, column);
-  }
-  for (int r = 0; r < R; r++)
-    for (int v = 0; v < V; v++) store(c + r * c_stride + v * kLanes, sum[r][v]);
-}
-
-// The same for c (rows, columns), a (rows, depth) and b (depth, columns) in panels; columns are a multiple of kLanes.
-template <bool fresh>
-void multiply_matrix(const float* a, int64_t a_stride, const float* b, float* c, int64_t c_stride, int64_t rows, int64_t columns,
-                     int64_t depth) {
-  panels(columns, [&](auto some, auto vectors, int64_t v) {
-    constexpr int R = some, V = vectors;
-    const float* from = b + v * kLanes * depth;
-    float* to = c + v * kLanes;
-    int64_t r = 0;
-    for (; r + R <= rows; r += R) multiply_tile<R, V, fresh>(a + r * a_stride, a_stride, from, depth, to + r * c_stride, c_stride);
-    for (; r < rows; r++) multiply_tile<1, V, fresh>(a + r * a_stride, a_stride, from, depth, to + r * c_stride, c_stride);
-  });
-}
-
-// ---- Rows times a weight ----
-
-// Outputs of a panel. Inputs of it that are worked through at a time by more rows than it is read once for: they stay in the
-// first-level cache. Rows that are worked through at a time: theirs stay in the second-level one.
-constexpr int64_t kColumns = kPanel * kLanes, kDeep = 256, kTall = 48;
+// Inputs of a panel that are worked through at a time by more rows than it is read once for: they stay in the first-level cache.
+// Rows that are worked through at a time: theirs stay in the second-level one.
+constexpr int64_t kDeep = 256, kTall = 48;
 // Bytes of a weight that are worth a thread.
 constexpr int64_t kGrainBytes = 1 << 16;
 
@@ -450,16 +427,17 @@ Tensor linear(Tensor given, Tensor weight, std::optional<Tensor> bias, std::opti
 
 // ---- Attention over pages ----
 
-// Tokens that a thread takes at a time, and that are scored together.
-constexpr int64_t kSplit = 256;
-constexpr int kTokens = 16;
+// Tokens that a thread takes at a time. Those whose keys are worked through before their values, at most, and the bytes of their
+// keys: both lie in the second-level cache. Each is one stream so, as memory is read fastest.
+constexpr int64_t kSplit = 256, kBlockBytes = 4 << 16;
+constexpr int kTokens = 64;
 // Floats that memory gives at a time.
 constexpr int kLine = 16;
 // Up to so many rows of a sequence read its pages each for itself.
 constexpr int64_t kFewRows = 4;
-// Query heads that are scored together at most, and tokens for so many: their sums fill the registers.
+// Query heads that are scored together at most, and tokens that are with so many: their sums fill the registers.
 constexpr int kHeads = 4;
-constexpr int kScored[kHeads + 1] = {0, 8, 6, 4, 3};
+constexpr int kScored[kHeads + 1] = {0, 8, kRegisters / 4, kRegisters / 8, kRegisters / 8};
 
 // e to each lane, to 2 units in the last place; what is below 1e-37 is 0.
 inline Vector exponential(Vector x) {
@@ -501,20 +479,15 @@ struct Partial {
   float* values;
 };
 
-// What is wanted next of memory, as much as is worked through meanwhile.
-struct Next {
-  const float *keys, *values;
-};
-
 // Calls for a vector at `next`, a line a time.
 inline void call_for(const float* next, int64_t column) {
   if (column % kLine == 0) __builtin_prefetch(next, 0, 2);
 }
 
-// The products of `tokens` keys, O at a time, with G queries over `width` columns, lane by lane: sums[token][query].
+// The products of `tokens` keys, O at a time, with G queries over `width` columns, lane by lane: sums[query][token].
 template <int O, int G>
 inline void score(const float* k, int64_t stride, const float* q, int64_t q_stride, int64_t width, int tokens,
-                  const float* next, Vector (*sums)[G]) {
+                  const float* next, Vector (*sums)[kTokens]) {
   int token = 0;
   const auto some = [&](auto count) {
     constexpr int kCount = decltype(count)::value;
@@ -534,7 +507,7 @@ inline void score(const float* k, int64_t stride, const float* q, int64_t q_stri
       }
     }
     for (int o = 0; o < kCount; o++)
-      for (int g = 0; g < G; g++) sums[token + o][g] = sum[o][g];
+      for (int g = 0; g < G; g++) sums[g][token + o] = sum[o][g];
     token += kCount;
   };
   while (token + O <= tokens) some(std::integral_constant<int, O>{});
@@ -543,7 +516,7 @@ inline void score(const float* k, int64_t stride, const float* q, int64_t q_stri
 
 // Adds to V vectors of columns of G rows the weighted values of `tokens` tokens.
 template <int G, int V>
-inline void add_values(const float (&weights)[G][kTokens], const float* v, int64_t stride, int tokens, const float* next,
+inline void add_values(const float (*weights)[kTokens], const float* v, int64_t stride, int tokens, const float* next,
                        float* to, int64_t width) {
   Vector sum[G][V];
   for (int g = 0; g < G; g++)
@@ -564,65 +537,72 @@ inline void add_values(const float (&weights)[G][kTokens], const float* v, int64
     for (int c = 0; c < V; c++) store(to + g * width + c * kLanes, sum[g][c]);
 }
 
-// Adds `tokens` tokens, at most kTokens, whose keys and values lie at k and v.
+// The same for the columns from h on to `whole`, V vectors at a time, then fewer.
+template <int G, int V>
+inline void add_columns(const float (*weights)[kTokens], const float* v, int64_t stride, int tokens, const float* next, float* to,
+                        int64_t width, int64_t whole, int64_t& h) {
+  for (; h + V * kLanes <= whole; h += V * kLanes) add_values<G, V>(weights, v + h, stride, tokens, next + h, to + h, width);
+  if constexpr (V > 1) add_columns<G, V - 1>(weights, v, stride, tokens, next, to, width, whole, h);
+}
+
+// The weights that G queries give to `tokens` tokens, at most kTokens, whose keys lie at k; what `out` holds shrinks to the largest score.
 template <int G>
-void attend_tokens(const float* q, const float* k, const float* v, int tokens, Next next, const Heads& heads, float scale,
-                   Partial out) {
+void weigh_tokens(const float* q, const float* k, int tokens, const float* next, const Heads& heads, float scale, Partial out,
+                  float (*weights)[kTokens]) {
   const int64_t stride = heads.keys * heads.width, whole = heads.width / kLanes * kLanes;
-  alignas(64) float weights[G][kTokens];
-  Vector sums[kTokens][G];
-  score<kScored[G], G>(k, stride, q, heads.width, whole, tokens, next.keys, sums);
+  Vector sums[G][kTokens];
+  if (tokens < kTokens) std::fill_n(sums[0], G * kTokens, Vector{});
+  score<kScored[G], G>(k, stride, q, heads.width, whole, tokens, next, sums);
   for (int g = 0; g < G; g++) {
-    float largest = out.largest[g];
-    for (int i = 0; i < kTokens; i++) {
-      float score = -std::numeric_limits<float>::infinity();
-      if (i < tokens) {
-        score = total(sums[i][g]);
-        for (int64_t h = whole; h < heads.width; h++) score = std::fma(k[i * stride + h], q[g * heads.width + h], score);
-        score *= scale;
-      }
-      weights[g][i] = score;
-      largest = std::max(largest, score);
+    float* weight = weights[g];
+    for (int i = 0; i < kTokens; i += kLanes) store(weight + i, totals(sums[g] + i));
+    for (int i = 0; whole < heads.width && i < tokens; i++)
+      for (int64_t h = whole; h < heads.width; h++) weight[i] = std::fma(k[i * stride + h], q[g * heads.width + h], weight[i]);
+    std::fill(weight + tokens, weight + kTokens, -std::numeric_limits<float>::infinity());
+    Vector most = load(weight);
+    for (int i = kLanes; i < kTokens; i += kLanes) most = most > load(weight + i) ? most : load(weight + i);
+    // Scales are positive.
+    const float before = out.largest[g], largest = std::max(before, largest_of(most) * scale);
+    if (largest > before) {
+      const float shrink = exponential(splat(before - largest))[0];
+      out.sum[g] *= shrink;
+      for (int64_t h = 0; h < heads.width; h++) out.values[g * heads.width + h] *= shrink;
+      out.largest[g] = largest;
     }
-    const float shrink = exponential(splat(out.largest[g] - largest))[0];
     Vector sum{};
     for (int i = 0; i < kTokens; i += kLanes) {
-      const Vector weight = exponential(load(weights[g] + i) - largest);
-      store(weights[g] + i, weight);
-      sum += weight;
+      const Vector e = exponential(load(weight + i) * scale - largest);
+      store(weight + i, e);
+      sum += e;
     }
-    out.sum[g] = out.sum[g] * shrink + total(sum);
-    out.largest[g] = largest;
-    float* values = out.values + g * heads.width;
-    if (shrink != 1.0f)
-      for (int64_t h = 0; h < heads.width; h++) values[h] *= shrink;
+    out.sum[g] += total(sum);
   }
-  // As many columns at a time as keep enough sums under way.
-  constexpr int kVectors = G == 1 ? 8 : G == 2 ? 4 : 2;
+}
+
+// Adds to `to`, of G queries, the weighted values of the same tokens, which lie at v.
+template <int G>
+void add_tokens(const float (*weights)[kTokens], const float* v, int tokens, const float* next, const Heads& heads, float* to) {
+  const int64_t stride = heads.keys * heads.width, whole = heads.width / kLanes * kLanes;
   int64_t h = 0;
-  for (; h + kVectors * kLanes <= whole; h += kVectors * kLanes)
-    add_values<G, kVectors>(weights, v + h, stride, tokens, next.values + h, out.values + h, heads.width);
-  for (; h < whole; h += kLanes) add_values<G, 1>(weights, v + h, stride, tokens, next.values + h, out.values + h, heads.width);
+  add_columns<G, std::min(8, kRegisters / 2 / G)>(weights, v, stride, tokens, next, to, heads.width, whole, h);
   for (; h < heads.width; h++)
     for (int g = 0; g < G; g++)
       for (int i = 0; i < tokens; i++)
-        out.values[g * heads.width + h] =
-            std::fma(weights[g][i], v[i * stride + h], out.values[g * heads.width + h]);
+        to[g * heads.width + h] = std::fma(weights[g][i], v[i * stride + h], to[g * heads.width + h]);
 }
 
-// The same for any number of query heads to a key head, at most kHeads at a time.
-void attend_group(const float* q, const float* k, const float* v, int tokens, Next next, const Heads& heads, float scale,
-                  Partial out) {
-  for (int64_t g = 0; g < heads.group(); g += kHeads) {
-    const auto call = [&](auto some) {
-      attend_tokens<decltype(some)::value>(q + g * heads.width, k, v, tokens, next, heads, scale,
-                                           {out.largest + g, out.sum + g, out.values + g * heads.width});
-    };
-    switch (std::min<int64_t>(kHeads, heads.group() - g)) {
-      case 1: call(std::integral_constant<int, 1>{}); break;
-      case 2: call(std::integral_constant<int, 2>{}); break;
-      case 3: call(std::integral_constant<int, 3>{}); break;
-      default: call(std::integral_constant<int, 4>{});
+// Calls f(how many, the first) for the query heads of each key head, at most kHeads at a time, and its key head.
+template <class F>
+inline void query_heads(const Heads& heads, const F& f) {
+  for (int64_t head = 0; head < heads.keys; head++) {
+    for (int64_t g = 0; g < heads.group(); g += kHeads) {
+      const int64_t first = head * heads.group() + g;
+      switch (std::min<int64_t>(kHeads, heads.group() - g)) {
+        case 1: f(std::integral_constant<int, 1>{}, first, head); break;
+        case 2: f(std::integral_constant<int, 2>{}, first, head); break;
+        case 3: f(std::integral_constant<int, 3>{}, first, head); break;
+        default: f(std::integral_constant<int, 4>{}, first, head);
+      }
     }
   }
 }
@@ -675,27 +655,34 @@ Tensor attend(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages, con
 
   // A task's partial result: the largest scores, the sums, the values.
   const int64_t width = heads.queries * (heads.width + 2), token = heads.keys * heads.width;
+  const int64_t fit = kBlockBytes / (token * sizeof(float)), block = std::clamp<int64_t>(fit / kLanes * kLanes, kLanes, kTokens);
   std::vector<float> partials(tasks.size() * width, 0.0f);
   const auto partial = [&](int64_t task) {
     float* at = partials.data() + task * width;
     return Partial{at, at + heads.queries, at + 2 * heads.queries};
   };
   torch::stable::parallel_for(0, static_cast<int64_t>(tasks.size()), 1, [&](int64_t from, int64_t to) {
+    const std::unique_ptr<float[][kTokens]> weights(new float[heads.queries][kTokens]);
     for (int64_t task = from; task < to; task++) {
       const Partial out = partial(task);
       std::fill_n(out.largest, heads.queries, -std::numeric_limits<float>::infinity());
       const float* row = queries + tasks[task].row * heads.queries * heads.width;
       for (const Piece& piece : tasks[task].pieces) {
-        for (int64_t i = 0; i < piece.tokens; i += kTokens) {
-          const int some = static_cast<int>(std::min<int64_t>(kTokens, piece.tokens - i));
+        for (int64_t i = 0; i < piece.tokens; i += block) {
+          const int some = static_cast<int>(std::min<int64_t>(block, piece.tokens - i));
           const int64_t at = (piece.page * page + i) * token;
-          // The next tokens, of which each head calls for as many floats as it reads itself, in the order of memory.
           const int64_t next = i + some < piece.tokens ? at + some * token : piece.next * page * token;
-          for (int64_t head = 0; head < heads.keys; head++) {
-            const int64_t h = head * heads.width, g = head * heads.group(), ahead = next + h * some;
-            attend_group(row + g * heads.width, keys + at + h, values + at + h, some, {keys + ahead, values + ahead}, heads,
-                         static_cast<float>(scale), {out.largest + g, out.sum + g, out.values + g * heads.width});
-          }
+          // Keys of all heads, then their values. Meanwhile each head calls for as many floats of what comes next, the values or the
+          // next tokens' keys, as it reads itself, in the order of memory.
+          query_heads(heads, [&](auto queries, int64_t query, int64_t head) {
+            const int64_t h = head * heads.width, at_query = query * heads.width;
+            weigh_tokens<queries>(row + at_query, keys + at + h, some, values + at + h * some, heads, static_cast<float>(scale),
+                                  {out.largest + query, out.sum + query, out.values + at_query}, weights.get() + query);
+          });
+          query_heads(heads, [&](auto queries, int64_t query, int64_t head) {
+            const int64_t h = head * heads.width;
+            add_tokens<queries>(weights.get() + query, values + at + h, some, keys + next + h * some, heads, out.values + query * heads.width);
+          });
         }
       }
     }
@@ -721,6 +708,58 @@ Tensor attend(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages, con
     }
   }
   return y;
+}
+
+// ---- Products of matrices ----
+//
+// The second factor stays in a cache, in panels of up to 3 vectors.
+
+// Rows whose sums with 1, 2 and 3 vectors fill the registers.
+constexpr int kRows[] = {0, kRegisters / 2, kRegisters * 3 / 8, kRegisters / 4};
+
+// Calls f(rows, vectors, first vector) for each panel, `rows` being as many as leave the registers enough for the sums.
+template <class F>
+inline void panels(int64_t columns, const F& f) {
+  for (int64_t left = columns / kLanes, v = 0; left > 0;) {
+    const auto panel = [&](auto rows, auto vectors) {
+      f(rows, vectors, v);
+      v += vectors, left -= vectors;
+    };
+    if (left == 1) panel(std::integral_constant<int, kRows[1]>{}, std::integral_constant<int, 1>{});
+    else if (left == 2 || left == 4) panel(std::integral_constant<int, kRows[2]>{}, std::integral_constant<int, 2>{});
+    else panel(std::integral_constant<int, kRows[3]>{}, std::integral_constant<int, 3>{});
+  }
+}
+
+// c = a b, added to what c holds unless `fresh`, for R rows and a panel of V vectors, whose rows follow each other in b.
+template <int R, int V, bool fresh>
+inline void multiply_tile(const float* a, int64_t a_stride, const float* b, int64_t depth, float* c, int64_t c_stride) {
+  Vector sum[R][V];
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < V; v++) sum[r][v] = fresh ? Vector{} : load(c + r * c_stride + v * kLanes);
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < depth; i++) {
+    Vector column[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) column[v] = load(b + (i * V + v) * kLanes);
+    add_products(sum, a + i, a_stride, column);
+  }
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < V; v++) store(c + r * c_stride + v * kLanes, sum[r][v]);
+}
+
+// The same for c (rows, columns), a (rows, depth) and b (depth, columns) in panels; columns are a multiple of kLanes.
+template <bool fresh>
+void multiply_matrix(const float* a, int64_t a_stride, const float* b, float* c, int64_t c_stride, int64_t rows, int64_t columns,
+                     int64_t depth) {
+  panels(columns, [&](auto some, auto vectors, int64_t v) {
+    constexpr int R = some, V = vectors;
+    const float* from = b + v * kLanes * depth;
+    float* to = c + v * kLanes;
+    int64_t r = 0;
+    for (; r + R <= rows; r += R) multiply_tile<R, V, fresh>(a + r * a_stride, a_stride, from, depth, to + r * c_stride, c_stride);
+    for (; r < rows; r++) multiply_tile<1, V, fresh>(a + r * a_stride, a_stride, from, depth, to + r * c_stride, c_stride);
+  });
 }
 
 // ---- Attention of many rows ----

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, strategies as st
+from hypothesis import example, given, strategies as st
 
 from mllama_graph import native
 from mllama_graph.ops import cpu, plain
@@ -101,6 +101,8 @@ def pool(normal, shape: dict):
 
 
 @given(SHAPES, st.integers(1, 3))
+# So many heads that fewer tokens are worked through at a time.
+@example({"seed": 0, "keys": 64, "group": 1, "width": 96, "page": 128, "J": 2}, 1)
 def test_attention_to_pages(shape, rows):
     normal = randoms(shape["seed"])
     pages, table, generator = pool(normal, shape)
