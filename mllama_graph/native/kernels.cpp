@@ -551,16 +551,18 @@ void weigh_tokens(const float* q, const float* k, int tokens, const float* next,
                   float (*weights)[kTokens]) {
   const int64_t stride = heads.keys * heads.width, whole = heads.width / kLanes * kLanes;
   Vector sums[G][kTokens];
-  if (tokens < kTokens) std::fill_n(sums[0], G * kTokens, Vector{});
+  // Whole vectors of tokens; what is beyond `tokens` weighs nothing.
+  const int held = (tokens + kLanes - 1) / kLanes * kLanes;
+  for (int g = 0; g < G; g++) std::fill(sums[g] + tokens, sums[g] + held, Vector{});
   score<kScored[G], G>(k, stride, q, heads.width, whole, tokens, next, sums);
   for (int g = 0; g < G; g++) {
     float* weight = weights[g];
-    for (int i = 0; i < kTokens; i += kLanes) store(weight + i, totals(sums[g] + i));
+    for (int i = 0; i < held; i += kLanes) store(weight + i, totals(sums[g] + i));
     for (int i = 0; whole < heads.width && i < tokens; i++)
       for (int64_t h = whole; h < heads.width; h++) weight[i] = std::fma(k[i * stride + h], q[g * heads.width + h], weight[i]);
-    std::fill(weight + tokens, weight + kTokens, -std::numeric_limits<float>::infinity());
+    std::fill(weight + tokens, weight + held, -std::numeric_limits<float>::infinity());
     Vector most = load(weight);
-    for (int i = kLanes; i < kTokens; i += kLanes) most = most > load(weight + i) ? most : load(weight + i);
+    for (int i = kLanes; i < held; i += kLanes) most = most > load(weight + i) ? most : load(weight + i);
     // Scales are positive.
     const float before = out.largest[g], largest = std::max(before, largest_of(most) * scale);
     if (largest > before) {
@@ -570,7 +572,7 @@ void weigh_tokens(const float* q, const float* k, int tokens, const float* next,
       out.largest[g] = largest;
     }
     Vector sum{};
-    for (int i = 0; i < kTokens; i += kLanes) {
+    for (int i = 0; i < held; i += kLanes) {
       const Vector e = exponential(load(weight + i) * scale - largest);
       store(weight + i, e);
       sum += e;
