@@ -236,16 +236,14 @@ template <int R, int V>
   }
 }
 
-// The same with one of kPaired inputs that lie together in the first V vectors of P panels, `panel` elements apart.
-template <int part, int R, int P, int V, class W>
-[[gnu::always_inline]] inline void add_input(Vector (&sum)[R][P * V], const float* a, int64_t a_stride, const W* b, int64_t panel) {
+// The same with one of kPaired inputs that lie together.
+template <int part, int R, int V, class W>
+[[gnu::always_inline]] inline void add_input(Vector (&sum)[R][V], const float* a, int64_t a_stride, const W* b) {
   // Where no registers are left to keep pairs in they are loaded again: the compiler is not to know that they are the same.
-  if constexpr (part && R > 1 && R * P * V + 2 * P * V + 2 > kRegisters) asm("" : "+r"(b));
-  Vector column[P * V];
-#pragma GCC unroll 2
-  for (int p = 0; p < P; p++)
+  if constexpr (part && R > 1 && R * V + 2 * V + 2 > kRegisters) asm("" : "+r"(b));
+  Vector column[V];
 #pragma GCC unroll 8
-    for (int v = 0; v < V; v++) column[p * V + v] = load_part<part>(b + p * panel + v * kLanes * kPaired<W>);
+  for (int v = 0; v < V; v++) column[v] = load_part<part>(b + v * kLanes * kPaired<W>);
   add_products(sum, a + part, a_stride, column);
 }
 
@@ -253,44 +251,46 @@ template <int part, int R, int P, int V, class W>
 template <class W>
 constexpr int kOnce = kRegisters == 32 ? 8 : kPaired<W> == 2 ? 3 : 4;
 
-// Where what is wanted next waits (__builtin_prefetch's locality), as measured: the first-level cache, or the second-level one.
+// Where what is wanted next waits (__builtin_prefetch's locality), and how many bytes on it is where a panel is read once, as measured:
+// the first-level cache, or the second-level one.
 constexpr int kWaits = kRegisters == 32 ? 3 : 2;
+constexpr int64_t kAhead = 4096, kLineBytes = 64;
 
-// c += a b for R rows of a and the first V vectors of P panels of b, `width` columns each, which have `depth` rows.
-// What is wanted next is called for on the way, `pace` elements at a time.
-template <int R, int P, int V, class W>
+// c += a b for R rows of a and the first V vectors of a panel of `width` columns, which has `depth` rows. What is wanted next is called
+// for on the way, `pace` elements at a time.
+template <int R, int V, class W>
 [[gnu::noinline]] void stream_tile(const float* a, int64_t a_stride, const W* b, int64_t width, int64_t depth, float* c,
                                    int64_t c_stride, const W* next, int64_t pace) {
-  const int64_t panel = depth * width;
-  Vector sum[R][P * V];
+  Vector sum[R][V];
   for (int r = 0; r < R; r++)
-    for (int v = 0; v < P * V; v++) sum[r][v] = load(c + r * c_stride + v * kLanes);
+    for (int v = 0; v < V; v++) sum[r][v] = load(c + r * c_stride + v * kLanes);
   // Not unrolled: compilers would run out of registers.
   for (; depth >= kPaired<W>; depth -= kPaired<W>, a += kPaired<W>, b += kPaired<W> * width, next += pace) {
-    __builtin_prefetch(next, 0, kWaits);
-    add_input<0, R, P, V>(sum, a, a_stride, b, panel);
-    if constexpr (kPaired<W> == 2) add_input<1, R, P, V>(sum, a, a_stride, b, panel);
+#pragma GCC unroll 4
+    for (int64_t byte = 0; byte < kColumns * kPaired<W> * static_cast<int64_t>(sizeof(W)); byte += kLineBytes)
+      __builtin_prefetch(next + byte / sizeof(W), 0, kWaits);
+    add_input<0, R, V>(sum, a, a_stride, b);
+    if constexpr (kPaired<W> == 2) add_input<1, R, V>(sum, a, a_stride, b);
   }
   if (depth) {
-    Vector column[P * V];
-    for (int p = 0; p < P; p++)
-      for (int v = 0; v < V; v++) column[p * V + v] = load(b + p * panel + v * kLanes);
+    Vector column[V];
+    for (int v = 0; v < V; v++) column[v] = load(b + v * kLanes);
     add_products(sum, a, a_stride, column);
   }
   for (int r = 0; r < R; r++)
-    for (int v = 0; v < P * V; v++) store(c + r * c_stride + v * kLanes, sum[r][v]);
+    for (int v = 0; v < V; v++) store(c + r * c_stride + v * kLanes, sum[r][v]);
 }
 
 // The same for `rows` rows, at most R, and a panel.
 template <int R, int V, class W>
 void stream_rows(const float* a, int64_t a_stride, const W* b, int64_t width, int64_t depth, float* c, int64_t c_stride,
                  int64_t rows, const W* next, int64_t pace) {
-  if (rows == R) return stream_tile<R, 1, V>(a, a_stride, b, width, depth, c, c_stride, next, pace);
+  if (rows == R) return stream_tile<R, V>(a, a_stride, b, width, depth, c, c_stride, next, pace);
   if constexpr (R > 1) stream_rows<R - 1, V>(a, a_stride, b, width, depth, c, c_stride, rows, next, pace);
 }
 
-// The same for any number of rows, in tiles that are as even as they can be; what follows b in memory is called for meanwhile,
-// except where b is read once: the machine then sees by itself what is next.
+// The same for any number of rows, in tiles that are as even as they can be. What is next in memory is called for meanwhile: what follows
+// b or, where b is read once, what is kAhead bytes on.
 template <int V, class W>
 void stream(const float* a, int64_t a_stride, const W* b, int64_t width, int64_t depth, float* c, int64_t c_stride, int64_t rows) {
   const int64_t tiles = (rows + kOnce<W> - 1) / kOnce<W>, pace = kPaired<W> * width / tiles;
@@ -298,7 +298,7 @@ void stream(const float* a, int64_t a_stride, const W* b, int64_t width, int64_t
     const int64_t row = tile * rows / tiles, some = (tile + 1) * rows / tiles - row;
     const W* next = b + depth * width + tile * (depth / kPaired<W>) * pace;
     stream_rows<kOnce<W>, V>(a + row * a_stride, a_stride, b, width, depth, c + row * c_stride, c_stride, some,
-                             tiles == 1 ? b : next, tiles == 1 ? 0 : pace);
+                             tiles == 1 ? b + kAhead / sizeof(W) : next, pace);
   }
 }
 
@@ -377,18 +377,12 @@ void linear_of(const Tensor& x, const Tensor& weight, const Tensor* bias, const 
   // Many rows take longer than what they read.
   const int64_t bytes = kColumns * inputs * sizeof(W) * (1 + rows / 16), grain = kGrainBytes / std::max<int64_t>(1, bytes) + 1;
   torch::stable::parallel_for(0, blocks * panels, grain, [&](int64_t first, int64_t last) {
-    for (int64_t some; first < last; first += some) {
+    for (; first < last; first++) {
       const int64_t row = first / panels * rows / blocks, tall = (first / panels + 1) * rows / blocks - row;
-      const int64_t panel = first % panels, at = panel * kColumns;
-      // A row alone has too few sums under way with one panel.
-      const bool two = rows == 1 && first + 2 <= last && at + 2 * kColumns <= outputs;
-      some = two ? 2 : 1;
-      const int64_t columns = std::min(some * kColumns, outputs - at);
-      const float* x = from + row * inputs;
+      const int64_t at = first % panels * kColumns, columns = std::min(kColumns, outputs - at);
       float* y = to + row * outputs + at;
       for (int64_t t = 0; t < tall; t++) std::fill_n(y + t * outputs, columns, 0.0f);
-      if (two) stream_tile<1, 2, kPanel>(x, inputs, w + at * inputs, kColumns, inputs, y, outputs, w + at * inputs, 0);
-      else add_panel(x, w + at * inputs, inputs, columns, y, outputs, tall);
+      add_panel(from + row * inputs, w + at * inputs, inputs, columns, y, outputs, tall);
       for (int64_t t = 0; b && t < tall; t++)
         for (int64_t o = 0; o < columns; o++) y[t * outputs + o] += widen(b[at + o]);
     }
