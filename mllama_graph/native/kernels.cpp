@@ -251,10 +251,12 @@ template <int part, int R, int V, class W>
 template <class W>
 constexpr int kOnce = kRegisters == 32 ? 8 : kPaired<W> == 2 ? 3 : 4;
 
-// Where what is wanted next waits (__builtin_prefetch's locality), and how many bytes on it is where a panel is read once, as measured:
-// the first-level cache, or the second-level one.
+// Bytes that memory gives at a time.
+constexpr int64_t kLine = 64;
+// As measured: where what is wanted next waits (__builtin_prefetch's locality), the first-level cache or the second-level one; and how many
+// bytes on it is where a panel is read once.
 constexpr int kWaits = kRegisters == 32 ? 3 : 2;
-constexpr int64_t kAhead = 4096, kLineBytes = 64;
+constexpr int64_t kAhead = 4096;
 
 // c += a b for R rows of a and the first V vectors of a panel of `width` columns, which has `depth` rows. What is wanted next is called
 // for on the way, `pace` elements at a time.
@@ -267,7 +269,7 @@ template <int R, int V, class W>
   // Not unrolled: compilers would run out of registers.
   for (; depth >= kPaired<W>; depth -= kPaired<W>, a += kPaired<W>, b += kPaired<W> * width, next += pace) {
 #pragma GCC unroll 4
-    for (int64_t byte = 0; byte < kColumns * kPaired<W> * static_cast<int64_t>(sizeof(W)); byte += kLineBytes)
+    for (int64_t byte = 0; byte < kColumns * kPaired<W> * static_cast<int64_t>(sizeof(W)); byte += kLine)
       __builtin_prefetch(next + byte / sizeof(W), 0, kWaits);
     add_input<0, R, V>(sum, a, a_stride, b);
     if constexpr (kPaired<W> == 2) add_input<1, R, V>(sum, a, a_stride, b);
@@ -423,10 +425,8 @@ Tensor linear(Tensor given, Tensor weight, std::optional<Tensor> bias, std::opti
 
 // Tokens that a thread takes at a time. Those whose keys are worked through before their values, at most, and the bytes of their
 // keys: both lie in the second-level cache. Each is one stream so, as memory is read fastest.
-constexpr int64_t kSplit = 256, kBlockBytes = 4 << 16;
+constexpr int64_t kSplit = 256, kBlockBytes = 1 << 18;
 constexpr int kTokens = 64;
-// Floats that memory gives at a time.
-constexpr int kLine = 16;
 // Up to so many rows of a sequence read its pages each for itself.
 constexpr int64_t kFewRows = 4;
 // Query heads that are scored together at most, and tokens that are with so many: their sums fill the registers.
@@ -475,7 +475,7 @@ struct Partial {
 
 // Calls for a vector at `next`, a line a time.
 inline void call_for(const float* next, int64_t column) {
-  if (column % kLine == 0) __builtin_prefetch(next, 0, 2);
+  if (column * sizeof(float) % kLine == 0) __builtin_prefetch(next, 0, 2);
 }
 
 // The products of `tokens` keys, O at a time, with G queries over `width` columns, lane by lane: sums[query][token].
