@@ -56,10 +56,9 @@ class GraphCompiler:
 
     def ask(self, bucket: Bucket) -> bool:
         """Have a bucket compiled, unless it is on its way. False where there is nothing to compile it with, said once."""
-        if self.spec.device == "cpu" and not native.has_compiler():
+        if self.spec.device == "cpu" and (lacking := native.lack()):
             if not self._lacking:
-                self.say("no C++ compiler: steps whose graph is not in the store run uncompiled, slower. Install g++ 11 or newer, "
-                         "or name a compiler, without arguments, with CXX=.")
+                self.say(f"{lacking} Steps whose graph is not in the store run uncompiled, with torch's kernels where ours are not built: slower.")
             self._lacking = True
             return False
         if bucket not in self.asked:

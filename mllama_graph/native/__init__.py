@@ -146,12 +146,17 @@ def find_compiler() -> str:
     return found
 
 
+def lack() -> Optional[str]:
+    """Why no library, and no graph, could be built here; None where they could."""
+    try:
+        find_compiler()
+    except BuildError as error:
+        return str(error)
+
+
 def has_compiler() -> bool:
     """Whether a library, or a graph, could be built here."""
-    try:
-        return bool(find_compiler())
-    except BuildError:
-        return False
+    return lack() is None
 
 
 def compiler_version(compiler: str) -> str:
