@@ -122,7 +122,7 @@ class Loaded:
                 if error:
                     raise RuntimeError(f"{done} could not be compiled: {error}")
         path = path or self._compiler.stored(bucket)
-        run = package(path, self._weights, self.spec, self.store.folder)
+        run = package(path, self._weights, self.spec, self.store.libraries)
         if self._cuda and bucket.phase == "decode":
             example = arguments(bucket, self.spec.example(bucket), *self._pages)
             run = CapturedStep(run, example, self._cuda, self._say)

@@ -181,7 +181,7 @@ def settle_kernels(run: Run) -> None:
     if run.backend.kernels == "native" and not fits:
         raise UserError("backend.kernels=native: the kernels are a CPU's, and compute in fp32. Use backend.kernels=auto.")
     if run.backend.kernels == "auto":
-        there = fits and (native.has_compiler() or native.built("kernels", store_folder(run)))
+        there = fits and (not native.lack() or native.built("kernels", store_folder(run)))
         run.backend.kernels = "native" if there else "plain"
 
 

@@ -118,8 +118,8 @@ class Rank:
             os.sched_setaffinity(0, place.cores())
         torch.set_num_threads(spec.threads)
         if spec.kernels == "native":
-            load_native("kernels", graphs.folder, "backend.kernels=plain")
-        self.collectives = Collectives(spec.collectives, place, store, segment, run.timeout, name, graphs.folder)
+            load_native("kernels", graphs.libraries, "backend.kernels=plain")
+        self.collectives = Collectives(spec.collectives, place, store, segment, run.timeout, name, graphs.libraries)
         # Seconds spent sampling; where work is queued on a device, the wait for the logits is part of it.
         self.sample_seconds = 0.0
         self._done = 0

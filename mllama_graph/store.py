@@ -74,6 +74,11 @@ class GraphStore:
         """The folder that takes new entries."""
         return self._written
 
+    @property
+    def libraries(self) -> Path:
+        """The folder of native libraries: this one where it holds some, even if it can't be written."""
+        return self.folder if (self.folder / "native").is_dir() else self._written
+
     def has(self, key: str) -> bool:
         """Whether there is an entry of this key, not looked into."""
         return any(payload_of(folder / key) for folder in {self.folder, self._written})

@@ -48,10 +48,10 @@ def test_each_case_has_a_line_with_the_columns_of_the_seed_system_first(session)
 
 
 def test_an_unknown_peer_and_no_batch_are_refused(tmp_path):
-    for given, said in ((["peers=[vllm]"], "peers=vllm is not one of transformers"), (["batch_sizes=[0]"], "batch_sizes=0"),
-                        (["peers=[mistralrs]", "task.mistralrs=no/python"], "task.mistralrs=no/python is no Python"),
-                        (["task=profile", "peers=[transformers]"], "only task=bench measures other engines")):
-        done = run(tmp_path / "out", *(given if given[0].startswith("task=") else ["task=bench", *given]))
+    for task, given, said in (("bench", ["peers=[vllm]"], "peers=vllm is not one of transformers"), ("bench", ["batch_sizes=[0]"], "batch_sizes=0"),
+                              ("bench", ["peers=[mistralrs]", "task.mistralrs=no/python"], "task.mistralrs=no/python is no Python"),
+                              ("profile", ["peers=[transformers]"], "only task=bench measures other engines")):
+        done = run(tmp_path / "out", f"task={task}", *given)
         assert done.code == 2 and said in done.err, done.err
 
 

@@ -20,7 +20,7 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
-from mllama_graph.native import ASIDE, BuildError, find_compiler, compiler_version, run_compiler
+from mllama_graph.native import ASIDE, BuildError, compiler_version, find_compiler, run_compiler
 
 SOURCE = Path(__file__).parent / "cann_stubs.cpp"
 LIBRARY = "libcann_stubs.so"

@@ -91,10 +91,13 @@ def build(name: str, folder: Path) -> Path:
     """The library's file, built if it is not there yet. Processes that need it at once build it once."""
     from filelock import FileLock
 
-    if library := built(name, folder):
-        return library
+    if lack() and (found := built(name, folder)):
+        return found
     compiler = find_compiler()
-    library = _library(name, folder, compiler)
+    version = hashlib.sha256("\0".join((compiler, compiler_version(compiler))).encode()).hexdigest()[:8]
+    library = _home(name, folder) / f"{version}.so"
+    if library.is_file():
+        return library
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(library.parent / ".lock"):
@@ -112,16 +115,8 @@ def build(name: str, folder: Path) -> Path:
 
 
 def built(name: str, folder: Path) -> Optional[Path]:
-    """The library's file where it is there: of this machine's compiler or, where it has none, of any."""
-    if has_compiler():
-        library = _library(name, folder, find_compiler())
-        return library if library.is_file() else None
-    return next((folder / "native" / _key(name)).glob("*.so"), None)
-
-
-def _library(name: str, folder: Path, compiler: str) -> Path:
-    version = hashlib.sha256("\0".join((compiler, compiler_version(compiler))).encode()).hexdigest()[:8]
-    return folder / "native" / _key(name) / f"{version}.so"
+    """The library's file that some compiler has left in the folder, or None."""
+    return next(_home(name, folder).glob("*.so"), None)
 
 
 def _compile(name: str, compiler: str, library: Path) -> None:
@@ -154,11 +149,6 @@ def lack() -> Optional[str]:
         return str(error)
 
 
-def has_compiler() -> bool:
-    """Whether a library, or a graph, could be built here."""
-    return lack() is None
-
-
 def compiler_version(compiler: str) -> str:
     """What a compiler says of itself: part of the key of all that it builds."""
     return subprocess.run([compiler, "--version"], capture_output=True, text=True, errors="replace").stdout
@@ -188,15 +178,15 @@ def _command(name: str, compiler: str) -> list[str]:
             str(SOURCE / f"{name}.cpp"), f"-L{home / 'lib'}", "-ltorch_cpu", "-lc10", "-lrt"]
 
 
-def _key(name: str) -> str:
-    """A library's key: whatever but its compiler can change it. It holds the machine's instructions, so the CPU is part of it."""
+def _home(name: str, folder: Path) -> Path:
+    """Where a library lies, whose key is whatever but the compiler can change it: it holds the machine's instructions, so the CPU too."""
     import torch
 
     from mllama_graph.graphs import processor_name
 
     source = (SOURCE / f"{name}.cpp").read_text()
     parts = (source, torch.__version__, *_flags(name), processor_name())
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
+    return folder / "native" / hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 
 def _operators(name: str):

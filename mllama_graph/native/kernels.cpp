@@ -587,7 +587,7 @@ void add_tokens(const float (*weights)[kTokens], const float* v, int tokens, con
         to[g * heads.width + h] = std::fma(weights[g][i], v[i * stride + h], to[g * heads.width + h]);
 }
 
-// Calls f(how many, the first) for the query heads of each key head, at most kHeads at a time, and its key head.
+// Calls f(how many, the first, their key head) for all query heads, at most kHeads at a time.
 template <class F>
 inline void query_heads(const Heads& heads, const F& f) {
   for (int64_t head = 0; head < heads.keys; head++) {
