@@ -159,7 +159,8 @@ class Run:
     requests: Optional[str] = None
     batch_sizes: list[int] = field(default_factory=lambda: [1])
     lengths: list[int] = field(default_factory=lambda: [64])
-    peers: list[str] = field(default_factory=list)
+    # Names, or one.
+    peers: Any = field(default_factory=list)
     a: Optional[str] = None
     b: Optional[str] = None
     max_input_length: int = 2048
@@ -191,7 +192,7 @@ def _at_least(key: str, value: float, least: float) -> None:
 
 
 def check(run: Run) -> None:
-    """Refuse what no checkpoint could make right.
+    """Refuse what no checkpoint could make right; one name of peers= becomes a list of it.
 
     Raises UserError with the value, the rule and the remedy.
     """
@@ -205,6 +206,7 @@ def check(run: Run) -> None:
     _one_of("backend.torchair.mode", run.backend.torchair.mode, TORCHAIR_MODES)
     _one_of("backend.torchair.weight_format", run.backend.torchair.weight_format, WEIGHT_FORMATS)
     _one_of("backend.torchair.topology_sorting_strategy", run.backend.torchair.topology_sorting_strategy, TOPOLOGIES)
+    run.peers = run.peers if isinstance(run.peers, list) else [run.peers]
     for key in ("tp", "batch", "max_input_length", "max_output_length"):
         _at_least(key, getattr(run, key), 1)
     _at_least("temperature", run.temperature, 0)

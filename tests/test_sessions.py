@@ -48,7 +48,8 @@ def test_each_case_has_a_line_with_the_columns_of_the_seed_system_first(session)
 
 
 def test_an_unknown_peer_and_no_batch_are_refused(tmp_path):
-    for task, given, said in (("bench", ["peers=[vllm]"], "peers=vllm is not one of transformers"), ("bench", ["batch_sizes=[0]"], "batch_sizes=0"),
+    for task, given, said in (("bench", ["peers=[vllm]"], "peers=vllm is not one of transformers"),
+                              ("bench", ["peers=vllm"], "peers=vllm is not one of transformers"), ("bench", ["batch_sizes=[0]"], "batch_sizes=0"),
                               ("bench", ["peers=[mistralrs]", "task.mistralrs=no/python"], "task.mistralrs=no/python is no Python"),
                               ("profile", ["peers=[transformers]"], "only task=bench measures other engines")):
         done = run(tmp_path / "out", f"task={task}", *given)
