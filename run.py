@@ -31,11 +31,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from mllama_graph.config import Interrupted, PeerGone, RankFailed, Run, UserError, check
-from mllama_graph.launch import join, launch
-from mllama_graph.place import place_from
-from mllama_graph.report import write_failure
-from mllama_graph.sweep import standing, write_summary
+from mllama_graph.core.config import Interrupted, PeerGone, RankFailed, Run, UserError, check
+from mllama_graph.launch.supervisor import join, launch
+from mllama_graph.core.place import place_from
+from mllama_graph.core.report import write_failure
+from mllama_graph.measure.sweep import standing, write_summary
 
 # Taken literally: Hydra's grammar would refuse commas, apostrophes, parentheses, = and Chinese.
 LITERAL_KEYS = ("prompt", "image", "system", "requests", "weights", "a", "b", "task.measured")

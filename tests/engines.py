@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from mllama_graph.buckets import make_plan
-from mllama_graph.checkpoint import Checkpoint, build, from_checkpoint, model_of
-from mllama_graph.config import BackendChoice, PlanChoice, Run
-from mllama_graph.engine import Engine, Result
+from mllama_graph.plan.buckets import make_plan
+from mllama_graph.model.checkpoint import Checkpoint, build, from_checkpoint, model_of
+from mllama_graph.core.config import BackendChoice, PlanChoice, Run
+from mllama_graph.engine.engine import Engine, Result
 from mllama_graph.model.tree import Node, Pages
-from mllama_graph.report import Progress
-from mllama_graph.shape import ModelShape
-from mllama_graph.start import pixels_of, processor_of, start_engine
+from mllama_graph.core.report import Progress
+from mllama_graph.model.shape import ModelShape
+from mllama_graph.engine.start import pixels_of, processor_of, start_engine
 
 IGNORE = lambda *_: None  # noqa: E731
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from mllama_graph.blocks import BlockPool, ImageCache, OutOfPages, pages_for, slots
+from mllama_graph.plan.blocks import BlockPool, ImageCache, OutOfPages, pages_for, slots
 
 NUM_PAGES, RESERVED = 12, 2
 

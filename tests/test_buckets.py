@@ -5,11 +5,11 @@ from hypothesis import given, strategies as st
 
 from checkpoints import SPECS, model_config
 
-from mllama_graph.blocks import pages_for
-from mllama_graph.buckets import Bucket, choose, ladder, make_plan, pick
-from mllama_graph.config import BackendChoice, PlanChoice, Run, UserError
-from mllama_graph.roofline import bucket_cost
-from mllama_graph.shape import shape_of
+from mllama_graph.plan.blocks import pages_for
+from mllama_graph.plan.buckets import Bucket, choose, ladder, make_plan, pick
+from mllama_graph.core.config import BackendChoice, PlanChoice, Run, UserError
+from mllama_graph.plan.cost import bucket_cost
+from mllama_graph.model.shape import shape_of
 
 SHAPE = shape_of(model_config(SPECS["base"]))
 SIZES = st.lists(st.integers(1, 500), min_size=1, max_size=6, unique=True).map(sorted)

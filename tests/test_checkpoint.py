@@ -13,11 +13,11 @@ from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 from checkpoints import DTYPES, LLAMA3_SCALING, SPECS, model_config, random_weights, rename, write_checkpoint
 from engines import IGNORE
 
-from mllama_graph.checkpoint import Checkpoint, Pixels, build, from_checkpoint, inverse_frequencies, random_fill
-from mllama_graph.config import UserError
-from mllama_graph.preflight import checkpoint_folder
-from mllama_graph.shape import _rope, shape_of
-from mllama_graph.table import Shard, elements, replicated, table
+from mllama_graph.model.checkpoint import Checkpoint, Pixels, build, from_checkpoint, inverse_frequencies, random_fill
+from mllama_graph.core.config import UserError
+from mllama_graph.plan.resolve import checkpoint_folder
+from mllama_graph.model.shape import _rope, shape_of
+from mllama_graph.model.table import Shard, elements, replicated, table
 
 PIXELS = Pixels(1 / 255, (0.5,) * 3, (0.25,) * 3)
 CPU = torch.device("cpu")

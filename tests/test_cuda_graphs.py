@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mllama_graph.cuda_graphs import WARM_UPS, CapturedStep
+from mllama_graph.graphs.cuda_graphs import WARM_UPS, CapturedStep
 
 
 class Given(NamedTuple):

@@ -14,11 +14,11 @@ import torch
 from checkpoints import SPECS
 from engines import GRAPH_PLAN, GRAPH_SPEC, GRAPHS, start, tokens_of
 
-from mllama_graph import graphs
-from mllama_graph.buckets import Bucket
-from mllama_graph.config import UserError
-from mllama_graph.dispatch import Record
-from mllama_graph.store import GraphStore, key_of
+from mllama_graph.graphs import aot as graphs
+from mllama_graph.plan.buckets import Bucket
+from mllama_graph.core.config import UserError
+from mllama_graph.graphs.dispatch import Record
+from mllama_graph.graphs.store import GraphStore, key_of
 
 ROOT = Path(__file__).parents[1]
 SPEC = GRAPH_SPEC

@@ -10,9 +10,9 @@ import time
 
 import pytest
 
-from mllama_graph import place
-from mllama_graph.config import UserError
-from mllama_graph.place import MASTER_PORT, PORTS, Place, bind_master_port, check_devices, deaf_children, place_from, visible_devices
+from mllama_graph.core import place
+from mllama_graph.core.config import UserError
+from mllama_graph.core.place import MASTER_PORT, PORTS, Place, bind_master_port, check_devices, deaf_children, place_from, visible_devices
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
 

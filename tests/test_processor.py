@@ -15,8 +15,8 @@ from engines import run_of
 from request_cases import random_image, resolve
 from tokenizer_files import CHAT_TEMPLATE
 
-from mllama_graph.config import UserError
-from mllama_graph.processor import Detokenizer
+from mllama_graph.core.config import UserError
+from mllama_graph.inputs.processor import Detokenizer
 from mllama_graph.tasks.generate import model_of, processor_of
 
 WITH_TEMPLATE = [name for name, spec in SPECS.items() if spec.template]

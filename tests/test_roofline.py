@@ -10,9 +10,9 @@ from transformers import MllamaConfig, MllamaForConditionalGeneration
 from checkpoints import SPECS
 from engines import start
 
-from mllama_graph.config import UserError
-from mllama_graph.roofline import Memory, kv_elements, require, sizes, step_bytes
-from mllama_graph.shape import shape_of
+from mllama_graph.core.config import UserError
+from mllama_graph.plan.cost import Memory, kv_elements, require, sizes, step_bytes
+from mllama_graph.model.shape import shape_of
 
 CONF = Path(__file__).parents[1] / "conf" / "model"
 

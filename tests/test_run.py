@@ -27,7 +27,7 @@ from checkpoints import SPECS
 from engines import GRAPH_PLAN, GRAPH_SPEC, GRAPHS, arguments, serve, start
 from request_cases import random_image
 
-from mllama_graph.config import Run
+from mllama_graph.core.config import Run
 
 ROOT = Path(__file__).parents[1]
 # Small and quick: no compiler, and limits that hold the cases.

@@ -9,12 +9,12 @@ from transformers.models.mllama.processing_mllama import get_cross_attention_tok
 
 from checkpoints import SPECS, model_config
 
-from mllama_graph.batch import needs
-from mllama_graph.blocks import pages_for, slots
-from mllama_graph.buckets import make_plan
-from mllama_graph.config import PlanChoice, Run, UserError
-from mllama_graph.scheduler import DecodeStep, ImageRef, PrefillStep, Sampling, Scheduler, Sequence, VisionStep
-from mllama_graph.shape import shape_of
+from mllama_graph.engine.batch import needs
+from mllama_graph.plan.blocks import pages_for, slots
+from mllama_graph.plan.buckets import make_plan
+from mllama_graph.core.config import PlanChoice, Run, UserError
+from mllama_graph.engine.scheduler import DecodeStep, ImageRef, PrefillStep, Sampling, Scheduler, Sequence, VisionStep
+from mllama_graph.model.shape import shape_of
 
 SHAPE = shape_of(model_config(SPECS["base"]))
 TILE = SHAPE.vision.tokens

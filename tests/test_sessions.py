@@ -10,9 +10,9 @@ import pytest
 from test_run import run
 from test_verify import RELEASED
 
-from mllama_graph.buckets import Bucket
-from mllama_graph.config import HardwareChoice
-from mllama_graph.roofline import floor_of, work
+from mllama_graph.plan.buckets import Bucket
+from mllama_graph.core.config import HardwareChoice
+from mllama_graph.plan.cost import floor_of, work
 from mllama_graph.tasks.compare import verdict
 
 

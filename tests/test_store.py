@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from mllama_graph.store import ASIDE, PACKAGE, GraphStore, key_of
+from mllama_graph.graphs.store import ASIDE, PACKAGE, GraphStore, key_of
 
 
 def add(store, content=b"package", key="key", fields=None):

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mllama_graph.buckets import Bucket, make_plan
-from mllama_graph.config import BackendChoice, HardwareChoice, ModelChoice, RankFailed, Run, UserError
-from mllama_graph.graphs import GraphSpec
-from mllama_graph.roofline import bucket_cost, work
-from mllama_graph.shape import shape_of
+from mllama_graph.plan.buckets import Bucket, make_plan
+from mllama_graph.core.config import BackendChoice, HardwareChoice, ModelChoice, RankFailed, Run, UserError
+from mllama_graph.graphs.aot import GraphSpec
+from mllama_graph.plan.cost import bucket_cost, work
+from mllama_graph.model.shape import shape_of
 from mllama_graph.tasks import verify
 from mllama_graph.tasks.verify import Judged, all_findings, difference, jobs, kind, modelled, rows
 

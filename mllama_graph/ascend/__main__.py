@@ -5,7 +5,7 @@ import sys
 
 from mllama_graph.ascend.stubs import environment
 from mllama_graph.native import BuildError
-from mllama_graph.store import default_store
+from mllama_graph.graphs.store import default_store
 
 
 def main() -> None:

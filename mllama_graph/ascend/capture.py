@@ -26,15 +26,15 @@ from torchair._ge_concrete_graph.fx2ge_converter import _get_converter
 from torchair.npu_fx_compiler import _NpuGraphConverter
 
 from mllama_graph.ascend.interpreter import install
-from mllama_graph.buckets import Bucket
-from mllama_graph.graphs import GraphSpec, Step, arguments, unfilled
-from mllama_graph.lowering import compiler_config
+from mllama_graph.plan.buckets import Bucket
+from mllama_graph.graphs.aot import GraphSpec, Step, arguments, unfilled
+from mllama_graph.graphs.torchair import compiler_config
 from mllama_graph.model.tree import Node, Pages
-from mllama_graph.ops.contract import Ops
+from mllama_graph.model.ops import Ops
 from mllama_graph.ops.npu import npu_ops
 from mllama_graph.ops.ranks import GROUP
-from mllama_graph.shape import ModelShape
-from mllama_graph.table import Shard
+from mllama_graph.model.shape import ModelShape
+from mllama_graph.model.table import Shard
 
 PACKAGE = Path(__file__).parents[1]
 TORCH = (Path(torch.__file__).parent, Path(torch_npu.__file__).parent)

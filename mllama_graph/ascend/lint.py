@@ -25,10 +25,10 @@ from mllama_graph.ascend.capture import WEIGHTS, Capture, capture, shortened
 from mllama_graph.ascend.ge_ops import DTYPES, MASK_SIDE, OPERATIONS, GraphError
 from mllama_graph.ascend.interpreter import (
     CONSTANTS, EDGES, INPUTS, VIEWS, Interpreter, Step, attribute, constant, ge_ir_pb2, metadata)
-from mllama_graph.buckets import Bucket
-from mllama_graph.graphs import GraphSpec
-from mllama_graph.ops.contract import padded_head
-from mllama_graph.shape import ModelShape, shape_of
+from mllama_graph.plan.buckets import Bucket
+from mllama_graph.graphs.aot import GraphSpec
+from mllama_graph.model.ops import padded_head
+from mllama_graph.model.shape import ModelShape, shape_of
 
 GOLDEN = Path(__file__).with_name("golden.json")
 ATTENTION, SCATTER, ALL_REDUCE = "FusedInferAttentionScore", "ScatterPaKvCache", "HcomAllReduce"

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from mllama_graph.model.tree import ImageInput, Node, Pages, PromptInput, TokenInput
-from mllama_graph.ops.contract import Ops
-from mllama_graph.shape import ModelShape
+from mllama_graph.model.ops import Ops
+from mllama_graph.model.shape import ModelShape
 
 # (q_TQH, k_TKH, v_TKH, pages of the layer) -> out_TQH
 Attend = Callable[[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]], Tensor]

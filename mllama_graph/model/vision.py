@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mllama_graph.model.tree import Node, Pages, TileInput
-from mllama_graph.ops.contract import Ops
-from mllama_graph.shape import ROW_MULTIPLE, ModelShape, VisionShape
+from mllama_graph.model.ops import Ops
+from mllama_graph.model.shape import ROW_MULTIPLE, ModelShape, VisionShape
 
 # Both are fixed, whatever norm_eps says (transformers modeling_mllama.py, MllamaVisionModel).
 OUTER_NORM_EPS = 1e-5

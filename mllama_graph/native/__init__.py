@@ -182,7 +182,7 @@ def _home(name: str, folder: Path) -> Path:
     """Where a library lies, whose key is whatever but the compiler can change it: it holds the machine's instructions, so the CPU too."""
     import torch
 
-    from mllama_graph.graphs import processor_name
+    from mllama_graph.graphs.aot import processor_name
 
     source = (SOURCE / f"{name}.cpp").read_text()
     parts = (source, torch.__version__, *_flags(name), processor_name())

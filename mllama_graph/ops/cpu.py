@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mllama_graph.model.tree import Node, PromptInput, TokenInput, matrices
 from mllama_graph.ops import plain
-from mllama_graph.ops.contract import Ops
+from mllama_graph.model.ops import Ops
 from mllama_graph.ops.plain import PLAIN, Pages
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from mllama_graph.ops import plain
-from mllama_graph.ops.contract import Ops
+from mllama_graph.model.ops import Ops
 from mllama_graph.ops.plain import Pages
 from mllama_graph.ops.ranks import ranked
 

@@ -30,7 +30,7 @@ import torch_npu
 import torchair  # noqa: F401  (registers torchair.ops)
 from torch import Tensor
 
-from mllama_graph.ops.contract import Ops, padded_head
+from mllama_graph.model.ops import Ops, padded_head
 from mllama_graph.ops.plain import Pages
 from mllama_graph.ops.ranks import ranked
 

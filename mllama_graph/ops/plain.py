@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mllama_graph.ops.contract import Ops
-from mllama_graph.roofline import FEW_ROWS
+from mllama_graph.model.ops import Ops
+from mllama_graph.plan.cost import FEW_ROWS
 
 Pages = tuple[Tensor, Tensor]
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mllama_graph.ops.contract import Ops
+from mllama_graph.model.ops import Ops
 from mllama_graph.ops.plain import PLAIN
 
 # shared_memory: mllama_graph/native, ranks of one CPU host. distributed: torch.distributed's functional collectives.

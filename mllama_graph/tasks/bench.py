@@ -11,22 +11,23 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mllama_graph import limits, plots
-from mllama_graph.checkpoint import model_of, write_random
-from mllama_graph.config import Run
-from mllama_graph.engine import Engine
-from mllama_graph.images import Tiles, tile_image
-from mllama_graph.limits import Limits
-from mllama_graph.peers import settings_of
-from mllama_graph.peers.process import Peer
-from mllama_graph.preflight import MADE_UP, plan_of, weights_of
-from mllama_graph.processor import Request
-from mllama_graph.profiler import most_bytes
-from mllama_graph.report import Progress, columns, markdown, write_result
-from mllama_graph.roofline import kv_bytes, sizes, step_work, work
-from mllama_graph.scheduler import Sampling
-from mllama_graph.session import BENCH, write_csv, write_manifest
-from mllama_graph.start import processor_of, start_engine
+from mllama_graph.measure import limits
+from mllama_graph.measure import plots
+from mllama_graph.model.checkpoint import model_of, write_random
+from mllama_graph.core.config import Run
+from mllama_graph.engine.engine import Engine
+from mllama_graph.inputs.images import Tiles, tile_image
+from mllama_graph.measure.limits import Limits
+from mllama_graph.measure.peers import settings_of
+from mllama_graph.measure.peers.process import Peer
+from mllama_graph.plan.resolve import MADE_UP, plan_of, weights_of
+from mllama_graph.inputs.processor import Request
+from mllama_graph.engine.profiler import most_bytes
+from mllama_graph.core.report import Progress, columns, markdown, write_result
+from mllama_graph.plan.cost import kv_bytes, sizes, step_work, work
+from mllama_graph.engine.scheduler import Sampling
+from mllama_graph.measure.session import BENCH, write_csv, write_manifest
+from mllama_graph.engine.start import processor_of, start_engine
 from mllama_graph.tasks.generate import finish_compiling
 
 # Of the example that this engine replaces, in its order.

@@ -4,11 +4,11 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from mllama_graph.buckets import Bucket
-from mllama_graph.config import Run, UserError
-from mllama_graph.rank import graph_store
-from mllama_graph.report import columns, write_result
-from mllama_graph.store import Entry
+from mllama_graph.plan.buckets import Bucket
+from mllama_graph.core.config import Run, UserError
+from mllama_graph.engine.rank import graph_store
+from mllama_graph.core.report import columns, write_result
+from mllama_graph.graphs.store import Entry
 
 DAY, GB = 24 * 3600, 1e9
 

@@ -4,9 +4,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mllama_graph.config import Run, UserError
-from mllama_graph.report import Progress, columns, markdown, write_result
-from mllama_graph.session import BENCH, read_csv, read_manifest
+from mllama_graph.core.config import Run, UserError
+from mllama_graph.core.report import Progress, columns, markdown, write_result
+from mllama_graph.measure.session import BENCH, read_csv, read_manifest
 
 # name -> (column, least, most). A figure without a spread has no noise to stand beside.
 FIGURES = {

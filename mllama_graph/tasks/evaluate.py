@@ -10,14 +10,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Optional
 
-from mllama_graph.checkpoint import model_of
-from mllama_graph.config import Run, UserError
-from mllama_graph.engine import Engine
-from mllama_graph.offline import Line, Results, most_images, read_lines, serve_lines
-from mllama_graph.preflight import plan_of
-from mllama_graph.processor import Request
-from mllama_graph.report import Progress, columns, write_result
-from mllama_graph.start import processor_of, start_engine
+from mllama_graph.model.checkpoint import model_of
+from mllama_graph.core.config import Run, UserError
+from mllama_graph.engine.engine import Engine
+from mllama_graph.engine.offline import Line, Results, most_images, read_lines, serve_lines
+from mllama_graph.plan.resolve import plan_of
+from mllama_graph.inputs.processor import Request
+from mllama_graph.core.report import Progress, columns, write_result
+from mllama_graph.engine.start import processor_of, start_engine
 from mllama_graph.tasks.generate import finish_compiling, metrics_of
 
 ALL = "all"

@@ -4,17 +4,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Optional
 
-from mllama_graph.checkpoint import model_of
-from mllama_graph.config import Run
-from mllama_graph.engine import Delta, Engine, Result
-from mllama_graph.images import list_images, shorten
-from mllama_graph.offline import Results, most_images, read_lines, serve_lines
-from mllama_graph.preflight import packaged, plan_of
-from mllama_graph.processor import Request
-from mllama_graph.report import Progress, table, write_result
-from mllama_graph.scheduler import Scheduler
-from mllama_graph.start import processor_of, start_engine
-from mllama_graph.team import Ranks
+from mllama_graph.model.checkpoint import model_of
+from mllama_graph.core.config import Run
+from mllama_graph.engine.engine import Delta, Engine, Result
+from mllama_graph.inputs.images import list_images, shorten
+from mllama_graph.engine.offline import Results, most_images, read_lines, serve_lines
+from mllama_graph.plan.resolve import packaged, plan_of
+from mllama_graph.inputs.processor import Request
+from mllama_graph.core.report import Progress, table, write_result
+from mllama_graph.engine.scheduler import Scheduler
+from mllama_graph.engine.start import processor_of, start_engine
+from mllama_graph.engine.executor import Ranks
 
 DEFAULT_PROMPT = {True: "Describe this image.", False: "What can you do?"}
 

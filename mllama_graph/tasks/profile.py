@@ -4,14 +4,14 @@ from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
 
-from mllama_graph import plots
-from mllama_graph.checkpoint import model_of
-from mllama_graph.config import Run, UserError
-from mllama_graph.preflight import plan_of
-from mllama_graph.profiler import TRACE, kind_of
-from mllama_graph.report import Progress, columns, markdown, write_result
-from mllama_graph.session import read_csv, write_manifest
-from mllama_graph.start import processor_of, start_engine
+from mllama_graph.measure import plots
+from mllama_graph.model.checkpoint import model_of
+from mllama_graph.core.config import Run, UserError
+from mllama_graph.plan.resolve import plan_of
+from mllama_graph.engine.profiler import TRACE, kind_of
+from mllama_graph.core.report import Progress, columns, markdown, write_result
+from mllama_graph.measure.session import read_csv, write_manifest
+from mllama_graph.engine.start import processor_of, start_engine
 from mllama_graph.tasks.bench import Timing, cases_of, requests_of, serve, uncompiled_line
 from mllama_graph.tasks.generate import finish_compiling
 

@@ -6,14 +6,15 @@ from typing import Any
 
 import torch
 
-from mllama_graph import limits, plots
-from mllama_graph.buckets import Bucket, Plan, make_plan
-from mllama_graph.config import HardwareChoice, Run, UserError
-from mllama_graph.preflight import MADE_UP, WIDTH, host_memory, plan_of, precision, shape_of_run, stored_in, weights_of
-from mllama_graph.report import Progress, columns, markdown, write_result
-from mllama_graph.roofline import GB, Floor, floor_of, kv_bytes, memory, sizes, step_work, work
-from mllama_graph.session import BENCH, MODELLED, read_csv, read_manifest, write_csv, write_manifest
-from mllama_graph.shape import ModelShape
+from mllama_graph.measure import limits
+from mllama_graph.measure import plots
+from mllama_graph.plan.buckets import Bucket, Plan, make_plan
+from mllama_graph.core.config import HardwareChoice, Run, UserError
+from mllama_graph.plan.resolve import MADE_UP, WIDTH, host_memory, plan_of, precision, shape_of_run, stored_in, weights_of
+from mllama_graph.core.report import Progress, columns, markdown, write_result
+from mllama_graph.plan.cost import GB, Floor, floor_of, kv_bytes, memory, sizes, step_work, work
+from mllama_graph.measure.session import BENCH, MODELLED, read_csv, read_manifest, write_csv, write_manifest
+from mllama_graph.model.shape import ModelShape
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 RANKS = (1, 2, 4, 8)

@@ -13,17 +13,17 @@ from pathlib import Path
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mllama_graph.buckets import Bucket
-from mllama_graph.checkpoint import model_of
-from mllama_graph.config import Run
-from mllama_graph.dispatch import Record
-from mllama_graph.graphs import GraphSpec, prepare_tracing, trace, unfilled
-from mllama_graph.place import CORES, deaf_children
-from mllama_graph.preflight import plan_of
-from mllama_graph.rank import graph_spec, graph_store, pick_device, precision_of
-from mllama_graph.report import Progress, columns, table, write_result
-from mllama_graph.shape import ModelShape
-from mllama_graph.table import Shard, elements, replicated
+from mllama_graph.plan.buckets import Bucket
+from mllama_graph.model.checkpoint import model_of
+from mllama_graph.core.config import Run
+from mllama_graph.graphs.dispatch import Record
+from mllama_graph.graphs.aot import GraphSpec, prepare_tracing, trace, unfilled
+from mllama_graph.core.place import CORES, deaf_children
+from mllama_graph.plan.resolve import plan_of
+from mllama_graph.engine.rank import graph_spec, graph_store, pick_device, precision_of
+from mllama_graph.core.report import Progress, columns, table, write_result
+from mllama_graph.model.shape import ModelShape
+from mllama_graph.model.table import Shard, elements, replicated
 
 MB = 1e6
 

@@ -3,8 +3,8 @@
 from dataclasses import asdict
 from pathlib import Path
 
-from mllama_graph.config import Run, UserError
-from mllama_graph.report import Progress, write_result
+from mllama_graph.core.config import Run, UserError
+from mllama_graph.core.report import Progress, write_result
 
 
 def main(run: Run) -> None:

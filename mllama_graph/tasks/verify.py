@@ -19,15 +19,15 @@ from typing import Any
 
 import torch
 
-from mllama_graph.buckets import Bucket, Plan
-from mllama_graph.checkpoint import model_of
-from mllama_graph.config import HardwareChoice, RankFailed, Run, UserError
-from mllama_graph.graphs import GraphSpec
-from mllama_graph.place import CORES, deaf_children
-from mllama_graph.preflight import plan_of
-from mllama_graph.rank import Precision, graph_spec, pick_device, precision_of, start_npu
-from mllama_graph.report import Progress, columns, write_result
-from mllama_graph.roofline import bucket_cost, floor_of, memory
+from mllama_graph.plan.buckets import Bucket, Plan
+from mllama_graph.model.checkpoint import model_of
+from mllama_graph.core.config import HardwareChoice, RankFailed, Run, UserError
+from mllama_graph.graphs.aot import GraphSpec
+from mllama_graph.core.place import CORES, deaf_children
+from mllama_graph.plan.resolve import plan_of
+from mllama_graph.engine.rank import Precision, graph_spec, pick_device, precision_of, start_npu
+from mllama_graph.core.report import Progress, columns, write_result
+from mllama_graph.plan.cost import bucket_cost, floor_of, memory
 
 # A worker takes up to 1 GB; what is lowered is no faster with more than one core.
 WORKERS = 2

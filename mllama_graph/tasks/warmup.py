@@ -4,15 +4,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Optional
 
-from mllama_graph.buckets import Plan
-from mllama_graph.checkpoint import Checkpoint, model_of
-from mllama_graph.config import Run, UserError
-from mllama_graph.dispatch import GraphCompiler
-from mllama_graph.preflight import plan_of
-from mllama_graph.rank import graph_spec, graph_store, pick_device, precision_of
-from mllama_graph.report import Progress, write_result
-from mllama_graph.shape import ModelShape
-from mllama_graph.start import processor_of, start_engine
+from mllama_graph.plan.buckets import Plan
+from mllama_graph.model.checkpoint import Checkpoint, model_of
+from mllama_graph.core.config import Run, UserError
+from mllama_graph.graphs.dispatch import GraphCompiler
+from mllama_graph.plan.resolve import plan_of
+from mllama_graph.engine.rank import graph_spec, graph_store, pick_device, precision_of
+from mllama_graph.core.report import Progress, write_result
+from mllama_graph.model.shape import ModelShape
+from mllama_graph.engine.start import processor_of, start_engine
 
 
 def main(run: Run) -> None:

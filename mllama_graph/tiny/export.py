@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from mllama_graph.report import write_json
+from mllama_graph.core.report import write_json
 
 from .model import Shape
 from .tiling import CLIP_MEAN, CLIP_STD, MAX_TILES, TILE

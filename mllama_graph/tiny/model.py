@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mllama_graph.shape import VisionShape
+from mllama_graph.model.shape import VisionShape
 
 from .tiling import GRID, MAX_TILES, PATCH, PATCHES, RATIOS, VISION
 from .tokenizer import VOCABULARY

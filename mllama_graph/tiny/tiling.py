@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from mllama_graph import images
-from mllama_graph.shape import VisionShape, supported_aspect_ratios
+from mllama_graph.inputs import images
+from mllama_graph.model.shape import VisionShape, supported_aspect_ratios
 
 MAX_TILES = 4
 # Aspect-ratio id i + 1 stands for RATIOS[i], counted in tiles (height, width); id 0 means no image.

@@ -23,8 +23,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from mllama_graph.config import UserError
-from mllama_graph.report import write_json
+from mllama_graph.core.config import UserError
+from mllama_graph.core.report import write_json
 
 from .heads import Heads, asked_loss, comparing_loss, pointing_loss
 from .initial import start

@@ -9,8 +9,8 @@ from transformers.models.mllama.processing_mllama import get_cross_attention_tok
 from checkpoints import SPECS
 from request_cases import random_image
 
-from mllama_graph.blocks import pages_for
-from mllama_graph.images import tile_image
+from mllama_graph.plan.blocks import pages_for
+from mllama_graph.inputs.images import tile_image
 from mllama_graph.model.text import cross_block, decode, prefill
 from mllama_graph.model.tree import ImageInput, PromptInput, TileInput, TokenInput
 from mllama_graph.model.vision import encode_image

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from checkpoints import SPECS
 from request_cases import random_image
 
-from mllama_graph.images import tile_image
+from mllama_graph.inputs.images import tile_image
 from mllama_graph.model.tree import TileInput
 from mllama_graph.model.vision import encode, encode_image, normalise
 from mllama_graph.ops.plain import PLAIN

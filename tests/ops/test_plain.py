@@ -10,7 +10,7 @@ from hypothesis import given, strategies as st
 from torch.testing import assert_close
 from transformers.models.mllama import modeling_mllama as hf
 
-from mllama_graph.ops.contract import Ops
+from mllama_graph.model.ops import Ops
 from mllama_graph.ops.plain import PLAIN
 
 # fp32 sums of at most a few hundred products of order one, against the same sums in float64.

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from test_run import run
 
-from mllama_graph.config import UserError
+from mllama_graph.core.config import UserError
 from mllama_graph.tiny import train
 from mllama_graph.tiny.export import checkpoint_name
 from mllama_graph.tiny.samples import Mix

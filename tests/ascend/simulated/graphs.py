@@ -10,9 +10,9 @@ from torchair._ge_concrete_graph import ge_ir_pb2
 from checkpoints import SPECS, model_config
 
 from mllama_graph.ascend.capture import Capture
-from mllama_graph.buckets import Bucket
-from mllama_graph.graphs import GraphSpec
-from mllama_graph.shape import shape_of
+from mllama_graph.plan.buckets import Bucket
+from mllama_graph.graphs.aot import GraphSpec
+from mllama_graph.model.shape import shape_of
 
 VISION = Bucket("vision", 1, 1, 0, 2)
 DECODE, LEAN = Bucket("decode", 2, 2, 3, 8), Bucket("decode", 2, 2, 3, 0)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from mllama_graph.ascend.interpreter import SimulatedGraph, host_view, install, operations
-from mllama_graph.lowering import compiler_config
+from mllama_graph.graphs.torchair import compiler_config
 
 
 def to_npu(tree: Any) -> Any:

@@ -14,10 +14,10 @@ from test_steps import Compiled, Conversation
 
 from mllama_graph.ascend.capture import CaptureError, capture, origin, shortened
 from mllama_graph.ascend.interpreter import EDGES
-from mllama_graph.graphs import unfilled
+from mllama_graph.graphs.aot import unfilled
 from mllama_graph.ops.npu import NPU
-from mllama_graph.shape import shape_of
-from mllama_graph.table import WHOLE, Shard, elements
+from mllama_graph.model.shape import shape_of
+from mllama_graph.model.table import WHOLE, Shard, elements
 
 ROOT = Path(__file__).parents[3]
 

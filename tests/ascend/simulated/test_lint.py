@@ -12,7 +12,7 @@ from graphs import CHUNK, CHUNK_LEAN, CLASSES, DECODE, LEAN, PREFILL, VISION, br
 
 from mllama_graph.ascend.capture import capture, shortened
 from mllama_graph.ascend.lint import LINTS, Context, Graph, counts, lint, structure, units
-from mllama_graph.buckets import Bucket
+from mllama_graph.plan.buckets import Bucket
 from mllama_graph.ops.npu import NPU, npu_ops
 from mllama_graph.ops.plain import rope as plain_rope
 from mllama_graph.tasks.verify import difference, kind

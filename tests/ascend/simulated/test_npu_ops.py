@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from lowered import lower, to_host, to_npu
 
-from mllama_graph.ops.contract import Ops
+from mllama_graph.model.ops import Ops
 from mllama_graph.ops.npu import NPU, padded_head
 from mllama_graph.ops.plain import PLAIN
 

@@ -14,8 +14,8 @@ from engines import serve, start
 from test_engine import LOGPROB, few
 
 from mllama_graph.ascend.interpreter import SimulatedGraph
-from mllama_graph.dispatch import LoadedNpu
-from mllama_graph.lowering import compiler_config
+from mllama_graph.graphs.dispatch import LoadedNpu
+from mllama_graph.graphs.torchair import compiler_config
 
 # Long prompts go in chunks of 32, behind earlier pages; eight requests share a step, with and without images.
 PLAN = {"batch": 8, "page_size": 128, "prefill_tokens": [32], "decode_batch": [8], "pages": [4], "images": [4], "threads": 1}

@@ -14,8 +14,8 @@ from torch.testing import assert_close
 from checkpoints import SPECS
 from lowered import lower, to_host, to_npu
 
-from mllama_graph.blocks import pages_for, slots
-from mllama_graph.graphs import Step
+from mllama_graph.plan.blocks import pages_for, slots
+from mllama_graph.graphs.aot import Step
 from mllama_graph.model.tree import ImageInput, PromptInput, TileInput, TokenInput
 from mllama_graph.ops.npu import NPU, padded_head
 from mllama_graph.ops.plain import PLAIN

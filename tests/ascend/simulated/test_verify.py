@@ -10,8 +10,8 @@ from graphs import CLASSES, DECODE, LEAN, spec_of
 from mllama_graph.ascend.capture import capture, shortened
 from mllama_graph.ascend.interpreter import attribute, metadata
 from mllama_graph.ascend.lint import Graph
-from mllama_graph.roofline import work
-from mllama_graph.table import table
+from mllama_graph.plan.cost import work
+from mllama_graph.model.table import table
 from mllama_graph.tasks.verify import Job, judge
 
 

@@ -1,0 +1,204 @@
+"""The graph store: compiled graphs on disk, one entry a graph, whole or not there.
+
+    <folder>/<key>/{key.json, checksums.json, graph.pt2 or torchair/...}
+    <folder>/inductor/  Inductor's own cache      <folder>/native/  C++ operators, built here
+
+The key is a hash of every field that can change a graph; key.json holds the fields, so that a person sees why two
+entries differ. An entry is written aside and renamed, so that a kill at any moment leaves none or a whole one.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+from filelock import FileLock, Timeout
+
+from mllama_graph.core.config import Run
+
+# What an entry holds: Inductor's package, or the folder in which torchair keeps one graph.
+PACKAGE, TORCHAIR = "graph.pt2", "torchair"
+PAYLOADS = (PACKAGE, TORCHAIR)
+# Folders that hold no graph.
+CACHES = ("inductor", "native")
+# What a killed process may leave: folders with this prefix, swept away once this old.
+ASIDE, ASIDE_SECONDS = ".aside-", 3600
+
+
+def key_of(fields: dict[str, Any]) -> str:
+    """The name of an entry."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:20]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the store knows of one graph. `fault` says what is wrong with it, or is None."""
+
+    key: str
+    fields: dict[str, Any]
+    bytes: int
+    used: float
+    fault: Optional[str]
+
+
+class GraphStore:
+    """Compiled graphs in a folder, shared by processes.
+
+    Where the folder can't be written, what is compiled goes to a temporary one and lasts as long as the process;
+    `warning` then says so, once.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.warning: Optional[str] = None
+        self._written = folder
+        self._temporary: Optional[tempfile.TemporaryDirectory] = None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as probe:
+                probe.write(b"\0" * 4096)
+        except OSError as error:
+            self._temporary = tempfile.TemporaryDirectory(prefix="mllama_graph-")
+            self._written = Path(self._temporary.name)
+            self.warning = f"graph_cache={folder} can't be written ({error.strerror}); graphs last for this run only. Give another graph_cache=."
+
+    @property
+    def written(self) -> Path:
+        """The folder that takes new entries."""
+        return self._written
+
+    @property
+    def libraries(self) -> Path:
+        """The folder of native libraries: this one where it holds some, even if it can't be written."""
+        return self.folder if (self.folder / "native").is_dir() else self._written
+
+    def has(self, key: str) -> bool:
+        """Whether there is an entry of this key, not looked into."""
+        return any(payload_of(folder / key) for folder in {self.folder, self._written})
+
+    def find(self, key: str) -> tuple[Optional[Path], Optional[str]]:
+        """The package or folder of a sound entry, and what is wrong with an unsound one."""
+        fault = None
+        for folder in (self._written, self.folder):
+            entry = folder / key
+            if entry.exists():
+                fault = fault_of(entry)
+                if fault is None:
+                    with contextlib.suppress(OSError):
+                        os.utime(entry)
+                    return payload_of(entry), None
+        return None, fault
+
+    @contextlib.contextmanager
+    def lock(self, key: str) -> Iterator[None]:
+        """One process at a time builds an entry."""
+        with FileLock(self._written / f".{key}.lock"):
+            yield
+
+    def add(self, key: str, fields: dict[str, Any], payload: Path) -> Path:
+        """Move a package, or torchair's folder, in; an unsound entry of the same key gives way."""
+        name = TORCHAIR if payload.is_dir() else PACKAGE
+        aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=self._written))
+        try:
+            shutil.move(payload, aside / name)
+            (aside / "key.json").write_text(json.dumps(fields, indent=1, sort_keys=True) + "\n")
+            sums = {file.relative_to(aside).as_posix(): _sha256(file) for file in sorted(aside.rglob("*")) if file.is_file()}
+            (aside / "checksums.json").write_text(json.dumps(sums, indent=1) + "\n")
+            entry = self._written / key
+            if entry.exists():
+                self._discard(entry)
+            aside.rename(entry)
+        except OSError:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        return entry / name
+
+    @contextlib.contextmanager
+    def workspace(self) -> Iterator[Path]:
+        """A folder to build in, on the store's own disk, gone afterwards."""
+        with tempfile.TemporaryDirectory(prefix=ASIDE, dir=self._written, ignore_cleanup_errors=True) as folder:
+            yield Path(folder)
+
+    def entries(self, verify: bool = False) -> list[Entry]:
+        """Every entry, last used first; `verify` reads each one whole."""
+        found = []
+        for path in self.folder.glob("*/"):
+            if path.name.startswith(".") or path.name in CACHES:
+                continue
+            try:
+                fields = json.loads((path / "key.json").read_text())
+            except (OSError, ValueError):
+                fields = {}
+            fault = fault_of(path) if verify else None if fields else "key.json can't be read"
+            found.append(Entry(path.name, fields, bytes_of(path), path.stat().st_mtime, fault))
+        return sorted(found, key=lambda entry: -entry.used)
+
+    def remove(self, key: str) -> None:
+        """Forget an entry."""
+        self._discard(self.folder / key)
+
+    def _discard(self, entry: Path) -> None:
+        """Out of the way in one rename, then away: a kill leaves no half entry under its name."""
+        aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=entry.parent))
+        entry.rename(aside / "entry")
+        shutil.rmtree(aside)
+
+    def sweep(self) -> None:
+        """Clear what killed processes left behind, and the locks of entries that are gone."""
+        for path in self.folder.glob(".*.lock"):
+            if not (self.folder / path.name[1:].removesuffix(".lock")).exists():
+                with contextlib.suppress(OSError, Timeout), FileLock(path, timeout=0):
+                    path.unlink()
+        for path in self.folder.glob(f"{ASIDE}*"):
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > ASIDE_SECONDS:
+                    shutil.rmtree(path, ignore_errors=True)
+
+
+def payload_of(entry: Path) -> Optional[Path]:
+    """What an entry holds, not looked into; None where there is nothing."""
+    return next((entry / name for name in PAYLOADS if (entry / name).exists()), None)
+
+
+def bytes_of(path: Path) -> int:
+    """Size of a file, or of all files of a folder."""
+    return path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+
+
+def fault_of(entry: Path) -> Optional[str]:
+    """What is wrong with an entry on disk, or None: every file is there with its checksum."""
+    try:
+        sums = json.loads((entry / "checksums.json").read_text())
+        names = sums.items()
+    except (OSError, ValueError, AttributeError):
+        return "checksums.json can't be read"
+    if not any(name.split("/")[0] in PAYLOADS for name in sums):
+        return f"checksums.json lists neither {PACKAGE} nor {TORCHAIR}"
+    for name, expected in names:
+        try:
+            if _sha256(entry / name) != expected:
+                return f"{name} is altered or truncated"
+        except OSError:
+            return f"{name} can't be read"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def default_store() -> Path:
+    """The user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mllama_graph"
+
+
+def store_folder(run: Run) -> Path:
+    """The folder of graph_cache=."""
+    return Path(run.graph_cache).expanduser().absolute() if run.graph_cache else default_store()

@@ -1,0 +1,150 @@
+"""Images: from a file or data: URI to uint8 tiles. Pillow and numpy only.
+
+Equal to transformers' MllamaImageProcessorPil, but the tiles stay uint8: the vision graph normalises them.
+"""
+
+import base64
+import binascii
+import hashlib
+import io
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from mllama_graph.core.config import UserError
+from mllama_graph.model.shape import VisionShape
+
+# Formats that Pillow decodes and that a folder of pictures may hold.
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """One prepared image.
+
+    data: uint8 (tiles, channels, tile, tile), real tiles only. aspect: 1-based aspect-ratio id. key: hash of both.
+    """
+
+    data: np.ndarray
+    aspect: int
+    key: str
+
+    @property
+    def count(self) -> int:
+        return self.data.shape[0]
+
+
+def open_image(source: str) -> Image.Image:
+    """A decoded RGB image from a path or a data: URI, upright, transparency on white.
+
+    Raises UserError naming the source.
+    """
+    shown = shorten(source)
+    try:
+        if source.startswith("data:"):
+            head, _, body = source.partition(",")
+            if not head.endswith(";base64"):
+                raise UserError(f"image {shown} is a data: URI without ;base64.")
+            stream: io.BytesIO | Path = io.BytesIO(base64.b64decode(body, validate=True))
+        else:
+            stream = Path(source)
+            if not stream.is_file():
+                raise UserError(f"image {shown} does not exist.")
+        with Image.open(stream) as image:
+            return to_rgb(ImageOps.exif_transpose(image))
+    except binascii.Error as error:
+        raise UserError(f"image {shown} is not valid base64: {error}.") from error
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"image {shown} can't be decoded: {error_text(error)}.") from error
+
+
+def shorten(source: str) -> str:
+    """A source as messages show it: from the current folder on; of a long one the beginning, and its end, where a file's name is."""
+    source = source.removeprefix(f"{Path.cwd()}/")
+    return source if len(source) <= 80 else source[:30] + "..." + source[-47:]
+
+
+def error_text(error: Exception) -> str:
+    """What an exception says, without the path that OSError repeats."""
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode to RGB; what is transparent becomes white."""
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def canvas(height: int, width: int, vision: VisionShape) -> tuple[int, int]:
+    """The (height, width) in tiles of the canvas that suits an image best.
+
+    The smallest scale that is at least 1, else the largest below it; among equals the smallest area
+    (transformers image_processing_pil_mllama.py, get_optimal_tiled_canvas).
+    """
+    scaled = [(min(h * vision.tile / height, w * vision.tile / width), h * w, (h, w))
+              for h, w in vision.aspect_ratios]
+    larger = [entry for entry in scaled if entry[0] >= 1]
+    best = min(entry[0] for entry in larger) if larger else max(entry[0] for entry in scaled)
+    return min((entry for entry in scaled if entry[0] == best), key=lambda entry: entry[1])[2]
+
+
+def fitted(height: int, width: int, canvas_height: int, canvas_width: int, tile: int) -> tuple[int, int]:
+    """The (height, width) in pixels that an image is resized to: inside its canvas, enlarged to a tile at the most."""
+    target_height = min(max(height, tile), canvas_height)
+    target_width = min(max(width, tile), canvas_width)
+    scale_height, scale_width = target_height / height, target_width / width
+    if scale_width < scale_height:
+        return min(math.floor(height * scale_width) or 1, target_height), target_width
+    return target_height, min(math.floor(width * scale_height) or 1, target_width)
+
+
+def tile_image(image: Image.Image, vision: VisionShape) -> Tiles:
+    """An RGB image resized, padded with black and cut into tiles."""
+    rows, columns = canvas(image.height, image.width, vision)
+    tile = vision.tile
+    height, width = fitted(image.height, image.width, rows * tile, columns * tile, tile)
+    pixels = np.zeros((rows * tile, columns * tile, 3), dtype=np.uint8)
+    pixels[:height, :width] = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+    data = pixels.reshape(rows, tile, columns, tile, 3).transpose(0, 2, 4, 1, 3)
+    data = np.ascontiguousarray(data).reshape(rows * columns, 3, tile, tile)
+    aspect = vision.aspect_ratios.index((rows, columns)) + 1
+    digest = hashlib.sha256(bytes([aspect]) + data.tobytes()).hexdigest()
+    return Tiles(data, aspect, digest)
+
+
+def list_images(given: object) -> list[str]:
+    """The images of `image=`: a file, a comma list, a list, or a folder (every picture in it, sorted).
+
+    Raises UserError for a folder without pictures.
+    """
+    if given is None or given == "":
+        return []
+    if isinstance(given, str):
+        path = Path(given)
+        if given.startswith("data:"):
+            return [given]
+        if _exists(path.is_dir):
+            found = sorted(str(entry) for entry in path.iterdir() if entry.suffix.lower() in SUFFIXES)
+            if not found:
+                raise UserError(f"image={given} is a folder without pictures ({', '.join(sorted(SUFFIXES))}).")
+            return found
+        if "," not in given or _exists(path.is_file):
+            return [given]
+        return [part.strip() for part in given.split(",") if part.strip()]
+    if isinstance(given, (list, tuple)):
+        return [str(part) for part in given]
+    raise UserError(f"image={given!r} must be a file, a comma list or a folder.")
+
+
+def _exists(test) -> bool:
+    """A test of a path that is false for what can't be a path, such as a name that is too long."""
+    try:
+        return test()
+    except (OSError, ValueError):
+        return False

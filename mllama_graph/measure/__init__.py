@@ -1,0 +1,1 @@
+"""Measurements: sessions, sweeps, plots, machine limits, other engines."""

@@ -1,0 +1,133 @@
+"""A sweep's folder: where it stands, and what its jobs measured side by side."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, Optional
+
+from mllama_graph.measure import plots
+from mllama_graph.core.report import markdown
+from mllama_graph.measure.session import overrides, write_csv
+
+SUMMARY = "summary"
+# What a job's line shows of its metrics in summary.md, in either task's words; summary.csv has all.
+SHOWN = {
+    "start to first token s": ("start_to_first_token_s",),
+    "first token ms": ("time_to_first_token_ms", "first_token_time(ms)"),
+    "a decode step ms": ("time_per_output_token_ms", "non_first_token_time(ms)"),
+    "tokens/s": ("tokens_per_second", "decode_tokens_per_s"),
+}
+
+
+def standing(sweep: Path, number: int, total: int, begun: float, now: float) -> str:
+    """Where a sweep of `total` jobs is when job `number` begins, counted from 0; `begun` and `now` in seconds."""
+    done = len(list(sweep.glob("*/result.json")))
+    left = f", about {_duration((now - begun) / done * (total - done))} left" if done else ""
+    return f"job {number + 1} of {total}{left}"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def write_summary(sweep: Path) -> Path:
+    """summary.csv, summary.md and a plot over the swept keys, of the jobs that have ended: written anew after each."""
+    rows = [row for job in jobs_of(sweep) for row in _rows(*job)]
+    aside = sweep / f".{SUMMARY}.{os.getpid()}"
+    write_csv(aside, rows)
+    aside.replace(sweep / f"{SUMMARY}.csv")
+    swept = _swept(rows)
+    shown = {title: names for title, names in SHOWN.items() if any(_metric(row, names) is not None for row in rows)}
+    text = [
+        "# Sweep",
+        "",
+        *markdown(("job", *(name for name, _ in swept), "status", *shown), [_line(row, swept, shown) for row in rows]),
+        "",
+    ]
+    text += [f"- job {row['job']}: {row['error']}" for row in rows if row["error"]]
+    if not plots.available():
+        text += ["", plots.MISSING]
+    else:
+        text += [f"\n![{name}]({path.name})" for name, path in _plots(sweep, rows, swept)]
+    aside.write_text("\n".join(text) + "\n", encoding="utf8")
+    return aside.replace(sweep / f"{SUMMARY}.md")
+
+
+def jobs_of(sweep: Path) -> list[tuple[int, dict[str, str], dict[str, Any]]]:
+    """(number, what was overridden, result.json) of the jobs that have ended, in order."""
+    jobs = []
+    for path in sweep.glob("*/result.json"):
+        number = path.parent.name.split("_", 1)[0]
+        words = (word.partition("=") for word in overrides(path.parent))
+        given = {key.lstrip("+~"): value for key, _, value in words}
+        jobs.append((int(number) if number.isdigit() else 0, given, json.loads(path.read_text(encoding="utf8"))))
+    return sorted(jobs, key=lambda job: job[0])
+
+
+def _rows(number: int, given: dict[str, str], result: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row a job, or one a case that it measured."""
+    head = {"job": number, **given, "status": result["status"], "error": result["error"] or ""}
+    metrics = {name: value for name, value in result["metrics"].items() if isinstance(value, (int, float))}
+    return [{**head, **metrics, **case} for case in result["metrics"].get("cases", [{}])]
+
+
+def _swept(rows: list[dict[str, Any]]) -> list[tuple[str, list[Any]]]:
+    """Keys that differ among jobs, with their values: overrides, and the axes of cases."""
+    overridden = [
+        name for name in dict.fromkeys(n for row in rows for n in row) if name not in ("job", "status", "error")
+    ]
+    axes = ("batch", "input_len", "engine")
+    found = []
+    for name in overridden:
+        values = list(dict.fromkeys(row[name] for row in rows if name in row))
+        if len(values) > 1 and (name in axes or all(isinstance(value, str) for value in values)):
+            found.append((name, values))
+    return found
+
+
+def _line(
+    row: dict[str, Any], swept: list[tuple[str, list[Any]]], shown: dict[str, tuple[str, ...]]
+) -> tuple[str, ...]:
+    cells = [_number(_metric(row, names)) for names in shown.values()]
+    return (str(row["job"]), *(str(row.get(name, "-")) for name, _ in swept), str(row["status"]), *cells)
+
+
+def _metric(row: dict[str, Any], names: tuple[str, ...]) -> Optional[float]:
+    return next((row[name] for name in names if isinstance(row.get(name), (int, float))), None)
+
+
+def _number(value: Optional[float]) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _plots(sweep: Path, rows: list[dict[str, Any]], swept: list[tuple[str, list[Any]]]) -> list[tuple[str, Path]]:
+    """A plot a figure: lines over the first swept key that is numbers, else a bar a combination."""
+    across = next((name for name, values in swept if all(_is_number(value) for value in values)), None)
+    made = []
+    for shown, names in SHOWN.items():
+        measured = [(row, value) for row in rows if (value := _metric(row, names)) is not None]
+        path = sweep / plots.file_name(shown)
+        series: dict[str, list] = {}
+        for row, value in measured:
+            label = ", ".join(
+                f"{row.get(name, '-')}" if name == "engine" else f"{name}={row.get(name, '-')}"
+                for name, _ in swept
+                if name != across
+            )
+            series.setdefault(label or shown, []).append((float(row.get(across) or 0) if across else 0.0, value))
+        if not measured or not swept:
+            continue
+        if across:
+            plots.lines(path, shown, across, shown, {label: sorted(points) for label, points in series.items()})
+        else:
+            plots.stacked(path, shown, shown, list(series), {shown: [points[0][1] for points in series.values()]})
+        made.append((shown, path))
+    return made
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return math.isfinite(float(value))
+    except (TypeError, ValueError):
+        return False

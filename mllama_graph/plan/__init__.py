@@ -1,0 +1,1 @@
+"""What a run will do, in integers: buckets, pages, cost, memory. Imports no torch."""

@@ -1,0 +1,222 @@
+"""Bytes and floating-point operations of a step, from shapes alone: the floors that measurements stand beside."""
+
+from dataclasses import dataclass
+
+from mllama_graph.plan.buckets import Bucket, Plan
+from mllama_graph.core.config import HardwareChoice, UserError
+from mllama_graph.model.shape import ROW_MULTIPLE, ModelShape, VisionShape
+from mllama_graph.model.table import Shard, elements
+
+GB = 1e9
+# What one multiply-add costs beside one byte moved: the balance of a CPU of a few cores. Only orders buckets by cost.
+FLOPS_PER_BYTE = 6
+# Up to this many rows a weight that is stored narrower than it is computed in is widened on the fly (ops/plain.py).
+FEW_ROWS = 8
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Elements, not bytes, of a model's parts."""
+
+    self_layers: int
+    cross_layers: int
+    head: int
+    embedding: int
+    cross_kv: int
+    vision: int
+    projector: int
+
+    @property
+    def total(self) -> int:
+        return (self.self_layers + self.cross_layers + self.head + self.embedding + self.cross_kv + self.vision
+                + self.projector)
+
+
+def sizes(shape: ModelShape) -> Sizes:
+    """Parameters by part. `cross_layers` leaves out the K/V projections, which only the vision graph reads."""
+    text, vision = shape.text, shape.vision
+    q, kv = text.heads * text.head_width, text.kv_heads * text.head_width
+    mlp = 3 * text.width * text.mlp
+    attention = 2 * text.width * q
+    self_layer = attention + 2 * text.width * kv + mlp + 2 * text.width
+    cross_layer = attention + mlp + 2 * text.width + text.head_width + 2
+    block = 4 * vision.width**2 + 2 * vision.width * vision.mlp + 5 * vision.width + vision.mlp
+    ratios = len(vision.aspect_ratios) + 1
+    embeddings = (vision.tokens * vision.width * (1 + ratios * vision.max_tiles)
+                  + 2 * ratios * vision.max_tiles * vision.width + 3)
+    patches = vision.channels * vision.patch**2 * vision.width + vision.width
+    return Sizes(
+        self_layers=len(text.self_layers) * self_layer,
+        cross_layers=len(text.cross_layers) * cross_layer,
+        head=text.vocab * text.width + text.width,
+        embedding=shape.embeddings * text.width,
+        cross_kv=len(text.cross_layers) * (2 * text.width * kv + text.head_width),
+        vision=((vision.layers + vision.global_layers) * block + 2 * vision.global_layers + embeddings + patches
+                + 4 * vision.width),
+        projector=vision.out_width * text.width + text.width,
+    )
+
+
+def kv_elements(shape: ModelShape, layers: int) -> int:
+    """Key and value elements of one token over `layers` layers."""
+    return 2 * layers * shape.text.kv_heads * shape.text.head_width
+
+
+def kv_bytes(shape: ModelShape, keys: int, image_keys: int, page_width: int) -> tuple[int, int]:
+    """Bytes of the K/V of `keys` text and `image_keys` image tokens, summed over sequences, of all layers."""
+    return (keys * kv_elements(shape, len(shape.text.self_layers)) * page_width,
+            image_keys * kv_elements(shape, len(shape.text.cross_layers)) * page_width)
+
+
+def step_bytes(shape: ModelShape, images: bool, tokens: int, image_tokens: int, weight_width: int,
+               page_width: int) -> int:
+    """Bytes that one decode step must read: weights once, and the K/V of `tokens` and `image_tokens` (summed over rows)."""
+    parts = sizes(shape)
+    weights = parts.self_layers + parts.head + (parts.cross_layers if images else 0)
+    return weights * weight_width + sum(kv_bytes(shape, tokens, image_tokens if images else 0, page_width))
+
+
+def vision_rows(vision: VisionShape) -> int:
+    """Rows of the vision tower, with those that pad a tile."""
+    return vision.max_tiles * (vision.tokens + -vision.tokens % ROW_MULTIPLE)
+
+
+def work(shape: ModelShape, page_size: int, bucket: Bucket, weight_width: int, page_width: int) -> tuple[float, float]:
+    """Bytes that all ranks together move in a step of a full bucket, and floating-point operations of its products."""
+    if bucket.phase == "vision":
+        return _vision_work(shape, weight_width, page_width)
+    images = bucket.image_pages > 0
+    keys, image_keys = bucket.rows * bucket.pages * page_size, bucket.rows * bucket.image_pages * page_size
+    if bucket.phase == "prefill":
+        # A fresh row of a prompt sees half of them, on average.
+        seen = bucket.tokens * (keys + bucket.tokens / 2), bucket.tokens * image_keys
+        return step_work(shape, images, bucket.tokens, keys, image_keys, seen, 1, weight_width, page_width)
+    return step_work(shape, images, bucket.tokens, keys, image_keys, (keys, image_keys), bucket.tokens, weight_width,
+                     page_width)
+
+
+def step_work(shape: ModelShape, images: bool, tokens: int, keys: int, image_keys: int, seen: tuple[float, float],
+              rows_of_logits: int, weight_width: int, page_width: int) -> tuple[float, float]:
+    """Bytes and operations of a step of `tokens` rows that reads `keys` and `image_keys` tokens of K/V a layer, `seen` of
+    them counted once for each row that sees them."""
+    text, parts = shape.text, sizes(shape)
+    moved = step_bytes(shape, images, keys, image_keys, weight_width, page_width)
+    moved += tokens * kv_elements(shape, len(text.self_layers)) * page_width
+    attended = seen[0] * len(text.self_layers) + seen[1] * len(text.cross_layers)
+    dense = parts.self_layers + (parts.cross_layers if images else 0)
+    flops = 2 * tokens * dense + 4 * attended * text.heads * text.head_width
+    return moved, flops + 2 * parts.head * rows_of_logits
+
+
+def _vision_work(shape: ModelShape, weight_width: int, page_width: int) -> tuple[float, float]:
+    vision, parts, kept = shape.vision, sizes(shape), len(shape.text.cross_layers)
+    rows, tokens, E = vision_rows(vision), vision.max_tiles * vision.tokens, vision.width
+    layers, patches = vision.layers + vision.global_layers, vision.channels * vision.patch**2 * E
+    tower, late = layers * (4 * E**2 + 2 * E * vision.mlp), parts.projector + parts.cross_kv
+    # Of the positions, those that all tiles share and those of one aspect ratio.
+    read = tower + patches + late + vision.tokens * E * (1 + vision.max_tiles)
+    moved = read * weight_width + tokens * kv_elements(shape, kept) * page_width
+    return moved, 2 * rows * tower + 2 * tokens * (patches + late) + 4 * layers * rows**2 * E
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Seconds that a step of a rank takes at the least for each thing that it must do."""
+
+    memory: float
+    products: float
+    links: float
+
+    @property
+    def seconds(self) -> float:
+        """Reading and multiplying overlap; a sum over ranks waits for its products."""
+        return max(self.memory, self.products) + self.links
+
+    @property
+    def bound(self) -> str:
+        """What takes longest."""
+        return max(("memory", "products", "links"), key=lambda name: getattr(self, name))
+
+
+def floor_of(shape: ModelShape, page_size: int, bucket: Bucket, weight_width: int, page_width: int, ranks: int,
+             hardware: HardwareChoice) -> Floor:
+    """The floor of a full bucket: every page is read. Launches, latencies of links and all that is no product are left out."""
+    moved, flops = work(shape, page_size, bucket, weight_width, page_width)
+    text, vision = shape.text, shape.vision
+    if bucket.phase == "vision":
+        sums, row, tokens = 2 * (vision.layers + vision.global_layers), vision.width, vision_rows(vision)
+    else:
+        sums, row, tokens = 1 + 2 * (text.layers if bucket.image_pages else len(text.self_layers)), text.width, bucket.tokens
+    # Each rank sends 2 (n - 1) / n of a sum over n - 1 links at once (ring or mesh).
+    summed = 2 / ranks * sums * tokens * row * page_width / hardware.link_bytes_per_second if ranks > 1 else 0.0
+    return Floor(moved / hardware.memory_bytes_per_second / ranks, flops / hardware.flops / ranks, summed)
+
+
+def bucket_cost(shape: ModelShape, page_size: int, bucket: Bucket, weight_width: int = 4) -> float:
+    """A relative cost of a bucket: the larger of its bytes and its scaled operations. Only orders buckets."""
+    if bucket.phase == "vision":
+        return 1.0
+    images = bucket.image_pages > 0
+    keys = bucket.rows * bucket.pages * page_size
+    image_keys = bucket.rows * bucket.image_pages * page_size
+    read = step_bytes(shape, images, keys, image_keys, weight_width, 4)
+    parts = sizes(shape)
+    dense = parts.self_layers + (parts.cross_layers if images else 0)
+    attended = (bucket.pages * page_size + (bucket.tokens if bucket.phase == "prefill" else 0),
+                bucket.image_pages * page_size)
+    heads = 2 * shape.text.heads * shape.text.head_width
+    flops = 2 * bucket.tokens * (
+        dense + heads * (attended[0] * len(shape.text.self_layers) + attended[1] * len(shape.text.cross_layers)))
+    return max(read, flops / FLOPS_PER_BYTE)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a rank allocates, in bytes, before anything is allocated."""
+
+    weights: int
+    self_pages: int
+    image_pages: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.self_pages + self.image_pages + self.workspace
+
+    def describe(self) -> str:
+        parts = (("weights", self.weights), ("self K/V pages", self.self_pages),
+                 ("image K/V pages", self.image_pages), ("workspace", self.workspace))
+        return " + ".join(f"{name} {value / GB:.2f}" for name, value in parts) + f" = {self.total / GB:.2f} GB"
+
+
+def memory(shape: ModelShape, plan: Plan, weight_width: int, compute_width: int, world: int = 1) -> Memory:
+    """Bytes of one rank of `world`: weights, pages and the largest intermediate results of any graph of the plan."""
+    text, vision, part = shape.text, shape.vision, Shard(0, world)
+    mlp, vocab = part.size(text.mlp), part.size(text.vocab)
+    tokens = max(plan.prefill_tokens[-1], plan.decode_batch[-1])
+    prefill = tokens * (4 * text.width + 3 * mlp) * compute_width
+    patches = vision.max_tiles * (vision.tokens + 7)
+    encode = patches * ((8 + len(vision.features)) * vision.width + 2 * vision.mlp + text.width) * compute_width
+    # The attention mask of the vision tower: one byte a pair, and a compute-width copy of it.
+    encode += patches**2 * (1 + compute_width)
+    logits = plan.decode_batch[-1] * vocab * 4 * 2
+    if weight_width < compute_width:
+        # A product of many rows widens its weight first; the head is the largest, and decode batches reach it.
+        widest = max(2 * mlp, vocab if plan.decode_batch[-1] > FEW_ROWS else 0)
+        prefill += widest * text.width * compute_width
+    page = plan.page_size * compute_width
+    return Memory(
+        weights=elements(shape, part) * weight_width,
+        self_pages=plan.num_pages * page * kv_elements(shape, len(text.self_layers)) // world,
+        image_pages=plan.num_image_pages * page * kv_elements(shape, len(text.cross_layers)) // world,
+        workspace=max(prefill, encode) + logits,
+    )
+
+
+def require(needed: Memory, available: int, where: str, ranks: int = 1) -> None:
+    """Raises UserError with the sum where `ranks` ranks need more memory than there is."""
+    if needed.total * ranks > available:
+        of_all = f" for each of {ranks} ranks, {needed.total * ranks / GB:.2f} GB" if ranks > 1 else ""
+        raise UserError(
+            f"not enough memory: {needed.describe()}{of_all} needed, {max(available, 0) / GB:.2f} GB available "
+            f"({where}). Lower batch, max_input_length, max_images or plan.num_pages, use dtype=bf16, or a larger machine.")
