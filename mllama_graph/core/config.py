@@ -1,49 +1,31 @@
-"""What a run is: the configuration tree that Hydra fills, and the error a user can cause.
+"""The configuration of a run as a tree of dataclasses: what the user asked for, as Hydra fills it.
 
-Nothing here imports torch or Hydra: run.py registers `Run` as the schema of conf/config.yaml, so that an unknown key
-or a value of the wrong type is refused before anything else happens.
+Hydra takes `Run` as the schema of conf/config.yaml, so that an unknown key or a value of the wrong type is refused before
+anything else happens. Nothing here imports torch or Hydra. plan/resolve.py turns a `Run` into a `ResolvedRun`, once.
 """
 
-from dataclasses import dataclass, field
-from typing import Any, Optional
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Optional
 
-DTYPES = ("auto", "fp32", "fp16", "bf16")
-DEVICES = ("auto", "cpu", "cuda", "npu", "npu-sim")
+from mllama_graph.core.devices import DEVICES, Device
+from mllama_graph.core.dtypes import DTYPES
+from mllama_graph.core.errors import UserError
+
 BACKENDS = ("auto", "inductor", "torchair", "eager")
-COMPILE = ("background", "wait", "never")
+COMPILE_MODES = ("background", "wait", "never")
 QUANTS = ("none", "w8a16", "w8a8", "kv8")
 COLLECTIVES = ("auto", "shared_memory", "distributed")
 KERNELS = ("auto", "native", "plain")
-# Of torch_npu.profiler.
-LEVELS = (0, 1, 2)
-AIC_METRICS = ("AiCoreNone", "PipeUtilization", "ArithmeticUtilization", "Memory", "MemoryL0", "MemoryUB", "MemoryAccess",
-               "L2Cache", "ResourceConflictRatio")
 TORCHAIR_MODES = ("max-autotune", "npugraph_ex")
 WEIGHT_FORMATS = ("nd", "nz")
 TOPOLOGIES = ("BFS", "DFS", "RDFS", "StableRDFS")
-
-
-class UserError(Exception):
-    """A mistake that a user can mend: the message gives the value, the rule and the remedy."""
-
-
-class RankFailed(Exception):
-    """A rank's process has failed; the message says which, how, and where its stack is."""
-
-
-class PeerGone(Exception):
-    """Another rank has not answered in time: it died, hangs, or has failed itself and said so elsewhere."""
-
-
-class Interrupted(Exception):
-    """The run was stopped from outside; what had finished is kept."""
 
 
 @dataclass
 class ModelChoice:
     """One option of conf/model/. `config` holds released shapes in the form of a checkpoint's config.json.
 
-    weights, image and prompt are what the run takes where it says nothing of its own; package: is mllama_graph's folder.
+    weights, image and prompt are defaults for runs that give none; a path that begins with package: lies in this package.
     """
 
     name: str = "custom"
@@ -55,7 +37,7 @@ class ModelChoice:
 
 @dataclass
 class TorchairChoice:
-    """How torchair compiles for an NPU; conf/backend/torchair.yaml says what each does and why."""
+    """How torchair compiles for an NPU; conf/backend/torchair.yaml explains each key."""
 
     mode: str = "max-autotune"
     frozen_parameter: bool = True
@@ -71,20 +53,20 @@ class BackendChoice:
     """One option of conf/backend/."""
 
     name: str = "auto"
-    # What computes products of few rows and attention on a CPU: C++ built here, or what the backend has.
+    # CPU kernels: our native C++, or plain torch as the backend compiles it.
     kernels: str = "auto"
-    # Options handed to Inductor as they are (torch._inductor.config names).
+    # Options handed to Inductor unchanged (names of torch._inductor.config).
     inductor: dict[str, Any] = field(default_factory=dict)
     torchair: TorchairChoice = field(default_factory=TorchairChoice)
-    # Variables that stand before torch_npu is imported; what the environment already says wins.
+    # Variables set before torch_npu is imported; a variable that the environment already has wins.
     environment: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
 class HardwareChoice:
-    """One option of conf/hardware/: the peaks of a device, per second and in bytes, that latencies are modelled from.
+    """One option of conf/hardware/: peak rates per second and sizes in bytes, from which latencies are modelled.
 
-    device is what device= calls it: what is stored and computed there follows from that.
+    `device` is the device= that it stands for; the dtypes that are stored and computed in follow from it.
     """
 
     name: str = ""
@@ -96,35 +78,35 @@ class HardwareChoice:
 
 
 @dataclass
-class TaskChoice:
-    """One option of conf/task/: names the module in mllama_graph/tasks/, and holds what only it needs."""
+class TaskOptions:
+    """The keys that one task has of its own, as `task.KEY`. Each task's subclass is in tasks/options.py."""
+
+    # What a task needs: ranks that run the model; the model's shapes and files, in one process; or neither.
+    RANKS: ClassVar[str] = "ranks"
+    MODEL: ClassVar[str] = "model"
+    NOTHING: ClassVar[str] = "nothing"
 
     name: str = "generate"
-    # Whether the task runs the model, and so needs the ranks.
-    ranks: bool = True
-    action: str = "list"
-    max_age_days: Optional[float] = None
-    max_gb: Optional[float] = None
-    each: int = 40
-    controls: bool = True
-    folder: Optional[str] = None
-    steps: int = 8000
-    images: int = 1
-    new_tokens: int = 17
-    repetitions: int = 3
-    # The Python that runs peers=mistralrs.
-    mistralrs: str = ".venv/mistralrs/bin/python"
-    measured: Optional[str] = None
-    # Of task=compare.
-    across_hardware: bool = False
-    # Of task=profile on an NPU.
-    level: int = 1
-    aic_metrics: str = "PipeUtilization"
+
+    def needs(self, device: Device) -> str:
+        """One of RANKS, MODEL and NOTHING. Raises UserError where the task can't run on the device."""
+        return self.RANKS
+
+    def check(self) -> None:
+        """Raises UserError for a value that no model could make right."""
+
+    def prepared(self, run: "Run") -> "Run":
+        """A copy of the run with the limits and defaults that this task implies; a task that implies none returns `run`."""
+        return run
+
+    def images_asked(self, run: "Run") -> int:
+        """The most images that one request of the run will have, as far as that is known."""
+        return 0
 
 
 @dataclass
 class PlanChoice:
-    """The bucket plan (see buckets.py). A null takes what buckets.py derives from batch and lengths."""
+    """The bucket plan (plan/buckets.py). A null is derived from batch and the lengths."""
 
     page_size: int = 128
     prefill_tokens: Optional[list[int]] = None
@@ -133,15 +115,15 @@ class PlanChoice:
     images: Optional[list[int]] = None
     num_pages: Optional[int] = None
     num_images: Optional[int] = None
-    # A graph that exists already serves a smaller step at up to this many times the smaller bucket's modelled cost.
+    # A stored graph of a larger bucket serves a step at up to this many times the modelled cost of the exact bucket.
     reuse: float = 1.25
-    # What a step does whose graph is not in the store.
+    # What happens to a step whose graph is not in the store.
     compile: str = "background"
 
 
 @dataclass
 class Run:
-    """The whole configuration of one run. conf/config.yaml says in a line what each key does."""
+    """All keys of a run. conf/config.yaml explains each of them in a line."""
 
     model: ModelChoice = field(default_factory=ModelChoice)
     weights: Optional[str] = None
@@ -151,16 +133,16 @@ class Run:
     quant: str = "none"
     backend: BackendChoice = field(default_factory=BackendChoice)
     device: str = "auto"
-    task: TaskChoice = field(default_factory=TaskChoice)
+    task: TaskOptions = field(default_factory=TaskOptions)
     hardware: HardwareChoice = field(default_factory=HardwareChoice)
     prompt: Optional[str] = None
     image: Any = None
     system: Optional[str] = None
     requests: Optional[str] = None
-    batch_sizes: list[int] = field(default_factory=lambda: [1])
-    lengths: list[int] = field(default_factory=lambda: [64])
-    # Names, or one.
-    peers: Any = field(default_factory=list)
+    # Short names of keys that tasks own; null leaves the task's own key alone.
+    batch_sizes: Optional[list[int]] = None
+    lengths: Optional[list[int]] = None
+    peers: Any = None
     a: Optional[str] = None
     b: Optional[str] = None
     max_input_length: int = 2048
@@ -177,54 +159,70 @@ class Run:
     timeout: float = 60.0
     memory_gib: Optional[float] = None
     plan: PlanChoice = field(default_factory=PlanChoice)
-    # Set by run.py: where this run writes.
+    # Set by the command line: the folder that this run writes to.
     output_dir: Optional[str] = None
 
 
-def _one_of(key: str, value: Any, choices: tuple) -> None:
+# Keys of tasks that users may also give at the top level, and which tasks have them.
+SHORT_NAMES = {
+    "batch_sizes": "only task=bench, profile and roofline serve batches of given sizes. Choose one of them",
+    "lengths": "only task=bench, profile and roofline serve prompts of given lengths. Choose one of them",
+    "peers": "only task=bench measures other engines. Add task=bench",
+    "a": "only task=compare compares sessions. Add task=compare",
+    "b": "only task=compare compares sessions. Add task=compare",
+}
+
+
+def with_task_keys(run: Run) -> Run:
+    """The run with short names such as batch_sizes= moved to the keys of the task that owns them.
+
+    Raises UserError where the task has no such key.
+    """
+    given = {name: value for name in SHORT_NAMES if (value := getattr(run, name)) is not None}
+    own = {entry.name for entry in fields(run.task)}
+    for name, value in given.items():
+        if name not in own:
+            raise UserError(f"{name}={value}: {SHORT_NAMES[name]}, or leave {name}= out.")
+    return replace(run, task=replace(run.task, **given), **dict.fromkeys(given))
+
+
+def one_of(key: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """Raises UserError where a value is not one of the choices."""
     if value not in choices:
         raise UserError(f"{key}={value} is not one of {', '.join(map(str, choices))}.")
 
 
-def _at_least(key: str, value: float, least: float) -> None:
+def at_least(key: str, value: float, least: float) -> None:
+    """Raises UserError where a value is below its least."""
     if value < least:
         raise UserError(f"{key}={value} must be at least {least}.")
 
 
 def check(run: Run) -> None:
-    """Refuse what no checkpoint could make right; one name of peers= becomes a list of it.
+    """Refuse values that no checkpoint could make right.
 
     Raises UserError with the value, the rule and the remedy.
     """
-    _one_of("dtype", run.dtype, DTYPES)
-    _one_of("device", run.device, DEVICES)
-    _one_of("backend", run.backend.name, BACKENDS)
-    _one_of("quant", run.quant, QUANTS)
-    _one_of("plan.compile", run.plan.compile, COMPILE)
-    _one_of("backend.kernels", run.backend.kernels, KERNELS)
-    _one_of("collectives", run.collectives, COLLECTIVES)
-    _one_of("backend.torchair.mode", run.backend.torchair.mode, TORCHAIR_MODES)
-    _one_of("backend.torchair.weight_format", run.backend.torchair.weight_format, WEIGHT_FORMATS)
-    _one_of("backend.torchair.topology_sorting_strategy", run.backend.torchair.topology_sorting_strategy, TOPOLOGIES)
-    run.peers = run.peers if isinstance(run.peers, list) else [run.peers]
+    one_of("dtype", run.dtype, DTYPES)
+    one_of("device", run.device, ("auto", *DEVICES))
+    one_of("backend", run.backend.name, BACKENDS)
+    one_of("quant", run.quant, QUANTS)
+    one_of("plan.compile", run.plan.compile, COMPILE_MODES)
+    one_of("backend.kernels", run.backend.kernels, KERNELS)
+    one_of("collectives", run.collectives, COLLECTIVES)
+    one_of("backend.torchair.mode", run.backend.torchair.mode, TORCHAIR_MODES)
+    one_of("backend.torchair.weight_format", run.backend.torchair.weight_format, WEIGHT_FORMATS)
+    one_of("backend.torchair.topology_sorting_strategy", run.backend.torchair.topology_sorting_strategy, TOPOLOGIES)
     for key in ("tp", "batch", "max_input_length", "max_output_length"):
-        _at_least(key, getattr(run, key), 1)
-    _at_least("temperature", run.temperature, 0)
-    _at_least("top_k", run.top_k, 0)
+        at_least(key, getattr(run, key), 1)
+    at_least("temperature", run.temperature, 0)
+    at_least("top_k", run.top_k, 0)
     if not 0 < run.top_p <= 1:
         raise UserError(f"top_p={run.top_p} must be above 0 and at most 1.")
-    for key in ("batch_sizes", "lengths"):
-        if not getattr(run, key):
-            raise UserError(f"{key}=[] must hold at least one number: {key}=[1].")
-        for value in getattr(run, key):
-            _at_least(key, value, 1)
-    _one_of("task.level", run.task.level, LEVELS)
-    _one_of("task.aic_metrics", run.task.aic_metrics, AIC_METRICS)
-    for key, least in (("new_tokens", 2), ("repetitions", 1), ("images", 0)):
-        _at_least(f"task.{key}", getattr(run.task, key), least)
     if run.max_images is not None:
-        _at_least("max_images", run.max_images, 1)
+        at_least("max_images", run.max_images, 1)
     if run.threads is not None:
-        _at_least("threads", run.threads, 1)
+        at_least("threads", run.threads, 1)
     if not run.timeout > 0:
         raise UserError(f"timeout={run.timeout:g} must be above 0 seconds.")
+    run.task.check()

@@ -1,46 +1,21 @@
-"""Where ranks run: their number and place, the devices, cores and port that they get. No torch, so that what is missing
-is told before any rank starts.
+"""Where ranks run: each rank's place among the others, its cores, and the port at which they meet. No torch.
 
-A rank finds its place in the environment variables of torchrun, whether that or `launch` has started it.
+A rank finds its place in the environment variables of torchrun, whether torchrun or our own supervisor started it.
 """
 
-import contextlib
-import importlib.util
 import os
-import signal
 import socket
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
-from multiprocessing import resource_tracker
-from pathlib import Path
 from typing import Optional
 
-from mllama_graph.core.config import UserError
+from mllama_graph.core import machine
+from mllama_graph.core.errors import UserError
 
 MASTER_PORT = 20030
 PORTS = range(20000, 20051)
-# device -> (variable that picks devices, the files that devices are, whose names end in a number)
-DEVICE_FILES = {"cuda": ("CUDA_VISIBLE_DEVICES", "nvidia"), "npu": ("ASCEND_RT_VISIBLE_DEVICES", "davinci")}
-# The cores of this process before any pinning.
-CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-
-
-@contextlib.contextmanager
-def deaf_children() -> Iterator[None]:
-    """Processes started inside don't hear Ctrl-C, which reaches the whole group: their parent decides what it means.
-
-    They inherit that it is blocked. Were it ignored, one that comes meanwhile would be lost where this process has other
-    threads: any of them takes it, and throws it away. Blocked in one thread, it is another's to hear or waits (signal(7)).
-    """
-    # Started by the first process of multiprocessing otherwise, which unblocks what it has blocked.
-    resource_tracker.ensure_running()
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+# Our own variable: the descriptor of the socket that listens at MASTER_PORT.
+LISTENING = "MLLAMA_GRAPH_MASTER_FD"
 
 
 @dataclass(frozen=True)
@@ -64,16 +39,43 @@ class Place:
 
     def cores(self) -> list[int]:
         """This rank's cores: an equal part of what the host has; all of them where there are fewer than ranks."""
-        count = len(CORES) // self.local_world
-        return CORES[self.local_rank * count:(self.local_rank + 1) * count] or CORES
+        count = len(machine.CORES) // self.local_world
+        return machine.CORES[self.local_rank * count:(self.local_rank + 1) * count] or machine.CORES
 
     def threads(self) -> int:
         """CPU threads of this rank, so that the ranks of a host don't take more than it has."""
-        return max(1, len(CORES) // self.local_world)
+        return max(1, len(machine.CORES) // self.local_world)
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """The address at which the ranks of a run find each other."""
+
+    address: str
+    port: int
+    # A listening socket that rank 0 inherits from the process that chose the port.
+    listening: Optional[int] = None
+    # torchrun runs the store itself, and counts how often it has restarted the ranks.
+    held_by_agent: bool = False
+    restarts: int = 0
+
+    @staticmethod
+    def from_environment(environment: Mapping[str, str] = os.environ) -> "Rendezvous":
+        """As the variables of torchrun and of our supervisor describe it."""
+        listening = environment.get(LISTENING)
+        return Rendezvous(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]),
+                          int(listening) if listening else None,
+                          environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+                          int(environment.get("TORCHELASTIC_RESTART_COUNT", 0)))
+
+    def environment(self) -> dict[str, str]:
+        """The variables that `from_environment` reads."""
+        listening = {} if self.listening is None else {LISTENING: str(self.listening)}
+        return {"MASTER_ADDR": self.address, "MASTER_PORT": str(self.port), **listening}
 
 
 def place_from(environment: Mapping[str, str]) -> Optional[Place]:
-    """The place that torchrun or `launch` gave this process; None for a process that was started alone.
+    """The place that torchrun or our supervisor gave this process; None for a process that was started alone.
 
     Raises UserError for variables that make no sense together.
     """
@@ -92,45 +94,12 @@ def place_from(environment: Mapping[str, str]) -> Optional[Place]:
     return Place(rank, world, local_rank, local_world)
 
 
-def visible_devices(device: str, environment: Mapping[str, str] = os.environ) -> list[str]:
-    """The devices that a run may use, in order. Raises UserError for a variable that can't be meant."""
-    variable, prefix = DEVICE_FILES[device]
-    present = sorted((path.name.removeprefix(prefix) for path in Path("/dev").glob(f"{prefix}[0-9]*")), key=int)
-    given = environment.get(variable)
-    if given is None:
-        return present
-    chosen = [part.strip() for part in given.split(",") if part.strip()]
-    if device == "npu" and not all(part.isdigit() for part in chosen):
-        raise UserError(f"{variable}={given} must be a comma list of device numbers, such as 0,1,2,3.")
-    if len(set(chosen)) < len(chosen):
-        raise UserError(f"{variable}={given} names a device twice.")
-    return chosen
-
-
-def device_of(device: str) -> str:
-    """What device=auto means here, as far as can be told without torch."""
-    if device != "auto":
-        return device
-    if visible_devices("npu", {}) and importlib.util.find_spec("torch_npu"):
-        return "npu"
-    return "cuda" if visible_devices("cuda", {}) and not metadata.version("torch").endswith("+cpu") else "cpu"
-
-
-def check_devices(device: str, ranks: int, environment: Mapping[str, str] = os.environ) -> None:
-    """Raises UserError where `ranks` ranks of this host have fewer devices."""
-    device = device_of(device)
-    if device not in DEVICE_FILES:
-        return
-    devices, variable = visible_devices(device, environment), DEVICE_FILES[device][0]
-    if len(devices) < ranks:
-        seen = f"{variable}={environment[variable]}" if variable in environment else "this machine"
-        raise UserError(f"tp={ranks} needs {ranks} {device} devices; {seen} shows {len(devices)}. "
-                        f"Lower tp, set {variable}, or use device=cpu.")
-
-
 def bind_master_port(environment: Mapping[str, str] = os.environ) -> tuple[socket.socket, Optional[str]]:
-    """A listening socket on this host at MASTER_PORT (20030), or at a free port of 20000 to 20050 where that is taken,
-    and then a line that says so. Raises UserError where there is none."""
+    """A listening socket on this host at MASTER_PORT (20030), and None.
+
+    Where that port is taken: a socket at a free port of 20000 to 20050, and a line that says so. Raises UserError where
+    all of them are taken.
+    """
     given = environment.get("MASTER_PORT", str(MASTER_PORT))
     if not given.isdigit() or not 0 < int(given) < 65536:
         raise UserError(f"MASTER_PORT={given} must be a port number, 1 to 65535 (default {MASTER_PORT}).")
@@ -144,13 +113,3 @@ def bind_master_port(environment: Mapping[str, str] = os.environ) -> tuple[socke
         except OSError:
             listening.close()
     raise UserError(f"MASTER_PORT={given} and all of {PORTS[0]}-{PORTS[-1]} are taken. Set MASTER_PORT to a free port.")
-
-
-def process_age() -> Optional[float]:
-    """Seconds since this process started, imports included; None where the system does not tell."""
-    try:
-        # After the name in brackets, which may hold anything: field 22 of proc(5) is the start in ticks since the boot.
-        started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - started
-    except (OSError, AttributeError, ValueError, IndexError):
-        return None

@@ -1,4 +1,4 @@
-"""What a person sees and what is left on disk: progress, the table of figures, result.json, a sweep's summary."""
+"""What a person sees, and what a run leaves on disk: progress, tables, result.json."""
 
 import json
 import logging
@@ -6,10 +6,12 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, TextIO
 
+from tabulate import tabulate
 from tqdm import tqdm
 
 log = logging.getLogger(__name__)
@@ -18,11 +20,11 @@ PACKAGES = ("torch", "torch_npu", "transformers", "tokenizers", "safetensors", "
 
 
 class Progress:
-    """Bars for weights and graphs, and lines. On stderr, so that stdout is the answer."""
+    """Progress bars and lines for the reader, on stderr: stdout belongs to the answer."""
 
-    def __init__(self, stream=None):
+    def __init__(self, stream: Optional[TextIO] = None):
         self._stream = stream or sys.stderr
-        self._bars: dict[str, tqdm] = {}
+        self._bars: dict[str, "tqdm[Any]"] = {}
         self._begun = 0.0
 
     def say(self, line: str) -> None:
@@ -31,7 +33,7 @@ class Progress:
         tqdm.write(line, file=self._stream)
 
     def weights(self, done: int, total: int) -> None:
-        """Bytes of weights in place, of how many."""
+        """Bytes of weights loaded, of how many."""
         self._begun = self._begun or time.perf_counter()
         self._show("weights", done, total, unit="B", unit_scale=True, unit_divisor=1000)
         if done >= total:
@@ -42,8 +44,9 @@ class Progress:
         self._show("graphs", done, total, unit="graph")
 
     def turns(self, done: int, total: int, what: str) -> None:
-        """Measurements taken, of how many, with the time left; `what` is being measured."""
-        self._show("measured", done, total, what, unit="turn", bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}")
+        """Measurements taken, of how many, with the remaining time; `what` is being measured."""
+        self._show("measured", done, total, what, unit="turn",
+                   bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}")
 
     def _show(self, name: str, done: int, total: int, what: str = "", **look: Any) -> None:
         bar = self._bars.get(name)
@@ -58,7 +61,7 @@ class Progress:
 
 
 def versions() -> dict[str, Optional[str]]:
-    """Python's version and those of the packages that matter; None for one that is absent."""
+    """Versions of Python and of the packages that matter; None for a package that is not installed."""
 
     def version(name: str) -> Optional[str]:
         try:
@@ -70,7 +73,7 @@ def versions() -> dict[str, Optional[str]]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all."""
+    """Write a JSON file, whole or not at all."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf8")
     aside.replace(path)
@@ -86,7 +89,7 @@ def write_result(folder: Path, config: dict[str, Any], status: str = "ok", error
 
 
 def write_failure(folder: Path, config: dict[str, Any], message: str) -> None:
-    """result.json of a run that failed; what its task has written there before is kept."""
+    """Mark result.json as failed; what the task has already written there is kept."""
     path = folder / "result.json"
     if not path.is_file():
         write_result(folder, config, status="error", error=message)
@@ -94,18 +97,17 @@ def write_failure(folder: Path, config: dict[str, Any], message: str) -> None:
     write_json(path, json.loads(path.read_text(encoding="utf8")) | {"status": "error", "error": message})
 
 
-def table(rows: list[tuple[str, str]]) -> str:
-    """Two aligned columns."""
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
+def table(rows: Sequence[tuple[str, str]]) -> str:
+    """Names and values in two aligned columns, indented."""
+    lines = tabulate(rows, tablefmt="plain", disable_numparse=True).splitlines()
+    return "\n".join(f"  {line}".rstrip() for line in lines)
 
 
-def columns(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """A table with a head, every column as wide as it must be."""
-    widths = [max(len(row[at]) for row in [head, *rows]) for at in range(len(head))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in [head, *rows])
+def columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table with a head, each column as wide as its widest cell."""
+    return tabulate(rows, head, tablefmt="plain", disable_numparse=True)
 
 
-def markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    """The lines of a Markdown table."""
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table, cells unpadded."""
     return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in [head, ("---",) * len(head), *rows]]

@@ -1,83 +1,138 @@
-"""From a scheduler's step to the static-shaped inputs of a bucket: padding, slots, tables. int32 on the way in."""
+"""From a step to the static-shaped inputs of a bucket: padding, slots, tables. All inputs are int32."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from mllama_graph.plan.blocks import pages_for, slots
-from mllama_graph.plan.buckets import Bucket, Plan
-from mllama_graph.model.tree import ImageInput, PromptInput, TileInput, TokenInput
-from mllama_graph.engine.scheduler import DecodeStep, PrefillStep, Row, VisionStep
+from mllama_graph.engine.steps import DecodeStep, ImageTable, PrefillStep, Row, Step, VisionStep
+from mllama_graph.inputs.request import Sampling
+from mllama_graph.model.inputs import ImageInput, PromptInput, TileInput, TokenInput
 from mllama_graph.model.shape import ModelShape
+from mllama_graph.plan.blocks import pages_for, slots
+from mllama_graph.plan.bucket import Bucket
+from mllama_graph.plan.buckets import Plan
+
+Ints = NDArray[np.int32]
 
 
-def needs(plan: Plan, step: PrefillStep | DecodeStep) -> Bucket:
+def needs(plan: Plan, step: Step) -> Bucket:
     """The smallest bucket that holds a step."""
+    if isinstance(step, VisionStep):
+        return plan.vision()
     if isinstance(step, PrefillStep):
-        return plan.prefill(len(step.row.ids), pages_for(step.row.start, plan.page_size), len(step.row.image_pages))
-    return plan.decode(len(step.rows), max(len(row.pages) for row in step.rows),
-                       max(len(row.image_pages) for row in step.rows))
+        return plan.prefill(len(step.row.ids), pages_for(step.row.start, plan.page_size), step.row.image_pages)
+    return plan.decode(len(step.rows), max(row.used_pages for row in step.rows), max(row.image_pages for row in step.rows))
 
 
-def _int32(values, device: torch.device) -> torch.Tensor:
+@dataclass
+class Known:
+    """What a rank knows of a sequence: its block table, its image table and its sampling options."""
+
+    sampling: Sampling
+    pages: Ints = field(default_factory=lambda: np.empty(0, np.int32))
+    image_pages: Ints = field(default_factory=lambda: np.empty(0, np.int32))
+    image_fill: Ints = field(default_factory=lambda: np.empty(0, np.int32))
+
+
+class Sequences:
+    """The sequences that a rank knows, kept up to date from step to step."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, Known] = {}
+
+    def __getitem__(self, row: Row) -> Known:
+        return self._known[row.sequence]
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def update(self, step: Step) -> None:
+        """Take in what a step says is new."""
+        if isinstance(step, VisionStep):
+            return
+        for sequence in step.ended:
+            self._known.pop(sequence, None)
+        for row in (step.row,) if isinstance(step, PrefillStep) else step.rows:
+            if row.start == 0:
+                assert row.sampling is not None
+                self._known[row.sequence] = Known(row.sampling)
+            known = self._known[row.sequence]
+            if row.pages:
+                known.pages = np.concatenate((known.pages, np.asarray(row.pages, np.int32)))
+            if row.image is not None:
+                known.image_pages, known.image_fill = _entries(row.image)
+
+
+def _entries(table: ImageTable) -> tuple[Ints, Ints]:
+    return np.asarray(table.pages, np.int32), np.asarray(table.fill, np.int32)
+
+
+def _int32(values: Sequence[int] | Ints, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(np.asarray(values, dtype=np.int32)).to(device)
 
 
-def _table(lists: Sequence[Sequence[int]], rows: int, width: int) -> np.ndarray:
-    """Lists as rows of a table, padded with 0 (a page that is always readable)."""
+def _table(lists: Sequence[Ints], rows: int, width: int) -> Ints:
+    """Arrays as rows of a table, padded with 0 (a page that can always be read)."""
     table = np.zeros((rows, width), dtype=np.int32)
     for index, values in enumerate(lists):
         table[index, :len(values)] = values
     return table
 
 
-def _image(rows: Sequence[Row], see: Sequence[tuple[int, int]], sequences: int, tokens: int, bucket: Bucket,
+def _image(known: Sequence[Known], see: Sequence[tuple[int, int]], sequences: int, tokens: int, bucket: Bucket,
            device: torch.device) -> ImageInput | None:
     if bucket.image_pages == 0:
         return None
     return ImageInput(
-        table_BJ=_int32(_table([row.image_pages for row in rows], sequences, bucket.image_pages), device),
-        fill_BJ=_int32(_table([row.image_fill for row in rows], sequences, bucket.image_pages), device),
-        see_T2=_int32(_table(see, tokens, 2), device))
+        table_BJ=_int32(_table([one.image_pages for one in known], sequences, bucket.image_pages), device),
+        fill_BJ=_int32(_table([one.image_fill for one in known], sequences, bucket.image_pages), device),
+        see_T2=_int32(_table([np.asarray(span, np.int32) for span in see], tokens, 2), device))
 
 
-def prompt_input(row: Row, bucket: Bucket, plan: Plan, device: torch.device) -> PromptInput:
+def _see(row: Row) -> Sequence[tuple[int, int]]:
+    """The range of image-table entries that each new token of a row sees."""
+    return row.see or [(0, row.image_pages)] * len(row.ids)
+
+
+def prompt_input(row: Row, known: Known, bucket: Bucket, plan: Plan, device: torch.device) -> PromptInput:
     """A chunk, padded to the bucket; padded rows write to scratch slots."""
-    fresh, T = len(row.ids), bucket.tokens
-    padding = T - fresh
-    row_slots = slots(row.pages, row.start, fresh, plan.page_size) + list(range(padding))
-    earlier = row.pages[:pages_for(row.start, plan.page_size)]
+    new, T = len(row.ids), bucket.tokens
+    padding = T - new
+    row_slots = slots(known.pages.tolist(), row.start, new, plan.page_size) + list(range(padding))
+    earlier = known.pages[:pages_for(row.start, plan.page_size)]
     return PromptInput(
         ids_T=_int32([*row.ids, *[0] * padding], device),
-        position_T=_int32([*range(row.start, row.start + fresh), *[0] * padding], device),
+        position_T=_int32([*range(row.start, row.start + new), *[0] * padding], device),
         slot_T=_int32(row_slots, device),
-        last_1=_int32([fresh - 1], device),
+        last_1=_int32([new - 1], device),
         past_1=_int32([row.start], device),
         table_J=_int32(_table([earlier], 1, bucket.pages)[0], device) if bucket.pages else None,
-        image=_image([row], row.see, 1, T, bucket, device))
+        image=_image([known], _see(row), 1, T, bucket, device))
 
 
-def token_input(rows: Sequence[Row], bucket: Bucket, plan: Plan, device: torch.device) -> TokenInput:
+def token_input(rows: Sequence[Row], sequences: Sequences, bucket: Bucket, plan: Plan, device: torch.device) -> TokenInput:
     """Running sequences, padded to the bucket; a padded row is a sequence of one token in a scratch slot of its own."""
-    padding = bucket.rows - len(rows)
-    row_slots = [slot for row in rows for slot in slots(row.pages, row.start, 1, plan.page_size)]
+    padding, size = bucket.rows - len(rows), plan.page_size
+    known = [sequences[row] for row in rows]
+    row_slots = [int(one.pages[row.start // size]) * size + row.start % size for row, one in zip(rows, known)]
     return TokenInput(
         ids_T=_int32([row.ids[0] for row in rows] + [0] * padding, device),
         position_T=_int32([row.start for row in rows] + [0] * padding, device),
         slot_T=_int32(row_slots + list(range(padding)), device),
-        table_BJ=_int32(_table([row.pages for row in rows], bucket.rows, bucket.pages), device),
+        table_BJ=_int32(_table([one.pages[:row.used_pages] for row, one in zip(rows, known)], bucket.rows, bucket.pages), device),
         len_B=_int32([row.start + 1 for row in rows] + [1] * padding, device),
-        image=_image(rows, [row.see[0] for row in rows], bucket.rows, bucket.tokens, bucket, device))
+        image=_image(known, [_see(row)[0] for row in rows], bucket.rows, bucket.tokens, bucket, device))
 
 
-def tile_input(step: VisionStep, data: np.ndarray, shape: ModelShape, plan: Plan, device: torch.device) -> TileInput:
+def tile_input(step: VisionStep, shape: ModelShape, plan: Plan, device: torch.device) -> TileInput:
     """An image's real tiles, padded to the model's number of tiles."""
-    vision = shape.vision
+    vision, image = shape.vision, step.image
     tiles = np.zeros((vision.max_tiles, vision.channels, vision.tile, vision.tile), dtype=np.uint8)
-    tiles[:len(data)] = data
+    tiles[:image.count] = image.data
     tokens = vision.max_tiles * vision.tokens
     return TileInput(
-        tiles_C3hw=torch.from_numpy(tiles).to(device), aspect_1=_int32([step.image.aspect], device),
-        real_1=_int32([step.image.tiles], device),
-        slot_S=_int32(slots(step.pages, 0, tokens, plan.page_size), device))
+        tiles_C3hw=torch.from_numpy(tiles).to(device), aspect_1=_int32([image.aspect], device),
+        real_1=_int32([image.count], device), slot_S=_int32(slots(step.pages, 0, tokens, plan.page_size), device))

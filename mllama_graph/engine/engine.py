@@ -1,141 +1,94 @@
-"""The engine: submit requests, step, get tokens as they come. Ties scheduler, ranks and text together."""
+"""The engine: submit requests, step, get tokens as they come. It ties scheduler, ranks and text together."""
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Optional
 
-import numpy as np
-
+from mllama_graph.core.machine import process_age
+from mllama_graph.core.report import Progress
+from mllama_graph.engine.executor import Executor
+from mllama_graph.engine.results import Delta, Result
+from mllama_graph.engine.scheduler import Scheduler, Sequence
+from mllama_graph.engine.stats import Stats
+from mllama_graph.engine.steps import DecodeStep, Step, Token
+from mllama_graph.inputs.detokenizer import Detokenizer
+from mllama_graph.inputs.processor import Processor
+from mllama_graph.inputs.request import Request
 from mllama_graph.plan.blocks import pages_for
-from mllama_graph.core.place import process_age
-from mllama_graph.inputs.processor import Detokenizer, Processor, Request
-from mllama_graph.engine.rank import Token
-from mllama_graph.plan.cost import step_bytes
-from mllama_graph.engine.scheduler import DecodeStep, ImageRef, PrefillStep, Scheduler, Sequence, VisionStep
-from mllama_graph.engine.executor import Ranks
-
-
-@dataclass
-class Result:
-    """A finished request. Times are in milliseconds, from submission."""
-
-    id: Any
-    token_ids: list[int]
-    text: str
-    finish_reason: str
-    prompt_tokens: int
-    image_tokens: int
-    time_to_first_token_ms: float
-    time_per_output_token_ms: Optional[float]
-    logprobs: Optional[list[dict[str, Any]]] = None
-
-    def line(self) -> dict[str, Any]:
-        """As a line of results.jsonl."""
-        fields = dict(self.__dict__)
-        if self.logprobs is None:
-            del fields["logprobs"]
-        return fields
-
-
-@dataclass(frozen=True)
-class Delta:
-    """What a step brought to one request: text that became certain, and its result if that was the last of it."""
-
-    id: Any
-    token: int
-    text: str
-    result: Optional[Result] = None
-
-
-@dataclass
-class Stats:
-    """Sums over the steps of a run. `decode_bytes` is what decode steps had to read, modelled from shapes."""
-
-    vision_steps: int = 0
-    prefill_steps: int = 0
-    decode_steps: int = 0
-    decode_rows: int = 0
-    vision_seconds: float = 0.0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    decode_bytes: int = 0
-    # Seconds from the start of the process to the first token of all; None before it.
-    start_to_first_token: Optional[float] = None
 
 
 @dataclass
 class _Running:
+    """A request in progress. The ids that it got are those of its sequence."""
+
     request: Request
+    sequence: Sequence
     text: Detokenizer
     submitted: float
     first: float = 0.0
-    tokens: list[Token] = field(default_factory=list)
+    logprobs: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Engine:
-    """One model serving many requests. `step` until `idle`."""
+    """One model serving many requests: `step` until `idle`, then `close`."""
 
-    def __init__(self, processor: Processor, scheduler: Scheduler, ranks: Ranks):
-        self.processor, self.scheduler, self.ranks = processor, scheduler, ranks
+    def __init__(self, processor: Processor, scheduler: Scheduler, executor: Executor):
+        self.processor, self.scheduler, self.executor = processor, scheduler, executor
         self.stats = Stats()
         self._running: dict[int, _Running] = {}
-        self._pixels: dict[str, np.ndarray] = {}
         self._next = 0
-        self._tokens_per_tile = ranks.shape.vision.tokens
+        self._tokens_per_tile = scheduler.plan.tokens_per_tile
 
     @property
     def idle(self) -> bool:
+        """Whether there is nothing left to do."""
         return self.scheduler.idle
 
     @property
     def load(self) -> int:
-        """Requests submitted and not finished."""
+        """The number of requests submitted and not finished."""
         return len(self._running)
 
     def submit(self, request: Request) -> int:
-        """Queue a request; the number that `abort` takes.
+        """Queue a request; returns the number that `abort` takes.
 
         Raises UserError for a request that the plan can never hold.
         """
-        images = tuple(ImageRef(t.key, t.count, t.count * self._tokens_per_tile, t.aspect) for t in request.images)
-        sequence = Sequence(self._next, request.ids, images, request.positions, request.max_new, request.sampling)
+        sequence = Sequence(self._next, request.ids, request.images, request.positions, request.max_new, request.sampling)
         self.scheduler.add(sequence)
         self._next += 1
-        self._pixels |= {tiles.key: tiles.data for tiles in request.images}
-        self._running[sequence.id] = _Running(
-            request, Detokenizer(self.processor, request.stop), time.perf_counter())
+        self._running[sequence.id] = _Running(request, sequence, self.processor.detokenizer(request.stop), time.perf_counter())
         return sequence.id
 
-    def expect(self, request: Request) -> None:
-        """Have the graphs on their way that a request alone will use, the decode graph for its whole length."""
-        plan, graphs = self.scheduler.plan, self.ranks.graphs
-        image_pages = sum(pages_for(t.count * self._tokens_per_tile, plan.page_size) for t in request.images)
+    def prefetch(self, request: Request) -> None:
+        """Start loading or compiling the graphs that a request alone will use, the decode graph for its whole length."""
+        plan, graphs = self.scheduler.plan, self.executor.graphs
+        image_pages = sum(pages_for(image.count * self._tokens_per_tile, plan.page_size) for image in request.images)
         if request.images:
-            graphs.want(plan.vision())
+            graphs.prefetch(plan.vision())
         done = 0
         while done < len(request.ids):
             chunk = plan.chunk(len(request.ids) - done)
-            graphs.want(plan.prefill(chunk, pages_for(done, plan.page_size), image_pages))
+            graphs.prefetch(plan.prefill(chunk, pages_for(done, plan.page_size), image_pages))
             done += chunk
         if request.max_new > 1:
-            graphs.want(plan.decode(1, pages_for(len(request.ids) + request.max_new, plan.page_size), image_pages))
+            graphs.prefetch(plan.decode(1, pages_for(len(request.ids) + request.max_new, plan.page_size), image_pages))
 
     def abort(self, number: int) -> None:
         """Forget a request; its pages are free at once."""
         self.scheduler.abort(number)
-        if number in self._running:
-            self._forget(number)
+        self._running.pop(number, None)
 
     def step(self) -> list[Delta]:
-        """Run one step; what it brought to each request that got a token."""
+        """Run one step; what it gave to each request that got a token."""
         step = self.scheduler.next()
         if step is None:
             return []
         start = time.perf_counter()
-        pixels = self._pixels[step.image.key] if isinstance(step, VisionStep) else None
-        tokens = self.ranks.execute(step, pixels)
-        self._count(step, time.perf_counter() - start)
+        tokens = self.executor.execute(step)
+        self.stats.count(step, time.perf_counter() - start, self._image_tokens(step), self.executor.run.shape,
+                         self.executor.run.precision.widths)
         moved = self.scheduler.commit(tuple(token.id for token in tokens))
         return [self._advance(sequence, token) for (sequence, _), token in zip(moved, tokens, strict=True)]
 
@@ -145,56 +98,62 @@ class Engine:
             for delta in self.step():
                 on_delta(delta)
 
+    def metrics(self, finished: list[Result]) -> dict[str, Any]:
+        """The figures of the run for result.json."""
+        return self.stats.metrics(finished, self.scheduler.preemptions)
+
+    def graph_records(self) -> list[dict[str, Any]]:
+        """What became of each graph, for result.json."""
+        return [asdict(record) for record in self.executor.graphs.records]
+
+    def close(self, progress: Optional[Progress] = None) -> None:
+        """Let the ranks end. With `progress`, graphs that are still compiling reach the store first; Ctrl-C stops that."""
+        self.executor.close()
+        graphs = self.executor.graphs
+        pending = graphs.compiler.pending
+        if progress and pending and not graphs.store.warning:
+            progress.say(f"\nfor the next start {pending} more graph{'s' * (pending > 1)} will be compiled; Ctrl-C to stop here")
+            try:
+                graphs.drain(progress.graphs)
+            except KeyboardInterrupt:
+                progress.say(f"stopped; {graphs.compiler.pending} left for another time (task=warmup compiles them all)")
+        graphs.compiler.close()
+
     def _advance(self, sequence: Sequence, token: Token) -> Delta:
-        state = self._running[sequence.id]
-        now = time.perf_counter()
+        state, now = self._running[sequence.id], time.perf_counter()
         state.first = state.first or now
         if self.stats.start_to_first_token is None:
             self.stats.start_to_first_token = process_age()
-        state.tokens.append(token)
         request = state.request
+        if request.sampling.logprobs is not None:
+            state.logprobs.append({"id": token.id, "logprob": token.logprob, "top_ids": list(token.top_ids),
+                                   "top_logprobs": list(token.top_logprobs)})
         ended = token.id in self.processor.eos and not request.ignore_eos
         text = "" if ended else state.text.add(token.id)
-        if ended or state.text.stopped or len(state.tokens) >= request.max_new:
-            reason = "stop" if ended or state.text.stopped else "length"
-            text += state.text.flush()
-            self.scheduler.finish(sequence)
-            self._forget(sequence.id)
-            return Delta(request.id, token.id, text, self._result(state, reason, now))
-        return Delta(request.id, token.id, text)
+        if not (ended or state.text.stopped or len(sequence.generated) >= request.max_new):
+            return Delta(request.id, token.id, text)
+        reason = "stop" if ended or state.text.stopped else "length"
+        text += state.text.flush()
+        self.scheduler.finish(sequence)
+        del self._running[sequence.id]
+        return Delta(request.id, token.id, text, self._result(state, reason, now))
 
     def _result(self, state: _Running, reason: str, now: float) -> Result:
-        request, ids = state.request, [token.id for token in state.tokens]
-        logprobs = None
-        if request.sampling.logprobs is not None:
-            logprobs = [{"id": t.id, "logprob": t.logprob, "top_ids": list(t.top_ids),
-                         "top_logprobs": list(t.top_logprobs)} for t in state.tokens]
+        request, ids = state.request, list(state.sequence.generated)
         after = len(ids) - 1
         return Result(
             id=request.id, token_ids=ids, text=state.text.text, finish_reason=reason, prompt_tokens=len(request.ids),
-            image_tokens=sum(t.count for t in request.images) * self._tokens_per_tile,
+            image_tokens=sum(image.count for image in request.images) * self._tokens_per_tile,
             time_to_first_token_ms=round((state.first - state.submitted) * 1e3, 3),
             time_per_output_token_ms=round((now - state.first) * 1e3 / after, 3) if after else None,
-            logprobs=logprobs)
+            logprobs=state.logprobs if request.sampling.logprobs is not None else None)
 
-    def _forget(self, number: int) -> None:
-        gone = self._running.pop(number)
-        wanted = {tiles.key for state in self._running.values() for tiles in state.request.images}
-        for tiles in gone.request.images:
-            if tiles.key not in wanted:
-                self._pixels.pop(tiles.key, None)
+    def _image_tokens(self, step: Step) -> int:
+        """Image tokens that the rows of a decode step see, summed over rows."""
+        if not isinstance(step, DecodeStep):
+            return 0
+        return sum(self._seen_tokens(self._running[row.sequence].sequence) for row in step.rows)
 
-    def _count(self, step: Any, seconds: float) -> None:
-        stats = self.stats
-        if isinstance(step, VisionStep):
-            stats.vision_steps, stats.vision_seconds = stats.vision_steps + 1, stats.vision_seconds + seconds
-        elif isinstance(step, PrefillStep):
-            stats.prefill_steps, stats.prefill_seconds = stats.prefill_steps + 1, stats.prefill_seconds + seconds
-        elif isinstance(step, DecodeStep):
-            stats.decode_steps += 1
-            stats.decode_rows += len(step.rows)
-            stats.decode_seconds += seconds
-            image_tokens = sum(sum(row.image_fill) for row in step.rows)
-            stats.decode_bytes += step_bytes(
-                self.ranks.shape, image_tokens > 0, sum(row.start + 1 for row in step.rows), image_tokens,
-                self.ranks.rank.precision.store.itemsize, self.ranks.rank.precision.compute.itemsize)
+    def _seen_tokens(self, sequence: Sequence) -> int:
+        first, last = sequence.visible(sequence.length)
+        return sum(image.count for image in sequence.images[first:last]) * self._tokens_per_tile

@@ -1,102 +1,40 @@
 """Which step comes next: requests in, steps out, ids back. No tensor.
 
-A step is one image to encode, one chunk of one prompt, or one token for every running sequence. All of them are plain
-integers, so that they can be sent to any rank as they are.
+A step is one image to encode, one chunk of one prompt, or one token for every running sequence.
 """
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Optional, Union
+from typing import Optional
 
+from mllama_graph.core.errors import UserError
+from mllama_graph.engine.steps import DecodeStep, ImageTable, PrefillStep, Row, Step, VisionStep
+from mllama_graph.inputs.request import Sampling
+from mllama_graph.inputs.images import TiledImage
 from mllama_graph.plan.blocks import BlockPool, ImageCache, OutOfPages, pages_for
 from mllama_graph.plan.buckets import Plan
-from mllama_graph.core.config import UserError
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How one row's next id is chosen. `logprobs`: how many of the best ids to report, None for no report."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
-    logprobs: Optional[int] = None
-
-
-@dataclass(frozen=True)
-class ImageRef:
-    """An image of a request: its hash, its real tiles and tokens, and its aspect-ratio id."""
-
-    key: str
-    tiles: int
-    tokens: int
-    aspect: int
-
-
-@dataclass(frozen=True)
-class Row:
-    """Fresh tokens of one sequence, and all that the model must know of it.
-
-    start: position of the first. pages: the pages of positions 0 .. start + len(ids) - 1. image_pages and image_fill:
-    the image table and the tokens in each entry. see: per fresh token, the entries [from, to) that it sees.
-    """
-
-    sequence: int
-    ids: tuple[int, ...]
-    start: int
-    pages: tuple[int, ...]
-    image_pages: tuple[int, ...]
-    image_fill: tuple[int, ...]
-    see: tuple[tuple[int, int], ...]
-    sampling: Sampling
-
-
-@dataclass(frozen=True)
-class VisionStep:
-    """Encode an image into `pages` (padding tiles included)."""
-
-    image: ImageRef
-    pages: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class PrefillStep:
-    """One chunk of a prompt; `sample` where it is the last one."""
-
-    row: Row
-    sample: bool
-
-
-@dataclass(frozen=True)
-class DecodeStep:
-    """One fresh token for each row."""
-
-    rows: tuple[Row, ...]
-
-
-AnyStep = Union[VisionStep, PrefillStep, DecodeStep]
 
 
 @dataclass(eq=False)
 class Sequence:
-    """A request on its way through the engine."""
+    """A request on its way through the engine. image_positions: positions of its image tokens, one per image."""
 
     id: int
     prompt: tuple[int, ...]
-    images: tuple[ImageRef, ...]
-    # Positions of the image tokens in the prompt, one an image.
+    images: tuple[TiledImage, ...]
     image_positions: tuple[int, ...]
     max_new: int
     sampling: Sampling
     generated: list[int] = field(default_factory=list)
+    # Tokens whose K/V are in the pages.
     computed: int = 0
     pages: list[int] = field(default_factory=list)
     holds_images: bool = False
-
-    @property
-    def tokens(self) -> tuple[int, ...]:
-        return self.prompt + tuple(self.generated)
+    # What the ranks know: how many of the pages, and which of the images [first, last) their image table covers.
+    sent_pages: int = 0
+    sent_images: Optional[tuple[int, int]] = None
+    # The entry of that table at which each of its images begins, and its length.
+    image_begins: list[int] = field(default_factory=lambda: [0])
 
     @property
     def length(self) -> int:
@@ -104,11 +42,16 @@ class Sequence:
 
     @property
     def decoding(self) -> bool:
-        """Whether all but its last token is computed, so that the next step gives one more."""
+        """Whether all tokens but the last are computed, so that the next step gives one more."""
         return bool(self.generated) and self.computed == self.length - 1
 
+    def ids(self, start: int, stop: int) -> tuple[int, ...]:
+        """The ids at positions start .. stop - 1, prompt and generated ones."""
+        split = len(self.prompt)
+        return self.prompt[start:stop] + tuple(self.generated[max(start - split, 0):max(stop - split, 0)])
+
     def visible(self, position: int) -> tuple[int, int]:
-        """The images [first, last) that a token sees: the last one begun, and the chain of image tokens before it.
+        """The images [first, last) that a token sees: the last image that began, and the chain of image tokens before it.
 
         Generated tokens see what the last prompt token sees (transformers processing_mllama.py,
         get_cross_attention_token_mask).
@@ -123,9 +66,9 @@ class Sequence:
 class Scheduler:
     """Continuous batching: sequences join and leave between steps.
 
-    Waiting sequences are admitted first come, first served, while rows, pages and image pages last; prompts longer
-    than the largest prefill bucket go in chunks, with a decode step for the others in between. When pages run out the
-    youngest running sequence is put back to the head of the queue and later computed again, ids kept.
+    Waiting sequences are admitted first come, first served, while rows, pages and image pages last. Prompts longer than
+    the largest prefill bucket go in chunks, with a decode step for the others in between. When pages run out, the youngest
+    running sequence is put back at the head of the queue; it keeps its ids and is computed again later.
     """
 
     def __init__(self, plan: Plan, batch: int):
@@ -135,8 +78,10 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.preemptions = 0
-        self._pending: Optional[tuple[AnyStep, list[Sequence]]] = None
+        self._pending: Optional[tuple[Step, list[Sequence]]] = None
         self._decode_next = False
+        # Sequences that ended and that the ranks still know.
+        self._ended: list[int] = []
 
     def check(self, prompt: int, max_new: int, images: int) -> None:
         """Raises UserError for a request of these sizes that could never run."""
@@ -163,16 +108,16 @@ class Scheduler:
     def idle(self) -> bool:
         return not self.waiting and not self.running
 
-    def next(self) -> Optional[AnyStep]:
-        """The next step, or None when there is nothing to do. `commit` must follow each step."""
-        assert self._pending is None, "commit the last step first"
+    def next(self) -> Optional[Step]:
+        """The next step, or None where there is nothing to do. Each step must be followed by `commit`."""
+        assert self._pending is None, "the last step was not committed"
         step = self._decode() if self._decode_next else None
         step = step or self._admit() or self._decode()
         self._decode_next = False
         return step
 
     def commit(self, ids: tuple[int, ...]) -> list[tuple[Sequence, int]]:
-        """Take a step's ids; each sequence that got a token, with its token. The caller ends sequences by `finish`."""
+        """Take the ids that a step gave: (sequence, id) for each sequence that got one. The caller ends sequences by `finish`."""
         assert self._pending is not None
         step, sequences = self._pending
         self._pending = None
@@ -183,7 +128,7 @@ class Scheduler:
             sequence = sequences[0]
             sequence.computed += len(step.row.ids)
             if not step.sample:
-                # A long prompt gives way to those who wait for their next token.
+                # Running sequences get their next token between the chunks of a long prompt.
                 self._decode_next = True
                 return []
         else:
@@ -194,7 +139,7 @@ class Scheduler:
         return list(zip(sequences, ids))
 
     def finish(self, sequence: Sequence) -> None:
-        """A sequence is done: its pages are free, its images one user fewer."""
+        """End a sequence: its pages are free, and its images have one user fewer."""
         self._leave(sequence)
 
     def _leave(self, sequence: Sequence) -> None:
@@ -203,6 +148,7 @@ class Scheduler:
         if sequence in self.waiting:
             self.waiting.remove(sequence)
         self._free(sequence)
+        self._ended.append(sequence.id)
         if sequence.holds_images:
             for image in sequence.images:
                 self.images.release(image.key)
@@ -211,8 +157,9 @@ class Scheduler:
     def _free(self, sequence: Sequence) -> None:
         self.pool.release(sequence.pages)
         sequence.pages, sequence.computed = [], 0
+        sequence.sent_pages, sequence.sent_images = 0, None
 
-    def _admit(self) -> Optional[AnyStep]:
+    def _admit(self) -> Optional[Step]:
         """The next image or chunk of a sequence that is not decoding yet."""
         for sequence in self.running:
             if not sequence.decoding:
@@ -224,33 +171,34 @@ class Scheduler:
         return None
 
     def _take_room(self, sequence: Sequence) -> bool:
-        """Pages for the whole prompt and its first token, and for its images; False, holding nothing new, if not."""
-        wanted = pages_for(min(sequence.length + 1, self.plan.max_length), self.plan.page_size)
-        if self.pool.free < wanted:
+        """Take pages for the whole prompt, its first token and its images; False, taking nothing, where they do not suffice."""
+        needed = pages_for(min(sequence.length + 1, self.plan.max_length), self.plan.page_size)
+        if self.pool.free < needed:
             return False
         taken: list[str] = []
         try:
             for image in sequence.images if not sequence.holds_images else ():
-                self.images.acquire(image.key, image.tokens)
+                self.images.acquire(image.key, image.count * self.plan.tokens_per_tile)
                 taken.append(image.key)
         except OutOfPages:
             for key in taken:
                 self.images.release(key)
             return False
         sequence.holds_images = True
-        sequence.pages = self.pool.allocate(wanted)
+        sequence.pages = self.pool.allocate(needed)
         return True
 
-    def _prepare(self, sequence: Sequence) -> AnyStep:
+    def _prepare(self, sequence: Sequence) -> Step:
         for image in sequence.images:
             entry = self.images[image.key]
             if not entry.encoded:
                 return self._issue(VisionStep(image, tuple(entry.pages)), [sequence])
         count = self.plan.chunk(sequence.length - sequence.computed)
         row = self._row(sequence, count)
-        return self._issue(PrefillStep(row, sample=sequence.computed + count == sequence.length), [sequence])
+        last = sequence.computed + count == sequence.length
+        return self._issue(PrefillStep(row, last, self._take_ended()), [sequence])
 
-    def _decode(self) -> Optional[AnyStep]:
+    def _decode(self) -> Optional[Step]:
         """One token for every sequence whose prompt is computed, preempting the youngest where pages run out."""
         for sequence in [s for s in self.running if s.decoding]:
             while sequence in self.running and pages_for(sequence.length, self.plan.page_size) > len(sequence.pages):
@@ -259,32 +207,47 @@ class Scheduler:
                 except OutOfPages:
                     self._preempt(self.running[-1])
         rows = [s for s in self.running if s.decoding]
-        return self._issue(DecodeStep(tuple(self._row(s, 1) for s in rows)), rows) if rows else None
+        return self._issue(DecodeStep(tuple(self._row(s, 1) for s in rows), self._take_ended()), rows) if rows else None
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Back to the head of the queue. Its images stay held: it was admitted before all who wait."""
+        """Put a sequence back at the head of the queue. It keeps its images: it was admitted before all that wait."""
         self.preemptions += 1
         self.running.remove(sequence)
         self._free(sequence)
         self.waiting.appendleft(sequence)
 
-    def _issue(self, step: AnyStep, sequences: list[Sequence]) -> AnyStep:
+    def _issue(self, step: Step, sequences: list[Sequence]) -> Step:
         self._pending = (step, sequences)
         return step
 
+    def _take_ended(self) -> tuple[int, ...]:
+        ended, self._ended = tuple(self._ended), []
+        return ended
+
     def _row(self, sequence: Sequence, count: int) -> Row:
-        start = sequence.computed
+        """The next `count` tokens of a sequence, with what the ranks don't know of it yet."""
+        start, first_row = sequence.computed, sequence.computed == 0
         seen = [sequence.visible(position) for position in range(start, start + count)]
         low, high = min(first for first, _ in seen), max(last for _, last in seen)
-        # Entry of the table at which each image begins; a token's range of images becomes a range of entries.
-        begins, pages, fill = [0], [], []
-        for image in sequence.images[low:high]:
+        table = None
+        if sequence.sent_images != (low, high):
+            table, sequence.image_begins = self._image_table(sequence.images[low:high])
+        begins = sequence.image_begins
+        see = [(begins[first - low], begins[last - low]) if last > first else (0, 0) for first, last in seen]
+        new_pages = tuple(sequence.pages[sequence.sent_pages:])
+        sequence.sent_pages, sequence.sent_images = len(sequence.pages), (low, high)
+        return Row(
+            sequence.id, sequence.ids(start, start + count), start, new_pages, pages_for(start + count, self.plan.page_size),
+            begins[-1], table, see=() if all(span == (0, begins[-1]) for span in see) else tuple(see),
+            sampling=sequence.sampling if first_row else None)
+
+    def _image_table(self, images: tuple[TiledImage, ...]) -> tuple[ImageTable, list[int]]:
+        """The pages of some images, and the entry at which each image begins, with the end behind them."""
+        begins, pages, fill, size = [0], [], [], self.plan.page_size
+        for image in images:
             held = self.images[image.key].pages
+            tokens = image.count * self.plan.tokens_per_tile
             pages += held
-            size = self.plan.page_size
-            fill += [min(size, image.tokens - size * n) for n in range(len(held))]
+            fill += [min(size, tokens - size * n) for n in range(len(held))]
             begins.append(len(pages))
-        see = tuple((begins[first - low], begins[last - low]) if last > first else (0, 0) for first, last in seen)
-        used = pages_for(start + count, self.plan.page_size)
-        return Row(sequence.id, sequence.tokens[start:start + count], start, tuple(sequence.pages[:used]),
-                   tuple(pages), tuple(fill), see, sequence.sampling)
+        return ImageTable(tuple(pages), tuple(fill)), begins

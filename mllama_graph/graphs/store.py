@@ -21,8 +21,6 @@ from typing import Any, Optional
 
 from filelock import FileLock, Timeout
 
-from mllama_graph.core.config import Run
-
 # What an entry holds: Inductor's package, or the folder in which torchair keeps one graph.
 PACKAGE, TORCHAIR = "graph.pt2", "torchair"
 PAYLOADS = (PACKAGE, TORCHAIR)
@@ -192,13 +190,3 @@ def fault_of(entry: Path) -> Optional[str]:
 
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def default_store() -> Path:
-    """The user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mllama_graph"
-
-
-def store_folder(run: Run) -> Path:
-    """The folder of graph_cache=."""
-    return Path(run.graph_cache).expanduser().absolute() if run.graph_cache else default_store()

@@ -1,7 +1,7 @@
-"""How torchair compiles a step for an NPU: its configuration, and its cache of one graph in one folder.
+"""Compiling a step with torchair for an NPU: its configuration, and its cache of one graph per folder.
 
-torchair caches by the text of a module, without shapes or source, and skips all guards on what it loads. So each graph
-gets a folder of its own, which the graph store names by everything that matters; nothing else guards it.
+torchair's cache is keyed by the text of a module, without shapes or source, and what it loads has no guards. Each graph
+therefore has a folder of its own, whose name, the graph store's key, covers everything that matters.
 """
 
 import itertools
@@ -10,13 +10,18 @@ import types
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import torch.fx
 from torch import Tensor, nn
 
-from mllama_graph.model.tree import Node, matrices
+from mllama_graph.graphs.spec import GraphSpec
+from mllama_graph.graphs.step import Flat, Step, arguments, tensors
+from mllama_graph.model.inputs import Pages
+from mllama_graph.model.ops import Ops
+from mllama_graph.model.tree import Weights, matrices
+from mllama_graph.plan.bucket import Bucket
 
 log = logging.getLogger(__name__)
 
@@ -27,10 +32,10 @@ FRACTAL_NZ = 29
 
 
 def share_repeats(module: torch.fx.GraphModule, example_inputs: Any = None, config: Any = None) -> None:
-    """Keep one of equal operations: the masks and casts that every layer writes anew.
+    """Keep one of several equal operations, such as the masks and casts that every layer repeats.
 
-    A pass of torchair (CompilerConfig.post_grad_custom_pre_pass); torchair has none of its own, and runs this one on a
-    graph that is functional.
+    A pass of torchair (CompilerConfig.post_grad_custom_pre_pass): torchair has none of its own, and runs this one on a
+    functional graph.
     """
     from torch._functorch.compile_utils import fx_graph_cse
 
@@ -41,7 +46,7 @@ def share_repeats(module: torch.fx.GraphModule, example_inputs: Any = None, conf
 def compiler_config(mode: str = "max-autotune", frozen_parameter: bool = True, tiling_schedule_optimize: bool = True,
                     topology_sorting_strategy: str = "StableRDFS", static_kernel_compile: bool = False,
                     **elsewhere: Any) -> Any:
-    """torchair's CompilerConfig. The arguments are config.TorchairChoice's; `elsewhere` are those that are no part of it."""
+    """torchair's CompilerConfig. The arguments are those of config.TorchairChoice; `elsewhere` takes the ones used elsewhere."""
     import torch_npu  # noqa: F401  (makes torchair importable)
     import torchair
 
@@ -62,15 +67,17 @@ def compiler_config(mode: str = "max-autotune", frozen_parameter: bool = True, t
 
 
 def _write_pages_in_place() -> None:
-    """Have captured graphs write pages where they are. torchair knows which operations can; this one is not on its list,
-    and would copy the whole pool twice a layer."""
+    """Have captured graphs write pages in place.
+
+    torchair has a list of operations that can; this one is missing from it, and would copy the whole pool twice per layer.
+    """
     from torchair._acl_concrete_graph.graph_pass import register_inplaceable_npu_op
 
     register_inplaceable_npu_op("npu_scatter_pa_kv_cache_functional", "npu_scatter_pa_kv_cache", mutated_arg=[2, 3])
 
 
 def key_fields() -> dict[str, Any]:
-    """The compilers' versions: torchair's cache is bound to torch_npu, GE's compiled model to CANN."""
+    """The compilers' versions: torchair's cache is bound to a torch_npu version, GE's compiled model to a CANN version."""
     from importlib.metadata import version
 
     from torch_npu.npu.utils import get_cann_version
@@ -81,8 +88,8 @@ def key_fields() -> dict[str, Any]:
 def _cached(step: nn.Module, name: str, options: dict[str, Any], folder: Path) -> tuple[Callable, Path]:
     """torchair's callable for `step.forward`, and the file in which it keeps the graph.
 
-    Every callable needs a code object of its own: torchair tells its graphs apart by code, and deletes the cache of one
-    that it believes to see a second time. The function's name is part of the file's, and the same in every process.
+    Every callable needs a code object of its own: torchair distinguishes graphs by code object, and deletes the cache of
+    one that it believes to see again. The function's name is part of the file's name, and equal in every process.
     """
     import torch_npu  # noqa: F401  (makes torchair importable)
     import torchair
@@ -97,12 +104,12 @@ def _cached(step: nn.Module, name: str, options: dict[str, Any], folder: Path) -
 
 
 def compile_step(step: nn.Module, name: str, inputs: list[Tensor], options: dict[str, Any], folder: Path) -> Callable:
-    """Compile `step.forward(*inputs)` into `folder` by running it once; what runs it from then on.
+    """Compile `step.forward(*inputs)` into `folder` by running it once; returns the compiled callable.
 
-    `name` is the graph's. What can't be lowered raises.
+    `name` is the graph's. Raises what can't be lowered.
     """
     run, file = _cached(step, name, options, folder)
-    # torchair warns of each of its options; what matters of that stands in conf/backend/torchair.yaml.
+    # torchair warns about each of its options; conf/backend/torchair.yaml says what matters of that.
     with warnings.catch_warnings(record=True) as said:
         run(*inputs)
     for warning in said:
@@ -113,15 +120,39 @@ def compile_step(step: nn.Module, name: str, inputs: list[Tensor], options: dict
 
 
 def load_step(step: nn.Module, name: str, options: dict[str, Any], folder: Path) -> Callable:
-    """What runs a graph that `compile_step` left in `folder`, without tracing it. Raises FileNotFoundError."""
+    """The callable that `compile_step` left in `folder`, loaded without tracing. Raises FileNotFoundError."""
     run, file = _cached(step, name, options, folder)
     if not file.is_file():
         raise FileNotFoundError(f"{folder} does not hold the graph {name} as this torchair would keep it")
     return run
 
 
-def cast_to_nz(weights: Node) -> None:
-    """Lay the matrices of linear layers out as the matrix unit reads them, in place; only an NPU can."""
+class NpuGraph:
+    """A graph that torchair compiled for this rank's step: the weights are the module's own."""
+
+    def __init__(self, run: Callable[..., Optional[Tensor]]):
+        self._run = run
+
+    def __call__(self, *inputs: Any) -> Optional[Tensor]:
+        return self._run(*tensors(inputs))
+
+
+def npu_graph(spec: GraphSpec, bucket: Bucket, weights: Weights, pages: tuple[Pages, Pages], ops: Ops, name: str,
+              folder: Path, stored: bool) -> NpuGraph:
+    """A bucket's graph for the rank whose weights and pages these are: loaded from `folder`, or compiled into it.
+
+    Compiling runs the graph once, on padding. `name` tells graphs apart. Raises what can't be lowered.
+    """
+    inputs = arguments(bucket, spec.example(bucket), *pages)
+    step = Flat(Step(bucket.phase, weights, spec.shape, ops), inputs)
+    options = dict(spec.options)
+    if stored:
+        return NpuGraph(load_step(step, name, options, folder))
+    return NpuGraph(compile_step(step, name, tensors(inputs), options, folder))
+
+
+def cast_to_nz(weights: Weights) -> None:
+    """Convert the matrices of linear layers in place to the layout that the matrix unit reads; only an NPU can."""
     import torch_npu
 
     torch.npu.config.allow_internal_format = True

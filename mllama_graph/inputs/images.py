@@ -14,18 +14,22 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from mllama_graph.core.config import UserError
+from mllama_graph.core.errors import UserError
 from mllama_graph.model.shape import VisionShape
+
+# What an image may be given as: a file path or data: URI, a path, an encoded file, or a decoded picture.
+Source = str | Path | bytes | Image.Image
 
 # Formats that Pillow decodes and that a folder of pictures may hold.
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
 
 @dataclass(frozen=True)
-class Tiles:
+class TiledImage:
     """One prepared image.
 
-    data: uint8 (tiles, channels, tile, tile), real tiles only. aspect: 1-based aspect-ratio id. key: hash of both.
+    data: uint8 (tiles, channels, tile, tile), without padding tiles. aspect: aspect-ratio id, counted from 1. key: a hash
+    of both.
     """
 
     data: np.ndarray
@@ -34,31 +38,40 @@ class Tiles:
 
     @property
     def count(self) -> int:
+        """The number of tiles."""
         return self.data.shape[0]
 
 
-def open_image(source: str) -> Image.Image:
-    """A decoded RGB image from a path or a data: URI, upright, transparency on white.
+def open_image(source: Source) -> Image.Image:
+    """A decoded RGB image, upright, with transparency composited on white.
 
     Raises UserError naming the source.
     """
-    shown = shorten(source)
+    shown = shorten(str(source)) if isinstance(source, (str, Path)) else "given as bytes"
     try:
-        if source.startswith("data:"):
-            head, _, body = source.partition(",")
-            if not head.endswith(";base64"):
-                raise UserError(f"image {shown} is a data: URI without ;base64.")
-            stream: io.BytesIO | Path = io.BytesIO(base64.b64decode(body, validate=True))
-        else:
-            stream = Path(source)
-            if not stream.is_file():
-                raise UserError(f"image {shown} does not exist.")
-        with Image.open(stream) as image:
+        if isinstance(source, Image.Image):
+            return to_rgb(ImageOps.exif_transpose(source))
+        with Image.open(_stream(source, shown)) as image:
             return to_rgb(ImageOps.exif_transpose(image))
     except binascii.Error as error:
         raise UserError(f"image {shown} is not valid base64: {error}.") from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"image {shown} can't be decoded: {error_text(error)}.") from error
+
+
+def _stream(source: str | Path | bytes, shown: str) -> io.BytesIO | Path:
+    """An encoded image to read from. Raises UserError where there is none."""
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    if isinstance(source, str) and source.startswith("data:"):
+        head, _, body = source.partition(",")
+        if not head.endswith(";base64"):
+            raise UserError(f"image {shown} is a data: URI without ;base64.")
+        return io.BytesIO(base64.b64decode(body, validate=True))
+    path = Path(source)
+    if not path.is_file():
+        raise UserError(f"image {shown} does not exist.")
+    return path
 
 
 def shorten(source: str) -> str:
@@ -104,7 +117,7 @@ def fitted(height: int, width: int, canvas_height: int, canvas_width: int, tile:
     return target_height, min(math.floor(width * scale_height) or 1, target_width)
 
 
-def tile_image(image: Image.Image, vision: VisionShape) -> Tiles:
+def tile_image(image: Image.Image, vision: VisionShape) -> TiledImage:
     """An RGB image resized, padded with black and cut into tiles."""
     rows, columns = canvas(image.height, image.width, vision)
     tile = vision.tile
@@ -115,7 +128,7 @@ def tile_image(image: Image.Image, vision: VisionShape) -> Tiles:
     data = np.ascontiguousarray(data).reshape(rows * columns, 3, tile, tile)
     aspect = vision.aspect_ratios.index((rows, columns)) + 1
     digest = hashlib.sha256(bytes([aspect]) + data.tobytes()).hexdigest()
-    return Tiles(data, aspect, digest)
+    return TiledImage(data, aspect, digest)
 
 
 def list_images(given: object) -> list[str]:

@@ -6,7 +6,7 @@ from math import gcd
 from pathlib import Path
 from typing import Any, Optional
 
-from mllama_graph.core.config import UserError
+from mllama_graph.core.errors import UserError
 
 # Rows of a tile in the vision tower are padded to a multiple of this.
 ROW_MULTIPLE = 8

@@ -12,21 +12,22 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from mllama_graph.model.tree import ImageInput, Node, Pages, PromptInput, TokenInput
+from mllama_graph.model.inputs import ImageInput, Pages, PromptInput, TokenInput
 from mllama_graph.model.ops import Ops
 from mllama_graph.model.shape import ModelShape
+from mllama_graph.model.tree import CrossLayer, SelfLayer, TextLayer, TextWeights
 
 # (q_TQH, k_TKH, v_TKH, pages of the layer) -> out_TQH
 Attend = Callable[[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]], Tensor]
 
 
-def mlp(w: Node, h_TD: Tensor, ops: Ops) -> Tensor:
+def mlp(w: TextLayer, h_TD: Tensor, ops: Ops) -> Tensor:
     """SwiGLU, gate and up fused; one all-reduce."""
     h_TF = ops.swiglu(ops.linear(h_TD, w.gate_up))
     return ops.all_reduce(ops.linear(h_TF, w.down))
 
 
-def self_attention(w: Node, h_TD: Tensor, angles: tuple[Tensor, Tensor], pages: tuple[Tensor, Tensor],
+def self_attention(w: SelfLayer, h_TD: Tensor, angles: tuple[Tensor, Tensor], pages: tuple[Tensor, Tensor],
                    attend: Attend, head_width: int, ops: Ops) -> Tensor:
     """Rotary self-attention over the layer's pages; one all-reduce."""
     T = h_TD.shape[0]
@@ -39,7 +40,7 @@ def self_attention(w: Node, h_TD: Tensor, angles: tuple[Tensor, Tensor], pages: 
     return ops.all_reduce(ops.linear(out_TQH.reshape(T, -1), w.o))
 
 
-def self_block(w: Node, x_TD: Tensor, y_TD: Optional[Tensor], angles: tuple[Tensor, Tensor],
+def self_block(w: SelfLayer, x_TD: Tensor, y_TD: Optional[Tensor], angles: tuple[Tensor, Tensor],
                pages: tuple[Tensor, Tensor], attend: Attend, shape: ModelShape, ops: Ops) -> tuple[Tensor, Tensor]:
     """A layer that attends to text; (x_TD, y_TD) in and out."""
     h_TD, x_TD = ops.add_rms_norm(x_TD, y_TD, w.attention_norm, shape.text.eps)
@@ -48,7 +49,7 @@ def self_block(w: Node, x_TD: Tensor, y_TD: Optional[Tensor], angles: tuple[Tens
     return x_TD, mlp(w, h_TD, ops)
 
 
-def cross_block(w: Node, x_TD: Tensor, y_TD: Optional[Tensor], pages: tuple[Tensor, Tensor], image: ImageInput,
+def cross_block(w: CrossLayer, x_TD: Tensor, y_TD: Optional[Tensor], pages: tuple[Tensor, Tensor], image: ImageInput,
                 shape: ModelShape, ops: Ops) -> tuple[Tensor, Tensor]:
     """Attention to images, each part behind its tanh gate.
 
@@ -67,27 +68,27 @@ def cross_block(w: Node, x_TD: Tensor, y_TD: Optional[Tensor], pages: tuple[Tens
     return x_TD, torch.where(sees_T1, y_TD, 0)
 
 
-def trunk(w: Node, ids_T: Tensor, position_T: Tensor, image: Optional[ImageInput], pages: Pages, image_pages: Pages,
+def trunk(w: TextWeights, ids_T: Tensor, position_T: Tensor, image: Optional[ImageInput], pages: Pages, image_pages: Pages,
           attend: Attend, shape: ModelShape, ops: Ops) -> tuple[Tensor, Optional[Tensor]]:
     """All layers. Without `image` the cross layers are left out: the lean graph, equal where no row sees an image."""
     angles = ops.rope_angles(position_T, w.inv_freq)
     x_TD, y_TD = ops.embed(ids_T, w.embed).to(pages[0][0].dtype), None
     next_pages, next_image_pages = iter(pages), iter(image_pages)
-    for index, layer in enumerate(w.layers):
-        if index not in shape.text.cross_layers:
+    for layer in w.layers:
+        if isinstance(layer, SelfLayer):
             x_TD, y_TD = self_block(layer, x_TD, y_TD, angles, next(next_pages), attend, shape, ops)
-        elif image is not None:
+        elif isinstance(layer, CrossLayer) and image is not None:
             x_TD, y_TD = cross_block(layer, x_TD, y_TD, next(next_image_pages), image, shape, ops)
     return x_TD, y_TD
 
 
-def logits(w: Node, x_TD: Tensor, y_TD: Optional[Tensor], shape: ModelShape, ops: Ops) -> Tensor:
+def logits(w: TextWeights, x_TD: Tensor, y_TD: Optional[Tensor], shape: ModelShape, ops: Ops) -> Tensor:
     """The final norm and the head, of whatever rows are given."""
     h_TD, _ = ops.add_rms_norm(x_TD, y_TD, w.norm, shape.text.eps)
     return ops.linear(h_TD, w.head)
 
 
-def prefill(w: Node, given: PromptInput, pages: Pages, image_pages: Pages, shape: ModelShape, ops: Ops) -> Tensor:
+def prefill(w: TextWeights, given: PromptInput, pages: Pages, image_pages: Pages, shape: ModelShape, ops: Ops) -> Tensor:
     """Writes a chunk's K/V into its slots; logits_1V of row `last_1`."""
     ops = ops.without_padding(ops, given)
 
@@ -101,7 +102,7 @@ def prefill(w: Node, given: PromptInput, pages: Pages, image_pages: Pages, shape
     return logits(w, x_1D, y_1D, shape, ops)
 
 
-def decode(w: Node, given: TokenInput, pages: Pages, image_pages: Pages, shape: ModelShape, ops: Ops) -> Tensor:
+def decode(w: TextWeights, given: TokenInput, pages: Pages, image_pages: Pages, shape: ModelShape, ops: Ops) -> Tensor:
     """Writes the fresh tokens' K/V into their slots; logits_TV of every row."""
     ops = ops.without_padding(ops, given)
 

@@ -1,95 +1,209 @@
-"""The trees that the model's functions take: weights, pages and the static-shaped inputs of each step.
+"""The weight tree: what each layer holds, and how a rank's tree is built from the checkpoint table.
 
-    B sequences   T token rows   J pages a sequence   C tiles   S patch rows   h w pixels
+The nodes are modules without a forward: compilers want Parameters on modules, the math is in text.py and vision.py.
+Every linear layer goes through `Ops.linear`, whatever format its weight is stored in.
 """
 
-from typing import NamedTuple, Optional
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Optional, cast
 
+import torch
 from torch import Tensor, nn
 
+from mllama_graph.model.placement import Placement
+from mllama_graph.model.shape import ModelShape, RopeShape
+from mllama_graph.model.table import WHOLE, Entry, Shard, table
 
-class Node(nn.Module):
-    """A branch of the weight tree. It has no forward: a module only because compilers want Parameters on modules."""
 
+class Linear(nn.Module):
+    """Parameters of a linear layer: weight (out, in), bias (out,) or None; scale of a quantised weight, or None."""
 
-class Leaf(Node):
-    """Of a linear layer or a layer norm: weight (out, in), an optional scale of a quantised weight, a bias or None."""
+    weight: nn.Parameter
+    bias: Optional[nn.Parameter]
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.scale: Optional[Tensor] = None
         self.register_parameter("bias", None)
 
 
-def matrices(root: Node) -> list[nn.Parameter]:
-    """The weights of linear layers, which a backend may lay out as its kernels read them; only `Ops.linear` reads them."""
-    return [weight for path, weight in root.named_parameters()
-            if path.endswith(".weight") and weight.dim() == 2 and not path.endswith("embed.weight")]
+class Embedding(Linear):
+    """A rank's rows of the embedding table. `first`: the id of its first row, int32; a tensor, so that ranks share graphs."""
+
+    first: Tensor
 
 
-# One pair of (N, P, K, H) tensors a layer: K and V apart, allocated once.
-Pages = tuple[tuple[Tensor, Tensor], ...]
+class LayerNorm(nn.Module):
+    """Weight and bias of a layer norm."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter
 
 
-class ImageInput(NamedTuple):
-    """What each row sees of images.
+class TextLayer(nn.Module):
+    """What both kinds of language-model layer hold. gate_up: gate and up projection stacked."""
 
-    table_BJ: image pages of a sequence, image after image. fill_BJ: tokens in each (an image seldom fills its last).
-    see_T2: the table entries [from, to) that a row sees; from == to is a row that sees no image.
+    attention_norm: nn.Parameter
+    mlp_norm: nn.Parameter
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.o, self.gate_up, self.down = Linear(), Linear(), Linear()
+
+
+class SelfLayer(TextLayer):
+    """A layer that attends to text. qkv: query, key and value projections stacked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = Linear()
+
+
+class CrossLayer(TextLayer):
+    """A layer that attends to images. kv, k_norm: used by the vision graph, which writes an image's K/V pages."""
+
+    q_norm: nn.Parameter
+    k_norm: nn.Parameter
+    attention_gate: nn.Parameter
+    mlp_gate: nn.Parameter
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.kv = Linear(), Linear()
+
+
+class TextWeights(nn.Module):
+    """The language model. inv_freq: rotary frequencies, fp32 (H / 2,)."""
+
+    norm: nn.Parameter
+    inv_freq: Tensor
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.embed, self.head = Embedding(), Linear()
+        layers = [CrossLayer() if i in shape.text.cross_layers else SelfLayer() for i in range(shape.text.layers)]
+        self.layers = cast(Sequence[TextLayer], nn.ModuleList(layers))
+
+
+class VisionLayer(nn.Module):
+    """A layer of the vision tower; only global layers have gates. fc2_bias: added once, after the sum over ranks."""
+
+    fc2_bias: nn.Parameter
+    attention_gate: Optional[nn.Parameter]
+    mlp_gate: Optional[nn.Parameter]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention_norm, self.mlp_norm = LayerNorm(), LayerNorm()
+        self.qkv, self.o, self.fc1, self.fc2 = Linear(), Linear(), Linear(), Linear()
+        self.register_parameter("attention_gate", None)
+        self.register_parameter("mlp_gate", None)
+
+
+class VisionWeights(nn.Module):
+    """The vision tower. pixel_*: the normalisation of pixels, as buffers of the graph."""
+
+    patch: nn.Parameter
+    class_token: nn.Parameter
+    position_gate: nn.Parameter
+    position: nn.Parameter
+    tile_position: nn.Parameter
+    pre_tile: nn.Parameter
+    pre_tile_gate: nn.Parameter
+    post_tile: nn.Parameter
+    post_tile_gate: nn.Parameter
+    pixel_scale: Tensor
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.norm_before, self.norm_after = LayerNorm(), LayerNorm()
+        local, global_ = ([VisionLayer() for _ in range(count)] for count in (shape.vision.layers, shape.vision.global_layers))
+        self.local_layers = cast(Sequence[VisionLayer], nn.ModuleList(local))
+        self.global_layers = cast(Sequence[VisionLayer], nn.ModuleList(global_))
+
+
+class Weights(nn.Module):
+    """A rank's part of all weights."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.text, self.vision, self.projector = TextWeights(shape), VisionWeights(shape), Linear()
+
+
+def matrices(root: nn.Module) -> list[nn.Parameter]:
+    """The weights of linear layers, which a backend may lay out as its kernels read them: only `Ops.linear` reads them."""
+    return [module.weight for module in root.modules() if type(module) is Linear]
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """How uint8 pixels become the model's input, per channel: (x * scale - mean) / std."""
+
+    scale: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+# Fills one entry's part of a Parameter: (entry, destination, the region of the whole tensor that it takes).
+Fill = Callable[[Entry, Tensor, tuple[slice, ...]], None]
+
+
+def build(shape: ModelShape, pixels: Pixels, dtype: torch.dtype, placement: Placement, fill: Fill,
+          progress: Callable[[int], None], shard: Shard = WHOLE) -> Weights:
+    """A rank's weight tree: Parameters at the table's paths, filled by `fill`, padding by zeros.
+
+    `progress` gets the number of bytes filled since its last call.
     """
+    root = Weights(shape)
+    groups: dict[str, list[Entry]] = {}
+    for entry in table(shape):
+        groups.setdefault(entry.path, []).append(entry)
+    for path, entries in groups.items():
+        parts = [entry.local(shard) for entry in entries]
+        whole = placement.allocate((sum(part[0] for part in parts), *parts[0][1:]), dtype)
+        for entry, part in zip(entries, whole.split([part[0] for part in parts]), strict=True):
+            _fill_padded(entry, part, entry.region(shard), fill)
+        node, _, leaf = path.rpartition(".")
+        parameter = nn.Parameter(placement.settle(whole), requires_grad=False)
+        root.get_submodule(node).register_parameter(leaf, parameter)
+        progress(whole.numel() * whole.element_size())
+    frequencies = inverse_frequencies(shape.text.rope, shape.text.head_width)
+    root.text.register_buffer("inv_freq", frequencies.to(placement.device))
+    first = torch.tensor(shard.bounds(shape.embeddings)[0], dtype=torch.int32)
+    root.text.embed.register_buffer("first", first.to(placement.device))
+    for name in ("scale", "mean", "std"):
+        value = torch.tensor(getattr(pixels, name)).to(placement.device)
+        root.vision.register_buffer(f"pixel_{name}", value if name == "scale" else value[:, None, None])
+    return root
 
-    table_BJ: Tensor
-    fill_BJ: Tensor
-    see_T2: Tensor
+
+def _fill_padded(entry: Entry, part: Tensor, region: tuple[slice, ...], fill: Fill) -> None:
+    """Fill what the region covers, and zero the rest."""
+    for axis, taken in enumerate(region):
+        size = taken.stop - taken.start
+        part.narrow(axis, size, part.shape[axis] - size).zero_()
+        part = part.narrow(axis, 0, size)
+    if part.numel():
+        fill(entry, part, region)
 
 
-class PromptInput(NamedTuple):
-    """A chunk of one sequence's prompt, padded to T rows. int32 throughout.
+def inverse_frequencies(rope: RopeShape, head_width: int) -> Tensor:
+    """Rotation speed of each pair of a head's dimensions in radians per token, fp32, (H / 2,).
 
-    slot_T: where each row's K/V go. last_1: the row whose logits are wanted. past_1: earlier tokens, held by table_J.
+    Source: the Llama 3.1 scaling of long wavelengths (transformers modeling_rope_utils, `llama3`).
     """
-
-    ids_T: Tensor
-    position_T: Tensor
-    slot_T: Tensor
-    last_1: Tensor
-    past_1: Tensor
-    table_J: Optional[Tensor]
-    image: Optional[ImageInput]
-
-    @property
-    def real_1(self) -> Tensor:
-        """How many rows are no padding; they come first. The logits that are wanted are the last one's."""
-        return self.last_1 + 1
-
-
-class TokenInput(NamedTuple):
-    """The fresh tokens of B running sequences, T = B * q rows. len_B counts a sequence's tokens, fresh ones included.
-
-    A padded sequence has one token, a running one more.
-    """
-
-    ids_T: Tensor
-    position_T: Tensor
-    slot_T: Tensor
-    table_BJ: Tensor
-    len_B: Tensor
-    image: Optional[ImageInput]
-
-    @property
-    def real_1(self) -> Tensor:
-        """How many rows are no padding; they come first."""
-        rows = self.ids_T.shape[0] // self.len_B.shape[0]
-        return (self.len_B > 1).sum(dim=0, keepdim=True, dtype=self.len_B.dtype) * rows
-
-
-class TileInput(NamedTuple):
-    """One image: all its tiles as uint8, padding tiles included.
-
-    aspect_1: 1-based aspect-ratio id. real_1: tiles that are not padding. slot_S: where each token's K/V go.
-    """
-
-    tiles_C3hw: Tensor
-    aspect_1: Tensor
-    real_1: Tensor
-    slot_S: Tensor
+    frequency = 1.0 / rope.theta ** (torch.arange(0, head_width, 2, dtype=torch.int64).float() / head_width)
+    if rope.type == "default":
+        return frequency
+    if rope.type == "linear":
+        return frequency / rope.factor
+    wavelength = 2 * math.pi / frequency
+    turns = rope.original_positions / wavelength
+    smooth = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    blended = (1 - smooth.clamp(0, 1)) * frequency / rope.factor + smooth.clamp(0, 1) * frequency
+    long, short = turns < rope.low_freq_factor, turns > rope.high_freq_factor
+    return torch.where(long, frequency / rope.factor, torch.where(short, frequency, blended))

@@ -11,15 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mllama_graph.model.tree import Node, Pages, TileInput
+from mllama_graph.model.inputs import Pages, TileInput
 from mllama_graph.model.ops import Ops
 from mllama_graph.model.shape import ROW_MULTIPLE, ModelShape, VisionShape
+from mllama_graph.model.tree import CrossLayer, VisionLayer, VisionWeights, Weights
 
 # Both are fixed, whatever norm_eps says (transformers modeling_mllama.py, MllamaVisionModel).
 OUTER_NORM_EPS = 1e-5
 
 
-def normalise(w: Node, tiles_C3hw: Tensor, real_1: Tensor, dtype: torch.dtype) -> Tensor:
+def normalise(w: VisionWeights, tiles_C3hw: Tensor, real_1: Tensor, dtype: torch.dtype) -> Tensor:
     """uint8 to (x / 255 - mean) / std; padding tiles are exactly zero after it."""
     x_C3hw = (tiles_C3hw.float() * w.pixel_scale - w.pixel_mean) / w.pixel_std
     # Of real_1's dtype: the NPU's comparison takes no mixed ones, and its compiler does not convert.
@@ -32,7 +33,7 @@ def gated(x: Tensor, gate: Optional[Tensor]) -> Tensor:
     return x if gate is None else x * gate.to(x.dtype).tanh()
 
 
-def block(w: Node, x_WE: Tensor, pad_W: Tensor, head_width: int, eps: float, ops: Ops) -> Tensor:
+def block(w: VisionLayer, x_WE: Tensor, pad_W: Tensor, head_width: int, eps: float, ops: Ops) -> Tensor:
     """A vision layer. Only global layers have gates."""
     W = x_WE.shape[0]
     h_WE = ops.layer_norm(x_WE, w.attention_norm, eps)
@@ -47,7 +48,7 @@ def block(w: Node, x_WE: Tensor, pad_W: Tensor, head_width: int, eps: float, ops
     return x_WE + gated(y_WE, w.mlp_gate)
 
 
-def embed_tiles(w: Node, x_C3hw: Tensor, aspect_1: Tensor, vision: VisionShape, ops: Ops) -> Tensor:
+def embed_tiles(w: VisionWeights, x_C3hw: Tensor, aspect_1: Tensor, vision: VisionShape, ops: Ops) -> Tensor:
     """Patches with their tile's embedding, class token first, positions added: (C, L, E) before any layer."""
     dtype = x_C3hw.dtype
     x_CNE = ops.patch_embed(x_C3hw, w.patch)
@@ -64,7 +65,7 @@ def tile_embedding(table: Tensor, aspect_1: Tensor, vision: VisionShape, rows: i
     return table.index_select(0, aspect_1).view(vision.max_tiles, rows, vision.width).to(dtype)
 
 
-def encode(w: Node, given: TileInput, dtype: torch.dtype, shape: ModelShape, ops: Ops) -> Tensor:
+def encode(w: VisionWeights, given: TileInput, dtype: torch.dtype, shape: ModelShape, ops: Ops) -> Tensor:
     """Features of one image, (S, U): the tower's output and the *inputs* of the listed local layers.
 
     Meta keeps a layer's input (llama_models/llama3/multimodal/model.py, VisionEncoder); the extra features interleave
@@ -98,7 +99,7 @@ def encode(w: Node, given: TileInput, dtype: torch.dtype, shape: ModelShape, ops
     return torch.cat(parts, dim=-1).view(C, R, -1)[:, :L].reshape(C * L, -1)
 
 
-def encode_image(w: Node, given: TileInput, image_pages: Pages, shape: ModelShape, ops: Ops) -> None:
+def encode_image(w: Weights, given: TileInput, image_pages: Pages, shape: ModelShape, ops: Ops) -> None:
     """Encodes an image and writes its K and V into the pages of every cross-attention layer.
 
     Keys are normalised before they are kept; they carry no position, so that every request may share them.
@@ -108,6 +109,7 @@ def encode_image(w: Node, given: TileInput, image_pages: Pages, shape: ModelShap
     S, head_width = x_SD.shape[0], shape.text.head_width
     for pages, index in zip(image_pages, shape.text.cross_layers, strict=True):
         layer = w.text.layers[index]
+        assert isinstance(layer, CrossLayer)
         k, v = ops.linear(x_SD, layer.kv).chunk(2, dim=-1)
         k_SKH = ops.rms_norm(k.view(S, -1, head_width), layer.k_norm, shape.text.eps)
         ops.write_pages_(k_SKH, v.view(S, -1, head_width), pages, given.slot_S)

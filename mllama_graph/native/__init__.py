@@ -91,7 +91,7 @@ def build(name: str, folder: Path) -> Path:
     """The library's file, built if it is not there yet. Processes that need it at once build it once."""
     from filelock import FileLock
 
-    if lack() and (found := built(name, folder)):
+    if missing_compiler() and (found := built(name, folder)):
         return found
     compiler = find_compiler()
     version = hashlib.sha256("\0".join((compiler, compiler_version(compiler))).encode()).hexdigest()[:8]
@@ -141,7 +141,7 @@ def find_compiler() -> str:
     return found
 
 
-def lack() -> Optional[str]:
+def missing_compiler() -> Optional[str]:
     """Why no library, and no graph, could be built here; None where they could."""
     try:
         find_compiler()
@@ -182,10 +182,10 @@ def _home(name: str, folder: Path) -> Path:
     """Where a library lies, whose key is whatever but the compiler can change it: it holds the machine's instructions, so the CPU too."""
     import torch
 
-    from mllama_graph.graphs.aot import processor_name
+    from mllama_graph.core.machine import processor_name
 
     source = (SOURCE / f"{name}.cpp").read_text()
-    parts = (source, torch.__version__, *_flags(name), processor_name())
+    parts = (source, torch.__version__, *_flags(name), processor_name(torch.backends.cpu.get_cpu_capability()))
     return folder / "native" / hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 

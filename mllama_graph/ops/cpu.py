@@ -10,13 +10,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mllama_graph.model.tree import Node, PromptInput, TokenInput, matrices
-from mllama_graph.ops import plain
+from mllama_graph.model.inputs import PromptInput, TokenInput
 from mllama_graph.model.ops import Ops
+from mllama_graph.model.tree import Weights, matrices
+from mllama_graph.ops import plain
 from mllama_graph.ops.plain import PLAIN, Pages
 
 
-def lay_out(weights: Node) -> None:
+def lay_out(weights: Weights) -> None:
     """Lay the matrices of linear layers out as the kernel reads them, in place: outputs side by side, as many as a vector has."""
     for weight in matrices(weights):
         torch.ops.mllama_graph.lay_out_(weight)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mllama_graph.model.ops import Ops
-from mllama_graph.plan.cost import FEW_ROWS
+from mllama_graph.core.dtypes import WIDEN_ROWS
 
 Pages = tuple[Tensor, Tensor]
 
@@ -23,7 +23,7 @@ def linear(x: Tensor, leaf) -> Tensor:
     """
     weight = leaf.weight
     if weight.dtype != x.dtype:
-        if x.dim() == 2 and x.shape[0] <= FEW_ROWS and torch.compiler.is_compiling():
+        if x.dim() == 2 and x.shape[0] <= WIDEN_ROWS and torch.compiler.is_compiling():
             y = (x[:, None, :] * weight.to(x.dtype)).sum(-1)
             return y if leaf.bias is None else y + leaf.bias
         weight = weight.to(x.dtype)

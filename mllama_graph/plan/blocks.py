@@ -1,21 +1,21 @@
-"""Pages: who owns which. Integers only; the tensors that the pages index live in rank.py."""
+"""Pages: who owns which. Integers only; the tensors that the pages index belong to each rank (engine/rank.py)."""
 
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Sequence
 
 
 class OutOfPages(Exception):
-    """The pool can't give what was asked for now; the scheduler waits or preempts."""
+    """The pool has too few free pages now; the scheduler waits or preempts."""
 
 
 class BlockPool:
-    """A free list of pages. Pages below `reserved` are scratch and are never handed out."""
+    """A free list of pages. Pages below `reserved` are scratch pages, which are never handed out."""
 
     def __init__(self, num_pages: int, reserved: int = 0):
         assert 0 <= reserved <= num_pages
         self.num_pages, self.reserved = num_pages, reserved
-        # Lowest page last, so that pop() hands out low pages first and runs are reproducible.
+        # The lowest page is last, so that pop() hands out low pages first, and runs are reproducible.
         self._free = list(range(num_pages - 1, reserved - 1, -1))
         self._taken: set[int] = set()
 
@@ -28,15 +28,15 @@ class BlockPool:
         return self.num_pages - self.reserved
 
     def allocate(self, count: int) -> list[int]:
-        """`count` pages. Raises OutOfPages and takes none where there are fewer."""
+        """Take `count` pages. Raises OutOfPages, taking none, where fewer are free."""
         if count > len(self._free):
-            raise OutOfPages(f"{count} pages wanted, {len(self._free)} of {self.capacity} free")
+            raise OutOfPages(f"{count} pages needed, {len(self._free)} of {self.capacity} free")
         pages = [self._free.pop() for _ in range(count)]
         self._taken.update(pages)
         return pages
 
     def release(self, pages: Sequence[int]) -> None:
-        """Give pages back. A page that is not out is a bug of ours."""
+        """Give pages back. Releasing a page that is not allocated is a bug of ours."""
         for page in pages:
             assert page in self._taken, f"page {page} is not allocated"
             self._taken.remove(page)
@@ -44,47 +44,47 @@ class BlockPool:
 
 
 def pages_for(tokens: int, page_size: int) -> int:
-    """Pages that `tokens` fill, the last one perhaps partly."""
+    """Number of pages that `tokens` fill, the last one possibly in part."""
     return -(-tokens // page_size)
 
 
 def slots(pages: Sequence[int], start: int, count: int, page_size: int) -> list[int]:
-    """Slots of the tokens at positions start .. start + count - 1 of a sequence that owns `pages`."""
+    """Slots of positions start .. start + count - 1 of a sequence whose block table is `pages`."""
     return [pages[t // page_size] * page_size + t % page_size for t in range(start, start + count)]
 
 
 @dataclass
-class CachedImage:
-    """The K/V pages of one image, shared by every request that shows it."""
+class ImagePages:
+    """The K/V pages of one image, shared by all requests that have it. `tokens`: those of its real tiles."""
 
     tokens: int
     pages: list[int]
     users: int = 1
-    encoded: bool = field(default=False)
+    encoded: bool = False
 
 
 class ImageCache:
-    """Image K/V pages by the image's hash: shared while in use, kept idle until the room is needed.
+    """Image K/V pages by the image's hash: shared while in use, then kept until their pages are needed.
 
-    `full_pages` is what an image takes while it is encoded, padding tiles included; the pages of padding tiles are
-    given back by `trim` once the vision graph has run, since no text row ever attends to them.
+    An image takes `full_pages` while it is encoded, padding tiles included. `trim` gives the pages of padding tiles back
+    once the vision graph has run, since no text row ever attends to them.
     """
 
     def __init__(self, pool: BlockPool, page_size: int, full_pages: int):
         self.pool, self.page_size, self.full_pages = pool, page_size, full_pages
-        self._used: dict[str, CachedImage] = {}
-        self._idle: OrderedDict[str, CachedImage] = OrderedDict()
+        self._used: dict[str, ImagePages] = {}
+        self._idle: OrderedDict[str, ImagePages] = OrderedDict()
 
-    def __getitem__(self, key: str) -> CachedImage:
+    def __getitem__(self, key: str) -> ImagePages:
         return self._used[key]
 
     def __contains__(self, key: str) -> bool:
         return key in self._used or key in self._idle
 
-    def acquire(self, key: str, tokens: int) -> CachedImage:
-        """The image's pages, one user more. `encoded` says whether they hold the image yet.
+    def acquire(self, key: str, tokens: int) -> ImagePages:
+        """The image's pages, with one user more. `encoded` says whether they hold the image's K/V yet.
 
-        Raises OutOfPages where even evicting every idle image leaves too few.
+        Raises OutOfPages where evicting every idle image would still leave too few.
         """
         if key in self._used:
             image = self._used[key]
@@ -96,11 +96,11 @@ class ImageCache:
             return image
         idle = sum(len(image.pages) for image in self._idle.values())
         if self.pool.free + idle < self.full_pages:
-            raise OutOfPages(f"{self.full_pages} image pages wanted, {self.pool.free} free and {idle} idle")
+            raise OutOfPages(f"{self.full_pages} image pages needed, {self.pool.free} free and {idle} idle")
         while self.pool.free < self.full_pages:
             _, oldest = self._idle.popitem(last=False)
             self.pool.release(oldest.pages)
-        image = self._used[key] = CachedImage(tokens, self.pool.allocate(self.full_pages))
+        image = self._used[key] = ImagePages(tokens, self.pool.allocate(self.full_pages))
         return image
 
     def trim(self, key: str) -> None:
@@ -112,7 +112,7 @@ class ImageCache:
         image.encoded = True
 
     def release(self, key: str) -> None:
-        """One user fewer; the last one leaves an encoded image idle, most recently used last."""
+        """One user fewer. Without users an encoded image stays, as the most recently used of the idle ones."""
         image = self._used[key]
         image.users -= 1
         if image.users == 0:

@@ -1,7 +1,7 @@
 """The bucket plan: which static shapes exist, and which one serves a step. Integers only.
 
-A graph is compiled for one bucket. Its sizes, and the number of pages in the pools, come from the configuration alone,
-so that the same command finds the same graphs again whatever memory happens to be free.
+One graph is compiled per bucket. Bucket sizes and the number of pages come from the configuration alone, never from free
+memory, so that the same command finds its graphs again.
 """
 
 from collections.abc import Callable, Iterable
@@ -9,47 +9,17 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Optional, Sequence
 
-from mllama_graph.plan.blocks import pages_for
-from mllama_graph.core.config import Run, UserError
+from mllama_graph.core.config import PlanChoice
+from mllama_graph.core.devices import Paging
+from mllama_graph.core.errors import UserError
 from mllama_graph.model.shape import ModelShape
+from mllama_graph.plan.blocks import pages_for
+from mllama_graph.plan.bucket import Bucket
 
-# Each step of a ladder is this many times the one before: few graphs, each compiled on first use.
+# Each size of a ladder is this many times the one before: few graphs, each compiled on first use.
 LADDER = 4
-# docs npu_fused_infer_attention_score: pages for several query rows.
-NPU_PAGE, MOST_NPU_PAGE = 128, 512
 SMALLEST_PREFILL = 32
 LARGEST_PREFILL = 2048
-
-
-@dataclass(frozen=True, order=True)
-class Bucket:
-    """The static sizes of one graph.
-
-    rows: sequences (B). tokens: token rows (T). pages: K/V pages a sequence (J; earlier ones in a prefill).
-    image_pages: image K/V pages a sequence; 0 is the lean graph without cross-attention layers.
-    """
-
-    phase: str
-    rows: int
-    tokens: int
-    pages: int
-    image_pages: int
-
-    def __str__(self) -> str:
-        sizes = {"vision": [], "prefill": [("tokens", self.tokens), ("pages", self.pages)],
-                 "decode": [("batch", self.rows), ("pages", self.pages)]}[self.phase]
-        image = [("image_pages", self.image_pages)]
-        return self.phase + " " + " ".join(f"{name}={size}" for name, size in sizes + image)
-
-    def holds(self, need: "Bucket") -> bool:
-        """Whether a graph of this bucket can run a step that needs `need`.
-
-        Lean steps stay lean: a batch without images must not pay for the cross layers.
-        """
-        return (self.phase == need.phase and (self.image_pages == 0) == (need.image_pages == 0)
-                and (self.pages == 0) == (need.pages == 0)
-                and self.rows >= need.rows and self.tokens >= need.tokens
-                and self.pages >= need.pages and self.image_pages >= need.image_pages)
 
 
 def pick(need: int, sizes: Sequence[int]) -> int:
@@ -82,8 +52,9 @@ class Plan:
     decode_batch: tuple[int, ...]
     pages: tuple[int, ...]
     images: tuple[int, ...]
-    # Whether a step's cost follows its lengths, not its bucket's: then one bucket of pages serves any.
+    # Whether a step's cost depends on its own lengths, not on the bucket's: then one bucket of pages serves all lengths.
     lengths_are_free: bool
+    tokens_per_tile: int
     pages_per_image: int
     scratch_pages: int
     num_pages: int
@@ -108,18 +79,18 @@ class Plan:
         return Bucket("vision", 1, 1, 0, self.pages_per_image)
 
     def chunk(self, left: int) -> int:
-        """How many of a prompt's `left` tokens to prefill next."""
+        """How many of a prompt's `left` remaining tokens the next chunk takes."""
         return min(left, self.prefill_tokens[-1])
 
     def _images(self, image_pages: int) -> int:
         return pick(image_pages, [n * self.pages_per_image for n in self.images]) if image_pages else 0
 
     def buckets(self) -> list[Bucket]:
-        """Every bucket that a step can need, the vision one first."""
+        """Every bucket that a step can need, the vision bucket first."""
         image_pages = [0] + [n * self.pages_per_image for n in self.images]
         past = self.pages
         if not self.lengths_are_free:
-            # A chunk comes behind earlier pages only where a prompt (or one that was preempted) exceeds the largest chunk.
+            # Only a prompt longer than the largest chunk (or one that was preempted) has earlier pages.
             chunk = self.prefill_tokens[-1]
             least = pages_for(chunk, self.page_size)
             past = (0, *(p for p in self.pages if p >= least)) if self.max_length - 1 > chunk else (0,)
@@ -128,15 +99,18 @@ class Plan:
         return [self.vision(), *prefill, *decode]
 
     def describe(self) -> str:
-        """The plan in one line, as it is printed at the start of a run."""
-        join = lambda sizes: ",".join(map(str, sizes))  # noqa: E731
+        """The plan in one line, as a run prints it at its start."""
+
+        def join(sizes: Sequence[int]) -> str:
+            return ",".join(map(str, sizes))
+
         return (f"prefill_tokens={join(self.prefill_tokens)} decode_batch={join(self.decode_batch)} "
                 f"pages={join(self.pages)} images={join(self.images)} page_size={self.page_size} "
                 f"num_pages={self.num_pages} num_image_pages={self.num_image_pages}")
 
 
 def choose(need: Bucket, existing: Iterable[Bucket], cost: Callable[[Bucket], float], reuse: float) -> Bucket:
-    """The bucket that serves a step: a graph that exists, unless it costs more than `reuse` times the exact one."""
+    """The bucket that serves a step: one whose graph exists, unless it costs more than `reuse` times the exact bucket."""
     fitting = [bucket for bucket in existing if bucket.holds(need)]
     best = min(fitting, key=cost, default=need)
     return best if cost(best) <= reuse * cost(need) else need
@@ -153,42 +127,65 @@ def _sizes(name: str, given: Optional[Sequence[int]], default: tuple[int, ...], 
     return sizes
 
 
-def make_plan(run: Run, shape: ModelShape, max_images: int) -> Plan:
+@dataclass(frozen=True)
+class Limits:
+    """The most that a run serves at once: sequences, text ids of a prompt, new tokens, images of a request."""
+
+    batch: int
+    max_input: int
+    max_new: int
+    max_images: int
+
+
+def make_plan(choice: PlanChoice, limits: Limits, shape: ModelShape, paging: Paging, lengths_are_free: bool) -> Plan:
     """The plan of a run: ladders over batch, tokens and pages, and pools that hold a full batch.
 
-    Raises UserError where a size given in the configuration can't hold what the run's limits allow.
+    Raises UserError where a size given in the configuration can't hold what the limits allow.
     """
-    choice = run.plan
-    size, on_npu = choice.page_size, run.backend.name == "torchair"
-    if size < 1:
-        raise UserError(f"plan.page_size={size} must be at least 1.")
-    if on_npu and (size % NPU_PAGE or size > MOST_NPU_PAGE):
-        raise UserError(f"plan.page_size={size}: an NPU's attention takes pages of {NPU_PAGE} to {MOST_NPU_PAGE} tokens, in "
-                        f"steps of {NPU_PAGE}. Use plan.page_size={NPU_PAGE}.")
-    longest = run.max_input_length + run.max_output_length
+    size = choice.page_size
+    _check_page(size, paging)
+    longest = limits.max_input + limits.max_new
     pages_per_sequence = pages_for(longest, size)
-    chunk = min(LARGEST_PREFILL, run.max_input_length)
+    chunk = min(LARGEST_PREFILL, limits.max_input)
+
+    def pages_ladder(top: int) -> tuple[int, ...]:
+        return (top,) if lengths_are_free else ladder(1, top)
+
     prefill = _sizes("prefill_tokens", choice.prefill_tokens, ladder(SMALLEST_PREFILL, chunk), 1)
-    free = run.backend.kernels == "native"
-    batch = _sizes("decode_batch", choice.decode_batch, ladder(1, run.batch), run.batch)
-    pages = _sizes("pages", choice.pages, (pages_per_sequence,) if free else ladder(1, pages_per_sequence), pages_per_sequence)
-    images = _sizes("images", choice.images, (max_images,) if free else ladder(1, max_images), max_images)
-    pages_per_image = pages_for(shape.vision.max_tiles * shape.vision.tokens, size)
-    # A padded token row writes to a slot of its own in these pages, so that slots are unique.
+    batch = _sizes("decode_batch", choice.decode_batch, ladder(1, limits.batch), limits.batch)
+    pages = _sizes("pages", choice.pages, pages_ladder(pages_per_sequence), pages_per_sequence)
+    images = _sizes("images", choice.images, pages_ladder(limits.max_images), limits.max_images)
+    # Each padded token row writes to a slot of its own in these pages, so that slots are unique.
     scratch = pages_for(max(prefill[-1], batch[-1]), size)
-    if on_npu:
-        # Each sequence of a batch counts pages of its own, a padded row one (docs npu_fused_infer_attention_score).
+    if paging.counts_every_reader:
+        # Each sequence of a batch counts at least one page, a padded one too.
         scratch = max(scratch, batch[-1])
-    num_pages = scratch + (run.batch * pages_per_sequence if choice.num_pages is None else choice.num_pages)
+    num_pages = scratch + (limits.batch * pages_per_sequence if choice.num_pages is None else choice.num_pages)
     if num_pages - scratch < pages_per_sequence:
         raise UserError(f"plan.num_pages={choice.num_pages} can't hold one sequence of {longest} tokens: "
                         f"it takes {pages_per_sequence} pages of {size}.")
-    # The same rule counts an image once for every sequence that sees it, shared or not.
-    least = batch[-1] * images[-1] if on_npu else max_images
-    num_images = max(run.batch, least) if choice.num_images is None else choice.num_images
-    if num_images < least:
-        needed = (f"{least}: {images[-1]} images for each of {batch[-1]} sequences, as an NPU's attention counts them"
-                  if on_npu else f"the {least} images of one request")
-        raise UserError(f"plan.num_images={num_images} must be at least {needed}.")
-    return Plan(size, longest, prefill, batch, pages, images, free, pages_per_image, scratch, num_pages,
-                num_images * pages_per_image)
+    num_images = _num_images(choice.num_images, limits, batch[-1], images[-1], paging)
+    tokens_per_tile = shape.vision.tokens
+    pages_per_image = pages_for(shape.vision.max_tiles * tokens_per_tile, size)
+    return Plan(size, longest, prefill, batch, pages, images, lengths_are_free, tokens_per_tile, pages_per_image, scratch,
+                num_pages, num_images * pages_per_image)
+
+
+def _check_page(size: int, paging: Paging) -> None:
+    if size < 1:
+        raise UserError(f"plan.page_size={size} must be at least 1.")
+    multiple, largest = paging.page_multiple, paging.largest_page
+    if size % multiple or largest and size > largest:
+        raise UserError(f"plan.page_size={size}: an NPU's attention takes pages of {multiple} to {largest} tokens, in "
+                        f"steps of {multiple}. Use plan.page_size={multiple}.")
+
+
+def _num_images(given: Optional[int], limits: Limits, batch: int, images: int, paging: Paging) -> int:
+    """Images in the pool. A kernel that counts every reader counts an image once for each sequence that sees it."""
+    least = batch * images if paging.counts_every_reader else limits.max_images
+    count = max(limits.batch, least) if given is None else given
+    if count < least:
+        needed = (f"{least}: {images} images for each of {batch} sequences, as an NPU's attention counts them"
+                  if paging.counts_every_reader else f"the {least} images of one request")
+        raise UserError(f"plan.num_images={count} must be at least {needed}.")
+    return count

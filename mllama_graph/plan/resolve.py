@@ -1,45 +1,220 @@
-"""What a run's model, plan and memory are, and what can be refused at once: no torch here, and no rank has started yet."""
+"""From `Run`, what was asked, to `ResolvedRun`, what will happen: decided once, before any rank exists. No torch.
 
-import importlib.util
+Whatever is wrong with the configuration, the model, the files or the devices is refused here, in a moment. Nothing below
+launch/ sees a `Run`.
+"""
+
 import os
+import secrets
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Optional
-
-from safetensors import SafetensorError, safe_open
+from typing import Any, Optional
 
 from mllama_graph import native
-from mllama_graph.plan.buckets import Plan, make_plan
-from mllama_graph.core.config import Run, UserError
-from mllama_graph.inputs.images import list_images
-from mllama_graph.measure.peers import settings_of
-from mllama_graph.core.place import Place, check_devices, device_of
-from mllama_graph.plan.cost import Memory, memory, require
-from mllama_graph.model.shape import ModelShape, differences, read_json, shape_of
-from mllama_graph.graphs.store import store_folder
+from mllama_graph.core import devices
+from mllama_graph.core.config import HardwareChoice, PlanChoice, Run, TaskOptions
+from mllama_graph.core.devices import CPU, DEVICES, Device
+from mllama_graph.core.dtypes import Precision
+from mllama_graph.core.errors import UserError
+from mllama_graph.core.machine import available_memory
+from mllama_graph.core.paths import in_package, store_folder
+from mllama_graph.core.place import Place
+from mllama_graph.model.files import CheckpointFiles
+from mllama_graph.model.shape import ModelShape, differences, shape_of
+from mllama_graph.plan.buckets import Limits, Plan, make_plan
+from mllama_graph.plan.memory import Memory, memory, require
 
-PACKAGE = "package:"
-# Weights that no checkpoint holds.
-MADE_UP = ("random", "meta")
+# Weights that no checkpoint holds: random values, or shapes without values.
+RANDOM, META = "random", "meta"
+# Where CPU kernels come from.
+NATIVE, PLAIN = "native", "plain"
+# Random weights stand for a checkpoint that is stored in this dtype.
+RANDOM_DTYPE = "bf16"
 # Images of one request that a plan holds unless max_images says otherwise.
 DEFAULT_MAX_IMAGES = 4
 # What a process takes beside weights, pages and workspace: torch and the compiled graphs.
 PROCESS_BYTES = 400_000_000
-NPUS = ("npu", "npu-sim")
-# Names of safetensors, ours, and bytes.
-STORED = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
-WIDTH = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
-def packaged(value: Optional[str]) -> Optional[str]:
-    """A path as it is, or one in this package's folder where it says package:."""
-    if value is None or not value.startswith(PACKAGE):
-        return value
-    return str(Path(__file__).parents[1] / value.removeprefix(PACKAGE))
+@dataclass(frozen=True)
+class ResolvedTask:
+    """What will happen, for any task. `asked`: the configuration as given, for result.json and manifests."""
+
+    asked: dict[str, Any]
+    options: TaskOptions
+    needs: str
+    output_dir: Path
+    store_folder: Path
+    seed: int
+
+    @property
+    def task(self) -> str:
+        """The task's name."""
+        return self.options.name
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a request takes where it says nothing of its own."""
+
+    max_new: int
+    max_input: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a chat on the command line asks, or the file of requests that is served instead."""
+
+    prompt: Optional[str]
+    image: Any
+    system: Optional[str]
+    requests: Optional[Path]
+    # What a run that gives neither prompt nor image asks, as the model's configuration says.
+    default_prompt: Optional[str]
+    default_image: Optional[str]
+
+
+@dataclass(frozen=True)
+class ResolvedRun(ResolvedTask):
+    """What will happen, for a task that needs a model: everything that ranks, graphs and tasks go by."""
+
+    model: str
+    # The released shapes that conf/model/ gives, in the form of config.json; None where the checkpoint gives them.
+    model_config: Optional[dict[str, Any]]
+    # The checkpoint's files; None for random weights and for shapes alone.
+    checkpoint: Optional[CheckpointFiles]
+    only_shapes: bool
+    shape: ModelShape
+    device: Device
+    backend: str
+    kernels: str
+    collectives: str
+    # The compiler's options, sorted by name, and variables to set before torch is imported.
+    compiler_options: tuple[tuple[str, Any], ...]
+    environment: tuple[tuple[str, str], ...]
+    precision: Precision
+    limits: Limits
+    plan_choice: PlanChoice
+    plan: Plan
+    # What each rank will allocate.
+    memory: Memory
+    memory_gib: Optional[float]
+    compile_mode: str
+    reuse: float
+    tp: int
+    # The name of the ranks' shared memory.
+    segment: str
+    threads: Optional[int]
+    deterministic: bool
+    timeout: float
+    defaults: Defaults
+    question: Question
+    hardware: HardwareChoice
+
+    def planned(self, batch: int, images: int) -> Plan:
+        """The plan of a batch of other size, whose every request has `images` images."""
+        choice = replace(self.plan_choice, decode_batch=None, num_pages=None, num_images=max(batch * images, 1))
+        limits = replace(self.limits, batch=batch, max_images=max(images, 1))
+        return make_plan(choice, limits, self.shape, self.device.paging, self.plan.lengths_are_free)
+
+
+def resolve(run: Run, place: Optional[Place]) -> ResolvedTask:
+    """What a checked run will do; `place` is this process's place where torchrun started it.
+
+    Raises UserError with the value, the rule and the remedy.
+    """
+    run = run.task.prepared(run)
+    device = _device(run)
+    needs = run.task.needs(device)
+    if needs == TaskOptions.NOTHING:
+        return ResolvedTask(**_common(run, needs))
+    backend = _backend(run, device)
+    shape, checkpoint = _model(run)
+    _refuse_what_is_not_built(run)
+    only_shapes = weights_of(run) == META
+    if needs == TaskOptions.RANKS:
+        _check_ranks(run, device, place, only_shapes)
+    precision = device.precision(run.dtype, checkpoint.stored if checkpoint else RANDOM_DTYPE)
+    kernels = _kernels(run, device, precision)
+    limits = Limits(run.batch, run.max_input_length, run.max_output_length,
+                    run.max_images or max(DEFAULT_MAX_IMAGES, run.task.images_asked(run)))
+    plan = make_plan(run.plan, limits, shape, device.paging, kernels == NATIVE)
+    needed = memory(shape, plan, *precision.widths, run.tp)
+    if needs == TaskOptions.RANKS and not only_shapes:
+        if device.on_host:
+            require_on_host(needed, run.memory_gib, place.local_world if place else run.tp)
+        if checkpoint:
+            checkpoint.verify()
+    named = replace(run, device=device.name, backend=replace(run.backend, name=backend, kernels=kernels))
+    on_torchair = device.compiles_on_rank
+    options = asdict(run.backend.torchair) if on_torchair else run.backend.inductor
+    return ResolvedRun(
+        **_common(named, needs), model=run.model.name, model_config=run.model.config, checkpoint=checkpoint,
+        only_shapes=only_shapes, shape=shape, device=device, backend=backend, kernels=kernels,
+        collectives=_collectives(run, device, place), compiler_options=tuple(sorted(options.items())),
+        environment=tuple(run.backend.environment.items()) if on_torchair else (), precision=precision, limits=limits,
+        plan_choice=run.plan, plan=plan, memory=needed, memory_gib=run.memory_gib, compile_mode=_compile_mode(run),
+        reuse=1.0 if run.deterministic else run.plan.reuse, tp=run.tp, segment=f"mllama_graph-{os.getpid()}-{secrets.token_hex(4)}", threads=run.threads, deterministic=run.deterministic,
+        timeout=run.timeout, hardware=run.hardware,
+        defaults=Defaults(run.max_output_length, run.max_input_length, run.temperature, run.top_p, run.top_k, run.seed),
+        question=Question(run.prompt, run.image, run.system, Path(run.requests).expanduser() if run.requests else None,
+                          run.model.prompt, in_package(run.model.image)))
+
+
+def _common(run: Run, needs: str) -> dict[str, Any]:
+    assert run.output_dir is not None, "set by the command line"
+    return {"asked": asdict(run), "options": run.task, "needs": needs, "output_dir": Path(run.output_dir),
+            "store_folder": store_folder(run.graph_cache), "seed": run.seed}
+
+
+def _device(run: Run) -> Device:
+    """The device of device=; auto is the one that the backend compiles for, simulated where there is none."""
+    if run.device != "auto":
+        return DEVICES[run.device]
+    found = devices.detect()
+    if run.backend.name in ("auto", *found.backends):
+        return found
+    fitting = [device for device in DEVICES.values() if run.backend.name in device.backends]
+    return next((device for device in fitting if device.simulated), CPU)
+
+
+def _backend(run: Run, device: Device) -> str:
+    """The compiler backend. Raises UserError for what does not go together, or is not installed."""
+    name, choice = run.backend.name, run.backend.torchair
+    if name not in ("auto", *device.backends):
+        if device.compiles_on_rank:
+            raise UserError(f"backend={name} does not run on device={device.name}. Use backend={device.backends[0]}.")
+        raise UserError(f"backend={name} compiles for an NPU, not for device={device.name}. Leave device= out, or use "
+                        "device=npu or npu-sim.")
+    device.check_package()
+    if run.dtype in device.refused_dtypes:
+        raise UserError(f"dtype={run.dtype}: attention on an NPU takes 16-bit types only. Use dtype=bf16 or fp16; the simulation "
+                        "(device=npu-sim) computes the same graphs in fp32.")
+    if device.simulated and choice.mode != "max-autotune":
+        raise UserError(f"backend.torchair.mode={choice.mode} captures kernels while they run, and the simulation has none. "
+                        "Use backend.torchair.mode=max-autotune, or an NPU.")
+    if device.simulated and choice.weight_format != "nd":
+        raise UserError(f"backend.torchair.weight_format={choice.weight_format}: only an NPU casts weights to its own "
+                        "tiles. Use backend.torchair.weight_format=nd.")
+    return device.backends[0] if name == "auto" else name
+
+
+def _check_ranks(run: Run, device: Device, place: Optional[Place], only_shapes: bool) -> None:
+    """Raises UserError where the processes or devices do not suffice for the ranks."""
+    if place and place.world != run.tp:
+        raise UserError(f"{place.world} processes were started for tp={run.tp}. Start tp processes, or set tp={place.world}.")
+    if only_shapes and device.compiles_on_rank:
+        raise UserError(f"weights=meta on {device.name}: graphs are lowered without weights by task=verify.")
+    device.check_count(place.local_world if place else run.tp)
 
 
 def weights_of(run: Run) -> str:
     """Where a run's weights come from: random, meta, or a folder. Raises UserError where nothing says so."""
-    weights = packaged(run.model.weights) if run.weights is None else run.weights
+    weights = in_package(run.model.weights) if run.weights is None else run.weights
     if weights is None:
         raise UserError("weights= is not given. Use weights=/path/to/checkpoint, or model=11b weights=random.")
     return weights
@@ -54,171 +229,64 @@ def checkpoint_folder(weights: str) -> Path:
     return folder
 
 
-def shape_of_run(run: Run) -> ModelShape:
-    """The model's shape. Raises UserError where weights= and model= don't fit each other, or tp= the model."""
+def _model(run: Run) -> tuple[ModelShape, Optional[CheckpointFiles]]:
+    """The model's shape, and its checkpoint unless the weights are made up.
+
+    Raises UserError where weights= and model= don't fit each other, or tp= doesn't fit the model.
+    """
     expected = shape_of({"model_type": "mllama", **run.model.config}) if run.model.config else None
-    weights = weights_of(run)
-    if weights in MADE_UP:
+    weights, checkpoint = weights_of(run), None
+    if weights in (RANDOM, META):
         if expected is None:
             raise UserError(f"model={run.model.name} takes its shapes from a checkpoint, which weights={weights} lacks. "
                             "Use model=11b or model=90b.")
         shape = expected
     else:
-        shape = shape_of(read_json(checkpoint_folder(weights) / "config.json"))
+        checkpoint = CheckpointFiles(checkpoint_folder(weights))
+        shape = checkpoint.shape
         if expected and (differing := differences(expected, shape)):
             raise UserError(f"{weights} is not model={run.model.name}: {'; '.join(differing[:4])}"
                             f"{' ...' if len(differing) > 4 else ''}. Use model=custom.")
     shape.check_ranks(run.tp)
-    return shape
+    return shape, checkpoint
 
 
-def plan_of(run: Run, shape: ModelShape, images: int = 0) -> Plan:
-    """The plan of a run whose requests hold up to `images` images, as far as that is known."""
-    return make_plan(run, shape, run.max_images or max(DEFAULT_MAX_IMAGES, images))
-
-
-def precision(dtype: str, device: str, stored: str) -> tuple[str, str]:
-    """What dtype= means on a device: what weights are kept in, and what is computed and paged in.
-
-    auto is the checkpoint's dtype on an accelerator. On a CPU the weights stay as they are stored and are computed in
-    fp32: few CPUs multiply bf16 or fp16 faster than fp32, all read it faster. An NPU's attention takes no fp32.
-    """
-    if dtype != "auto":
-        return dtype, dtype
-    if device in NPUS and stored == "fp32":
-        stored = "bf16"
-    return stored, "fp32" if device == "cpu" else stored
-
-
-def memory_of(run: Run, shape: ModelShape, plan: Plan, device: str, stored: str) -> Memory:
-    """What each rank of a run will allocate."""
-    return memory(shape, plan, *(WIDTH[name] for name in precision(run.dtype, device, stored)), run.tp)
-
-
-def require_on_host(needed: Memory, run: Run, ranks: int) -> None:
-    """Raises UserError where this host's memory does not hold `ranks` ranks."""
-    if run.memory_gib is not None:
-        available, where = int(run.memory_gib * 2**30), f"memory_gib={run.memory_gib:g}"
-    else:
-        available, where = host_memory()
-    require(needed, available - ranks * PROCESS_BYTES, where, ranks)
-
-
-def host_memory() -> tuple[int, str]:
-    """Bytes that this host has to give, and where the figure comes from."""
-    try:
-        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(fields["MemAvailable"].split()[0]) * 1024, "MemAvailable"
-    except (OSError, KeyError):
-        return physical_memory(), "physical memory"
-
-
-def physical_memory() -> int:
-    """Bytes that this host has."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def stored_in(weights: str) -> str:
-    """What a run's weights are stored in; random ones are a bf16 checkpoint's. What can't be read is told later."""
-    if weights in MADE_UP:
-        return "bf16"
-    try:
-        with safe_open(min(checkpoint_folder(weights).glob("*.safetensors")), framework="np") as file:
-            return STORED.get(file.get_slice(min(file.keys())).get_dtype(), "bf16")
-    except (SafetensorError, OSError, ValueError):
-        return "bf16"
-
-
-def refuse_what_is_not_built(run: Run) -> None:
-    """Raises UserError for what has its place in the configuration and nothing behind it."""
+def _refuse_what_is_not_built(run: Run) -> None:
+    """Raises UserError for keys whose feature does not exist yet."""
     if run.quant != "none":
         raise UserError(f"quant={run.quant}: quantisation is not built yet. Use quant=none.")
 
 
-def settle_npu(run: Run) -> None:
-    """Fill in device= and backend= where they mean an NPU: a real one, or a simulated one where there is none.
-
-    Raises UserError for what does not go together.
-    """
-    if run.task.name == "verify":
-        _settle_verify(run)
-    if run.device == "auto" and run.backend.name in ("auto", "torchair"):
-        found = device_of("auto")
-        if run.backend.name == "torchair":
-            found = "npu" if found == "npu" else "npu-sim"
-        run.device = found if found in NPUS else "auto"
-    on_npu = run.device in NPUS
-    if run.backend.name == "torchair" and not on_npu:
-        raise UserError(f"backend=torchair compiles for an NPU, not for device={run.device}. Leave device= out, or use "
-                        "device=npu or npu-sim.")
-    if not on_npu:
-        return
-    if run.backend.name not in ("auto", "torchair"):
-        raise UserError(f"backend={run.backend.name} does not run on device={run.device}. Use backend=torchair.")
-    run.backend.name = "torchair"
-    if not importlib.util.find_spec("torch_npu"):
-        raise UserError(f"device={run.device} needs torch_npu, which is not installed. Install it with: "
-                        "pip install -e '.[npu]'")
-    if run.collectives == "shared_memory":
-        raise UserError(f"collectives=shared_memory serves CPU ranks; device={run.device} has its own. Use collectives=auto.")
-    if run.dtype == "fp32" and run.device == "npu":
-        raise UserError("dtype=fp32: attention on an NPU takes 16-bit types only. Use dtype=bf16 or fp16; the simulation "
-                        "(device=npu-sim) computes the same graphs in fp32.")
-    if run.device == "npu-sim":
-        _refuse_what_needs_a_device(run)
-    if run.task.ranks and run.weights == "meta":
-        raise UserError(f"weights=meta on {run.device}: graphs are lowered without weights by task=verify.")
-    # A graph is compiled by the rank that runs it, so warming up takes the ranks.
-    run.task.ranks = run.task.ranks or run.task.name == "warmup"
-
-
-def settle_kernels(run: Run) -> None:
-    """Fill in backend.kernels=: native on a CPU that computes in fp32 and has them built, or a C++ compiler.
+def _kernels(run: Run, device: Device, precision: Precision) -> str:
+    """native on a device that runs our C++ kernels, if it computes in fp32 and they are built or can be; plain elsewhere.
 
     Raises UserError where native ones are asked for and can't serve.
     """
-    fits = device_of(run.device) == "cpu" and run.dtype in ("auto", "fp32")
-    if run.backend.kernels == "native" and not fits:
+    fits, choice = device.native and precision.compute == "fp32", run.backend.kernels
+    if choice == NATIVE and not fits:
         raise UserError("backend.kernels=native: the kernels are a CPU's, and compute in fp32. Use backend.kernels=auto.")
-    if run.backend.kernels == "auto":
-        there = fits and (not native.lack() or native.built("kernels", store_folder(run)))
-        run.backend.kernels = "native" if there else "plain"
+    if choice != "auto":
+        return choice
+    there = fits and (not native.missing_compiler() or native.built("kernels", store_folder(run.graph_cache)))
+    return NATIVE if there else PLAIN
 
 
-def _settle_verify(run: Run) -> None:
-    """Graphs are verified without a device, and without weights where none are given."""
-    if run.backend.name == "auto":
-        run.backend.name = "torchair"
-    if run.device == "auto":
-        run.device = "npu-sim"
-    if run.weights is None and run.model.weights is None:
-        run.weights = "meta"
+def _collectives(run: Run, device: Device, place: Optional[Place]) -> str:
+    """shared_memory between CPU ranks of one host, distributed elsewhere. Raises UserError where that is not possible."""
+    shared = device.native and (place is None or place.one_host)
+    if run.collectives == "shared_memory" and not shared:
+        raise UserError("collectives=shared_memory serves CPU ranks of one host only. Use collectives=auto.")
+    if run.collectives != "auto":
+        return run.collectives
+    return "shared_memory" if shared else "distributed"
 
 
-def _refuse_what_needs_a_device(run: Run) -> None:
-    choice = run.backend.torchair
-    if choice.mode != "max-autotune":
-        raise UserError(f"backend.torchair.mode={choice.mode} captures kernels while they run, and the simulation has none. "
-                        "Use backend.torchair.mode=max-autotune, or an NPU.")
-    if choice.weight_format != "nd":
-        raise UserError(f"backend.torchair.weight_format={choice.weight_format}: only an NPU casts weights to its own "
-                        "tiles. Use backend.torchair.weight_format=nd.")
+def _compile_mode(run: Run) -> str:
+    """What a step does whose graph is missing; a deterministic run never serves a step uncompiled at first."""
+    return "wait" if run.deterministic and run.plan.compile == "background" else run.plan.compile
 
 
-def preflight(run: Run, place: Optional[Place]) -> None:
-    """Refuse what is wrong with the model, the files, the devices or the ranks of a run. `place`: see place_from.
-
-    Raises UserError with the value, the rule and the remedy.
-    """
-    if place and place.world != run.tp:
-        raise UserError(f"{place.world} processes were started for tp={run.tp}. Start tp processes, or set tp={place.world}.")
-    shape, weights, ranks = shape_of_run(run), weights_of(run), place.local_world if place else run.tp
-    if run.requests is not None and not Path(run.requests).expanduser().is_file():
-        raise UserError(f"requests={run.requests} can't be read: there is no such file.")
-    images = list_images(run.image) if run.requests is None else ()
-    if settings_of(run) and run.task.name != "bench":
-        raise UserError(f"peers={','.join(run.peers)}: only task=bench measures other engines. Add task=bench, or leave peers= out.")
-    check_devices(run.device, ranks)
-    plan, device = plan_of(run, shape, len(images)), device_of(run.device)
-    if weights != "meta" and device in ("cpu", "npu-sim"):
-        require_on_host(memory_of(run, shape, plan, device, stored_in(weights)), run, ranks)
+def require_on_host(needed: Memory, memory_gib: Optional[float], ranks: int) -> None:
+    """Raises UserError where this host's memory does not hold `ranks` ranks."""
+    available, where = (int(memory_gib * 2**30), f"memory_gib={memory_gib:g}") if memory_gib is not None else available_memory()
+    require(needed, available - ranks * PROCESS_BYTES, where, ranks)

@@ -1,1 +1,1 @@
-"""What a run can do: one module a task, each with `main(run) -> None`, named by conf/task/."""
+"""What a run does, by task=: each module has one `main(run)`."""

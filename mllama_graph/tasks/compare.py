@@ -1,12 +1,13 @@
 """task=compare: what got faster or slower between two sessions of task=bench, beside the noise of both."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mllama_graph.core.config import Run, UserError
+from mllama_graph.core.errors import UserError
 from mllama_graph.core.report import Progress, columns, markdown, write_result
 from mllama_graph.measure.session import BENCH, read_csv, read_manifest
+from mllama_graph.plan.resolve import ResolvedTask
+from mllama_graph.tasks.options import CompareOptions
 
 # name -> (column, least, most). A figure without a spread has no noise to stand beside.
 FIGURES = {
@@ -34,17 +35,19 @@ HEAD = (
 UNMEASURED_NOISE = 0.05
 
 
-def main(run: Run) -> None:
+def main(run: ResolvedTask) -> None:
     """Print and write the table, cases that both sessions have.
 
     Raises UserError where a folder is no session, hardware differs, or nothing is in both.
     """
-    if run.a is None or run.b is None:
+    options = run.options
+    assert isinstance(options, CompareOptions)
+    if options.a is None or options.b is None:
         raise UserError("task=compare needs two sessions: a=FOLDER b=FOLDER.")
-    folders = [Path(run.a).expanduser(), Path(run.b).expanduser()]
+    folders = [Path(options.a).expanduser(), Path(options.b).expanduser()]
     manifests = [read_manifest(folder) for folder in folders]
     differing = _differences(*(manifest["hardware"] for manifest in manifests))
-    if differing and not run.task.across_hardware:
+    if differing and not options.across_hardware:
         raise UserError(
             f"the sessions are of different hardware ({'; '.join(differing)}), so that a ratio says nothing of the "
             "engine. Use task.across_hardware=true to compare them all the same."
@@ -68,7 +71,7 @@ def main(run: Run) -> None:
     print(f"\n{counts}", flush=True)
     for note in notes:
         progress.say(f"differs: {note}")
-    folder = Path(run.output_dir)
+    folder = run.output_dir
     (folder / "summary.md").write_text(
         "\n".join(
             [
@@ -85,7 +88,7 @@ def main(run: Run) -> None:
         encoding="utf8",
     )
     write_result(
-        folder, asdict(run), metrics={"changes": [dict(zip(HEAD, row)) for row in rows], "differs": notes, **told}
+        folder, run.asked, metrics={"changes": [dict(zip(HEAD, row)) for row in rows], "differs": notes, **told}
     )
     progress.say(f"\n{folder / 'summary.md'}")
 

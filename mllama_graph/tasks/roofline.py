@@ -1,4 +1,4 @@
-"""task=roofline: what a device allows a model at the most, from shapes and the figures of conf/hardware/. No weights."""
+"""task=roofline: what a device allows a model at most, from shapes and the figures of conf/hardware/. No weights."""
 
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -6,94 +6,190 @@ from typing import Any
 
 import torch
 
-from mllama_graph.measure import limits
-from mllama_graph.measure import plots
-from mllama_graph.plan.buckets import Bucket, Plan, make_plan
-from mllama_graph.core.config import HardwareChoice, Run, UserError
-from mllama_graph.plan.resolve import MADE_UP, WIDTH, host_memory, plan_of, precision, shape_of_run, stored_in, weights_of
+from mllama_graph.core.config import HardwareChoice
+from mllama_graph.core.devices import CPU, DEVICES
+from mllama_graph.core.errors import UserError
+from mllama_graph.core.machine import available_memory
 from mllama_graph.core.report import Progress, columns, markdown, write_result
-from mllama_graph.plan.cost import GB, Floor, floor_of, kv_bytes, memory, sizes, step_work, work
+from mllama_graph.measure import limits, plots
 from mllama_graph.measure.session import BENCH, MODELLED, read_csv, read_manifest, write_csv, write_manifest
 from mllama_graph.model.shape import ModelShape
+from mllama_graph.plan.bucket import Bucket
+from mllama_graph.plan.cost import GB, Floor, floor_of, kv_bytes, sizes, step_work, work
+from mllama_graph.plan.memory import Memory, memory
+from mllama_graph.plan.resolve import RANDOM_DTYPE, ResolvedRun
+from mllama_graph.tasks.options import RooflineOptions
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 RANKS = (1, 2, 4, 8)
 MS = 1e3
-# Beyond this a batch is limited by something else.
+# A larger batch is limited by something else.
 MOST_ROWS = 4096
 
+Row = dict[str, Any]
 
-def main(run: Run) -> None:
+
+class Roofline:
+    """The tables of one model on one kind of hardware. `widths`: bytes per weight and per activation."""
+
+    def __init__(self, run: ResolvedRun, options: RooflineOptions, hardware: HardwareChoice):
+        self.run, self.options, self.hardware, self.shape, self.plan = run, options, hardware, run.shape, run.plan
+        stored = run.checkpoint.stored if run.checkpoint else RANDOM_DTYPE
+        self.widths = DEVICES[hardware.device].precision(run.asked["dtype"], stored).widths
+
+    def bucket_row(self, bucket: Bucket) -> Row:
+        """The floor of a full bucket, per rank."""
+        moved, flops = work(self.shape, self.plan.page_size, bucket, *self.widths)
+        floor = floor_of(self.shape, self.plan.page_size, bucket, *self.widths, self.run.tp, self.hardware)
+        return {"bucket": str(bucket), "MB": round(moved / self.run.tp / 1e6, 1),
+                "GFLOP": round(flops / self.run.tp / 1e9, 2), **_times(floor)}
+
+    def fit_row(self, ranks: int) -> Row:
+        """What a rank of `ranks` holds, and the largest batch of the run's longest requests, each with its images."""
+        batch, images = self.run.limits.batch, self.options.images
+        share = self._share(ranks)
+
+        def needed(batch: int) -> Memory:
+            return memory(self.shape, self.run.planned(batch, images), *self.widths, ranks)
+
+        low, high = 0, 1
+        while high <= MOST_ROWS and needed(high).total <= share:
+            low, high = high, high * 2
+        while high <= MOST_ROWS and high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if needed(middle).total <= share else (low, middle)
+        held = needed(batch)
+        return {
+            "tp": ranks, "weights GB": round(held.weights / GB, 2), "self K/V GB": round(held.self_pages / GB, 2),
+            "image K/V GB": round(held.image_pages / GB, 2), "workspace GB": round(held.workspace / GB, 2),
+            "total GB": round(held.total / GB, 2), "fits": "yes" if held.total <= share else "no",
+            "largest batch": f"{low:,} or more" if high > MOST_ROWS else low}
+
+    def step_row(self, batch: int, length: int, images: int, new_tokens: int) -> Row:
+        """A decode step of a batch, halfway through its new tokens."""
+        run, shape, rate = self.run, self.shape, self.hardware
+        keys = batch * (length + new_tokens // 2)
+        image_keys = batch * images * shape.vision.max_tiles * shape.vision.tokens
+        moved, flops = step_work(shape, images > 0, batch, keys, image_keys, (keys, image_keys), batch, *self.widths)
+        # The links carry the same sums whatever the lengths.
+        links = floor_of(shape, self.plan.page_size, Bucket("decode", batch, batch, 1, int(images > 0)), *self.widths,
+                         run.tp, rate).links
+        floor = Floor(moved / rate.memory_bytes_per_second / run.tp, flops / rate.flops / run.tp, links)
+        parts, (self_kv, image_kv) = sizes(shape), kv_bytes(shape, keys, image_keys, self.widths[1])
+        read = parts.self_layers + parts.head + parts.cross_layers * (images > 0)
+        held = parts.total * self.widths[0] + self_kv + image_kv
+        return {
+            "batch": batch, "ids": length, **_times(floor), "tokens/s": round(batch / floor.seconds, 1),
+            "fits": "yes" if held / run.tp <= self._share(run.tp) else "no",
+            "weights MB": round(read * self.widths[0] / 1e6, 1), "self K/V MB": round(self_kv / 1e6, 1),
+            "image K/V MB": round(image_kv / 1e6, 1)}
+
+    def distances(self, session: Path) -> list[Row]:
+        """The decode steps of a session, beside what this device would allow.
+
+        Raises UserError where the session measured another model.
+        """
+        measured = read_manifest(session)["config"]["model"]["name"]
+        if measured != self.run.model:
+            raise UserError(f"task.measured={session} measured model={measured}, and this is model={self.run.model}. "
+                            "Give the same model.")
+        rows = []
+        for row in read_csv(session / BENCH):
+            batch, length, images = int(row["batch"]), int(row["input_len"]), int(row["images"])
+            floor = self.step_row(batch, length, images, int(row["output_len"]))["floor ms"]
+            step = float(row["non_first_token_time(ms)"])
+            rows.append({"engine": row["engine"], "batch": batch, "ids": length, "images": images, "a decode step ms": step,
+                         "floor ms": floor, "of floor": f"{100 * floor / step:.1f} %"})
+        return rows
+
+    def plots(self, folder: Path, steps: list[Row], progress: Progress) -> list[Path]:
+        """The figures; none where matplotlib is not installed."""
+        if not plots.available():
+            progress.say(plots.MISSING)
+            return []
+        title = f"{self.run.model}, tp={self.run.tp}, {self.hardware.name} (modelled)"
+        by_length: dict[str, list[Row]] = {}
+        for row in steps:
+            by_length.setdefault(f"{row['ids']} ids", []).append(row)
+
+        def over_batch(name: str) -> dict[str, list[tuple[Any, Any]]]:
+            return {length: [(row["batch"], row[name]) for row in rows] for length, rows in by_length.items()}
+
+        paths = [folder / f"{name}.png" for name in ("latency_by_batch", "tokens_by_batch", "bytes_split", "roofline")]
+        plots.lines(paths[0], f"Floor of a decode step: {title}", "batch", "ms", over_batch("floor ms"))
+        plots.lines(paths[1], f"Most decoded tokens: {title}", "batch", "tokens/s", over_batch("tokens/s"))
+        first = next(iter(by_length.values()))
+        plots.stacked(
+            paths[2], f"Bytes of a decode step, {first[0]['ids']} ids: {title}", "MB", [f"batch {row['batch']}" for row in first],
+            {name: [row[f"{name} MB"] for row in first] for name in ("weights", "self K/V", "image K/V")})
+        points = {}
+        for bucket in self.plan.buckets():
+            moved, flops = work(self.shape, self.plan.page_size, bucket, *self.widths)
+            points[str(bucket)] = flops / moved
+        plots.roofline(paths[3], f"Roofline of a rank: {title}", self.hardware.memory_bytes_per_second, self.hardware.flops,
+                       points)
+        return paths
+
+    def _share(self, ranks: int) -> float:
+        """Bytes that a rank has: the ranks of a CPU share its memory."""
+        return self.hardware.memory_bytes / (ranks if self.hardware.device == CPU.name else 1)
+
+
+def main(run: ResolvedRun) -> None:
     """Model and print; writes roofline.csv, summary.md, plots and result.json.
 
     Raises UserError where the tables can't be made.
     """
-    if run.weights is None and run.model.weights is None:
-        run.weights = "meta"
-    shape, progress = shape_of_run(run), Progress()
-    if run.task.measured:
-        _same_device(Path(run.task.measured).expanduser(), run.hardware)
-    hardware = _measured_here(run.hardware, progress)
-    stored = stored_in(weights_of(run)) if weights_of(run) not in MADE_UP else "bf16"
-    widths = tuple(WIDTH[name] for name in precision(run.dtype, hardware.device, stored))
-    plan = plan_of(run, shape)
-    buckets = [_bucket_row(shape, plan, bucket, widths, run.tp, hardware) for bucket in plan.buckets()]
-    fits = [_fit_row(run, shape, ranks, widths, hardware) for ranks in RANKS if _divides(shape, ranks)]
-    steps = [
-        _step_row(run, shape, batch, length, widths, hardware)
-        for length in run.lengths
-        for batch in sorted({*BATCHES, *run.batch_sizes})
-    ]
+    options, progress, folder = run.options, Progress(), run.output_dir
+    assert isinstance(options, RooflineOptions)
+    session = Path(options.measured).expanduser() if options.measured else None
+    if session:
+        _same_device(session, run.hardware)
+    hardware, on_cpu = _measured_here(run.hardware, progress), run.hardware.device == CPU.name
+    model = Roofline(run, options, hardware)
+    steps = [model.step_row(batch, length, options.images, options.new_tokens)
+             for length in options.lengths for batch in sorted({*BATCHES, *options.batch_sizes})]
     tables = {
-        f"A step of each full bucket, tp={run.tp}": buckets,
-        f"Memory of a rank, batch {run.batch}, up to {plan.max_length} tokens a sequence": fits,
-        f"Decode steps, tp={run.tp}, {run.task.images} images a request, halfway to {run.task.new_tokens} new tokens; MB of all ranks": steps,
-    }
-    if run.task.measured:
-        tables[f"Measured, beside the floors of {hardware.name}"] = _distances(run, shape, widths, hardware)
-    folder = Path(run.output_dir)
-    heading = (
-        f"{run.model.name}, tp={run.tp}, on {hardware.name}: {hardware.flops / 1e12:,.2f} TFLOP/s, "
-        f"{hardware.memory_bytes_per_second / 1e9:,.1f} GB/s, {hardware.memory_bytes / 1e9:.0f} GB a rank"
-        f"{' (measured now)' if hardware.device == 'cpu' else '; all modelled, nothing measured'}"
-    )
+        f"A step of each full bucket, tp={run.tp}": [model.bucket_row(bucket) for bucket in run.plan.buckets()],
+        f"Memory of a rank, batch {run.limits.batch}, up to {run.plan.max_length} tokens a sequence":
+            [model.fit_row(ranks) for ranks in RANKS if _divides(run.shape, ranks)],
+        f"Decode steps, tp={run.tp}, {options.images} images a request, halfway to {options.new_tokens} new tokens; MB of all "
+        "ranks": steps}
+    if session:
+        tables[f"Measured, beside the floors of {hardware.name}"] = model.distances(session)
+    heading = (f"{run.model}, tp={run.tp}, on {hardware.name}: {hardware.flops / 1e12:,.2f} TFLOP/s, "
+               f"{hardware.memory_bytes_per_second / 1e9:,.1f} GB/s, {hardware.memory_bytes / 1e9:.0f} GB a rank"
+               f"{' (measured now)' if on_cpu else '; all modelled, nothing measured'}")
     print(heading)
     for title, rows in tables.items():
         print(f"\n{title}\n" + columns(*_cells(rows)))
     write_csv(folder / "roofline.csv", [{"table": title, **row} for title, rows in tables.items() for row in rows])
-    write_manifest(folder, run, "cpu" if hardware.device == "cpu" else MODELLED)
-    shown = _plots(folder, run, hardware, plan, shape, widths, steps, progress)
-    text = [f"# Roofline: {heading}"] + [
-        line for title, rows in tables.items() for line in ("", f"## {title}", "", *markdown(*_cells(rows)))
-    ]
-    text += [f"\n![{path.stem}]({path.name})" for path in shown]
+    write_manifest(folder, run.asked, CPU.name if on_cpu else MODELLED, torch.backends.cpu.get_cpu_capability())
+    text = [f"# Roofline: {heading}"]
+    for title, rows in tables.items():
+        text += ["", f"## {title}", "", *markdown(*_cells(rows))]
+    text += [f"\n![{path.stem}]({path.name})" for path in model.plots(folder, steps, progress)]
     (folder / "summary.md").write_text("\n".join(text) + "\n", encoding="utf8")
-    write_result(folder, asdict(run), metrics={"hardware": asdict(hardware), "tables": tables})
+    write_result(folder, run.asked, metrics={"hardware": asdict(hardware), "tables": tables})
     progress.say(f"\n{folder / 'summary.md'}")
 
 
 def _same_device(folder: Path, hardware: HardwareChoice) -> None:
-    """Raises UserError where a session is none, or was measured on another kind of device."""
+    """Raises UserError where the folder holds no session, or one that was measured on another kind of device."""
     device = read_manifest(folder)["hardware"]["device"]
     if device != hardware.device:
-        raise UserError(
-            f"task.measured={folder} was measured on {device}, and hardware={hardware.name} is {hardware.device}. "
-            "Use hardware= of the same device; conf/hardware/ lists them."
-        )
+        raise UserError(f"task.measured={folder} was measured on {device}, and hardware={hardware.name} is {hardware.device}. "
+                        "Use hardware= of the same device; conf/hardware/ lists them.")
 
 
 def _measured_here(hardware: HardwareChoice, progress: Progress) -> HardwareChoice:
     """The device's figures; a CPU's are measured."""
-    if hardware.device != "cpu":
+    if hardware.device != CPU.name:
         return hardware
     progress.say("measuring this CPU")
-    found = limits.measure(torch.device("cpu"))
-    return replace(
-        hardware,
-        flops=found.flops,
-        memory_bytes_per_second=found.bytes_per_second,
-        memory_bytes=float(host_memory()[0]),
-    )
+    found = limits.measure(torch.device(CPU.name), False, lambda: None)
+    return replace(hardware, flops=found.flops, memory_bytes_per_second=found.bytes_per_second,
+                   memory_bytes=float(available_memory()[0]))
 
 
 def _divides(shape: ModelShape, ranks: int) -> bool:
@@ -104,181 +200,13 @@ def _divides(shape: ModelShape, ranks: int) -> bool:
     return True
 
 
-def _bucket_row(
-    shape: ModelShape, plan: Plan, bucket: Bucket, widths: tuple[int, int], ranks: int, hardware: HardwareChoice
-) -> dict[str, Any]:
-    moved, flops = work(shape, plan.page_size, bucket, *widths)
-    floor = floor_of(shape, plan.page_size, bucket, *widths, ranks, hardware)
-    return {
-        "bucket": str(bucket),
-        "MB": round(moved / ranks / 1e6, 1),
-        "GFLOP": round(flops / ranks / 1e9, 2),
-        **_times(floor),
-    }
+def _times(floor: Floor) -> Row:
+    return {"memory ms": round(floor.memory * MS, 4), "products ms": round(floor.products * MS, 4),
+            "links ms": round(floor.links * MS, 4), "floor ms": round(floor.seconds * MS, 4), "bound by": floor.bound}
 
 
-def _times(floor: Floor) -> dict[str, Any]:
-    return {
-        "memory ms": round(floor.memory * MS, 4),
-        "products ms": round(floor.products * MS, 4),
-        "links ms": round(floor.links * MS, 4),
-        "floor ms": round(floor.seconds * MS, 4),
-        "bound by": floor.bound,
-    }
+def _cells(rows: list[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    def cell(value: Any) -> str:
+        return f"{value:,}" if isinstance(value, (int, float)) else str(value)
 
-
-def _fit_row(
-    run: Run, shape: ModelShape, ranks: int, widths: tuple[int, int], hardware: HardwareChoice
-) -> dict[str, Any]:
-    """What a rank of `ranks` holds, and the largest batch of the run's longest requests, each with its images."""
-    needed = memory(shape, _plan(run, shape, run.batch), *widths, ranks)
-    share = _share(hardware, ranks)
-    fits = lambda batch: memory(shape, _plan(run, shape, batch), *widths, ranks).total <= share  # noqa: E731
-    low, high = 0, 1
-    while high <= MOST_ROWS and fits(high):
-        low, high = high, high * 2
-    while high <= MOST_ROWS and high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return {
-        "tp": ranks,
-        "weights GB": round(needed.weights / GB, 2),
-        "self K/V GB": round(needed.self_pages / GB, 2),
-        "image K/V GB": round(needed.image_pages / GB, 2),
-        "workspace GB": round(needed.workspace / GB, 2),
-        "total GB": round(needed.total / GB, 2),
-        "fits": "yes" if needed.total <= share else "no",
-        "largest batch": f"{low:,} or more" if high > MOST_ROWS else low,
-    }
-
-
-def _plan(run: Run, shape: ModelShape, batch: int) -> Plan:
-    """The plan of a batch whose every request has its images."""
-    chosen = replace(run.plan, decode_batch=None, num_pages=None, num_images=max(batch * run.task.images, 1))
-    return make_plan(replace(run, batch=batch, plan=chosen), shape, max(run.task.images, 1))
-
-
-def _step_row(
-    run: Run, shape: ModelShape, batch: int, length: int, widths: tuple[int, int], hardware: HardwareChoice
-) -> dict[str, Any]:
-    """A decode step of a batch at exactly its lengths."""
-    keys, image_keys = _keys(run, shape, batch, length)
-    moved, flops = step_work(shape, run.task.images > 0, batch, keys, image_keys, (keys, image_keys), batch, *widths)
-    floor = _step_floor(run, shape, batch, moved, flops, widths, hardware)
-    parts, (self_kv, image_kv) = sizes(shape), kv_bytes(shape, keys, image_keys, widths[1])
-    read = parts.self_layers + parts.head + parts.cross_layers * (run.task.images > 0)
-    held = parts.total * widths[0] + self_kv + image_kv
-    return {
-        "batch": batch,
-        "ids": length,
-        **_times(floor),
-        "tokens/s": round(batch / floor.seconds, 1),
-        "fits": "yes" if held / run.tp <= _share(hardware, run.tp) else "no",
-        "weights MB": round(read * widths[0] / 1e6, 1),
-        "self K/V MB": round(self_kv / 1e6, 1),
-        "image K/V MB": round(image_kv / 1e6, 1),
-    }
-
-
-def _share(hardware: HardwareChoice, ranks: int) -> float:
-    """Bytes that a rank has: those of a CPU share its memory."""
-    return hardware.memory_bytes / (ranks if hardware.device == "cpu" else 1)
-
-
-def _keys(run: Run, shape: ModelShape, batch: int, length: int) -> tuple[int, int]:
-    return (
-        batch * (length + run.task.new_tokens // 2),
-        batch * run.task.images * shape.vision.max_tiles * shape.vision.tokens,
-    )
-
-
-def _step_floor(
-    run: Run,
-    shape: ModelShape,
-    batch: int,
-    moved: float,
-    flops: float,
-    widths: tuple[int, int],
-    hardware: HardwareChoice,
-) -> Floor:
-    sums = floor_of(
-        shape,
-        run.plan.page_size,
-        Bucket("decode", batch, batch, 1, int(run.task.images > 0)),
-        *widths,
-        run.tp,
-        hardware,
-    )
-    return Floor(moved / hardware.memory_bytes_per_second / run.tp, flops / hardware.flops / run.tp, sums.links)
-
-
-def _distances(run: Run, shape: ModelShape, widths: tuple[int, int], hardware: HardwareChoice) -> list[dict[str, Any]]:
-    """The decode steps of a session, beside what this device would allow."""
-    folder = Path(run.task.measured).expanduser()
-    manifest = read_manifest(folder)
-    if manifest["config"]["model"]["name"] != run.model.name:
-        raise UserError(
-            f"task.measured={folder} measured model={manifest['config']['model']['name']}, and this is "
-            f"model={run.model.name}. Give the same model."
-        )
-    rows = []
-    for row in read_csv(folder / BENCH):
-        batch, length, images = int(row["batch"]), int(row["input_len"]), int(row["images"])
-        asked = replace(run, task=replace(run.task, images=images, new_tokens=int(row["output_len"])))
-        floor = _step_row(asked, shape, batch, length, widths, hardware)["floor ms"]
-        step = float(row["non_first_token_time(ms)"])
-        rows.append(
-            {
-                "engine": row["engine"],
-                "batch": batch,
-                "ids": length,
-                "images": images,
-                "a decode step ms": step,
-                "floor ms": floor,
-                "of floor": f"{100 * floor / step:.1f} %",
-            }
-        )
-    return rows
-
-
-def _cells(rows: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    return tuple(rows[0]), [
-        tuple(f"{value:,}" if isinstance(value, (int, float)) else str(value) for value in row.values()) for row in rows
-    ]
-
-
-def _plots(
-    folder: Path,
-    run: Run,
-    hardware: HardwareChoice,
-    plan: Plan,
-    shape: ModelShape,
-    widths: tuple[int, int],
-    steps: list[dict[str, Any]],
-    progress: Progress,
-) -> list[Path]:
-    if not plots.available():
-        progress.say(plots.MISSING)
-        return []
-    title = f"{run.model.name}, tp={run.tp}, {hardware.name} (modelled)"
-    by_length: dict[str, list[dict[str, Any]]] = {}
-    for row in steps:
-        by_length.setdefault(f"{row['ids']} ids", []).append(row)
-    over = lambda name: {length: [(row["batch"], row[name]) for row in rows] for length, rows in by_length.items()}  # noqa: E731
-    paths = [folder / f"{name}.png" for name in ("latency_by_batch", "tokens_by_batch", "bytes_split", "roofline")]
-    plots.lines(paths[0], f"Floor of a decode step: {title}", "batch", "ms", over("floor ms"))
-    plots.lines(paths[1], f"Most decoded tokens: {title}", "batch", "tokens/s", over("tokens/s"))
-    first = next(iter(by_length.values()))
-    plots.stacked(
-        paths[2],
-        f"Bytes of a decode step, {first[0]['ids']} ids: {title}",
-        "MB",
-        [f"batch {row['batch']}" for row in first],
-        {name: [row[f"{name} MB"] for row in first] for name in ("weights", "self K/V", "image K/V")},
-    )
-    points = {}
-    for bucket in plan.buckets():
-        moved, flops = work(shape, plan.page_size, bucket, *widths)
-        points[str(bucket)] = flops / moved
-    plots.roofline(paths[3], f"Roofline of a rank: {title}", hardware.memory_bytes_per_second, hardware.flops, points)
-    return paths
+    return tuple(rows[0]), [tuple(cell(value) for value in row.values()) for row in rows]

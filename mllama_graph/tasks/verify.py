@@ -1,37 +1,35 @@
-"""What task=verify does: lower the graphs that an NPU would get, from shapes alone, and hold them to ascend/lint.py.
+"""task=verify: lower the graphs that an NPU would get, from shapes alone, and check them by the rules of ascend/lint.py.
 
-Buckets of one class differ in sizes alone. Of each class the smallest and the largest bucket are lowered whole, and
-must be one graph but for sizes; every bucket, and the last rank, is lowered for a model of one layer of each kind.
+Buckets of one class differ in sizes alone. The smallest and the largest bucket of each class are lowered with all layers, and
+must be the same graph except for sizes. Every bucket, and the last rank, is lowered for a model of one layer of each kind.
 """
 
-import multiprocessing
 import os
 import re
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from mllama_graph.plan.buckets import Bucket, Plan
-from mllama_graph.model.checkpoint import model_of
-from mllama_graph.core.config import HardwareChoice, RankFailed, Run, UserError
-from mllama_graph.graphs.aot import GraphSpec
-from mllama_graph.core.place import CORES, deaf_children
-from mllama_graph.plan.resolve import plan_of
-from mllama_graph.engine.rank import Precision, graph_spec, pick_device, precision_of, start_npu
+from mllama_graph.core.config import HardwareChoice
+from mllama_graph.core.errors import RankFailed, UserError
+from mllama_graph.core.machine import CORES
 from mllama_graph.core.report import Progress, columns, write_result
-from mllama_graph.plan.cost import bucket_cost, floor_of, memory
+from mllama_graph.core.workers import WorkerPool
+from mllama_graph.engine.device import backend_of
+from mllama_graph.graphs.spec import GraphSpec
+from mllama_graph.plan.bucket import Bucket
+from mllama_graph.plan.buckets import Plan
+from mllama_graph.plan.cost import bucket_cost, floor_of
+from mllama_graph.plan.resolve import ResolvedRun
 
-# A worker takes up to 1 GB; what is lowered is no faster with more than one core.
+# A worker takes up to 1 GB, and lowers on one core.
 WORKERS = 2
-# Operations that do the work of several.
+# Fused operations.
 FUSED = ("FusedInferAttentionScore", "ScatterPaKvCache", "AddRmsNorm", "RmsNorm", "LayerNormV4", "RotaryMul", "SwiGlu",
          "GeluV2")
 SUM = "HcomAllReduce"
@@ -40,7 +38,7 @@ HEAD = ("graph", "lowered", "operations", "fused", "weights MB", "sums", "lint",
 
 @dataclass(frozen=True)
 class Job:
-    """A bucket's graph of a rank, of the whole model or of one layer of each kind."""
+    """The graph of a bucket and a rank, of the whole model or of one layer of each kind."""
 
     bucket: Bucket
     whole: bool
@@ -49,7 +47,7 @@ class Job:
 
 @dataclass
 class Judged:
-    """What there is to say of a graph: lint.structure's digests, and findings as (lint, message)."""
+    """What was found of a graph. findings: (rule, message). structure: the digests of lint.structure."""
 
     job: Job
     seconds: float
@@ -61,41 +59,43 @@ class Judged:
     structure: dict[str, str] = field(default_factory=dict)
 
 
-def main(run: Run) -> None:
+def main(run: ResolvedRun) -> None:
     """Lower, judge and print. Raises RankFailed where a graph breaks a rule."""
-    shape, checkpoint = model_of(run)
-    device, progress, begun = pick_device(run), Progress(), time.perf_counter()
-    plan, chosen = plan_of(run, shape), precision_of(run, device, checkpoint)
-    if chosen.compute == torch.float32:
+    progress, begun = Progress(), time.perf_counter()
+    if run.precision.compute == "fp32":
         raise UserError("dtype=fp32: task=verify judges graphs for an NPU, which takes bf16 or fp16. Use dtype=bf16.")
-    spec = graph_spec(run, shape, plan, device, chosen)
-    progress.say(f"plan: {plan.describe()}")
-    judged = lower(spec, jobs(spec, plan), chosen, progress)
+    spec = backend_of(run).spec()
+    progress.say(f"plan: {run.plan.describe()}")
+    judged = lower(run, spec, jobs(spec, run.plan), progress)
     findings, seconds = all_findings(judged), time.perf_counter() - begun
     print(columns(HEAD, list(rows(spec, judged, run.hardware))))
     for finding in findings:
         print(f"\n{finding}")
     sys.stdout.flush()
     progress.say(ranks_line(run.tp))
-    progress.say(memory_line(spec, plan, run.hardware))
+    progress.say(f"modelled memory of a rank: {run.memory.describe()}; {run.hardware.name} has "
+                 f"{run.hardware.memory_bytes / 1e9:.0f} GB")
     progress.say(f"{len(judged)} graphs lowered in {seconds:.0f} s, {len(findings)} findings")
-    write_result(Path(run.output_dir), asdict(run), status="error" if findings else "ok", graphs=records(judged),
+    write_result(run.output_dir, run.asked, status="error" if findings else "ok", graphs=records(judged),
                  metrics={"graphs": len(judged), "findings": findings, "seconds": round(seconds, 1)})
     if findings:
         raise RankFailed(f"{len(findings)} findings in the graphs for an NPU; the first: {' at '.join(findings[0].splitlines())}")
 
 
 def kind(bucket: Bucket) -> tuple[str, bool, bool]:
-    """The class of a bucket: what its graph is but for sizes."""
+    """The class of a bucket: buckets of one class have the same graph except for sizes."""
     return bucket.phase, bucket.image_pages > 0, bucket.phase == "prefill" and bucket.pages > 0
 
 
 def jobs(spec: GraphSpec, plan: Plan) -> list[Job]:
-    """What is lowered, the longest first."""
+    """What is lowered, the longest jobs first."""
     classes: dict[tuple, list[Bucket]] = {}
     for bucket in plan.buckets():
         classes.setdefault(kind(bucket), []).append(bucket)
-    cost = lambda bucket: bucket_cost(spec.shape, spec.page_size, bucket)  # noqa: E731
+
+    def cost(bucket: Bucket) -> float:
+        return bucket_cost(spec.shape, spec.page_size, bucket)
+
     ends = [(max(buckets, key=cost), min(buckets, key=cost)) for buckets in classes.values()]
     whole = dict.fromkeys(bucket for pair in ends for bucket in pair)
     last = [buckets[0] for buckets in classes.values()] if spec.world_size > 1 else []
@@ -103,34 +103,30 @@ def jobs(spec: GraphSpec, plan: Plan) -> list[Job]:
             *(Job(bucket, False, spec.world_size - 1) for bucket in last)]
 
 
-def lower(spec: GraphSpec, wanted: list[Job], chosen: Precision, progress: Progress) -> list[Judged]:
-    """Judge every graph, in processes of their own."""
-    # Of every process that meets the device: that its memory is rounded up.
+def lower(run: ResolvedRun, spec: GraphSpec, wanted: list[Job], progress: Progress) -> list[Judged]:
+    """Judge every graph, in processes of their own. Raises RankFailed where one of them dies."""
+    # Every process that meets the simulated device would warn that its memory is rounded up.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    context, judged = multiprocessing.get_context("spawn"), []
-    with deaf_children(), ProcessPoolExecutor(min(WORKERS, len(CORES)), context, _begin, (chosen,)) as pool:
-        try:
-            for found in pool.map(partial(judge, spec), wanted):
-                judged.append(found)
-                progress.graphs(len(judged), len(wanted))
-        except BrokenProcessPool as error:
-            raise RankFailed("a process that lowers graphs died, as the system ends one when memory runs out "
-                             f"(each of {WORKERS} takes up to 1 GB)") from error
-        except KeyboardInterrupt:
-            # Rather than wait for what they are lowering.
-            for worker in multiprocessing.active_children():
-                worker.terminate()
-            raise
+    pool, judged = WorkerPool(min(WORKERS, len(CORES)), _begin, (run,)), []
+    try:
+        for future in [pool.submit(judge, spec, job) for job in wanted]:
+            judged.append(future.result())
+            progress.graphs(len(judged), len(wanted))
+    except BrokenProcessPool as error:
+        raise RankFailed("a process that lowers graphs died, as the system ends one when memory runs out "
+                         f"(each of {WORKERS} takes up to 1 GB)") from error
+    finally:
+        pool.close()
     return judged
 
 
-def _begin(chosen: Precision) -> None:
+def _begin(run: ResolvedRun) -> None:
     torch.set_num_threads(1)
-    start_npu("npu-sim", 0, chosen)
+    backend_of(run).start()
 
 
 def judge(spec: GraphSpec, job: Job) -> Judged:
-    """Lower a graph and lint it."""
+    """Lower a graph and check it."""
     from mllama_graph.ascend.capture import CaptureError, capture, shortened
     from mllama_graph.ascend.interpreter import operations
     from mllama_graph.ascend.lint import Context, Graph, lint, structure
@@ -148,7 +144,7 @@ def judge(spec: GraphSpec, job: Job) -> Judged:
 
 
 def all_findings(judged: list[Judged]) -> list[str]:
-    """Of every graph, and where graphs of one class part. What many graphs have in common is told once."""
+    """The findings of all graphs, and where graphs of one class differ. What many graphs have in common is reported once."""
     first: dict[tuple, Judged] = {}
     alike: dict[tuple[str, str], list[str]] = {}
     for found in judged:
@@ -161,13 +157,13 @@ def all_findings(judged: list[Judged]) -> list[str]:
 
 
 def difference(one: dict[str, str], other: dict[str, str]) -> list[str]:
-    """The first operation of each of two structures that the other has not; none where they are equal."""
+    """For each of two structures, the first operation that the other one lacks; none where they are equal."""
     return [next(told for digest, told in a.items() if digest not in b) for a, b in ((one, other), (other, one))
             if a.keys() - b.keys()]
 
 
 def rows(spec: GraphSpec, judged: list[Judged], hardware: HardwareChoice) -> Iterator[tuple[str, ...]]:
-    """A row for each bucket; what was not lowered whole has the numbers of the graph that stands for it."""
+    """A row per bucket. A bucket that was not lowered whole has the numbers of the graph of its class that was."""
     whole = {found.job.bucket: found for found in judged if found.job.whole}
     standing = {kind(bucket): found for bucket, found in whole.items()}
     for found in judged:
@@ -182,7 +178,7 @@ def rows(spec: GraphSpec, judged: list[Judged], hardware: HardwareChoice) -> Ite
 
 
 def records(judged: list[Judged]) -> list[dict[str, Any]]:
-    """The graphs as result.json has them."""
+    """The graphs, for result.json."""
     return [{"bucket": str(found.job.bucket), "whole": found.job.whole, "rank": found.job.rank,
              "operations": found.operations, "fused": found.fused, "sums": found.sums,
              "weight_bytes": found.weight_bytes, "seconds": round(found.seconds, 2), "findings": found.findings}
@@ -190,19 +186,14 @@ def records(judged: list[Judged]) -> list[dict[str, Any]]:
 
 
 def modelled(spec: GraphSpec, bucket: Bucket, hardware: HardwareChoice) -> float:
-    """Seconds that a step takes at the least."""
-    return floor_of(spec.shape, spec.page_size, bucket, spec.store.itemsize, spec.compute.itemsize, spec.world_size, hardware).seconds
+    """The floor of a step in seconds."""
+    widths = spec.store.itemsize, spec.compute.itemsize
+    return floor_of(spec.shape, spec.page_size, bucket, *widths, spec.world_size, hardware).seconds
 
 
 def ranks_line(tp: int) -> str:
-    """What is known of the ranks that were not lowered."""
+    """What is known about the ranks that were not lowered."""
     if tp == 1:
         return "1 rank"
     return (f"{tp} ranks: the graphs of rank 0 stand for all, which differ in weights alone; rank {tp - 1} was "
             "compared, shortened")
-
-
-def memory_line(spec: GraphSpec, plan: Plan, hardware: HardwareChoice) -> str:
-    """What a rank allocates, beside what the device has."""
-    needed = memory(spec.shape, plan, spec.store.itemsize, spec.compute.itemsize, spec.world_size)
-    return f"modelled memory of a rank: {needed.describe()}; {hardware.name} has {hardware.memory_bytes / 1e9:.0f} GB"

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from mllama_graph.core.config import UserError
+from mllama_graph.core.errors import UserError
 from mllama_graph.core.report import write_json
 
 from .heads import Heads, asked_loss, comparing_loss, pointing_loss

@@ -1,18 +1,21 @@
-"""Other engines on the same checkpoint, to measure beside: here what peers= may name, in process.py what runs one."""
+"""Other engines that are measured beside this one on the same checkpoint: their settings; process.py runs them."""
 
+import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
-from mllama_graph.core.config import Run, UserError
+from mllama_graph.core.errors import UserError
 
-MISTRALRS_VERSION = "0.8.23"  # later ones stop at the first image (0.9.5: `max_image_tiles` must be set)
+# Later versions fail at the first image (0.9.5: "`max_image_tiles` must be set").
+MISTRALRS_VERSION = "0.8.23"
+TRANSFORMERS = "transformers>=5.17,<6"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to run a peer: dtype as torch names it; for transformers the cache, and whether decode steps are compiled."""
+    """One way to run a peer: torch's name of its dtype; for transformers its cache, and whether decode steps are compiled."""
 
     name: str
     dtype: str
@@ -36,25 +39,24 @@ SETTINGS = (
 )
 
 
-def settings_of(run: Run) -> list[Setting]:
-    """The settings that peers= names: one by its whole name, all of a peer by its first word.
+def settings_of(names: list[str], mistralrs: Path) -> list[Setting]:
+    """The settings that peers= names: one setting by its whole name, all settings of a peer by the peer's name.
 
-    Raises UserError for an unknown one, and for one whose environment is not there.
+    `mistralrs` is the Python of the environment that mistralrs is installed in. Raises UserError for a name that is
+    unknown, and for a peer that is not installed.
     """
     found: list[Setting] = []
-    for peer in run.peers:
+    for peer in names:
         named = [setting for setting in SETTINGS if peer in (setting.name, setting.peer)]
         if not named:
             known = dict.fromkeys(name for setting in SETTINGS for name in (setting.peer, setting.name))
             raise UserError(f"peers={peer} is not one of {', '.join(known)}.")
         found += named
-    python = mistralrs_python(run)
-    if any(setting.peer == "mistralrs" for setting in found) and not os.access(python, os.X_OK):
-        raise UserError(f"peers=mistralrs runs in an environment of its own, and task.mistralrs={python} is no Python. Make it: "
+    peers = {setting.peer for setting in found}
+    if "mistralrs" in peers and not os.access(mistralrs, os.X_OK):
+        raise UserError(f"peers=mistralrs runs in an environment of its own, and task.mistralrs={mistralrs} is no Python. Make it: "
                         f"python3 -m venv .venv/mistralrs && .venv/mistralrs/bin/pip install mistralrs=={MISTRALRS_VERSION}")
+    if "transformers" in peers and not importlib.util.find_spec("transformers"):
+        raise UserError("peers=transformers needs transformers, which is not installed. Install it with: "
+                        f"pip install '{TRANSFORMERS}'")
     return list(dict.fromkeys(found))
-
-
-def mistralrs_python(run: Run) -> Path:
-    """The Python of the environment that mistralrs is installed in."""
-    return Path(run.task.mistralrs).expanduser()

@@ -17,10 +17,9 @@ from typing import Any, Optional
 
 from PIL import Image
 
-from mllama_graph.core.config import Run
-from mllama_graph.inputs.images import Tiles
-from mllama_graph.measure.peers import Setting, mistralrs_python
-from mllama_graph.inputs.processor import Request
+from mllama_graph.inputs.images import TiledImage
+from mllama_graph.measure.peers import Setting
+from mllama_graph.inputs.request import Request
 from mllama_graph.core.report import Progress
 from mllama_graph.model.shape import ModelShape
 
@@ -31,15 +30,15 @@ HERE = Path(__file__).parent
 class Engine:
     """What a peer's process is given: its Python, the checkpoint as it reads it (an empty folder is there to write to), images."""
 
-    python: Callable[[Run], str]
+    python: Callable[[Path], str]
     checkpoint: Callable[[ModelShape, Path, Path], Path]
-    image: Callable[[Tiles, ModelShape], Any]
+    image: Callable[[TiledImage, ModelShape], Any]
 
 
 class Peer:
     """A process that runs one setting; `run` has it serve a batch. `fault` says why it ended, if it did."""
 
-    def __init__(self, setting: Setting, run: Run, shape: ModelShape, folder: Path, device: str, threads: int,
+    def __init__(self, setting: Setting, mistralrs: Path, shape: ModelShape, folder: Path, device: str, threads: int,
                  progress: Progress):
         self.setting, self.shape, self.fault = setting, shape, ""
         progress.say(f"starting {setting.name}")
@@ -51,7 +50,7 @@ class Peer:
         self._said = tempfile.TemporaryFile("w+", errors="replace")
         # -P: the programs have the names of what they import.
         self._process = subprocess.Popen(
-            [self._engine.python(run), "-P", str(HERE / f"{setting.peer}.py"), json.dumps(asdict(setting)), str(folder), device],
+            [self._engine.python(mistralrs), "-P", str(HERE / f"{setting.peer}.py"), json.dumps(asdict(setting)), str(folder), device],
             text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, env=environment)
 
     def run(self, requests: list[Request], new: int) -> Optional[dict[str, Any]]:
@@ -84,11 +83,11 @@ class Peer:
         self._own.cleanup()
 
 
-def _tiles(tiles: Tiles, shape: ModelShape) -> dict[str, Any]:
+def _tiles(tiles: TiledImage, shape: ModelShape) -> dict[str, Any]:
     return {"data": base64.b64encode(tiles.data.tobytes()).decode(), "shape": tiles.data.shape, "aspect": tiles.aspect}
 
 
-def _picture(tiles: Tiles, shape: ModelShape) -> str:
+def _picture(tiles: TiledImage, shape: ModelShape) -> str:
     """The picture that the tiles are cut from, as a data: URI."""
     rows, columns = shape.vision.aspect_ratios[tiles.aspect - 1]
     side = shape.vision.tile
@@ -143,6 +142,6 @@ def _for_mistralrs(shape: ModelShape, checkpoint: Path, folder: Path) -> Path:
 
 
 ENGINES = {
-    "transformers": Engine(lambda run: sys.executable, lambda shape, checkpoint, folder: checkpoint, _tiles),
-    "mistralrs": Engine(lambda run: str(mistralrs_python(run)), _for_mistralrs, _picture),
+    "transformers": Engine(lambda mistralrs: sys.executable, lambda shape, checkpoint, folder: checkpoint, _tiles),
+    "mistralrs": Engine(str, _for_mistralrs, _picture),
 }

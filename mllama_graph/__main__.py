@@ -1,0 +1,18 @@
+"""python -m mllama_graph key=value ..., and the command mllama-graph."""
+
+import signal
+import sys
+
+
+def main() -> int:
+    """Run the command line; returns the exit code."""
+    # While modules are imported, Ctrl-C ends the process silently rather than with the stack of an import.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from mllama_graph import cli
+
+    return cli.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""The command line: compose a run, resolve it, launch it; one line for the user whatever goes wrong.
+
+No torch here: what must stand in the environment before torch is imported is set first, and a run that can't be composed
+fails in a moment.
+"""
+
+import logging
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+# Errors reach main() as exceptions, so that a person sees one line, and run.log the stack.
+os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from mllama_graph.compose import COMPOSING_ERRORS, CONF, CONFIG, HYDRA_VERSION, explain, literal, register_schemas
+from mllama_graph.core.config import Run, TaskOptions, check, with_task_keys
+from mllama_graph.core.errors import Interrupted, PeerGone, RankFailed, UserError
+from mllama_graph.core.place import place_from
+from mllama_graph.core.report import write_failure
+from mllama_graph.launch.launch import join, launch
+from mllama_graph.measure.sweep import standing, write_summary
+from mllama_graph.plan.resolve import ResolvedRun, ResolvedTask, resolve
+
+# 2: an error that the user can mend.
+EXIT_CODES = {UserError: 2, Interrupted: 130}
+
+log = logging.getLogger("mllama_graph")
+# Exit codes of the jobs that failed in this process.
+failures: list[int] = []
+
+
+class JobFailed(Exception):
+    """A job of a sweep ended with an error that has been reported already; the sweep goes on and counts it.
+
+    Its argument is the exit code: launchers may have run the job in another process.
+    """
+
+
+def main() -> int:
+    """The exit code: 0, or 2 for an error that the user can mend."""
+    try:
+        place = place_from(os.environ)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if place and place.rank > 0:
+        # torchrun starts every rank alike; rank 0 alone composes the run and writes its folder.
+        _raise_on_interrupt()
+        return join(place)
+    for argument in sys.argv[1:]:
+        if not argument.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in argument):
+            print(f"error: {argument!r} is not valid UTF-8 text.", file=sys.stderr)
+            return 2
+    register_schemas()
+    # argparse takes no overrides after an option that follows overrides, so the sweep's flag goes first.
+    given = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))
+    sys.argv[1:] = [literal(argument) for argument in given]
+    try:
+        _raise_on_interrupt()
+        job()
+    except JobFailed as error:
+        return int(error.args[0])
+    except KeyboardInterrupt:
+        print("error: interrupted.", file=sys.stderr)
+        return 130
+    except COMPOSING_ERRORS as error:
+        print(f"error: {explain(error)}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}. The run's folder must be writable (hydra.run.dir).", file=sys.stderr)
+        return 2
+    return failures[0] if failures else 0
+
+
+@hydra.main(version_base=HYDRA_VERSION, config_path=str(CONF), config_name=CONFIG)
+def job(config: DictConfig) -> None:
+    """One job: a run alone, or one of a sweep."""
+    state, failed_before = HydraConfig.get(), len(failures)
+    folder, sweeping = Path(state.runtime.output_dir), state.mode == RunMode.MULTIRUN
+    run: Run = OmegaConf.to_object(config)  # type: ignore[assignment]
+    run.output_dir = str(folder)
+    # A result of an earlier run in the same folder must not be taken for this one's.
+    (folder / "result.json").unlink(missing_ok=True)
+    jobs = announce(folder.parent, state.job.num, state.overrides.task) if sweeping else 1
+    try:
+        run = with_task_keys(run)
+        check(run)
+        resolved = resolve(run, place_from(os.environ))
+        # A sweep's jobs share this process, so each gets fresh ones for its ranks.
+        launch(resolved, entry_of(resolved), fresh=sweeping)
+    except (UserError, Interrupted, RankFailed, PeerGone) as error:
+        log.exception("the run ended early")
+        _fail(run, folder, str(error), EXIT_CODES.get(type(error), 1))
+    except Exception as error:
+        log.exception("internal error")
+        _fail(run, folder, f"internal error: {type(error).__name__}: {error} (stack in {folder / 'run.log'})", 1)
+    finally:
+        if sweeping:
+            path = write_summary(folder.parent)
+            if state.job.num + 1 == jobs:
+                print(path, file=sys.stderr, flush=True)
+    if sweeping and len(failures) > failed_before:
+        raise JobFailed(failures[-1])
+
+
+def entry_of(run: ResolvedTask) -> str:
+    """The function that does the run's task, as "module:function"."""
+    traced = isinstance(run, ResolvedRun) and run.only_shapes and run.needs == TaskOptions.RANKS
+    return f"mllama_graph.tasks.{'trace' if traced else run.task}:main"
+
+
+def swept_in(sweep: Path) -> dict[str, int]:
+    """The keys that a sweep sweeps over, and how many values each has."""
+    noted = OmegaConf.load(sweep / "multirun.yaml").hydra
+    given = {word.partition("=")[0]: word for word in noted.overrides.task}
+    words = {name: f"{name}={value}" for name, value in (noted.sweeper.get("params") or {}).items()} | given
+    parsed = OverridesParser.create().parse_overrides(list(words.values()))
+    return {o.key_or_group: len(list(o.sweep_string_iterator())) for o in parsed if o.is_sweep_override()}
+
+
+def announce(sweep: Path, number: int, overrides: list[str]) -> int:
+    """Tell the user which job of a sweep begins, and how long the rest will take; returns how many jobs there are."""
+    swept, begun = swept_in(sweep), (sweep / "multirun.yaml").stat().st_mtime
+    own = ", ".join(word for word in overrides if word.partition("=")[0] in swept)
+    total = math.prod(swept.values())
+    print(f"{standing(sweep, number, total, begun, time.time())}: {own}", file=sys.stderr, flush=True)
+    return total
+
+
+def _fail(run: Run, folder: Path, message: str, exit_code: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    write_failure(folder, asdict(run), message)
+    failures.append(exit_code)
+
+
+def _raise_on_interrupt() -> None:
+    """From here on Ctrl-C raises KeyboardInterrupt."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

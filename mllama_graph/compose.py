@@ -1,0 +1,105 @@
+"""From key=value to a `Run`, by Hydra and the files of conf/."""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from mllama_graph.core.config import Run
+from mllama_graph.core.errors import UserError
+from mllama_graph.core.paths import PACKAGE
+from mllama_graph.tasks.options import TASKS
+
+# An installed package holds conf/; in a checkout it lies beside the package.
+CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
+CONFIG, HYDRA_VERSION = "config", "1.3"
+# Taken literally: Hydra's grammar would refuse commas, apostrophes, parentheses, = and Chinese.
+LITERAL_KEYS = ("prompt", "image", "system", "requests", "weights", "a", "b", "task.a", "task.b", "task.measured",
+                "task.folder")
+# Those of conf/hydra/launcher/ and of the plugins that they need.
+LAUNCHERS = ("parallel", "slurm", "joblib", "submitit_local", "submitit_slurm")
+COMPOSING_ERRORS = (HydraException, OmegaConfBaseException)
+
+
+def register_schemas() -> None:
+    """Have Hydra check every key by the dataclasses of core/config.py and tasks/options.py."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Run)
+    for name, options in TASKS.items():
+        store.store(group="schema/task", name=name, node=options)
+
+
+def run_from(choices: Iterable[str], values: Mapping[str, Any]) -> Run:
+    """The run of group choices ("model=11b") and of values by key, which may be nested: the library's way in.
+
+    Raises UserError for what can't be composed.
+    """
+    register_schemas()
+    try:
+        with initialize_config_dir(str(CONF), version_base=HYDRA_VERSION):
+            config = compose(CONFIG, list(choices))
+        for key, value in values.items():
+            OmegaConf.update(config, key, value, merge=True)
+        run: Run = OmegaConf.to_object(config)  # type: ignore[assignment]
+        return run
+    except COMPOSING_ERRORS as error:
+        raise UserError(explain(error)) from error
+
+
+def quote(value: str) -> str:
+    """A string as Hydra's grammar and then OmegaConf read it back unchanged.
+
+    Backslashes count only before a quote or an interpolation: there they are doubled.
+    """
+    value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    value = re.sub(r'(\\*)"', r'\1\1\\"', value)
+    value = re.sub(r"(\\+)$", r"\1\1", value)
+    return f'"{value}"'
+
+
+def literal(argument: str) -> str:
+    """key=value with the value quoted, where the key is a literal one."""
+    key, equals, value = argument.partition("=")
+    return f"{key}={quote(value)}" if equals and key in LITERAL_KEYS else argument
+
+
+def explain(error: Exception) -> str:
+    """Hydra's message as one line that gives the value, the rule and the remedy."""
+    text = " ".join(str(error).split())
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key}=??? is how the configuration writes a missing value. Give something else."
+    if isinstance(error, OverrideParseException):
+        return (f"{error.override} can't be read: {error.message.splitlines()[0].rstrip('.')}. Write it as key=value, a list as "
+                "key=[1,2] without spaces, and quote for the shell what has brackets: 'key=[1,2]'.")
+    if found := re.search(r"Could not override '([^']+)'", text):
+        return _unknown_key(found[1])
+    if found := re.search(r"Could not (?:find|load) 'hydra/launcher/(\w+)'", text):
+        if found[1] in LAUNCHERS:
+            return f"hydra/launcher={found[1]} is not installed. Install it with: pip install 'mllama_graph[sweeps]'"
+        return f"hydra/launcher={found[1]} is not one of basic, {', '.join(LAUNCHERS)}."
+    found = re.search(r"Error merging override ([^=\s]+)=(.*?)\.?$", text.split(" full_key:")[0])
+    if found and "is not a ListConfig" in str(error.__cause__):
+        return f"{found[1]}={found[2]} must be a list. Use {found[1]}=[{found[2]}]."
+    if found := re.search(r"Ambiguous value for argument '([^'=]+)=([^']*)'", text):
+        return (f"{found[1]}={found[2]} names several values. Use -m to run a job for each, "
+                f"or {found[1]}=[{found[2]}] for a list.")
+    if found := re.search(r"Could not find '([^']+)/([^']+)' Available options in '[^']+': (.*?) Config search", text):
+        return f"{found[1]}={found[2]} is not one of {', '.join(found[3].split())}."
+    cause = str(error.__cause__).splitlines()[0] if error.__cause__ else ""
+    return f"{text.split(' full_key:')[0].split(' See https')[0]}. {cause}".rstrip(". ") + "."
+
+
+def _unknown_key(key: str) -> str:
+    group, dot, _ = key.partition(".")
+    if dot:
+        return f"there is no key {key!r}. conf/{group}/ and conf/config.yaml list its keys."
+    close = difflib.get_close_matches(key, [entry.name for entry in fields(Run)], n=1)
+    guess = f" Did you mean {close[0]}?" if close else ""
+    return f"there is no key {key!r}.{guess} conf/config.yaml lists every key."

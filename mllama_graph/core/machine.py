@@ -1,0 +1,78 @@
+"""The machine that a run is on: cores, memory, processor, and this process's age. No torch."""
+
+import contextlib
+import hashlib
+import os
+import platform
+import signal
+import time
+from collections.abc import Iterator
+from functools import lru_cache
+from multiprocessing import resource_tracker
+from pathlib import Path
+from typing import Optional
+
+# The cores that this process may run on, before any rank is bound to some of them.
+CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+@contextlib.contextmanager
+def block_sigint() -> Iterator[None]:
+    """Start child processes with SIGINT blocked: Ctrl-C reaches the whole process group, and their parent handles it.
+
+    Children inherit the blocked mask. Ignoring the signal instead would lose a Ctrl-C in a process with several threads:
+    any thread may take an ignored signal and drop it. A blocked one is delivered to another thread or stays pending
+    (signal(7)).
+    """
+    # Otherwise multiprocessing starts it with the first child, and unblocks the signals that it blocked itself.
+    resource_tracker.ensure_running()
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
+def raise_interrupt(signum: int, frame: object) -> None:
+    """A signal handler that ends a task as Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
+def available_memory() -> tuple[int, str]:
+    """Bytes of memory that are available, and the source of the figure."""
+    try:
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024, "MemAvailable"
+    except (OSError, KeyError):
+        return physical_memory(), "physical memory"
+
+
+def physical_memory() -> int:
+    """Bytes of memory that the machine has."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@lru_cache
+def processor_name(capability: str) -> str:
+    """Model name of the CPU, a hash of its instruction-set flags, and `capability`, the vector width torch uses.
+
+    `capability` is torch.backends.cpu.get_cpu_capability(). What is compiled for one processor may not run on another.
+    """
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        flags = hashlib.sha256(fields.get("flags", "").encode()).hexdigest()[:8]
+        name = f"{fields.get('model name', platform.machine())} flags {flags}"
+    except OSError:
+        name = platform.processor() or platform.machine()
+    return f"{name} {capability}"
+
+
+def process_age() -> Optional[float]:
+    """Seconds since this process started, imports included; None where /proc does not tell."""
+    try:
+        # Field 22 of proc(5), counted behind the name in brackets, which may hold anything: start in ticks since boot.
+        started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - started
+    except (OSError, AttributeError, ValueError, IndexError):
+        return None

@@ -1,0 +1,265 @@
+"""What differs between devices for a rank: one Backend per kind of device.
+
+A Backend gives a rank its operations, its way to load or compile a graph, memory, its process group, the memory that is
+free, and the device's name. A new kind of device is one more Backend here and an entry in core/devices.py.
+"""
+
+import contextlib
+import io
+import logging
+import os
+import resource
+import signal
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.profiler import ProfilerActivity
+
+from mllama_graph.core.devices import CPU, CUDA, NPU, NPU_SIM
+from mllama_graph.core.dtypes import BYTES
+from mllama_graph.core.errors import UserError
+from mllama_graph.core.place import Place
+from mllama_graph.engine.collectives import Alone, Collectives, Distributed, SharedMemory, load_native
+from mllama_graph.graphs.aot import ops_of
+from mllama_graph.graphs.loaded import LoadedGraphs, LoadedNpuGraphs, LoadedPackages
+from mllama_graph.graphs.spec import GraphSpec
+from mllama_graph.graphs.store import GraphStore
+from mllama_graph.model.inputs import Pages
+from mllama_graph.model.ops import Ops
+from mllama_graph.model.placement import Placement
+from mllama_graph.model.sample import Gather
+from mllama_graph.model.tree import Weights
+from mllama_graph.ops import cpu
+from mllama_graph.ops.ranks import HOST_GROUP, gather_in
+from mllama_graph.plan.resolve import ResolvedRun
+
+log = logging.getLogger(__name__)
+
+TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+assert TORCH_DTYPES.keys() == BYTES.keys()
+
+
+class Backend(ABC):
+    """A rank's device. `start` comes before anything else that touches the device."""
+
+    # torch.distributed's backend for the device's tensors, and whether samples need a second group on the host.
+    group = "gloo"
+    samples_on_host = False
+    loaded: type[LoadedGraphs] = LoadedPackages
+
+    def __init__(self, run: ResolvedRun, place: Place):
+        self.run, self.place = run, place
+
+    @abstractmethod
+    def start(self) -> None:
+        """Make the device known to torch, and this rank's device the current one. Raises UserError where there is none."""
+
+    @abstractmethod
+    def free_memory(self) -> Optional[tuple[int, str]]:
+        """Bytes that the device has free, and the source of the figure; None for ranks that share the host's memory."""
+
+    def spec(self) -> GraphSpec:
+        """What this rank's graphs are compiled for."""
+        run = self.run
+        threads = run.threads or min(torch.get_num_threads(), self.place.threads())
+        return GraphSpec(
+            run.shape, run.plan.page_size, run.plan.num_pages, run.plan.num_image_pages, TORCH_DTYPES[run.precision.store],
+            TORCH_DTYPES[run.precision.compute], run.backend, run.device.name, threads, run.tp, run.collectives, run.kernels,
+            run.deterministic, run.compiler_options, self.place.rank)
+
+    def prepare(self, spec: GraphSpec, libraries: Path) -> None:
+        """Bind the process to its cores and threads, and load what the operations need; `libraries`: their folder."""
+        torch.set_num_threads(spec.threads)
+
+    def ops(self, spec: GraphSpec) -> Ops:
+        """The operations that the rank runs uncompiled and that its graphs are traced with."""
+        return ops_of(spec)
+
+    def placement(self, spec: GraphSpec) -> Placement:
+        """Where weights and pages live."""
+        return spec.placement
+
+    def lay_out(self, weights: Weights, spec: GraphSpec) -> None:
+        """Convert weights in place to the layout that the device's kernels read."""
+
+    def join(self, store: Optional[dist.Store], libraries: Path) -> Collectives:
+        """Join the other ranks; waits for them at most for the run's timeout. Raises UserError where that can't be built."""
+        if self.place.world == 1:
+            return Alone()
+        if self.run.collectives == "shared_memory":
+            return SharedMemory(self.place, self.run.segment, self.run.timeout, libraries)
+        return Distributed(self.place, store, self.run.timeout, self.group, self.samples_on_host)
+
+    def gather(self, ops: Ops) -> Gather:
+        """How samplers exchange candidates."""
+        return ops.all_gather
+
+    def load_graphs(self, spec: GraphSpec, weights: Weights, pages: tuple[Pages, Pages], ops: Ops, store: GraphStore,
+                    say: Callable[[str], None]) -> LoadedGraphs:
+        """The rank's graphs, none of them loaded yet."""
+        return self.loaded(spec, weights, pages, ops, store, say)
+
+    def logits(self, logits_BV: Tensor) -> Tensor:
+        """Logits where they are sampled."""
+        return logits_BV
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all that it was told."""
+
+    def name(self) -> Optional[str]:
+        """The accelerator's name; None for a CPU."""
+        return None
+
+    def most_bytes(self) -> int:
+        """The most memory that this process has held since it started: allocated on its device, or resident."""
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def profile(self, folder: Path, options: Any) -> Any:
+        """A profiler of torch, as a context; its trace is written by `export_trace`."""
+        return torch.profiler.profile(activities=self.activities())
+
+    def activities(self) -> list[ProfilerActivity]:
+        """What the profiler watches."""
+        return [ProfilerActivity.CPU]
+
+    def export_trace(self, profile: Any, folder: Path, path: Path) -> None:
+        """Write a finished profile as a gzipped Chrome trace at `path`; `folder` holds the profiler's own output."""
+        profile.export_chrome_trace(str(path))
+
+
+class CpuBackend(Backend):
+    """Ranks on the cores of their host."""
+
+    def start(self) -> None:
+        """Nothing: torch starts with a CPU."""
+
+    def free_memory(self) -> Optional[tuple[int, str]]:
+        return None
+
+    def prepare(self, spec: GraphSpec, libraries: Path) -> None:
+        if self.place.local_world > 1 and spec.threads <= len(self.place.cores()):
+            os.sched_setaffinity(0, self.place.cores())
+        super().prepare(spec, libraries)
+        if spec.kernels == "native":
+            load_native("kernels", libraries, "backend.kernels=plain")
+
+    def lay_out(self, weights: Weights, spec: GraphSpec) -> None:
+        if spec.kernels == "native":
+            cpu.lay_out(weights)
+
+
+class CudaBackend(Backend):
+    """One CUDA device per rank. Never run on one."""
+
+    group = "nccl"
+
+    def start(self) -> None:
+        if not torch.cuda.is_available():
+            raise UserError("device=cuda: torch finds no CUDA device. Use device=cpu.")
+        torch.cuda.set_device(self.place.local_rank)
+
+    def free_memory(self) -> Optional[tuple[int, str]]:
+        return torch.cuda.mem_get_info()[0], "free on the CUDA device"
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
+    def name(self) -> Optional[str]:
+        return torch.cuda.get_device_name()
+
+    def most_bytes(self) -> int:
+        return torch.cuda.max_memory_allocated()
+
+    def activities(self) -> list[ProfilerActivity]:
+        return [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+
+
+class NpuBackend(Backend):
+    """One NPU per rank. Never run on one."""
+
+    group = "hccl"
+    # Kernels outside of a graph are launched one by one: the host samples.
+    samples_on_host = True
+    loaded = LoadedNpuGraphs
+
+    def start(self) -> None:
+        import_torch_npu()
+        torch.npu.set_device(self.place.local_rank)
+
+    def free_memory(self) -> Optional[tuple[int, str]]:
+        return torch.npu.mem_get_info()[0], "free on the NPU"
+
+    def lay_out(self, weights: Weights, spec: GraphSpec) -> None:
+        if dict(spec.options)["weight_format"] == "nz":
+            from mllama_graph.graphs.torchair import cast_to_nz
+
+            cast_to_nz(weights)
+
+    def gather(self, ops: Ops) -> Gather:
+        return gather_in(HOST_GROUP, self.place.world) if self.place.world > 1 else ops.all_gather
+
+    def logits(self, logits_BV: Tensor) -> Tensor:
+        return logits_BV.cpu()
+
+    def name(self) -> Optional[str]:
+        return torch.npu.get_device_name()
+
+    def most_bytes(self) -> int:
+        return torch.npu.max_memory_allocated()
+
+    def profile(self, folder: Path, options: Any) -> Any:
+        from mllama_graph.engine.npu_profile import npu_profile
+
+        return npu_profile(folder, options.level, options.aic_metrics)
+
+    def export_trace(self, profile: Any, folder: Path, path: Path) -> None:
+        from mllama_graph.engine.npu_profile import take_trace
+
+        take_trace(folder, path)
+
+
+class NpuSimBackend(NpuBackend):
+    """An NPU that is not there: torchair's graphs are executed by an interpreter on the host."""
+
+    group = "gloo"
+
+    def start(self) -> None:
+        import_torch_npu()
+        from mllama_graph.ascend import interpreter
+
+        interpreter.install(wide=self.run.precision.compute == "fp32")
+
+    def free_memory(self) -> Optional[tuple[int, str]]:
+        return None
+
+    def name(self) -> Optional[str]:
+        return None
+
+    def most_bytes(self) -> int:
+        return Backend.most_bytes(self)
+
+
+BACKENDS: dict[str, type[Backend]] = {CPU.name: CpuBackend, CUDA.name: CudaBackend, NPU.name: NpuBackend,
+                                      NPU_SIM.name: NpuSimBackend}
+
+
+def backend_of(run: ResolvedRun, place: Optional[Place] = None) -> Backend:
+    """The backend of a run's device; without a place, that of rank 0 of ranks that share this host."""
+    return BACKENDS[run.device.name](run, place or Place(0, run.tp, 0, run.tp))
+
+
+def import_torch_npu() -> None:
+    """Import torch_npu, which registers the device. What it prints goes to the log: stdout belongs to the answer."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        import torch_npu  # noqa: F401
+        import torchair  # noqa: F401
+    log.info("torch_npu: %s", said.getvalue().strip() or "imported")
+    # torchair installs handlers that close its engine and go on; an interrupt must end the run.
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

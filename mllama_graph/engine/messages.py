@@ -1,0 +1,165 @@
+"""What the driver sends to the worker ranks, and the connections that carry it.
+
+An order holds integers, ids and pixels, never a tensor of the model. What a step computes is exchanged by collectives
+inside the graphs, and every rank draws the same sample, so that a worker answers only when a graph is loaded.
+"""
+
+import json
+import os
+import secrets
+import socket
+import threading
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Client, Connection, Listener
+from typing import Optional, Union
+
+import torch.distributed as dist
+
+from mllama_graph.core.errors import PeerGone
+from mllama_graph.core.place import Place, Rendezvous
+from mllama_graph.engine.steps import Step
+from mllama_graph.model.tree import Pixels
+from mllama_graph.plan.bucket import Bucket
+from mllama_graph.plan.resolve import ResolvedRun
+
+# Ranks may be late at the first meeting: each imports torch first, and hosts start when they do.
+MEETING_SECONDS = 300
+# An idle driver tells that it is alive this many times within the timeout.
+ALIVE_PER_TIMEOUT = 4
+
+
+@dataclass(frozen=True)
+class Start:
+    """Build a rank."""
+
+    run: ResolvedRun
+    pixels: Pixels
+
+
+@dataclass(frozen=True)
+class Compile:
+    """Start compiling a graph that will be needed: hosts other than the driver's have stores of their own."""
+
+    bucket: Bucket
+
+
+@dataclass(frozen=True)
+class Load:
+    """Load a bucket's graph, and confirm."""
+
+    bucket: Bucket
+
+
+@dataclass(frozen=True)
+class Execute:
+    """Run a step through a bucket, compiled or not."""
+
+    step: Step
+    bucket: Bucket
+    compiled: bool
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Begin to record what the rank does; or end it, write it down, and confirm."""
+
+    begin: bool
+
+
+# None says only that the driver is alive.
+Order = Union[Start, Compile, Load, Execute, Profile, None]
+
+
+def meet(place: Place, rendezvous: Rendezvous) -> dist.Store:
+    """The store in which the ranks of a run find each other."""
+    store = dist.TCPStore(
+        rendezvous.address, rendezvous.port, place.world, place.rank == 0 and not rendezvous.held_by_agent,
+        timeout=timedelta(seconds=MEETING_SECONDS), wait_for_workers=False,
+        master_listen_fd=rendezvous.listening if place.rank == 0 else None)
+    return dist.PrefixStore(f"mllama_graph/{rendezvous.restarts}", store)
+
+
+def _without_delay(connection: Connection) -> Connection:
+    """The same connection, which sends small messages at once."""
+    with socket.socket(fileno=os.dup(connection.fileno())) as shared:
+        shared.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return connection
+
+
+class Workers:
+    """The driver's connections to the worker ranks; none for a run of one rank."""
+
+    def __init__(self, place: Place, rendezvous: Optional[Rendezvous], store: Optional[dist.Store], timeout: float):
+        self._connections: dict[int, Connection] = {}
+        self._lock, self._closed = threading.Lock(), threading.Event()
+        if store is None or rendezvous is None:
+            return
+        secret = secrets.token_bytes(16)
+        address = "127.0.0.1" if place.one_host else ""
+        with Listener((address, 0), backlog=place.world, authkey=secret) as listener:
+            reached = "127.0.0.1" if place.one_host else rendezvous.address
+            store.set("driver", json.dumps([reached, listener.address[1], secret.hex()]))
+            while len(self._connections) < place.world - 1:
+                connection = _without_delay(listener.accept())
+                self._connections[connection.recv()] = connection
+        threading.Thread(target=self._keep_alive, args=(timeout / ALIVE_PER_TIMEOUT,), daemon=True).start()
+
+    def send(self, order: Order) -> None:
+        """Send an order to all workers. Raises PeerGone."""
+        with self._lock:
+            for rank, connection in self._connections.items():
+                try:
+                    connection.send(order)
+                except OSError as error:
+                    raise PeerGone(f"rank {rank} is gone") from error
+
+    def confirmed(self) -> None:
+        """Wait until all workers have done the last order. Raises PeerGone."""
+        for rank, connection in self._connections.items():
+            try:
+                connection.recv()
+            except (EOFError, OSError) as error:
+                raise PeerGone(f"rank {rank} is gone") from error
+
+    def close(self) -> None:
+        """Let the workers end."""
+        self._closed.set()
+        for connection in self._connections.values():
+            connection.close()
+
+    def _keep_alive(self, seconds: float) -> None:
+        while not self._closed.wait(seconds):
+            try:
+                self.send(None)
+            except (PeerGone, ValueError):
+                return
+
+
+class Driver:
+    """A worker's connection to the driver."""
+
+    def __init__(self, place: Place, store: dist.Store):
+        address, port, secret = json.loads(store.get("driver"))
+        self._connection = _without_delay(Client((address, port), authkey=bytes.fromhex(secret)))
+        self._connection.send(place.rank)
+
+    def first(self) -> Start:
+        """The order to start."""
+        while (start := self._connection.recv()) is None:
+            pass
+        assert isinstance(start, Start)
+        return start
+
+    def next(self, timeout: float) -> tuple[Order, bool]:
+        """The next order, and whether the driver has ended. Raises PeerGone where it is silent for `timeout` seconds."""
+        try:
+            if not self._connection.poll(timeout):
+                raise PeerGone(f"rank 0 has sent nothing for {timeout:g} s")
+            return self._connection.recv(), False
+        except (EOFError, ConnectionResetError):
+            return None, True
+
+    def confirm(self) -> None:
+        """Say that the last order is done."""
+        self._connection.send(None)

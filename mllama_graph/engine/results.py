@@ -1,0 +1,48 @@
+"""What a request gives back: text as it becomes certain, and the finished result."""
+
+from dataclasses import dataclass
+from typing import Any, Optional
+
+
+@dataclass
+class Result:
+    """A finished request, or one that could not be served: then finish_reason is "error", and `error` says why.
+
+    Times are in milliseconds, from submission.
+    """
+
+    id: Any
+    token_ids: list[int]
+    text: str
+    finish_reason: str
+    prompt_tokens: int = 0
+    image_tokens: int = 0
+    time_to_first_token_ms: float = 0.0
+    time_per_output_token_ms: Optional[float] = None
+    logprobs: Optional[list[dict[str, Any]]] = None
+    error: Optional[str] = None
+
+    def line(self) -> dict[str, Any]:
+        """As a line of results.jsonl."""
+        if self.error is not None:
+            return {"id": self.id, "token_ids": [], "text": "", "finish_reason": self.finish_reason, "error": self.error}
+        fields = dict(self.__dict__)
+        del fields["error"]
+        if self.logprobs is None:
+            del fields["logprobs"]
+        return fields
+
+    @staticmethod
+    def failed(id: Any, error: str) -> "Result":
+        """The result of a request that could not be served."""
+        return Result(id, [], "", "error", error=error)
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What a step gave one request: its token, text that became certain, and the result if the request ended."""
+
+    id: Any
+    token: int
+    text: str
+    result: Optional[Result] = None

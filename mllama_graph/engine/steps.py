@@ -1,0 +1,79 @@
+"""What ranks are told to do: one step at a time, as plain integers, and only what changed since the step before.
+
+A sequence's pages, image table and sampling options are sent once, when they become known; each rank keeps them
+(engine/batch.py, Sequences). So a decode step costs the same to send after 10 tokens and after 10,000.
+"""
+
+from dataclasses import dataclass
+from typing import Optional, Union
+
+from mllama_graph.inputs.images import TiledImage
+from mllama_graph.inputs.request import Sampling
+
+
+@dataclass(frozen=True)
+class Token:
+    """A sampled id, and log-probabilities of the raw logits where they were asked for."""
+
+    id: int
+    logprob: Optional[float] = None
+    top_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class ImageTable:
+    """The image pages that a sequence's rows may see, image after image, and the tokens in each page."""
+
+    pages: tuple[int, ...] = ()
+    fill: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """New tokens of one sequence.
+
+    start: position of the first of them; at 0 the sequence begins, or begins again after it was preempted.
+    pages: pages that joined the block table since the sequence's last row. used_pages: pages that positions
+    0 .. start + len(ids) - 1 fill. image: the image table, where it is another than the last row's; image_pages: its
+    length. see: the range [from, to) of its entries that each new token sees; empty where all see the whole table.
+    sampling: sent with the first row.
+    """
+
+    sequence: int
+    ids: tuple[int, ...]
+    start: int
+    pages: tuple[int, ...]
+    used_pages: int
+    image_pages: int
+    image: Optional[ImageTable] = None
+    see: tuple[tuple[int, int], ...] = ()
+    sampling: Optional[Sampling] = None
+
+
+@dataclass(frozen=True)
+class VisionStep:
+    """Encode an image into `pages`, padding tiles included. The only step that carries pixels."""
+
+    image: TiledImage
+    pages: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PrefillStep:
+    """One chunk of a prompt; `sample` for its last chunk. `ended`: sequences that ended since the step before."""
+
+    row: Row
+    sample: bool
+    ended: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class DecodeStep:
+    """One new token for each row. `ended`: sequences that ended since the step before."""
+
+    rows: tuple[Row, ...]
+    ended: tuple[int, ...] = ()
+
+
+Step = Union[VisionStep, PrefillStep, DecodeStep]

@@ -1,0 +1,67 @@
+"""Synthetic requests of given sizes, served together and timed: what task=bench and task=profile run."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mllama_graph.engine.engine import Engine
+from mllama_graph.inputs.images import TiledImage, tile_image
+from mllama_graph.inputs.request import Request
+from mllama_graph.measure.timing import Case, Timing
+
+
+def cases_of(options: Any) -> list[Case]:
+    """Every case of a task's options (tasks/options.py, WorkloadOptions)."""
+    return [Case(batch, length, options.images, options.new_tokens)
+            for batch in options.batch_sizes for length in options.lengths]
+
+
+def requests_of(engine: Engine, case: Case, seed: int, pictures: int) -> tuple[list[Request], float]:
+    """Random requests, and the seconds that preparing their images took. Equal `pictures` give equal images."""
+    shape, random = engine.executor.run.shape, np.random.default_rng(seed)
+    side = shape.vision.tile * int(shape.vision.max_tiles ** 0.5)
+    painter, spent = np.random.default_rng(pictures), 0.0
+    requests = []
+    for number in range(case.batch):
+        images: list[TiledImage] = []
+        for _ in range(case.images):
+            picture = Image.fromarray(painter.integers(0, 256, (side, side, 3), dtype=np.uint8))
+            start = time.perf_counter()
+            images.append(tile_image(picture, shape.vision))
+            spent += time.perf_counter() - start
+        text = random.integers(0, shape.text.vocab, case.length - len(images)).tolist()
+        ids = (*[shape.image_token] * len(images), *text)
+        # Those that get their first token before the others decode meanwhile.
+        most = case.new + case.batch
+        requests.append(Request(number, ids, tuple(images), tuple(range(len(images))), most, ignore_eos=True))
+    return requests, spent
+
+
+def serve(engine: Engine, requests: list[Request], new: int, timing: Timing,
+          before_decode: Callable[[], None] = lambda: None) -> None:
+    """Serve requests together until all have a token and have then decoded `new` - 1 more in one batch.
+
+    The time to the first token is that of the last request to get one, as a batch would wait for it.
+    """
+    start, stats, rank = time.perf_counter(), engine.stats, engine.executor.rank
+    vision, prefill, sample = stats.vision_seconds, stats.prefill_seconds, rank.sample_seconds
+    numbers, without = [engine.submit(request) for request in requests], {request.id for request in requests}
+    while without:
+        without -= {delta.id for delta in engine.step()}
+    timing.first.append(time.perf_counter() - start)
+    timing.vision.append(stats.vision_seconds - vision)
+    timing.prefill.append(stats.prefill_seconds - prefill)
+    timing.sample.append(rank.sample_seconds - sample)
+    before_decode()
+    steps = []
+    for _ in range(new - 1):
+        start = time.perf_counter()
+        engine.step()
+        steps.append(time.perf_counter() - start)
+    timing.steps += steps
+    timing.whole.append(timing.first[-1] + sum(steps))
+    for number in numbers:
+        engine.abort(number)

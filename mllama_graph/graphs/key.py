@@ -1,0 +1,105 @@
+"""The key of a stored graph: every field that can change what the graph computes or where it can run.
+
+A package checks nothing when it is loaded, not even the CPU's instruction set: its key alone guards it. The source files
+that count are those that tracing and compiling import; they are found by following import statements.
+"""
+
+import ast
+import hashlib
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mllama_graph.core.machine import processor_name
+from mllama_graph.core.paths import PACKAGE
+from mllama_graph.graphs import torchair
+from mllama_graph.graphs.spec import GraphSpec
+from mllama_graph.graphs.store import key_of
+from mllama_graph.plan.bucket import Bucket
+
+# The modules that trace a step and hand it to a compiler.
+ENTRIES = ("graphs/aot.py", "graphs/torchair.py")
+
+
+def key_fields(spec: GraphSpec, bucket: Bucket) -> dict[str, Any]:
+    """All that can change the graph of a bucket, readable. The engine's version is not among them: its source is."""
+    fields: dict[str, Any] = {
+        "torch": torch.__version__, "source": source_hash(), "backend": spec.backend, "device": device_name(spec.device),
+        "threads": spec.threads, "world_size": spec.world_size, "options": dict(spec.options),
+        "deterministic": spec.deterministic, "kernels": spec.kernels, "weights": str(spec.store),
+        "compute": str(spec.compute), "page_size": spec.page_size, "bucket": asdict(bucket), "model": asdict(spec.shape),
+    }
+    # A graph takes only the pools that it reads or writes.
+    if bucket.phase != "vision":
+        fields["num_pages"] = spec.num_pages
+    if bucket.image_pages:
+        fields["num_image_pages"] = spec.num_image_pages
+    if spec.world_size > 1:
+        fields["collectives"] = spec.collectives
+    if spec.device == "cuda":
+        # Here, since it imports Triton.
+        from mllama_graph.ops.cuda import triton_version
+
+        fields["triton"] = triton_version()
+    if spec.backend == "torchair":
+        # Other ranks share their graphs: they differ in weights alone.
+        fields |= torchair.key_fields() | {"rank": spec.rank}
+    return fields
+
+
+def key(spec: GraphSpec, bucket: Bucket) -> str:
+    """The name of a bucket's entry in the graph store."""
+    return key_of(key_fields(spec, bucket))
+
+
+def device_name(device: str) -> str:
+    """The device that a graph is compiled for, as exactly as it matters."""
+    if device == "cpu":
+        return processor_name(torch.backends.cpu.get_cpu_capability())
+    return torch.cuda.get_device_name() if device == "cuda" else f"{device} {torch.npu.get_device_name()}"
+
+
+@lru_cache
+def source_hash(package: Path = PACKAGE) -> str:
+    """Hash of the package's source files that tracing and compiling import."""
+    digest = hashlib.sha256()
+    for file in traced_files(package):
+        digest.update(file.relative_to(package).as_posix().encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def traced_files(package: Path = PACKAGE) -> list[Path]:
+    """The entries and every file of the package that they import, directly or not, sorted.
+
+    The package's own __init__.py is left out: it holds the version and names for users, which no graph depends on.
+    """
+    found: set[Path] = set()
+    waiting = [package / entry for entry in ENTRIES]
+    while waiting:
+        file = waiting.pop()
+        if file in found:
+            continue
+        found.add(file)
+        waiting += [imported for name in _imports(file, package.name) if (imported := _file_of(name, package)) is not None]
+    return sorted(found - {package / "__init__.py"})
+
+
+def _imports(file: Path, package: str) -> Iterator[str]:
+    """The dotted names of this package that a file imports, inside functions as well."""
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == package:
+            yield node.module
+            # `from package.room import module`
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == package)
+
+
+def _file_of(name: str, package: Path) -> Path | None:
+    """The file of a dotted name, or None where it names no module."""
+    path = package.joinpath(*name.split(".")[1:])
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)

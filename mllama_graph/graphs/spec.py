@@ -1,0 +1,104 @@
+"""What a graph is compiled for: everything but the bucket that decides it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mllama_graph.model.inputs import ImageInput, Pages, PromptInput, TileInput, TokenInput
+from mllama_graph.model.ops import padded_head
+from mllama_graph.model.placement import Placement
+from mllama_graph.model.shape import ModelShape
+from mllama_graph.model.table import Shard
+from mllama_graph.model.tree import Pixels, Weights, build
+from mllama_graph.plan.bucket import Bucket
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """The model, its pages and dtypes, the compiler and the device. `options` are (name, value) pairs for the compiler.
+
+    `device` is cpu, cuda, npu or npu-sim. `rank` only matters where ranks don't share their graphs: torchair's contain it.
+    """
+
+    shape: ModelShape
+    page_size: int
+    num_pages: int
+    num_image_pages: int
+    store: torch.dtype
+    compute: torch.dtype
+    backend: str
+    device: str
+    threads: int
+    world_size: int = 1
+    collectives: str = "shared_memory"
+    kernels: str = "plain"
+    deterministic: bool = False
+    options: tuple[tuple[str, Any], ...] = ()
+    rank: int = 0
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device of weights, pages and inputs."""
+        return torch.device("npu" if self.device == "npu-sim" else self.device)
+
+    @property
+    def placement(self) -> Placement:
+        """An NPU's values are written on the host: outside of a graph it runs no kernel of ours."""
+        on_host = self.torch_device.type == "npu"
+        return Placement(self.torch_device, torch.device("cpu") if on_host else self.torch_device)
+
+    @property
+    def shard(self) -> Shard:
+        """This rank's part of what is split over ranks."""
+        return Shard(self.rank, self.world_size)
+
+    @property
+    def head_width(self) -> int:
+        """Width of a head in the pages. An NPU's attention takes multiples of 16, and a page is never copied to be padded."""
+        width = self.shape.text.head_width
+        return padded_head(width) if self.backend == "torchair" else width
+
+    def pages(self, allocate: Callable[[tuple[int, ...], torch.dtype], Tensor]) -> tuple[Pages, Pages]:
+        """A rank's self-attention pages and image pages, of its own heads, each from allocate(size, dtype)."""
+        text = self.shape.text
+
+        def pool(count: int, layers: int) -> Pages:
+            size = (count, self.page_size, text.kv_heads // self.world_size, self.head_width)
+            return tuple((allocate(size, self.compute), allocate(size, self.compute)) for _ in range(layers))
+
+        return pool(self.num_pages, len(text.self_layers)), pool(self.num_image_pages, len(text.cross_layers))
+
+    def unfilled_pages(self) -> tuple[Pages, Pages]:
+        """Pages of undefined contents."""
+        return self.pages(lambda size, dtype: torch.empty(size, dtype=dtype, device=self.torch_device))
+
+    def unfilled_weights(self, shard: Shard) -> Weights:
+        """A rank's weight tree of undefined values."""
+        pixels = Pixels(1.0, (0.0,) * 3, (1.0,) * 3)
+        return build(self.shape, pixels, self.store, self.placement, lambda entry, part, region: None, lambda count: None,
+                     shard)
+
+    def example(self, bucket: Bucket) -> Any:
+        """Harmless inputs of a bucket's shapes: one image tile; token rows that are padding, in scratch slots."""
+        vision, device = self.shape.vision, self.torch_device
+
+        def zeros(*size: int) -> Tensor:
+            return torch.zeros(size, dtype=torch.int32).to(device)
+
+        def ones(size: int) -> Tensor:
+            return torch.ones(size, dtype=torch.int32).to(device)
+
+        def slots(count: int) -> Tensor:
+            return torch.arange(count, dtype=torch.int32).to(device)
+
+        B, T, J = bucket.rows, bucket.tokens, bucket.pages
+        if bucket.phase == "vision":
+            tiles = torch.zeros((vision.max_tiles, vision.channels, vision.tile, vision.tile), dtype=torch.uint8)
+            return TileInput(tiles.to(device), ones(1), ones(1), slots(vision.max_tiles * vision.tokens))
+        image = ImageInput(zeros(B, bucket.image_pages), zeros(B, bucket.image_pages), zeros(T, 2)) if bucket.image_pages else None
+        if bucket.phase == "prefill":
+            return PromptInput(zeros(T), zeros(T), slots(T), zeros(1), zeros(1), zeros(J) if J else None, image)
+        return TokenInput(zeros(T), zeros(T), slots(T), zeros(B, J), ones(B), image)

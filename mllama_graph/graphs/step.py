@@ -1,0 +1,58 @@
+"""One step of the model, as the module that compilers take."""
+
+from typing import Any, Optional
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from mllama_graph.model.inputs import Pages
+from mllama_graph.model.ops import Ops
+from mllama_graph.model.shape import ModelShape
+from mllama_graph.model.text import decode, prefill
+from mllama_graph.model.tree import Weights
+from mllama_graph.model.vision import encode_image
+from mllama_graph.plan.bucket import Bucket
+
+PHASES = ("vision", "prefill", "decode")
+# Weights appear in compiled packages under their names in `Flat`.
+WEIGHT_PREFIX = "step.weights."
+
+
+class Step(nn.Module):
+    """One phase over the shared weight tree."""
+
+    def __init__(self, phase: str, weights: Weights, shape: ModelShape, ops: Ops):
+        super().__init__()
+        self.phase, self.weights, self.shape, self.ops = phase, weights, shape, ops
+
+    def forward(self, given: Any, pages: Pages, image_pages: Pages) -> Optional[Tensor]:
+        if self.phase == "vision":
+            encode_image(self.weights, given, image_pages, self.shape, self.ops)
+            return None
+        function = prefill if self.phase == "prefill" else decode
+        return function(self.weights.text, given, pages, image_pages, self.shape, self.ops)
+
+
+class Flat(nn.Module):
+    """A step as a function of its input tensors alone, in tree order: the form in which packages are called."""
+
+    def __init__(self, step: Step, inputs: tuple[Any, ...]):
+        super().__init__()
+        self.step = step
+        leaves, self.spec = pytree.tree_flatten(inputs)
+        self.present = [isinstance(leaf, Tensor) for leaf in leaves]
+
+    def forward(self, *given: Tensor) -> Optional[Tensor]:
+        remaining = iter(given)
+        leaves = [next(remaining) if present else None for present in self.present]
+        return self.step(*pytree.tree_unflatten(leaves, self.spec))
+
+
+def arguments(bucket: Bucket, given: Any, pages: Pages, image_pages: Pages) -> tuple[Any, Pages, Pages]:
+    """A step's arguments: each phase takes only the pages that it uses."""
+    return given, () if bucket.phase == "vision" else pages, image_pages if bucket.image_pages else ()
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    """The tensors of a tree in the order in which a graph takes them."""
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]

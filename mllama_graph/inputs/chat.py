@@ -1,0 +1,105 @@
+"""Chat templates, as transformers renders them, and chat messages as templates take them.
+
+The template is run by jinja2, which transformers uses as well; importing transformers itself would more than double the
+time of a warm start.
+"""
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Optional
+
+import jinja2
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from mllama_graph.core.errors import UserError
+from mllama_graph.inputs.images import Source
+from mllama_graph.model.shape import read_json
+
+ROLES = ("system", "user", "assistant", "tool", "ipython")
+IMAGE_PARTS = ("image", "image_url", "input_image")
+
+
+class ChatTemplate:
+    """A checkpoint's chat template. `tokens`: the special tokens that it may name, such as bos_token.
+
+    Raises UserError for a template that is not valid.
+    """
+
+    def __init__(self, source: str, tokens: dict[str, Any]):
+        self._tokens = tokens
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise UserError(f"the checkpoint's chat template is not valid: {error}.") from error
+
+    def render(self, messages: Sequence[dict[str, Any]]) -> str:
+        """The prompt of a chat. Raises UserError where the template refuses it."""
+        try:
+            return self._template.render(messages=messages, add_generation_prompt=True, **self._tokens)
+        except jinja2.TemplateError as error:
+            raise UserError(f"the checkpoint's chat template refuses these messages: {error}.") from error
+
+
+def _to_json(value: Any, indent: Optional[int] = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _raise(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def template_source(folder: Path, tokenizer_config: dict[str, Any]) -> Optional[str]:
+    """A checkpoint's chat template, from the newest of the three places that transformers has kept it in."""
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf8")
+    source = (read_json(folder / "chat_template.json", needed=False) or {}).get("chat_template")
+    source = source or tokenizer_config.get("chat_template")
+    if isinstance(source, list):
+        source = next((entry["template"] for entry in source if entry.get("name") == "default"), None)
+    return source
+
+
+def read_message(message: dict[str, Any], sources: list[Source]) -> dict[str, Any]:
+    """A message in OpenAI form as chat templates take it; its images are appended to `sources`.
+
+    Raises UserError for a role or a part that is not known.
+    """
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise UserError(f"message role {role!r} is not one of system, user, assistant.")
+    if isinstance(content, str):
+        return message
+    if not isinstance(content, list):
+        raise UserError("message content must be a string or a list of parts.")
+    parts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            parts.append({"type": "text", "text": part["text"]})
+        elif kind in IMAGE_PARTS:
+            sources.append(_source(part))
+            parts.append({"type": "image"})
+        else:
+            raise UserError(f"message part {str(part)[:80]} is neither a text nor an image part.")
+    return {**message, "content": parts}
+
+
+def _source(part: dict[str, Any]) -> Source:
+    """The image of an image part: a path, a data: URI, bytes or a PIL image."""
+    value = next((part[key] for key in ("image_url", "image", "url", "path") if part.get(key)), None)
+    value = value.get("url") if isinstance(value, dict) else value
+    if not isinstance(value, Source):
+        raise UserError("an image part needs its file path or data: URI in image_url.url.")
+    return value
+
+
+def texts(content: Any) -> list[str]:
+    """The texts of a message's content, after `read_message`."""
+    return [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]

@@ -1,0 +1,85 @@
+"""A request: what one is once it is prepared, and the checks of the options that users give."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from mllama_graph.core.errors import UserError
+from mllama_graph.inputs.images import TiledImage
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one row's next id is chosen. `logprobs`: how many of the best ids to report; None reports none."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    logprobs: Optional[int] = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request, ready for the engine. `positions`: those of the image tokens, one per image."""
+
+    id: Any
+    ids: tuple[int, ...]
+    images: tuple[TiledImage, ...]
+    positions: tuple[int, ...]
+    max_new: int
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+
+# Every field of a request that has a meaning here, and those that tasks read.
+FIELDS = frozenset({"id", "messages", "prompt", "input_ids", "images", "max_new_tokens", "temperature", "top_p", "top_k",
+                    "seed", "stop", "ignore_eos", "logprobs", "answer", "kind"})
+LARGEST = 2**31 - 1
+# Numeric field of a request -> (type, least value or None, greatest value).
+_NUMBERS: dict[str, tuple[type, Optional[int], float]] = {
+    "max_new_tokens": (int, 1, LARGEST), "temperature": (float, 0, 1e6), "top_p": (float, 0, 1), "top_k": (int, 0, LARGEST),
+    "seed": (int, None, 2**64 - 1), "logprobs": (int, 0, LARGEST)}
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of a request, over the run's defaults."""
+
+    max_new: int
+    sampling: Sampling
+    stop: tuple[str, ...]
+    ignore_eos: bool
+
+
+def read_options(given: Mapping[str, Any], max_new: int, defaults: Sampling) -> Options:
+    """The options of a request. Raises UserError for a value of the wrong type or out of range."""
+    top_p = _number(given, "top_p", defaults.top_p)
+    if top_p == 0:
+        raise UserError("top_p=0 keeps no token; it must be above 0 and at most 1.")
+    stop = given.get("stop") or []
+    stop = [stop] if isinstance(stop, str) else stop
+    if not isinstance(stop, list) or not all(isinstance(s, str) and s for s in stop):
+        raise UserError("stop must be a string or a list of strings that are not empty.")
+    ignore_eos = given.get("ignore_eos") or False
+    if not isinstance(ignore_eos, bool):
+        raise UserError(f"ignore_eos={ignore_eos!r} must be true or false.")
+    sampling = Sampling(_number(given, "temperature", defaults.temperature), top_p, _number(given, "top_k", defaults.top_k),
+                        _number(given, "seed", defaults.seed), _number(given, "logprobs", None))
+    return Options(_number(given, "max_new_tokens", max_new), sampling, tuple(stop), ignore_eos)
+
+
+def _number(given: Mapping[str, Any], name: str, default: Any) -> Any:
+    value = given.get(name)
+    if value is None:
+        return default
+    kind, least, most = _NUMBERS[name]
+    if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
+        raise UserError(f"{name}={value!r} must be a {'number' if kind is float else 'whole number'}.")
+    # `not (lo <= x <= hi)` also rejects NaN.
+    if not (-math.inf if least is None else least) <= value <= most:
+        raise UserError(f"{name}={value} must be at least {least} and at most {most}." if least is not None else
+                        f"{name}={value} must be at most {most}.")
+    return kind(value)

@@ -1,0 +1,61 @@
+"""What must be set in a process before torch is imported."""
+
+import faulthandler
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Optional
+
+from mllama_graph.ascend import stubs
+from mllama_graph.core.errors import UserError
+from mllama_graph.core.place import Place
+from mllama_graph.graphs.store import GraphStore
+from mllama_graph.native import BuildError
+from mllama_graph.plan.resolve import ResolvedRun, ResolvedTask
+
+LOG_FORMAT = "[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"
+# Ascend's switches are those of MindIE's example; the last one is cuBLAS's.
+DETERMINISTIC = {"LCCL_DETERMINISTIC": "1", "HCCL_DETERMINISTIC": "true", "ATB_MATMUL_SHUFFLE_K_ENABLE": "0",
+                 "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+
+
+def prepare_environment(run: Optional[ResolvedTask], place: Place) -> None:
+    """Set the environment variables of a rank. A rank that torchrun started learns of its run later: `run` is None then."""
+    model = run if isinstance(run, ResolvedRun) else None
+    if model and model.threads:
+        os.environ["OMP_NUM_THREADS"] = str(model.threads)
+    elif place.local_world > 1 and ("OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ):
+        os.environ["OMP_NUM_THREADS"] = str(place.threads())
+    # torch would import torch_npu by itself, which fails without CANN: ranks on an NPU import it where they need it.
+    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+    if model:
+        for name, value in model.environment:
+            os.environ.setdefault(name, value)
+        if model.deterministic:
+            os.environ |= DETERMINISTIC
+
+
+def simulate_npu(run: ResolvedRun, place: Optional[Place]) -> None:
+    """Have the processes that this one starts load stub libraries of CANN: the loader reads the environment at their start.
+
+    Raises UserError under torchrun, whose processes have already started, or where the stubs can't be built.
+    """
+    if place:
+        raise UserError("device=npu-sim can't run under torchrun: start it with python run.py, which starts the ranks.")
+    print("no NPU here: every graph is executed on the CPU by an interpreter, slowly", file=sys.stderr)
+    try:
+        os.environ |= stubs.environment(GraphStore(run.store_folder).written)
+    except BuildError as error:
+        raise UserError(str(error)) from error
+
+
+def log_to(path: Path) -> None:
+    """Write log records, and the stack of a crash, to a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("a", encoding="utf8")
+    handler = logging.StreamHandler(file)
+    handler.setFormatter(logging.Formatter(LOG_FORMAT))
+    logging.getLogger().addHandler(handler)
+    logging.getLogger().setLevel(logging.INFO)
+    faulthandler.enable(file)

@@ -1,0 +1,80 @@
+"""Where a task runs: in this process, or in processes of its own, one per rank, that this one supervises."""
+
+import logging
+import os
+import pkgutil
+import signal
+import sys
+
+from mllama_graph.core.config import TaskOptions
+from mllama_graph.core.errors import Interrupted, UserError
+from mllama_graph.core.machine import raise_interrupt
+from mllama_graph.core.place import Place, Rendezvous, place_from
+from mllama_graph.launch.environment import log_to, prepare_environment, simulate_npu
+from mllama_graph.launch.supervisor import Supervisor
+from mllama_graph.plan.resolve import ResolvedRun, ResolvedTask
+
+log = logging.getLogger(__name__)
+
+
+def launch(run: ResolvedTask, entry: str, fresh: bool) -> None:
+    """Do the task: here, or in one process per rank where there are several or `fresh` asks for new processes.
+
+    `entry` names the task's function as "module:function". Raises UserError, Interrupted, or RankFailed with what the first
+    failing rank said.
+    """
+    place = place_from(os.environ)
+    if fresh and place:
+        raise UserError("a sweep can't run under torchrun: start it with python run.py -m, and it spawns its ranks itself.")
+    model = run if isinstance(run, ResolvedRun) else None
+    alone = model is None or model.needs != TaskOptions.RANKS or model.only_shapes
+    if alone and place and place.world > 1:
+        shapes = " weights=meta" if run.needs == TaskOptions.RANKS else ""
+        raise UserError(f"task={run.task}{shapes} is done by one process. Start it with python run.py, without torchrun.")
+    ranks = 1 if model is None or alone else model.tp
+    simulated = model is not None and model.device.simulated
+    if simulated and model:
+        simulate_npu(model, place)
+    if place is None and (fresh or ranks > 1 or simulated):
+        Supervisor(run, entry, ranks).watch()
+    else:
+        run_here(run, entry, place or Place())
+
+
+def run_here(run: ResolvedTask, entry: str, place: Place) -> None:
+    """Do the task in this process, as rank 0.
+
+    Raises UserError, or Interrupted where a signal stopped it.
+    """
+    prepare_environment(run, place)
+    signal.signal(signal.SIGTERM, raise_interrupt)
+    try:
+        pkgutil.resolve_name(entry)(run)
+    except KeyboardInterrupt as error:
+        finished = run.output_dir / "results.jsonl"
+        raise Interrupted(f"interrupted; finished requests are in {finished}." if finished.exists() else "interrupted.") from error
+
+
+def join(place: Place) -> int:
+    """Be a worker rank that torchrun started; returns the exit code."""
+    try:
+        work(place, Rendezvous.from_environment())
+        return 0
+    except Exception as error:
+        log.exception("the rank ended early")
+        print(f"error: rank {place.rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        # Skips the exit handlers of threads and libraries, which may wait for ranks that are gone.
+        os._exit(1)
+
+
+def work(place: Place, rendezvous: Rendezvous) -> None:
+    """Be a worker rank of a run that rank 0 drives."""
+    prepare_environment(None, place)
+    from mllama_graph.engine import executor
+
+    def begun(run: ResolvedRun) -> None:
+        prepare_environment(run, place)
+        if run.output_dir.is_dir():
+            log_to(run.output_dir / "ranks" / f"{place.rank}.log")
+
+    executor.work(place, rendezvous, begun)

@@ -1,0 +1,135 @@
+"""Processes of ranks: starting them, and taking in how they ended."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import IO, Optional
+
+from mllama_graph.core.errors import Interrupted, RankFailed, UserError
+from mllama_graph.core.machine import block_sigint
+from mllama_graph.core.paths import PACKAGE
+from mllama_graph.core.place import Place, Rendezvous, bind_master_port
+from mllama_graph.plan.resolve import ResolvedTask
+
+CHILD = "mllama_graph.launch.child"
+# Kinds of failure that a rank reports. "peer": another rank's doing.
+FAILURES: dict[str, type[Exception]] = {"user": UserError, "interrupted": Interrupted, "failed": RankFailed, "peer": RankFailed}
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What a rank's process is told: the task and its function, or no task for a worker rank."""
+
+    parent: int
+    output_dir: Path
+    task: Optional[ResolvedTask] = None
+    entry: str = ""
+
+
+@dataclass
+class RankProcess:
+    """A rank's process, and the pipe that it reports a failure to and that closes when it ends."""
+
+    rank: int
+    process: subprocess.Popen[bytes]
+    report: IO[bytes]
+    failure: Optional[Exception] = None
+    by_peer: bool = False
+
+    @property
+    def running(self) -> bool:
+        """Whether the process has not ended, as far as has been taken in."""
+        return not self.report.closed
+
+    def take_end(self) -> None:
+        """Take in how the process ended; called when the pipe can be read, and waits for the end."""
+        said, code = self.report.read(), self.process.wait()
+        self.report.close()
+        if said:
+            kind, message = json.loads(said)
+            self.failure, self.by_peer = FAILURES[kind](message), kind == "peer"
+        elif code:
+            self.failure = RankFailed(f"rank {self.rank} {_ending(code)}")
+
+    def kill(self) -> None:
+        """End the process at once."""
+        self.process.kill()
+        self.take_end()
+
+
+def _ending(code: int) -> str:
+    if code >= 0:
+        return f"ended with exit code {code}"
+    name = signal.Signals(-code).name
+    return f"was killed by {name}" + (", as the system does when memory runs out" if name == "SIGKILL" else "")
+
+
+def spawn(place: Place, variables: Mapping[str, str], given: Assignment, inherited: Sequence[int] = ()) -> RankProcess:
+    """Start a rank's process. `variables` are added to the environment; `inherited`: file descriptors that it gets.
+
+    What worker ranks print goes to their log, in ranks/ of the run's folder.
+    """
+    # The package as this process found it, installed or not.
+    paths = filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | variables
+    readable, writable = os.pipe()
+    log = open(given.output_dir / "ranks" / f"{place.rank}.log", "ab") if place.rank else None
+    with block_sigint():
+        # -P: not the package of whatever folder this process was started in.
+        process = subprocess.Popen([sys.executable, "-P", "-m", CHILD, str(writable)], env=environment,
+                                   stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=[writable, *inherited])
+    os.close(writable)
+    if log:
+        log.close()
+    assert process.stdin is not None
+    with process.stdin as stdin:
+        stdin.write(pickle.dumps(given))
+    return RankProcess(place.rank, process, os.fdopen(readable, "rb"))
+
+
+def collect(ranks: Sequence[RankProcess], timeout: Optional[float]) -> None:
+    """Wait until one of the ranks ends, or for `timeout` seconds, and take in how those that ended did."""
+    ended = wait([rank.report for rank in ranks if rank.running], timeout)
+    for rank in ranks:
+        if rank.report in ended:
+            rank.take_end()
+
+
+@dataclass
+class Meeting:
+    """Where the ranks of a run that starts on this host will meet. Close it once rank 0 has its own copy of the socket."""
+
+    rendezvous: Rendezvous
+    # A line for the user where the port is another than the one that was asked for.
+    note: Optional[str]
+
+    @staticmethod
+    def on_this_host() -> "Meeting":
+        """Bind the port at which the ranks meet. Raises UserError where none is free."""
+        listening, note = bind_master_port()
+        port, descriptor = listening.getsockname()[1], listening.detach()
+        return Meeting(Rendezvous("127.0.0.1", port, descriptor), note)
+
+    @property
+    def descriptor(self) -> int:
+        """The listening socket's."""
+        assert self.rendezvous.listening is not None
+        return self.rendezvous.listening
+
+    def close(self) -> None:
+        """Close this process's copy of the socket."""
+        os.close(self.descriptor)
+
+
+def spawn_workers(places: Sequence[Place], meeting: Meeting, output_dir: Path) -> list[RankProcess]:
+    """Start the worker ranks at `places`."""
+    (output_dir / "ranks").mkdir(parents=True, exist_ok=True)
+    variables = Rendezvous(meeting.rendezvous.address, meeting.rendezvous.port).environment()
+    return [spawn(place, variables | place.environment(), Assignment(os.getpid(), output_dir)) for place in places]

@@ -1,0 +1,77 @@
+"""The static-shaped inputs of each step, and the pages that steps read and write.
+
+    B sequences   T token rows   J pages per sequence   C tiles   S patch rows   h w pixels
+"""
+
+from typing import NamedTuple, Optional
+
+from torch import Tensor
+
+# One pair (K, V) of (N, P, K, H) tensors per layer, allocated once.
+Pages = tuple[tuple[Tensor, Tensor], ...]
+
+
+class ImageInput(NamedTuple):
+    """Which images each row sees.
+
+    table_BJ: image pages of a sequence, image after image. fill_BJ: tokens in each page (an image rarely fills its last).
+    see_T2: the range [from, to) of table entries that a row sees; from == to for a row that sees no image.
+    """
+
+    table_BJ: Tensor
+    fill_BJ: Tensor
+    see_T2: Tensor
+
+
+class PromptInput(NamedTuple):
+    """A chunk of one sequence's prompt, padded to T rows. int32 throughout.
+
+    slot_T: the slot that each row's K/V are written to. last_1: the row whose logits are returned. past_1: the number of
+    earlier tokens, whose pages are in table_J.
+    """
+
+    ids_T: Tensor
+    position_T: Tensor
+    slot_T: Tensor
+    last_1: Tensor
+    past_1: Tensor
+    table_J: Optional[Tensor]
+    image: Optional[ImageInput]
+
+    @property
+    def real_1(self) -> Tensor:
+        """The number of rows that are not padding; they come first, and the last of them is `last_1`."""
+        return self.last_1 + 1
+
+
+class TokenInput(NamedTuple):
+    """The new tokens of B running sequences, T = B * q rows. len_B: tokens of each sequence, new ones included.
+
+    A padded sequence has one token, a running one at least two.
+    """
+
+    ids_T: Tensor
+    position_T: Tensor
+    slot_T: Tensor
+    table_BJ: Tensor
+    len_B: Tensor
+    image: Optional[ImageInput]
+
+    @property
+    def real_1(self) -> Tensor:
+        """The number of rows that are not padding; they come first."""
+        rows = self.ids_T.shape[0] // self.len_B.shape[0]
+        return (self.len_B > 1).sum(dim=0, keepdim=True, dtype=self.len_B.dtype) * rows
+
+
+class TileInput(NamedTuple):
+    """One image: all tiles of the canvas as uint8, padding tiles included.
+
+    aspect_1: aspect-ratio id, counted from 1. real_1: the number of tiles that are not padding. slot_S: the slot that each
+    token's K/V are written to.
+    """
+
+    tiles_C3hw: Tensor
+    aspect_1: Tensor
+    real_1: Tensor
+    slot_S: Tensor

@@ -1,0 +1,92 @@
+"""Where weights come from: a checkpoint's memory-mapped files, or random values of every magnitude that matters.
+
+Files are copied block by block into place, so that no second copy of the weights ever exists and a rank reads only what
+it holds.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mllama_graph.model.files import CheckpointFiles
+from mllama_graph.model.shape import ModelShape
+from mllama_graph.model.table import WHOLE, Entry, table
+from mllama_graph.model.tree import Fill
+
+# Random values repeat with this prime period: fast to make, and no two rows of a matrix line up.
+RANDOM_PERIOD = 4_194_301
+# About how many bytes of a file are mapped into memory at once: the memory that loading takes beside the weights.
+BLOCK_BYTES = 64 << 20
+
+
+def from_checkpoint(files: CheckpointFiles) -> Fill:
+    """Copies regions of a checkpoint's tensors, converted to the destination's dtype."""
+
+    def fill(entry: Entry, part: Tensor, region: tuple[slice, ...]) -> None:
+        stored, path = files.tensors[entry.name]
+        starts = range(region[0].start, region[0].stop, count := _rows(part))
+        for first, block in zip(starts, part.split(count)):
+            # Mapped anew for each block: closing the file releases the pages that were read.
+            with safe_open(path, framework="pt") as file:
+                lazy = file.get_slice(stored)
+                if tuple(lazy.get_shape()) == entry.shape:
+                    block.copy_(lazy[slice(first, first + len(block)), *region[1:]])
+                else:
+                    # The same elements in another number of axes: only tensors that are never split.
+                    block.copy_(lazy[...].view(entry.shape)[first:first + len(block)])
+
+    return fill
+
+
+def random_fill(shape: ModelShape, seed: int, dtype: torch.dtype) -> Fill:
+    """Random weights with open gates, uneven norms, and biases and positions that are not zero.
+
+    An element's value depends on its place in the whole model, so that ranks hold parts of the same model.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    entries = table(shape)
+    longest = max(math.prod(entry.shape[1:]) for entry in entries)
+    noise = torch.randn(RANDOM_PERIOD, generator=generator).to(dtype)
+    noise = noise.repeat(2 + longest // RANDOM_PERIOD)
+    starts, start = {}, 0
+    for entry in entries:
+        starts[entry.name] = start
+        start = (start + math.prod(entry.shape)) % RANDOM_PERIOD
+    scale = {"norm": 0.1, "bias": 0.1, "gate": 0.3, "position": 0.3, "embed": 1.0}
+    shift = {"norm": 1.0, "gate": 0.8}
+
+    def fill(entry: Entry, part: Tensor, region: tuple[slice, ...]) -> None:
+        row = math.prod(entry.shape[1:])
+        width = math.prod(part.shape[1:])
+        first = region[1].start * (row // entry.shape[1]) if len(region) > 1 else 0
+        at = (starts[entry.name] + torch.arange(region[0].start, region[0].stop) * row + first) % RANDOM_PERIOD
+        for block, begins in zip(part.split(_rows(part)), at.split(_rows(part))):
+            block.copy_(noise.unfold(0, width, 1)[begins].view(block.shape))
+        std = scale[entry.init] if entry.init in scale else row ** -0.5
+        part.mul_(std).add_(shift.get(entry.init, 0.0))
+
+    return fill
+
+
+def write_random(shape: ModelShape, config: dict[str, Any], seed: int, dtype: torch.dtype, folder: Path) -> None:
+    """Write the checkpoint that weights=random stands for, as a Hugging Face folder; `config` is its config.json."""
+    fill, tensors = random_fill(shape, seed, dtype), {}
+    for entry in table(shape):
+        tensors[entry.name] = torch.empty(entry.shape, dtype=dtype)
+        fill(entry, tensors[entry.name], entry.region(WHOLE))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    # Keys for which transformers would otherwise assume the released models' values.
+    text = {"pad_token_id": 0} | config["text_config"]
+    vision = {"vision_output_dim": shape.vision.out_width} | config["vision_config"]
+    (folder / "config.json").write_text(json.dumps(config | {"text_config": text, "vision_config": vision}))
+
+
+def _rows(part: Tensor) -> int:
+    """Rows of a tensor that make a block."""
+    return max(1, BLOCK_BYTES // (math.prod(part.shape[1:]) * part.element_size()))

@@ -1,0 +1,34 @@
+"""The static sizes of one graph."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, order=True)
+class Bucket:
+    """The static sizes of one graph.
+
+    rows: sequences (B). tokens: token rows (T). pages: K/V pages per sequence (J; of earlier tokens, in a prefill).
+    image_pages: image K/V pages per sequence; 0 is the lean graph, which leaves the cross-attention layers out.
+    """
+
+    phase: str
+    rows: int
+    tokens: int
+    pages: int
+    image_pages: int
+
+    def __str__(self) -> str:
+        sizes = {"vision": [], "prefill": [("tokens", self.tokens), ("pages", self.pages)],
+                 "decode": [("batch", self.rows), ("pages", self.pages)]}[self.phase]
+        image = [("image_pages", self.image_pages)]
+        return self.phase + " " + " ".join(f"{name}={size}" for name, size in sizes + image)
+
+    def holds(self, need: "Bucket") -> bool:
+        """Whether a graph of this bucket can run a step that needs `need`.
+
+        A batch without images never runs through a graph with cross-attention layers: it must not pay for them.
+        """
+        return (self.phase == need.phase and (self.image_pages == 0) == (need.image_pages == 0)
+                and (self.pages == 0) == (need.pages == 0)
+                and self.rows >= need.rows and self.tokens >= need.tokens
+                and self.pages >= need.pages and self.image_pages >= need.image_pages)

@@ -1,0 +1,62 @@
+"""The memory that a rank will allocate, computed from shapes before anything is allocated."""
+
+from dataclasses import dataclass
+
+from mllama_graph.core.dtypes import WIDEN_ROWS
+from mllama_graph.core.errors import UserError
+from mllama_graph.model.shape import ROW_MULTIPLE, ModelShape
+from mllama_graph.model.table import Shard, elements
+from mllama_graph.plan.buckets import Plan
+from mllama_graph.plan.cost import GB, kv_elements
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a rank allocates, in bytes, before anything is allocated."""
+
+    weights: int
+    self_pages: int
+    image_pages: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.self_pages + self.image_pages + self.workspace
+
+    def describe(self) -> str:
+        parts = (("weights", self.weights), ("self K/V pages", self.self_pages),
+                 ("image K/V pages", self.image_pages), ("workspace", self.workspace))
+        return " + ".join(f"{name} {value / GB:.2f}" for name, value in parts) + f" = {self.total / GB:.2f} GB"
+
+
+def memory(shape: ModelShape, plan: Plan, weight_width: int, compute_width: int, world: int = 1) -> Memory:
+    """Bytes of one rank of `world`: weights, pages and the largest intermediate results of any graph of the plan."""
+    text, vision, part = shape.text, shape.vision, Shard(0, world)
+    mlp, vocab = part.size(text.mlp), part.size(text.vocab)
+    tokens = max(plan.prefill_tokens[-1], plan.decode_batch[-1])
+    prefill = tokens * (4 * text.width + 3 * mlp) * compute_width
+    patches = vision.max_tiles * (vision.tokens + 7)
+    encode = patches * ((8 + len(vision.features)) * vision.width + 2 * vision.mlp + text.width) * compute_width
+    # The attention mask of the vision tower: one byte a pair, and a compute-width copy of it.
+    encode += patches**2 * (1 + compute_width)
+    logits = plan.decode_batch[-1] * vocab * 4 * 2
+    if weight_width < compute_width:
+        # A product of many rows widens its weight first; the head is the largest, and decode batches reach it.
+        widest = max(2 * mlp, vocab if plan.decode_batch[-1] > WIDEN_ROWS else 0)
+        prefill += widest * text.width * compute_width
+    page = plan.page_size * compute_width
+    return Memory(
+        weights=elements(shape, part) * weight_width,
+        self_pages=plan.num_pages * page * kv_elements(shape, len(text.self_layers)) // world,
+        image_pages=plan.num_image_pages * page * kv_elements(shape, len(text.cross_layers)) // world,
+        workspace=max(prefill, encode) + logits,
+    )
+
+
+def require(needed: Memory, available: int, where: str, ranks: int = 1) -> None:
+    """Raises UserError with the sum where `ranks` ranks need more memory than there is."""
+    if needed.total * ranks > available:
+        of_all = f" for each of {ranks} ranks, {needed.total * ranks / GB:.2f} GB" if ranks > 1 else ""
+        raise UserError(
+            f"not enough memory: {needed.describe()}{of_all} needed, {max(available, 0) / GB:.2f} GB available "
+            f"({where}). Lower batch, max_input_length, max_images or plan.num_pages, use dtype=bf16, or a larger machine.")

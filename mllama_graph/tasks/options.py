@@ -1,0 +1,218 @@
+"""The keys that each task has of its own (`task.KEY`), their checks, and where each task is implemented. No torch.
+
+A new task is a module here with `main(run)`, an entry of TASKS, and conf/task/NAME.yaml.
+"""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Optional
+
+from mllama_graph.core.config import Run, TaskOptions, at_least, one_of
+from mllama_graph.core.devices import Device
+from mllama_graph.core.errors import UserError
+from mllama_graph.inputs.images import list_images
+from mllama_graph.inputs.request_file import most_images, read_lines
+from mllama_graph.measure.peers import Setting, settings_of
+
+# Choices of torch_npu.profiler.
+PROFILER_LEVELS = (0, 1, 2)
+AIC_METRICS = ("AiCoreNone", "PipeUtilization", "ArithmeticUtilization", "Memory", "MemoryL0", "MemoryUB", "MemoryAccess",
+               "L2Cache", "ResourceConflictRatio")
+# Weights that stand for shapes without memory.
+SHAPES_ONLY = "meta"
+
+
+@dataclass
+class GenerateOptions(TaskOptions):
+    """task=generate: a chat on the command line, or a file of requests."""
+
+    def images_asked(self, run: Run) -> int:
+        """Images of the chat, or the most that a line of the requests file has."""
+        if run.requests is None:
+            return len(list_images(run.image))
+        return most_images(read_lines(Path(run.requests)))
+
+
+@dataclass
+class EvaluateOptions(GenerateOptions):
+    """task=evaluate: exact match against reference answers. `each`: held-out scenes per kind of question."""
+
+    name: str = "evaluate"
+    each: int = 40
+    controls: bool = True
+
+    def images_asked(self, run: Run) -> int:
+        return 0 if run.requests is None else super().images_asked(run)
+
+
+@dataclass
+class WorkloadOptions(TaskOptions):
+    """Keys of tasks that serve synthetic requests of every batch size and length. `images`: per request, all tiles real."""
+
+    batch_sizes: list[int] = field(default_factory=lambda: [1])
+    lengths: list[int] = field(default_factory=lambda: [64])
+    images: int = 1
+    new_tokens: int = 17
+
+    def check(self) -> None:
+        for key in ("batch_sizes", "lengths"):
+            values = getattr(self, key)
+            if not values:
+                raise UserError(f"{key}=[] must hold at least one number: {key}=[1].")
+            for value in values:
+                at_least(key, value, 1)
+        at_least("task.new_tokens", self.new_tokens, 2)
+        at_least("task.images", self.images, 0)
+
+    def images_asked(self, run: Run) -> int:
+        return self.images
+
+
+@dataclass
+class TimedOptions(WorkloadOptions):
+    """Of those, the tasks that time what they serve."""
+
+    def prepared(self, run: Run) -> Run:
+        """Limits that hold every case, and graphs compiled before they are timed.
+
+        Requests that get their first token before the others decode meanwhile, at most one token per later request.
+        """
+        compile_mode = "never" if run.plan.compile == "never" else "wait"
+        return replace(
+            run, batch=max(run.batch, *self.batch_sizes), max_input_length=max(run.max_input_length, *self.lengths),
+            max_output_length=max(run.max_output_length, self.new_tokens + max(self.batch_sizes)),
+            plan=replace(run.plan, compile=compile_mode))
+
+
+@dataclass
+class BenchOptions(TimedOptions):
+    """task=bench: first token and decode of each case. `mistralrs`: the Python of an environment that has mistralrs."""
+
+    name: str = "bench"
+    repetitions: int = 3
+    # Names of other engines or of their settings, or one name.
+    peers: Any = field(default_factory=list)
+    mistralrs: str = ".venv/mistralrs/bin/python"
+
+    def settings(self) -> list[Setting]:
+        """The settings of other engines that peers= names. Raises UserError for one that is unknown or not installed."""
+        return settings_of(self.peers if isinstance(self.peers, list) else [self.peers], Path(self.mistralrs).expanduser())
+
+    def check(self) -> None:
+        super().check()
+        at_least("task.repetitions", self.repetitions, 1)
+        self.settings()
+
+
+@dataclass
+class ProfileOptions(TimedOptions):
+    """task=profile: where the time of one batch goes. `level` and `aic_metrics` are torch_npu.profiler's."""
+
+    name: str = "profile"
+    new_tokens: int = 9
+    level: int = 1
+    aic_metrics: str = "PipeUtilization"
+
+    def check(self) -> None:
+        super().check()
+        one_of("task.level", self.level, PROFILER_LEVELS)
+        one_of("task.aic_metrics", self.aic_metrics, AIC_METRICS)
+        if len(self.batch_sizes) > 1 or len(self.lengths) > 1:
+            raise UserError("task=profile records one batch: give one of batch_sizes= and one of lengths=, or sweep with -m.")
+
+    def needs(self, device: Device) -> str:
+        if device.simulated:
+            raise UserError("task=profile on a simulated NPU would time the interpreter. Use backend=inductor, or an NPU; "
+                            "task=verify and task=roofline model an NPU's times.")
+        return self.RANKS
+
+
+@dataclass
+class RooflineOptions(WorkloadOptions):
+    """task=roofline: floors from shapes. `measured`: a session of task=bench to compare with."""
+
+    name: str = "roofline"
+    new_tokens: int = 128
+    measured: Optional[str] = None
+
+    def needs(self, device: Device) -> str:
+        return self.MODEL
+
+    def prepared(self, run: Run) -> Run:
+        return _without_weights(run)
+
+
+@dataclass
+class VerifyOptions(TaskOptions):
+    """task=verify: lower an NPU's graphs and check them, without a device and, unless some are given, without weights."""
+
+    name: str = "verify"
+
+    def needs(self, device: Device) -> str:
+        return self.MODEL
+
+    def prepared(self, run: Run) -> Run:
+        backend = replace(run.backend, name="torchair") if run.backend.name == "auto" else run.backend
+        return _without_weights(replace(run, backend=backend, device="npu-sim" if run.device == "auto" else run.device))
+
+
+@dataclass
+class WarmupOptions(TaskOptions):
+    """task=warmup: compile every bucket of the plan into the graph store."""
+
+    name: str = "warmup"
+
+    def needs(self, device: Device) -> str:
+        """The ranks, where ranks compile their own graphs; otherwise the model's shapes."""
+        return self.RANKS if device.compiles_on_rank else self.MODEL
+
+
+@dataclass
+class CacheOptions(TaskOptions):
+    """task=cache: list, verify or prune the graph store."""
+
+    name: str = "cache"
+    action: str = "list"
+    max_age_days: Optional[float] = None
+    max_gb: Optional[float] = None
+
+    def check(self) -> None:
+        one_of("task.action", self.action, ("list", "verify", "prune"))
+
+    def needs(self, device: Device) -> str:
+        return self.NOTHING
+
+
+@dataclass
+class CompareOptions(TaskOptions):
+    """task=compare: two sessions of task=bench, `a` before and `b` after."""
+
+    name: str = "compare"
+    a: Optional[str] = None
+    b: Optional[str] = None
+    across_hardware: bool = False
+
+    def needs(self, device: Device) -> str:
+        return self.NOTHING
+
+
+@dataclass
+class TrainTinyOptions(TaskOptions):
+    """task=train_tiny: train the tiny model for `steps` steps in `folder`."""
+
+    name: str = "train_tiny"
+    folder: Optional[str] = None
+    steps: int = 8000
+
+    def needs(self, device: Device) -> str:
+        return self.NOTHING
+
+
+TASKS: dict[str, type[TaskOptions]] = {
+    options().name: options for options in (GenerateOptions, EvaluateOptions, BenchOptions, ProfileOptions, RooflineOptions,
+                                            VerifyOptions, WarmupOptions, CacheOptions, CompareOptions, TrainTinyOptions)}
+
+
+def _without_weights(run: Run) -> Run:
+    """Shapes alone, where no weights are given."""
+    return replace(run, weights=SHAPES_ONLY) if run.weights is None and run.model.weights is None else run
