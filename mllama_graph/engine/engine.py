@@ -1,7 +1,7 @@
 """The engine: submit requests, step, get tokens as they come. It ties scheduler, ranks and text together."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
 from typing import Any, Optional
 
@@ -37,6 +37,7 @@ class Engine:
         self.processor, self.scheduler, self.executor = processor, scheduler, executor
         self.stats = Stats()
         self._running: dict[int, _Running] = {}
+        self._unread: dict[int, list[Delta]] = {}
         self._next = 0
         self._tokens_per_tile = scheduler.plan.tokens_per_tile
 
@@ -79,9 +80,23 @@ class Engine:
         """Forget a request; its pages are free at once."""
         self.scheduler.abort(number)
         self._running.pop(number, None)
+        self._unread.pop(number, None)
 
     def step(self) -> list[Delta]:
         """Run one step; what it gave to each request that got a token."""
+        return [delta for _, delta in self._step()]
+
+    def deltas_of(self, numbers: Collection[int]) -> list[tuple[int, Delta]]:
+        """(number, delta) of the requests with these numbers, after a step where none is waiting to be read.
+
+        What a step gave to other requests is kept until it is asked for.
+        """
+        if not any(number in self._unread for number in numbers):
+            for number, delta in self._step():
+                self._unread.setdefault(number, []).append(delta)
+        return [(number, delta) for number in numbers for delta in self._unread.pop(number, [])]
+
+    def _step(self) -> list[tuple[int, Delta]]:
         step = self.scheduler.next()
         if step is None:
             return []
@@ -90,7 +105,7 @@ class Engine:
         self.stats.count(step, time.perf_counter() - start, self._image_tokens(step), self.executor.run.shape,
                          self.executor.run.precision.widths)
         moved = self.scheduler.commit(tuple(token.id for token in tokens))
-        return [self._advance(sequence, token) for (sequence, _), token in zip(moved, tokens, strict=True)]
+        return [(sequence.id, self._advance(sequence, token)) for (sequence, _), token in zip(moved, tokens, strict=True)]
 
     def run(self, on_delta: Callable[[Delta], None]) -> None:
         """Step until nothing is left to do."""

@@ -22,19 +22,19 @@ from mllama_graph.plan.resolve import ResolvedRun, require_on_host
 class Executor:
     """The ranks as their driver sees them.
 
-    `place` and `rendezvous` are taken from the environment where they are not given. Raises UserError before anything is
-    allocated where the memory does not suffice.
+    `place` and `rendezvous` are taken from the environment where they are not given; `check` raises where a worker's process
+    has ended. Raises UserError before anything is allocated where the memory does not suffice.
     """
 
     def __init__(self, run: ResolvedRun, pixels: Pixels, progress: Progress, place: Optional[Place] = None,
-                 rendezvous: Optional[Rendezvous] = None):
+                 rendezvous: Optional[Rendezvous] = None, check: Callable[[], None] = lambda: None):
         self.run, self.plan = run, run.plan
         self.place = place = place or place_from(os.environ) or Place()
         self._check_memory()
         if place.world > 1:
             rendezvous = rendezvous or Rendezvous.from_environment()
         store = meet(place, rendezvous) if rendezvous else None
-        self._workers = Workers(place, rendezvous, store, run.timeout)
+        self._workers = Workers(place, rendezvous, store, run.timeout, check)
         self._workers.send(Start(run, pixels))
         self.rank = Rank(run, pixels, place, store, progress)
         self._workers.confirmed()

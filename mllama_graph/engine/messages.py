@@ -9,9 +9,10 @@ import os
 import secrets
 import socket
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing.connection import Client, Connection, answer_challenge, deliver_challenge
 from typing import Optional, Union
 
 import torch.distributed as dist
@@ -87,21 +88,40 @@ def _without_delay(connection: Connection) -> Connection:
     return connection
 
 
-class Workers:
-    """The driver's connections to the worker ranks; none for a run of one rank."""
+def _authenticated(accepted: socket.socket, secret: bytes) -> Connection:
+    """The connection of a worker that knows the secret; the counterpart of multiprocessing's Client."""
+    accepted.setblocking(True)
+    connection = Connection(accepted.detach())
+    deliver_challenge(connection, secret)
+    answer_challenge(connection, secret)
+    return _without_delay(connection)
 
-    def __init__(self, place: Place, rendezvous: Optional[Rendezvous], store: Optional[dist.Store], timeout: float):
+
+class Workers:
+    """The driver's connections to the worker ranks; none for a run of one rank.
+
+    `check` is called every second until all workers have connected; it raises where one has ended.
+    """
+
+    def __init__(self, place: Place, rendezvous: Optional[Rendezvous], store: Optional[dist.Store], timeout: float,
+                 check: Callable[[], None]):
         self._connections: dict[int, Connection] = {}
         self._lock, self._closed = threading.Lock(), threading.Event()
         if store is None or rendezvous is None:
             return
         secret = secrets.token_bytes(16)
         address = "127.0.0.1" if place.one_host else ""
-        with Listener((address, 0), backlog=place.world, authkey=secret) as listener:
+        with socket.create_server((address, 0), backlog=place.world) as listener:
+            listener.settimeout(1.0)
             reached = "127.0.0.1" if place.one_host else rendezvous.address
-            store.set("driver", json.dumps([reached, listener.address[1], secret.hex()]))
+            store.set("driver", json.dumps([reached, listener.getsockname()[1], secret.hex()]))
             while len(self._connections) < place.world - 1:
-                connection = _without_delay(listener.accept())
+                try:
+                    accepted, _ = listener.accept()
+                except TimeoutError:
+                    check()
+                    continue
+                connection = _authenticated(accepted, secret)
                 self._connections[connection.recv()] = connection
         threading.Thread(target=self._keep_alive, args=(timeout / ALIVE_PER_TIMEOUT,), daemon=True).start()
 

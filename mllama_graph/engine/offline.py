@@ -2,7 +2,8 @@
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,46 +55,64 @@ def _json(result: Result) -> str:
     return json.dumps(result.line(), ensure_ascii=False)
 
 
+def serve(engine: Engine, requests: Iterable[tuple[int, Callable[[], Request]]], most: int) -> Iterator[tuple[int, Delta]]:
+    """Serve requests, each a place and a function that prepares it; yields (place, delta).
+
+    At most `most` of them are in the engine at a time, and each is prepared when its turn comes, so that images don't pile
+    up. A request that raises UserError gets a failed result. Closing the iterator aborts what is not finished.
+    """
+    coming, more = iter(requests), True
+    # Places by the numbers of the requests that are in the engine.
+    places: dict[int, int] = {}
+    try:
+        while more or places:
+            while more and len(places) < most:
+                entry = next(coming, None)
+                if entry is None:
+                    more = False
+                    break
+                place, prepare = entry
+                try:
+                    places[engine.submit(prepare())] = place
+                except UserError as error:
+                    yield place, Delta(place, None, "", Result.failed(place, str(error)))
+            for number, delta in engine.deltas_of(list(places)) if places else ():
+                yield places[number], delta
+                if delta.result:
+                    del places[number]
+    finally:
+        for number in places:
+            engine.abort(number)
+
+
 def serve_lines(engine: Engine, lines: list[Line], base: Path, results: Results, batch: int,
                 alter: Callable[[Request], Request] = lambda request: request) -> None:
-    """Serve every line. Requests are prepared a batch ahead of being served, so that images don't pile up.
-
-    `alter` may change a request before it is submitted.
-    """
-    ids: dict[int, Any] = {}
+    """Serve every line of a requests file. `alter` may change a request before it is submitted."""
+    ids = [_id_of(line) for line in lines]
     seen: set[str] = set()
-    coming = iter(enumerate(lines))
 
-    def submit_next() -> bool:
-        place, line = next(coming, (None, None))
-        if place is None or line is None:
-            return False
-        number, given = line
-        id = given.get("id") if isinstance(given, dict) else None
-        ids[place] = number if id is None else id
-        try:
-            if isinstance(given, str):
-                raise UserError(given)
-            results.ignored |= given.keys() - FIELDS
-            name = json.dumps(ids[place], sort_keys=True)
-            if name in seen:
-                raise UserError(f"id {name} is used by an earlier line; ids must differ.")
-            seen.add(name)
-            engine.submit(alter(engine.processor.request({**given, "id": place}, base)))
-        except UserError as error:
-            log.info("request %s: %s", ids[place], error)
-            results.add(place, Result.failed(ids[place], str(error)))
-        return True
+    def prepare(place: int) -> Request:
+        _, given = lines[place]
+        if isinstance(given, str):
+            raise UserError(given)
+        results.ignored |= given.keys() - FIELDS
+        name = json.dumps(ids[place], sort_keys=True)
+        if name in seen:
+            raise UserError(f"id {name} is used by an earlier line; ids must differ.")
+        seen.add(name)
+        return alter(engine.processor.request({**given, "id": place}, base))
 
-    def keep(delta: Delta) -> None:
+    coming = ((place, partial(prepare, place)) for place in range(len(lines)))
+    for place, delta in serve(engine, coming, 2 * batch):
         if delta.result:
-            place = delta.result.id
             delta.result.id = ids[place]
+            if delta.result.error:
+                log.info("request %s: %s", ids[place], delta.result.error)
             results.add(place, delta.result)
 
-    more = True
-    while more or not engine.idle:
-        while more and engine.load < 2 * batch:
-            more = submit_next()
-        for delta in engine.step():
-            keep(delta)
+
+def _id_of(line: Line) -> Any:
+    """The id that a line gives, or its number."""
+    number, given = line
+    id = given.get("id") if isinstance(given, dict) else None
+    return number if id is None else id

@@ -40,9 +40,12 @@ class Result:
 
 @dataclass(frozen=True)
 class Delta:
-    """What a step gave one request: its token, text that became certain, and the result if the request ended."""
+    """What a step gave one request: its token, text that became certain, and the result if the request ended.
+
+    A request that could not be served gets one Delta without a token, whose result says why.
+    """
 
     id: Any
-    token: int
+    token: Optional[int]
     text: str
     result: Optional[Result] = None

@@ -1,6 +1,7 @@
 """From a resolved run to its engine."""
 
 import logging
+from collections.abc import Callable
 from typing import Optional
 
 from mllama_graph.core.place import Place, Rendezvous
@@ -29,11 +30,14 @@ def pixels_of(processor: Processor) -> Pixels:
 
 
 def start_engine(run: ResolvedRun, processor: Processor, progress: Progress, place: Optional[Place] = None,
-                 rendezvous: Optional[Rendezvous] = None) -> Engine:
-    """Load weights and allocate pages on all ranks; graphs are loaded on first use. `place`, `rendezvous`: see Executor."""
+                 rendezvous: Optional[Rendezvous] = None, check: Callable[[], None] = lambda: None) -> Engine:
+    """Load weights and allocate pages on all ranks; graphs are loaded on first use.
+
+    The last three arguments are Executor's.
+    """
     progress.say(f"plan: {run.plan.describe()}")
     if run.plan.max_length > run.shape.text.positions:
-        log.warning("sequences of up to %d tokens; the model was made for %d", run.plan.max_length, run.shape.text.positions)
+        log.info("sequences of up to %d tokens; the model was made for %d", run.plan.max_length, run.shape.text.positions)
     log.info("memory of a rank: %s", run.memory.describe())
-    executor = Executor(run, pixels_of(processor), progress, place, rendezvous)
+    executor = Executor(run, pixels_of(processor), progress, place, rendezvous, check)
     return Engine(processor, Scheduler(run.plan, run.limits.batch), executor)

@@ -81,11 +81,11 @@ def traced_files(package: Path = PACKAGE) -> list[Path]:
     waiting = [package / entry for entry in ENTRIES]
     while waiting:
         file = waiting.pop()
-        if file in found:
+        if file in found or file == package / "__init__.py":
             continue
         found.add(file)
         waiting += [imported for name in _imports(file, package.name) if (imported := _file_of(name, package)) is not None]
-    return sorted(found - {package / "__init__.py"})
+    return sorted(found)
 
 
 def _imports(file: Path, package: str) -> Iterator[str]:

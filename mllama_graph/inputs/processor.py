@@ -214,10 +214,13 @@ def _image_config(folder: Path, shape: ModelShape) -> dict[str, Any]:
 
 
 def _image_list(given: Any) -> list[Source]:
-    if given is not None and not (isinstance(given, Source) or (
-            isinstance(given, list) and all(isinstance(source, Source) for source in given))):
-        raise UserError("images must be a list of file paths or data: URIs.")
-    return [given] if isinstance(given, Source) and not isinstance(given, str) else list_images(given)
+    if isinstance(given, list) and all(isinstance(source, Source) for source in given):
+        return given
+    if given is None or isinstance(given, str):
+        return [*list_images(given)]
+    if isinstance(given, Source):
+        return [given]
+    raise UserError("images must be a list of file paths or data: URIs.")
 
 
 def _resolve(source: Source, base: Path) -> Source:

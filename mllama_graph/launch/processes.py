@@ -6,6 +6,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
@@ -19,6 +20,8 @@ from mllama_graph.core.place import Place, Rendezvous, bind_master_port
 from mllama_graph.plan.resolve import ResolvedTask
 
 CHILD = "mllama_graph.launch.child"
+# After the first failure: seconds for the rank that is at fault to say so, and for a rank to end by itself.
+TELL_SECONDS, END_SECONDS = 1.0, 5.0
 # Kinds of failure that a rank reports. "peer": another rank's doing.
 FAILURES: dict[str, type[Exception]] = {"user": UserError, "interrupted": Interrupted, "failed": RankFailed, "peer": RankFailed}
 
@@ -100,6 +103,21 @@ def collect(ranks: Sequence[RankProcess], timeout: Optional[float]) -> None:
     for rank in ranks:
         if rank.report in ended:
             rank.take_end()
+
+
+def failure_of(ranks: Sequence[RankProcess], seconds: float) -> Optional[Exception]:
+    """The failure to report of ranks that have ended, if any failed.
+
+    A failure that another rank caused is not the one to report: a rank that still runs has `seconds` to say that it is at
+    fault.
+    """
+    until = time.monotonic() + seconds
+    while all(rank.by_peer for rank in ranks if rank.failure) and any(rank.running for rank in ranks):
+        collect(ranks, max(0.0, until - time.monotonic()))
+        if time.monotonic() >= until:
+            break
+    failed = [rank for rank in ranks if rank.failure]
+    return min(failed, key=lambda rank: rank.by_peer).failure if failed else None
 
 
 @dataclass

@@ -13,11 +13,9 @@ from mllama_graph import native
 from mllama_graph.core.errors import Interrupted
 from mllama_graph.core.machine import raise_interrupt
 from mllama_graph.core.place import Place
-from mllama_graph.launch.processes import Assignment, Meeting, RankProcess, collect, spawn, spawn_workers
+from mllama_graph.launch.processes import END_SECONDS, TELL_SECONDS, Assignment, Meeting, RankProcess, collect, failure_of, spawn, spawn_workers
 from mllama_graph.plan.resolve import ResolvedRun, ResolvedTask
 
-# After the first failure: seconds for the rank that is at fault to say so, and for rank 0 to end by itself.
-TELL_SECONDS, END_SECONDS = 1.0, 5.0
 # After an interrupt: seconds for rank 0 to finish its step.
 INTERRUPT_SECONDS = 20.0
 
@@ -57,18 +55,16 @@ class Supervisor:
                         break
                     interrupted, deadline = True, time.monotonic() + INTERRUPT_SECONDS
                     self._ranks[0].process.terminate()
-            self._wait_for_cause()
             # Ranks that are ended from here on have not failed.
-            failed, said = self._failed(), self._ranks[0].failure
+            failure = failure_of(self._ranks, TELL_SECONDS) if self._failed() else None
+            said = self._ranks[0].failure
         finally:
             signal.signal(signal.SIGTERM, previous)
             self._end()
         if interrupted and self._ranks[0].process.returncode:
             # The interrupt may have come too early or too late for rank 0 to say so itself.
             raise said if isinstance(said, Interrupted) else Interrupted("interrupted.")
-        if failed:
-            failure = min(failed, key=lambda rank: rank.by_peer).failure
-            assert failure is not None
+        if failure:
             raise failure
 
     def _over(self) -> bool:
@@ -79,13 +75,6 @@ class Supervisor:
 
     def _running(self) -> list[RankProcess]:
         return [rank for rank in self._ranks if rank.running]
-
-    def _wait_for_cause(self) -> None:
-        """A failure that another rank caused is not the one to report: give that rank a moment to end."""
-        until = time.monotonic() + TELL_SECONDS
-        while ((failed := self._failed()) and all(rank.by_peer for rank in failed) and self._running()
-               and time.monotonic() < until):
-            collect(self._ranks, until - time.monotonic())
 
     def _end(self) -> None:
         """Leave no process and no shared memory. Rank 0 may have something to write; the others have nothing to lose."""

@@ -1,0 +1,217 @@
+"""The library: `LLM` loads a model in this process, starts its other ranks, and answers requests."""
+
+import os
+import tempfile
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Optional, Union
+
+from mllama_graph import native
+from mllama_graph.compose import CONF, run_from
+from mllama_graph.core.config import check, with_task_keys
+from mllama_graph.core.errors import PeerGone, RankFailed, UserError
+from mllama_graph.core.place import Place, Rendezvous, place_from
+from mllama_graph.core.report import Progress
+from mllama_graph.engine.engine import Engine
+from mllama_graph.engine.offline import serve
+from mllama_graph.engine.results import Delta, Result
+from mllama_graph.engine.start import processor_of, start_engine
+from mllama_graph.inputs.request import FIELDS, Request, Sampling
+from mllama_graph.launch.environment import prepare_environment
+from mllama_graph.launch.processes import END_SECONDS, TELL_SECONDS, Meeting, RankProcess, collect, failure_of, spawn_workers
+from mllama_graph.plan.resolve import ResolvedRun, resolve
+
+# Keys that name a file of conf/; all others are values.
+GROUPS = ("backend", "experiment", "hardware")
+
+# What `generate` and `stream` take as one request: a prompt, OpenAI messages, the fields of a requests file, or a Request.
+Given = Union[str, Sequence[Mapping[str, Any]], Mapping[str, Any], Request]
+
+
+class LLM:
+    """A model that is ready to answer. Use it as a context manager, or call `close`: then no process is left.
+
+    `model` is a checkpoint folder, or a name of conf/model/ such as "tiny". `keys` are those of the command line, nested ones
+    as dicts: `LLM("11b", weights="random", tp=2, plan={"page_size": 64})`. `quiet` prints no progress. Logs of the ranks go to
+    `output_dir`, by default a temporary folder. Raises UserError with the value, the rule and the remedy.
+    """
+
+    def __init__(self, model: Union[str, "os.PathLike[str]"] = "tiny", *, batch: int = 1, tp: int = 1, quiet: bool = False,
+                 output_dir: Union[str, "os.PathLike[str]", None] = None, **keys: Any):
+        self._stack = ExitStack()
+        self._close = weakref.finalize(self, self._stack.close)
+        try:
+            self._start(model, keys | {"batch": batch, "tp": tp}, quiet, output_dir)
+        except BaseException:
+            self._close()
+            raise
+
+    def generate(self, requests: Union[Given, Sequence[Given]], sampling: Optional[Sampling] = None, **fields: Any) -> list[Result]:
+        """The results of requests, in their order.
+
+        `sampling` and `fields` (max_new_tokens, temperature, stop, ...) serve requests that say nothing of their own. In a
+        list, a request that can't be served becomes a result with `error`; a single one raises UserError.
+        """
+        deltas = self._begin(requests, sampling, fields)
+        results = {delta.id: delta.result for delta in deltas if delta.result}
+        return [results[place] for place in sorted(results)]
+
+    def stream(self, requests: Union[Given, Sequence[Given]], sampling: Optional[Sampling] = None, **fields: Any) -> Iterator[Delta]:
+        """The deltas of requests as they come: `id` is the request's place in the list, `text` is what it said further.
+
+        The arguments are those of `generate`. Closing the iterator aborts what is not finished.
+        """
+        return self._begin(requests, sampling, fields)
+
+    def request(self, given: Given, id: Any = None, **fields: Any) -> Request:
+        """Prepare a request: its ids and tiled images. Raises UserError naming what is wrong with it."""
+        if isinstance(given, Request):
+            return replace(given, id=id)
+        if isinstance(given, str):
+            own: dict[str, Any] = {"prompt": given}
+        elif isinstance(given, Mapping):
+            own = dict(given)
+        elif isinstance(given, Sequence):
+            own = {"messages": list(given)}
+        else:
+            raise UserError(f"a request is a string, a list of messages or a dict; this is of type {type(given).__name__}.")
+        _check_fields(own)
+        return self._engine.processor.request(fields | own | {"id": id})
+
+    def close(self, wait: bool = True) -> None:
+        """End all processes. Graphs that are still compiling reach the store first, unless `wait` is false."""
+        if self._close.alive:
+            try:
+                self._engine.close(self._progress if wait else None)
+            finally:
+                self._close()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, kind: object, error: object, stack: object) -> None:
+        self.close(wait=kind is None)
+
+    def _start(self, model: Union[str, "os.PathLike[str]"], keys: Mapping[str, Any], quiet: bool,
+               output_dir: Union[str, "os.PathLike[str]", None]) -> None:
+        if place_from(os.environ):
+            raise UserError("LLM starts its ranks itself: start the script with python, without torchrun.")
+        folder = Path(output_dir or self._stack.enter_context(tempfile.TemporaryDirectory(prefix="mllama_graph-")))
+        folder.mkdir(parents=True, exist_ok=True)
+        run = _resolved(model, keys, folder)
+        self._progress = Progress(self._stack.enter_context(open(os.devnull, "w")) if quiet else None)
+        self._batch, place, rendezvous = run.limits.batch, Place(0, run.tp, 0, run.tp), None
+        self._stack.callback(_restored_process())
+        prepare_environment(run, place)
+        self._workers: list[RankProcess] = []
+        if run.tp > 1:
+            rendezvous = self._start_workers(run)
+        try:
+            self._engine: Engine = start_engine(run, processor_of(run), self._progress, place, rendezvous, partial(_check, self._workers))
+        except PeerGone as error:
+            raise self._cause(error) from error
+        self._stack.callback(self._engine.close)
+
+    def _start_workers(self, run: ResolvedRun) -> Rendezvous:
+        meeting = Meeting.on_this_host()
+        # torch takes the listening socket over and closes it.
+        if meeting.note:
+            self._progress.say(meeting.note)
+        self._stack.callback(native.unlink, run.segment)
+        self._stack.callback(_end, self._workers)
+        places = [Place(rank, run.tp, rank, run.tp) for rank in range(1, run.tp)]
+        self._workers += spawn_workers(places, meeting, run.output_dir)
+        return meeting.rendezvous
+
+    def _begin(self, requests: Any, sampling: Optional[Sampling], fields: Mapping[str, Any]) -> Iterator[Delta]:
+        defaults = (asdict(sampling) if sampling else {}) | dict(fields)
+        _check_fields(defaults, caller=4)
+        single = _is_single(requests)
+        return self._deltas([requests] if single else list(requests), defaults, single)
+
+    def _deltas(self, requests: Sequence[Any], defaults: Mapping[str, Any], single: bool) -> Iterator[Delta]:
+        if not self._close.alive:
+            raise UserError("this LLM is closed. Make a new one.")
+        coming: Iterable[tuple[int, Callable[[], Request]]] = (
+            (place, partial(self.request, given, place, **defaults)) for place, given in enumerate(requests))
+        try:
+            for _, delta in serve(self._engine, coming, 2 * self._batch):
+                if single and delta.result and delta.result.error:
+                    raise UserError(delta.result.error)
+                yield delta
+        except PeerGone as error:
+            raise self._cause(error) from error
+
+    def _cause(self, gone: PeerGone) -> Exception:
+        """What the worker rank that is at fault said."""
+        return failure_of(self._workers, TELL_SECONDS) or RankFailed(str(gone))
+
+
+def _resolved(model: Union[str, "os.PathLike[str]"], keys: Mapping[str, Any], output_dir: Path) -> ResolvedRun:
+    named = isinstance(model, str) and (CONF / "model" / f"{model}.yaml").is_file()
+    if not named and not Path(model).expanduser().is_dir():
+        names = ", ".join(sorted(path.stem for path in (CONF / "model").glob("*.yaml")))
+        raise UserError(f"model={os.fspath(model)!r} is neither a folder nor one of {names}.")
+    choices = [f"model={model if named else 'custom'}", *(f"{name}={keys[name]}" for name in GROUPS if keys.get(name))]
+    values = {name: value for name, value in keys.items() if name not in GROUPS}
+    run = with_task_keys(run_from(choices, ({} if named else {"weights": os.fspath(model)}) | values))
+    run.output_dir = str(output_dir)
+    check(run)
+    resolved = resolve(run, None)
+    if not isinstance(resolved, ResolvedRun) or resolved.only_shapes:
+        raise UserError("weights=meta has no values to compute with. Use a checkpoint, or weights=random.")
+    if resolved.device.simulated:
+        raise UserError(f"device={resolved.device.name} needs a process of its own: use python -m mllama_graph.")
+    return resolved
+
+
+def _is_single(requests: Any) -> bool:
+    if isinstance(requests, (str, Mapping, Request)):
+        return True
+    return isinstance(requests, Sequence) and bool(requests) and all(
+        isinstance(message, Mapping) and "role" in message for message in requests)
+
+
+def _check_fields(given: Mapping[str, Any], caller: int = 3) -> None:
+    """Warn of fields without a meaning, which may be misspelt. `caller`: frames from here to the user's line."""
+    if unknown := given.keys() - FIELDS:
+        warnings.warn(f"fields without a meaning are ignored: {', '.join(sorted(unknown))}", stacklevel=caller)
+
+
+def _check(workers: Sequence[RankProcess]) -> None:
+    """Raises what a worker rank that has failed said."""
+    collect(workers, 0)
+    if any(worker.failure for worker in workers) and (failure := failure_of(workers, TELL_SECONDS)):
+        raise failure
+
+
+def _end(workers: Sequence[RankProcess]) -> None:
+    """Wait for worker ranks, whose driver has gone, and end those that don't end."""
+    until = time.monotonic() + END_SECONDS
+    while any(worker.running for worker in workers) and time.monotonic() < until:
+        collect(workers, max(0.0, until - time.monotonic()))
+    for worker in workers:
+        if worker.running:
+            worker.kill()
+
+
+def _restored_process() -> Callable[[], None]:
+    """Gives this process back the cores, threads and determinism that it has now."""
+    import torch
+
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+
+    def restore() -> None:
+        if cores is not None:
+            os.sched_setaffinity(0, cores)
+        torch.set_num_threads(threads)
+        torch._C._set_deterministic_algorithms(deterministic)
+
+    return restore
