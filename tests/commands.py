@@ -1,37 +1,102 @@
-"""Runs of run.py as processes of their own, with ranks, and what the processes of a session share."""
+"""The command line in processes of its own: what a run printed, left and how it ended; what a session's processes share."""
 
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 from filelock import FileLock
 
 ROOT = Path(__file__).parents[1]
+# Small and quick: no compiler, and limits that hold the cases.
+QUICK = ["backend=eager", "dtype=fp32", "max_input_length=300", "max_output_length=8", "model=custom"]
+# What Hydra's grammar would trip over.
+HOSTILE = r"""a,b 'c' "d" (e) f=g [h] {i: j} ${x} ${oc.env:HOME} \ \" \${y} 图里有什么？ -m ~k +l @m % # end\\"""
+# Limits that hold the cases of request_cases.py, for runs with ranks.
 LIMITS = ["model=custom", "dtype=fp32", "max_input_length=300", "max_output_length=100", "plan.page_size=16"]
 
 
-def environment(**more: str) -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1"} | more
+@dataclass(frozen=True)
+class Done:
+    """A finished run: how it ended, what it printed, where it wrote."""
+
+    code: int
+    out: str
+    err: str
+    folder: Path
+    seconds: float
+
+    def result(self, job="."):
+        return json.loads((self.folder / job / "result.json").read_text())
+
+    def lines(self):
+        return [json.loads(line) for line in (self.folder / "results.jsonl").read_text().splitlines()]
+
+    def one_line_error(self) -> str:
+        """The single line on stderr that says what is wrong; the stack, if any, is in run.log alone."""
+        assert "Traceback" not in self.err + self.out
+        errors = [line for line in self.err.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1, self.err
+        return errors[0].removeprefix("error: ")
 
 
-def command(folder: Path, *given: str) -> list[str]:
-    return [sys.executable, str(ROOT / "run.py"), *LIMITS, f"hydra.run.dir={folder}", *given]
+def command_line(folder: Path, *arguments: str) -> list[str]:
+    """python run.py with its output in `folder`."""
+    where = "sweep" if "-m" in arguments else "run"
+    return [sys.executable, str(ROOT / "run.py"), *arguments, f"hydra.{where}.dir={folder}"]
 
 
-def run(folder: Path, *given: str, code: int = 0, **variables: str) -> dict:
-    """run.py to its end; result.json and results.jsonl."""
-    done = subprocess.run(command(folder, *given), capture_output=True, text=True, env=environment(**variables),
-                          cwd=folder.parent, timeout=400)
-    assert done.returncode == code, done.stderr + "".join(p.read_text() for p in folder.glob("ranks/*.log"))
-    assert "Traceback" not in done.stdout + done.stderr
-    path = folder / "results.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return json.loads((folder / "result.json").read_text()) | {"lines": lines, "err": done.stderr}
+def run(folder: Path, *arguments: str, cwd: Optional[Path] = None, **variables: str) -> Done:
+    """A run to its end, started elsewhere than in the repository."""
+    begun = time.perf_counter()
+    done = subprocess.run(command_line(folder, *arguments), capture_output=True, text=True, cwd=cwd or folder.parent,
+                          env=os.environ | variables, timeout=400)
+    return Done(done.returncode, done.stdout, done.stderr, folder, time.perf_counter() - begun)
+
+
+def served(folder: Path, *arguments: str, **variables: str) -> dict[str, Any]:
+    """result.json and the lines of results.jsonl of a run within LIMITS that must succeed."""
+    done = run(folder, *LIMITS, *arguments, **variables)
+    assert done.code == 0, done.err + "".join(path.read_text() for path in folder.glob("ranks/*.log"))
+    assert "Traceback" not in done.out + done.err
+    return done.result() | {"lines": done.lines() if (folder / "results.jsonl").exists() else []}
+
+
+def interrupted(tmp_path, requests: int, *arguments: str) -> Done:
+    """A run of many requests of 100 tokens each, stopped by Ctrl-C when the third is finished."""
+    lines = [{"id": n, "input_ids": [n + 1] * 20, "max_new_tokens": 100, "ignore_eos": True} for n in range(requests)]
+    (tmp_path / "requests.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    folder = tmp_path / "out"
+    process = subprocess.Popen(
+        command_line(folder, f"requests={tmp_path / 'requests.jsonl'}", "max_output_length=100", *arguments), cwd=tmp_path,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        results, until = folder / "results.jsonl", time.monotonic() + 120
+        while not (results.exists() and results.read_text().count("\n") >= 3):
+            assert process.poll() is None and time.monotonic() < until, process.stderr.read()
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    return Done(process.returncode, out, err, folder, 0)
+
+
+def assert_kept(done: Done, requests: int) -> None:
+    """The interrupt ended the run, and every finished request is there whole."""
+    assert done.code == 130
+    assert "interrupted" in done.one_line_error()
+    kept = done.lines()
+    assert 3 <= len(kept) < requests
+    assert all(len(line["token_ids"]) == 100 for line in kept)
+    assert done.result()["status"] == "error"
 
 
 def kept(path: Path, make: Callable[[], Any]) -> Any:

@@ -11,22 +11,28 @@ from transformers.models.mllama import modeling_mllama as hf
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
 from checkpoints import DTYPES, LLAMA3_SCALING, SPECS, model_config, random_weights, rename, write_checkpoint
-from engines import IGNORE
+from engines import CPU
 
-from mllama_graph.model.checkpoint import Checkpoint, Pixels, build, from_checkpoint, inverse_frequencies, random_fill
-from mllama_graph.core.config import UserError
+from mllama_graph.engine.device import TORCH_DTYPES
+from mllama_graph.model.files import CheckpointFiles
+from mllama_graph.model.tree import Pixels, build, inverse_frequencies
+from mllama_graph.model.weights import from_checkpoint, random_fill
+from mllama_graph.core.errors import UserError
 from mllama_graph.plan.resolve import checkpoint_folder
 from mllama_graph.model.shape import _rope, shape_of
 from mllama_graph.model.table import Shard, elements, replicated, table
 
 PIXELS = Pixels(1 / 255, (0.5,) * 3, (0.25,) * 3)
-CPU = torch.device("cpu")
+
+
+def ignore(count):
+    """Progress that nobody sees."""
 
 
 def tree(folder, dtype=torch.float32, shard=Shard()):
-    checkpoint = Checkpoint(folder)
+    checkpoint = CheckpointFiles(folder)
     checkpoint.verify()
-    return build(checkpoint.shape, PIXELS, dtype, CPU, from_checkpoint(checkpoint), IGNORE, shard)
+    return build(checkpoint.shape, PIXELS, dtype, CPU, from_checkpoint(checkpoint), ignore, shard)
 
 
 def parameter(root, path):
@@ -67,7 +73,7 @@ def broken(checkpoint, tmp_path):
 def test_every_value_arrives_bit_for_bit(names, shards, dtype, tmp_path):
     spec = replace(SPECS["base"], names=names, shards=shards, dtype=dtype)
     write_checkpoint(tmp_path, spec)
-    assert Checkpoint(tmp_path).dtype == DTYPES[dtype]
+    assert TORCH_DTYPES[CheckpointFiles(tmp_path).stored] == DTYPES[dtype]
     for target in (DTYPES[dtype], torch.float32):
         root = tree(tmp_path, target)
         for path, value in stacked(spec).items():
@@ -118,7 +124,7 @@ def test_a_tensor_in_two_shards_is_named(checkpoint, tmp_path):
 def test_a_dtype_that_cant_be_computed_is_refused(broken):
     folder = broken(lambda w: w.update({name: value.to(torch.int8) for name, value in w.items()}))
     with pytest.raises(UserError, match="is stored as I8; supported are F32, F16, BF16"):
-        Checkpoint(folder).dtype
+        CheckpointFiles(folder).stored
 
 
 @pytest.mark.parametrize("damage, message", [
@@ -185,7 +191,7 @@ def test_inverse_frequencies_are_hugging_faces(scaling, head_width):
 
 def test_random_weights_leave_nothing_out_and_repeat_by_seed():
     shape = shape_of(model_config(SPECS["base"]))
-    trees = [build(shape, PIXELS, torch.float32, CPU, random_fill(shape, seed, torch.float32), IGNORE) for seed in (1, 1, 2)]
+    trees = [build(shape, PIXELS, torch.float32, CPU, random_fill(shape, seed, torch.float32), ignore) for seed in (1, 1, 2)]
     for path, value in trees[0].named_parameters():
         assert torch.equal(value, parameter(trees[1], path)), path
         assert not torch.equal(value, parameter(trees[2], path)), path
@@ -198,7 +204,7 @@ def test_random_weights_leave_nothing_out_and_repeat_by_seed():
 
 def test_progress_ends_at_the_bytes_of_the_tree(checkpoint):
     done = []
-    found = Checkpoint(checkpoint("base"))
+    found = CheckpointFiles(checkpoint("base"))
     root = build(found.shape, PIXELS, torch.float32, CPU, from_checkpoint(found), done.append)
     # Each call reports one Parameter; the caller adds up.
     assert sum(done) == sum(value.numel() * 4 for value in root.parameters())
@@ -231,7 +237,7 @@ def test_the_ranks_parts_are_the_whole_model(name, world, source, checkpoint):
     # Three ranks divide nothing here: vocabulary, heads and MLP are padded alike.
     shape = shape_of(model_config(SPECS[name]))
     make = (lambda shard: tree(checkpoint(name), shard=shard)) if source == "checkpoint" else (
-        lambda shard: build(shape, PIXELS, torch.float32, CPU, random_fill(shape, 3, torch.float32), IGNORE, shard))
+        lambda shard: build(shape, PIXELS, torch.float32, CPU, random_fill(shape, 3, torch.float32), ignore, shard))
     whole, parts = make(Shard()), [make(Shard(rank, world)) for rank in range(world)]
     groups = {}
     for entry in table(shape):

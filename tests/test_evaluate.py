@@ -5,7 +5,7 @@ import json
 import pytest
 
 from engines import serve, start
-from test_run import QUICK, run
+from commands import QUICK, run
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,12 +13,13 @@ import pytest
 import torch
 
 from checkpoints import SPECS
-from engines import GRAPH_PLAN, GRAPH_SPEC, GRAPHS, start, tokens_of
+from engines import GRAPH_PLAN, GRAPH_SPEC, GRAPHS, said, start, tokens_of
 
-from mllama_graph.graphs import aot as graphs
-from mllama_graph.plan.buckets import Bucket
-from mllama_graph.core.config import UserError
-from mllama_graph.graphs.dispatch import Record
+from mllama_graph.graphs import aot, key as keys
+from mllama_graph.plan.bucket import Bucket
+from mllama_graph.core.errors import UserError
+from mllama_graph.graphs.compiler import Record
+from mllama_graph.core.paths import PACKAGE
 from mllama_graph.graphs.store import GraphStore, key_of
 
 ROOT = Path(__file__).parents[1]
@@ -61,12 +63,12 @@ def compiled(checkpoint, lines, store):
 
 
 def addresses(engine):
-    return [data.data_ptr() for pool in (engine.ranks.rank.pages, engine.ranks.rank.image_pages) for pair in pool for data in pair]
+    return [data.data_ptr() for pool in (engine.executor.rank.pages, engine.executor.rank.image_pages) for pair in pool for data in pair]
 
 
 def test_compiled_graphs_give_the_tokens_of_eager_in_a_mixed_batch(eager, compiled):
     assert compiled[1] == eager[1]
-    records = compiled[0].ranks.graphs.records
+    records = compiled[0].executor.graphs.records
     assert len(records) == USED and {record.source for record in records} == {"hit"}
     assert {record.phase for record in records} == {"vision", "prefill", "decode"}
 
@@ -83,7 +85,7 @@ def test_compiled_graphs_write_the_pages_in_place_and_as_eager_does(eager, compi
     assert addresses(compiled[0]) == compiled[2]
     for pool in ("pages", "image_pages"):
         scratch = eager[0].scheduler.plan.scratch_pages if pool == "pages" else 0
-        for ours, theirs in zip(getattr(compiled[0].ranks.rank, pool), getattr(eager[0].ranks.rank, pool)):
+        for ours, theirs in zip(getattr(compiled[0].executor.rank, pool), getattr(eager[0].executor.rank, pool)):
             for data, other in zip(ours, theirs):
                 assert other[scratch:].any()
                 # fp32 with sums in another order, values of order one to ten.
@@ -109,7 +111,7 @@ folder, store, plan, lines = json.loads(sys.stdin.read())
 engine = start(folder, backend="inductor", graph_cache=store, **plan)
 tokens = tokens_of(engine, lines)
 compilers = [name for name in sys.modules if name.startswith(("torch._inductor", "torch._dynamo", "torch.export", "triton"))]
-print(json.dumps([tokens, [record.source for record in engine.ranks.graphs.records], compilers]))
+print(json.dumps([tokens, [record.source for record in engine.executor.graphs.records], compilers]))
 """
 
 
@@ -131,21 +133,16 @@ def test_a_second_start_hits_every_graph_and_imports_no_compiler(checkpoint, lin
 def test_a_truncated_package_is_rebuilt(checkpoint, lines, store, compiled, tmp_path):
     copy = tmp_path / "graphs"
     shutil.copytree(store, copy)
-    record = next(r for r in compiled[0].ranks.graphs.records if r.bucket == "prefill tokens=32 pages=6 image_pages=0")
+    record = next(r for r in compiled[0].executor.graphs.records if r.bucket == "prefill tokens=32 pages=6 image_pages=0")
     package = copy / record.key / "graph.pt2"
     whole = package.read_bytes()
     package.write_bytes(whole[:len(whole) // 2])
     engine = start(checkpoint(SPEC), backend="inductor", graph_cache=str(copy), **PLAN)
     tokens = tokens_of(engine, [lines[3] | {"max_new_tokens": 1}])
-    assert [(r.source, r.key) for r in engine.ranks.graphs.records] == [("compiled", record.key)]
+    assert [(r.source, r.key) for r in engine.executor.graphs.records] == [("compiled", record.key)]
     assert tokens["text"] == compiled[1]["text"][:1]
     assert GraphStore(copy).find(record.key) == (package, None)
     assert f"graph {record.key} (prefill tokens=32 pages=6 image_pages=0): graph.pt2 is altered or truncated" in said(engine)
-
-
-def said(engine):
-    """The lines that the engine told its reader."""
-    return engine.ranks.graphs.say.__self__._stream.getvalue()
 
 
 def test_without_waiting_steps_run_uncompiled_while_their_graphs_compile(checkpoint, lines, eager, compiled, store,
@@ -154,26 +151,31 @@ def test_without_waiting_steps_run_uncompiled_while_their_graphs_compile(checkpo
     engine = start(checkpoint(SPEC), backend="inductor", **plan)
     try:
         assert tokens_of(engine, lines[:1]) == {"two": eager[1]["two"]}
-        running = engine.ranks.graphs
-        assert len(running.compiler.asked) == 3 and not running.records
+        running = engine.executor.graphs
+        assert len(running.compiler.requested) == 3 and not running.records
         assert said(engine).count("in the background; its steps run uncompiled till then") == 3
+        requested = running.compiler.requested
     finally:
         running.compiler.close()
-    for bucket in running.compiler.asked:
-        shutil.copytree(store / running.spec.key(bucket), empty_store / running.spec.key(bucket))
+    for bucket in requested:
+        name = keys.key(running.spec, bucket)
+        shutil.copytree(store / name, empty_store / name)
     engine = start(checkpoint(SPEC), backend="inductor", **plan)
     assert tokens_of(engine, lines[:1]) == {"two": compiled[1]["two"]}
-    assert [record.source for record in engine.ranks.graphs.records] == ["hit"] * 3
+    assert [record.source for record in engine.executor.graphs.records] == ["hit"] * 3
 
 
 def test_every_weight_of_a_step_stays_outside_its_package(compiled, store):
     # A value that the compiler baked in would be another checkpoint's: nothing in the key tells them apart.
-    rank = compiled[0].ranks.rank
+    rank = compiled[0].executor.rank
     names = {}
-    for bucket, package in rank.graphs._ready.items():
+    for bucket, package in rank.graphs.ready.items():
         names[bucket.phase, bucket.image_pages > 0] = {
-            name.removeprefix(graphs.WEIGHT_PREFIX) for name in package._loader.get_constant_fqns()}
-    of = lambda *starts: {name for name in rank.weights.state_dict() if name.startswith(starts)}  # noqa: E731
+            name.removeprefix(aot.WEIGHT_PREFIX) for name in package._loader.get_constant_fqns()}
+
+    def of(*starts):
+        return {name for name in rank.weights.state_dict() if name.startswith(starts)}
+
     cross = tuple(f"text.layers.{index}." for index in rank.shape.text.cross_layers)
     kv = {name for name in of(*cross) if ".kv." in name or "k_norm" in name}
     assert names["vision", True] == of("vision", "projector") | kv
@@ -190,7 +192,8 @@ def key(checkpoint, empty_store):
     """key(bucket, changes to the plan) -> the key of a graph and its readable fields."""
 
     def of(bucket=Bucket("decode", 4, 4, 6, 0), name=SPEC, **changes):
-        return start(checkpoint(name), **(PLAN | {"graph_cache": str(empty_store)} | changes)).ranks.graphs.spec.key(bucket)
+        engine = start(checkpoint(name), **(PLAN | {"graph_cache": str(empty_store)} | changes))
+        return keys.key(engine.executor.graphs.spec, bucket)
 
     return of
 
@@ -216,8 +219,11 @@ def test_the_key_changes_with_the_bucket(bucket, key):
 
 
 def test_the_key_changes_with_backend_options_source_torch_and_processor(monkeypatch, checkpoint):
-    spec, bucket = start(checkpoint(SPEC), **PLAN).ranks.graphs.spec, Bucket("decode", 4, 4, 6, 0)
-    of = lambda **changes: replace(spec, **changes).key(bucket)  # noqa: E731
+    spec, bucket = start(checkpoint(SPEC), **PLAN).executor.graphs.spec, Bucket("decode", 4, 4, 6, 0)
+
+    def of(**changes):
+        return keys.key(replace(spec, **changes), bucket)
+
     plain = of()
     assert of(options=(("max_autotune", True),)) != plain
     assert of(backend="inductor") != of(backend="eager")
@@ -228,7 +234,7 @@ def test_the_key_changes_with_backend_options_source_torch_and_processor(monkeyp
     assert of(deterministic=True) != plain
     for name, value in (("source_hash", lambda: "other"), ("processor_name", lambda: "other")):
         with monkeypatch.context() as patch:
-            patch.setattr(graphs, name, value)
+            patch.setattr(keys, name, value)
             assert of() != plain, name
     with monkeypatch.context() as patch:
         patch.setattr(torch, "__version__", "9.9")
@@ -242,21 +248,50 @@ def test_the_key_does_not_change_with_what_shapes_no_graph(change, key):
     assert key(**change) == key()
 
 
-def test_the_source_hash_follows_every_file_that_decides_what_a_graph_computes(tmp_path, monkeypatch):
-    package = tmp_path / "mllama_graph"
-    shutil.copytree(ROOT / "mllama_graph", package, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(graphs, "__file__", str(package / "graphs.py"))
-    hashed = graphs.source_hash.__wrapped__
-    plain = hashed()
-    for name in ("model/text.py", "model/vision.py", "ops/plain.py", "graphs.py", "shape.py", "model/new_file.py"):
-        path = package / name
-        before = path.read_bytes() if path.exists() else None
-        path.write_bytes((before or b"") + b"\n# changed\n")
-        assert hashed() != plain, name
-        path.write_bytes(before) if before is not None else path.unlink()
-        assert hashed() == plain
-    (package / "report.py").write_text("")
-    assert hashed() == plain, "a file that shapes no graph makes every start cold"
+@pytest.fixture
+def package(tmp_path):
+    """A copy of the package's source."""
+    copy = tmp_path / "mllama_graph"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__", "conf"))
+    return copy
+
+
+def changed(package, name: str, change) -> bool:
+    """Whether a change to a file (its text -> its new text) changes the hash of the source."""
+    path, before = package / name, keys.source_hash.__wrapped__(package)
+    text = path.read_text()
+    assert change(text) != text
+    path.write_text(change(text))
+    try:
+        return keys.source_hash.__wrapped__(package) != before
+    finally:
+        path.write_text(text)
+
+
+@pytest.mark.parametrize("name", ["model/text.py", "model/vision.py", "model/tree.py", "model/shape.py", "ops/plain.py", "ops/npu.py",
+                                  "graphs/aot.py", "graphs/torchair.py", "core/dtypes.py"])
+def test_the_source_hash_follows_every_file_that_decides_what_a_graph_computes(package, name):
+    assert changed(package, name, lambda text: text + "# changed\n")
+
+
+def test_a_constant_that_tracing_reads_is_part_of_the_source(package):
+    # ops/plain.py reads WIDEN_ROWS while a linear layer is traced; a graph of another value must not be found.
+    assert changed(package, "core/dtypes.py", lambda text: re.sub(r"^WIDEN_ROWS = \d+", "WIDEN_ROWS = 7", text, flags=re.M))
+
+
+def test_a_file_that_is_new_counts_once_something_imports_it(package):
+    (package / "model" / "gate.py").write_text("FACTOR = 2\n")
+    assert changed(package, "model/text.py", lambda text: "from mllama_graph.model import gate\n" + text)
+    text = package / "model" / "text.py"
+    text.write_text("from mllama_graph.model.gate import FACTOR\n" + text.read_text())
+    assert changed(package, "model/gate.py", lambda text: "FACTOR = 3\n")
+
+
+@pytest.mark.parametrize("name", ["__init__.py", "cli.py", "core/report.py", "core/place.py", "engine/scheduler.py", "plan/cost.py",
+                                  "inputs/processor.py", "tasks/bench.py"])
+def test_a_file_that_shapes_no_graph_makes_no_start_cold(package, name):
+    # __init__.py holds the version.
+    assert not changed(package, name, lambda text: text + "# changed\n")
 
 
 # ---- warm runs
@@ -272,6 +307,6 @@ def test_a_warm_run_refuses_to_compile(checkpoint, lines, compiled, store, empty
 
 
 def test_records_are_plain_data(compiled):
-    for record in compiled[0].ranks.graphs.records:
+    for record in compiled[0].executor.graphs.records:
         assert set(asdict(record)) == {"phase", "bucket", "source", "seconds", "bytes", "key"}
         json.dumps(asdict(record))

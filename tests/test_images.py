@@ -12,7 +12,7 @@ from transformers.models.mllama.image_processing_pil_mllama import MllamaImagePr
 from checkpoints import SPECS, image_config, model_config
 from request_cases import IMAGES, random_image, write_images
 
-from mllama_graph.core.config import UserError
+from mllama_graph.core.errors import UserError
 from mllama_graph.inputs.images import list_images, open_image, tile_image
 from mllama_graph.model.shape import shape_of
 

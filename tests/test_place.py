@@ -10,9 +10,11 @@ import time
 
 import pytest
 
-from mllama_graph.core import place
-from mllama_graph.core.config import UserError
-from mllama_graph.core.place import MASTER_PORT, PORTS, Place, bind_master_port, check_devices, deaf_children, place_from, visible_devices
+from mllama_graph.core import machine
+from mllama_graph.core.devices import CPU, CUDA, NPU
+from mllama_graph.core.errors import UserError
+from mllama_graph.core.machine import block_sigint
+from mllama_graph.core.place import MASTER_PORT, PORTS, Place, bind_master_port, place_from
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
 
@@ -34,7 +36,7 @@ def test_variables_that_dont_fit_are_refused(change):
 @pytest.mark.parametrize("ranks", range(1, 9))
 @pytest.mark.parametrize("cores", [1, 2, 3, 8, 12])
 def test_ranks_of_a_host_share_its_cores_evenly(ranks, cores, monkeypatch):
-    monkeypatch.setattr(place, "CORES", list(range(10, 10 + cores)))
+    monkeypatch.setattr(machine, "CORES", list(range(10, 10 + cores)))
     places = [Place(rank, ranks, rank, ranks) for rank in range(ranks)]
     assert {p.threads() for p in places} == {max(1, cores // ranks)}
     if ranks <= cores:
@@ -44,25 +46,25 @@ def test_ranks_of_a_host_share_its_cores_evenly(ranks, cores, monkeypatch):
         assert all(p.cores() == list(range(10, 10 + cores)) for p in places)
 
 
-@pytest.mark.parametrize("device, variable", [("cuda", "CUDA_VISIBLE_DEVICES"), ("npu", "ASCEND_RT_VISIBLE_DEVICES")])
+@pytest.mark.parametrize("device, variable", [(CUDA, "CUDA_VISIBLE_DEVICES"), (NPU, "ASCEND_RT_VISIBLE_DEVICES")])
 def test_too_few_visible_devices_are_refused_by_name(device, variable):
-    check_devices(device, 2, {variable: "3, 1"})
-    assert visible_devices(device, {variable: "3, 1"}) == ["3", "1"]
-    with pytest.raises(UserError, match=rf"tp=4 needs 4 {device} devices; {variable}=3,1 shows 2"):
-        check_devices(device, 4, {variable: "3,1"})
+    device.check_count(2, {variable: "3, 1"})
+    assert device.visible({variable: "3, 1"}) == ["3", "1"]
+    with pytest.raises(UserError, match=rf"tp=4 needs 4 {device.name} devices; {variable}=3,1 shows 2"):
+        device.check_count(4, {variable: "3,1"})
     with pytest.raises(UserError, match=f"{variable}=1,1 names a device twice"):
-        check_devices(device, 1, {variable: "1,1"})
+        device.check_count(1, {variable: "1,1"})
     with pytest.raises(UserError, match="shows 0"):
-        check_devices(device, 1, {variable: ""})
+        device.check_count(1, {variable: ""})
 
 
 def test_npu_devices_are_numbers():
     with pytest.raises(UserError, match="ASCEND_RT_VISIBLE_DEVICES=0;1 must be a comma list"):
-        visible_devices("npu", {"ASCEND_RT_VISIBLE_DEVICES": "0;1"})
+        NPU.visible({"ASCEND_RT_VISIBLE_DEVICES": "0;1"})
 
 
 def test_a_cpu_needs_no_devices():
-    check_devices("cpu", 8, {"CUDA_VISIBLE_DEVICES": ""})
+    CPU.check_count(8, {"CUDA_VISIBLE_DEVICES": ""})
 
 
 def test_a_taken_master_port_gives_way_to_a_free_one_and_says_so():
@@ -89,13 +91,13 @@ def test_a_master_port_that_is_none_is_refused(port):
 
 
 @pytest.mark.parametrize("threads", [0, 1])
-def test_an_interrupt_while_a_deaf_child_starts_is_not_lost(threads):
+def test_an_interrupt_while_a_child_starts_that_blocks_it_is_not_lost(threads):
     done, blocked = threading.Event(), "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
     for _ in range(threads):
         threading.Thread(target=done.wait).start()
     try:
         with pytest.raises(KeyboardInterrupt):
-            with deaf_children():
+            with block_sigint():
                 child = subprocess.Popen([sys.executable, "-c", blocked], stdout=subprocess.PIPE, text=True)
                 os.kill(os.getpid(), signal.SIGINT)
                 time.sleep(0.1)

@@ -3,7 +3,6 @@
 import json
 import shutil
 from functools import cache
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,13 +10,13 @@ from hypothesis import given, settings, strategies as st
 from transformers import AutoTokenizer
 
 from checkpoints import SPECS
-from engines import run_of
+from engines import resolved, run_of
 from request_cases import random_image, resolve
 from tokenizer_files import CHAT_TEMPLATE
 
-from mllama_graph.core.config import UserError
-from mllama_graph.inputs.processor import Detokenizer
-from mllama_graph.tasks.generate import model_of, processor_of
+from mllama_graph.core.errors import UserError
+from mllama_graph.engine.start import processor_of
+from mllama_graph.inputs.detokenizer import Detokenizer
 
 WITH_TEMPLATE = [name for name, spec in SPECS.items() if spec.template]
 # Any text: special tokens are given as such by whoever writes a prompt, and have tests of their own.
@@ -30,8 +29,7 @@ def processor(checkpoint):
 
     @cache
     def load(name):
-        run = run_of(checkpoint(name))
-        return processor_of(run, *model_of(run))
+        return processor_of(resolved(run_of(checkpoint(name))))
 
     return load
 
@@ -159,7 +157,7 @@ def byte_id(tokenizer, byte: int) -> int:
 
 def stream(processor, ids, stop=()):
     """(the deltas, the detokenizer) of ids one by one, up to a stop string."""
-    text, deltas = Detokenizer(processor, stop), []
+    text, deltas = processor.detokenizer(stop), []
     for id in ids:
         deltas.append(text.add(id))
         if text.stopped:
@@ -169,7 +167,7 @@ def stream(processor, ids, stop=()):
 
 @given(text=st.text(alphabet=st.one_of(st.characters(codec="utf-8"), st.sampled_from("aé图😀👩‍👩‍👧"))))
 def test_characters_split_over_tokens_arrive_whole(text, processor):
-    ids = processor("base").tokenizer.encode(text, add_special_tokens=False).ids
+    ids = processor("base").codec.tokenizer.encode(text, add_special_tokens=False).ids
     deltas, detokenizer = stream(processor("base"), ids)
     assert "".join(deltas) == detokenizer.text == processor("base").text(ids)
     assert "\ufffd" in text or not any("\ufffd" in delta for delta in deltas), "half a character was shown"
@@ -179,7 +177,7 @@ def test_characters_split_over_tokens_arrive_whole(text, processor):
 @settings(max_examples=300)
 def test_the_streamed_text_of_any_ids_is_their_text_as_a_whole(drawn, processor):
     # Random weights, and models that go astray, give bytes that are no UTF-8.
-    tokenizer = processor("base").tokenizer
+    tokenizer = processor("base").codec.tokenizer
     ids = [byte_id(tokenizer, value) if value < 256 else value - 1000 for value in drawn]
     deltas, detokenizer = stream(processor("base"), ids)
     assert "".join(deltas) == detokenizer.text == processor("base").text(ids)
@@ -189,7 +187,7 @@ def test_the_streamed_text_of_any_ids_is_their_text_as_a_whole(drawn, processor)
        stops=st.lists(st.text(alphabet="ab图c ", min_size=1, max_size=4), min_size=1, max_size=3))
 @settings(max_examples=300)
 def test_a_stop_string_across_tokens_ends_the_text_and_is_never_shown(text, stops, processor):
-    letters = [processor("base").tokenizer.encode(c, add_special_tokens=False).ids for c in text]
+    letters = [processor("base").codec.tokenizer.encode(c, add_special_tokens=False).ids for c in text]
     ids = [id for letter in letters for id in letter]
     deltas, detokenizer = stream(processor("base"), ids, stops)
     # One letter at a time: the first prefix that holds a stop string ends it.
@@ -201,14 +199,21 @@ def test_a_stop_string_across_tokens_ends_the_text_and_is_never_shown(text, stop
 
 @given(text=st.text(alphabet="abc", max_size=30), stop=st.text(alphabet="abc", min_size=2, max_size=4))
 def test_no_more_is_held_back_than_the_start_of_a_stop_string(text, stop):
-    letters = SimpleNamespace(text=lambda ids: "".join(map(chr, ids)))
-    detokenizer, shown = Detokenizer(letters, [stop]), ""
+    detokenizer, shown = Detokenizer(chr, lambda ids: "".join(map(chr, ids)), [stop]), ""
     for n, letter in enumerate(text, start=1):
         shown += detokenizer.add(ord(letter))
         if detokenizer.stopped:
             return
         held = text[len(shown):n]
         assert text.startswith(shown) and stop.startswith(held) and len(held) < len(stop)
+
+
+def test_ids_that_a_tokenizer_cannot_stream_become_text_at_the_end():
+    def step(id):
+        raise Exception("invalid prefix")
+
+    detokenizer = Detokenizer(step, lambda ids: "".join(map(chr, ids)), [])
+    assert [detokenizer.add(ord("a")), detokenizer.add(ord("b")), detokenizer.flush()] == ["", "", "ab"]
 
 
 # ---- a checkpoint's files
@@ -227,9 +232,9 @@ def test_a_damaged_file_is_named(file, content, message, checkpoint, tmp_path):
     (folder / file).unlink(missing_ok=True)
     if content is not None:
         (folder / file).write_text(content)
-    run = run_of(folder)
+    run = resolved(run_of(folder))
     with pytest.raises(UserError, match=message):
-        processor_of(run, *model_of(run))
+        processor_of(run)
 
 
 @pytest.mark.parametrize("where", ["chat_template.jinja", "chat_template.json", "tokenizer_config.json"])
@@ -241,8 +246,7 @@ def test_the_template_is_found_in_each_of_its_three_places(where, checkpoint, tm
     else:
         known = json.loads((folder / where).read_text()) if (folder / where).exists() else {}
         (folder / where).write_text(json.dumps(known | {"chat_template": CHAT_TEMPLATE}))
-    run = run_of(folder)
-    ids = processor_of(run, *model_of(run)).chat(0, "hello").ids
+    ids = processor_of(resolved(run_of(folder))).chat(0, "hello").ids
     header = SPECS["no_template"].special_id("<|start_header_id|>")
     assert ids.count(header) == 2
 
@@ -251,6 +255,6 @@ def test_a_template_that_refuses_is_the_users_error(checkpoint, tmp_path):
     folder = tmp_path / "checkpoint"
     shutil.copytree(checkpoint("no_template"), folder)
     (folder / "chat_template.jinja").write_text("{{ raise_exception('only one user message, please') }}")
-    run = run_of(folder)
+    processor = processor_of(resolved(run_of(folder)))
     with pytest.raises(UserError, match="refuses these messages: only one user message, please"):
-        processor_of(run, *model_of(run)).chat(0, "hello")
+        processor.chat(0, "hello")

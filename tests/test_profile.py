@@ -8,9 +8,9 @@ import pytest
 
 from checkpoints import SPECS
 from engines import GRAPH_PLAN, GRAPH_SPEC, arguments
-from test_run import run
+from commands import run
 
-from mllama_graph.engine.profiler import GENERATED, GRAPH, STEP, kind_of, own_times, parts_of_step, ranges, steps_of
+from mllama_graph.measure.trace import GENERATED, GRAPH, STEP, kind_of, own_times, parts_of_step, ranges, steps_of
 
 
 def event(name, begin, end, cat="cpu_op", tid=1):

@@ -10,8 +10,9 @@ from transformers import MllamaConfig, MllamaForConditionalGeneration
 from checkpoints import SPECS
 from engines import start
 
-from mllama_graph.core.config import UserError
-from mllama_graph.plan.cost import Memory, kv_elements, require, sizes, step_bytes
+from mllama_graph.core.errors import UserError
+from mllama_graph.plan.cost import kv_elements, sizes, step_bytes
+from mllama_graph.plan.memory import Memory, require
 from mllama_graph.model.shape import shape_of
 
 CONF = Path(__file__).parents[1] / "conf" / "model"
@@ -78,9 +79,12 @@ def test_a_step_reads_its_tokens_and_only_with_images_theirs():
 @pytest.mark.parametrize("dtype", ["fp32", "auto"])
 @pytest.mark.parametrize("name", ["base", "wide"])
 def test_the_memory_that_is_planned_is_the_memory_that_is_taken(name, dtype, checkpoint):
-    ranks = start(checkpoint(name), batch=3, page_size=16, dtype=dtype).ranks
-    rank, memory = ranks.rank, ranks.memory
-    held = lambda pages: sum(data.numel() * data.element_size() for pair in pages for data in pair)  # noqa: E731
+    executor = start(checkpoint(name), batch=3, page_size=16, dtype=dtype).executor
+    rank, memory = executor.rank, executor.run.memory
+
+    def held(pages):
+        return sum(data.numel() * data.element_size() for pair in pages for data in pair)
+
     assert held(rank.pages) == memory.self_pages
     assert held(rank.image_pages) == memory.image_pages
     weights = sum(value.numel() * value.element_size() for value in rank.weights.parameters())

@@ -1,8 +1,10 @@
 """The scheduler without a model: a fake answers each row from (sequence, position), so any mix-up shows."""
 
 import hashlib
+import pickle
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 from transformers.models.mllama.processing_mllama import get_cross_attention_token_mask
@@ -11,9 +13,15 @@ from checkpoints import SPECS, model_config
 
 from mllama_graph.engine.batch import needs
 from mllama_graph.plan.blocks import pages_for, slots
-from mllama_graph.plan.buckets import make_plan
-from mllama_graph.core.config import PlanChoice, Run, UserError
-from mllama_graph.engine.scheduler import DecodeStep, ImageRef, PrefillStep, Sampling, Scheduler, Sequence, VisionStep
+from mllama_graph.plan.buckets import Limits, make_plan
+from mllama_graph.core.config import PlanChoice
+from mllama_graph.core.devices import CPU
+from mllama_graph.core.errors import UserError
+from mllama_graph.engine.batch import Sequences
+from mllama_graph.engine.scheduler import Scheduler, Sequence
+from mllama_graph.engine.steps import DecodeStep, PrefillStep, VisionStep
+from mllama_graph.inputs.images import TiledImage
+from mllama_graph.inputs.request import Sampling
 from mllama_graph.model.shape import shape_of
 
 SHAPE = shape_of(model_config(SPECS["base"]))
@@ -27,9 +35,12 @@ def answer(sequence: int, position: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{sequence}/{position}".encode()).digest()[:2])
 
 
-def image(name: str) -> ImageRef:
-    tiles = 1 + ord(name) % SHAPE.vision.max_tiles
-    return ImageRef(name, tiles, tiles * TILE, 1)
+def image(name: str) -> TiledImage:
+    return TiledImage(np.zeros((1 + ord(name) % SHAPE.vision.max_tiles, 0), np.uint8), 1, name)
+
+
+def tokens(image: TiledImage) -> int:
+    return image.count * TILE
 
 
 @st.composite
@@ -54,8 +65,7 @@ def plans(draw):
     choice = PlanChoice(page_size=page, num_pages=least + draw(st.integers(0, 2 * least)),
                         num_images=draw(st.integers(MAX_IMAGES, 5)),
                         prefill_tokens=draw(st.sampled_from([None, [5], [2, 16], [40]])))
-    run = Run(batch=batch, max_input_length=MAX_INPUT, max_output_length=MAX_NEW, plan=choice)
-    return make_plan(run, SHAPE, MAX_IMAGES), batch
+    return make_plan(choice, Limits(batch, MAX_INPUT, MAX_NEW, MAX_IMAGES), SHAPE, CPU.paging, False), batch
 
 
 @dataclass
@@ -69,7 +79,7 @@ class Served:
 
 def serve(plan, batch, work, late=0, abort=frozenset()) -> Served:
     """Run a workload to its end, checking every step; the last `late` requests join between steps."""
-    scheduler, steps = Scheduler(plan, batch), []
+    scheduler, steps, ranks = Scheduler(plan, batch), [], Sequences()
     sequences = [Sequence(n, ids, images, tuple(at for at, id in enumerate(ids) if id == IMAGE_TOKEN), new,
                           Sampling(seed=n)) for n, (ids, images, new) in enumerate(work)]
     waiting = sequences[len(sequences) - late:]
@@ -83,7 +93,8 @@ def serve(plan, batch, work, late=0, abort=frozenset()) -> Served:
         step = scheduler.next()
         assert step is not None, "work is left and nothing is done"
         steps.append(step)
-        ids = model(step, plan, scheduler, sequences, written, encoded)
+        ranks.update(step)
+        ids = model(step, plan, scheduler, sequences, ranks, written, encoded)
         for sequence, token in scheduler.commit(ids):
             if len(sequence.generated) == sequence.max_new:
                 scheduler.finish(sequence)
@@ -93,7 +104,7 @@ def serve(plan, batch, work, late=0, abort=frozenset()) -> Served:
     return Served({s.id: s.generated for s in sequences}, steps, scheduler)
 
 
-def model(step, plan, scheduler, sequences, written, encoded) -> tuple[int, ...]:
+def model(step, plan, scheduler, sequences, ranks, written, encoded) -> tuple[int, ...]:
     """What a rank would do with a step: checks its inputs, writes its pages, answers its rows."""
     if isinstance(step, VisionStep):
         assert len(step.pages) == len(set(step.pages)) == plan.pages_per_image
@@ -105,30 +116,37 @@ def model(step, plan, scheduler, sequences, written, encoded) -> tuple[int, ...]
     assert isinstance(step, PrefillStep) or len(rows) <= scheduler.batch
     live = [page for sequence in scheduler.running for page in sequence.pages]
     assert len(live) == len(set(live)), "two live sequences share a page"
-    fresh = [slot for row in rows for slot in slots(row.pages, row.start, len(row.ids), plan.page_size)]
+    # Ranks know the block tables from the steps alone.
+    tables = {row.sequence: ranks[row].pages.tolist() for row in rows}
+    for row in rows:
+        assert tables[row.sequence] == sequences[row.sequence].pages
+        assert row.used_pages == pages_for(row.start + len(row.ids), plan.page_size)
+    fresh = [slot for row in rows for slot in slots(tables[row.sequence], row.start, len(row.ids), plan.page_size)]
     assert len(fresh) == len(set(fresh)), "two rows write to one slot"
     assert all(slot >= plan.scratch_pages * plan.page_size for slot in fresh), "a row writes to scratch"
     for row in rows:
-        check_row(row, plan, sequences[row.sequence], written, encoded)
+        check_row(row, plan, sequences[row.sequence], ranks[row], written, encoded)
         written.update({slot: (row.sequence, position) for position, slot in enumerate(
-            slots(row.pages, row.start, len(row.ids), plan.page_size), start=row.start)})
+            slots(tables[row.sequence], row.start, len(row.ids), plan.page_size), start=row.start)})
     if isinstance(step, PrefillStep) and not step.sample:
         return ()
     return tuple(answer(row.sequence, row.start + len(row.ids)) for row in rows)
 
 
-def check_row(row, plan, sequence, written, encoded) -> None:
-    """A row's ids, its earlier K/V, and for each fresh token the image pages that it sees."""
-    assert row.ids == sequence.tokens[row.start:row.start + len(row.ids)]
-    assert row.sampling == sequence.sampling
-    for position, slot in enumerate(slots(row.pages, 0, row.start, plan.page_size)):
+def check_row(row, plan, sequence, known, written, encoded) -> None:
+    """A row's ids, its earlier K/V, and for each new token the image pages that it sees."""
+    assert row.ids == (*sequence.prompt, *sequence.generated)[row.start:row.start + len(row.ids)]
+    assert known.sampling == sequence.sampling
+    for position, slot in enumerate(slots(known.pages.tolist(), 0, row.start, plan.page_size)):
         assert written[slot] == (sequence.id, position), "earlier K/V were overwritten or never written"
-    for (low, high), position in zip(row.see, range(row.start, row.start + len(row.ids)), strict=True):
-        got = [(*encoded[page], fill) for page, fill in zip(row.image_pages[low:high], row.image_fill[low:high])]
+    assert row.image_pages == len(known.image_pages) == len(known.image_fill)
+    see = row.see or [(0, row.image_pages)] * len(row.ids)
+    for (low, high), position in zip(see, range(row.start, row.start + len(row.ids)), strict=True):
+        got = [(*encoded[page], fill) for page, fill in zip(known.image_pages[low:high], known.image_fill[low:high])]
         first, last = sequence.visible(position)
         size = plan.page_size
-        assert got == [(ref.key, n, min(size, ref.tokens - n * size)) for ref in sequence.images[first:last]
-                       for n in range(pages_for(ref.tokens, size))]
+        assert got == [(seen.key, n, min(size, tokens(seen) - n * size)) for seen in sequence.images[first:last]
+                       for n in range(pages_for(tokens(seen), size))]
 
 
 def expected(work) -> dict[int, list[int]]:
@@ -179,7 +197,7 @@ def test_visibility_is_that_of_hugging_face(length, data):
 def tight(**choice):
     """A plan in which two sequences of the longest kind can't both stay."""
     choice = PlanChoice(**({"page_size": 4, "num_pages": 16, "num_images": 3} | choice))
-    return make_plan(Run(batch=3, max_input_length=MAX_INPUT, max_output_length=MAX_NEW, plan=choice), SHAPE, MAX_IMAGES)
+    return make_plan(choice, Limits(3, MAX_INPUT, MAX_NEW, MAX_IMAGES), SHAPE, CPU.paging, False)
 
 
 def test_the_youngest_is_preempted_and_resumes_where_it_was():
@@ -223,3 +241,19 @@ def test_a_request_that_never_fits_is_refused_at_once(prompt, new, images, messa
     with pytest.raises(UserError, match=message):
         scheduler.add(sequence)
     assert scheduler.idle
+
+
+def size_of_decode_step(prompt: int) -> int:
+    """Bytes of one decode step of a sequence, as it is sent to worker ranks, after a prompt of some length."""
+    plan = make_plan(PlanChoice(page_size=16), Limits(1, 8192, MAX_NEW, MAX_IMAGES), SHAPE, CPU.paging, False)
+    scheduler = Scheduler(plan, 1)
+    scheduler.add(Sequence(0, (IMAGE_TOKEN, *[1] * (prompt - 1)), (image("a"),), (0,), MAX_NEW, Sampling()))
+    while not isinstance(step := scheduler.next(), DecodeStep):
+        scheduler.commit((7,) if isinstance(step, PrefillStep) and step.sample else ())
+    scheduler.commit((7,))
+    return len(pickle.dumps(scheduler.next()))
+
+
+def test_a_decode_step_sends_what_changed_and_no_history():
+    # Whole numbers are pickled in 1 to 5 bytes each, and a row has a handful.
+    assert size_of_decode_step(8000) < size_of_decode_step(20) + 50

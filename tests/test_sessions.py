@@ -7,10 +7,10 @@ import shutil
 
 import pytest
 
-from test_run import run
+from commands import run
 from test_verify import RELEASED
 
-from mllama_graph.plan.buckets import Bucket
+from mllama_graph.plan.bucket import Bucket
 from mllama_graph.core.config import HardwareChoice
 from mllama_graph.plan.cost import floor_of, work
 from mllama_graph.tasks.compare import verdict
@@ -71,8 +71,8 @@ def test_a_peer_is_measured_beside_it_on_the_same_work(tmp_path):
     with (tmp_path / "out" / "bench.csv").open() as file:
         ours, peer = csv.DictReader(file)
     assert (ours["engine"], peer["engine"]) == ("mllama_graph", "transformers fp32")
-    for work in ("batch", "input_len", "images", "decode_bytes", "decode_flops", "first_token_floor_ms"):
-        assert peer[work] == ours[work]
+    for column in ("batch", "input_len", "images", "decode_bytes", "decode_flops", "first_token_floor_ms"):
+        assert peer[column] == ours[column]
     # A sum over 4 tokens; medians of 3 steps.
     assert float(peer["ResponseTime(ms)"]) >= float(peer["first_token_time(ms)"]) + float(peer["decode_ms_most"]) > 0
     assert "- transformers fp32, batch 1, 64 ids: first token " in (tmp_path / "out" / "summary.md").read_text()

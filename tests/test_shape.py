@@ -9,7 +9,7 @@ from transformers.models.mllama.image_processing_pil_mllama import get_all_suppo
 
 from checkpoints import LLAMA3_SCALING, SPECS, model_config
 
-from mllama_graph.core.config import UserError
+from mllama_graph.core.errors import UserError
 from mllama_graph.model.shape import RopeShape, differences, read_json, shape_of, supported_aspect_ratios
 
 BASE = model_config(SPECS["base"])

@@ -6,12 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mllama_graph.plan.buckets import Bucket, make_plan
-from mllama_graph.core.config import BackendChoice, HardwareChoice, ModelChoice, RankFailed, Run, UserError
-from mllama_graph.graphs.aot import GraphSpec
+from mllama_graph.plan.bucket import Bucket
+from engines import resolved
+from mllama_graph.core.config import HardwareChoice, ModelChoice, Run
+from mllama_graph.core.devices import Device
+from mllama_graph.core.errors import RankFailed, UserError
+from mllama_graph.graphs.spec import GraphSpec
 from mllama_graph.plan.cost import bucket_cost, work
 from mllama_graph.model.shape import shape_of
 from mllama_graph.tasks import verify
+from mllama_graph.tasks.options import VerifyOptions
 from mllama_graph.tasks.verify import Judged, all_findings, difference, jobs, kind, modelled, rows
 
 RELEASED = shape_of({"model_type": "mllama"})
@@ -19,9 +23,17 @@ HARDWARE = HardwareChoice("a device", flops=3e14, memory_bytes_per_second=1.6e12
                           link_bytes_per_second=3e10)
 
 
-def run_of(tmp_path, **changes):
-    return Run(**{"model": ModelChoice("11b", {"text_config": {}}), "weights": "meta", "batch": 4, "device": "npu-sim",
-                  "backend": BackendChoice("torchair"), "hardware": HARDWARE, "output_dir": str(tmp_path)} | changes)
+@pytest.fixture
+def run_of(tmp_path, monkeypatch):
+    """run_of(changes) -> a run of task=verify for the 11B model; torch_npu need not be installed."""
+    monkeypatch.setattr(Device, "check_package", lambda device: None)
+
+    def make(**changes):
+        given = {"model": ModelChoice("11b", {"text_config": {}}), "weights": "meta", "batch": 4, "task": VerifyOptions(),
+                 "hardware": HARDWARE, "output_dir": str(tmp_path)}
+        return resolved(Run(**given | changes))
+
+    return make
 
 
 def spec_of(ranks=1):
@@ -30,8 +42,8 @@ def spec_of(ranks=1):
 
 
 @pytest.fixture
-def plan(tmp_path):
-    return make_plan(run_of(tmp_path, max_input_length=3000), RELEASED, 2)
+def plan(run_of):
+    return run_of(max_input_length=3000, max_images=2).plan
 
 
 def judged(wanted, **broken):
@@ -41,7 +53,10 @@ def judged(wanted, **broken):
 
 
 def test_every_bucket_is_lowered_and_the_ends_of_each_class_are_lowered_whole(plan):
-    spec, cost = spec_of(), lambda bucket: bucket_cost(RELEASED, 128, bucket)
+    def cost(bucket):
+        return bucket_cost(RELEASED, 128, bucket)
+
+    spec = spec_of()
     wanted = jobs(spec, plan)
     assert {job.bucket for job in wanted if not job.whole} == set(plan.buckets()) and len(set(wanted)) == len(wanted)
     whole = [job.bucket for job in wanted if job.whole]
@@ -90,29 +105,29 @@ def test_a_structure_differs_by_what_only_one_has():
     assert difference(one, other) == ["B", "C"] and difference(one, dict(one)) == []
 
 
-def test_findings_end_the_run_after_they_are_printed(tmp_path, monkeypatch, capsys):
+def test_findings_end_the_run_after_they_are_printed(run_of, tmp_path, monkeypatch, capsys):
     bucket = Bucket("decode", 1, 1, 1, 0)
-    monkeypatch.setattr(verify, "lower", lambda spec, wanted, chosen, progress: judged(
+    monkeypatch.setattr(verify, "lower", lambda run, spec, wanted, progress: judged(
         wanted, **{str(bucket): [("moves", "TensorMove TensorMove: copies pages.0.0, at text.py:3")]}))
     with pytest.raises(RankFailed, match="1 findings .* moves: decode batch=1 pages=1 image_pages=0: TensorMove"):
-        verify.main(run_of(tmp_path))
+        verify.main(run_of())
     printed, result = capsys.readouterr().out, json.loads((tmp_path / "result.json").read_text())
     # Whole and shortened.
     assert "2 findings" in printed and result["metrics"]["findings"][0] in printed and result["status"] == "error"
 
 
-def test_clean_graphs_leave_a_result(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(verify, "lower", lambda spec, wanted, chosen, progress: judged(wanted))
-    verify.main(run_of(tmp_path, tp=4))
+def test_clean_graphs_leave_a_result(run_of, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(verify, "lower", lambda run, spec, wanted, progress: judged(wanted))
+    verify.main(run_of(tp=4))
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["status"] == "ok" and result["metrics"]["findings"] == []
     assert len(result["graphs"]) == result["metrics"]["graphs"]
     assert "clean" in capsys.readouterr().out
 
 
-def test_graphs_of_fp32_are_refused(tmp_path):
+def test_graphs_of_fp32_are_refused(run_of):
     with pytest.raises(UserError, match="Use dtype=bf16"):
-        verify.main(run_of(tmp_path, dtype="fp32"))
+        verify.main(run_of(dtype="fp32"))
 
 
 # ---- modelled latencies

@@ -15,7 +15,8 @@ class StopStrings:
     def add(self, piece: str) -> str:
         """The text that became certain with this piece. Sets `stopped` once a stop string is complete."""
         self._text += piece
-        found = [at for stop in self._stops if (at := self._text.find(stop)) >= 0]
+        # What was sent can't be part of a stop string.
+        found = [at for stop in self._stops if (at := self._text.find(stop, self._sent)) >= 0]
         if found:
             self.stopped, self._text = True, self._text[:min(found)]
             return self._send(len(self._text))
@@ -50,11 +51,16 @@ class Detokenizer:
         self._step, self._decode, self._stops = step, decode, StopStrings(stops)
         self._ids: list[int] = []
         self._taken = 0
+        self._whole = True
 
     def add(self, id: int) -> str:
         """The text that became certain with this id. Sets `stopped` once a stop string is complete."""
         self._ids.append(id)
-        piece = self._step(id) or ""
+        try:
+            piece = (self._step(id) or "") if self._whole else ""
+        except Exception:  # tokenizers raises bare Exception
+            # The ids make no text piece by piece; `flush` gives it as a whole.
+            self._whole, piece = False, ""
         self._taken += len(piece)
         return self._stops.add(piece)
 

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 from mllama_graph.core.dtypes import WIDEN_ROWS
 from mllama_graph.core.errors import UserError
-from mllama_graph.model.shape import ROW_MULTIPLE, ModelShape
+from mllama_graph.model.shape import ModelShape
 from mllama_graph.model.table import Shard, elements
 from mllama_graph.plan.buckets import Plan
-from mllama_graph.plan.cost import GB, kv_elements
+from mllama_graph.plan.cost import GB, kv_elements, vision_rows
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def memory(shape: ModelShape, plan: Plan, weight_width: int, compute_width: int,
     mlp, vocab = part.size(text.mlp), part.size(text.vocab)
     tokens = max(plan.prefill_tokens[-1], plan.decode_batch[-1])
     prefill = tokens * (4 * text.width + 3 * mlp) * compute_width
-    patches = vision.max_tiles * (vision.tokens + 7)
+    patches = vision_rows(vision)
     encode = patches * ((8 + len(vision.features)) * vision.width + 2 * vision.mlp + text.width) * compute_width
     # The attention mask of the vision tower: one byte a pair, and a compute-width copy of it.
     encode += patches**2 * (1 + compute_width)

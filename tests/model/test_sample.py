@@ -7,7 +7,7 @@ import torch
 from hypothesis import assume, given, settings, strategies as st
 
 from mllama_graph.model import sample
-from mllama_graph.engine.rank import noise
+from mllama_graph.engine.sampler import noise
 
 V = 12
 LOGITS = st.lists(st.floats(-6, 6, width=32), min_size=V, max_size=V)

@@ -12,7 +12,7 @@ from request_cases import random_image
 from mllama_graph.plan.blocks import pages_for
 from mllama_graph.inputs.images import tile_image
 from mllama_graph.model.text import cross_block, decode, prefill
-from mllama_graph.model.tree import ImageInput, PromptInput, TileInput, TokenInput
+from mllama_graph.model.inputs import ImageInput, PromptInput, TileInput, TokenInput
 from mllama_graph.model.vision import encode_image
 from mllama_graph.ops.plain import PLAIN
 

@@ -9,7 +9,7 @@ from checkpoints import SPECS
 from request_cases import random_image
 
 from mllama_graph.inputs.images import tile_image
-from mllama_graph.model.tree import TileInput
+from mllama_graph.model.inputs import TileInput
 from mllama_graph.model.vision import encode, encode_image, normalise
 from mllama_graph.ops.plain import PLAIN
 

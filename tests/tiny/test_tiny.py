@@ -11,7 +11,7 @@ from PIL import Image
 
 from engines import serve, start
 from oracle import Oracle
-from test_run import run
+from commands import run
 
 from mllama_graph.tiny.evaluate import answers_right
 from mllama_graph.tiny.export import checkpoint_name

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from test_run import run
+from commands import run
 
 from mllama_graph.core.config import UserError
 from mllama_graph.tiny import train
