@@ -53,6 +53,7 @@ def prompt_input(row: Row, bucket: Bucket, plan: Plan, device: torch.device) -> 
         position_T=_int32([*range(row.start, row.start + fresh), *[0] * padding], device),
         slot_T=_int32(row_slots, device),
         last_1=_int32([fresh - 1], device),
+        real_1=_int32([fresh], device),
         past_1=_int32([row.start], device),
         table_J=_int32(_table([earlier], 1, bucket.pages)[0], device) if bucket.pages else None,
         image=_image([row], row.see, 1, T, bucket, device))
@@ -66,6 +67,7 @@ def token_input(rows: Sequence[Row], bucket: Bucket, plan: Plan, device: torch.d
         ids_T=_int32([row.ids[0] for row in rows] + [0] * padding, device),
         position_T=_int32([row.start for row in rows] + [0] * padding, device),
         slot_T=_int32(row_slots + list(range(padding)), device),
+        real_1=_int32([len(rows)], device),
         table_BJ=_int32(_table([row.pages for row in rows], bucket.rows, bucket.pages), device),
         len_B=_int32([row.start + 1 for row in rows] + [1] * padding, device),
         image=_image(rows, [row.see[0] for row in rows], bucket.rows, bucket.tokens, bucket, device))

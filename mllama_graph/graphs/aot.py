@@ -159,8 +159,8 @@ class GraphSpec:
         image = ImageInput(ints(B, bucket.image_pages), ints(B, bucket.image_pages), ints(T, 2))
         image = image if bucket.image_pages else None
         if bucket.phase == "prefill":
-            return PromptInput(ints(T), ints(T), slots(T), ints(1), ints(1), ints(J) if J else None, image)
-        return TokenInput(ints(T), ints(T), slots(T), ints(B, J), ones(B), image)
+            return PromptInput(ints(T), ints(T), slots(T), ints(1), ones(1), ints(1), ints(J) if J else None, image)
+        return TokenInput(ints(T), ints(T), slots(T), ints(1), ints(B, J), ones(B), image)
 
 
 def arguments(bucket: Bucket, given: Any, pages: Pages, image_pages: Pages) -> tuple:

@@ -46,41 +46,33 @@ class ImageInput(NamedTuple):
 class PromptInput(NamedTuple):
     """A chunk of one sequence's prompt, padded to T rows. int32 throughout.
 
-    slot_T: where each row's K/V go. last_1: the row whose logits are wanted. past_1: earlier tokens, held by table_J.
+    slot_T: where each row's K/V go. last_1: the row whose logits are wanted. real_1: how many rows are no padding; they
+    come first. past_1: earlier tokens, held by table_J.
     """
 
     ids_T: Tensor
     position_T: Tensor
     slot_T: Tensor
     last_1: Tensor
+    real_1: Tensor
     past_1: Tensor
     table_J: Optional[Tensor]
     image: Optional[ImageInput]
-
-    @property
-    def real_1(self) -> Tensor:
-        """How many rows are no padding; they come first. The logits that are wanted are the last one's."""
-        return self.last_1 + 1
 
 
 class TokenInput(NamedTuple):
     """The fresh tokens of B running sequences, T = B * q rows. len_B counts a sequence's tokens, fresh ones included.
 
-    A padded sequence has one token, a running one more.
+    A padded sequence has one token. real_1: how many of the T rows are no padding; they come first.
     """
 
     ids_T: Tensor
     position_T: Tensor
     slot_T: Tensor
+    real_1: Tensor
     table_BJ: Tensor
     len_B: Tensor
     image: Optional[ImageInput]
-
-    @property
-    def real_1(self) -> Tensor:
-        """How many rows are no padding; they come first."""
-        rows = self.ids_T.shape[0] // self.len_B.shape[0]
-        return (self.len_B > 1).sum(dim=0, keepdim=True, dtype=self.len_B.dtype) * rows
 
 
 class TileInput(NamedTuple):
