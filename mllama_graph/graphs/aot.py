@@ -9,7 +9,6 @@ import hashlib
 import os
 import platform
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -36,7 +35,7 @@ from mllama_graph.graphs.store import PACKAGE, GraphStore, key_of
 from mllama_graph.model.table import Shard
 
 # Source that decides what a graph computes.
-SOURCES = ("model", "ops", "graphs/aot.py", "graphs/torchair.py", "plan/cost.py")
+SOURCES = ("model", "ops", "graphs/aot.py", "graphs/build.py", "graphs/torchair.py", "native/graph.h", "native/operators.py", "plan/cost.py")
 
 
 class Step(nn.Module):
@@ -270,22 +269,14 @@ def package(path: Path, weights: dict[str, Tensor], spec: GraphSpec, folder: Pat
 
 def compile_package(spec: GraphSpec, bucket: Bucket, path: Path) -> None:
     """Compile a bucket's step into a package at `path`. Needs no weights: their memory is reserved and never touched."""
-    import torch._inductor
+    # Imports the compiler.
+    from mllama_graph.graphs.build import build_package
 
-    settings = {
-        # Weights stay outside, one memory for all buckets, and are never folded into a graph.
-        "aot_inductor.package_constants_in_so": False,
-        "always_keep_tensor_constants": True,
-        # This pass bakes what it computes from one-element weights, the gates, into the graph.
-        "joint_graph_constant_folding": False,
-        # A package runs its loops on as many threads as it was built for; more would read past its buffers.
-        "cpp.threads": spec.threads,
-    }
-    with warnings.catch_warnings():
-        # torch's own deprecations inside export; nothing that a reader could act on.
-        warnings.simplefilter("ignore", FutureWarning)
-        torch._inductor.aoti_compile_and_package(
-            trace(spec, bucket), package_path=str(path), inductor_configs=settings | dict(spec.options))
+    # A package runs its loops on as many threads as it was built for; more would read past its buffers.
+    settings = {"cpp.threads": spec.threads} | dict(spec.options)
+    # torch.distributed's collectives are operations of torch.
+    calls = spec.kernels == "native" and (spec.world_size == 1 or spec.collectives == "shared_memory")
+    build_package(trace(spec, bucket), path, settings, spec.device == "cpu", calls)
 
 
 def unfilled(spec: GraphSpec, shard: Shard) -> Node:
@@ -319,7 +310,7 @@ def prepare_tracing(spec: GraphSpec, folder: Path) -> None:
     """What a process needs that traces the graphs of ranks without being one."""
     global _stand_in
     if spec.kernels == "native":
-        native.load("kernels", folder)
+        native.declare_operators("kernels")
     if spec.world_size > 1 and spec.collectives == "shared_memory":
         native.load("collectives", folder)
         native.declare(spec.world_size)
