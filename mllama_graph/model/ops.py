@@ -32,8 +32,10 @@ class Ops:
 
     # (these, a step's input) -> operations for that step, which may leave out what only padded rows need
     without_padding: Callable
-    # (ids_T, leaf with weight and .first, the id of its first row) -> x_TD
+    # (ids_T, leaf with weight) -> x_TD
     embed: Callable
+    # (ids_T, leaf with weight and .first, the id of its first row) -> x_TD, zeros for ids that have no row in it
+    embed_held: Callable
     # (x_...I, leaf) -> y_...O, in the dtype of x whatever the weight is stored in
     linear: Callable
     # (x_TD, weight, eps) -> y_TD: fp32 inside, cast, then times weight

@@ -40,7 +40,7 @@ def _swiglu(h, real):
     return h.new_empty((h.shape[0], h.shape[1] // 2))
 
 
-def _embed(id, weight, real):
+def _embed(id, weight, first, real):
     import torch
 
     return weight.new_empty((id.shape[0], weight.shape[1]), dtype=torch.float32)
@@ -91,7 +91,7 @@ OPERATORS = {
         "swiglu": ("(Tensor h, Tensor? real) -> Tensor", _swiglu),
         "gated": ("(Tensor y, Tensor gate, Tensor see) -> Tensor", _like),
         "add_gated": ("(Tensor x, Tensor y, Tensor? bias, Tensor? gate) -> Tensor", _like),
-        "embed": ("(Tensor id, Tensor weight, Tensor? real) -> Tensor", _embed),
+        "embed": ("(Tensor id, Tensor weight, Tensor? first, Tensor? real) -> Tensor", _embed),
         "take_row": ("(Tensor x, Tensor at) -> Tensor", _take_row),
         "normalise": ("(Tensor tiles, Tensor real, Tensor scale, Tensor mean, Tensor std) -> Tensor", _normalise),
         "patch_embed": ("(Tensor x, Tensor weight) -> Tensor", _patch_embed),

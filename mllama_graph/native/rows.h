@@ -230,14 +230,18 @@ Tensor add_gated(Tensor given_x, Tensor given_y, std::optional<Tensor> bias, std
 
 // ---- Rows from and to tables ----
 
-// Rows of a table (V, D), widened.
-Tensor embed(Tensor id, Tensor weight, std::optional<Tensor> real) {
-  const int32_t* ids = integers(id);
-  const int64_t rows = id.size(0), width = weight.size(1), some = real_of(rows, real);
-  for (int64_t t = 0; t < some; t++)
-    if (ids[t] < 0 || ids[t] >= weight.size(0)) fail("an id is no row of the embedding table");
+// Rows of a table (V, D), widened. A table that begins at id `first` is a part of one: ids that it does not hold get zeros.
+Tensor embed(Tensor id, Tensor weight, std::optional<Tensor> first, std::optional<Tensor> real) {
+  const int32_t *ids = integers(id), from = first ? *integers(*first) : 0;
+  const int64_t rows = id.size(0), held = weight.size(0), width = weight.size(1), some = real_of(rows, real);
+  const auto holds = [=](int64_t t) { return ids[t] >= from && ids[t] - from < held; };
+  for (int64_t t = 0; t < some && !first; t++)
+    if (!holds(t)) fail("an id is no row of the embedding table");
   Tensor y = torch::stable::new_empty(weight, {rows, width}, ScalarType::Float);
-  for_real_rows(y, real, [&](int64_t t, float* to) { widen_elements(weight, ids[t] * width, width, to); });
+  for_real_rows(y, real, [&](int64_t t, float* to) {
+    if (holds(t)) widen_elements(weight, (ids[t] - from) * width, width, to);
+    else std::fill_n(to, width, 0.0f);
+  });
   return y;
 }
 

@@ -25,7 +25,11 @@ def lay_out(weights: Node) -> None:
 
 
 def embed(ids_T: Tensor, leaf, real_1: Tensor | None = None) -> Tensor:
-    return kernels.embed(ids_T, leaf.weight, real_1)
+    return kernels.embed(ids_T, leaf.weight, None, real_1)
+
+
+def embed_held(ids_T: Tensor, leaf) -> Tensor:
+    return kernels.embed(ids_T, leaf.weight, leaf.first, None)
 
 
 def linear(x: Tensor, leaf, real_1: Tensor | None = None) -> Tensor:
@@ -140,8 +144,8 @@ def without_padding(ops: Ops, given: PromptInput | TokenInput) -> Ops:
 
 
 CPU = Ops(
-    without_padding=without_padding, embed=embed, linear=linear, rms_norm=rms_norm, add_rms_norm=add_rms_norm,
-    layer_norm=layer_norm, rope_angles=rope_angles, rope=rope, swiglu=swiglu, gelu=gelu, sees_image=sees_image, gated=gated,
+    without_padding=without_padding, embed=embed, embed_held=embed_held, linear=linear, rms_norm=rms_norm,
+    add_rms_norm=add_rms_norm, layer_norm=layer_norm, rope_angles=rope_angles, rope=rope, swiglu=swiglu, gelu=gelu, sees_image=sees_image, gated=gated,
     add_gated=add_gated, take_row=take_row, normalise=normalise, patch_embed=patch_embed,
     add_tile_embedding=add_tile_embedding, add_positions=add_positions, pad_rows=pad_rows, join_features=join_features,
     write_pages_=write_pages_, attend_prompt=attend_prompt, attend_pages=attend_pages, attend_image=attend_image,

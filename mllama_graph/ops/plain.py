@@ -15,6 +15,14 @@ def embed(ids_T: Tensor, leaf) -> Tensor:
     return F.embedding(ids_T, leaf.weight)
 
 
+def embed_held(ids_T: Tensor, leaf) -> Tensor:
+    """The same of a rank that holds only the rows from leaf.first on: zeros for ids of other ranks."""
+    row_T = ids_T - leaf.first
+    held_T = (row_T >= 0) & (row_T < leaf.weight.shape[0])
+    x_TD = F.embedding(torch.where(held_T, row_T, 0), leaf.weight)
+    return torch.where(held_T[:, None], x_TD, 0)
+
+
 def linear(x: Tensor, leaf) -> Tensor:
     """A weight stored narrower than it is computed in is widened.
 
@@ -246,8 +254,8 @@ def _stack_of_one(x: Tensor) -> Tensor:
 
 
 PLAIN = Ops(
-    without_padding=_as_they_are, embed=embed, linear=linear, rms_norm=rms_norm, add_rms_norm=add_rms_norm, layer_norm=layer_norm,
-    rope_angles=rope_angles, rope=rope, swiglu=swiglu, gelu=gelu, sees_image=sees_image, gated=gated, add_gated=add_gated,
+    without_padding=_as_they_are, embed=embed, embed_held=embed_held, linear=linear, rms_norm=rms_norm,
+    add_rms_norm=add_rms_norm, layer_norm=layer_norm, rope_angles=rope_angles, rope=rope, swiglu=swiglu, gelu=gelu, sees_image=sees_image, gated=gated, add_gated=add_gated,
     take_row=take_row, normalise=normalise, patch_embed=patch_embed, add_tile_embedding=add_tile_embedding,
     add_positions=add_positions, pad_rows=pad_rows, join_features=join_features, write_pages_=write_pages_,
     attend_prompt=attend_prompt, attend_pages=attend_pages, attend_image=attend_image, attend_tiles=attend_tiles,
