@@ -31,6 +31,7 @@ STEP, GRAPH, SAMPLE = "step ", "graph", "sample"
 # A weight's product, as libraries call it, and attention, whose products are of no weight.
 PRODUCTS = {
     "mllama_graph::linear",
+    "mllama_graph::patch_embed",
     "aten::linear",
     "aten::addmm",
     "aten::mm",

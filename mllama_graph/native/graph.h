@@ -33,7 +33,7 @@ void aoti_torch_grad_mode_set_enabled(bool);
 
 namespace torch::aot_inductor {
 
-[[noreturn, gnu::noinline]] inline void fail(const std::string& text) { throw std::runtime_error(text); }
+[[noreturn]] inline void fail(const char* text) { throw std::runtime_error(text); }
 
 // A tensor, let go of at the end of its scope.
 class RAIIAtenTensorHandle {
@@ -87,7 +87,7 @@ struct Graph {
     Tensors tensors;
     for (const Constant& constant : constants) {
       const auto found = given.find(constant.name);
-      if (found == given.end()) fail(std::string("no weight is given for ") + constant.original);
+      if (found == given.end()) throw std::runtime_error(std::string("no weight is given for ") + constant.original);
       AtenTensorHandle own;
       AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(found->second, &own));
       tensors.emplace_back(own);

@@ -14,28 +14,28 @@
 #include "tiles.h"
 
 STABLE_TORCH_LIBRARY_IMPL(mllama_graph, CPU, library) {
-  library.impl("lay_out_", TORCH_BOX(&lay_out_));
-  library.impl("linear", TORCH_BOX(&linear));
-  library.impl("attend_pages", TORCH_BOX(&attend_pages));
-  library.impl("attend_prompt", TORCH_BOX(&attend_prompt));
-  library.impl("attend_tiles", TORCH_BOX(&attend_tiles));
-  library.impl("attend_image", TORCH_BOX(&attend_image));
-  library.impl("rms_norm", TORCH_BOX(&rms_norm));
-  library.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));
-  library.impl("layer_norm", TORCH_BOX(&layer_norm));
-  library.impl("rope_angles", TORCH_BOX(&rope_angles));
-  library.impl("rope", TORCH_BOX(&rope));
-  library.impl("gelu", TORCH_BOX(&gelu));
-  library.impl("swiglu", TORCH_BOX(&swiglu));
-  library.impl("gated", TORCH_BOX(&gated));
-  library.impl("add_gated", TORCH_BOX(&add_gated));
-  library.impl("embed", TORCH_BOX(&embed));
-  library.impl("take_row", TORCH_BOX(&take_row));
-  library.impl("normalise", TORCH_BOX(&normalise));
-  library.impl("patch_embed", TORCH_BOX(&patch_embed));
-  library.impl("add_tile_embedding", TORCH_BOX(&add_tile_embedding));
-  library.impl("add_positions", TORCH_BOX(&add_positions));
-  library.impl("pad_rows", TORCH_BOX(&pad_rows));
-  library.impl("join_features", TORCH_BOX(&join_features));
-  library.impl("write_pages_", TORCH_BOX(&write_pages_));
+  library.impl("lay_out_", &boxed<lay_out_>);
+  library.impl("linear", &boxed<linear>);
+  library.impl("attend_pages", &boxed<attend_pages>);
+  library.impl("attend_prompt", &boxed<attend_prompt>);
+  library.impl("attend_tiles", &boxed<attend_tiles>);
+  library.impl("attend_image", &boxed<attend_image>);
+  library.impl("rms_norm", &boxed<rms_norm>);
+  library.impl("add_rms_norm", &boxed<add_rms_norm>);
+  library.impl("layer_norm", &boxed<layer_norm>);
+  library.impl("rope_angles", &boxed<rope_angles>);
+  library.impl("rope", &boxed<rope>);
+  library.impl("gelu", &boxed<gelu>);
+  library.impl("swiglu", &boxed<swiglu>);
+  library.impl("gated", &boxed<gated>);
+  library.impl("add_gated", &boxed<add_gated>);
+  library.impl("embed", &boxed<embed>);
+  library.impl("take_row", &boxed<take_row>);
+  library.impl("normalise", &boxed<normalise>);
+  library.impl("patch_embed", &boxed<patch_embed>);
+  library.impl("add_tile_embedding", &boxed<add_tile_embedding>);
+  library.impl("add_positions", &boxed<add_positions>);
+  library.impl("pad_rows", &boxed<pad_rows>);
+  library.impl("join_features", &boxed<join_features>);
+  library.impl("write_pages_", &boxed<write_pages_>);
 }

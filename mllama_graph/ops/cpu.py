@@ -28,8 +28,8 @@ def embed(ids_T: Tensor, leaf, real_1: Tensor | None = None) -> Tensor:
     return kernels.embed(ids_T, leaf.weight, None, real_1)
 
 
-def embed_held(ids_T: Tensor, leaf) -> Tensor:
-    return kernels.embed(ids_T, leaf.weight, leaf.first, None)
+def embed_held(ids_T: Tensor, leaf, real_1: Tensor | None = None) -> Tensor:
+    return kernels.embed(ids_T, leaf.weight, leaf.first, real_1)
 
 
 def linear(x: Tensor, leaf, real_1: Tensor | None = None) -> Tensor:
@@ -138,9 +138,7 @@ SKIP_PADDING = ("embed", "linear", "rms_norm", "add_rms_norm", "rope", "swiglu",
 
 
 def without_padding(ops: Ops, given: PromptInput | TokenInput) -> Ops:
-    # Ranks have an embedding of their own.
-    ours = {name: function for name in SKIP_PADDING if (function := getattr(ops, name)) is getattr(CPU, name)}
-    return replace(ops, **{name: partial(function, real_1=given.real_1) for name, function in ours.items()})
+    return replace(ops, **{name: partial(getattr(ops, name), real_1=given.real_1) for name in SKIP_PADDING})
 
 
 CPU = Ops(

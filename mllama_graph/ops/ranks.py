@@ -26,9 +26,9 @@ def ranked(world: int, collectives: str, base: Ops = PLAIN) -> Ops:
     else:
         all_reduce, all_gather = _distributed_all_reduce, gather_in(GROUP, world)
 
-    def embed(ids_T: Tensor, leaf) -> Tensor:
+    def embed(ids_T: Tensor, leaf, **padding: Tensor) -> Tensor:
         """Each rank looks up the ids whose rows it holds; the sum has all of them, unrounded: the others add zeros."""
-        return all_reduce(base.embed_held(ids_T, leaf))
+        return all_reduce(base.embed_held(ids_T, leaf, **padding))
 
     return replace(base, embed=embed, all_reduce=all_reduce, all_gather=all_gather)
 

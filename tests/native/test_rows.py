@@ -1,5 +1,6 @@
 """A CPU's kernels of rows and tiles: they compute what plain.py computes, and a row's result depends on nothing but the row."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 
 from mllama_graph import native
 from mllama_graph.ops.cpu import CPU, SKIP_PADDING, without_padding
+from mllama_graph.ops import ranks
 from mllama_graph.ops.plain import PLAIN
+from mllama_graph.ops.ranks import ranked
 
 # fp32 sums in another order, and functions to a few units in the last place, of values of order one to ten.
 CLOSE = {"atol": 5e-6, "rtol": 1e-5}
@@ -107,10 +110,12 @@ def test_padded_rows_are_not_read_and_become_zeros(real):
                 assert torch.equal(y[:real], exact[:real]) and not y[real:].any(), name
 
 
-def test_a_rank_of_several_has_an_embedding_of_its_own():
-    other = lambda ids, leaf: None  # noqa: E731
-    told = without_padding(CPU.__class__(**{**vars(CPU), "embed": other}), SimpleNamespace(real_1=int32(1)))
-    assert told.embed is other and told.linear is not CPU.linear
+def test_a_rank_of_several_skips_padding_in_its_embedding_too():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranks, "_shared_all_reduce", lambda x: x)
+        ops = without_padding(ranked(2, "shared_memory", replace(CPU, embed_held=lambda ids, leaf, real_1: real_1)),
+                              SimpleNamespace(real_1=int32(1)))
+        assert torch.equal(ops.embed(int32(0), None), int32(1))
 
 
 def test_extremes_stay_finite():
