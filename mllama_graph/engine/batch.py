@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mllama_graph.engine.steps import DecodeStep, ImageTable, PrefillStep, Row, Step, VisionStep
+from mllama_graph.engine.steps import ImageTable, PrefillStep, Row, Step, VisionStep
 from mllama_graph.inputs.request import Sampling
 from mllama_graph.model.inputs import ImageInput, PromptInput, TileInput, TokenInput
 from mllama_graph.model.shape import ModelShape
@@ -108,6 +108,7 @@ def prompt_input(row: Row, known: Known, bucket: Bucket, plan: Plan, device: tor
         position_T=_int32([*range(row.start, row.start + new), *[0] * padding], device),
         slot_T=_int32(row_slots, device),
         last_1=_int32([new - 1], device),
+        real_1=_int32([new], device),
         past_1=_int32([row.start], device),
         table_J=_int32(_table([earlier], 1, bucket.pages)[0], device) if bucket.pages else None,
         image=_image([known], _see(row), 1, T, bucket, device))
@@ -122,6 +123,7 @@ def token_input(rows: Sequence[Row], sequences: Sequences, bucket: Bucket, plan:
         ids_T=_int32([row.ids[0] for row in rows] + [0] * padding, device),
         position_T=_int32([row.start for row in rows] + [0] * padding, device),
         slot_T=_int32(row_slots + list(range(padding)), device),
+        real_1=_int32([len(rows)], device),
         table_BJ=_int32(_table([one.pages[:row.used_pages] for row, one in zip(rows, known)], bucket.rows, bucket.pages), device),
         len_B=_int32([row.start + 1 for row in rows] + [1] * padding, device),
         image=_image(known, [_see(row)[0] for row in rows], bucket.rows, bucket.tokens, bucket, device))

@@ -3,7 +3,6 @@
 Weights stay outside of packages: every bucket of a run binds the same Parameters.
 """
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
@@ -39,22 +38,14 @@ def trace(spec: GraphSpec, bucket: Bucket, shard: Optional[Shard] = None) -> tor
 
 def compile_package(spec: GraphSpec, bucket: Bucket, path: Path) -> None:
     """Compile a bucket's step into a package at `path`. Weights are reserved for tracing, never touched."""
-    import torch._inductor
+    # Imports the compiler.
+    from mllama_graph.graphs.build import build_package
 
-    settings = {
-        # Weights stay outside, one memory for all buckets, and are never folded into a graph.
-        "aot_inductor.package_constants_in_so": False,
-        "always_keep_tensor_constants": True,
-        # This pass would compute values from one-element weights, the gates, and store them in the graph.
-        "joint_graph_constant_folding": False,
-        # A package runs its loops on as many threads as it was built for; more would read past its buffers.
-        "cpp.threads": spec.threads,
-    }
-    with warnings.catch_warnings():
-        # Deprecations inside torch.export, on which a reader could not act.
-        warnings.simplefilter("ignore", FutureWarning)
-        torch._inductor.aoti_compile_and_package(
-            trace(spec, bucket), package_path=str(path), inductor_configs=settings | dict(spec.options))
+    # A package runs its loops on as many threads as it was built for; more would read past its buffers.
+    settings = {"cpp.threads": spec.threads} | dict(spec.options)
+    # torch.distributed's collectives are operations of torch.
+    calls = spec.kernels == "native" and (spec.world_size == 1 or spec.collectives == "shared_memory")
+    build_package(trace(spec, bucket), path, settings, spec.device == "cpu", calls)
 
 
 _stand_in: Optional[torch.distributed.ProcessGroup] = None
@@ -64,7 +55,7 @@ def prepare_tracing(spec: GraphSpec, folder: Path) -> None:
     """Set up a process that traces the graphs of ranks without being a rank. `folder` holds native libraries."""
     global _stand_in
     if spec.kernels == "native":
-        native.load("kernels", folder)
+        native.declare_operators("kernels")
     if spec.world_size > 1 and spec.collectives == "shared_memory":
         native.load("collectives", folder)
         native.declare(spec.world_size)

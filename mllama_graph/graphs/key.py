@@ -23,6 +23,8 @@ from mllama_graph.plan.bucket import Bucket
 
 # The modules that trace a step and hand it to a compiler.
 ENTRIES = ("graphs/aot.py", "graphs/torchair.py")
+# What is compiled into a graph and is no Python.
+COMPILED_IN = ("native/graph.h",)
 
 
 def key_fields(spec: GraphSpec, bucket: Bucket) -> dict[str, Any]:
@@ -67,7 +69,7 @@ def device_name(device: str) -> str:
 def source_hash(package: Path = PACKAGE) -> str:
     """Hash of the package's source files that tracing and compiling import."""
     digest = hashlib.sha256()
-    for file in traced_files(package):
+    for file in [*traced_files(package), *(package / name for name in COMPILED_IN)]:
         digest.update(file.relative_to(package).as_posix().encode() + file.read_bytes())
     return digest.hexdigest()
 

@@ -100,5 +100,5 @@ class GraphSpec:
             return TileInput(tiles.to(device), ones(1), ones(1), slots(vision.max_tiles * vision.tokens))
         image = ImageInput(zeros(B, bucket.image_pages), zeros(B, bucket.image_pages), zeros(T, 2)) if bucket.image_pages else None
         if bucket.phase == "prefill":
-            return PromptInput(zeros(T), zeros(T), slots(T), zeros(1), zeros(1), zeros(J) if J else None, image)
-        return TokenInput(zeros(T), zeros(T), slots(T), zeros(B, J), ones(B), image)
+            return PromptInput(zeros(T), zeros(T), slots(T), zeros(1), ones(1), zeros(1), zeros(J) if J else None, image)
+        return TokenInput(zeros(T), zeros(T), slots(T), zeros(1), zeros(B, J), ones(B), image)

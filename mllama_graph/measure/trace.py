@@ -14,7 +14,7 @@ from typing import Any, Optional
 STEP, GRAPH, SAMPLE = "step ", "graph", "sample"
 # Products with a weight, by their names in several libraries; and attention, whose products are with no weight.
 PRODUCTS = {
-    "mllama_graph::linear", "aten::linear", "aten::addmm", "aten::mm", "aten::matmul", "aten::conv2d", "aten::convolution",
+    "mllama_graph::linear", "mllama_graph::patch_embed", "aten::linear", "aten::addmm", "aten::mm", "aten::matmul", "aten::conv2d", "aten::convolution",
     "aten::_convolution", "aten::mkldnn_convolution", "mkldnn::_linear_pointwise", "mkldnn::_convolution_pointwise",
 }
 ATTENTION = ("aten::scaled_dot_product", "aten::_scaled_dot_product", "mllama_graph::attend")

@@ -26,42 +26,33 @@ class ImageInput(NamedTuple):
 class PromptInput(NamedTuple):
     """A chunk of one sequence's prompt, padded to T rows. int32 throughout.
 
-    slot_T: the slot that each row's K/V are written to. last_1: the row whose logits are returned. past_1: the number of
-    earlier tokens, whose pages are in table_J.
+    slot_T: the slot that each row's K/V are written to. last_1: the row whose logits are returned. real_1: the number of
+    rows that are not padding; they come first. past_1: the number of earlier tokens, whose pages are in table_J.
     """
 
     ids_T: Tensor
     position_T: Tensor
     slot_T: Tensor
     last_1: Tensor
+    real_1: Tensor
     past_1: Tensor
     table_J: Optional[Tensor]
     image: Optional[ImageInput]
-
-    @property
-    def real_1(self) -> Tensor:
-        """The number of rows that are not padding; they come first, and the last of them is `last_1`."""
-        return self.last_1 + 1
 
 
 class TokenInput(NamedTuple):
     """The new tokens of B running sequences, T = B * q rows. len_B: tokens of each sequence, new ones included.
 
-    A padded sequence has one token, a running one at least two.
+    A padded sequence has one token. real_1: the number of the T rows that are not padding; they come first.
     """
 
     ids_T: Tensor
     position_T: Tensor
     slot_T: Tensor
+    real_1: Tensor
     table_BJ: Tensor
     len_B: Tensor
     image: Optional[ImageInput]
-
-    @property
-    def real_1(self) -> Tensor:
-        """The number of rows that are not padding; they come first."""
-        rows = self.ids_T.shape[0] // self.len_B.shape[0]
-        return (self.len_B > 1).sum(dim=0, keepdim=True, dtype=self.len_B.dtype) * rows
 
 
 class TileInput(NamedTuple):

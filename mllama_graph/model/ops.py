@@ -4,7 +4,8 @@ The model in mllama_graph/model/ is written against `Ops` alone. plain.py is the
 agree with it on every test of tests/ops/. Shape letters:
 
     B sequences   T token rows (packed)   D model width   Q query heads   K kv heads   H head width
-    F mlp width   V vocabulary   N pages   P tokens a page   J pages a sequence   C tiles   S patch rows
+    F mlp width   V vocabulary   N pages   P tokens a page   J pages a sequence
+    C tiles   N patches a tile   L tokens a tile   W rows of an image   S tokens of an image   E vision width   U vision output
 """
 
 from collections.abc import Callable
@@ -31,8 +32,10 @@ class Ops:
 
     # (these, a step's input) -> operations for that step, which may leave out what only padded rows need
     without_padding: Callable
-    # (ids_T, leaf with weight and .first, the id of its first row) -> x_TD
+    # (ids_T, leaf with weight) -> x_TD
     embed: Callable
+    # (ids_T, leaf with weight and .first, the id of its first row) -> x_TD, zeros for ids that have no row in it
+    embed_held: Callable
     # (x_...I, leaf) -> y_...O, in the dtype of x whatever the weight is stored in
     linear: Callable
     # (x_TD, weight, eps) -> y_TD: fp32 inside, cast, then times weight
@@ -49,8 +52,26 @@ class Ops:
     swiglu: Callable
     # exact (erf) gelu
     gelu: Callable
-    # (x_C3hw, weight_E3pp) -> patches_CSE
+    # (see_T2 of an ImageInput) -> which rows see an image, in the form that this backend's `gated` takes
+    sees_image: Callable
+    # (y_TD, gate_1, what sees_image returned) -> tanh(gate) * y, zeros for rows that see no image
+    gated: Callable
+    # (x_WE, y_WE, bias_E or None, gate_1 or None) -> x + tanh(gate) * (y + bias)
+    add_gated: Callable
+    # (x_TD, at_1) -> x_1D, the row of that number
+    take_row: Callable
+    # (uint8 tiles_C3hw, real_1, scale, mean_311, std_311, dtype) -> x_C3hw, zeros where tiles are padding
+    normalise: Callable
+    # (x_C3hw, weight_E3pp) -> patches_CNE
     patch_embed: Callable
+    # (x_CRE, table, aspect_1, gate_1) -> x + tanh(gate) * the embedding of each tile in an image of that aspect ratio
+    add_tile_embedding: Callable
+    # (patches_CNE, class_E, position_LE, table, aspect_1, gate_1) -> x_CLE: class token first, positions added
+    add_positions: Callable
+    # (x_CLE, real_1, multiple) -> (x_WE, pad_W): each tile's rows filled up with zeros, and which rows are padding
+    pad_rows: Callable
+    # (x_WE, kept list of x_WE, tiles, tokens) -> x_SU: a tile's first tokens, features of kept layers behind them
+    join_features: Callable
     # (k_TKH, v_TKH, pages, slot_T): writes row t to slot slot_T[t]; slots are unique
     write_pages_: Callable
     # (q_TQH, k_TKH, v_TKH, pages, table_J or None, past_1): causal over the fresh rows, and past_1 earlier tokens

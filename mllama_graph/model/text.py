@@ -9,7 +9,6 @@ the next norm are one operation.
 from collections.abc import Callable
 from typing import Optional
 
-import torch
 from torch import Tensor
 
 from mllama_graph.model.inputs import ImageInput, Pages, PromptInput, TokenInput
@@ -57,15 +56,14 @@ def cross_block(w: CrossLayer, x_TD: Tensor, y_TD: Optional[Tensor], pages: tupl
     (llama_models/llama3/multimodal/model.py, CrossAttentionTransformerBlock).
     """
     T = x_TD.shape[0]
-    sees_T1 = image.see_T2[:, 1:] > image.see_T2[:, :1]
+    sees = ops.sees_image(image.see_T2)
     h_TD, x_TD = ops.add_rms_norm(x_TD, y_TD, w.attention_norm, shape.text.eps)
     q_TQH = ops.linear(h_TD, w.q).view(T, -1, shape.text.head_width)
     q_TQH = ops.rms_norm(q_TQH, w.q_norm, shape.text.eps)
     out_TQH = ops.attend_image(q_TQH, pages, image.table_BJ, image.fill_BJ, image.see_T2)
-    y_TD = ops.all_reduce(ops.linear(out_TQH.reshape(T, -1), w.o)) * w.attention_gate.to(x_TD.dtype).tanh()
-    h_TD, x_TD = ops.add_rms_norm(x_TD, torch.where(sees_T1, y_TD, 0), w.mlp_norm, shape.text.eps)
-    y_TD = mlp(w, h_TD, ops) * w.mlp_gate.to(x_TD.dtype).tanh()
-    return x_TD, torch.where(sees_T1, y_TD, 0)
+    y_TD = ops.gated(ops.all_reduce(ops.linear(out_TQH.reshape(T, -1), w.o)), w.attention_gate, sees)
+    h_TD, x_TD = ops.add_rms_norm(x_TD, y_TD, w.mlp_norm, shape.text.eps)
+    return x_TD, ops.gated(mlp(w, h_TD, ops), w.mlp_gate, sees)
 
 
 def trunk(w: TextWeights, ids_T: Tensor, position_T: Tensor, image: Optional[ImageInput], pages: Pages, image_pages: Pages,
@@ -97,8 +95,8 @@ def prefill(w: TextWeights, given: PromptInput, pages: Pages, image_pages: Pages
         return ops.attend_prompt(q_TQH, k_TKH, v_TKH, cache, given.table_J, given.past_1)
 
     x_TD, y_TD = trunk(w, given.ids_T, given.position_T, given.image, pages, image_pages, attend, shape, ops)
-    x_1D = x_TD.index_select(0, given.last_1)
-    y_1D = None if y_TD is None else y_TD.index_select(0, given.last_1)
+    x_1D = ops.take_row(x_TD, given.last_1)
+    y_1D = None if y_TD is None else ops.take_row(y_TD, given.last_1)
     return logits(w, x_1D, y_1D, shape, ops)
 
 

@@ -20,6 +20,9 @@ import tempfile
 from pathlib import Path
 from typing import Optional
 
+from mllama_graph.native import operators
+from mllama_graph.native.operators import OPERATORS
+
 SOURCE = Path(__file__).parent
 # Flags beside those that all libraries share. `kernels` and `collectives` use torch's stable ABI alone.
 LIBRARIES = {
@@ -30,7 +33,7 @@ LIBRARIES = {
 ASIDE = ".aside-"
 
 _loaded: set[str] = set()
-_world: Optional[int] = None
+_declared: set[str] = set()
 
 
 class BuildError(RuntimeError):
@@ -48,9 +51,24 @@ def load(name: str, folder: Path) -> None:
     if name in _loaded:
         return
     torch.ops.load_library(str(build(name, folder)))
-    for operator, traced in _TRACED[name].items():
-        torch.library.register_fake(f"mllama_graph::{operator}", traced)
+    declare_operators(name)
     _loaded.add(name)
+
+
+def declare_operators(name: str) -> None:
+    """Make the operators of a library known as torch.ops.mllama_graph.* for tracing: what they take and what shape they return.
+
+    Those of `kernels` need no library for that, so that graphs are traced while it is being built.
+    """
+    import torch
+
+    if name in _declared:
+        return
+    for operator, (schema, traced) in OPERATORS[name].items():
+        if schema:
+            torch.library.define(f"mllama_graph::{operator}", schema, tags=torch.Tag.pt2_compliant_tag)
+        torch.library.register_fake(f"mllama_graph::{operator}", traced)
+    _declared.add(name)
 
 
 def attach(name: str, rank: int, world: int, timeout: float, slot_bytes: int = 1 << 20) -> None:
@@ -71,8 +89,7 @@ def detach() -> None:
 
 def declare(world: int) -> None:
     """Say how many ranks there are where collectives are traced without being in a group."""
-    global _world
-    _world = world
+    operators.world = world
 
 
 def unlink(name: str) -> None:
@@ -184,8 +201,8 @@ def _home(name: str, folder: Path) -> Path:
 
     from mllama_graph.core.machine import processor_name
 
-    source = (SOURCE / f"{name}.cpp").read_text()
-    parts = (source, torch.__version__, *_flags(name), processor_name(torch.backends.cpu.get_cpu_capability()))
+    sources = [path.read_text() for path in (SOURCE / f"{name}.cpp", *sorted(SOURCE.glob("*.h")))]
+    parts = (*sources, torch.__version__, *_flags(name), processor_name(torch.backends.cpu.get_cpu_capability()))
     return folder / "native" / hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 
@@ -195,30 +212,3 @@ def _operators(name: str):
     if name not in _loaded:
         raise RuntimeError(f"load({name!r}, folder) first")
     return torch.ops.mllama_graph
-
-
-def _traced_all_reduce(x):
-    return x.new_empty(x.shape)
-
-
-def _traced_all_gather(x):
-    if _world is None:
-        raise RuntimeError("the number of ranks is not known: declare(world) or attach first")
-    return x.new_empty((_world, *x.shape))
-
-
-def _traced_linear(x, weight, bias, real):
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
-def _traced_attention(q, *others):
-    return q.new_empty(q.shape)
-
-
-# What tracing needs to know of a library's operators: the shapes of their results.
-_TRACED = {
-    "kernels": {"linear": _traced_linear} | {
-        f"attend_{what}": _traced_attention for what in ("prompt", "pages", "image", "tiles")},
-    "collectives": {"all_reduce": _traced_all_reduce, "all_gather": _traced_all_gather},
-    "runner": {},
-}

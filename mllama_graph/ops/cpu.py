@@ -1,7 +1,8 @@
-"""The operations on a CPU that computes in fp32: plain.py's, with C++ kernels where memory or plain attention bounds them.
+"""The operations on a CPU that computes in fp32: C++ kernels, all of them.
 
-The kernels are in mllama_graph/native/kernels.cpp; `native.load("kernels", folder)` comes before the first use. Every
-length is data there, and so is the number of rows: a step costs what its tokens cost, whatever the bucket holds.
+The kernels are in mllama_graph/native/; `native.load("kernels", folder)` comes before the first use, and for tracing
+`native.declare_operators("kernels")` will do. Every length is data there, and so is the number of rows: a step costs what
+its tokens cost, whatever the bucket holds. Nothing is left for Inductor to generate but calls, which compile in seconds.
 """
 
 from dataclasses import replace
@@ -13,47 +14,139 @@ from torch import Tensor
 from mllama_graph.model.inputs import PromptInput, TokenInput
 from mllama_graph.model.ops import Ops
 from mllama_graph.model.tree import Weights, matrices
-from mllama_graph.ops import plain
 from mllama_graph.ops.plain import PLAIN, Pages
+
+kernels = torch.ops.mllama_graph
 
 
 def lay_out(weights: Weights) -> None:
     """Lay the matrices of linear layers out as the kernel reads them, in place: outputs side by side, as many as a vector has."""
     for weight in matrices(weights):
-        torch.ops.mllama_graph.lay_out_(weight)
+        kernels.lay_out_(weight)
+
+
+def embed(ids_T: Tensor, leaf, real_1: Tensor | None = None) -> Tensor:
+    return kernels.embed(ids_T, leaf.weight, None, real_1)
+
+
+def embed_held(ids_T: Tensor, leaf, real_1: Tensor | None = None) -> Tensor:
+    return kernels.embed(ids_T, leaf.weight, leaf.first, real_1)
 
 
 def linear(x: Tensor, leaf, real_1: Tensor | None = None) -> Tensor:
-    """Of a weight that `lay_out` has laid out; rows from `real_1` on get zeros."""
-    return torch.ops.mllama_graph.linear(x, leaf.weight, leaf.bias, real_1)
+    """Of a weight that `lay_out` has laid out."""
+    return kernels.linear(x, leaf.weight, leaf.bias, real_1)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, real_1: Tensor | None = None) -> Tensor:
+    return kernels.rms_norm(x, weight, eps, real_1)
+
+
+def add_rms_norm(x_TD: Tensor, y_TD: Tensor | None, weight: Tensor, eps: float,
+                 real_1: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    if y_TD is None:
+        return kernels.rms_norm(x_TD, weight, eps, real_1), x_TD
+    return kernels.add_rms_norm(x_TD, y_TD, weight, eps, real_1)
+
+
+def layer_norm(x: Tensor, leaf, eps: float) -> Tensor:
+    return kernels.layer_norm(x, leaf.weight, leaf.bias, eps)
+
+
+def rope_angles(position_T: Tensor, inv_freq_h: Tensor) -> tuple[Tensor, Tensor]:
+    return kernels.rope_angles(position_T, inv_freq_h)
+
+
+def rope(x_TQH: Tensor, angles: tuple[Tensor, Tensor], real_1: Tensor | None = None) -> Tensor:
+    return kernels.rope(x_TQH, *angles, real_1)
+
+
+def swiglu(h_TF: Tensor, real_1: Tensor | None = None) -> Tensor:
+    return kernels.swiglu(h_TF, real_1)
+
+
+def gelu(x: Tensor) -> Tensor:
+    return kernels.gelu(x)
+
+
+def sees_image(see_T2: Tensor) -> Tensor:
+    """The kernel compares the two itself."""
+    return see_T2
+
+
+def gated(y_TD: Tensor, gate_1: Tensor, see_T2: Tensor) -> Tensor:
+    return kernels.gated(y_TD, gate_1, see_T2)
+
+
+def add_gated(x_WE: Tensor, y_WE: Tensor, bias_E: Tensor | None, gate_1: Tensor | None) -> Tensor:
+    return kernels.add_gated(x_WE, y_WE, bias_E, gate_1)
+
+
+def take_row(x_TD: Tensor, at_1: Tensor) -> Tensor:
+    return kernels.take_row(x_TD, at_1)
+
+
+def normalise(tiles_C3hw: Tensor, real_1: Tensor, scale: Tensor, mean_311: Tensor, std_311: Tensor, dtype: torch.dtype) -> Tensor:
+    return kernels.normalise(tiles_C3hw, real_1, scale, mean_311, std_311)
+
+
+def patch_embed(x_C3hw: Tensor, weight: Tensor) -> Tensor:
+    return kernels.patch_embed(x_C3hw, weight)
+
+
+def add_tile_embedding(x_CRE: Tensor, table: Tensor, aspect_1: Tensor, gate_1: Tensor) -> Tensor:
+    return kernels.add_tile_embedding(x_CRE, table, aspect_1, gate_1)
+
+
+def add_positions(x_CNE: Tensor, class_E: Tensor, position_LE: Tensor, table: Tensor, aspect_1: Tensor,
+                  gate_1: Tensor) -> Tensor:
+    return kernels.add_positions(x_CNE, class_E, position_LE, table, aspect_1, gate_1)
+
+
+def pad_rows(x_CLE: Tensor, real_1: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
+    return kernels.pad_rows(x_CLE, real_1, multiple)
+
+
+def join_features(x_WE: Tensor, kept: list[Tensor], tiles: int, tokens: int) -> Tensor:
+    return kernels.join_features(x_WE, kept, tiles, tokens)
+
+
+def write_pages_(k_TKH: Tensor, v_TKH: Tensor, pages: Pages, slot_T: Tensor, real_1: Tensor | None = None) -> None:
+    """Rows from `real_1` on are not written."""
+    kernels.write_pages_(k_TKH, v_TKH, *pages, slot_T, real_1)
 
 
 def attend_prompt(q_TQH: Tensor, k_TKH: Tensor, v_TKH: Tensor, pages: Pages, table_J: Tensor | None,
                   past_1: Tensor, real_1: Tensor | None = None) -> Tensor:
-    """As plain.py's; rows from `real_1` on get zeros."""
-    if table_J is None:
-        return plain.attend_prompt(q_TQH, k_TKH, v_TKH, pages, table_J, past_1)
-    return torch.ops.mllama_graph.attend_prompt(q_TQH, k_TKH, v_TKH, *pages, table_J, past_1, real_1,
-                                                q_TQH.shape[-1] ** -0.5)
+    return kernels.attend_prompt(q_TQH, k_TKH, v_TKH, *pages, table_J, past_1, real_1, q_TQH.shape[-1] ** -0.5)
 
 
 def attend_pages(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, len_B: Tensor) -> Tensor:
-    return torch.ops.mllama_graph.attend_pages(q_TQH, *pages, table_BJ, len_B, q_TQH.shape[-1] ** -0.5)
+    return kernels.attend_pages(q_TQH, *pages, table_BJ, len_B, q_TQH.shape[-1] ** -0.5)
 
 
 def attend_image(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, fill_BJ: Tensor, see_T2: Tensor) -> Tensor:
-    return torch.ops.mllama_graph.attend_image(q_TQH, *pages, table_BJ, fill_BJ, see_T2, q_TQH.shape[-1] ** -0.5)
+    return kernels.attend_image(q_TQH, *pages, table_BJ, fill_BJ, see_T2, q_TQH.shape[-1] ** -0.5)
 
 
 def attend_tiles(q_SAH: Tensor, k_SAH: Tensor, v_SAH: Tensor, pad_S: Tensor) -> Tensor:
-    return torch.ops.mllama_graph.attend_tiles(q_SAH, k_SAH, v_SAH, pad_S, q_SAH.shape[-1] ** -0.5)
+    return kernels.attend_tiles(q_SAH, k_SAH, v_SAH, pad_S, q_SAH.shape[-1] ** -0.5)
+
+
+# What can be told how many rows are no padding: the others are not read, and become zeros. What remains costs a padded row
+# nothing: it sees no image, and one token of the pages.
+SKIP_PADDING = ("embed", "linear", "rms_norm", "add_rms_norm", "rope", "swiglu", "write_pages_", "attend_prompt")
 
 
 def without_padding(ops: Ops, given: PromptInput | TokenInput) -> Ops:
-    """Other padded rows cost nothing already: they see no image, and one token of the pages."""
-    real_1 = given.real_1
-    return replace(ops, linear=partial(ops.linear, real_1=real_1), attend_prompt=partial(ops.attend_prompt, real_1=real_1))
+    return replace(ops, **{name: partial(getattr(ops, name), real_1=given.real_1) for name in SKIP_PADDING})
 
 
-CPU = replace(PLAIN, without_padding=without_padding, linear=linear, attend_prompt=attend_prompt, attend_pages=attend_pages,
-              attend_image=attend_image, attend_tiles=attend_tiles)
+CPU = Ops(
+    without_padding=without_padding, embed=embed, embed_held=embed_held, linear=linear, rms_norm=rms_norm,
+    add_rms_norm=add_rms_norm, layer_norm=layer_norm, rope_angles=rope_angles, rope=rope, swiglu=swiglu, gelu=gelu, sees_image=sees_image, gated=gated,
+    add_gated=add_gated, take_row=take_row, normalise=normalise, patch_embed=patch_embed,
+    add_tile_embedding=add_tile_embedding, add_positions=add_positions, pad_rows=pad_rows, join_features=join_features,
+    write_pages_=write_pages_, attend_prompt=attend_prompt, attend_pages=attend_pages, attend_image=attend_image,
+    attend_tiles=attend_tiles, all_reduce=PLAIN.all_reduce, all_gather=PLAIN.all_gather,
+)

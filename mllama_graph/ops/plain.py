@@ -15,6 +15,14 @@ def embed(ids_T: Tensor, leaf) -> Tensor:
     return F.embedding(ids_T, leaf.weight)
 
 
+def embed_held(ids_T: Tensor, leaf) -> Tensor:
+    """The same of a rank that holds only the rows from leaf.first on: zeros for ids of other ranks."""
+    row_T = ids_T - leaf.first
+    held_T = (row_T >= 0) & (row_T < leaf.weight.shape[0])
+    x_TD = F.embedding(torch.where(held_T, row_T, 0), leaf.weight)
+    return torch.where(held_T[:, None], x_TD, 0)
+
+
 def linear(x: Tensor, leaf) -> Tensor:
     """A weight stored narrower than it is computed in is widened.
 
@@ -73,10 +81,82 @@ def gelu(x: Tensor) -> Tensor:
     return F.gelu(x)
 
 
+def sees_image(see_T2: Tensor) -> Tensor:
+    """Which rows see an image, as `gated` takes them: sees_T1."""
+    return see_T2[:, 1:] > see_T2[:, :1]
+
+
+def gated(y_TD: Tensor, gate_1: Tensor, sees_T1: Tensor) -> Tensor:
+    """y behind its tanh gate, zeros for a row that sees no image."""
+    y_TD = y_TD * gate_1.to(y_TD.dtype).tanh()
+    return torch.where(sees_T1, y_TD, 0)
+
+
+def add_gated(x_WE: Tensor, y_WE: Tensor, bias_E: Tensor | None, gate_1: Tensor | None) -> Tensor:
+    """The residual sum x + y with y, and its bias, behind its tanh gate; bias and gate may be missing."""
+    if bias_E is not None:
+        y_WE = y_WE + bias_E.to(x_WE.dtype)
+    return x_WE + (y_WE if gate_1 is None else y_WE * gate_1.to(y_WE.dtype).tanh())
+
+
+def take_row(x_TD: Tensor, at_1: Tensor) -> Tensor:
+    """The row x_1D whose number is at_1."""
+    return x_TD.index_select(0, at_1)
+
+
+def normalise(tiles_C3hw: Tensor, real_1: Tensor, scale: Tensor, mean_311: Tensor, std_311: Tensor, dtype: torch.dtype) -> Tensor:
+    """uint8 to (x * scale - mean) / std; padding tiles are exactly zero after it."""
+    x_C3hw = (tiles_C3hw.float() * scale - mean_311) / std_311
+    # Of real_1's dtype: the NPU's comparison takes no mixed ones, and its compiler does not convert.
+    real_C = torch.arange(tiles_C3hw.shape[0], dtype=real_1.dtype, device=tiles_C3hw.device) < real_1
+    return torch.where(real_C[:, None, None, None], x_C3hw, 0.0).to(dtype)
+
+
 def patch_embed(x_C3hw: Tensor, weight: Tensor) -> Tensor:
-    """Tiles (C, 3, height, width in pixels) cut into patches and projected: -> (C, S, E), no bias."""
+    """Tiles (C, 3, height, width in pixels) cut into patches and projected: -> (C, N, E), no bias."""
     patches = F.conv2d(x_C3hw, weight.to(x_C3hw.dtype), stride=weight.shape[-1])
     return patches.flatten(2).transpose(1, 2)
+
+
+def _tile_rows(table: Tensor, aspect_1: Tensor, tiles: int, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """The row of an aspect ratio in an embedding table, as (tiles, rows, width)."""
+    return table.index_select(0, aspect_1).view(tiles, rows, width).to(dtype)
+
+
+def add_tile_embedding(x_CRE: Tensor, table: Tensor, aspect_1: Tensor, gate_1: Tensor) -> Tensor:
+    """Rows of each tile, plus the tile's embedding in an image of this aspect ratio behind its tanh gate."""
+    C, _, E = x_CRE.shape
+    return x_CRE + _tile_rows(table, aspect_1, C, 1, E, x_CRE.dtype) * gate_1.to(x_CRE.dtype).tanh()
+
+
+def add_positions(x_CNE: Tensor, class_E: Tensor, position_LE: Tensor, table: Tensor, aspect_1: Tensor,
+                  gate_1: Tensor) -> Tensor:
+    """The class token before each tile's patches, plus positions: (1 - tanh(gate)) of those that all tiles share, tanh(gate)
+    of those of the tile in an image of this aspect ratio: -> (C, L, E)."""
+    (C, N, E), dtype = x_CNE.shape, x_CNE.dtype
+    class_C1E = class_E.to(dtype).expand(C, 1, -1)
+    x_CLE = torch.cat((class_C1E, x_CNE), dim=1)
+    gate_1 = gate_1.to(dtype).tanh()
+    return x_CLE + (1 - gate_1) * position_LE.to(dtype) + gate_1 * _tile_rows(table, aspect_1, C, N + 1, E, dtype)
+
+
+def pad_rows(x_CLE: Tensor, real_1: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
+    """Rows of zeros behind each tile's, up to a multiple, and which rows are padding, those of padding tiles among them:
+    (x_WE, pad_W)."""
+    C, L, E = x_CLE.shape
+    padding = -L % multiple
+    x_WE = F.pad(x_CLE, (0, 0, 0, padding)).view(-1, E)
+    R = L + padding
+    row_W = torch.arange(C * R, dtype=real_1.dtype, device=x_WE.device)
+    return x_WE, (row_W // R >= real_1) | (row_W % R >= L)
+
+
+def join_features(x_WE: Tensor, kept: list[Tensor], tiles: int, tokens: int) -> Tensor:
+    """The first `tokens` rows of each tile, and behind them what was kept of layers, interleaved as (dim, layer): (S, U)."""
+    parts = [x_WE]
+    if kept:
+        parts.append(torch.stack(kept, dim=-1).flatten(1))
+    return torch.cat(parts, dim=-1).view(tiles, -1, sum(part.shape[-1] for part in parts))[:, :tokens].reshape(tiles * tokens, -1)
 
 
 def write_pages_(k_TKH: Tensor, v_TKH: Tensor, pages: Pages, slot_T: Tensor) -> None:
@@ -174,8 +254,10 @@ def _stack_of_one(x: Tensor) -> Tensor:
 
 
 PLAIN = Ops(
-    without_padding=_as_they_are, embed=embed, linear=linear, rms_norm=rms_norm, add_rms_norm=add_rms_norm, layer_norm=layer_norm,
-    rope_angles=rope_angles, rope=rope, swiglu=swiglu, gelu=gelu, patch_embed=patch_embed, write_pages_=write_pages_,
+    without_padding=_as_they_are, embed=embed, embed_held=embed_held, linear=linear, rms_norm=rms_norm,
+    add_rms_norm=add_rms_norm, layer_norm=layer_norm, rope_angles=rope_angles, rope=rope, swiglu=swiglu, gelu=gelu, sees_image=sees_image, gated=gated, add_gated=add_gated,
+    take_row=take_row, normalise=normalise, patch_embed=patch_embed, add_tile_embedding=add_tile_embedding,
+    add_positions=add_positions, pad_rows=pad_rows, join_features=join_features, write_pages_=write_pages_,
     attend_prompt=attend_prompt, attend_pages=attend_pages, attend_image=attend_image, attend_tiles=attend_tiles,
     all_reduce=_sum_of_one, all_gather=_stack_of_one,
 )

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mllama_graph.model.ops import Ops
@@ -27,12 +26,9 @@ def ranked(world: int, collectives: str, base: Ops = PLAIN) -> Ops:
     else:
         all_reduce, all_gather = _distributed_all_reduce, gather_in(GROUP, world)
 
-    def embed(ids_T: Tensor, leaf) -> Tensor:
+    def embed(ids_T: Tensor, leaf, **padding: Tensor) -> Tensor:
         """Each rank looks up the ids whose rows it holds; the sum has all of them, unrounded: the others add zeros."""
-        row_T = ids_T - leaf.first
-        held_T = (row_T >= 0) & (row_T < leaf.weight.shape[0])
-        x_TD = F.embedding(torch.where(held_T, row_T, 0), leaf.weight)
-        return all_reduce(torch.where(held_T[:, None], x_TD, 0))
+        return all_reduce(base.embed_held(ids_T, leaf, **padding))
 
     return replace(base, embed=embed, all_reduce=all_reduce, all_gather=all_gather)
 

@@ -133,16 +133,16 @@ class Conversation:
         return PromptInput(
             torch.cat((self.ids[sequence, start:start + count], int32([0] * padding))),
             int32([*range(start, start + count), *[0] * padding]),
-            int32(slots(table, start, count, P) + [*range(padding)]), int32([count - 1]), int32([start]),
-            int32(table) if start else None, self._image(see) if with_image else None)
+            int32(slots(table, start, count, P) + [*range(padding)]), int32([count - 1]), int32([count]),
+            int32([start]), int32(table) if start else None, self._image(see) if with_image else None)
 
     def tokens(self, lengths, with_image):
         """One fresh token of both sequences, which are `lengths` long with it."""
         at = [length - 1 for length in lengths]
         return TokenInput(
             torch.stack([self.ids[sequence, position] for sequence, position in enumerate(at)]), int32(at),
-            int32([slots(table, position, 1, P)[0] for table, position in zip(TABLES, at)]), int32(TABLES),
-            int32(lengths), self._image([(0, self.seen), (0, 0)]) if with_image else None)
+            int32([slots(table, position, 1, P)[0] for table, position in zip(TABLES, at)]), int32([2]),
+            int32(TABLES), int32(lengths), self._image([(0, self.seen), (0, 0)]) if with_image else None)
 
 
 def play(run, talk):

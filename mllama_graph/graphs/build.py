@@ -1,0 +1,110 @@
+"""How Inductor compiles a step, and how little C++ that takes on a CPU whose every operation is a kernel of ours.
+
+Such a graph is calls of operators and views of tensors alone. Inductor writes them, and `GraphOfCalls` sets native/graph.h
+before them instead of torch's headers and runtime: about a second of g++ for a graph, where Inductor's own takes 10.
+Imports the compiler.
+"""
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._inductor
+from torch._inductor.codegen.common import device_codegens, init_backend_registration, register_backend_for_device
+from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+from torch._inductor.exc import InductorError
+from torch._inductor.virtualized import V
+
+from mllama_graph import native
+
+log = logging.getLogger(__name__)
+
+HEADER = native.SOURCE / "graph.h"
+
+# Of every graph.
+SETTINGS = {
+    # Weights stay outside, one memory for all buckets, and are never folded into a graph.
+    "aot_inductor.package_constants_in_so": False,
+    "always_keep_tensor_constants": True,
+    # This pass bakes what it computes from one-element weights, the gates, into the graph.
+    "joint_graph_constant_folding": False,
+}
+# Of a CPU's: that the compiler knows the machine's vectors is not tried out (3 s), and headers that are compiled once (12 s, and
+# 280 MB a store) would save less than they cost in a run of three graphs.
+CPU_SETTINGS = {"cpp.vec_isa_ok": True, "aot_inductor.precompile_headers": False}
+# Of a graph of calls: nothing is to be found or fused in it, and the C++ around its calls takes no time.
+CALLS_SETTINGS = {
+    "pattern_matcher": False, "use_pre_grad_passes": False, "use_joint_graph_passes": False, "size_asserts": False,
+    "aot_inductor.compile_wrapper_opt_level": "O0", "aot_inductor.enable_line_tables": False,
+}
+
+
+class GraphOfCalls(CppWrapperCpu):
+    """Writes a graph's C++ for native/graph.h."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.aoti_model_class_name = "Graph"
+
+    @staticmethod
+    def create(*given: Any) -> "GraphOfCalls":
+        return GraphOfCalls()
+
+    def write_header(self) -> None:
+        self.header.splice(HEADER.read_text())
+
+    def _write_aoti_entry_point_signature(self) -> None:
+        self.prefix.splice_aot("""
+            void Graph::run_impl(AtenTensorHandle* input_handles, AtenTensorHandle* output_handles,
+                                 AOTIProxyExecutorHandle proxy_executor) {
+            """)
+
+    def _write_entry_point_postamble(self) -> None:
+        """Kernels that Inductor generates would be named here; there are none."""
+
+    def _codegen_aoti_model_class(self) -> None:
+        graph = V.graph
+        originals = graph.allocated_constant_name | graph.dynamo_flat_name_to_original_fqn
+        constants = ", ".join(f'{{"{name}", "{originals[name]}"}}' for name in graph.constants)
+        self.prefix.splice(f"""
+            namespace torch::aot_inductor {{
+            const size_t Graph::outputs = {len(graph.graph_outputs)};
+            const std::vector<Constant> Graph::constants{{{constants}}};
+            }}
+            """)
+
+
+@contextlib.contextmanager
+def _written_by(wrapper: type[CppWrapperCpu]) -> Iterator[None]:
+    """Have Inductor write what a CPU runs with another class than its own."""
+    init_backend_registration()
+    before = device_codegens["cpu"]
+    register_backend_for_device("cpu", before.scheduling, before.wrapper_codegen, wrapper)
+    try:
+        yield
+    finally:
+        device_codegens["cpu"] = before
+
+
+def build_package(program: torch.export.ExportedProgram, path: Path, settings: dict[str, Any], cpu: bool, calls: bool) -> None:
+    """Compile a traced step into a package at `path`. `calls` says that it calls operators of ours and does nothing else."""
+    settings = SETTINGS | (CPU_SETTINGS if cpu else {}) | settings
+    with warnings.catch_warnings():
+        # torch's own deprecations inside export; nothing that a reader could act on.
+        warnings.simplefilter("ignore", FutureWarning)
+        if calls:
+            try:
+                with _written_by(GraphOfCalls):
+                    return _package(program, path, CALLS_SETTINGS | settings)
+            except (InductorError, AttributeError) as error:
+                # A torch that writes graphs in another way than 2.13 does.
+                log.warning("a graph needs more than native/graph.h has, and torch's headers are compiled with it: %s", error)
+        _package(program, path, settings)
+
+
+def _package(program: torch.export.ExportedProgram, path: Path, settings: dict[str, Any]) -> None:
+    torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)

@@ -1,0 +1,212 @@
+// Products of rows with a weight.
+//
+// Few rows wait for the weight (O, I), which is read once, from its begin to its end, as memory is read fastest. It lies in panels
+// of kPanel vectors of outputs: what they have of the first input, then of the next, then the next panel. The last one holds what
+// is left.
+
+#pragma once
+
+#include <type_traits>
+#include <vector>
+
+#include "tensors.h"
+#include "vectors.h"
+
+namespace {
+
+constexpr int kPanel = 3;
+constexpr int64_t kColumns = kPanel * kLanes;
+
+// bf16 lies by pairs of inputs, an element of each in 32 bits, so that one load and one instruction for each part widen both;
+// an odd last input lies alone.
+template <class W>
+constexpr int kPaired = std::is_same_v<W, BFloat16> ? 2 : 1;
+
+// A vector of one of kPaired inputs that lie together.
+template <int part, class W>
+inline Vector load_part(const W* inputs) {
+  if constexpr (kPaired<W> == 1) return load(inputs);
+  Integers pairs;
+  std::memcpy(&pairs, inputs, sizeof pairs);
+  return reinterpret_cast<Vector>(part == 0 ? pairs << 16 : pairs & static_cast<int32_t>(0xffff0000));
+}
+
+// add_products with one of kPaired inputs that lie together.
+template <int part, int R, int V, class W>
+[[gnu::always_inline]] inline void add_input(Vector (&sum)[R][V], const float* a, int64_t a_stride, const W* b) {
+  // Where no registers are left to keep pairs in they are loaded again: the compiler is not to know that they are the same.
+  if constexpr (part && R > 1 && R * V + 2 * V + 2 > kRegisters) asm("" : "+r"(b));
+  Vector column[V];
+#pragma GCC unroll 8
+  for (int v = 0; v < V; v++) column[v] = load_part<part>(b + v * kLanes * kPaired<W>);
+  add_products(sum, a + part, a_stride, column);
+}
+
+// Up to so many rows, a panel is read once for all of them: their sums fill the registers. The mask of pairs takes one, too.
+template <class W>
+constexpr int kOnce = kRegisters == 32 ? 8 : kPaired<W> == 2 ? 3 : 4;
+
+// As measured: where what is wanted next waits (__builtin_prefetch's locality), the first-level cache or the second-level one; and how many
+// bytes on it is where a panel is read once.
+constexpr int kWaits = kRegisters == 32 ? 3 : 2;
+constexpr int64_t kAhead = 4096;
+
+// c += a b for R rows of a and the first V vectors of a panel of `width` columns, which has `depth` rows. What is wanted next is called
+// for on the way, `pace` elements at a time.
+template <int R, int V, class W>
+[[gnu::noinline]] void stream_tile(const float* a, int64_t a_stride, const W* b, int64_t width, int64_t depth, float* c,
+                                   int64_t c_stride, const W* next, int64_t pace) {
+  Vector sum[R][V];
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < V; v++) sum[r][v] = load(c + r * c_stride + v * kLanes);
+  // Not unrolled: compilers would run out of registers.
+  for (; depth >= kPaired<W>; depth -= kPaired<W>, a += kPaired<W>, b += kPaired<W> * width, next += pace) {
+#pragma GCC unroll 4
+    for (int64_t byte = 0; byte < kColumns * kPaired<W> * static_cast<int64_t>(sizeof(W)); byte += kLine)
+      __builtin_prefetch(next + byte / sizeof(W), 0, kWaits);
+    add_input<0, R, V>(sum, a, a_stride, b);
+    if constexpr (kPaired<W> == 2) add_input<1, R, V>(sum, a, a_stride, b);
+  }
+  if (depth) {
+    Vector column[V];
+    for (int v = 0; v < V; v++) column[v] = load(b + v * kLanes);
+    add_products(sum, a, a_stride, column);
+  }
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < V; v++) store(c + r * c_stride + v * kLanes, sum[r][v]);
+}
+
+// The same for `rows` rows, at most R, and a panel.
+template <int R, int V, class W>
+void stream_rows(const float* a, int64_t a_stride, const W* b, int64_t width, int64_t depth, float* c, int64_t c_stride,
+                 int64_t rows, const W* next, int64_t pace) {
+  if (rows == R) return stream_tile<R, V>(a, a_stride, b, width, depth, c, c_stride, next, pace);
+  if constexpr (R > 1) stream_rows<R - 1, V>(a, a_stride, b, width, depth, c, c_stride, rows, next, pace);
+}
+
+// The same for any number of rows, in tiles that are as even as they can be. What is next in memory is called for meanwhile: what follows
+// b or, where b is read once, what is kAhead bytes on.
+template <int V, class W>
+void stream(const float* a, int64_t a_stride, const W* b, int64_t width, int64_t depth, float* c, int64_t c_stride, int64_t rows) {
+  const int64_t tiles = (rows + kOnce<W> - 1) / kOnce<W>, pace = kPaired<W> * width / tiles;
+  for (int64_t tile = 0; tile < tiles; tile++) {
+    const int64_t row = tile * rows / tiles, some = (tile + 1) * rows / tiles - row;
+    const W* next = b + depth * width + tile * (depth / kPaired<W>) * pace;
+    stream_rows<kOnce<W>, V>(a + row * a_stride, a_stride, b, width, depth, c + row * c_stride, c_stride, some,
+                             tiles == 1 ? b + kAhead / sizeof(W) : next, pace);
+  }
+}
+
+// Inputs of a panel that are worked through at a time by more rows than it is read once for: they stay in the first-level cache.
+// Rows that are worked through at a time: theirs stay in the second-level one.
+constexpr int64_t kDeep = 256, kTall = 48;
+// Bytes of a weight that are worth a thread.
+constexpr int64_t kGrainBytes = 1 << 16;
+
+// Where a panel of `width` outputs has that of input i.
+template <class W>
+inline int64_t place(int64_t i, int64_t output, int64_t inputs, int64_t width) {
+  const bool paired = kPaired<W> == 2 && i < inputs / 2 * 2;
+  return paired ? (i / 2 * width + output) * 2 + i % 2 : i * width + output;
+}
+
+// The rows of a weight (O, I) become panels, in place; the last one holds what is left.
+template <class W>
+void lay_out(const Tensor& weight) {
+  const int64_t outputs = weight.size(0), inputs = weight.size(1);
+  auto* w = static_cast<W*>(weight.mutable_data_ptr());
+  torch::stable::parallel_for(0, (outputs + kColumns - 1) / kColumns, 1, [&](int64_t first, int64_t last) {
+    std::vector<W> rows(kColumns * inputs);
+    for (int64_t panel = first; panel < last; panel++) {
+      W* to = w + panel * kColumns * inputs;
+      const int64_t some = std::min(kColumns, outputs - panel * kColumns);
+      std::memcpy(rows.data(), to, some * inputs * sizeof(W));
+      for (int64_t o = 0; o < some; o++)
+        for (int64_t i = 0; i < inputs; i++) to[place<W>(i, o, inputs, some)] = rows[o * inputs + i];
+    }
+  });
+}
+
+void lay_out_(Tensor weight) {
+  if (weight.dim() != 2 || !weight.is_contiguous()) fail("lay_out_ takes a contiguous weight (O, I)");
+  switch (weight.scalar_type()) {
+    case ScalarType::Float: return lay_out<float>(weight);
+    case ScalarType::BFloat16: return lay_out<BFloat16>(weight);
+    case ScalarType::Half: return lay_out<Float16>(weight);
+    default: fail("lay_out_ takes weights of float32, bfloat16 and float16");
+  }
+}
+
+// y += x w' for V vectors of a panel of `width` outputs.
+template <int V, class W>
+void add_vectors(const float* x, const W* w, int64_t inputs, int64_t width, float* y, int64_t stride, int64_t rows) {
+  const int64_t deep = rows <= kOnce<W> ? inputs : kDeep;
+  for (int64_t i = 0; i < inputs; i += deep)
+    stream<V>(x + i, inputs, w + i * width, width, std::min(deep, inputs - i), y, stride, rows);
+}
+
+// y += x w' for a panel of `width` outputs, of which the last ones may fill no vector.
+template <class W>
+void add_panel(const float* x, const W* w, int64_t inputs, int64_t width, float* y, int64_t stride, int64_t rows) {
+  static_assert(kPanel == 3);
+  switch (width / kLanes) {
+    case 3: add_vectors<3>(x, w, inputs, width, y, stride, rows); break;
+    case 2: add_vectors<2>(x, w, inputs, width, y, stride, rows); break;
+    case 1: add_vectors<1>(x, w, inputs, width, y, stride, rows); break;
+  }
+  for (int64_t t = 0; t < rows; t++)
+    for (int64_t o = width / kLanes * kLanes; o < width; o++)
+      for (int64_t i = 0; i < inputs; i++)
+        y[t * stride + o] = std::fma(x[t * inputs + i], widen(w[place<W>(i, o, inputs, width)]), y[t * stride + o]);
+}
+
+// The first `rows` rows of y.
+template <class W>
+void linear_of(const Tensor& x, const Tensor& weight, const Tensor* bias, const Tensor& y, int64_t rows) {
+  const int64_t outputs = weight.size(0), inputs = weight.size(1);
+  const auto* w = static_cast<const W*>(weight.const_data_ptr());
+  const auto* b = bias ? static_cast<const W*>(bias->const_data_ptr()) : nullptr;
+  const auto* from = static_cast<const float*>(x.const_data_ptr());
+  auto* to = static_cast<float*>(y.mutable_data_ptr());
+  const int64_t panels = (outputs + kColumns - 1) / kColumns, blocks = (rows + kTall - 1) / kTall;
+  // Many rows take longer than what they read.
+  const int64_t bytes = kColumns * inputs * sizeof(W) * (1 + rows / 16), grain = kGrainBytes / std::max<int64_t>(1, bytes) + 1;
+  torch::stable::parallel_for(0, blocks * panels, grain, [&](int64_t first, int64_t last) {
+    for (; first < last; first++) {
+      const int64_t row = first / panels * rows / blocks, tall = (first / panels + 1) * rows / blocks - row;
+      const int64_t at = first % panels * kColumns, columns = std::min(kColumns, outputs - at);
+      float* y = to + row * outputs + at;
+      for (int64_t t = 0; t < tall; t++) std::fill_n(y + t * outputs, columns, 0.0f);
+      add_panel(from + row * inputs, w + at * inputs, inputs, columns, y, outputs, tall);
+      for (int64_t t = 0; b && t < tall; t++)
+        for (int64_t o = 0; o < columns; o++) y[t * outputs + o] += widen(b[at + o]);
+    }
+  });
+}
+
+// y = x w' + bias: x (..., I) fp32; w (O, I) in panels and bias (O) fp32, bf16 or fp16. Rows from `real` on get zeros.
+Tensor linear(Tensor given, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> real) {
+  const Tensor x = torch::stable::contiguous(given);
+  if (x.scalar_type() != ScalarType::Float || weight.dim() != 2 || !weight.is_contiguous() || x.dim() == 0 ||
+      x.size(x.dim() - 1) != weight.size(1) || (bias && bias->scalar_type() != weight.scalar_type()))
+    fail("linear takes x (..., I) in float32, a contiguous weight (O, I) and a bias (O) of the weight's dtype");
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = weight.size(0);
+  Tensor y = torch::stable::new_empty(x, sizes);
+  if (!y.numel()) return y;
+  const Tensor* b = bias ? &*bias : nullptr;
+  const int64_t outputs = weight.size(0), rows = y.numel() / outputs, some = real_of(rows, real);
+  switch (weight.scalar_type()) {
+    case ScalarType::Float: linear_of<float>(x, weight, b, y, some); break;
+    case ScalarType::BFloat16: linear_of<BFloat16>(x, weight, b, y, some); break;
+    case ScalarType::Half: linear_of<Float16>(x, weight, b, y, some); break;
+    default: fail("linear takes weights of float32, bfloat16 and float16");
+  }
+  auto* padding = static_cast<float*>(y.mutable_data_ptr()) + some * outputs;
+  torch::stable::parallel_for(0, (rows - some) * outputs, kGrainBytes, [&](int64_t first, int64_t last) {
+    std::fill(padding + first, padding + last, 0.0f);
+  });
+  return y;
+}
+
+}  // namespace

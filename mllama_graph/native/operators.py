@@ -1,0 +1,115 @@
+"""What the C++ operators take and return, and what tracing needs to know of them: the shapes of their results.
+
+The operators of `kernels` are declared here and implemented in C++. Those of the other libraries declare themselves.
+"""
+
+from typing import Optional
+
+# How many ranks exchange, where collectives are traced.
+world: Optional[int] = None
+
+
+def _like(x, *others):
+    return x.new_empty(x.shape)
+
+
+def _all_gather(x):
+    if world is None:
+        raise RuntimeError("the number of ranks is not known: declare(world) or attach first")
+    return x.new_empty((world, *x.shape))
+
+
+def _nothing(*given):
+    return None
+
+
+def _linear(x, weight, bias, real):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _add_rms_norm(x, y, weight, eps, real):
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+def _rope_angles(position, inv_freq):
+    size = (position.shape[0], 2 * inv_freq.shape[0])
+    return inv_freq.new_empty(size), inv_freq.new_empty(size)
+
+
+def _swiglu(h, real):
+    return h.new_empty((h.shape[0], h.shape[1] // 2))
+
+
+def _embed(id, weight, first, real):
+    import torch
+
+    return weight.new_empty((id.shape[0], weight.shape[1]), dtype=torch.float32)
+
+
+def _take_row(x, at):
+    return x.new_empty((1, *x.shape[1:]))
+
+
+def _normalise(tiles, real, scale, mean, std):
+    return scale.new_empty(tiles.shape)
+
+
+def _patch_embed(x, weight):
+    C, _, height, width = x.shape
+    side = weight.shape[-1]
+    return x.new_empty((C, (height // side) * (width // side), weight.shape[0]))
+
+
+def _add_positions(x, first, position, table, aspect, gate):
+    return x.new_empty((x.shape[0], x.shape[1] + 1, x.shape[2]))
+
+
+def _pad_rows(x, real, multiple):
+    import torch
+
+    C, L, E = x.shape
+    rows = C * (L + -L % multiple)
+    return x.new_empty((rows, E)), x.new_empty((rows,), dtype=torch.bool)
+
+
+def _join_features(x, kept, tiles, tokens):
+    return x.new_empty((tiles * tokens, x.shape[1] * (1 + len(kept))))
+
+
+# Library -> operator -> (schema, or None where the library declares it; function of fake tensors). `real` counts the rows
+# that are no padding: the others are not read and become zeros. Weights, biases, gates and tables may be stored narrow.
+OPERATORS = {
+    "kernels": {
+        "lay_out_": ("(Tensor(a!) weight) -> ()", _nothing),
+        "linear": ("(Tensor x, Tensor weight, Tensor? bias, Tensor? real) -> Tensor", _linear),
+        "rms_norm": ("(Tensor x, Tensor weight, float eps, Tensor? real) -> Tensor", _like),
+        "add_rms_norm": ("(Tensor x, Tensor y, Tensor weight, float eps, Tensor? real) -> (Tensor, Tensor)", _add_rms_norm),
+        "layer_norm": ("(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor", _like),
+        "rope_angles": ("(Tensor position, Tensor inv_freq) -> (Tensor, Tensor)", _rope_angles),
+        "rope": ("(Tensor x, Tensor cosine, Tensor sine, Tensor? real) -> Tensor", _like),
+        "gelu": ("(Tensor x) -> Tensor", _like),
+        "swiglu": ("(Tensor h, Tensor? real) -> Tensor", _swiglu),
+        "gated": ("(Tensor y, Tensor gate, Tensor see) -> Tensor", _like),
+        "add_gated": ("(Tensor x, Tensor y, Tensor? bias, Tensor? gate) -> Tensor", _like),
+        "embed": ("(Tensor id, Tensor weight, Tensor? first, Tensor? real) -> Tensor", _embed),
+        "take_row": ("(Tensor x, Tensor at) -> Tensor", _take_row),
+        "normalise": ("(Tensor tiles, Tensor real, Tensor scale, Tensor mean, Tensor std) -> Tensor", _normalise),
+        "patch_embed": ("(Tensor x, Tensor weight) -> Tensor", _patch_embed),
+        "add_tile_embedding": ("(Tensor x, Tensor table, Tensor aspect, Tensor gate) -> Tensor", _like),
+        "add_positions": ("(Tensor x, Tensor first, Tensor position, Tensor table, Tensor aspect, Tensor gate) -> Tensor",
+                          _add_positions),
+        "pad_rows": ("(Tensor x, Tensor real, int multiple) -> (Tensor, Tensor)", _pad_rows),
+        "join_features": ("(Tensor x, Tensor[] kept, int tiles, int tokens) -> Tensor", _join_features),
+        "write_pages_": ("(Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor slot, Tensor? real) -> ()",
+                         _nothing),
+        "attend_pages": ("(Tensor q, Tensor k_pages, Tensor v_pages, Tensor table, Tensor length, float scale) -> Tensor",
+                         _like),
+        "attend_prompt": ("(Tensor q, Tensor k, Tensor v, Tensor k_pages, Tensor v_pages, Tensor? table, Tensor past, "
+                          "Tensor? real, float scale) -> Tensor", _like),
+        "attend_tiles": ("(Tensor q, Tensor k, Tensor v, Tensor pad, float scale) -> Tensor", _like),
+        "attend_image": ("(Tensor q, Tensor k_pages, Tensor v_pages, Tensor table, Tensor fill, Tensor see, float scale) "
+                         "-> Tensor", _like),
+    },
+    "collectives": {"all_reduce": (None, _like), "all_gather": (None, _all_gather)},
+    "runner": {},
+}

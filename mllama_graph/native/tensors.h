@@ -1,0 +1,143 @@
+// What kernels take: tensors of torch's stable ABI, their rows, and weights in the type they are stored in.
+
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "vectors.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+[[noreturn]] void fail(const std::string& text) { throw std::runtime_error(text); }
+
+const float* floats(const Tensor& x) {
+  if (x.scalar_type() != ScalarType::Float || !x.is_contiguous()) fail("a kernel takes contiguous float32");
+  return static_cast<const float*>(x.const_data_ptr());
+}
+
+const int32_t* integers(const Tensor& x) {
+  if (x.scalar_type() != ScalarType::Int || !x.is_contiguous()) fail("a kernel takes contiguous int32");
+  return static_cast<const int32_t*>(x.const_data_ptr());
+}
+
+float* results(const Tensor& y) { return static_cast<float*>(y.mutable_data_ptr()); }
+
+// How many of `rows` rows are no padding.
+int64_t real_of(int64_t rows, const std::optional<Tensor>& real) {
+  return real ? std::clamp<int64_t>(*static_cast<const int32_t*>(real->const_data_ptr()), 0, rows) : rows;
+}
+
+// Writes `count` elements of a weight from element `first` on, widened.
+void widen_elements(const Tensor& weight, int64_t first, int64_t count, float* to) {
+  const auto copy = [&](const auto* from) {
+    for (int64_t i = 0; i < count; i++) to[i] = widen(from[first + i]);
+  };
+  const void* data = weight.const_data_ptr();
+  if (!weight.is_contiguous() || first < 0 || first + count > weight.numel()) fail("a kernel takes a contiguous weight that is large enough");
+  switch (weight.scalar_type()) {
+    case ScalarType::Float: return copy(static_cast<const float*>(data));
+    case ScalarType::BFloat16: return copy(static_cast<const BFloat16*>(data));
+    case ScalarType::Half: return copy(static_cast<const Float16*>(data));
+    default: fail("a kernel takes weights of float32, bfloat16 and float16");
+  }
+}
+
+std::vector<float> widened(const Tensor& weight, int64_t first, int64_t count) {
+  std::vector<float> elements(count);
+  widen_elements(weight, first, count, elements.data());
+  return elements;
+}
+
+std::vector<float> widened(const Tensor& weight) { return widened(weight, 0, weight.numel()); }
+
+// The rows of a tensor along its first axis, `width` elements each; those of a part of a wider tensor are `stride` apart.
+struct Rows {
+  Tensor held;
+  const float* data;
+  int64_t count, width, stride;
+
+  explicit Rows(const Tensor& x) : held(x), count(x.size(0)), width(count ? x.numel() / count : 0), stride(width) {
+    int64_t inner = 1;
+    bool side_by_side = true;
+    for (int64_t axis = x.dim() - 1; axis > 0; axis--) {
+      side_by_side &= x.stride(axis) == inner || x.size(axis) == 1;
+      inner *= x.size(axis);
+    }
+    if (x.scalar_type() != ScalarType::Float) fail("a kernel takes rows of float32");
+    if (side_by_side) stride = x.stride(0);
+    else held = torch::stable::contiguous(x);
+    data = static_cast<const float*>(held.const_data_ptr());
+  }
+
+  const float* row(int64_t t) const { return data + t * stride; }
+};
+
+// ---- Functions as the dispatcher calls them: arguments on a stack, and results in their place ----
+//
+// What TORCH_BOX does, without the tuples and checks that make it a sixth of the time in which this library is compiled.
+
+template <class R, class... A, size_t... I>
+void call(R (*f)(A...), StableIValue* stack, std::index_sequence<I...>) {
+  using torch::stable::detail::from;
+  using torch::stable::detail::to;
+  if constexpr (std::is_void_v<R>) {
+    f(to<A>(stack[I])...);
+  } else if constexpr (std::is_same_v<R, Tensor>) {
+    stack[0] = from(f(to<A>(stack[I])...));
+  } else {
+    const auto [first, second] = f(to<A>(stack[I])...);
+    stack[0] = from(first), stack[1] = from(second);
+  }
+}
+
+template <class R, class... A>
+void call(R (*f)(A...), StableIValue* stack, uint64_t arguments) {
+  if (arguments != sizeof...(A)) fail("an operator's schema has not as many arguments as its kernel takes");
+  call(f, stack, std::index_sequence_for<A...>{});
+}
+
+template <auto f>
+void boxed(StableIValue* stack, uint64_t arguments, uint64_t) {
+  call(f, stack, arguments);
+}
+
+// ---- Rows in threads ----
+
+// Elements that are worth a thread.
+constexpr int64_t kGrain = 1 << 14;
+
+// Calls f with each of `rows` rows of `width` elements, in threads where it is worth them.
+template <class F>
+void for_rows(int64_t rows, int64_t width, const F& f) {
+  torch::stable::parallel_for(0, rows, kGrain / std::max<int64_t>(1, width) + 1, [&](int64_t first, int64_t last) {
+    for (; first < last; first++) f(first);
+  });
+}
+
+// Calls f with each of the rows that are no padding, and writes zeros to the others of y.
+template <class F>
+void for_real_rows(const Tensor& y, const std::optional<Tensor>& real, const F& f) {
+  const int64_t rows = y.size(0), width = rows ? y.numel() / rows : 0, some = real_of(rows, real);
+  float* to = results(y);
+  for_rows(rows, width, [&](int64_t t) {
+    if (t < some) f(t, to + t * width);
+    else std::fill_n(to + t * width, width, 0.0f);
+  });
+}
+
+}  // namespace
