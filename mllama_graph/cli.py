@@ -67,7 +67,7 @@ def main() -> int:
     sys.argv[1:] = [literal(argument) for argument in given]
     try:
         _raise_on_interrupt()
-        job()
+        hydra.main(version_base=HYDRA_VERSION, config_path=str(CONF), config_name=CONFIG)(job)()
     except JobFailed as error:
         return int(error.args[0])
     except KeyboardInterrupt:
@@ -82,9 +82,8 @@ def main() -> int:
     return failures[0] if failures else 0
 
 
-@hydra.main(version_base=HYDRA_VERSION, config_path=str(CONF), config_name=CONFIG)
 def job(config: DictConfig) -> None:
-    """One job: a run alone, or one of a sweep."""
+    """One job: a run alone, or one of a sweep, possibly in another process."""
     state, failed_before = HydraConfig.get(), len(failures)
     folder, sweeping = Path(state.runtime.output_dir), state.mode == RunMode.MULTIRUN
     run: Run = OmegaConf.to_object(config)  # type: ignore[assignment]
