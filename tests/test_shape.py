@@ -10,7 +10,7 @@ from transformers.models.mllama.image_processing_pil_mllama import get_all_suppo
 from checkpoints import LLAMA3_SCALING, SPECS, model_config
 
 from mllama_graph.core.errors import UserError
-from mllama_graph.model.shape import RopeShape, differences, read_json, shape_of, supported_aspect_ratios
+from mllama_graph.model.shape import RopeShape, differences, read_json, read_optional_json, shape_of, supported_aspect_ratios
 
 BASE = model_config(SPECS["base"])
 
@@ -102,7 +102,7 @@ def test_a_broken_json_file_is_named(content, tmp_path):
 
 
 def test_an_absent_file_is_an_error_only_where_it_is_needed(tmp_path):
-    assert read_json(tmp_path / "generation_config.json", needed=False) is None
+    assert read_optional_json(tmp_path / "generation_config.json") is None
     with pytest.raises(UserError, match="config.json is missing"):
         read_json(tmp_path / "config.json")
 

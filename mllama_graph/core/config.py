@@ -183,7 +183,8 @@ def with_task_keys(run: Run) -> Run:
     for name, value in given.items():
         if name not in own:
             raise UserError(f"{name}={value}: {SHORT_NAMES[name]}, or leave {name}= out.")
-    return replace(run, task=replace(run.task, **given), **dict.fromkeys(given))
+    cleared: dict[str, Any] = dict.fromkeys(given)
+    return replace(run, task=replace(run.task, **given), **cleared)
 
 
 def one_of(key: str, value: Any, choices: tuple[Any, ...]) -> None:

@@ -30,7 +30,7 @@ class _Worker(SpawnProcess):
         main = sys.modules["__main__"]
         sys.modules["__main__"] = ModuleType("__main__")
         try:
-            return SpawnProcess._Popen(process)  # type: ignore[attr-defined]
+            return SpawnProcess._Popen(process)
         finally:
             sys.modules["__main__"] = main
 
@@ -38,7 +38,7 @@ class _Worker(SpawnProcess):
 class _Context(SpawnContext):
     """Starts such processes."""
 
-    Process = _Worker  # type: ignore[assignment]
+    Process = _Worker
 
 
 class WorkerPool:

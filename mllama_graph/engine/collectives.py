@@ -49,6 +49,7 @@ class Distributed:
         within = timedelta(seconds=timeout)
         dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=place.rank, world_size=place.world,
                                 timeout=within)
+        assert dist.group.WORLD is not None, "made just now"
         torch._C._distributed_c10d._register_process_group(GROUP, dist.group.WORLD)
         if host_group:
             # A group of its own: in one group of both kinds torchair would take the host's communicator.

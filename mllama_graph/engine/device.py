@@ -189,10 +189,15 @@ class NpuBackend(Backend):
 
     def start(self) -> None:
         import_torch_npu()
-        torch.npu.set_device(self.place.local_rank)
+        self._npu().set_device(self.place.local_rank)
+
+    def _npu(self) -> Any:
+        import torch_npu
+
+        return torch_npu.npu
 
     def free_memory(self) -> Optional[tuple[int, str]]:
-        return torch.npu.mem_get_info()[0], "free on the NPU"
+        return self._npu().mem_get_info()[0], "free on the NPU"
 
     def lay_out(self, weights: Weights, spec: GraphSpec) -> None:
         if dict(spec.options)["weight_format"] == "nz":
@@ -207,10 +212,10 @@ class NpuBackend(Backend):
         return logits_BV.cpu()
 
     def name(self) -> Optional[str]:
-        return torch.npu.get_device_name()
+        return self._npu().get_device_name()
 
     def most_bytes(self) -> int:
-        return torch.npu.max_memory_allocated()
+        return self._npu().max_memory_allocated()
 
     def profile(self, folder: Path, options: Any) -> Any:
         from mllama_graph.engine.npu_profile import npu_profile

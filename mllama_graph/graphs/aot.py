@@ -61,7 +61,7 @@ def prepare_tracing(spec: GraphSpec, folder: Path) -> None:
         native.declare(spec.world_size)
     elif spec.world_size > 1 and _stand_in is None:
         # Inductor looks the group up, if only to log its size. The registry does not keep it alive.
-        _stand_in = torch.distributed.ProcessGroup(0, spec.world_size)
+        _stand_in = torch.distributed.ProcessGroup(0, spec.world_size)  # type: ignore[call-arg]  # an overload that the stub lacks
         torch._C._distributed_c10d._register_process_group(GROUP, _stand_in)
 
 

@@ -74,7 +74,8 @@ def _aligned(leaf: Tensor) -> int:
 
 def _views(buffer: Tensor, leaves: list[Optional[Tensor]]) -> list[Optional[Tensor]]:
     """Tensors in `buffer`, one after another, of the shapes and types of `leaves`; None stays None."""
-    views, offset = [], 0
+    views: list[Optional[Tensor]] = []
+    offset = 0
     for leaf in leaves:
         if leaf is None:
             views.append(None)
@@ -111,7 +112,8 @@ class CapturedStep:
         # What fails here would fail uncaptured as well.
         cuda.warm_up(self._run)
         try:
-            self._replay, self._output = cuda.capture(self._run)
+            replay, self._output = cuda.capture(self._run)
+            self._replay: Optional[Callable[[], None]] = replay
         except RuntimeError as error:
             self._replay = None
             say(f"a step can't be captured in a CUDA graph, and runs without: {error}")
@@ -137,7 +139,7 @@ class CapturedStep:
 
     def _copy(self, leaves: list[Optional[Tensor]]) -> None:
         present = [(static, staged, leaf) for static, staged, leaf in zip(self._static, self._staged, leaves)
-                   if leaf is not None]
+                   if leaf is not None and static is not None and staged is not None]
         if not all(self._cuda.on_host(leaf) for _, _, leaf in present):
             for static, _, leaf in present:
                 static.copy_(leaf, non_blocking=True)

@@ -62,7 +62,11 @@ def device_name(device: str) -> str:
     """The device that a graph is compiled for, as exactly as it matters."""
     if device == "cpu":
         return processor_name(torch.backends.cpu.get_cpu_capability())
-    return torch.cuda.get_device_name() if device == "cuda" else f"{device} {torch.npu.get_device_name()}"
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    import torch_npu
+
+    return f"{device} {torch_npu.npu.get_device_name()}"
 
 
 @lru_cache

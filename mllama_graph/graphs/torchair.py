@@ -155,6 +155,6 @@ def cast_to_nz(weights: Weights) -> None:
     """Convert the matrices of linear layers in place to the layout that the matrix unit reads; only an NPU can."""
     import torch_npu
 
-    torch.npu.config.allow_internal_format = True
+    torch_npu.npu.config.allow_internal_format = True
     for weight in matrices(weights):
         weight.data = torch_npu.npu_format_cast(weight.data, FRACTAL_NZ)

@@ -16,7 +16,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mllama_graph.core.errors import UserError
 from mllama_graph.inputs.images import Source
-from mllama_graph.model.shape import read_json
+from mllama_graph.model.shape import read_optional_json
 
 ROLES = ("system", "user", "assistant", "tool", "ipython")
 IMAGE_PARTS = ("image", "image_url", "input_image")
@@ -59,7 +59,7 @@ def template_source(folder: Path, tokenizer_config: dict[str, Any]) -> Optional[
     """A checkpoint's chat template, from the newest of the three places that transformers has kept it in."""
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf8")
-    source = (read_json(folder / "chat_template.json", needed=False) or {}).get("chat_template")
+    source = (read_optional_json(folder / "chat_template.json") or {}).get("chat_template")
     source = source or tokenizer_config.get("chat_template")
     if isinstance(source, list):
         source = next((entry["template"] for entry in source if entry.get("name") == "default"), None)

@@ -8,6 +8,7 @@ import binascii
 import hashlib
 import io
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -155,7 +156,7 @@ def list_images(given: object) -> list[str]:
     raise UserError(f"image={given!r} must be a file, a comma list or a folder.")
 
 
-def _exists(test) -> bool:
+def _exists(test: Callable[[], bool]) -> bool:
     """A test of a path that is false for what can't be a path, such as a name that is too long."""
     try:
         return test()

@@ -12,7 +12,7 @@ from mllama_graph.inputs.chat import ChatTemplate, read_message, template_source
 from mllama_graph.inputs.detokenizer import Detokenizer
 from mllama_graph.inputs.images import Source, error_text, list_images, open_image, shorten, tile_image
 from mllama_graph.inputs.request import Request, Sampling, read_options
-from mllama_graph.model.shape import ModelShape, read_json
+from mllama_graph.model.shape import ModelShape, read_json, read_optional_json
 
 # CLIP's, which every released checkpoint uses (llama_models image_transform.py).
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -193,7 +193,7 @@ class Processor:
 
 def _optional(folder: Optional[Path], name: str) -> dict[str, Any]:
     """A JSON file of the checkpoint, or nothing where it has none."""
-    return (read_json(folder / name, needed=False) or {}) if folder else {}
+    return (read_optional_json(folder / name) or {}) if folder else {}
 
 
 def _token_text(value: Any) -> Optional[str]:
@@ -202,7 +202,7 @@ def _token_text(value: Any) -> Optional[str]:
 
 def _image_config(folder: Path, shape: ModelShape) -> dict[str, Any]:
     """preprocessor_config.json, or the image part of processor_config.json that newer transformers write."""
-    config = read_json(folder / "preprocessor_config.json", needed=False)
+    config = read_optional_json(folder / "preprocessor_config.json")
     if config is None:
         config = _optional(folder, "processor_config.json").get("image_processor") or {}
     tile = (config.get("size") or {}).get("height", shape.vision.tile)

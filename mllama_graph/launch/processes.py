@@ -81,7 +81,7 @@ def spawn(place: Place, variables: Mapping[str, str], given: Assignment, inherit
     """
     # The package as this process found it, installed or not.
     paths = filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")])
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | variables
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **variables}
     readable, writable = os.pipe()
     log = open(given.output_dir / "ranks" / f"{place.rank}.log", "ab") if place.rank else None
     with block_sigint():
@@ -99,9 +99,9 @@ def spawn(place: Place, variables: Mapping[str, str], given: Assignment, inherit
 
 def collect(ranks: Sequence[RankProcess], timeout: Optional[float]) -> None:
     """Wait until one of the ranks ends, or for `timeout` seconds, and take in how those that ended did."""
-    ended = wait([rank.report for rank in ranks if rank.running], timeout)
+    ended = wait([rank.report.fileno() for rank in ranks if rank.running], timeout)
     for rank in ranks:
-        if rank.report in ended:
+        if rank.running and rank.report.fileno() in ended:
             rank.take_end()
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 MISSING = "no plots: matplotlib is not installed (pip install -e '.[plots]')"
 WIDTH, HEIGHT, DPI = 8.0, 4.0, 110
@@ -77,25 +78,26 @@ def roofline(
     _save(axes, path)
 
 
-def _axes(title: str, across: str, up: str):
+def _axes(title: str, across: str, up: str) -> Any:
     import matplotlib
     from matplotlib.figure import Figure
 
+    colours = list(matplotlib.colormaps["tab20"](range(20)))
     axes = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, layout="constrained").subplots()
     axes.set(title=title, xlabel=across, ylabel=up)
     axes.title.set_fontsize(10)
-    axes.set_prop_cycle(color=matplotlib.colormaps["tab20"].colors[::2] + matplotlib.colormaps["tab20"].colors[1::2])
+    axes.set_prop_cycle(color=[*colours[::2], *colours[1::2]])
     axes.grid(True, alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     return axes
 
 
-def _legend(axes) -> None:
+def _legend(axes: Any) -> None:
     """Beside the plot, where it hides nothing."""
     axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
-def _ticks(axes, values: Sequence[float]) -> None:
+def _ticks(axes: Any, values: Sequence[float]) -> None:
     """A tick at each measured place, as long as they are few."""
     places = sorted(set(values))
     if len(places) <= 12:
@@ -103,5 +105,5 @@ def _ticks(axes, values: Sequence[float]) -> None:
         axes.minorticks_off()
 
 
-def _save(axes, path: Path) -> None:
+def _save(axes: Any, path: Path) -> None:
     axes.figure.savefig(path)

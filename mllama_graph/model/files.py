@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from mllama_graph.core.dtypes import SAFETENSORS
 from mllama_graph.core.errors import UserError
-from mllama_graph.model.shape import ModelShape, read_json, shape_of
+from mllama_graph.model.shape import ModelShape, read_json, read_optional_json, shape_of
 from mllama_graph.model.table import table
 
 # Weight names of transformers >= 4.52, and the legacy names, which released checkpoints have and the table uses.
@@ -45,7 +45,7 @@ class CheckpointFiles:
     @cached_property
     def tensors(self) -> dict[str, tuple[str, Path]]:
         """Legacy tensor name -> (name in the file, file)."""
-        index = read_json(self.folder / "model.safetensors.index.json", needed=False)
+        index = read_optional_json(self.folder / "model.safetensors.index.json")
         if index is None:
             paths = sorted(self.folder.glob("*.safetensors"))
         elif isinstance(index.get("weight_map"), dict):

@@ -205,15 +205,15 @@ def _check_shape(shape: ModelShape) -> None:
             "must be whole (config.json).")
 
 
-def read_json(path: Path, needed: bool = True) -> Optional[dict[str, Any]]:
-    """The JSON object in a file; None where the file is absent and not needed.
+def read_optional_json(path: Path) -> Optional[dict[str, Any]]:
+    """The JSON object in a file, or None where there is no such file. Raises UserError as `read_json` does."""
+    return read_json(path) if path.is_file() else None
 
-    Raises UserError naming the file.
-    """
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises UserError naming the file where it is missing or is no JSON object."""
     if not path.is_file():
-        if needed:
-            raise UserError(f"{path} is missing. weights= needs a Hugging Face checkpoint folder.")
-        return None
+        raise UserError(f"{path} is missing. weights= needs a Hugging Face checkpoint folder.")
     try:
         value = json.loads(path.read_text(encoding="utf8"))
     except (ValueError, OSError) as error:

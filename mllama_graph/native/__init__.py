@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 from mllama_graph.native import operators
 from mllama_graph.native.operators import OPERATORS
@@ -206,7 +206,7 @@ def _home(name: str, folder: Path) -> Path:
     return folder / "native" / hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 
-def _operators(name: str):
+def _operators(name: str) -> Any:
     import torch
 
     if name not in _loaded:

@@ -3,68 +3,77 @@
 The operators of `kernels` are declared here and implemented in C++. Those of the other libraries declare themselves.
 """
 
-from typing import Optional
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Optional
+
+if TYPE_CHECKING:
+    # Imported where it is used: the command line asks for libraries before torch is there.
+    from torch import Tensor
+
+    Maybe = Optional[Tensor]
 
 # How many ranks exchange, where collectives are traced.
 world: Optional[int] = None
 
 
-def _like(x, *others):
+def _like(x: Tensor, *others: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _all_gather(x):
+def _all_gather(x: Tensor) -> Tensor:
     if world is None:
         raise RuntimeError("the number of ranks is not known: declare(world) or attach first")
     return x.new_empty((world, *x.shape))
 
 
-def _nothing(*given):
+def _nothing(*given: Any) -> None:
     return None
 
 
-def _linear(x, weight, bias, real):
+def _linear(x: Tensor, weight: Tensor, bias: Maybe, real: Maybe) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def _add_rms_norm(x, y, weight, eps, real):
+def _add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float, real: Maybe) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
-def _rope_angles(position, inv_freq):
+def _rope_angles(position: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
     size = (position.shape[0], 2 * inv_freq.shape[0])
     return inv_freq.new_empty(size), inv_freq.new_empty(size)
 
 
-def _swiglu(h, real):
+def _swiglu(h: Tensor, real: Maybe) -> Tensor:
     return h.new_empty((h.shape[0], h.shape[1] // 2))
 
 
-def _embed(id, weight, first, real):
+def _embed(id: Tensor, weight: Tensor, first: Maybe, real: Maybe) -> Tensor:
     import torch
 
     return weight.new_empty((id.shape[0], weight.shape[1]), dtype=torch.float32)
 
 
-def _take_row(x, at):
+def _take_row(x: Tensor, at: Tensor) -> Tensor:
     return x.new_empty((1, *x.shape[1:]))
 
 
-def _normalise(tiles, real, scale, mean, std):
+def _normalise(tiles: Tensor, real: Tensor, scale: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return scale.new_empty(tiles.shape)
 
 
-def _patch_embed(x, weight):
+def _patch_embed(x: Tensor, weight: Tensor) -> Tensor:
     C, _, height, width = x.shape
     side = weight.shape[-1]
     return x.new_empty((C, (height // side) * (width // side), weight.shape[0]))
 
 
-def _add_positions(x, first, position, table, aspect, gate):
+def _add_positions(x: Tensor, *others: Tensor) -> Tensor:
     return x.new_empty((x.shape[0], x.shape[1] + 1, x.shape[2]))
 
 
-def _pad_rows(x, real, multiple):
+def _pad_rows(x: Tensor, real: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
     import torch
 
     C, L, E = x.shape
@@ -72,13 +81,13 @@ def _pad_rows(x, real, multiple):
     return x.new_empty((rows, E)), x.new_empty((rows,), dtype=torch.bool)
 
 
-def _join_features(x, kept, tiles, tokens):
+def _join_features(x: Tensor, kept: list[Tensor], tiles: int, tokens: int) -> Tensor:
     return x.new_empty((tiles * tokens, x.shape[1] * (1 + len(kept))))
 
 
 # Library -> operator -> (schema, or None where the library declares it; function of fake tensors). `real` counts the rows
 # that are no padding: the others are not read and become zeros. Weights, biases, gates and tables may be stored narrow.
-OPERATORS = {
+OPERATORS: dict[str, dict[str, tuple[Optional[str], Callable[..., Any]]]] = {
     "kernels": {
         "lay_out_": ("(Tensor(a!) weight) -> ()", _nothing),
         "linear": ("(Tensor x, Tensor weight, Tensor? bias, Tensor? real) -> Tensor", _linear),

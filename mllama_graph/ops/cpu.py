@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mllama_graph.model.inputs import PromptInput, TokenInput
 from mllama_graph.model.ops import Ops
-from mllama_graph.model.tree import Weights, matrices
+from mllama_graph.model.tree import Embedding, LayerNorm, Linear, Weights, matrices
 from mllama_graph.ops.plain import PLAIN, Pages
 
 kernels = torch.ops.mllama_graph
@@ -25,15 +25,15 @@ def lay_out(weights: Weights) -> None:
         kernels.lay_out_(weight)
 
 
-def embed(ids_T: Tensor, leaf, real_1: Tensor | None = None) -> Tensor:
+def embed(ids_T: Tensor, leaf: Embedding, real_1: Tensor | None = None) -> Tensor:
     return kernels.embed(ids_T, leaf.weight, None, real_1)
 
 
-def embed_held(ids_T: Tensor, leaf, real_1: Tensor | None = None) -> Tensor:
+def embed_held(ids_T: Tensor, leaf: Embedding, real_1: Tensor | None = None) -> Tensor:
     return kernels.embed(ids_T, leaf.weight, leaf.first, real_1)
 
 
-def linear(x: Tensor, leaf, real_1: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, leaf: Linear, real_1: Tensor | None = None) -> Tensor:
     """Of a weight that `lay_out` has laid out."""
     return kernels.linear(x, leaf.weight, leaf.bias, real_1)
 
@@ -49,7 +49,7 @@ def add_rms_norm(x_TD: Tensor, y_TD: Tensor | None, weight: Tensor, eps: float,
     return kernels.add_rms_norm(x_TD, y_TD, weight, eps, real_1)
 
 
-def layer_norm(x: Tensor, leaf, eps: float) -> Tensor:
+def layer_norm(x: Tensor, leaf: LayerNorm, eps: float) -> Tensor:
     return kernels.layer_norm(x, leaf.weight, leaf.bias, eps)
 
 

@@ -14,6 +14,7 @@ Run by Triton's interpreter and compiled for sm_80 and sm_90, on hosts without a
 
 from dataclasses import replace
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import Optional
 
 import torch
@@ -29,10 +30,8 @@ try:
     import triton
     import triton.language as tl
 except ImportError:  # torch's CPU wheels come without it
-    triton = None
-
-    class tl:  # what the kernels' signatures name
-        constexpr = None
+    # The kernels' signatures name tl.constexpr.
+    triton, tl = None, SimpleNamespace(constexpr=None)
 
 LOG2_E = 1.4426950408889634
 # The least side of a tensor-core tile in tl.dot.

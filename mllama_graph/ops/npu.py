@@ -23,6 +23,7 @@ What layers have in common (masks, casts) is written once a layer here and compu
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,7 @@ import torchair  # noqa: F401  (registers torchair.ops)
 from torch import Tensor
 
 from mllama_graph.model.ops import Ops, padded_head
+from mllama_graph.model.tree import Linear
 from mllama_graph.ops.plain import Pages
 from mllama_graph.ops.ranks import ranked
 
@@ -44,7 +46,7 @@ def _widen(x: Tensor, width: int) -> Tensor:
     return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
 
 
-def linear(x: Tensor, leaf) -> Tensor:
+def linear(x: Tensor, leaf: Linear) -> Tensor:
     # The weight has the dtype of x: MatMul takes no other (IR MatMul).
     y = torch_npu.npu_linear(x.flatten(0, -2), leaf.weight, leaf.bias)
     return y.view(*x.shape[:-1], y.shape[-1])
@@ -86,7 +88,7 @@ def write_pages_(k_TKH: Tensor, v_TKH: Tensor, pages: Pages, slot_T: Tensor) -> 
 
 
 def _attention(q_BRQH: Tensor, k: Tensor, v: Tensor, head_width: int, *, kv_heads: int, mask: Tensor | None,
-               captured: bool, sparse_mode: int = 0, **paged) -> Tensor:
+               captured: bool, sparse_mode: int = 0, **paged: Any) -> Tensor:
     """Fused attention, (B * R, Q, head_width). k and v are (B, L, K, H), or pages (N, P, K, H) with `block_table`.
 
     torchair's form of the operation takes lengths as tensors, in graphs of GE alone; torch_npu's takes integers.

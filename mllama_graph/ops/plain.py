@@ -4,18 +4,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mllama_graph.model.ops import Ops
 from mllama_graph.core.dtypes import WIDEN_ROWS
+from mllama_graph.model.inputs import PromptInput, TokenInput
+from mllama_graph.model.ops import Ops
+from mllama_graph.model.tree import Embedding, LayerNorm, Linear
 
 Pages = tuple[Tensor, Tensor]
 
 
-def embed(ids_T: Tensor, leaf) -> Tensor:
+def embed(ids_T: Tensor, leaf: Embedding) -> Tensor:
     """Rows of the table: ids_T -> x_TD."""
     return F.embedding(ids_T, leaf.weight)
 
 
-def embed_held(ids_T: Tensor, leaf) -> Tensor:
+def embed_held(ids_T: Tensor, leaf: Embedding) -> Tensor:
     """The same of a rank that holds only the rows from leaf.first on: zeros for ids of other ranks."""
     row_T = ids_T - leaf.first
     held_T = (row_T >= 0) & (row_T < leaf.weight.shape[0])
@@ -23,7 +25,7 @@ def embed_held(ids_T: Tensor, leaf) -> Tensor:
     return torch.where(held_T[:, None], x_TD, 0)
 
 
-def linear(x: Tensor, leaf) -> Tensor:
+def linear(x: Tensor, leaf: Linear) -> Tensor:
     """A weight stored narrower than it is computed in is widened.
 
     For a few rows that is a fused multiply and sum, one pass over the weight under Inductor; for more, widening it once
@@ -51,7 +53,7 @@ def add_rms_norm(x_TD: Tensor, y_TD: Tensor | None, weight: Tensor, eps: float) 
     return rms_norm(sum_TD, weight, eps), sum_TD
 
 
-def layer_norm(x: Tensor, leaf, eps: float) -> Tensor:
+def layer_norm(x: Tensor, leaf: LayerNorm, eps: float) -> Tensor:
     """Layer norm over the last axis, in the dtype of x."""
     return F.layer_norm(x, (x.shape[-1],), leaf.weight.to(x.dtype), leaf.bias.to(x.dtype), eps)
 
@@ -241,7 +243,7 @@ def attend_tiles(q_SAH: Tensor, k_SAH: Tensor, v_SAH: Tensor, pad_S: Tensor) -> 
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_SS)[0].transpose(0, 1)
 
 
-def _as_they_are(ops: Ops, given) -> Ops:
+def _as_they_are(ops: Ops, given: PromptInput | TokenInput) -> Ops:
     return ops
 
 

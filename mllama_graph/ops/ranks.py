@@ -5,28 +5,29 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.distributed.distributed_c10d import GroupName
 
 from mllama_graph.model.ops import Ops
+from mllama_graph.model.tree import Embedding
 from mllama_graph.ops.plain import PLAIN
 
 # shared_memory: mllama_graph/native, ranks of one CPU host. distributed: torch.distributed's functional collectives.
 COLLECTIVES = ("shared_memory", "distributed")
 # The name under which the process group is registered; graphs hold it as a string.
-GROUP = "tensor_parallel"
+GROUP = GroupName("tensor_parallel")
 # The same ranks, for tensors of the host where the device is an NPU.
-HOST_GROUP = "tensor_parallel_host"
+HOST_GROUP = GroupName("tensor_parallel_host")
 
 
 def ranked(world: int, collectives: str, base: Ops = PLAIN) -> Ops:
     """The operations of one of `world` ranks. The same for all of them, so that they share their graphs."""
     if world == 1:
         return base
-    if collectives == "shared_memory":
-        all_reduce, all_gather = _shared_all_reduce, _shared_all_gather
-    else:
-        all_reduce, all_gather = _distributed_all_reduce, gather_in(GROUP, world)
+    shared = collectives == "shared_memory"
+    all_reduce = _shared_all_reduce if shared else _distributed_all_reduce
+    all_gather = _shared_all_gather if shared else gather_in(GROUP, world)
 
-    def embed(ids_T: Tensor, leaf, **padding: Tensor) -> Tensor:
+    def embed(ids_T: Tensor, leaf: Embedding, **padding: Tensor) -> Tensor:
         """Each rank looks up the ids whose rows it holds; the sum has all of them, unrounded: the others add zeros."""
         return all_reduce(base.embed_held(ids_T, leaf, **padding))
 
@@ -46,7 +47,7 @@ def _distributed_all_reduce(x: Tensor) -> Tensor:
     return functional.wait_tensor(functional.all_reduce(x.contiguous(), "sum", GROUP))
 
 
-def gather_in(group: str, world: int) -> Callable[[Tensor], Tensor]:
+def gather_in(group: GroupName, world: int) -> Callable[[Tensor], Tensor]:
     """The all-gather of a registered group: x -> (world, *x.shape)."""
 
     def all_gather(x: Tensor) -> Tensor:

@@ -164,7 +164,7 @@ def main(run: ResolvedRun) -> None:
     for title, rows in tables.items():
         print(f"\n{title}\n" + columns(*_cells(rows)))
     write_csv(folder / "roofline.csv", [{"table": title, **row} for title, rows in tables.items() for row in rows])
-    write_manifest(folder, run.asked, CPU.name if on_cpu else MODELLED, torch.backends.cpu.get_cpu_capability())
+    write_manifest(folder, run.asked, CPU.name if on_cpu else MODELLED, torch.backends.cpu.get_cpu_capability(), None)
     text = [f"# Roofline: {heading}"]
     for title, rows in tables.items():
         text += ["", f"## {title}", "", *markdown(*_cells(rows))]

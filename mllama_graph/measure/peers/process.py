@@ -59,10 +59,12 @@ class Peer:
         Requests of equal length with equal numbers of images, their tiles as prepared; mistralrs gets pictures.
         """
         images = [self._engine.image(tiles, self.shape) for request in requests for tiles in request.images]
+        to, answers = self._process.stdin, self._process.stdout
+        assert to is not None and answers is not None
         try:
-            self._process.stdin.write(json.dumps({"ids": [list(r.ids) for r in requests], "images": images, "new": new}) + "\n")
-            self._process.stdin.flush()
-            told = json.loads(self._process.stdout.readline() or "null") or {"fault": self._last_words()}
+            to.write(json.dumps({"ids": [list(r.ids) for r in requests], "images": images, "new": new}) + "\n")
+            to.flush()
+            told = json.loads(answers.readline() or "null") or {"fault": self._last_words()}
         except OSError:
             told = {"fault": self._last_words()}
         self.fault = told.get("fault", "")

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import CompileConfig, MllamaForConditionalGeneration
 
 # Decode steps of a generation that compiles its graph: they trace it, and trace it again as its shapes turn out to vary.
@@ -31,7 +32,7 @@ def main(setting: dict[str, Any], folder: str, device: str) -> None:
         print(json.dumps(told), file=answers, flush=True)
 
 
-def generate(model, setting: dict[str, Any], case: dict[str, Any]) -> dict[str, Any]:
+def generate(model: Any, setting: dict[str, Any], case: dict[str, Any]) -> dict[str, Any]:
     """A greedy generation of the whole batch, the clock read at each step's logits; steps that compile are not told."""
     if setting["freezing"]:
         # A frozen graph holds the cache of the generation that compiled it.
@@ -50,7 +51,7 @@ def generate(model, setting: dict[str, Any], case: dict[str, Any]) -> dict[str, 
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
     times: list[float] = []
 
-    def clock(_, scores):
+    def clock(_: Tensor, scores: Tensor) -> Tensor:
         if scores.is_cuda:
             torch.cuda.synchronize()
         times.append(time.perf_counter())
