@@ -23,7 +23,7 @@ from checkpoints import SPECS, write_checkpoint
 from commands import kept
 from engines import GRAPH_PLAN, GRAPH_SPEC, Model, arguments, load_model
 
-from mllama_graph.graphs.store import default_store
+from mllama_graph.core.paths import default_store
 
 # Shared machines have slow seconds: a slow example is no failure, and runs repeat exactly.
 settings.register_profile("suite", deadline=None, derandomize=True, database=None, max_examples=60,

@@ -7,17 +7,18 @@ from typing import Any
 
 import torch
 
-from mllama_graph.plan.buckets import make_plan
-from mllama_graph.model.checkpoint import Checkpoint, build, from_checkpoint, model_of
-from mllama_graph.core.config import BackendChoice, PlanChoice, Run
-from mllama_graph.engine.engine import Engine, Result
-from mllama_graph.model.tree import Node, Pages
+from mllama_graph.core.config import BackendChoice, PlanChoice, Run, with_task_keys
 from mllama_graph.core.report import Progress
-from mllama_graph.model.shape import ModelShape
+from mllama_graph.engine.engine import Engine
+from mllama_graph.engine.results import Result
 from mllama_graph.engine.start import pixels_of, processor_of, start_engine
-
-IGNORE = lambda *_: None  # noqa: E731
-
+from mllama_graph.model.files import CheckpointFiles
+from mllama_graph.model.inputs import Pages
+from mllama_graph.model.placement import Placement
+from mllama_graph.model.shape import ModelShape
+from mllama_graph.model.tree import Weights, build
+from mllama_graph.model.weights import from_checkpoint
+from mllama_graph.plan.resolve import ResolvedRun, resolve
 
 GRAPH_SPEC = "no_template"
 # One size of everything: vision, a chunk and a decode step, both with and without images.
@@ -25,12 +26,16 @@ GRAPH_PLAN = {"batch": 4, "page_size": 16, "prefill_tokens": [32], "decode_batch
               "max_images": 2, "max_input_length": 60, "max_output_length": 30, "dtype": "fp32", "threads": 1,
               "kernels": "native"}
 GRAPHS = 5
+CPU = Placement.at(torch.device("cpu"))
 
 
 def arguments(changes: dict[str, Any]) -> list[str]:
-    """`changes` of `run_of` as run.py takes them."""
+    """`changes` of `run_of` as the command line takes them."""
     inside = {f.name for f in fields(PlanChoice)}
-    group = lambda name: "plan." if name in inside else "backend." if name == "kernels" else ""  # noqa: E731
+
+    def group(name: str) -> str:
+        return "plan." if name in inside else "backend." if name == "kernels" else ""
+
     return [f"{group(name)}{name}={value}".replace(" ", "") for name, value in changes.items()]
 
 
@@ -38,17 +43,30 @@ def run_of(folder: Path, **changes: Any) -> Run:
     """A Run on a checkpoint: eager, without kernels and fp32 unless told; the names of PlanChoice go to its plan."""
     plan = PlanChoice(**{f.name: changes.pop(f.name) for f in fields(PlanChoice) if f.name in changes})
     backend = BackendChoice(changes.pop("backend", "eager"), changes.pop("kernels", "plain"))
-    limits = {"max_input_length": 300, "max_output_length": 100, "max_images": 4, "dtype": "fp32"}
+    limits = {"max_input_length": 300, "max_output_length": 100, "max_images": 4, "dtype": "fp32", "output_dir": "."}
     return Run(weights=str(folder), backend=backend, plan=plan, **(limits | changes))
+
+
+def resolved(run: Run) -> ResolvedRun:
+    """What a run of a task that needs a model will do."""
+    found = resolve(with_task_keys(run), None)
+    assert isinstance(found, ResolvedRun)
+    return found
 
 
 def start(folder: Path, **changes: Any) -> Engine:
     """An engine on a checkpoint; `changes` as in `run_of`."""
-    run = run_of(folder, **changes)
-    shape, checkpoint = model_of(run)
-    processor = processor_of(run, shape, checkpoint)
-    plan = make_plan(run, shape, run.max_images)
-    return start_engine(run, plan, shape, checkpoint, processor, Progress(io.StringIO()))
+    return start_run(resolved(run_of(folder, **changes)))
+
+
+def start_run(run: ResolvedRun) -> Engine:
+    """The engine of a resolved run; what it tells its reader is kept (`said`)."""
+    return start_engine(run, processor_of(run), Progress(io.StringIO()))
+
+
+def said(engine: Engine) -> str:
+    """The lines that the engine told its reader."""
+    return engine.executor.graphs.say.__self__._stream.getvalue()
 
 
 def serve(engine: Engine, lines: list[dict]) -> dict[Any, Result]:
@@ -66,18 +84,18 @@ def tokens_of(engine: Engine, lines: list[dict]) -> dict[Any, list[int]]:
 
 
 def holds_nothing(engine: Engine) -> bool:
-    """Whether every page is free or belongs to an idle image, and no pixels are kept."""
+    """Whether every page is free or belongs to an idle image, and no request is remembered, by ranks neither."""
     scheduler = engine.scheduler
     idle = sum(len(image.pages) for image in scheduler.images._idle.values())
-    return (scheduler.pool.free == scheduler.pool.capacity and not scheduler.images._used and not engine._pixels
-            and scheduler.images.pool.free + idle == scheduler.images.pool.capacity)
+    return (scheduler.pool.free == scheduler.pool.capacity and not scheduler.images._used and not engine._running
+            and not engine._unread and scheduler.images.pool.free + idle == scheduler.images.pool.capacity)
 
 
 @dataclass(frozen=True)
 class Model:
     """A checkpoint's weights in fp32, without engine or pages."""
 
-    weights: Node
+    weights: Weights
     shape: ModelShape
 
     def pages(self, count: int, page_size: int, layers: int) -> Pages:
@@ -89,8 +107,10 @@ class Model:
 
 def load_model(folder: Path) -> Model:
     """The weight tree of a checkpoint in fp32."""
-    run = run_of(folder)
-    shape, _ = model_of(run)
-    checkpoint = Checkpoint(folder)
-    pixels = pixels_of(processor_of(run, shape, checkpoint))
-    return Model(build(shape, pixels, torch.float32, torch.device("cpu"), from_checkpoint(checkpoint), IGNORE), shape)
+    run = resolved(run_of(folder))
+    return Model(build_weights(CheckpointFiles(folder), pixels_of(processor_of(run))), run.shape)
+
+
+def build_weights(files: CheckpointFiles, pixels: Any, dtype: torch.dtype = torch.float32) -> Weights:
+    """The weight tree of a checkpoint on the CPU."""
+    return build(files.shape, pixels, dtype, CPU, from_checkpoint(files), lambda count: None)

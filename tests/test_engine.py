@@ -10,7 +10,7 @@ from checkpoints import SPECS
 from engines import holds_nothing, serve, start, tokens_of
 from request_cases import resolve
 
-from mllama_graph.engine.scheduler import VisionStep
+from mllama_graph.engine.steps import VisionStep
 
 # Two correct fp32 engines may choose differently where the best two logits are this close (INTERFACE.md).
 NEAR_TIE = 1e-3
