@@ -1,21 +1,21 @@
-"""Runs Python with an NPU simulated: `python -m mllama_graph.ascend -m pytest tests/ascend`, or a script's name."""
+"""Python with a simulated NPU: `python -m mllama_graph.ascend -m pytest tests/ascend`, or the path of a script."""
 
 import os
 import sys
 
 from mllama_graph.ascend.stubs import environment
+from mllama_graph.core.paths import default_store
 from mllama_graph.native import BuildError
-from mllama_graph.graphs.store import default_store
 
 
 def main() -> None:
-    """Build the stubs if they are not there, and become the Python process that was asked for."""
+    """Build the stubs unless they exist, and replace this process by Python with the arguments that were given."""
     try:
-        there = environment(default_store())
+        variables = environment(default_store())
     except BuildError as error:
         sys.exit(str(error))
-    os.execve(sys.executable, [sys.executable, *sys.argv[1:]], there)
+    os.execve(sys.executable, [sys.executable, *sys.argv[1:]], variables)
 
 
-main()
-
+if __name__ == "__main__":
+    main()

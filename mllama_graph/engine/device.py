@@ -235,9 +235,9 @@ class NpuSimBackend(NpuBackend):
 
     def start(self) -> None:
         import_torch_npu()
-        from mllama_graph.ascend import interpreter
+        from mllama_graph.ascend import simulation
 
-        interpreter.install(wide=self.run.precision.compute == "fp32")
+        simulation.install(wide=self.run.precision.compute == "fp32")
 
     def free_memory(self) -> Optional[tuple[int, str]]:
         return None

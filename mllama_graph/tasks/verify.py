@@ -1,4 +1,4 @@
-"""task=verify: lower the graphs that an NPU would get, from shapes alone, and check them by the rules of ascend/lint.py.
+"""task=verify: lower the graphs that an NPU would get, from shapes alone, and check them by the rules of ascend/rules.py.
 
 Buckets of one class differ in sizes alone. The smallest and the largest bucket of each class are lowered with all layers, and
 must be the same graph except for sizes. Every bucket, and the last rank, is lowered for a model of one layer of each kind.
@@ -47,7 +47,7 @@ class Job:
 
 @dataclass
 class Judged:
-    """What was found of a graph. findings: (rule, message). structure: the digests of lint.structure."""
+    """What was found of a graph. findings: (rule, message). structure: the digests of ascend/structure.py."""
 
     job: Job
     seconds: float
@@ -128,8 +128,10 @@ def _begin(run: ResolvedRun) -> None:
 def judge(spec: GraphSpec, job: Job) -> Judged:
     """Lower a graph and check it."""
     from mllama_graph.ascend.capture import CaptureError, capture, shortened
-    from mllama_graph.ascend.interpreter import operations
-    from mllama_graph.ascend.lint import Context, Graph, lint, structure
+    from mllama_graph.ascend.graph import Context, LoweredGraph
+    from mllama_graph.ascend.graphdef import count_operations
+    from mllama_graph.ascend.lint import lint
+    from mllama_graph.ascend.structure import structure
 
     begun = time.perf_counter()
     own = replace(spec, rank=job.rank, shape=spec.shape if job.whole else shortened(spec.shape))
@@ -137,10 +139,10 @@ def judge(spec: GraphSpec, job: Job) -> Judged:
         captured = capture(own, job.bucket)
     except CaptureError as error:
         return Judged(job, time.perf_counter() - begun, [("lowering", str(error))])
-    findings = [(found.lint, found.message) for found in lint(captured, Context(own, job.bucket))]
-    found = operations(captured.graph)
+    findings = [(found.rule, found.message) for found in lint(captured, Context(own, job.bucket))]
+    found = count_operations(captured.graph)
     return Judged(job, time.perf_counter() - begun, findings, found.total(), sum(found[name] for name in FUSED),
-                  found[SUM], Graph(captured).weight_bytes, structure(captured))
+                  found[SUM], LoweredGraph(captured).weight_bytes, structure(captured))
 
 
 def all_findings(judged: list[Judged]) -> list[str]:

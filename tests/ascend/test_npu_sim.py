@@ -10,9 +10,9 @@ import pytest
 
 from commands import kept
 from engines import serve, start
+from run_command import ROOT, assert_kept, interrupted, run
 from test_engine import few
 from test_ranks import wrong
-from test_run import ROOT, assert_kept, interrupted, run
 from test_stubs import needs_torch_npu
 
 ANSWER = "I see a red circle, a green triangle and a blue star."
@@ -35,33 +35,40 @@ def store(shared):
 
 @pytest.fixture(scope="module")
 def first(store, shared):
-    """The tiny model's own question, on a store without its graphs."""
+    """The tiny model's default question, on a store without its graphs."""
     folder = shared / "simulated"
     return kept(folder / "made", lambda: run(folder / "out", "backend=torchair", store))
 
 
 def test_the_tiny_model_answers_through_interpreted_graphs(first):
-    assert first.code == 0 and first.out.splitlines()[0] == ANSWER, first.err
-    assert SIMULATED in first.err and "Traceback" not in first.err and "Warning" not in first.err
+    assert first.code == 0, first.err
+    assert first.out.splitlines()[0] == ANSWER
+    assert SIMULATED in first.err
+    assert "Traceback" not in first.err
+    assert "Warning" not in first.err
     result = first.result()
-    assert result["config"]["device"] == "npu-sim" and result["config"]["backend"]["name"] == "torchair"
+    assert result["config"]["device"] == "npu-sim"
+    assert result["config"]["backend"]["name"] == "torchair"
     assert {graph["source"] for graph in result["graphs"]} == {"compiled"}
     assert {graph["phase"] for graph in result["graphs"]} == {"vision", "prefill", "decode"}
 
 
 def test_a_second_process_loads_every_graph_without_tracing(first, store, tmp_path, monkeypatch):
-    # Nothing can be traced in this process: were a graph not loaded, its step would run eagerly, which raises here.
+    # Nothing can be traced in this process: a step whose graph was not loaded would run eagerly, which raises here.
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     done = run(tmp_path / "out", "backend=torchair", store, "plan.compile=never")
-    assert done.code == 0 and done.out.splitlines()[0] == ANSWER, done.err
+    assert done.code == 0, done.err
+    assert done.out.splitlines()[0] == ANSWER
     assert {graph["source"] for graph in done.result()["graphs"]} == {"hit"}
 
 
-# Every field of the key is tried in simulated/test_serving.py.
+# simulated/test_serving.py tries every field of the key.
 @pytest.mark.parametrize("change", ["backend.torchair.topology_sorting_strategy=DFS", "tp=2"])
-def test_another_option_or_world_never_hits(change, first, store, tmp_path):
+def test_another_option_or_number_of_ranks_finds_no_graph(change, first, store, tmp_path):
     done = run(tmp_path / "out", "backend=torchair", store, "plan.compile=never", change)
-    assert done.code == 2 and "is not in the graph store, and plan.compile=never" in done.one_line_error().replace("rank 0: ", "")
+    assert done.code == 2
+    message = done.one_line_error().replace("rank 0: ", "")
+    assert "is not in the graph store, and plan.compile=never" in message
 
 
 def test_two_ranks_give_the_tokens_of_one(checkpoint, requests, store, tmp_path):
@@ -74,25 +81,27 @@ def test_two_ranks_give_the_tokens_of_one(checkpoint, requests, store, tmp_path)
                "plan.decode_batch=[8]", "plan.pages=[4]", "plan.images=[4]",
                f"weights={checkpoint('cross_first')}", f"requests={tmp_path / 'requests.jsonl'}")
     assert done.code == 0, done.err
-    assert len(done.lines()) == len(lines) and not wrong(done.lines(), one)
+    assert len(done.lines()) == len(lines)
+    assert not wrong(done.lines(), one)
 
 
 def test_the_tiny_model_answers_held_out_scenes_as_through_plain(store, tmp_path):
-    asked = ["task=evaluate", "task.each=3", "task.controls=false", "batch=8", "plan.decode_batch=[8]", "max_images=2",
-             "plan.prefill_tokens=[64]", "max_input_length=64", "max_output_length=60", "plan.images=[2]"]
+    task = ["task=evaluate", "task.each=3", "task.controls=false", "batch=8", "plan.decode_batch=[8]", "max_images=2",
+            "plan.prefill_tokens=[64]", "max_input_length=64", "max_output_length=60", "plan.images=[2]"]
     texts = []
     for name, backend in (("npu", ["backend=torchair", store]), ("plain", ["backend=eager", "device=cpu"])):
-        done = run(tmp_path / name, *asked, *backend)
+        done = run(tmp_path / name, *task, *backend)
         assert done.code == 0, done.err
         texts.append([line["text"] for line in done.lines()])
-    assert len(texts[0]) == 66 and texts[0] == texts[1]
+    assert len(texts[0]) == 66
+    assert texts[0] == texts[1]
 
 
 def test_an_interrupt_ends_the_run_and_keeps_every_finished_line(store, tmp_path):
     assert_kept(interrupted(tmp_path, 60, "backend=torchair", store, "max_input_length=30"), 60)
 
 
-@pytest.mark.parametrize("given, message", [
+@pytest.mark.parametrize(("given", "message"), [
     (["backend.torchair.mode=npugraph_ex"], "captures kernels while they run, and the simulation has none"),
     (["backend.torchair.weight_format=nz"], "only an NPU casts weights to its own tiles"),
     (["plan.page_size=64"], "plan.page_size=64: an NPU's attention takes pages of 128 to 512 tokens"),
@@ -101,22 +110,25 @@ def test_an_interrupt_ends_the_run_and_keeps_every_finished_line(store, tmp_path
     (["collectives=shared_memory", "tp=2"], "collectives=shared_memory serves CPU ranks"),
     (["device=npu"], "needs 1 npu devices; this machine shows 0"),
 ])
-def test_what_the_simulation_cant_do_is_one_line(given, message, tmp_path):
+def test_what_the_simulation_can_not_do_is_refused_in_one_line(given, message, tmp_path):
     done = run(tmp_path / "out", "backend=torchair", *given)
-    assert done.code == 2 and message in done.one_line_error()
+    assert done.code == 2
+    assert message in done.one_line_error()
 
 
 def test_under_torchrun_the_simulation_says_how_to_start(tmp_path, monkeypatch):
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "20031"}.items():
         monkeypatch.setenv(name, value)
     done = run(tmp_path / "out", "backend=torchair")
-    assert done.code == 2 and "start it with python run.py" in done.one_line_error()
+    assert done.code == 2
+    assert "start it with python run.py" in done.one_line_error()
 
 
 def test_a_cpu_run_beside_an_installed_torch_npu_needs_no_cann(tmp_path):
-    assert "LD_LIBRARY_PATH" not in os.environ or "native" not in os.environ["LD_LIBRARY_PATH"]
+    assert "native" not in os.environ.get("LD_LIBRARY_PATH", "")
     done = run(tmp_path / "out", "backend=eager", "device=cpu")
-    assert done.code == 0 and done.out.splitlines()[0] == ANSWER
+    assert done.code == 0, done.err
+    assert done.out.splitlines()[0] == ANSWER
 
 
 # Three layers, and one bucket of each kind.
@@ -127,16 +139,17 @@ def test_verify_lowers_every_graph_of_the_plan_and_prints_a_verdict_for_each(che
     done = run(tmp_path / "out", *SMALL, f"weights={checkpoint('no_template')}")
     assert done.code == 0, done.err
     result = done.result()
-    assert result["metrics"]["findings"] == [] and result["status"] == "ok"
+    assert result["metrics"]["findings"] == []
+    assert result["status"] == "ok"
     buckets = {graph["bucket"] for graph in result["graphs"]}
-    phases = {bucket.split()[0] for bucket in buckets}
-    assert phases == {"vision", "prefill", "decode"} and all(bucket in done.out for bucket in buckets)
+    assert {bucket.split()[0] for bucket in buckets} == {"vision", "prefill", "decode"}
+    assert all(bucket in done.out for bucket in buckets)
     assert done.out.count(" clean ") == len(buckets)
     assert "modelled ms" in done.out
 
 
 def test_a_graph_that_breaks_a_rule_ends_verify_with_code_1_and_the_line_of_the_model(checkpoint, tmp_path):
-    """In a copy of the project whose attention gets a Python number for a length."""
+    """In a copy of the project whose attention takes a Python number as length."""
     broken = tmp_path / "project"
     shutil.copytree(ROOT, broken, ignore=shutil.ignore_patterns(".git", ".venv*", "outputs", "__pycache__"))
     source = broken / "mllama_graph" / "ops" / "npu.py"
@@ -146,8 +159,12 @@ def test_a_graph_that_breaks_a_rule_ends_verify_with_code_1_and_the_line_of_the_
     command = [sys.executable, str(broken / "run.py"), *SMALL, f"weights={checkpoint('no_template')}",
                f"hydra.run.dir={tmp_path / 'out'}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
     [error] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "actual_seq_lengths_kv is baked into the graph" in error and "mllama_graph/model/text.py" in error
-    kept = json.loads((tmp_path / "out" / "result.json").read_text())
-    assert kept["status"] == "error" and kept["graphs"] and kept["metrics"]["findings"]
+    assert "actual_seq_lengths_kv is baked into the graph" in error
+    assert "mllama_graph/model/text.py" in error
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["status"] == "error"
+    assert result["graphs"]
+    assert result["metrics"]["findings"]

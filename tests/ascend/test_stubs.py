@@ -1,4 +1,4 @@
-"""The stub libraries: built from the installed wheel, once, and enough to import torch_npu and move memory."""
+"""The stub libraries are built from the installed wheel, once, and suffice to import torch_npu and move memory."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ from mllama_graph.ascend import stubs
 from mllama_graph.native import BuildError
 
 pytestmark = pytest.mark.usefixtures("without_stubs")
-needs_torch_npu = pytest.mark.skipif(not stubs.installed(), reason="torch_npu is not installed: README.md, Test, says how")
+needs_torch_npu = pytest.mark.skipif(not stubs.installed(), reason="torch_npu is not installed; README.md says how")
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def folder(shared):
 
 
 @needs_torch_npu
-def test_every_library_that_the_wheel_asks_for_is_there(folder):
+def test_every_library_that_the_wheel_needs_is_built(folder):
     home = stubs.build(folder)
     names = {path.name for path in home.glob("*.so")}
     assert {"libascendcl.so", "libhccl.so", "libge_runner.so", "libgraph.so"} < names
@@ -29,21 +29,23 @@ def test_every_library_that_the_wheel_asks_for_is_there(folder):
 
 
 @needs_torch_npu
-def test_a_second_build_is_the_first(folder):
+def test_a_second_build_finds_the_first(folder):
     library = stubs.build(folder) / stubs.LIBRARY
     before = library.stat().st_mtime_ns
-    assert stubs.build(folder) == library.parent and library.stat().st_mtime_ns == before
+    assert stubs.build(folder) == library.parent
+    assert library.stat().st_mtime_ns == before
 
 
 @needs_torch_npu
-def test_the_environment_puts_the_stubs_before_what_is_there(folder, monkeypatch):
+def test_the_stubs_come_first_in_the_library_path(folder, monkeypatch):
     monkeypatch.setenv("LD_LIBRARY_PATH", "/already/there")
-    there = stubs.environment(folder)
-    assert there["LD_LIBRARY_PATH"].split(os.pathsep) == [str(stubs.build(folder)), "/already/there"]
-    assert stubs.ACTIVE in there and not stubs.active()
+    variables = stubs.environment(folder)
+    assert variables["LD_LIBRARY_PATH"].split(os.pathsep) == [str(stubs.build(folder)), "/already/there"]
+    assert stubs.ACTIVE in variables
+    assert not stubs.active()
 
 
-def test_without_torch_npu_the_remedy_is_said(folder, monkeypatch):
+def test_without_torch_npu_the_error_says_how_to_install_it(folder, monkeypatch):
     monkeypatch.setattr(stubs.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BuildError, match=r"torch_npu is not installed. Install it with: pip install"):
         stubs.build(folder)
@@ -60,5 +62,6 @@ try:
 except RuntimeError as error:
     print("raised", "500001" in str(error))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=stubs.environment(folder))
+    variables = stubs.environment(folder)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=variables)
     assert done.stdout.splitlines()[-1:] == ["raised True"], done.stdout + done.stderr

@@ -1,5 +1,5 @@
-"""What torchair compiles in these tests is executed by the interpreter."""
+"""In these tests the interpreter executes what torchair compiles."""
 
-from mllama_graph.ascend import interpreter
+from mllama_graph.ascend import simulation
 
-interpreter.install()
+simulation.install()

@@ -10,9 +10,9 @@ from torchair._ge_concrete_graph import ge_ir_pb2
 from checkpoints import SPECS, model_config
 
 from mllama_graph.ascend.capture import Capture
-from mllama_graph.plan.buckets import Bucket
-from mllama_graph.graphs.aot import GraphSpec
+from mllama_graph.graphs.spec import GraphSpec
 from mllama_graph.model.shape import shape_of
+from mllama_graph.plan.bucket import Bucket
 
 VISION = Bucket("vision", 1, 1, 0, 2)
 DECODE, LEAN = Bucket("decode", 2, 2, 3, 8), Bucket("decode", 2, 2, 3, 0)
@@ -22,12 +22,12 @@ CLASSES = (VISION, DECODE, LEAN, PREFILL, PREFILL_LEAN, CHUNK, CHUNK_LEAN)
 
 
 def spec_of(name: str, ranks: int = 1, **changes: Any) -> GraphSpec:
-    """What graphs of a small model are lowered for: bf16, pools that hold two sequences with four images each."""
-    given = {"page_size": 128, "num_pages": 12, "num_image_pages": 16} | changes
-    shape = shape_of(model_config(SPECS[name]))
-    return replace(GraphSpec(shape, store=torch.bfloat16, compute=torch.bfloat16, backend="torchair", device="npu-sim",
-                             threads=1, world_size=ranks, collectives="distributed",
-                             page_size=128, num_pages=12, num_image_pages=16), **given)
+    """What the graphs of a small model are lowered for: bf16, and pools for two sequences with four images each."""
+    pools = {"page_size": 128, "num_pages": 12, "num_image_pages": 16}
+    spec = GraphSpec(shape_of(model_config(SPECS[name])), store=torch.bfloat16, compute=torch.bfloat16,
+                     backend="torchair", device="npu-sim", threads=1, world_size=ranks, collectives="distributed",
+                     **pools)
+    return replace(spec, **changes)
 
 
 def broken(captured: Capture, change: Callable[[dict[str, Any]], None]) -> Capture:

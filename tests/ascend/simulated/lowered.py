@@ -10,29 +10,30 @@ import torchair
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from mllama_graph.ascend.interpreter import SimulatedGraph, host_view, install, operations
+from mllama_graph.ascend.graphdef import count_operations
+from mllama_graph.ascend.simulation import SimulatedGraph, host_view, install
 from mllama_graph.graphs.torchair import compiler_config
 
 
 def to_npu(tree: Any) -> Any:
-    """Tensors of a tree on the simulated device."""
+    """A tree whose tensors are on the simulated device."""
     return pytree.tree_map(lambda x: x.to("npu") if isinstance(x, Tensor) else x, tree)
 
 
 def to_host(tree: Any) -> Any:
-    """Copies on the CPU: the device's memory may be gone before the copy is."""
+    """A tree whose tensors are copies on the CPU, since a view does not keep the device's memory alive."""
     return pytree.tree_map(lambda x: host_view(x).clone() if isinstance(x, Tensor) else x, tree)
 
 
 @dataclass
 class Lowered:
-    """A function as torchair compiles it. `graphs` are those loaded since."""
+    """A function as torchair compiles it. `graphs`: those that its calls loaded."""
 
-    call: Callable
+    call: Callable[..., Any]
     graphs: list[SimulatedGraph]
 
     def __call__(self, *given: Any) -> Any:
-        """Results on the CPU. What the function writes, it writes into `given`, tensors of the device."""
+        """Results on the CPU. What the function writes in place, it writes to `given`, tensors of the device."""
         before = len(SimulatedGraph.loaded)
         with torch.no_grad():
             results = to_host(self.call(*given))
@@ -41,13 +42,13 @@ class Lowered:
 
     @property
     def operations(self) -> dict[str, int]:
-        """The one graph's operations."""
+        """Number of operations of each type in the one graph."""
         [graph] = self.graphs
-        return dict(operations(graph.graph))
+        return dict(count_operations(graph.graph))
 
 
-def lower(function: Callable, wide: bool = False) -> Lowered:
-    """A whole graph with static shapes, compiled when it is first called; `wide` as in Interpreter."""
+def lower(function: Callable[..., Any], wide: bool = False) -> Lowered:
+    """A function as one graph of static shapes, compiled at its first call. `wide` is that of `Interpreter`."""
     install(wide)
     torch._dynamo.reset()
     backend = torchair.get_npu_backend(compiler_config=compiler_config())

@@ -1,4 +1,4 @@
-"""A step is lowered without being run: the same graph, and every operation knows its line."""
+"""A step is lowered without being run: it is the graph that runs, and every operation knows its line of the model."""
 
 import re
 import resource
@@ -9,15 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from conversation import Compiled, Conversation
 from graphs import CHUNK, DECODE, LEAN, VISION, spec_of
-from test_steps import Compiled, Conversation
 
-from mllama_graph.ascend.capture import CaptureError, capture, origin, shortened
-from mllama_graph.ascend.interpreter import EDGES
-from mllama_graph.graphs.aot import unfilled
-from mllama_graph.ops.npu import NPU
+from mllama_graph.ascend.capture import CaptureError, capture, shortened
+from mllama_graph.ascend.graphdef import BOUNDARY
+from mllama_graph.ascend.origin import origin
 from mllama_graph.model.shape import shape_of
 from mllama_graph.model.table import WHOLE, Shard, elements
+from mllama_graph.ops.npu import NPU
 
 ROOT = Path(__file__).parents[3]
 
@@ -42,7 +42,7 @@ def test_the_captured_graph_is_the_one_that_runs(model):
 def test_every_operation_names_its_line_of_the_model(decode):
     found = set()
     for op in decode.graph.op:
-        if op.type not in EDGES:
+        if op.type not in BOUNDARY:
             line = re.match(r"(mllama_graph/model/\w+\.py):(\d+) in \w+: (.*?)( <- .*)?$", decode.line(op.name))
             path, number, text, _ = line.groups()
             assert text in (ROOT / path).read_text().splitlines()[int(number) - 1]
@@ -50,7 +50,7 @@ def test_every_operation_names_its_line_of_the_model(decode):
     assert len(found) > 15
 
 
-def test_an_operation_of_a_layer_names_what_it_called_too(decode):
+def test_an_operation_of_a_layer_also_names_the_line_that_it_called(decode):
     [line] = {decode.line(op.name) for op in decode.graph.op if op.type == "ScatterPaKvCache"}
     assert re.fullmatch(r"mllama_graph/model/text.py:\d+ in attend: ops.write_pages_\(k_TKH, v_TKH, cache, given.slot_T"
                         r"\) <- mllama_graph/ops/npu.py:\d+ in write_pages_", line)
@@ -60,7 +60,7 @@ def test_every_input_is_named_and_has_the_shape_of_what_it_names(decode):
     spec = spec_of("base")
     shapes = {op.name: list(op.output_desc[0].shape.dim) for op in decode.graph.op if op.type == "Data"}
     by_role = {decode.inputs[name]: size for name, size in shapes.items()}
-    tree = unfilled(replace(spec, device="cpu"), WHOLE)
+    tree = replace(spec, device="cpu").unfilled_weights(WHOLE)
     weights = {f"weights.{path}": list(x.shape) for path, x in tree.named_parameters()}
     assert len(by_role) == len(shapes)
     for role, size in by_role.items():
@@ -68,8 +68,10 @@ def test_every_input_is_named_and_has_the_shape_of_what_it_names(decode):
             assert size == weights[role]
     text = [role for role in weights if role.startswith("weights.text")]
     assert by_role.keys() >= {role for role in text if not role.endswith((".kv.weight", ".k_norm"))}
-    assert by_role["given.image.see_T2"] == [2, 2] and by_role["given.slot_T"] == [2]
-    assert by_role["pages.2.1"] == [12, 128, 2, 32] and by_role["image_pages.1.0"] == [16, 128, 2, 32]
+    assert by_role["given.image.see_T2"] == [2, 2]
+    assert by_role["given.slot_T"] == [2]
+    assert by_role["pages.2.1"] == [12, 128, 2, 32]
+    assert by_role["image_pages.1.0"] == [16, 128, 2, 32]
 
 
 def test_a_model_of_released_width_is_lowered_in_no_memory():
@@ -77,8 +79,9 @@ def test_a_model_of_released_width_is_lowered_in_no_memory():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert capture(spec, LEAN).graph.op
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    # An eighth of two layers of the 11B model, its embedding and its head.
-    assert elements(spec.shape, Shard(0, 8)) * 2 > 400e6 and kilobytes < 200e3
+    # An eighth of two layers of the 11B model, of its embedding and its head.
+    assert elements(spec.shape, Shard(0, 8)) * 2 > 400e6
+    assert kilobytes < 200e3
 
 
 def scaled_dot_product(q_SAH, k_SAH, v_SAH, pad_S):
@@ -102,17 +105,18 @@ def misshapen(q_TQH, pages, table_BJ, len_B):
 ATTEND_PAGES = r"mllama_graph/model/text.py:\d+ in attend: return ops.attend_pages\(.* <- .*test_capture.py:\d+ in "
 
 
-@pytest.mark.parametrize("bucket,name,function,what,line", [
+@pytest.mark.parametrize(("bucket", "name", "function", "what", "line"), [
     (VISION, "attend_tiles", scaled_dot_product, r"npu.npu_fusion_attention_v3.default: torchair has no converter",
      r"mllama_graph/model/vision.py:\d+ in block: out_WAH = ops.attend_tiles\(.* <- .*test_capture.py:\d+ in scaled"),
     (LEAN, "attend_pages", number_of_a_tensor, r"aten._local_scalar_dense.default: .* not implemented", ATTEND_PAGES),
     (LEAN, "attend_pages", breaking, r"Call to `torch._dynamo.graph_break\(\)`", ATTEND_PAGES),
     (LEAN, "attend_pages", misshapen, r".*: RuntimeError\('Attempting to broadcast", ATTEND_PAGES)])
-def test_what_can_not_be_lowered_is_told_with_its_line(bucket, name, function, what, line, decode):
+def test_what_can_not_be_lowered_is_reported_with_its_line(bucket, name, function, what, line, decode):
     with pytest.raises(CaptureError) as error:
         capture(spec_of("base"), bucket, replace(NPU, **{name: function}))
-    said, where = str(error.value).split("\n")
-    assert re.match(what, said) and re.match(line, where)
+    message, where = str(error.value).split("\n")
+    assert re.match(what, message)
+    assert re.match(line, where)
 
 
 def test_a_capture_that_failed_leaves_nothing_behind(decode):
@@ -124,9 +128,11 @@ def test_a_capture_that_failed_leaves_nothing_behind(decode):
 def test_a_shortened_model_keeps_its_widths_and_a_layer_of_each_kind():
     shape = shape_of({"model_type": "mllama"})
     short = shortened(shape)
-    assert short.text.self_layers == (0,) and short.text.cross_layers == (1,)
+    assert short.text.self_layers == (0,)
+    assert short.text.cross_layers == (1,)
     assert short.vision.layers == short.vision.global_layers == 1
-    assert short.vision.out_width == shape.vision.out_width and short.text.width == shape.text.width
+    assert short.vision.out_width == shape.vision.out_width
+    assert short.text.width == shape.text.width
     assert capture(replace(spec_of("base"), shape=shortened(spec_of("base").shape)), CHUNK).graph.op
 
 

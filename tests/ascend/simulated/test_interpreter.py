@@ -1,4 +1,4 @@
-"""The interpreter refuses what it doesn't know and what the documents forbid; each case is a graph broken by hand."""
+"""The interpreter refuses what it does not know and what the documentation forbids, in graphs that were broken by hand."""
 
 import re
 from pathlib import Path
@@ -11,8 +11,9 @@ from torchair._ge_concrete_graph import ge_ir_pb2
 
 from lowered import lower, to_npu
 
-from mllama_graph.ascend.ge_ops import OPERATIONS
-from mllama_graph.ascend.interpreter import GraphError, Interpreter, SimulatedGraph
+from mllama_graph.ascend.ge_ops import OPERATIONS, GraphError
+from mllama_graph.ascend.interpreter import Interpreter
+from mllama_graph.ascend.simulation import SimulatedGraph
 from mllama_graph.ops import npu
 from mllama_graph.ops.npu import NPU
 
@@ -33,10 +34,11 @@ def pages():
     return bf16(2, 128, 2, 32), bf16(2, 128, 2, 32)
 
 
-def refused(function, *given):
+def refusal(function, *given):
     """The message with which a function's graph is refused, when it is read or when it runs."""
+    lowered, inputs = lower(function), to_npu(given)
     with pytest.raises(GraphError) as error:
-        lower(function)(*to_npu(given))
+        lowered(*inputs)
     return str(error.value)
 
 
@@ -77,8 +79,9 @@ def test_an_unknown_attribute_is_named(decode):
     def change(ops):
         ops["FusedInferAttentionScore"].attr["learnable"].b = True
 
+    graph = broken(decode, change)
     with pytest.raises(GraphError, match=r"FusedInferAttentionScore .*attributes \['learnable'\] are not known"):
-        Interpreter(broken(decode, change))
+        Interpreter(graph)
 
 
 def test_an_unknown_input_is_named(decode):
@@ -87,31 +90,35 @@ def test_an_unknown_input_is_named(decode):
         names = list(attention.attr["_input_name_key"].list.s)
         attention.input[names.index(b"pse_shift")] = attention.input[0]
 
+    graph = broken(decode, change)
     with pytest.raises(GraphError, match="input 'pse_shift' is not known"):
-        Interpreter(broken(decode, change))
+        Interpreter(graph)
 
 
-@pytest.mark.parametrize("name,value", [("sparse_mode", 4), ("pre_tokens", 3), ("softmax_lse_flag", True)])
-def test_a_mode_that_nobody_checked_is_refused(decode, name, value):
+@pytest.mark.parametrize(("name", "value"), [("sparse_mode", 4), ("pre_tokens", 3), ("softmax_lse_flag", True)])
+def test_a_mode_that_is_not_implemented_is_refused(decode, name, value):
     field = "b" if value is True else "i"
     message = run(broken(decode, lambda ops: setattr(ops["FusedInferAttentionScore"].attr[name], field, value)))
-    assert "not known" in message and "FusedInferAttentionScore" in message
+    assert "not known" in message
+    assert "FusedInferAttentionScore" in message
 
 
 def run(graph):
-    """The message with which a graph is refused that was made by `decode`'s function."""
+    """The message with which a changed graph of the `decode` fixture is refused when it runs."""
     by_size = {2: int32([[0]]), 1: int32([4])}
     inputs = []
     for op in graph.op:
         if op.type == "Data":
             shape = tuple(op.output_desc[0].shape.dim)
-            inputs.append((op.attr["index"].i, bf16(*shape) if op.output_desc[0].dtype == 27 else by_size[len(shape)]))
+            values = bf16(*shape) if op.output_desc[0].dtype == 27 else by_size[len(shape)]
+            inputs.append((op.attr["index"].i, values))
+    interpreter, given = Interpreter(graph), [x for _, x in sorted(inputs, key=lambda pair: pair[0])]
     with pytest.raises(GraphError) as error:
-        Interpreter(graph).run([x for _, x in sorted(inputs, key=lambda pair: pair[0])])
+        interpreter.run(given)
     return str(error.value)
 
 
-@pytest.mark.parametrize("old,new", [("bfloat16", "float16"), ("[1, 4, 32]", "[1, 4, 16]")])
+@pytest.mark.parametrize(("old", "new"), [("bfloat16", "float16"), ("[1, 4, 32]", "[1, 4, 16]")])
 def test_an_output_that_is_not_what_the_graph_says_is_refused(decode, old, new):
     def change(ops):
         meta = ops["FusedInferAttentionScore"].output_desc[0].attr["_meta"]
@@ -126,8 +133,9 @@ def test_a_symbolic_shape_is_refused(decode):
         meta = ops["FusedInferAttentionScore"].output_desc[0].attr["_meta"]
         meta.s = b"Tensor(dtype=torch.bfloat16, shape=torch.Size([s0, 4])"
 
+    graph = broken(decode, change)
     with pytest.raises(GraphError, match="a symbolic shape"):
-        Interpreter(broken(decode, change))
+        Interpreter(graph)
 
 
 # ---- pages are written in place
@@ -138,7 +146,7 @@ def write_through_a_view(k, v, pages, slot):
 
 
 def test_a_write_through_a_view_of_the_pages_is_refused():
-    message = refused(write_through_a_view, bf16(1, 2, 32), bf16(1, 2, 32), pages(), int32([3]))
+    message = refusal(write_through_a_view, bf16(1, 2, 32), bf16(1, 2, 32), pages(), int32([3]))
     assert "TensorMove" in message or "a copy" in message
 
 
@@ -147,14 +155,16 @@ def test_reading_pages_from_before_the_write_is_refused(decode):
         scatter, attention = ops["ScatterPaKvCache"], ops["FusedInferAttentionScore"]
         attention.input[1] = scatter.input[1]
 
+    graph = broken(decode, change)
     with pytest.raises(GraphError, match="must read what was"):
-        Interpreter(broken(decode, change))
+        Interpreter(graph)
 
 
-@pytest.mark.parametrize("slots,rule", [([3, 3], "slots are not unique"), ([3, 256], "a slot is outside of the pages")])
-def test_slots_are_checked(slots, rule):
+@pytest.mark.parametrize(("slots", "message"), [
+    ([3, 3], "slots are not unique"), ([3, 256], "a slot is outside of the pages")])
+def test_slots_are_checked(slots, message):
     given = bf16(2, 2, 32), bf16(2, 2, 32), pages(), int32(slots)
-    assert rule in refused(lambda *a: NPU.write_pages_(*a), *given)
+    assert message in refusal(lambda *a: NPU.write_pages_(*a), *given)
 
 
 # ---- attention's documented limits
@@ -165,7 +175,7 @@ def paged(rows=1, page=128, width=32, dtype=BF16, table=((0,),), length=(4,), co
             int32(length))
 
 
-@pytest.mark.parametrize("given,rule", [
+@pytest.mark.parametrize(("given", "message"), [
     (paged(page=24), "a page of 24 tokens for 1 query rows"),
     (paged(rows=3, page=64), "a page of 64 tokens for 3 query rows"),
     (paged(page=1024), "a page of 1024 tokens"),
@@ -175,8 +185,8 @@ def paged(rows=1, page=128, width=32, dtype=BF16, table=((0,),), length=(4,), co
     (paged(length=(129,)), r"lengths [129] in a table of 1 pages"),
     (paged(length=(300,), table=((0, 1, 0),)), "3 pages are used by all sequences, 2 exist"),
 ], ids=lambda x: x[:24] if isinstance(x, str) else "")
-def test_paged_attention_is_held_to_its_documents(given, rule):
-    assert rule in refused(lambda *a: NPU.attend_pages(*a), *given)
+def test_paged_attention_is_held_to_its_documentation(given, message):
+    assert message in refusal(lambda *a: NPU.attend_pages(*a), *given)
 
 
 def test_lengths_must_be_int64():
@@ -185,47 +195,47 @@ def test_lengths_must_be_int64():
             q.flatten(1)[:, None], *(x.flatten(2) for x in pages), num_heads=4, num_key_value_heads=2,
             block_table=table, block_size=128, actual_seq_lengths_kv=length)[0]
 
-    assert "actual_seq_lengths_kv in int64" in refused(attend, *paged())
+    assert "actual_seq_lengths_kv in int64" in refusal(attend, *paged())
 
 
-def test_a_wholly_masked_row_is_refused():
+def test_a_row_that_sees_no_key_is_refused():
     pad = torch.ones(32, dtype=torch.bool)
-    message = refused(lambda *a: NPU.attend_tiles(*a), bf16(32, 2, 16), bf16(32, 2, 16), bf16(32, 2, 16), pad)
+    message = refusal(lambda *a: NPU.attend_tiles(*a), bf16(32, 2, 16), bf16(32, 2, 16), bf16(32, 2, 16), pad)
     assert "a row is wholly masked" in message
 
 
 def test_a_wrong_causal_mask_is_refused(monkeypatch):
     monkeypatch.setattr(npu, "causal_mask", lambda device: torch.zeros(2048, 2048, dtype=torch.bool, device=device))
-    message = refused(lambda *a: NPU.attend_prompt(*a, None, None, None), *(bf16(8, 2, 16) for _ in "qkv"))
+    message = refusal(lambda *a: NPU.attend_prompt(*a, None, None, None), *(bf16(8, 2, 16) for _ in "qkv"))
     assert "hides what lies above the diagonal" in message
 
 
 # ---- other limits
 
 
-def test_mixed_integers_are_refused():
-    # torchair's converter of lt leaves them as they are.
-    assert "are mixed" in refused(lambda x: torch.arange(4, device=x.device) < x, int32([2]))
+def test_mixed_integer_dtypes_are_refused():
+    # torchair's converter of lt does not cast its operands.
+    assert "are mixed" in refusal(lambda x: torch.arange(4, device=x.device) < x, int32([2]))
 
 
 def test_a_weight_of_another_dtype_than_x_is_refused():
-    assert "they must be equal" in refused(lambda x, w: torch_npu.npu_rms_norm(x, w)[0], bf16(2, 32), torch.ones(32))
+    assert "they must be equal" in refusal(lambda x, w: torch_npu.npu_rms_norm(x, w)[0], bf16(2, 32), torch.ones(32))
 
 
 def test_more_heads_than_rotation_takes_are_refused():
     def rotate(x, angle):
         return torch_npu.npu_rotary_mul(x, angle, angle)
 
-    assert "B, N < 1000" in refused(rotate, bf16(1, 2, 1000, 16), torch.zeros(1, 2, 1, 16, dtype=BF16))
+    assert "B, N < 1000" in refusal(rotate, bf16(1, 2, 1000, 16), torch.zeros(1, 2, 1, 16, dtype=BF16))
 
 
-def test_cosines_outside_of_one_are_refused():
+def test_cosines_above_one_are_refused():
     angles = torch.full((1, 2, 1, 16), 1.5, dtype=BF16)
-    assert "lie in [-1, 1]" in refused(lambda x, a: torch_npu.npu_rotary_mul(x, a, a), bf16(1, 2, 2, 16), angles)
+    assert "lie in [-1, 1]" in refusal(lambda x, a: torch_npu.npu_rotary_mul(x, a, a), bf16(1, 2, 2, 16), angles)
 
 
 def test_an_index_outside_of_a_table_is_refused():
-    assert "an index is outside" in refused(lambda x, i: x.index_select(0, i), bf16(4, 8), int32([4]))
+    assert "an index is outside" in refusal(lambda x, i: x.index_select(0, i), bf16(4, 8), int32([4]))
 
 
 # ---- the table's sources
@@ -242,7 +252,7 @@ def test_an_entry_names_a_definition_that_exists(name):
         assert f"REG_OP({operator})" in operators if operator else f'"{documented}"' in docs
 
 
-def test_what_a_graph_loads_is_counted():
+def test_a_graph_is_loaded_once_for_all_its_calls():
     before = len(SimulatedGraph.loaded)
     lowered = lower(lambda x: NPU.swiglu(x))
     for _ in range(3):

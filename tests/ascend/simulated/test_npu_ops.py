@@ -1,11 +1,11 @@
 """Every operation of ops/npu.py, lowered by torchair and executed by the interpreter, against ops/plain.py in fp32.
 
-In 16 bits the graph is one that a device takes, and the oracle gets the same rounded inputs. In fp32 the graph is the
-same but for its dtype ("wide"), and shows that nothing but rounding differs.
+In 16 bits the graph is one that a device takes, and the oracle gets the same rounded inputs. In fp32 the graph differs in
+nothing but dtypes ("wide"), and shows that nothing but rounding separates the two.
 """
 
 from dataclasses import fields
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -13,8 +13,8 @@ from torch.testing import assert_close
 
 from lowered import lower, to_host, to_npu
 
-from mllama_graph.model.ops import Ops
-from mllama_graph.ops.npu import NPU, padded_head
+from mllama_graph.model.ops import Ops, padded_head
+from mllama_graph.ops.npu import NPU
 from mllama_graph.ops.plain import PLAIN
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
@@ -22,10 +22,10 @@ P = 128
 
 
 class Leaf(NamedTuple):
-    """A leaf of the weight tree, in a form that a function under test may make."""
+    """A linear or norm layer's parameters as a pytree, which a function under test can build from its inputs."""
 
     weight: torch.Tensor
-    bias: Optional[torch.Tensor] = None
+    bias: torch.Tensor | None = None
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
@@ -41,26 +41,27 @@ def leaf(out, into, bias, dtype):
 
 
 def wider(x):
-    """The oracle's form of a tensor: the same value in fp32."""
+    """The same values in fp32, as the oracle gets them."""
     return x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
 
 def close(got, wanted, dtype, roundings=1):
-    """Equal up to `roundings` roundings to `dtype` of numbers as large as the largest; fp32 sums in another order."""
-    assert got.dtype == dtype and got.shape == wanted.shape
+    """Equal up to `roundings` roundings of the largest value to `dtype`, and up to fp32 sums in another order."""
+    assert got.dtype == dtype
+    assert got.shape == wanted.shape
     largest = wanted.abs().max().item()
     unit = torch.finfo(dtype).eps / 2
     assert_close(got.float(), wanted.float(), atol=roundings * unit * largest + 4e-6 * max(1, largest), rtol=0)
 
 
 def run(function, *given, dtype):
-    """(result, the graph's operations)"""
+    """The result of a function through torchair, and the number of operations of each type in its graph."""
     lowered = lower(function, wide=dtype == torch.float32)
     result = lowered(*to_npu(given))
     return result, lowered.operations
 
 
-def test_every_operation_of_the_contract_has_one():
+def test_every_operation_of_the_contract_is_there():
     assert all(callable(getattr(NPU, field.name)) for field in fields(Ops))
 
 
@@ -81,7 +82,7 @@ def test_add_rms_norm_gives_the_norm_and_the_sum(dtype):
     (normed, summed), operations = run(lambda *a: NPU.add_rms_norm(*a, 1e-5), x, y, weight, dtype=dtype)
     wanted = PLAIN.add_rms_norm(x.float(), y.float(), weight.float(), 1e-5)
     close(summed, wanted[1], dtype)
-    # The norm is of the rounded sum.
+    # The norm is taken of the rounded sum.
     close(normed, wanted[0], dtype, roundings=2)
     assert operations == {"AddRmsNorm": 1}
 
@@ -94,7 +95,8 @@ def test_linear_takes_the_weight_as_it_is(dtype, bias):
     got, operations = run(lambda x, w, b=None: NPU.linear(x, Leaf(weight=w, bias=b)), *given, dtype=dtype)
     wide = Leaf(weight=w.weight.float(), bias=wider(w.bias))
     close(got, PLAIN.linear(x.float(), wide), dtype)
-    assert operations["MatMul"] == 1 and "Transpose" not in operations
+    assert operations["MatMul"] == 1
+    assert "Transpose" not in operations
 
 
 @DTYPES
@@ -109,7 +111,7 @@ def test_rope_through_its_angles(dtype):
     position, frequency = int32([0, 3, 131071, 77]), 1.0 / 10000 ** (torch.arange(0, 32, 2) / 32)
     x = normal(4, 6, 32, dtype=dtype)
     got, operations = run(lambda x, p, f: NPU.rope(x, NPU.rope_angles(p, f)), x, position, frequency, dtype=dtype)
-    # Cosine and sine are rounded too, and the sum.
+    # Cosine, sine and the sum are rounded.
     close(got, PLAIN.rope(x.float(), PLAIN.rope_angles(position, frequency)), dtype, roundings=3)
     assert operations["RotaryMul"] == 1
 
@@ -122,7 +124,7 @@ def test_swiglu_and_the_exact_gelu(dtype):
     assert operations == {"SwiGlu": 1}
     got, operations = run(lambda x: NPU.gelu(x), x, dtype=dtype)
     close(got, PLAIN.gelu(x.float()), dtype)
-    # Gelu, without V2, would be the approximation.
+    # Gelu without V2 would be the tanh approximation.
     assert operations == {"GeluV2": 1}
 
 
@@ -130,7 +132,8 @@ def test_swiglu_and_the_exact_gelu(dtype):
 def test_embed_takes_rows(dtype):
     weight, ids = normal(9, 32, dtype=dtype), int32([8, 0, 3])
     got, operations = run(lambda i, w: NPU.embed(i, Leaf(weight=w)), ids, weight, dtype=dtype)
-    assert torch.equal(got, weight[ids.long()]) and operations == {"GatherV2": 1}
+    assert torch.equal(got, weight[ids.long()])
+    assert operations == {"GatherV2": 1}
 
 
 @DTYPES
@@ -145,12 +148,12 @@ def test_patch_embed(dtype):
 
 
 def pages_of(count, heads, width, dtype, seed=0):
-    """Pages with something in every slot, so that reading a wrong one shows; as wide as the model's heads."""
+    """Pages with a value in every slot, so that reading a wrong one shows; as wide as the model's heads."""
     return tuple(normal(count, P, heads, width, seed=seed + n, dtype=dtype) for n in range(2))
 
 
 def padded(pages):
-    """The same pages as an NPU keeps them."""
+    """The same pages with heads as wide as an NPU keeps them."""
     return tuple(torch.nn.functional.pad(x, (0, padded_head(x.shape[-1]) - x.shape[-1])) for x in pages)
 
 
@@ -160,34 +163,36 @@ def test_write_pages_touches_its_slots_in_place_and_nothing_else(dtype, width):
     pages = pages_of(4, 2, width, dtype)
     k, v = normal(5, 2, width, seed=7, dtype=dtype), normal(5, 2, width, seed=8, dtype=dtype)
     slot = int32([511, 0, 128, 130, 64])
-    there = to_npu(padded(pages))
+    on_device = to_npu(padded(pages))
     lowered = lower(lambda k, v, pages, slot: NPU.write_pages_(k, v, pages, slot), wide=dtype == torch.float32)
-    lowered(*to_npu((k, v)), there, slot.to("npu"))
+    lowered(*to_npu((k, v)), on_device, slot.to("npu"))
     wanted = tuple(x.clone() for x in pages)
     PLAIN.write_pages_(k, v, wanted, slot)
-    for got, want in zip(to_host(there), padded(wanted)):
+    for got, want in zip(to_host(on_device), padded(wanted), strict=True):
         assert torch.equal(got, want)
-    assert lowered.operations["ScatterPaKvCache"] == 1 and "TensorMove" not in lowered.operations
+    assert lowered.operations["ScatterPaKvCache"] == 1
+    assert "TensorMove" not in lowered.operations
 
 
 @DTYPES
-@pytest.mark.parametrize("heads,width", [((8, 2), 32), ((4, 4), 16), ((3, 1), 24)])
-@pytest.mark.parametrize("fresh", [1, 3])
-def test_attend_pages(dtype, heads, width, fresh):
-    lengths = int32([fresh, 129, 128, 300])
+@pytest.mark.parametrize(("heads", "width"), [((8, 2), 32), ((4, 4), 16), ((3, 1), 24)])
+@pytest.mark.parametrize("new", [1, 3])
+def test_attend_pages(dtype, heads, width, new):
+    lengths = int32([new, 129, 128, 300])
     table = int32([[3, 0, 0], [1, 7, 0], [2, 0, 0], [9, 5, 6]])
     pages = pages_of(10, heads[1], width, dtype)
-    q = normal(fresh * 4, heads[0], width, dtype=dtype)
+    q = normal(new * 4, heads[0], width, dtype=dtype)
     got, operations = run(lambda q, pages, t, n: NPU.attend_pages(q, pages, t, n), q, padded(pages), table, lengths,
                           dtype=dtype)
     wanted = PLAIN.attend_pages(q.float(), tuple(map(wider, pages)), table, lengths)
     close(got, wanted, dtype)
-    assert operations["FusedInferAttentionScore"] == 1 and "TensorMove" not in operations
+    assert operations["FusedInferAttentionScore"] == 1
+    assert "TensorMove" not in operations
 
 
 @DTYPES
-@pytest.mark.parametrize("heads,width", [((8, 2), 32), ((3, 1), 24)])
-def test_attend_prompt_is_causal_over_the_fresh_rows(dtype, heads, width):
+@pytest.mark.parametrize(("heads", "width"), [((8, 2), 32), ((3, 1), 24)])
+def test_attend_prompt_is_causal_over_the_new_rows(dtype, heads, width):
     q, k, v = (normal(40, n, width, seed=n, dtype=dtype) for n in (heads[0], heads[1], heads[1]))
     got, operations = run(lambda q, k, v, past: NPU.attend_prompt(q, k, v, None, None, past), q, k, v, int32([0]),
                           dtype=dtype)
@@ -197,7 +202,7 @@ def test_attend_prompt_is_causal_over_the_fresh_rows(dtype, heads, width):
 
 @DTYPES
 @pytest.mark.parametrize("past", [0, 1, 128, 200])
-@pytest.mark.parametrize("heads,width", [((8, 2), 32), ((3, 1), 24)])
+@pytest.mark.parametrize(("heads", "width"), [((8, 2), 32), ((3, 1), 24)])
 def test_attend_prompt_sees_exactly_the_earlier_tokens_of_its_pages(dtype, heads, width, past):
     q, k, v = (normal(40, n, width, seed=n, dtype=dtype) for n in (heads[0], heads[1], heads[1]))
     pages, table = pages_of(6, heads[1], width, dtype), int32([4, 2])
@@ -219,7 +224,8 @@ def test_attend_image_sees_the_filled_part_of_the_entries_in_its_range(dtype, ro
     wanted = PLAIN.attend_image(q.float(), tuple(map(wider, pages)), table, fill, see)
     sees = see[:, 1] > see[:, 0]
     close(got[sees], wanted[sees], dtype)
-    assert torch.isfinite(got).all() and operations["FusedInferAttentionScore"] == 1
+    assert torch.isfinite(got).all()
+    assert operations["FusedInferAttentionScore"] == 1
 
 
 @DTYPES

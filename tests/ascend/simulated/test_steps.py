@@ -1,10 +1,5 @@
-"""Whole steps of small models, lowered by torchair and executed by the interpreter, against plain.py run eagerly.
+"""Whole steps of small models, lowered by torchair and executed by the interpreter, against plain.py run eagerly."""
 
-One conversation, twice over the same inputs: an image is encoded, its prompt is prefilled in two chunks, and it decodes
-beside a sequence of text. Pages carry over from step to step, so that what a step wrote wrong shows in the next.
-"""
-
-import copy
 from functools import cache
 
 import pytest
@@ -12,155 +7,17 @@ import torch
 from torch.testing import assert_close
 
 from checkpoints import SPECS
-from lowered import lower, to_host, to_npu
+from conversation import Compiled, Conversation, Eager, play
 
-from mllama_graph.plan.blocks import pages_for, slots
-from mllama_graph.graphs.aot import Step
-from mllama_graph.model.tree import ImageInput, PromptInput, TileInput, TokenInput
-from mllama_graph.ops.npu import NPU, padded_head
-from mllama_graph.ops.plain import PLAIN
-
-P = 128
-# Pages of the sequence with the image and of the other one; page 0 is scratch.
-TABLES = [[3, 1], [4, 2]]
-NUM_PAGES = 5
-FIRST, SECOND, BUCKET = 20, 9, 32
-# Models whose second sequence is of text alone, in graphs of its own; those of the others would be parts of the first's.
+# Models whose second sequence is of text alone, in graphs of its own; in the others it shares the graphs of the first.
 TEXT_ALONE = ("base", "cross_first")
 # fp32 through up to eight layers, logits of order ten, the same sums in another order.
 CLOSE = {"atol": 5e-4, "rtol": 1e-4}
 
 
-def int32(values):
-    return torch.tensor(values, dtype=torch.int32)
-
-
-def pools(shape, dtype, padded):
-    """Pages of all layers, and image pages for two sequences with one image each."""
-    text = shape.text
-    width = padded_head(text.head_width) if padded else text.head_width
-    per_image = pages_for(shape.vision.max_tiles * shape.vision.tokens, P)
-
-    def pool(count, layers):
-        size = (count, P, text.kv_heads, width)
-        return tuple(tuple(torch.zeros(size, dtype=dtype) for _ in "kv") for _ in range(layers))
-
-    return pool(NUM_PAGES, len(text.self_layers)), pool(1 + 2 * per_image, len(text.cross_layers))
-
-
-def rounded(weights, dtype, back=None):
-    """A copy of a weight tree with its Parameters rounded to a dtype; buffers keep theirs."""
-    weights = copy.deepcopy(weights)
-    for parameter in weights.parameters():
-        parameter.data = parameter.data.to(dtype).to(back or dtype)
-    return weights
-
-
-class Eager:
-    """The steps by plain.py, uncompiled."""
-
-    def __init__(self, model, stored, dtype):
-        self.shape, self.dtype = model.shape, dtype
-        self.weights = rounded(model.weights, stored, dtype)
-        self.pages, self.image_pages = pools(model.shape, dtype, padded=False)
-
-    def __call__(self, phase, given):
-        step = Step(phase, self.weights, self.shape, PLAIN)
-        with torch.inference_mode():
-            return step(given, () if phase == "vision" else self.pages, self._image_pages(given))
-
-    def _image_pages(self, given):
-        return () if getattr(given, "image", given) is None else self.image_pages
-
-    def contents(self):
-        """The pages as CPU tensors, no wider than the heads; page 0, which padding writes, is left out."""
-        width = self.shape.text.head_width
-        pairs = [pair for pool in to_host((self.pages, self.image_pages)) for pair in pool]
-        return [x[1:, ..., :width].float() for pair in pairs for x in pair]
-
-
-class Compiled(Eager):
-    """The steps by npu.py, through torchair: one graph for each combination of phase and shapes."""
-
-    def __init__(self, model, dtype):
-        self.shape, self.dtype = model.shape, dtype
-        self.weights = rounded(model.weights, dtype).to("npu")
-        self.pages, self.image_pages = to_npu(pools(model.shape, dtype, padded=True))
-        self.lowered = {}
-
-    def __call__(self, phase, given):
-        key = (phase, *(None if x is None else x.shape for x in given[:-1]), getattr(given, "image", None) is None)
-        if key not in self.lowered:
-            step = Step(phase, self.weights, self.shape, NPU)
-            self.lowered[key] = lower(step.forward, wide=self.dtype == torch.float32)
-        return self.lowered[key](to_npu(given), () if phase == "vision" else self.pages, self._image_pages(given))
-
-
-class Conversation:
-    """The inputs of the steps, in order; ids are given, so that every way to compute them gets the same."""
-
-    def __init__(self, shape, text_alone=True, seed=0):
-        self.shape, self.text_alone = shape, text_alone
-        generator = torch.Generator().manual_seed(seed)
-        vision = shape.vision
-        self.ids = torch.randint(0, shape.text.vocab, (2, 400), generator=generator).int()
-        self.ids[0, 2] = shape.image_token
-        # The largest canvas with one tile less: a padding tile where there are several.
-        self.tiles = torch.randint(0, 256, (vision.max_tiles, vision.channels, vision.tile, vision.tile),
-                                   generator=generator, dtype=torch.uint8)
-        self.real = max(1, vision.max_tiles - 1)
-        self.image_table = list(range(1, 1 + pages_for(vision.max_tiles * vision.tokens, P)))
-        tokens = self.real * vision.tokens
-        self.fill = [min(P, max(0, tokens - P * page)) for page in range(len(self.image_table))]
-        self.seen = sum(fill > 0 for fill in self.fill)
-
-    def vision(self):
-        vision = self.shape.vision
-        tokens = vision.max_tiles * vision.tokens
-        return TileInput(self.tiles, int32([len(vision.aspect_ratios)]), int32([self.real]),
-                         int32(slots(self.image_table, 0, tokens, P)))
-
-    def _image(self, see):
-        J = len(self.image_table)
-        rows = [[self.image_table, self.fill], [[0] * J, [0] * J]][:1 if len(see) == BUCKET else 2]
-        return ImageInput(int32([row[0] for row in rows]), int32([row[1] for row in rows]), int32(see))
-
-    def prompt(self, sequence, start, count, with_image):
-        """A chunk of `count` tokens, padded to BUCKET rows; its earlier tokens, if any, in two table entries."""
-        padding = BUCKET - count
-        table = TABLES[sequence]
-        see = [(0, self.seen) if start + row >= 2 and row < count else (0, 0) for row in range(BUCKET)]
-        return PromptInput(
-            torch.cat((self.ids[sequence, start:start + count], int32([0] * padding))),
-            int32([*range(start, start + count), *[0] * padding]),
-            int32(slots(table, start, count, P) + [*range(padding)]), int32([count - 1]), int32([count]),
-            int32([start]), int32(table) if start else None, self._image(see) if with_image else None)
-
-    def tokens(self, lengths, with_image):
-        """One fresh token of both sequences, which are `lengths` long with it."""
-        at = [length - 1 for length in lengths]
-        return TokenInput(
-            torch.stack([self.ids[sequence, position] for sequence, position in enumerate(at)]), int32(at),
-            int32([slots(table, position, 1, P)[0] for table, position in zip(TABLES, at)]), int32([2]),
-            int32(TABLES), int32(lengths), self._image([(0, self.seen), (0, 0)]) if with_image else None)
-
-
-def play(run, talk):
-    """Logits of every step of the conversation; its second sequence is of text alone, or sees the image too."""
-    run("vision", talk.vision())
-    logits = [run("prefill", talk.prompt(0, 0, FIRST, True))]
-    logits.append(run("prefill", talk.prompt(1, 0, SECOND, not talk.text_alone)))
-    logits.append(run("prefill", talk.prompt(0, FIRST, SECOND, True)))
-    logits.append(run("prefill", talk.prompt(1, SECOND, FIRST, not talk.text_alone)))
-    for step in range(1, 4):
-        logits.append(run("decode", talk.tokens([FIRST + SECOND + step] * 2, True)))
-    logits.append(run("decode", talk.tokens([FIRST + SECOND + 4] * 2, not talk.text_alone)))
-    return [x.float() for x in logits]
-
-
 @pytest.fixture(scope="module")
 def played(model):
-    """played(spec name, dtype) -> the compiled steps, their logits and the oracle with its logits."""
+    """played(spec name, dtype) -> the compiled steps, their logits, the eager oracle, its logits."""
 
     @cache
     def both(name, dtype):
@@ -173,53 +30,58 @@ def played(model):
 
 @pytest.mark.parametrize("name", SPECS)
 def test_every_step_equals_plain_in_fp32(name, played):
-    compiled, logits, eager, wanted = played(name, torch.float32)
-    for got, want in zip(logits, wanted, strict=True):
+    compiled, logits, eager, expected = played(name, torch.float32)
+    for got, want in zip(logits, expected, strict=True):
         assert_close(got, want, **CLOSE)
     for got, want in zip(compiled.contents(), eager.contents(), strict=True):
         assert want.any()
         assert_close(got, want, **CLOSE)
 
 
-@pytest.mark.parametrize("name, dtype", [("base", torch.bfloat16), ("adjacent", torch.float16)])
+@pytest.mark.parametrize(("name", "dtype"), [("base", torch.bfloat16), ("adjacent", torch.float16)])
 def test_in_16_bits_the_steps_are_no_further_from_fp32_than_plain_is(name, dtype, model, played):
-    _, logits, _, wanted = played(name, dtype)
+    _, logits, _, expected = played(name, dtype)
     sixteen = play(Eager(model(name), dtype, dtype), Conversation(model(name).shape, name in TEXT_ALONE))
-    for got, plain, want in zip(logits, sixteen, wanted, strict=True):
+    for got, plain, want in zip(logits, sixteen, expected, strict=True):
         error, allowed = ((x - want).pow(2).mean().sqrt() for x in (got, plain))
-        # The same roundings at other places; what the two errors share of one model is their size, not their digits.
+        # Both round as often, at other places: the two errors have about one size, which 2 leaves room for.
         assert error <= 2 * allowed, (error, allowed, want.abs().max())
 
 
-def test_the_16_bit_graph_is_the_fp32_one_but_for_casts(played):
+def test_the_16_bit_graph_is_the_fp32_one_except_for_casts(played):
     graphs = [played("base", dtype)[0].lowered for dtype in (torch.float32, torch.bfloat16)]
     assert graphs[0].keys() == graphs[1].keys()
     for key in graphs[0]:
         wide, narrow = (lowered[key].operations for lowered in graphs)
-        for kind in ("Cast", "Const", "Identity"):
-            wide.pop(kind, None), narrow.pop(kind, None)
+        for name in ("Cast", "Const", "Identity"):
+            wide.pop(name, None)
+            narrow.pop(name, None)
         assert wide == narrow
 
 
-@pytest.mark.parametrize("name, dtype", [("base", torch.bfloat16), ("adjacent", torch.float16)])
+@pytest.mark.parametrize(("name", "dtype"), [("base", torch.bfloat16), ("adjacent", torch.float16)])
 def test_steps_are_made_of_fused_operations(name, dtype, played, model):
     text = model(name).shape.text
     layers, cross = len(text.self_layers), len(text.cross_layers)
     compiled = played(name, dtype)[0]
     for (phase, *_, lean), lowered in compiled.lowered.items():
         found = lowered.operations
-        assert "TensorMove" not in found and "Mul" in found
+        assert "TensorMove" not in found
+        assert "Mul" in found
         if phase == "vision":
             continue
         used = layers if lean else layers + cross
-        assert "Transpose" not in found and "BatchMatMul" not in found
+        assert "Transpose" not in found
+        assert "BatchMatMul" not in found
         assert found["FusedInferAttentionScore"] == used
-        # A norm before each half of a layer, and the last; the first of all has nothing to add.
+        # A norm before each half of a layer, and the last one; the very first has nothing to add.
         assert found["AddRmsNorm"] == 2 * used
-        assert found["SwiGlu"] == used and found["RotaryMul"] == 2 * layers and found["ScatterPaKvCache"] == layers
+        assert found["SwiGlu"] == used
+        assert found["RotaryMul"] == 2 * layers
+        assert found["ScatterPaKvCache"] == layers
 
 
-def test_a_decode_graph_gives_logits_alone(played):
+def test_a_decode_graph_returns_logits_alone(played):
     for (phase, *_), lowered in played("base", torch.bfloat16)[0].lowered.items():
         if phase == "decode":
             assert len(lowered.graphs[0].interpreter.outputs) == 1
@@ -230,7 +92,7 @@ def test_a_hundred_steps_of_growing_length_compile_once_and_stay_right(model):
     compiled, eager = Compiled(model("base"), torch.float32), Eager(model("base"), torch.float32, torch.float32)
     for run in (compiled, eager):
         run("vision", talk.vision())
-    # Across the border of a page, which lies at 128.
+    # Across the border of a page, at 128 tokens.
     for length in range(60, 160):
         given = talk.tokens([length, length // 2], True)
         assert_close(compiled("decode", given), eager("decode", given), **CLOSE)

@@ -1,0 +1,208 @@
+"""The rules that a lowered graph must keep. Each yields (operation at fault, what is wrong with it).
+
+What no rule can see is what GE, its kernels and HCCL make of a graph.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import torch
+
+from mllama_graph.ascend import golden
+from mllama_graph.ascend.ge_ops import OPERATIONS, GraphError
+from mllama_graph.ascend.graph import Context, LoweredGraph
+from mllama_graph.ascend.graphdef import ALL_REDUCE, ATTENTION, BOUNDARY, INPUTS, SCATTER, VIEWS, OpDef, inputs_of
+from mllama_graph.ascend.interpreter import Interpreter
+from mllama_graph.ascend.layouts import ShapeInterpreter
+
+# Operations that copy a whole tensor.
+COPIES = ("TensorMove", "Clone")
+# Operations that read a weight and write it again. Reshape and Unsqueeze only describe the same memory anew.
+MOVERS = (*COPIES, "Transpose", "Cast", "Identity", "BroadcastTo", "ConcatV2", "Pack", "PadV3", "SplitV",
+          "StridedSliceV2", "TransData")
+# Integer inputs that say where tokens are, so that they change from step to step.
+PLACES = {ATTENTION: ("actual_seq_lengths", "actual_seq_lengths_kv", "block_table"), SCATTER: ("slot_mapping",)}
+LENGTHS = PLACES[ATTENTION][:2]
+HEAD, EMBED = "weights.text.head.weight", "weights.text.embed.weight"
+# Weights of the row-parallel products that end a block, whose results are summed over ranks.
+BLOCK_ENDS = {"text": ("o.weight", "down.weight"), "vision": ("o.weight", "fc2.weight")}
+
+Faults = Iterator[tuple[OpDef, str]]
+Rule = Callable[[LoweredGraph, Context], Faults]
+
+
+def outputs(graph: LoweredGraph, context: Context) -> Faults:
+    """A graph returns logits alone.
+
+    Outside of decode, pages that were written in place may be returned too where nothing in the graph reads them.
+    """
+    phase, logits = context.bucket.phase, 0
+    for value in graph.outputs:
+        made = graph.maker(graph.behind(value))
+        if HEAD in {graph.role(source) for _, source in inputs_of(made)}:
+            logits += 1
+        elif phase == "decode" or not _written_in_place(graph, value):
+            yield made, f"{graph.role(value) or 'its output'} is returned, but only logits may be"
+    if logits != (phase != "vision"):
+        yield graph.of_type("NetOutput")[0], f"a {phase} graph returns {logits} tensors of logits"
+
+
+def _overwritten(op: OpDef) -> tuple[str, ...]:
+    """The inputs that an operation writes to."""
+    return OPERATIONS[op.type].overwritten if op.type in OPERATIONS else ()
+
+
+def _written_in_place(graph: LoweredGraph, value: str) -> bool:
+    """Whether a value is made by an operation that writes to a graph input."""
+    made = graph.maker(value)
+    return any(name in _overwritten(made) and graph.maker(source).type in INPUTS for name, source in inputs_of(made))
+
+
+def moves(graph: LoweredGraph, context: Context) -> Faults:
+    """No whole tensor is copied. torchair copies what it can't write in place."""
+    for op in graph.of_type(*COPIES):
+        yield op, f"copies {graph.described(graph.behind(inputs_of(op)[0][1]))}"
+
+
+def places(graph: LoweredGraph, context: Context) -> Faults:
+    """Lengths, block tables and slots are inputs of the graph: a constant would hold those of the traced step."""
+    for op in graph.of_type(*PLACES):
+        sources = dict(inputs_of(op))
+        for name in PLACES[op.type]:
+            if name in sources and "given" not in graph.roots[graph.maker(sources[name]).name]:
+                made = graph.described(sources[name])
+                yield op, f"{name} is baked into the graph: it comes from {made}, not from an input"
+
+
+def writes(graph: LoweredGraph, context: Context) -> Faults:
+    """Pages are written in place, each of them, and whatever else reads them reads what was written."""
+    text, vision = context.spec.shape.text, context.bucket.phase == "vision"
+    pool, layers = ("image_pages", text.cross_layers) if vision else ("pages", text.self_layers)
+    unwritten = dict.fromkeys(f"{pool}.{layer}.{part}" for layer in range(len(layers)) for part in range(2))
+    for op in graph.ops.values():
+        for name, value in inputs_of(op):
+            if name not in _overwritten(op):
+                continue
+            origin = graph.behind(value, MOVERS + VIEWS)
+            unwritten.pop(graph.role(origin), None)
+            if graph.maker(value).type not in INPUTS:
+                yield op, f"{name} is {graph.described(value)}, a copy of {graph.described(origin)}"
+            for reader, _ in graph.takers[value]:
+                if reader.name != op.name:
+                    yield reader, f"reads {graph.described(value)} in no defined order with its write by {op.name}"
+    for role in unwritten:
+        yield graph.ops["NetOutput"], f"{role} is never written"
+
+
+def numbers(graph: LoweredGraph, context: Context) -> Faults:
+    """Nothing is float64. Only constants (shapes, axes) and attention's lengths, which must be, are int64."""
+    for op in graph.ops.values():
+        for index in range(len(op.output_desc)):
+            value = f"{op.name}:{index}"
+            dtype = graph.dtype(value)
+            if dtype == torch.float64:
+                yield op, "computes in float64"
+            if dtype == torch.int64 and not graph.is_constant(op) and not _is_length(graph, op, value):
+                yield op, "computes in int64, where int32 would do"
+
+
+def _is_length(graph: LoweredGraph, op: OpDef, value: str) -> bool:
+    """Whether a value is nothing but an attention's lengths, cast to int64."""
+    return op.type == "Cast" and all(name in LENGTHS for _, name in graph.takers.get(value, []))
+
+
+def weights(graph: LoweredGraph, context: Context) -> Faults:
+    """No weight is rewritten in every step, except those no larger than a norm, which are as cheap as a token row."""
+    text, vision = context.spec.shape.text, context.spec.shape.vision
+    for value in graph.weights:
+        if graph.elements(value) > max(text.width, vision.width):
+            for reader, _ in graph.takers.get(value, []):
+                if reader.type in MOVERS:
+                    yield reader, f"rewrites {graph.role(value)} in every step"
+
+
+def collectives(graph: LoweredGraph, context: Context) -> Faults:
+    """Ranks sum once after the attention and the MLP of each layer, once after the embedding, and never otherwise."""
+    expected = Counter(f"weights.{stack}.{layer}.{end}" for stack, layers in context.layers.items() for layer in layers
+                       for end in BLOCK_ENDS[stack.partition(".")[0]])
+    expected.update([EMBED] if context.bucket.phase != "vision" else [])
+    if context.spec.world_size == 1:
+        expected.clear()
+    for op in graph.ops.values():
+        if op.type.startswith("Hcom"):
+            summed = _summed_weight(graph, op)
+            if op.type != ALL_REDUCE or not expected[summed]:
+                yield op, f"ranks exchange the result of {summed} without need"
+            expected[summed] -= 1
+    for role in (+expected).elements():
+        readers = (reader for op in graph.of_type(*INPUTS) if graph.role(f"{op.name}:0") == role
+                   for reader, _ in graph.takers.get(f"{op.name}:0", []))
+        yield next(readers, graph.of_type("NetOutput")[0]), f"ranks do not sum the result of {role}"
+
+
+def _summed_weight(graph: LoweredGraph, op: OpDef) -> str:
+    """The weight whose product or lookup a collective takes."""
+    while True:
+        sources = [value for _, value in inputs_of(op)]
+        found = [graph.role(value) for value in sources if graph.is_weight(value)]
+        if found or not sources:
+            return found[0] if found else "no weight"
+        # The first input of a selection is its condition.
+        op = graph.maker(sources[1 if op.type == "SelectV2" else 0])
+
+
+def casts(graph: LoweredGraph, context: Context) -> Faults:
+    """No cast undoes the one before it."""
+    for op in graph.of_type("Cast"):
+        inner = graph.behind(inputs_of(op)[0][1])
+        if graph.maker(inner).type == "Cast":
+            before = graph.dtype(inputs_of(graph.maker(inner))[0][1])
+            if before == graph.dtype(f"{op.name}:0") != graph.dtype(inner):
+                yield op, f"undoes {graph.maker(inner).name}: {before} to {graph.dtype(inner)} and back"
+
+
+def known(graph: LoweredGraph, context: Context) -> Faults:
+    """ge_ops has every operation, input and attribute of the graph, so that its documentation has been read."""
+    unknown = [op for op in graph.ops.values() if op.type not in OPERATIONS and op.type not in BOUNDARY]
+    for op in unknown:
+        yield op, "is not in the table of ascend/ge_ops"
+    if not unknown:
+        try:
+            Interpreter(graph.captured.graph)
+        except GraphError as error:
+            yield _fault_of(graph, error)
+
+
+def layouts(graph: LoweredGraph, context: Context) -> Faults:
+    """The operations' documented limits hold: pages, head widths, masks, block tables, dtypes, sizes of caches."""
+    try:
+        shapes = ShapeInterpreter(graph)
+    except GraphError:
+        return  # reported by `known`
+    try:
+        shapes.check()
+    except GraphError as error:
+        yield _fault_of(graph, error)
+
+
+def _fault_of(graph: LoweredGraph, error: GraphError) -> tuple[OpDef, str]:
+    """The operation that an error of the interpreter names, and the rest of its message."""
+    text = str(error)
+    prefix = re.match(r"(\w+) (\w+): ", text)
+    if prefix and prefix[2] in graph.ops:
+        return graph.ops[prefix[2]], text[prefix.end():]
+    return graph.ops[next((word for word in re.findall(r"\w+", text) if word in graph.ops), "NetOutput")], text
+
+
+def histogram(graph: LoweredGraph, context: Context) -> Faults:
+    """A graph has as many operations of each type as golden.json says, constants left out."""
+    found, expected = golden.counts(graph), golden.expected(context)
+    for name in sorted(found | expected):
+        if found[name] != expected[name]:
+            op = next(iter(graph.of_type(name)), graph.of_type("NetOutput")[0])
+            yield op, f"{found[name]} operations of type {name}, golden.json has {expected[name]}"
+
+
+RULES: dict[str, Rule] = {rule.__name__: rule for rule in (
+    outputs, moves, places, writes, numbers, weights, collectives, casts, known, layouts, histogram)}

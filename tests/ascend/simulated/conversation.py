@@ -1,0 +1,152 @@
+"""One conversation as the inputs of its steps, and two ways to run the steps: plain.py eagerly, npu.py through torchair.
+
+An image is encoded, its prompt is prefilled in two chunks, and it decodes beside a second sequence. Pages carry over from
+step to step, so that what one step writes wrong shows in the next.
+"""
+
+import copy
+
+import torch
+
+from lowered import lower, to_host, to_npu
+
+from mllama_graph.graphs.step import Step
+from mllama_graph.model.inputs import ImageInput, PromptInput, TileInput, TokenInput
+from mllama_graph.model.ops import padded_head
+from mllama_graph.ops.npu import NPU
+from mllama_graph.ops.plain import PLAIN
+from mllama_graph.plan.blocks import pages_for, slots
+
+P = 128
+# Pages of the sequence with the image and of the other one; page 0 is scratch.
+TABLES = [[3, 1], [4, 2]]
+NUM_PAGES = 5
+# Tokens of the two chunks, and the rows that each is padded to.
+FIRST, SECOND, BUCKET = 20, 9, 32
+
+
+def int32(values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def pools(shape, dtype, padded):
+    """Pages of all layers, and image pages for two sequences with one image each."""
+    text = shape.text
+    width = padded_head(text.head_width) if padded else text.head_width
+    per_image = pages_for(shape.vision.max_tiles * shape.vision.tokens, P)
+
+    def pool(count, layers):
+        size = (count, P, text.kv_heads, width)
+        return tuple(tuple(torch.zeros(size, dtype=dtype) for _ in "kv") for _ in range(layers))
+
+    return pool(NUM_PAGES, len(text.self_layers)), pool(1 + 2 * per_image, len(text.cross_layers))
+
+
+def rounded(weights, dtype, back=None):
+    """A copy of a weight tree with its Parameters rounded to a dtype, then converted to `back`; buffers keep theirs."""
+    weights = copy.deepcopy(weights)
+    for parameter in weights.parameters():
+        parameter.data = parameter.data.to(dtype).to(back or dtype)
+    return weights
+
+
+class Eager:
+    """The steps by plain.py, uncompiled."""
+
+    def __init__(self, model, stored, dtype):
+        self.shape, self.dtype = model.shape, dtype
+        self.weights = rounded(model.weights, stored, dtype)
+        self.pages, self.image_pages = pools(model.shape, dtype, padded=False)
+
+    def __call__(self, phase, given):
+        step = Step(phase, self.weights, self.shape, PLAIN)
+        with torch.inference_mode():
+            return step(given, () if phase == "vision" else self.pages, self._image_pages(given))
+
+    def _image_pages(self, given):
+        return () if getattr(given, "image", given) is None else self.image_pages
+
+    def contents(self):
+        """The pages as CPU tensors, no wider than the heads; page 0, which padding writes, is left out."""
+        width = self.shape.text.head_width
+        pairs = [pair for pool in to_host((self.pages, self.image_pages)) for pair in pool]
+        return [x[1:, ..., :width].float() for pair in pairs for x in pair]
+
+
+class Compiled(Eager):
+    """The steps by npu.py, through torchair: one graph for each combination of phase and shapes."""
+
+    def __init__(self, model, dtype):
+        self.shape, self.dtype = model.shape, dtype
+        self.weights = rounded(model.weights, dtype).to("npu")
+        self.pages, self.image_pages = to_npu(pools(model.shape, dtype, padded=True))
+        self.lowered = {}
+
+    def __call__(self, phase, given):
+        key = (phase, *(None if x is None else x.shape for x in given[:-1]), getattr(given, "image", None) is None)
+        if key not in self.lowered:
+            step = Step(phase, self.weights, self.shape, NPU)
+            self.lowered[key] = lower(step.forward, wide=self.dtype == torch.float32)
+        return self.lowered[key](to_npu(given), () if phase == "vision" else self.pages, self._image_pages(given))
+
+
+class Conversation:
+    """The inputs of the steps, in order. Ids are fixed in advance, so that every way to run the steps gets the same."""
+
+    def __init__(self, shape, text_alone=True, seed=0):
+        self.shape, self.text_alone = shape, text_alone
+        generator = torch.Generator().manual_seed(seed)
+        vision = shape.vision
+        self.ids = torch.randint(0, shape.text.vocab, (2, 400), generator=generator).int()
+        self.ids[0, 2] = shape.image_token
+        # The largest canvas with one tile less: a padding tile where there are several.
+        self.tiles = torch.randint(0, 256, (vision.max_tiles, vision.channels, vision.tile, vision.tile),
+                                   generator=generator, dtype=torch.uint8)
+        self.real = max(1, vision.max_tiles - 1)
+        self.image_table = list(range(1, 1 + pages_for(vision.max_tiles * vision.tokens, P)))
+        tokens = self.real * vision.tokens
+        self.fill = [min(P, max(0, tokens - P * page)) for page in range(len(self.image_table))]
+        self.seen = sum(fill > 0 for fill in self.fill)
+
+    def vision(self):
+        vision = self.shape.vision
+        tokens = vision.max_tiles * vision.tokens
+        return TileInput(self.tiles, int32([len(vision.aspect_ratios)]), int32([self.real]),
+                         int32(slots(self.image_table, 0, tokens, P)))
+
+    def _image(self, see):
+        J = len(self.image_table)
+        rows = [[self.image_table, self.fill], [[0] * J, [0] * J]][:1 if len(see) == BUCKET else 2]
+        return ImageInput(int32([row[0] for row in rows]), int32([row[1] for row in rows]), int32(see))
+
+    def prompt(self, sequence, start, count, with_image):
+        """A chunk of `count` tokens, padded to BUCKET rows; earlier tokens, if any, are in two table entries."""
+        padding = BUCKET - count
+        table = TABLES[sequence]
+        see = [(0, self.seen) if start + row >= 2 and row < count else (0, 0) for row in range(BUCKET)]
+        return PromptInput(
+            torch.cat((self.ids[sequence, start:start + count], int32([0] * padding))),
+            int32([*range(start, start + count), *[0] * padding]),
+            int32(slots(table, start, count, P) + [*range(padding)]), int32([count - 1]), int32([count]),
+            int32([start]), int32(table) if start else None, self._image(see) if with_image else None)
+
+    def tokens(self, lengths, with_image):
+        """One new token of both sequences, which have `lengths` tokens with it."""
+        at = [length - 1 for length in lengths]
+        return TokenInput(
+            torch.stack([self.ids[sequence, position] for sequence, position in enumerate(at)]), int32(at),
+            int32([slots(table, position, 1, P)[0] for table, position in zip(TABLES, at, strict=True)]),
+            int32([2]), int32(TABLES), int32(lengths), self._image([(0, self.seen), (0, 0)]) if with_image else None)
+
+
+def play(run, talk):
+    """Logits of every step of the conversation; its second sequence is of text alone, or sees the image too."""
+    run("vision", talk.vision())
+    logits = [run("prefill", talk.prompt(0, 0, FIRST, True))]
+    logits.append(run("prefill", talk.prompt(1, 0, SECOND, not talk.text_alone)))
+    logits.append(run("prefill", talk.prompt(0, FIRST, SECOND, True)))
+    logits.append(run("prefill", talk.prompt(1, SECOND, FIRST, not talk.text_alone)))
+    for step in range(1, 4):
+        logits.append(run("decode", talk.tokens([FIRST + SECOND + step] * 2, True)))
+    logits.append(run("decode", talk.tokens([FIRST + SECOND + 4] * 2, not talk.text_alone)))
+    return [x.float() for x in logits]
