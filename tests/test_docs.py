@@ -42,7 +42,8 @@ def sections(text: str) -> list[str]:
 
 def blocks(text: str, language: str = "") -> list[str]:
     """The code blocks of a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    found = re.findall(r"^```(\w*)\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    return [block for name, block in found if name == language]
 
 
 def commands(text: str) -> list[str]:

@@ -162,6 +162,7 @@ def missing_compiler() -> Optional[str]:
     """Why no library, and no graph, could be built here; None where they could."""
     try:
         find_compiler()
+        return None
     except BuildError as error:
         return str(error)
 

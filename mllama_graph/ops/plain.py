@@ -31,7 +31,7 @@ def linear(x: Tensor, leaf: Linear) -> Tensor:
     For a few rows that is a fused multiply and sum, one pass over the weight under Inductor; for more, widening it once
     and a GEMM are worth the 10 bytes moved a weight instead of 2.
     """
-    weight = leaf.weight
+    weight: Tensor = leaf.weight
     if weight.dtype != x.dtype:
         if x.dim() == 2 and x.shape[0] <= WIDEN_ROWS and torch.compiler.is_compiling():
             y = (x[:, None, :] * weight.to(x.dtype)).sum(-1)
