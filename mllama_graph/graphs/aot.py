@@ -35,7 +35,8 @@ from mllama_graph.graphs.store import PACKAGE, GraphStore, key_of
 from mllama_graph.model.table import Shard
 
 # Source that decides what a graph computes.
-SOURCES = ("model", "ops", "graphs/aot.py", "graphs/build.py", "graphs/torchair.py", "native/graph.h", "native/operators.py", "plan/cost.py")
+SOURCES = ("model", "ops", "graphs/aot.py", "graphs/build.py", "graphs/torchair.py", "native/graph.h",
+           "native/operators.py", "plan/cost.py")
 
 
 class Step(nn.Module):

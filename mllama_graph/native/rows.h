@@ -1,7 +1,7 @@
 // What is done to each row by itself: norms, rotations, gates, and moving rows from and to tables.
 //
-// A row is worked through from its first element, a vector at a time, whatever rows lie beside it: its result has the same bits
-// alone, in a batch and in a chunk.
+// A row is worked through from its first element, a vector at a time, whatever rows lie beside it: its result has the
+// same bits alone, in a batch and in a chunk.
 
 #pragma once
 
@@ -46,7 +46,9 @@ inline void rms_norm_row(const float* x, const float* weight, float eps, int64_t
     squares = multiply_add(some, some, squares);
   });
   const float scale = 1 / std::sqrt(total(squares) / static_cast<float>(width) + eps);
-  for_vectors(width, [&](int64_t i, int64_t left) { store(y + i, load(weight + i, left) * (load(x + i, left) * scale), left); });
+  for_vectors(width, [&](int64_t i, int64_t left) {
+    store(y + i, load(weight + i, left) * (load(x + i, left) * scale), left);
+  });
 }
 
 // The norm of each run of as many elements as the weight has.
@@ -57,22 +59,27 @@ Tensor rms_norm(Tensor given, Tensor weight, double eps, std::optional<Tensor> r
   Tensor y = torch::stable::new_empty(given, given.sizes());
   const std::vector<float> w = widened(weight);
   for_real_rows(y, real, [&](int64_t t, float* to) {
-    for (int64_t i = 0; i < x.width; i += width) rms_norm_row(x.row(t) + i, w.data(), static_cast<float>(eps), width, to + i);
+    for (int64_t i = 0; i < x.width; i += width)
+      rms_norm_row(x.row(t) + i, w.data(), static_cast<float>(eps), width, to + i);
   });
   return y;
 }
 
 // The norm of x + y, and x + y.
-std::tuple<Tensor, Tensor> add_rms_norm(Tensor given_x, Tensor given_y, Tensor weight, double eps, std::optional<Tensor> real) {
+std::tuple<Tensor, Tensor> add_rms_norm(Tensor given_x, Tensor given_y, Tensor weight, double eps,
+                                        std::optional<Tensor> real) {
   const Rows x(given_x), y(given_y);
   if (x.width != weight.numel() || y.width != x.width || y.count != x.count)
     fail("add_rms_norm takes x and y (T, D) and a weight (D)");
-  Tensor normed = torch::stable::new_empty(given_x, given_x.sizes()), sum = torch::stable::new_empty(given_x, given_x.sizes());
+  Tensor normed = torch::stable::new_empty(given_x, given_x.sizes());
+  Tensor sum = torch::stable::new_empty(given_x, given_x.sizes());
   float* sums = results(sum);
   const std::vector<float> w = widened(weight);
   for_real_rows(normed, real, [&](int64_t t, float* to) {
     float* z = sums + t * x.width;
-    for_vectors(x.width, [&](int64_t i, int64_t left) { store(z + i, load(x.row(t) + i, left) + load(y.row(t) + i, left), left); });
+    for_vectors(x.width, [&](int64_t i, int64_t left) {
+      store(z + i, load(x.row(t) + i, left) + load(y.row(t) + i, left), left);
+    });
     rms_norm_row(z, w.data(), static_cast<float>(eps), x.width, to);
   });
   const int64_t some = real_of(x.count, real);
@@ -118,7 +125,8 @@ std::tuple<Tensor, Tensor> rope_angles(Tensor position, Tensor inv_freq) {
   const int64_t rows = position.size(0), half = inv_freq.size(0);
   const int32_t* positions = integers(position);
   const float* frequencies = floats(inv_freq);
-  Tensor cosine = torch::stable::new_empty(inv_freq, {rows, 2 * half}), sine = torch::stable::new_empty(inv_freq, {rows, 2 * half});
+  Tensor cosine = torch::stable::new_empty(inv_freq, {rows, 2 * half});
+  Tensor sine = torch::stable::new_empty(inv_freq, {rows, 2 * half});
   float *cosines = results(cosine), *sines = results(sine);
   for_rows(rows, half * 16, [&](int64_t t) {
     for (int64_t i = 0; i < half; i++) {
@@ -230,7 +238,8 @@ Tensor add_gated(Tensor given_x, Tensor given_y, std::optional<Tensor> bias, std
 
 // ---- Rows from and to tables ----
 
-// Rows of a table (V, D), widened. A table that begins at id `first` is a part of one: ids that it does not hold get zeros.
+// Rows of a table (V, D), widened. A table that begins at id `first` is a part of one: ids that it does not hold get
+// zeros.
 Tensor embed(Tensor id, Tensor weight, std::optional<Tensor> first, std::optional<Tensor> real) {
   const int32_t *ids = integers(id), from = first ? *integers(*first) : 0;
   const int64_t rows = id.size(0), held = weight.size(0), width = weight.size(1), some = real_of(rows, real);
@@ -256,12 +265,14 @@ Tensor take_row(Tensor given, Tensor at) {
 }
 
 // Row t of k and v becomes slot[t] of their pages (N, P, K, H), slots counted over all pages; padding is not written.
-void write_pages_(Tensor given_k, Tensor given_v, Tensor k_pages, Tensor v_pages, Tensor slot, std::optional<Tensor> real) {
+void write_pages_(Tensor given_k, Tensor given_v, Tensor k_pages, Tensor v_pages, Tensor slot,
+                  std::optional<Tensor> real) {
   const Rows k(given_k), v(given_v);
   const int32_t* slots = integers(slot);
   const int64_t count = k_pages.size(0) * k_pages.size(1), some = real_of(k.count, real);
   floats(k_pages), floats(v_pages);
-  if (k.width * count != k_pages.numel() || v.width != k.width || v.count != k.count || v_pages.numel() != k_pages.numel())
+  if (k.width * count != k_pages.numel() || v.width != k.width || v.count != k.count ||
+      v_pages.numel() != k_pages.numel())
     fail("write_pages_ takes k and v (T, K, H) and pages (N, P, K, H)");
   float *keys = results(k_pages), *values = results(v_pages);
   for (int64_t t = 0; t < some; t++)

@@ -48,7 +48,8 @@ void widen_elements(const Tensor& weight, int64_t first, int64_t count, float* t
     for (int64_t i = 0; i < count; i++) to[i] = widen(from[first + i]);
   };
   const void* data = weight.const_data_ptr();
-  if (!weight.is_contiguous() || first < 0 || first + count > weight.numel()) fail("a kernel takes a contiguous weight that is large enough");
+  if (!weight.is_contiguous() || first < 0 || first + count > weight.numel())
+    fail("a kernel takes a contiguous weight that is large enough");
   switch (weight.scalar_type()) {
     case ScalarType::Float: return copy(static_cast<const float*>(data));
     case ScalarType::BFloat16: return copy(static_cast<const BFloat16*>(data));
@@ -65,7 +66,8 @@ std::vector<float> widened(const Tensor& weight, int64_t first, int64_t count) {
 
 std::vector<float> widened(const Tensor& weight) { return widened(weight, 0, weight.numel()); }
 
-// The rows of a tensor along its first axis, `width` elements each; those of a part of a wider tensor are `stride` apart.
+// The rows of a tensor along its first axis, `width` elements each; those of a part of a wider tensor are `stride`
+// apart.
 struct Rows {
   Tensor held;
   const float* data;
@@ -89,7 +91,8 @@ struct Rows {
 
 // ---- Functions as the dispatcher calls them: arguments on a stack, and results in their place ----
 //
-// What TORCH_BOX does, without the tuples and checks that make it a sixth of the time in which this library is compiled.
+// What TORCH_BOX does, without the tuples and checks that make it a sixth of the time in which this library is
+// compiled.
 
 template <class R, class... A, size_t... I>
 void call(R (*f)(A...), StableIValue* stack, std::index_sequence<I...>) {
