@@ -237,8 +237,8 @@ Tensor attend(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages, con
           query_heads(heads, [&](auto queries, int64_t query, int64_t head) {
             const int64_t h = head * heads.width, at_query = query * heads.width;
             weigh_tokens<queries>(row + at_query, keys + at + h, some, values + at + h * some, heads,
-                                  static_cast<float>(scale), {out.largest + query, out.sum + query, out.values + at_query},
-                                  weights.get() + query);
+                                  static_cast<float>(scale),
+                                  {out.largest + query, out.sum + query, out.values + at_query}, weights.get() + query);
           });
           query_heads(heads, [&](auto queries, int64_t query, int64_t head) {
             const int64_t h = head * heads.width;
