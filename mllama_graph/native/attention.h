@@ -250,7 +250,7 @@ Tensor attend(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages, con
     }
   });
 
-  Tensor y = torch::stable::new_empty(q, q.sizes());
+  Tensor y = allocated(q.sizes());
   auto* results = static_cast<float*>(y.mutable_data_ptr());
   for (int64_t row = 0; row < rows; row++) {
     for (int64_t head = 0; head < heads.queries; head++) {
@@ -469,7 +469,7 @@ void attend_rows(const float* q, float* out, int64_t rows, const Heads& heads, c
 
 Tensor attend_rows(const Tensor& q, int64_t key_heads, const Tokens& tokens, const std::vector<Seen>& seen,
                    double scale) {
-  Tensor y = torch::stable::new_empty(q, q.sizes());
+  Tensor y = allocated(q.sizes());
   attend_rows(floats(q), results(y), q.size(0), {q.size(1), key_heads, q.size(2)}, tokens, seen,
               static_cast<float>(scale));
   return y;
@@ -479,7 +479,7 @@ Tensor attend_rows(const Tensor& q, int64_t key_heads, const Tokens& tokens, con
 // `real` on get zeros.
 Tensor attend_prompt(Tensor q, Tensor given_k, Tensor given_v, Tensor k_pages, Tensor v_pages,
                      std::optional<Tensor> table, Tensor past, std::optional<Tensor> real, double scale) {
-  const Tensor k = torch::stable::contiguous(given_k), v = torch::stable::contiguous(given_v);
+  const Tensor k = packed(given_k), v = packed(given_v);
   const int32_t* entries = table ? integers(*table) : nullptr;
   const int64_t page = k_pages.size(1), rows = real_of(q.size(0), real), token = k.size(1) * k.size(2);
   const int64_t earlier = table ? std::min<int64_t>(*integers(past), table->size(0) * page) : 0;
@@ -496,12 +496,12 @@ Tensor attend_prompt(Tensor q, Tensor given_k, Tensor given_v, Tensor k_pages, T
     seen.push_back({0, earlier + t + 1});
   }
   seen.resize(q.size(0), {0, 0});
-  return attend_rows(torch::stable::contiguous(q), k.size(1), tokens, seen, scale);
+  return attend_rows(packed(q), k.size(1), tokens, seen, scale);
 }
 
 // All rows see all rows, but padding does not see padding.
 Tensor attend_tiles(Tensor q, Tensor given_k, Tensor given_v, Tensor pad, double scale) {
-  const Tensor k = torch::stable::contiguous(given_k), v = torch::stable::contiguous(given_v);
+  const Tensor k = packed(given_k), v = packed(given_v);
   const auto* padding = static_cast<const bool*>(pad.const_data_ptr());
   const int64_t rows = q.size(0), token = k.size(1) * k.size(2);
   const float *keys = floats(k), *values = floats(v);
@@ -512,7 +512,7 @@ Tensor attend_tiles(Tensor q, Tensor given_k, Tensor given_v, Tensor pad, double
   const int64_t real = std::count(padding, padding + rows, false);
   std::vector<Seen> seen;
   for (int64_t s = 0; s < rows; s++) seen.push_back({0, padding[s] ? real : rows});
-  return attend_rows(torch::stable::contiguous(q), k.size(1), tokens, seen, scale);
+  return attend_rows(packed(q), k.size(1), tokens, seen, scale);
 }
 
 // attend_image for one sequence of many rows.
@@ -539,7 +539,7 @@ Tensor attend_image_rows(const Tensor& q, const Tensor& k_pages, const Tensor& v
 Tensor attend_pages(Tensor q, Tensor k_pages, Tensor v_pages, Tensor table, Tensor length, double scale) {
   const auto* lengths = static_cast<const int32_t*>(length.const_data_ptr());
   const int64_t R = q.size(0) / table.size(0), page = k_pages.size(1);
-  return attend(torch::stable::contiguous(q), k_pages, v_pages, table, scale, [=](int64_t row, int64_t j) {
+  return attend(packed(q), k_pages, v_pages, table, scale, [=](int64_t row, int64_t j) {
     return std::min(page, lengths[row / R] - R + 1 + row % R - j * page);
   });
 }
@@ -550,8 +550,8 @@ Tensor attend_image(Tensor q, Tensor k_pages, Tensor v_pages, Tensor table, Tens
   const auto* sees = static_cast<const int32_t*>(see.const_data_ptr());
   const int64_t R = q.size(0) / table.size(0), J = table.size(1);
   if (table.size(0) == 1 && R > kFewRows)
-    return attend_image_rows(torch::stable::contiguous(q), k_pages, v_pages, table, fills, sees, scale);
-  return attend(torch::stable::contiguous(q), k_pages, v_pages, table, scale, [=](int64_t row, int64_t j) -> int64_t {
+    return attend_image_rows(packed(q), k_pages, v_pages, table, fills, sees, scale);
+  return attend(packed(q), k_pages, v_pages, table, scale, [=](int64_t row, int64_t j) -> int64_t {
     return sees[2 * row] <= j && j < sees[2 * row + 1] ? fills[row / R * J + j] : 0;
   });
 }

@@ -190,13 +190,13 @@ void linear_of(const Tensor& x, const Tensor& weight, const Tensor* bias, const 
 
 // y = x w' + bias: x (..., I) fp32; w (O, I) in panels and bias (O) fp32, bf16 or fp16. Rows from `real` on get zeros.
 Tensor linear(Tensor given, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> real) {
-  const Tensor x = torch::stable::contiguous(given);
+  const Tensor x = packed(given);
   if (x.scalar_type() != ScalarType::Float || weight.dim() != 2 || !weight.is_contiguous() || x.dim() == 0 ||
       x.size(x.dim() - 1) != weight.size(1) || (bias && bias->scalar_type() != weight.scalar_type()))
     fail("linear takes x (..., I) in float32, a contiguous weight (O, I) and a bias (O) of the weight's dtype");
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = weight.size(0);
-  Tensor y = torch::stable::new_empty(x, sizes);
+  Tensor y = allocated(sizes);
   if (!y.numel()) return y;
   const Tensor* b = bias ? &*bias : nullptr;
   const int64_t outputs = weight.size(0), rows = y.numel() / outputs, some = real_of(rows, real);

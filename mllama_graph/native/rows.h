@@ -56,7 +56,7 @@ Tensor rms_norm(Tensor given, Tensor weight, double eps, std::optional<Tensor> r
   const Rows x(given);
   const int64_t width = weight.numel();
   if (width == 0 || given.size(given.dim() - 1) != width) fail("rms_norm takes x (..., D) and a weight (D)");
-  Tensor y = torch::stable::new_empty(given, given.sizes());
+  Tensor y = allocated(given.sizes());
   const std::vector<float> w = widened(weight);
   for_real_rows(y, real, [&](int64_t t, float* to) {
     for (int64_t i = 0; i < x.width; i += width)
@@ -71,8 +71,8 @@ std::tuple<Tensor, Tensor> add_rms_norm(Tensor given_x, Tensor given_y, Tensor w
   const Rows x(given_x), y(given_y);
   if (x.width != weight.numel() || y.width != x.width || y.count != x.count)
     fail("add_rms_norm takes x and y (T, D) and a weight (D)");
-  Tensor normed = torch::stable::new_empty(given_x, given_x.sizes());
-  Tensor sum = torch::stable::new_empty(given_x, given_x.sizes());
+  Tensor normed = allocated(given_x.sizes());
+  Tensor sum = allocated(given_x.sizes());
   float* sums = results(sum);
   const std::vector<float> w = widened(weight);
   for_real_rows(normed, real, [&](int64_t t, float* to) {
@@ -109,7 +109,7 @@ Tensor layer_norm(Tensor given, Tensor weight, Tensor bias, double eps) {
   const int64_t width = weight.numel();
   if (width == 0 || given.size(given.dim() - 1) != width || bias.numel() != width)
     fail("layer_norm takes x (..., E), a weight and a bias (E)");
-  Tensor y = torch::stable::new_empty(given, given.sizes());
+  Tensor y = allocated(given.sizes());
   const std::vector<float> w = widened(weight), b = widened(bias);
   for_real_rows(y, std::nullopt, [&](int64_t t, float* to) {
     for (int64_t i = 0; i < x.width; i += width)
@@ -125,8 +125,8 @@ std::tuple<Tensor, Tensor> rope_angles(Tensor position, Tensor inv_freq) {
   const int64_t rows = position.size(0), half = inv_freq.size(0);
   const int32_t* positions = integers(position);
   const float* frequencies = floats(inv_freq);
-  Tensor cosine = torch::stable::new_empty(inv_freq, {rows, 2 * half});
-  Tensor sine = torch::stable::new_empty(inv_freq, {rows, 2 * half});
+  Tensor cosine = allocated({rows, 2 * half});
+  Tensor sine = allocated({rows, 2 * half});
   float *cosines = results(cosine), *sines = results(sine);
   for_rows(rows, half * 16, [&](int64_t t) {
     for (int64_t i = 0; i < half; i++) {
@@ -146,7 +146,7 @@ Tensor rope(Tensor given, Tensor cosine, Tensor sine, std::optional<Tensor> real
   const float *cosines = floats(cosine), *sines = floats(sine);
   if (cosine.size(0) != x.count || cosine.size(1) != width || sine.numel() != cosine.numel() || width % 2)
     fail("rope takes x (T, Q, H), cosines and sines (T, H)");
-  Tensor y = torch::stable::new_empty(given, given.sizes());
+  Tensor y = allocated(given.sizes());
   for_real_rows(y, real, [&](int64_t t, float* to) {
     for (int64_t head = 0; head < x.width; head += width)
       for_vectors(half, [&](int64_t i, int64_t left) {
@@ -176,7 +176,7 @@ inline Vector error_function(Vector x) {
 // x (1 + erf(x / sqrt(2))) / 2
 Tensor gelu(Tensor given) {
   const Rows x(given);
-  Tensor y = torch::stable::new_empty(given, given.sizes());
+  Tensor y = allocated(given.sizes());
   for_real_rows(y, std::nullopt, [&](int64_t t, float* to) {
     for_vectors(x.width, [&](int64_t i, int64_t left) {
       const Vector some = load(x.row(t) + i, left);
@@ -191,7 +191,7 @@ Tensor swiglu(Tensor given, std::optional<Tensor> real) {
   const Rows h(given);
   const int64_t width = h.width / 2;
   if (given.dim() != 2 || h.width % 2) fail("swiglu takes gate and up side by side (T, 2F)");
-  Tensor y = torch::stable::new_empty(given, {h.count, width});
+  Tensor y = allocated({h.count, width});
   for_real_rows(y, real, [&](int64_t t, float* to) {
     for_vectors(width, [&](int64_t i, int64_t left) {
       const Vector gate = load(h.row(t) + i, left);
@@ -211,7 +211,7 @@ Tensor gated(Tensor given, Tensor gate, Tensor see) {
   const int32_t* sees = integers(see);
   const float factor = tanh_of(gate);
   if (see.numel() != 2 * y.count) fail("gated takes y (T, D) and see (T, 2)");
-  Tensor z = torch::stable::new_empty(given, given.sizes());
+  Tensor z = allocated(given.sizes());
   for_real_rows(z, std::nullopt, [&](int64_t t, float* to) {
     if (sees[2 * t] >= sees[2 * t + 1]) return static_cast<void>(std::fill_n(to, y.width, 0.0f));
     for_vectors(y.width, [&](int64_t i, int64_t left) { store(to + i, load(y.row(t) + i, left) * factor, left); });
@@ -225,7 +225,7 @@ Tensor add_gated(Tensor given_x, Tensor given_y, std::optional<Tensor> bias, std
   if (y.count != x.count || y.width != x.width || (bias && bias->numel() != x.width))
     fail("add_gated takes x and y (W, E) and a bias (E)");
   const float factor = gate ? tanh_of(*gate) : 1.0f;
-  Tensor z = torch::stable::new_empty(given_x, given_x.sizes());
+  Tensor z = allocated(given_x.sizes());
   const std::vector<float> b = bias ? widened(*bias) : std::vector<float>(x.width);
   for_real_rows(z, std::nullopt, [&](int64_t t, float* to) {
     for_vectors(x.width, [&](int64_t i, int64_t left) {
@@ -246,7 +246,7 @@ Tensor embed(Tensor id, Tensor weight, std::optional<Tensor> first, std::optiona
   const auto holds = [=](int64_t t) { return ids[t] >= from && ids[t] - from < held; };
   for (int64_t t = 0; t < some && !first; t++)
     if (!holds(t)) fail("an id is no row of the embedding table");
-  Tensor y = torch::stable::new_empty(weight, {rows, width}, ScalarType::Float);
+  Tensor y = allocated({rows, width});
   for_real_rows(y, real, [&](int64_t t, float* to) {
     if (holds(t)) widen_elements(weight, (ids[t] - from) * width, width, to);
     else std::fill_n(to, width, 0.0f);
@@ -259,7 +259,7 @@ Tensor take_row(Tensor given, Tensor at) {
   const Rows x(given);
   const int64_t t = *integers(at);
   if (t < 0 || t >= x.count) fail("take_row takes the number of a row");
-  Tensor y = torch::stable::new_empty(given, {1, x.width});
+  Tensor y = allocated({1, x.width});
   std::memcpy(results(y), x.row(t), x.width * sizeof(float));
   return y;
 }

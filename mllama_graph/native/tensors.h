@@ -25,6 +25,21 @@ using torch::stable::Tensor;
 
 [[noreturn]] void fail(const std::string& text) { throw std::runtime_error(text); }
 
+// A new tensor on the CPU. torch::stable::new_empty and contiguous look their operators up by name in each call: that
+// takes a microsecond, as long as what is done to one row.
+Tensor allocated(torch::headeronly::IntHeaderOnlyArrayRef sizes, int32_t dtype = aoti_torch_dtype_float32()) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t axis = sizes.size(); axis-- > 1;) strides[axis - 1] = strides[axis] * sizes[axis];
+  AtenTensorHandle made;
+  const auto device = aoti_torch_device_type_cpu();
+  const auto dims = static_cast<int64_t>(sizes.size());
+  if (aoti_torch_empty_strided(dims, sizes.data(), strides.data(), dtype, device, 0, &made))
+    fail("no memory for a result");
+  return Tensor(made);
+}
+
+Tensor packed(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
 const float* floats(const Tensor& x) {
   if (x.scalar_type() != ScalarType::Float || !x.is_contiguous()) fail("a kernel takes contiguous float32");
   return static_cast<const float*>(x.const_data_ptr());
@@ -82,7 +97,7 @@ struct Rows {
     }
     if (x.scalar_type() != ScalarType::Float) fail("a kernel takes rows of float32");
     if (side_by_side) stride = x.stride(0);
-    else held = torch::stable::contiguous(x);
+    else held = packed(x);
     data = static_cast<const float*>(held.const_data_ptr());
   }
 

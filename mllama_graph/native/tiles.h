@@ -23,7 +23,7 @@ Tensor normalise(Tensor tiles, Tensor real, Tensor scale, Tensor mean, Tensor de
   if (tiles.scalar_type() != ScalarType::Byte || !tiles.is_contiguous() || mean.numel() != colours ||
       deviation.numel() != colours)
     fail("normalise takes tiles (C, 3, h, w) in uint8, a mean and a deviation of each colour");
-  Tensor x = torch::stable::new_empty(scale, tiles.sizes());
+  Tensor x = allocated(tiles.sizes());
   const auto* from = static_cast<const uint8_t*>(tiles.const_data_ptr());
   const float factor = *floats(scale), *means = floats(mean), *deviations = floats(deviation);
   const int64_t some = *integers(real);
@@ -61,7 +61,7 @@ Tensor patch_embed(Tensor x, Tensor weight) {
     fail("patch_embed takes x (C, 3, h, w) and a weight (E, 3, p, p)");
   const float* from = floats(x);
   const std::vector<float> b = patch_panels(weight);
-  Tensor y = torch::stable::new_empty(x, {C, lines * across, E});
+  Tensor y = allocated({C, lines * across, E});
   float* to = results(y);
   for_rows(C * lines, across * depth * E, [&](int64_t line) {
     std::vector<float> patches(across * depth), products(across * wide);
@@ -88,7 +88,7 @@ Tensor add_tile_embedding(Tensor given, Tensor table, Tensor aspect, Tensor gate
   const int64_t C = given.size(0), R = given.size(1), E = given.size(2);
   if (table.size(1) != C * E) fail("add_tile_embedding takes x (C, R, E) and a table (A, C * E)");
   const std::vector<float> tiles = of_aspect(table, aspect);
-  Tensor y = torch::stable::new_empty(given, given.sizes());
+  Tensor y = allocated(given.sizes());
   float* to = results(y);
   for_rows(C * R, E, [&](int64_t row) {
     for_vectors(E, [&](int64_t i, int64_t left) {
@@ -106,7 +106,7 @@ Tensor add_positions(Tensor given, Tensor first, Tensor position, Tensor table, 
   if (first.numel() != E || position.numel() != L * E || table.size(1) != C * L * E)
     fail("add_positions takes x (C, N, E), a first row (E), positions (N + 1, E) and a table (A, C * (N + 1) * E)");
   const std::vector<float> begin = widened(first), shared = widened(position), own = of_aspect(table, aspect);
-  Tensor y = torch::stable::new_empty(given, {C, L, E});
+  Tensor y = allocated({C, L, E});
   float* to = results(y);
   for_rows(C * L, E, [&](int64_t row) {
     const int64_t l = row % L;
@@ -125,8 +125,8 @@ std::tuple<Tensor, Tensor> pad_rows(Tensor given, Tensor real, int64_t multiple)
   const float* x = floats(given);
   const int64_t C = given.size(0), L = given.size(1), E = given.size(2), R = (L + multiple - 1) / multiple * multiple;
   const int64_t some = *integers(real);
-  Tensor y = torch::stable::new_empty(given, {C * R, E});
-  Tensor pad = torch::stable::new_empty(given, {C * R}, ScalarType::Bool);
+  Tensor y = allocated({C * R, E});
+  Tensor pad = allocated({C * R}, aoti_torch_dtype_bool());
   float* to = results(y);
   auto* padding = static_cast<bool*>(pad.mutable_data_ptr());
   for_rows(C * R, E, [&](int64_t row) {
@@ -148,7 +148,7 @@ Tensor join_features(Tensor given, std::vector<Tensor> kept, int64_t tiles, int6
     if (layer.numel() != given.numel()) fail("join_features takes kept tensors of the shape of x");
     layers.push_back(floats(layer));
   }
-  Tensor y = torch::stable::new_empty(given, {tiles * tokens, E * (1 + count)});
+  Tensor y = allocated({tiles * tokens, E * (1 + count)});
   float* to = results(y);
   for_rows(tiles * tokens, E * (1 + count), [&](int64_t s) {
     const int64_t row = s / tokens * R + s % tokens;
