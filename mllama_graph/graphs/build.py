@@ -36,8 +36,8 @@ SETTINGS = {
 # For a CPU's graphs. Inductor does not try out whether g++ knows the machine's vectors (3 s). Precompiled headers take
 # 12 s and 280 MB, which is more than they save in a run of three graphs.
 CPU_SETTINGS = {"cpp.vec_isa_ok": True, "aot_inductor.precompile_headers": False}
-# For a graph of calls. There is nothing to fuse in it. O1: without, a decode step of the tiny model takes 6 % longer, and g++
-# half a second less.
+# For a graph of calls. There is nothing to fuse in it. O1: without, a decode step of the tiny model takes 6 % longer, and
+# g++ half a second less.
 CALLS_SETTINGS = {
     "pattern_matcher": False, "use_pre_grad_passes": False, "use_joint_graph_passes": False, "size_asserts": False,
     "aot_inductor.compile_wrapper_opt_level": "O1", "aot_inductor.enable_line_tables": False,
