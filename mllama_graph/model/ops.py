@@ -5,7 +5,8 @@ agree with it on every test of tests/ops/. Shape letters:
 
     B sequences   T token rows (packed)   D model width   Q query heads   K kv heads   H head width
     F mlp width   V vocabulary   N pages   P tokens a page   J pages a sequence
-    C tiles   N patches a tile   L tokens a tile   W rows of an image   S tokens of an image   E vision width   U vision output
+    C tiles   N patches a tile   L tokens a tile   W rows of an image   S tokens of an image
+    E vision width   U vision output
 """
 
 from collections.abc import Callable

@@ -56,9 +56,9 @@ def load(name: str, folder: Path) -> None:
 
 
 def declare_operators(name: str) -> None:
-    """Make the operators of a library known as torch.ops.mllama_graph.* for tracing: what they take and what shape they return.
+    """Tell torch what the operators of a library take, and what shapes they return: all that tracing needs.
 
-    Those of `kernels` need no library for that, so that graphs are traced while it is being built.
+    Those of `kernels` can be declared before the library is built, so that graphs are traced meanwhile.
     """
     import torch
 

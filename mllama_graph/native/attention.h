@@ -14,8 +14,8 @@ namespace {
 
 // ---- Attention over pages ----
 
-// Tokens that a thread takes at a time. Those whose keys are worked through before their values, at most, and the bytes of their
-// keys: both lie in the second-level cache. Each is one stream so, as memory is read fastest.
+// Tokens that a thread takes at a time. Those whose keys are worked through before their values, at most, and the bytes
+// of their keys: both lie in the second-level cache. Each is one stream so, as memory is read fastest.
 constexpr int64_t kSplit = 256, kBlockBytes = 1 << 18;
 constexpr int kTokens = 64;
 // Up to so many rows of a sequence read its pages each for itself.
@@ -97,16 +97,18 @@ inline void add_values(const float (*weights)[kTokens], const float* v, int64_t 
 
 // The same for the columns from h on to `whole`, V vectors at a time, then fewer.
 template <int G, int V>
-inline void add_columns(const float (*weights)[kTokens], const float* v, int64_t stride, int tokens, const float* next, float* to,
-                        int64_t width, int64_t whole, int64_t& h) {
-  for (; h + V * kLanes <= whole; h += V * kLanes) add_values<G, V>(weights, v + h, stride, tokens, next + h, to + h, width);
+inline void add_columns(const float (*weights)[kTokens], const float* v, int64_t stride, int tokens, const float* next,
+                        float* to, int64_t width, int64_t whole, int64_t& h) {
+  for (; h + V * kLanes <= whole; h += V * kLanes)
+    add_values<G, V>(weights, v + h, stride, tokens, next + h, to + h, width);
   if constexpr (V > 1) add_columns<G, V - 1>(weights, v, stride, tokens, next, to, width, whole, h);
 }
 
-// The weights that G queries give to `tokens` tokens, at most kTokens, whose keys lie at k; what `out` holds shrinks to the largest score.
+// The weights that G queries give to `tokens` tokens, at most kTokens, whose keys lie at k; what `out` holds shrinks to
+// the largest score.
 template <int G>
-void weigh_tokens(const float* q, const float* k, int tokens, const float* next, const Heads& heads, float scale, Partial out,
-                  float (*weights)[kTokens]) {
+void weigh_tokens(const float* q, const float* k, int tokens, const float* next, const Heads& heads, float scale,
+                  Partial out, float (*weights)[kTokens]) {
   const int64_t stride = heads.keys * heads.width, whole = heads.width / kLanes * kLanes;
   Vector sums[G][kTokens];
   // Whole vectors of tokens; what is beyond `tokens` weighs nothing.
@@ -117,7 +119,8 @@ void weigh_tokens(const float* q, const float* k, int tokens, const float* next,
     float* weight = weights[g];
     for (int i = 0; i < held; i += kLanes) store(weight + i, totals(sums[g] + i));
     for (int i = 0; whole < heads.width && i < tokens; i++)
-      for (int64_t h = whole; h < heads.width; h++) weight[i] = std::fma(k[i * stride + h], q[g * heads.width + h], weight[i]);
+      for (int64_t h = whole; h < heads.width; h++)
+        weight[i] = std::fma(k[i * stride + h], q[g * heads.width + h], weight[i]);
     std::fill(weight + tokens, weight + held, -std::numeric_limits<float>::infinity());
     Vector most = load(weight);
     for (int i = kLanes; i < held; i += kLanes) most = most > load(weight + i) ? most : load(weight + i);
@@ -141,7 +144,8 @@ void weigh_tokens(const float* q, const float* k, int tokens, const float* next,
 
 // Adds to `to`, of G queries, the weighted values of the same tokens, which lie at v.
 template <int G>
-void add_tokens(const float (*weights)[kTokens], const float* v, int tokens, const float* next, const Heads& heads, float* to) {
+void add_tokens(const float (*weights)[kTokens], const float* v, int tokens, const float* next, const Heads& heads,
+                float* to) {
   const int64_t stride = heads.keys * heads.width, whole = heads.width / kLanes * kLanes;
   int64_t h = 0;
   add_columns<G, std::min(8, kRegisters / 2 / G)>(weights, v, stride, tokens, next, to, heads.width, whole, h);
@@ -210,7 +214,8 @@ Tensor attend(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages, con
 
   // A task's partial result: the largest scores, the sums, the values.
   const int64_t width = heads.queries * (heads.width + 2), token = heads.keys * heads.width;
-  const int64_t fit = kBlockBytes / (token * sizeof(float)), block = std::clamp<int64_t>(fit / kLanes * kLanes, kLanes, kTokens);
+  const int64_t fit = kBlockBytes / (token * sizeof(float));
+  const int64_t block = std::clamp<int64_t>(fit / kLanes * kLanes, kLanes, kTokens);
   std::vector<float> partials(tasks.size() * width, 0.0f);
   const auto partial = [&](int64_t task) {
     float* at = partials.data() + task * width;
@@ -227,23 +232,25 @@ Tensor attend(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages, con
           const int some = static_cast<int>(std::min<int64_t>(block, piece.tokens - i));
           const int64_t at = (piece.page * page + i) * token;
           const int64_t next = i + some < piece.tokens ? at + some * token : piece.next * page * token;
-          // Keys of all heads, then their values. Meanwhile each head calls for as many floats of what comes next, the values or the
-          // next tokens' keys, as it reads itself, in the order of memory.
+          // Keys of all heads, then their values. Meanwhile each head calls for as many floats of what comes next, the
+          // values or the next tokens' keys, as it reads itself, in the order of memory.
           query_heads(heads, [&](auto queries, int64_t query, int64_t head) {
             const int64_t h = head * heads.width, at_query = query * heads.width;
-            weigh_tokens<queries>(row + at_query, keys + at + h, some, values + at + h * some, heads, static_cast<float>(scale),
+            weigh_tokens<queries>(row + at_query, keys + at + h, some, values + at + h * some, heads,
+                                  static_cast<float>(scale),
                                   {out.largest + query, out.sum + query, out.values + at_query}, weights.get() + query);
           });
           query_heads(heads, [&](auto queries, int64_t query, int64_t head) {
             const int64_t h = head * heads.width;
-            add_tokens<queries>(weights.get() + query, values + at + h, some, keys + next + h * some, heads, out.values + query * heads.width);
+            add_tokens<queries>(weights.get() + query, values + at + h, some, keys + next + h * some, heads,
+                                out.values + query * heads.width);
           });
         }
       }
     }
   });
 
-  Tensor y = torch::stable::new_empty(q, q.sizes());
+  Tensor y = allocated(q.sizes());
   auto* results = static_cast<float*>(y.mutable_data_ptr());
   for (int64_t row = 0; row < rows; row++) {
     for (int64_t head = 0; head < heads.queries; head++) {
@@ -286,7 +293,8 @@ inline void panels(int64_t columns, const F& f) {
   }
 }
 
-// c = a b, added to what c holds unless `fresh`, for R rows and a panel of V vectors, whose rows follow each other in b.
+// c = a b, added to what c holds unless `fresh`, for R rows and a panel of V vectors, whose rows follow each other in
+// b.
 template <int R, int V, bool fresh>
 inline void multiply_tile(const float* a, int64_t a_stride, const float* b, int64_t depth, float* c, int64_t c_stride) {
   Vector sum[R][V];
@@ -305,15 +313,17 @@ inline void multiply_tile(const float* a, int64_t a_stride, const float* b, int6
 
 // The same for c (rows, columns), a (rows, depth) and b (depth, columns) in panels; columns are a multiple of kLanes.
 template <bool fresh>
-void multiply_matrix(const float* a, int64_t a_stride, const float* b, float* c, int64_t c_stride, int64_t rows, int64_t columns,
-                     int64_t depth) {
+void multiply_matrix(const float* a, int64_t a_stride, const float* b, float* c, int64_t c_stride, int64_t rows,
+                     int64_t columns, int64_t depth) {
   panels(columns, [&](auto some, auto vectors, int64_t v) {
     constexpr int R = some, V = vectors;
     const float* from = b + v * kLanes * depth;
     float* to = c + v * kLanes;
     int64_t r = 0;
-    for (; r + R <= rows; r += R) multiply_tile<R, V, fresh>(a + r * a_stride, a_stride, from, depth, to + r * c_stride, c_stride);
-    for (; r < rows; r++) multiply_tile<1, V, fresh>(a + r * a_stride, a_stride, from, depth, to + r * c_stride, c_stride);
+    for (; r + R <= rows; r += R)
+      multiply_tile<R, V, fresh>(a + r * a_stride, a_stride, from, depth, to + r * c_stride, c_stride);
+    for (; r < rows; r++)
+      multiply_tile<1, V, fresh>(a + r * a_stride, a_stride, from, depth, to + r * c_stride, c_stride);
   });
 }
 
@@ -377,8 +387,8 @@ struct Blocks {
   }
 };
 
-// Makes weights of `held` scores of a row, of which the first `begin` and those from `end` on are not seen; the sum of the
-// weights. `top` is the largest score so far, and after it.
+// Makes weights of `held` scores of a row, of which the first `begin` and those from `end` on are not seen; the sum of
+// the weights. `top` is the largest score so far, and after it.
 inline float weigh(float* w, int64_t begin, int64_t end, float& top) {
   constexpr float kUnseen = -std::numeric_limits<float>::infinity();
   std::fill(w, w + begin, kUnseen);
@@ -445,8 +455,8 @@ void attend_rows(const float* q, float* out, int64_t rows, const Heads& heads, c
           }
           sum[r] += part;
         }
-        multiply_matrix<false>(weight.data(), kKeys, blocks.values.get() + at * wide, sum_of_values.data(), wide, some, wide,
-                               kKeys);
+        multiply_matrix<false>(weight.data(), kKeys, blocks.values.get() + at * wide, sum_of_values.data(), wide, some,
+                               wide, kKeys);
       }
       for (int64_t r = 0; r < some; r++) {
         float* result = out + ((row + r) / G * heads.queries + head * G + (row + r) % G) * H;
@@ -459,21 +469,22 @@ void attend_rows(const float* q, float* out, int64_t rows, const Heads& heads, c
 
 Tensor attend_rows(const Tensor& q, int64_t key_heads, const Tokens& tokens, const std::vector<Seen>& seen,
                    double scale) {
-  Tensor y = torch::stable::new_empty(q, q.sizes());
-  attend_rows(floats(q), static_cast<float*>(y.mutable_data_ptr()), q.size(0), {q.size(1), key_heads, q.size(2)}, tokens,
-              seen, static_cast<float>(scale));
+  Tensor y = allocated(q.sizes());
+  attend_rows(floats(q), results(y), q.size(0), {q.size(1), key_heads, q.size(2)}, tokens, seen,
+              static_cast<float>(scale));
   return y;
 }
 
-// Row t sees `past` tokens of the table's pages, none without a table, and the first t + 1 rows of k and v. Rows from `real` on
-// get zeros.
-Tensor attend_prompt(Tensor q, Tensor given_k, Tensor given_v, Tensor k_pages, Tensor v_pages, std::optional<Tensor> table,
-                     Tensor past, std::optional<Tensor> real, double scale) {
-  const Tensor k = torch::stable::contiguous(given_k), v = torch::stable::contiguous(given_v);
+// Row t sees `past` tokens of the table's pages, none without a table, and the first t + 1 rows of k and v. Rows from
+// `real` on get zeros.
+Tensor attend_prompt(Tensor q, Tensor given_k, Tensor given_v, Tensor k_pages, Tensor v_pages,
+                     std::optional<Tensor> table, Tensor past, std::optional<Tensor> real, double scale) {
+  const Tensor k = packed(given_k), v = packed(given_v);
   const int32_t* entries = table ? integers(*table) : nullptr;
   const int64_t page = k_pages.size(1), rows = real_of(q.size(0), real), token = k.size(1) * k.size(2);
   const int64_t earlier = table ? std::min<int64_t>(*integers(past), table->size(0) * page) : 0;
-  const float *earlier_keys = floats(k_pages), *earlier_values = floats(v_pages), *keys = floats(k), *values = floats(v);
+  const float *earlier_keys = floats(k_pages), *earlier_values = floats(v_pages);
+  const float *keys = floats(k), *values = floats(v);
   Tokens tokens;
   for (int64_t i = 0; i < earlier; i++) {
     const int64_t at = (entries[i / page] * page + i % page) * token;
@@ -485,12 +496,12 @@ Tensor attend_prompt(Tensor q, Tensor given_k, Tensor given_v, Tensor k_pages, T
     seen.push_back({0, earlier + t + 1});
   }
   seen.resize(q.size(0), {0, 0});
-  return attend_rows(torch::stable::contiguous(q), k.size(1), tokens, seen, scale);
+  return attend_rows(packed(q), k.size(1), tokens, seen, scale);
 }
 
 // All rows see all rows, but padding does not see padding.
 Tensor attend_tiles(Tensor q, Tensor given_k, Tensor given_v, Tensor pad, double scale) {
-  const Tensor k = torch::stable::contiguous(given_k), v = torch::stable::contiguous(given_v);
+  const Tensor k = packed(given_k), v = packed(given_v);
   const auto* padding = static_cast<const bool*>(pad.const_data_ptr());
   const int64_t rows = q.size(0), token = k.size(1) * k.size(2);
   const float *keys = floats(k), *values = floats(v);
@@ -501,7 +512,7 @@ Tensor attend_tiles(Tensor q, Tensor given_k, Tensor given_v, Tensor pad, double
   const int64_t real = std::count(padding, padding + rows, false);
   std::vector<Seen> seen;
   for (int64_t s = 0; s < rows; s++) seen.push_back({0, padding[s] ? real : rows});
-  return attend_rows(torch::stable::contiguous(q), k.size(1), tokens, seen, scale);
+  return attend_rows(packed(q), k.size(1), tokens, seen, scale);
 }
 
 // attend_image for one sequence of many rows.
@@ -528,7 +539,7 @@ Tensor attend_image_rows(const Tensor& q, const Tensor& k_pages, const Tensor& v
 Tensor attend_pages(Tensor q, Tensor k_pages, Tensor v_pages, Tensor table, Tensor length, double scale) {
   const auto* lengths = static_cast<const int32_t*>(length.const_data_ptr());
   const int64_t R = q.size(0) / table.size(0), page = k_pages.size(1);
-  return attend(torch::stable::contiguous(q), k_pages, v_pages, table, scale, [=](int64_t row, int64_t j) {
+  return attend(packed(q), k_pages, v_pages, table, scale, [=](int64_t row, int64_t j) {
     return std::min(page, lengths[row / R] - R + 1 + row % R - j * page);
   });
 }
@@ -539,8 +550,8 @@ Tensor attend_image(Tensor q, Tensor k_pages, Tensor v_pages, Tensor table, Tens
   const auto* sees = static_cast<const int32_t*>(see.const_data_ptr());
   const int64_t R = q.size(0) / table.size(0), J = table.size(1);
   if (table.size(0) == 1 && R > kFewRows)
-    return attend_image_rows(torch::stable::contiguous(q), k_pages, v_pages, table, fills, sees, scale);
-  return attend(torch::stable::contiguous(q), k_pages, v_pages, table, scale, [=](int64_t row, int64_t j) -> int64_t {
+    return attend_image_rows(packed(q), k_pages, v_pages, table, fills, sees, scale);
+  return attend(packed(q), k_pages, v_pages, table, scale, [=](int64_t row, int64_t j) -> int64_t {
     return sees[2 * row] <= j && j < sees[2 * row + 1] ? fills[row / R * J + j] : 0;
   });
 }

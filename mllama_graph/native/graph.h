@@ -1,9 +1,10 @@
-// What stands before the code that Inductor writes for a graph whose every node calls an operator or views a tensor: the handles and
-// checks which that code names, and the functions by which torch's loader of packages finds, binds and runs it.
+// What stands before the code that Inductor writes for a graph whose every node calls an operator or views a tensor:
+// the handles and checks which that code names, and the functions by which torch's loader of packages finds, binds and
+// runs it.
 //
-// The functions of torch's C interface (torch/csrc/inductor/aoti_torch/c/shim.h) are declared here, and those of a package
-// (torch/csrc/inductor/aoti_runtime/interface.h) are written here, because torch's own headers and runtime would take 7 of the 8
-// seconds in which a graph is compiled. Weights are always the caller's, and nothing is folded.
+// The functions of torch's C interface (torch/csrc/inductor/aoti_torch/c/shim.h) are declared here, and those of a
+// package (torch/csrc/inductor/aoti_runtime/interface.h) are written here, because torch's own headers and runtime
+// would take 7 of the 8 seconds in which a graph is compiled. Weights are always the caller's, and nothing is folded.
 
 #include <array>
 #include <cstdint>
@@ -22,7 +23,8 @@ using AOTIProxyExecutorHandle = AOTIProxyExecutorOpaque*;
 int32_t aoti_torch_new_uninitialized_tensor(AtenTensorHandle*);
 int32_t aoti_torch_new_tensor_handle(AtenTensorHandle, AtenTensorHandle*);
 int32_t aoti_torch_delete_tensor_object(AtenTensorHandle);
-int32_t aoti_torch__reinterpret_tensor(AtenTensorHandle, int64_t, const int64_t*, const int64_t*, int64_t, AtenTensorHandle*);
+int32_t aoti_torch__reinterpret_tensor(AtenTensorHandle, int64_t, const int64_t*, const int64_t*, int64_t,
+                                       AtenTensorHandle*);
 int32_t aoti_torch_proxy_executor_call_function(AOTIProxyExecutorHandle, int, int, int64_t*, int, AtenTensorHandle*);
 bool aoti_torch_grad_mode_is_enabled();
 void aoti_torch_grad_mode_set_enabled(bool);
@@ -57,8 +59,8 @@ inline Tensors steal_from_raw_handles_to_raii_handles(AtenTensorHandle* handles,
   return Tensors(handles, handles + count);
 }
 
-inline RAIIAtenTensorHandle reinterpret_tensor_wrapper(AtenTensorHandle x, int64_t dims, const int64_t* sizes, const int64_t* strides,
-                                                       int64_t offset) {
+inline RAIIAtenTensorHandle reinterpret_tensor_wrapper(AtenTensorHandle x, int64_t dims, const int64_t* sizes,
+                                                       const int64_t* strides, int64_t offset) {
   AtenTensorHandle view;
   AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(x, dims, sizes, strides, offset, &view));
   return view;
@@ -81,7 +83,8 @@ struct Graph {
   Tensors bound;
   const Tensors* constants_ = &bound;
 
-  void run_impl(AtenTensorHandle* input_handles, AtenTensorHandle* output_handles, AOTIProxyExecutorHandle proxy_executor);
+  void run_impl(AtenTensorHandle* input_handles, AtenTensorHandle* output_handles,
+                AOTIProxyExecutorHandle proxy_executor);
 
   void bind(const std::unordered_map<std::string, AtenTensorHandle>& given) {
     Tensors tensors;
@@ -119,8 +122,11 @@ int32_t attempt(const F& f) {
 }  // namespace torch::aot_inductor
 
 #define PACKAGE_FUNCTION(name, ...) extern "C" [[gnu::visibility("default")]] int32_t AOTInductor##name(__VA_ARGS__)
-#define PACKAGE_FUNCTION_REFUSED(name) \
-  PACKAGE_FUNCTION(name) { return torch::aot_inductor::attempt([] { torch::aot_inductor::fail("AOTInductor" #name ": a package of ours binds weights that stay the caller's, and does no more"); }); }
+#define PACKAGE_FUNCTION_REFUSED(name)                                                                   \
+  PACKAGE_FUNCTION(name) {                                                                               \
+    torch::aot_inductor::last_error = #name ": this package only binds weights that stay the caller's"; \
+    return 1;                                                                                            \
+  }
 
 using torch::aot_inductor::attempt;
 using torch::aot_inductor::Graph;
@@ -132,15 +138,15 @@ PACKAGE_FUNCTION(ModelContainerDelete, Graph* graph) {
   delete graph;
   return 0;
 }
-PACKAGE_FUNCTION(ModelContainerRun, Graph* graph, AtenTensorHandle* inputs, size_t, AtenTensorHandle* outputs, size_t, void*,
-                 AOTIProxyExecutorHandle executor) {
+PACKAGE_FUNCTION(ModelContainerRun, Graph* graph, AtenTensorHandle* inputs, size_t, AtenTensorHandle* outputs, size_t,
+                 void*, AOTIProxyExecutorHandle executor) {
   return attempt([=] {
     const torch::aot_inductor::NoGrad guard;
     graph->run_impl(inputs, outputs, executor);
   });
 }
-PACKAGE_FUNCTION(ModelContainerRunSingleThreaded, Graph* graph, AtenTensorHandle* inputs, size_t given, AtenTensorHandle* outputs,
-                 size_t wanted, void* stream, AOTIProxyExecutorHandle executor) {
+PACKAGE_FUNCTION(ModelContainerRunSingleThreaded, Graph* graph, AtenTensorHandle* inputs, size_t given,
+                 AtenTensorHandle* outputs, size_t wanted, void* stream, AOTIProxyExecutorHandle executor) {
   return AOTInductorModelContainerRun(graph, inputs, given, outputs, wanted, stream, executor);
 }
 PACKAGE_FUNCTION(ModelContainerGetNumOutputs, Graph*, size_t* count) {

@@ -1,7 +1,7 @@
 // Kernels of a CPU's steps: every operation of the contract (mllama_graph/model/ops.py) that a step takes.
 //
-// Decode steps are bound by memory: a weight or a key is read once from memory, whatever number of rows use it, and widened on
-// the way where it is stored in 16 bits.
+// Decode steps are bound by memory: a weight or a key is read once from memory, whatever number of rows use it, and
+// widened on the way where it is stored in 16 bits.
 //
 // Sums are formed in one order, whatever the number of rows, of threads and of the padding around them: a row's product
 // has the same bits alone, in a batch and in a prompt's chunk.

@@ -1,8 +1,8 @@
 // Products of rows with a weight.
 //
-// Few rows wait for the weight (O, I), which is read once, from its begin to its end, as memory is read fastest. It lies in panels
-// of kPanel vectors of outputs: what they have of the first input, then of the next, then the next panel. The last one holds what
-// is left.
+// Few rows wait for the weight (O, I), which is read once, from its begin to its end, as memory is read fastest. It
+// lies in panels of kPanel vectors of outputs: what they have of the first input, then of the next, then the next
+// panel. The last one holds what is left.
 
 #pragma once
 
@@ -17,8 +17,8 @@ namespace {
 constexpr int kPanel = 3;
 constexpr int64_t kColumns = kPanel * kLanes;
 
-// bf16 lies by pairs of inputs, an element of each in 32 bits, so that one load and one instruction for each part widen both;
-// an odd last input lies alone.
+// bf16 lies by pairs of inputs, an element of each in 32 bits, so that one load and one instruction for each part widen
+// both; an odd last input lies alone.
 template <class W>
 constexpr int kPaired = std::is_same_v<W, BFloat16> ? 2 : 1;
 
@@ -34,7 +34,8 @@ inline Vector load_part(const W* inputs) {
 // add_products with one of kPaired inputs that lie together.
 template <int part, int R, int V, class W>
 [[gnu::always_inline]] inline void add_input(Vector (&sum)[R][V], const float* a, int64_t a_stride, const W* b) {
-  // Where no registers are left to keep pairs in they are loaded again: the compiler is not to know that they are the same.
+  // Where no registers are left to keep pairs in they are loaded again: the compiler is not to know that they are the
+  // same.
   if constexpr (part && R > 1 && R * V + 2 * V + 2 > kRegisters) asm("" : "+r"(b));
   Vector column[V];
 #pragma GCC unroll 8
@@ -42,17 +43,18 @@ template <int part, int R, int V, class W>
   add_products(sum, a + part, a_stride, column);
 }
 
-// Up to so many rows, a panel is read once for all of them: their sums fill the registers. The mask of pairs takes one, too.
+// Up to so many rows, a panel is read once for all of them: their sums fill the registers. The mask of pairs takes one,
+// too.
 template <class W>
 constexpr int kOnce = kRegisters == 32 ? 8 : kPaired<W> == 2 ? 3 : 4;
 
-// As measured: where what is wanted next waits (__builtin_prefetch's locality), the first-level cache or the second-level one; and how many
-// bytes on it is where a panel is read once.
+// As measured: where what is wanted next waits (__builtin_prefetch's locality), the first-level cache or the
+// second-level one; and how many bytes on it is where a panel is read once.
 constexpr int kWaits = kRegisters == 32 ? 3 : 2;
 constexpr int64_t kAhead = 4096;
 
-// c += a b for R rows of a and the first V vectors of a panel of `width` columns, which has `depth` rows. What is wanted next is called
-// for on the way, `pace` elements at a time.
+// c += a b for R rows of a and the first V vectors of a panel of `width` columns, which has `depth` rows. What is
+// wanted next is called for on the way, `pace` elements at a time.
 template <int R, int V, class W>
 [[gnu::noinline]] void stream_tile(const float* a, int64_t a_stride, const W* b, int64_t width, int64_t depth, float* c,
                                    int64_t c_stride, const W* next, int64_t pace) {
@@ -84,10 +86,11 @@ void stream_rows(const float* a, int64_t a_stride, const W* b, int64_t width, in
   if constexpr (R > 1) stream_rows<R - 1, V>(a, a_stride, b, width, depth, c, c_stride, rows, next, pace);
 }
 
-// The same for any number of rows, in tiles that are as even as they can be. What is next in memory is called for meanwhile: what follows
-// b or, where b is read once, what is kAhead bytes on.
+// The same for any number of rows, in tiles that are as even as they can be. What is next in memory is called for
+// meanwhile: what follows b or, where b is read once, what is kAhead bytes on.
 template <int V, class W>
-void stream(const float* a, int64_t a_stride, const W* b, int64_t width, int64_t depth, float* c, int64_t c_stride, int64_t rows) {
+void stream(const float* a, int64_t a_stride, const W* b, int64_t width, int64_t depth, float* c, int64_t c_stride,
+            int64_t rows) {
   const int64_t tiles = (rows + kOnce<W> - 1) / kOnce<W>, pace = kPaired<W> * width / tiles;
   for (int64_t tile = 0; tile < tiles; tile++) {
     const int64_t row = tile * rows / tiles, some = (tile + 1) * rows / tiles - row;
@@ -97,8 +100,8 @@ void stream(const float* a, int64_t a_stride, const W* b, int64_t width, int64_t
   }
 }
 
-// Inputs of a panel that are worked through at a time by more rows than it is read once for: they stay in the first-level cache.
-// Rows that are worked through at a time: theirs stay in the second-level one.
+// Inputs of a panel that are worked through at a time by more rows than it is read once for: they stay in the
+// first-level cache. Rows that are worked through at a time: theirs stay in the second-level one.
 constexpr int64_t kDeep = 256, kTall = 48;
 // Bytes of a weight that are worth a thread.
 constexpr int64_t kGrainBytes = 1 << 16;
@@ -170,7 +173,8 @@ void linear_of(const Tensor& x, const Tensor& weight, const Tensor* bias, const 
   auto* to = static_cast<float*>(y.mutable_data_ptr());
   const int64_t panels = (outputs + kColumns - 1) / kColumns, blocks = (rows + kTall - 1) / kTall;
   // Many rows take longer than what they read.
-  const int64_t bytes = kColumns * inputs * sizeof(W) * (1 + rows / 16), grain = kGrainBytes / std::max<int64_t>(1, bytes) + 1;
+  const int64_t bytes = kColumns * inputs * sizeof(W) * (1 + rows / 16);
+  const int64_t grain = kGrainBytes / std::max<int64_t>(1, bytes) + 1;
   torch::stable::parallel_for(0, blocks * panels, grain, [&](int64_t first, int64_t last) {
     for (; first < last; first++) {
       const int64_t row = first / panels * rows / blocks, tall = (first / panels + 1) * rows / blocks - row;
@@ -186,13 +190,13 @@ void linear_of(const Tensor& x, const Tensor& weight, const Tensor* bias, const 
 
 // y = x w' + bias: x (..., I) fp32; w (O, I) in panels and bias (O) fp32, bf16 or fp16. Rows from `real` on get zeros.
 Tensor linear(Tensor given, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> real) {
-  const Tensor x = torch::stable::contiguous(given);
+  const Tensor x = packed(given);
   if (x.scalar_type() != ScalarType::Float || weight.dim() != 2 || !weight.is_contiguous() || x.dim() == 0 ||
       x.size(x.dim() - 1) != weight.size(1) || (bias && bias->scalar_type() != weight.scalar_type()))
     fail("linear takes x (..., I) in float32, a contiguous weight (O, I) and a bias (O) of the weight's dtype");
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = weight.size(0);
-  Tensor y = torch::stable::new_empty(x, sizes);
+  Tensor y = allocated(sizes);
   if (!y.numel()) return y;
   const Tensor* b = bias ? &*bias : nullptr;
   const int64_t outputs = weight.size(0), rows = y.numel() / outputs, some = real_of(rows, real);

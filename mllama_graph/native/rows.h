@@ -1,7 +1,7 @@
 // What is done to each row by itself: norms, rotations, gates, and moving rows from and to tables.
 //
-// A row is worked through from its first element, a vector at a time, whatever rows lie beside it: its result has the same bits
-// alone, in a batch and in a chunk.
+// A row is worked through from its first element, a vector at a time, whatever rows lie beside it: its result has the
+// same bits alone, in a batch and in a chunk.
 
 #pragma once
 
@@ -46,7 +46,9 @@ inline void rms_norm_row(const float* x, const float* weight, float eps, int64_t
     squares = multiply_add(some, some, squares);
   });
   const float scale = 1 / std::sqrt(total(squares) / static_cast<float>(width) + eps);
-  for_vectors(width, [&](int64_t i, int64_t left) { store(y + i, load(weight + i, left) * (load(x + i, left) * scale), left); });
+  for_vectors(width, [&](int64_t i, int64_t left) {
+    store(y + i, load(weight + i, left) * (load(x + i, left) * scale), left);
+  });
 }
 
 // The norm of each run of as many elements as the weight has.
@@ -54,25 +56,30 @@ Tensor rms_norm(Tensor given, Tensor weight, double eps, std::optional<Tensor> r
   const Rows x(given);
   const int64_t width = weight.numel();
   if (width == 0 || given.size(given.dim() - 1) != width) fail("rms_norm takes x (..., D) and a weight (D)");
-  Tensor y = torch::stable::new_empty(given, given.sizes());
+  Tensor y = allocated(given.sizes());
   const std::vector<float> w = widened(weight);
   for_real_rows(y, real, [&](int64_t t, float* to) {
-    for (int64_t i = 0; i < x.width; i += width) rms_norm_row(x.row(t) + i, w.data(), static_cast<float>(eps), width, to + i);
+    for (int64_t i = 0; i < x.width; i += width)
+      rms_norm_row(x.row(t) + i, w.data(), static_cast<float>(eps), width, to + i);
   });
   return y;
 }
 
 // The norm of x + y, and x + y.
-std::tuple<Tensor, Tensor> add_rms_norm(Tensor given_x, Tensor given_y, Tensor weight, double eps, std::optional<Tensor> real) {
+std::tuple<Tensor, Tensor> add_rms_norm(Tensor given_x, Tensor given_y, Tensor weight, double eps,
+                                        std::optional<Tensor> real) {
   const Rows x(given_x), y(given_y);
   if (x.width != weight.numel() || y.width != x.width || y.count != x.count)
     fail("add_rms_norm takes x and y (T, D) and a weight (D)");
-  Tensor normed = torch::stable::new_empty(given_x, given_x.sizes()), sum = torch::stable::new_empty(given_x, given_x.sizes());
+  Tensor normed = allocated(given_x.sizes());
+  Tensor sum = allocated(given_x.sizes());
   float* sums = results(sum);
   const std::vector<float> w = widened(weight);
   for_real_rows(normed, real, [&](int64_t t, float* to) {
     float* z = sums + t * x.width;
-    for_vectors(x.width, [&](int64_t i, int64_t left) { store(z + i, load(x.row(t) + i, left) + load(y.row(t) + i, left), left); });
+    for_vectors(x.width, [&](int64_t i, int64_t left) {
+      store(z + i, load(x.row(t) + i, left) + load(y.row(t) + i, left), left);
+    });
     rms_norm_row(z, w.data(), static_cast<float>(eps), x.width, to);
   });
   const int64_t some = real_of(x.count, real);
@@ -102,7 +109,7 @@ Tensor layer_norm(Tensor given, Tensor weight, Tensor bias, double eps) {
   const int64_t width = weight.numel();
   if (width == 0 || given.size(given.dim() - 1) != width || bias.numel() != width)
     fail("layer_norm takes x (..., E), a weight and a bias (E)");
-  Tensor y = torch::stable::new_empty(given, given.sizes());
+  Tensor y = allocated(given.sizes());
   const std::vector<float> w = widened(weight), b = widened(bias);
   for_real_rows(y, std::nullopt, [&](int64_t t, float* to) {
     for (int64_t i = 0; i < x.width; i += width)
@@ -118,7 +125,8 @@ std::tuple<Tensor, Tensor> rope_angles(Tensor position, Tensor inv_freq) {
   const int64_t rows = position.size(0), half = inv_freq.size(0);
   const int32_t* positions = integers(position);
   const float* frequencies = floats(inv_freq);
-  Tensor cosine = torch::stable::new_empty(inv_freq, {rows, 2 * half}), sine = torch::stable::new_empty(inv_freq, {rows, 2 * half});
+  Tensor cosine = allocated({rows, 2 * half});
+  Tensor sine = allocated({rows, 2 * half});
   float *cosines = results(cosine), *sines = results(sine);
   for_rows(rows, half * 16, [&](int64_t t) {
     for (int64_t i = 0; i < half; i++) {
@@ -138,7 +146,7 @@ Tensor rope(Tensor given, Tensor cosine, Tensor sine, std::optional<Tensor> real
   const float *cosines = floats(cosine), *sines = floats(sine);
   if (cosine.size(0) != x.count || cosine.size(1) != width || sine.numel() != cosine.numel() || width % 2)
     fail("rope takes x (T, Q, H), cosines and sines (T, H)");
-  Tensor y = torch::stable::new_empty(given, given.sizes());
+  Tensor y = allocated(given.sizes());
   for_real_rows(y, real, [&](int64_t t, float* to) {
     for (int64_t head = 0; head < x.width; head += width)
       for_vectors(half, [&](int64_t i, int64_t left) {
@@ -168,7 +176,7 @@ inline Vector error_function(Vector x) {
 // x (1 + erf(x / sqrt(2))) / 2
 Tensor gelu(Tensor given) {
   const Rows x(given);
-  Tensor y = torch::stable::new_empty(given, given.sizes());
+  Tensor y = allocated(given.sizes());
   for_real_rows(y, std::nullopt, [&](int64_t t, float* to) {
     for_vectors(x.width, [&](int64_t i, int64_t left) {
       const Vector some = load(x.row(t) + i, left);
@@ -183,7 +191,7 @@ Tensor swiglu(Tensor given, std::optional<Tensor> real) {
   const Rows h(given);
   const int64_t width = h.width / 2;
   if (given.dim() != 2 || h.width % 2) fail("swiglu takes gate and up side by side (T, 2F)");
-  Tensor y = torch::stable::new_empty(given, {h.count, width});
+  Tensor y = allocated({h.count, width});
   for_real_rows(y, real, [&](int64_t t, float* to) {
     for_vectors(width, [&](int64_t i, int64_t left) {
       const Vector gate = load(h.row(t) + i, left);
@@ -203,7 +211,7 @@ Tensor gated(Tensor given, Tensor gate, Tensor see) {
   const int32_t* sees = integers(see);
   const float factor = tanh_of(gate);
   if (see.numel() != 2 * y.count) fail("gated takes y (T, D) and see (T, 2)");
-  Tensor z = torch::stable::new_empty(given, given.sizes());
+  Tensor z = allocated(given.sizes());
   for_real_rows(z, std::nullopt, [&](int64_t t, float* to) {
     if (sees[2 * t] >= sees[2 * t + 1]) return static_cast<void>(std::fill_n(to, y.width, 0.0f));
     for_vectors(y.width, [&](int64_t i, int64_t left) { store(to + i, load(y.row(t) + i, left) * factor, left); });
@@ -217,7 +225,7 @@ Tensor add_gated(Tensor given_x, Tensor given_y, std::optional<Tensor> bias, std
   if (y.count != x.count || y.width != x.width || (bias && bias->numel() != x.width))
     fail("add_gated takes x and y (W, E) and a bias (E)");
   const float factor = gate ? tanh_of(*gate) : 1.0f;
-  Tensor z = torch::stable::new_empty(given_x, given_x.sizes());
+  Tensor z = allocated(given_x.sizes());
   const std::vector<float> b = bias ? widened(*bias) : std::vector<float>(x.width);
   for_real_rows(z, std::nullopt, [&](int64_t t, float* to) {
     for_vectors(x.width, [&](int64_t i, int64_t left) {
@@ -230,14 +238,15 @@ Tensor add_gated(Tensor given_x, Tensor given_y, std::optional<Tensor> bias, std
 
 // ---- Rows from and to tables ----
 
-// Rows of a table (V, D), widened. A table that begins at id `first` is a part of one: ids that it does not hold get zeros.
+// Rows of a table (V, D), widened. A table that begins at id `first` is a part of one: ids that it does not hold get
+// zeros.
 Tensor embed(Tensor id, Tensor weight, std::optional<Tensor> first, std::optional<Tensor> real) {
   const int32_t *ids = integers(id), from = first ? *integers(*first) : 0;
   const int64_t rows = id.size(0), held = weight.size(0), width = weight.size(1), some = real_of(rows, real);
   const auto holds = [=](int64_t t) { return ids[t] >= from && ids[t] - from < held; };
   for (int64_t t = 0; t < some && !first; t++)
     if (!holds(t)) fail("an id is no row of the embedding table");
-  Tensor y = torch::stable::new_empty(weight, {rows, width}, ScalarType::Float);
+  Tensor y = allocated({rows, width});
   for_real_rows(y, real, [&](int64_t t, float* to) {
     if (holds(t)) widen_elements(weight, (ids[t] - from) * width, width, to);
     else std::fill_n(to, width, 0.0f);
@@ -250,18 +259,20 @@ Tensor take_row(Tensor given, Tensor at) {
   const Rows x(given);
   const int64_t t = *integers(at);
   if (t < 0 || t >= x.count) fail("take_row takes the number of a row");
-  Tensor y = torch::stable::new_empty(given, {1, x.width});
+  Tensor y = allocated({1, x.width});
   std::memcpy(results(y), x.row(t), x.width * sizeof(float));
   return y;
 }
 
 // Row t of k and v becomes slot[t] of their pages (N, P, K, H), slots counted over all pages; padding is not written.
-void write_pages_(Tensor given_k, Tensor given_v, Tensor k_pages, Tensor v_pages, Tensor slot, std::optional<Tensor> real) {
+void write_pages_(Tensor given_k, Tensor given_v, Tensor k_pages, Tensor v_pages, Tensor slot,
+                  std::optional<Tensor> real) {
   const Rows k(given_k), v(given_v);
   const int32_t* slots = integers(slot);
   const int64_t count = k_pages.size(0) * k_pages.size(1), some = real_of(k.count, real);
   floats(k_pages), floats(v_pages);
-  if (k.width * count != k_pages.numel() || v.width != k.width || v.count != k.count || v_pages.numel() != k_pages.numel())
+  if (k.width * count != k_pages.numel() || v.width != k.width || v.count != k.count ||
+      v_pages.numel() != k_pages.numel())
     fail("write_pages_ takes k and v (T, K, H) and pages (N, P, K, H)");
   float *keys = results(k_pages), *values = results(v_pages);
   for (int64_t t = 0; t < some; t++)

@@ -25,6 +25,21 @@ using torch::stable::Tensor;
 
 [[noreturn]] void fail(const std::string& text) { throw std::runtime_error(text); }
 
+// A new tensor on the CPU. torch::stable::new_empty and contiguous look their operators up by name in each call: that
+// takes a microsecond, as long as what is done to one row.
+Tensor allocated(torch::headeronly::IntHeaderOnlyArrayRef sizes, int32_t dtype = aoti_torch_dtype_float32()) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t axis = sizes.size(); axis-- > 1;) strides[axis - 1] = strides[axis] * sizes[axis];
+  AtenTensorHandle made;
+  const auto device = aoti_torch_device_type_cpu();
+  const auto dims = static_cast<int64_t>(sizes.size());
+  if (aoti_torch_empty_strided(dims, sizes.data(), strides.data(), dtype, device, 0, &made))
+    fail("no memory for a result");
+  return Tensor(made);
+}
+
+Tensor packed(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
 const float* floats(const Tensor& x) {
   if (x.scalar_type() != ScalarType::Float || !x.is_contiguous()) fail("a kernel takes contiguous float32");
   return static_cast<const float*>(x.const_data_ptr());
@@ -48,7 +63,8 @@ void widen_elements(const Tensor& weight, int64_t first, int64_t count, float* t
     for (int64_t i = 0; i < count; i++) to[i] = widen(from[first + i]);
   };
   const void* data = weight.const_data_ptr();
-  if (!weight.is_contiguous() || first < 0 || first + count > weight.numel()) fail("a kernel takes a contiguous weight that is large enough");
+  if (!weight.is_contiguous() || first < 0 || first + count > weight.numel())
+    fail("a kernel takes a contiguous weight that is large enough");
   switch (weight.scalar_type()) {
     case ScalarType::Float: return copy(static_cast<const float*>(data));
     case ScalarType::BFloat16: return copy(static_cast<const BFloat16*>(data));
@@ -65,7 +81,8 @@ std::vector<float> widened(const Tensor& weight, int64_t first, int64_t count) {
 
 std::vector<float> widened(const Tensor& weight) { return widened(weight, 0, weight.numel()); }
 
-// The rows of a tensor along its first axis, `width` elements each; those of a part of a wider tensor are `stride` apart.
+// The rows of a tensor along its first axis, `width` elements each; those of a part of a wider tensor are `stride`
+// apart.
 struct Rows {
   Tensor held;
   const float* data;
@@ -80,7 +97,7 @@ struct Rows {
     }
     if (x.scalar_type() != ScalarType::Float) fail("a kernel takes rows of float32");
     if (side_by_side) stride = x.stride(0);
-    else held = torch::stable::contiguous(x);
+    else held = packed(x);
     data = static_cast<const float*>(held.const_data_ptr());
   }
 
@@ -89,7 +106,8 @@ struct Rows {
 
 // ---- Functions as the dispatcher calls them: arguments on a stack, and results in their place ----
 //
-// What TORCH_BOX does, without the tuples and checks that make it a sixth of the time in which this library is compiled.
+// What TORCH_BOX does, without the tuples and checks that make it a sixth of the time in which this library is
+// compiled.
 
 template <class R, class... A, size_t... I>
 void call(R (*f)(A...), StableIValue* stack, std::index_sequence<I...>) {

@@ -20,9 +20,10 @@ namespace {
 // (x scale - mean) / deviation of uint8 tiles (C, 3, h, w); zeros from tile `real` on.
 Tensor normalise(Tensor tiles, Tensor real, Tensor scale, Tensor mean, Tensor deviation) {
   const int64_t colours = tiles.size(1), planes = tiles.size(0) * colours, pixels = tiles.size(2) * tiles.size(3);
-  if (tiles.scalar_type() != ScalarType::Byte || !tiles.is_contiguous() || mean.numel() != colours || deviation.numel() != colours)
+  if (tiles.scalar_type() != ScalarType::Byte || !tiles.is_contiguous() || mean.numel() != colours ||
+      deviation.numel() != colours)
     fail("normalise takes tiles (C, 3, h, w) in uint8, a mean and a deviation of each colour");
-  Tensor x = torch::stable::new_empty(scale, tiles.sizes());
+  Tensor x = allocated(tiles.sizes());
   const auto* from = static_cast<const uint8_t*>(tiles.const_data_ptr());
   const float factor = *floats(scale), *means = floats(mean), *deviations = floats(deviation);
   const int64_t some = *integers(real);
@@ -35,7 +36,8 @@ Tensor normalise(Tensor tiles, Tensor real, Tensor scale, Tensor mean, Tensor de
   return x;
 }
 
-// A weight (E, depth) as the second factor of multiply_matrix: its columns in panels, filled up with zeros to whole vectors.
+// A weight (E, depth) as the second factor of multiply_matrix: its columns in panels, filled up with zeros to whole
+// vectors.
 std::vector<float> patch_panels(const Tensor& weight) {
   const int64_t E = weight.size(0), depth = weight.numel() / E, wide = (E + kLanes - 1) / kLanes * kLanes;
   const std::vector<float> w = widened(weight);
@@ -49,14 +51,17 @@ std::vector<float> patch_panels(const Tensor& weight) {
   return b;
 }
 
-// Tiles (C, 3, h, w) cut into patches and projected by a weight (E, 3, p, p): (C, N, E). A thread takes a line of patches at a time.
+// Tiles (C, 3, h, w) cut into patches and projected by a weight (E, 3, p, p): (C, N, E). A thread takes a line of
+// patches at a time.
 Tensor patch_embed(Tensor x, Tensor weight) {
-  const int64_t C = x.size(0), colours = x.size(1), h = x.size(2), w = x.size(3), E = weight.size(0), p = weight.size(3);
+  const int64_t C = x.size(0), colours = x.size(1), h = x.size(2), w = x.size(3);
+  const int64_t E = weight.size(0), p = weight.size(3);
   const int64_t lines = h / p, across = w / p, depth = colours * p * p, wide = (E + kLanes - 1) / kLanes * kLanes;
-  if (weight.size(1) != colours || weight.size(2) != p) fail("patch_embed takes x (C, 3, h, w) and a weight (E, 3, p, p)");
+  if (weight.size(1) != colours || weight.size(2) != p)
+    fail("patch_embed takes x (C, 3, h, w) and a weight (E, 3, p, p)");
   const float* from = floats(x);
   const std::vector<float> b = patch_panels(weight);
-  Tensor y = torch::stable::new_empty(x, {C, lines * across, E});
+  Tensor y = allocated({C, lines * across, E});
   float* to = results(y);
   for_rows(C * lines, across * depth * E, [&](int64_t line) {
     std::vector<float> patches(across * depth), products(across * wide);
@@ -83,7 +88,7 @@ Tensor add_tile_embedding(Tensor given, Tensor table, Tensor aspect, Tensor gate
   const int64_t C = given.size(0), R = given.size(1), E = given.size(2);
   if (table.size(1) != C * E) fail("add_tile_embedding takes x (C, R, E) and a table (A, C * E)");
   const std::vector<float> tiles = of_aspect(table, aspect);
-  Tensor y = torch::stable::new_empty(given, given.sizes());
+  Tensor y = allocated(given.sizes());
   float* to = results(y);
   for_rows(C * R, E, [&](int64_t row) {
     for_vectors(E, [&](int64_t i, int64_t left) {
@@ -93,14 +98,15 @@ Tensor add_tile_embedding(Tensor given, Tensor table, Tensor aspect, Tensor gate
   return y;
 }
 
-// `first` before the patches x (C, N, E) of each tile, plus (1 - tanh(gate)) position (L, E) and tanh(gate) of the tile's own (A, C * L * E).
+// `first` before the patches x (C, N, E) of each tile, plus (1 - tanh(gate)) position (L, E) and tanh(gate) of the
+// tile's own (A, C * L * E).
 Tensor add_positions(Tensor given, Tensor first, Tensor position, Tensor table, Tensor aspect, Tensor gate) {
   const float *x = floats(given), factor = tanh_of(gate);
   const int64_t C = given.size(0), L = given.size(1) + 1, E = given.size(2);
   if (first.numel() != E || position.numel() != L * E || table.size(1) != C * L * E)
     fail("add_positions takes x (C, N, E), a first row (E), positions (N + 1, E) and a table (A, C * (N + 1) * E)");
   const std::vector<float> begin = widened(first), shared = widened(position), own = of_aspect(table, aspect);
-  Tensor y = torch::stable::new_empty(given, {C, L, E});
+  Tensor y = allocated({C, L, E});
   float* to = results(y);
   for_rows(C * L, E, [&](int64_t row) {
     const int64_t l = row % L;
@@ -113,12 +119,14 @@ Tensor add_positions(Tensor given, Tensor first, Tensor position, Tensor table, 
   return y;
 }
 
-// The L rows of each tile x (C, L, E), then zeros up to a multiple; and which rows are padding, those from tile `real` on among them.
+// The L rows of each tile x (C, L, E), then zeros up to a multiple; and which rows are padding, those from tile `real`
+// on among them.
 std::tuple<Tensor, Tensor> pad_rows(Tensor given, Tensor real, int64_t multiple) {
   const float* x = floats(given);
   const int64_t C = given.size(0), L = given.size(1), E = given.size(2), R = (L + multiple - 1) / multiple * multiple;
   const int64_t some = *integers(real);
-  Tensor y = torch::stable::new_empty(given, {C * R, E}), pad = torch::stable::new_empty(given, {C * R}, ScalarType::Bool);
+  Tensor y = allocated({C * R, E});
+  Tensor pad = allocated({C * R}, aoti_torch_dtype_bool());
   float* to = results(y);
   auto* padding = static_cast<bool*>(pad.mutable_data_ptr());
   for_rows(C * R, E, [&](int64_t row) {
@@ -130,7 +138,8 @@ std::tuple<Tensor, Tensor> pad_rows(Tensor given, Tensor real, int64_t multiple)
   return {y, pad};
 }
 
-// The first `tokens` rows of each tile of x (W, E), and behind each row element 0 of that row of everything kept, then element 1 ...
+// The first `tokens` rows of each tile of x (W, E), and behind each row element 0 of that row of everything kept, then
+// element 1 ...
 Tensor join_features(Tensor given, std::vector<Tensor> kept, int64_t tiles, int64_t tokens) {
   const float* x = floats(given);
   const int64_t R = given.size(0) / tiles, E = given.size(1), count = static_cast<int64_t>(kept.size());
@@ -139,7 +148,7 @@ Tensor join_features(Tensor given, std::vector<Tensor> kept, int64_t tiles, int6
     if (layer.numel() != given.numel()) fail("join_features takes kept tensors of the shape of x");
     layers.push_back(floats(layer));
   }
-  Tensor y = torch::stable::new_empty(given, {tiles * tokens, E * (1 + count)});
+  Tensor y = allocated({tiles * tokens, E * (1 + count)});
   float* to = results(y);
   for_rows(tiles * tokens, E * (1 + count), [&](int64_t s) {
     const int64_t row = s / tokens * R + s % tokens;

@@ -1,4 +1,5 @@
-// Vectors of floats: the compiler's own (GCC and Clang), as wide as the machine's; loads that widen; e and 2 to each lane.
+// Vectors of floats: the compiler's own (GCC and Clang), as wide as the machine's; loads that widen; e and 2 to each
+// lane.
 
 #pragma once
 
@@ -147,7 +148,8 @@ inline Vector pair_sums(Vector a, Vector b) {
 #if defined(__AVX512F__)
   const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   const __m512i odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-  return reinterpret_cast<Vector>(_mm512_permutex2var_ps(a, even, b)) + reinterpret_cast<Vector>(_mm512_permutex2var_ps(a, odd, b));
+  return reinterpret_cast<Vector>(_mm512_permutex2var_ps(a, even, b)) +
+         reinterpret_cast<Vector>(_mm512_permutex2var_ps(a, odd, b));
 #elif defined(__AVX2__)
   return reinterpret_cast<Vector>(_mm256_permute4x64_pd(_mm256_castps_pd(_mm256_hadd_ps(a, b)), 0xd8));
 #elif defined(__aarch64__)
@@ -186,7 +188,8 @@ inline float largest_of(Vector x) {
 
 // Adds to R by V sums the products of R elements of a with V vectors.
 template <int R, int V>
-[[gnu::always_inline]] inline void add_products(Vector (&sum)[R][V], const float* a, int64_t a_stride, Vector (&column)[V]) {
+[[gnu::always_inline]] inline void add_products(Vector (&sum)[R][V], const float* a, int64_t a_stride,
+                                                Vector (&column)[V]) {
 #pragma GCC unroll 8
   for (int v = 0; R > 1 && v < V; v++) keep(column[v]);
 #pragma GCC unroll 16

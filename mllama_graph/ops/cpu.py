@@ -1,8 +1,8 @@
 """The operations on a CPU that computes in fp32: C++ kernels, all of them.
 
-The kernels are in mllama_graph/native/; `native.load("kernels", folder)` comes before the first use, and for tracing
-`native.declare_operators("kernels")` will do. Every length is data there, and so is the number of rows: a step costs what
-its tokens cost, whatever the bucket holds. Nothing is left for Inductor to generate but calls, which compile in seconds.
+The kernels are in mllama_graph/native/: `native.load("kernels", folder)` comes before the first use, and for tracing
+`native.declare_operators("kernels")` suffices. Every length is data there, and so is the number of rows: a step costs
+what its tokens cost, whatever the bucket holds. Inductor has nothing to generate but calls, which compile in seconds.
 """
 
 from dataclasses import replace
@@ -86,7 +86,8 @@ def take_row(x_TD: Tensor, at_1: Tensor) -> Tensor:
     return kernels.take_row(x_TD, at_1)
 
 
-def normalise(tiles_C3hw: Tensor, real_1: Tensor, scale: Tensor, mean_311: Tensor, std_311: Tensor, dtype: torch.dtype) -> Tensor:
+def normalise(tiles_C3hw: Tensor, real_1: Tensor, scale: Tensor, mean_311: Tensor, std_311: Tensor,
+              dtype: torch.dtype) -> Tensor:
     return kernels.normalise(tiles_C3hw, real_1, scale, mean_311, std_311)
 
 
@@ -133,8 +134,8 @@ def attend_tiles(q_SAH: Tensor, k_SAH: Tensor, v_SAH: Tensor, pad_S: Tensor) -> 
     return kernels.attend_tiles(q_SAH, k_SAH, v_SAH, pad_S, q_SAH.shape[-1] ** -0.5)
 
 
-# What can be told how many rows are no padding: the others are not read, and become zeros. What remains costs a padded row
-# nothing: it sees no image, and one token of the pages.
+# The operations that can be told how many rows are no padding. The others cost a padded row next to nothing: it sees no
+# image, and one token of the pages.
 SKIP_PADDING = ("embed", "linear", "rms_norm", "add_rms_norm", "rope", "swiglu", "write_pages_", "attend_prompt")
 
 
@@ -144,9 +145,9 @@ def without_padding(ops: Ops, given: PromptInput | TokenInput) -> Ops:
 
 CPU = Ops(
     without_padding=without_padding, embed=embed, embed_held=embed_held, linear=linear, rms_norm=rms_norm,
-    add_rms_norm=add_rms_norm, layer_norm=layer_norm, rope_angles=rope_angles, rope=rope, swiglu=swiglu, gelu=gelu, sees_image=sees_image, gated=gated,
-    add_gated=add_gated, take_row=take_row, normalise=normalise, patch_embed=patch_embed,
-    add_tile_embedding=add_tile_embedding, add_positions=add_positions, pad_rows=pad_rows, join_features=join_features,
-    write_pages_=write_pages_, attend_prompt=attend_prompt, attend_pages=attend_pages, attend_image=attend_image,
-    attend_tiles=attend_tiles, all_reduce=PLAIN.all_reduce, all_gather=PLAIN.all_gather,
+    add_rms_norm=add_rms_norm, layer_norm=layer_norm, rope_angles=rope_angles, rope=rope, swiglu=swiglu, gelu=gelu,
+    sees_image=sees_image, gated=gated, add_gated=add_gated, take_row=take_row, normalise=normalise,
+    patch_embed=patch_embed, add_tile_embedding=add_tile_embedding, add_positions=add_positions, pad_rows=pad_rows,
+    join_features=join_features, write_pages_=write_pages_, attend_prompt=attend_prompt, attend_pages=attend_pages,
+    attend_image=attend_image, attend_tiles=attend_tiles, all_reduce=PLAIN.all_reduce, all_gather=PLAIN.all_gather,
 )

@@ -106,7 +106,8 @@ def take_row(x_TD: Tensor, at_1: Tensor) -> Tensor:
     return x_TD.index_select(0, at_1)
 
 
-def normalise(tiles_C3hw: Tensor, real_1: Tensor, scale: Tensor, mean_311: Tensor, std_311: Tensor, dtype: torch.dtype) -> Tensor:
+def normalise(tiles_C3hw: Tensor, real_1: Tensor, scale: Tensor, mean_311: Tensor, std_311: Tensor,
+              dtype: torch.dtype) -> Tensor:
     """uint8 to (x * scale - mean) / std; padding tiles are exactly zero after it."""
     x_C3hw = (tiles_C3hw.float() * scale - mean_311) / std_311
     # Of real_1's dtype: the NPU's comparison takes no mixed ones, and its compiler does not convert.
@@ -133,8 +134,10 @@ def add_tile_embedding(x_CRE: Tensor, table: Tensor, aspect_1: Tensor, gate_1: T
 
 def add_positions(x_CNE: Tensor, class_E: Tensor, position_LE: Tensor, table: Tensor, aspect_1: Tensor,
                   gate_1: Tensor) -> Tensor:
-    """The class token before each tile's patches, plus positions: (1 - tanh(gate)) of those that all tiles share, tanh(gate)
-    of those of the tile in an image of this aspect ratio: -> (C, L, E)."""
+    """The class token before each tile's patches, plus positions -> (C, L, E).
+
+    (1 - tanh(gate)) times those that all tiles share, and tanh(gate) times the tile's own in an image of this aspect.
+    """
     (C, N, E), dtype = x_CNE.shape, x_CNE.dtype
     class_C1E = class_E.to(dtype).expand(C, 1, -1)
     x_CLE = torch.cat((class_C1E, x_CNE), dim=1)
@@ -143,8 +146,10 @@ def add_positions(x_CNE: Tensor, class_E: Tensor, position_LE: Tensor, table: Te
 
 
 def pad_rows(x_CLE: Tensor, real_1: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
-    """Rows of zeros behind each tile's, up to a multiple, and which rows are padding, those of padding tiles among them:
-    (x_WE, pad_W)."""
+    """Each tile's rows filled up with zeros to a multiple, and which rows are padding: (x_WE, pad_W).
+
+    All rows of a padding tile are padding.
+    """
     C, L, E = x_CLE.shape
     padding = -L % multiple
     x_WE = F.pad(x_CLE, (0, 0, 0, padding)).view(-1, E)
@@ -154,11 +159,12 @@ def pad_rows(x_CLE: Tensor, real_1: Tensor, multiple: int) -> tuple[Tensor, Tens
 
 
 def join_features(x_WE: Tensor, kept: list[Tensor], tiles: int, tokens: int) -> Tensor:
-    """The first `tokens` rows of each tile, and behind them what was kept of layers, interleaved as (dim, layer): (S, U)."""
+    """The first `tokens` rows of each tile; behind each, what layers kept of it, as (dim, layer): (S, U)."""
     parts = [x_WE]
     if kept:
         parts.append(torch.stack(kept, dim=-1).flatten(1))
-    return torch.cat(parts, dim=-1).view(tiles, -1, sum(part.shape[-1] for part in parts))[:, :tokens].reshape(tiles * tokens, -1)
+    x_WU = torch.cat(parts, dim=-1)
+    return x_WU.view(tiles, -1, x_WU.shape[-1])[:, :tokens].reshape(tiles * tokens, -1)
 
 
 def write_pages_(k_TKH: Tensor, v_TKH: Tensor, pages: Pages, slot_T: Tensor) -> None:
@@ -257,9 +263,9 @@ def _stack_of_one(x: Tensor) -> Tensor:
 
 PLAIN = Ops(
     without_padding=_as_they_are, embed=embed, embed_held=embed_held, linear=linear, rms_norm=rms_norm,
-    add_rms_norm=add_rms_norm, layer_norm=layer_norm, rope_angles=rope_angles, rope=rope, swiglu=swiglu, gelu=gelu, sees_image=sees_image, gated=gated, add_gated=add_gated,
-    take_row=take_row, normalise=normalise, patch_embed=patch_embed, add_tile_embedding=add_tile_embedding,
-    add_positions=add_positions, pad_rows=pad_rows, join_features=join_features, write_pages_=write_pages_,
-    attend_prompt=attend_prompt, attend_pages=attend_pages, attend_image=attend_image, attend_tiles=attend_tiles,
-    all_reduce=_sum_of_one, all_gather=_stack_of_one,
+    add_rms_norm=add_rms_norm, layer_norm=layer_norm, rope_angles=rope_angles, rope=rope, swiglu=swiglu, gelu=gelu,
+    sees_image=sees_image, gated=gated, add_gated=add_gated, take_row=take_row, normalise=normalise,
+    patch_embed=patch_embed, add_tile_embedding=add_tile_embedding, add_positions=add_positions, pad_rows=pad_rows,
+    join_features=join_features, write_pages_=write_pages_, attend_prompt=attend_prompt, attend_pages=attend_pages,
+    attend_image=attend_image, attend_tiles=attend_tiles, all_reduce=_sum_of_one, all_gather=_stack_of_one,
 )

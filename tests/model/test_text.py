@@ -70,8 +70,8 @@ class Text:
         positions = range(start, stop)
         given = PromptInput(
             int32(self.ids[start:stop] + [5] * padding), int32([*positions] + [0] * padding),
-            int32([self.slot(p) for p in positions] + [*range(padding)]), int32([stop - start - 1]), int32([stop - start]),
-            int32([start]),
+            int32([self.slot(p) for p in positions] + [*range(padding)]), int32([stop - start - 1]),
+            int32([stop - start]), int32([start]),
             int32(self.table[:pages_for(start, PAGE)]) if start else None,
             self.image(self.see[start:stop] + [(0, 0)] * padding, lean))
         return self._run(prefill, given)[0]
@@ -81,8 +81,8 @@ class Text:
         """Logits after each of `count` tokens from `start`."""
         positions = range(start, start + count)
         given = TokenInput(
-            int32(self.ids[start:start + count]), int32([*positions]), int32([self.slot(p) for p in positions]), int32([count]),
-            int32([self.table[:pages_for(start + count, PAGE) + 1]]), int32([start + count]),
+            int32(self.ids[start:start + count]), int32([*positions]), int32([self.slot(p) for p in positions]),
+            int32([count]), int32([self.table[:pages_for(start + count, PAGE) + 1]]), int32([start + count]),
             self.image(self.see[start:start + count], lean))
         return self._run(decode, given)
 

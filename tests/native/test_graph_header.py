@@ -14,7 +14,8 @@ class Calls(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.randn(16, generator=torch.Generator().manual_seed(0)), requires_grad=False)
+        weight = torch.randn(16, generator=torch.Generator().manual_seed(0))
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
 
     def forward(self, x, at, pages, slot):
         ops = torch.ops.mllama_graph
@@ -26,7 +27,8 @@ class Calls(torch.nn.Module):
 
 def inputs(row=1):
     generator = torch.Generator().manual_seed(1)
-    return [torch.randn(4, 16, generator=generator), torch.tensor([row]).int(), torch.zeros(3, 2, 2, 4), torch.tensor([5, 0, 2, 1]).int()]
+    x, pages = torch.randn(4, 16, generator=generator), torch.zeros(3, 2, 2, 4)
+    return [x, torch.tensor([row]).int(), pages, torch.tensor([5, 0, 2, 1]).int()]
 
 
 def build(path, cache_home):
@@ -37,8 +39,8 @@ def build(path, cache_home):
     program = torch.export.export(Calls(), tuple(inputs()), strict=False)
     build_package(program, path, {"cpp.threads": 1}, cpu=True, calls=True)
     with zipfile.ZipFile(path) as package:
-        sources = {end: package.read(name).decode() for name in package.namelist() for end in ("wrapper.cpp", "kernel.cpp")
-                   if name.endswith(end)}
+        sources = {end: package.read(name).decode() for name in package.namelist()
+                   for end in ("wrapper.cpp", "kernel.cpp") if name.endswith(end)}
     return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1), sources
 
 

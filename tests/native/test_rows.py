@@ -1,4 +1,4 @@
-"""A CPU's kernels of rows and tiles: they compute what plain.py computes, and a row's result depends on nothing but the row."""
+"""A CPU's kernels of rows and tiles: they compute what plain.py computes, and each row depends on itself alone."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -38,7 +38,7 @@ def weights(width, dtype):
 
 
 def row_cases(T, width, dtype):
-    """name -> arguments of an operation whose first axis is rows; those that are tensors of T rows are cut with them."""
+    """name -> arguments of an operation whose first axis is rows; tensors of T rows are cut with them."""
     weight, leaf = weights(width, dtype)
     x, y, position = 3 * normal(T, width, seed=5), normal(T, width, seed=6), torch.arange(T).int() * 37
     gate = normal(1, seed=9, dtype=dtype)
@@ -71,7 +71,8 @@ def results(ops, name, arguments):
 def cut(argument, T, rows):
     if isinstance(argument, tuple):
         return tuple(cut(part, T, rows) for part in argument)
-    return argument[rows] if isinstance(argument, torch.Tensor) and argument.dim() and argument.shape[0] == T else argument
+    tensor = isinstance(argument, torch.Tensor) and argument.dim()
+    return argument[rows] if tensor and argument.shape[0] == T else argument
 
 
 # More rows than any other axis has elements, so that those alone are cut.
@@ -157,7 +158,8 @@ def test_tiles_become_the_rows_that_plain_makes_of_them(width, dtype, real):
     gate, mean, std = normal(1, dtype=dtype), normal(3, 1, 1), 1 + normal(3, 1, 1).abs()
     pixels = torch.randint(0, 256, (C, 3, side, side), generator=torch.Generator().manual_seed(0)).byte()
     tables = normal(4, C * width, dtype=dtype), normal(4, C * (N + 1) * width, dtype=dtype)
-    class_token, position, projection = normal(width, dtype=dtype), normal(N + 1, width, dtype=dtype), normal(width, 3, patch, patch, dtype=dtype)
+    class_token, position = normal(width, dtype=dtype), normal(N + 1, width, dtype=dtype)
+    projection = normal(width, 3, patch, patch, dtype=dtype)
     made = []
     for ops in (CPU, PLAIN):
         x = ops.normalise(pixels, int32(real), torch.tensor(1 / 255), mean, std, torch.float32)
@@ -192,6 +194,6 @@ def test_what_does_not_fit_is_refused():
     for refused in (lambda: CPU.rms_norm(x, normal(15), 1e-5), lambda: CPU.rms_norm(x.double(), normal(16), 1e-5),
                     lambda: CPU.embed(int32(4), leaf), lambda: CPU.embed(int32(-1), leaf),
                     lambda: CPU.take_row(x, int32(2)), lambda: CPU.add_gated(x, x, normal(15), None),
-                    lambda: CPU.write_pages_(x.view(2, 1, 16), x.view(2, 1, 16), (normal(3, 2, 1, 16),) * 2, int32(0, 6))):
+                    lambda: CPU.write_pages_(x[:, None], x[:, None], (normal(3, 2, 1, 16),) * 2, int32(0, 6))):
         with pytest.raises(RuntimeError):
             refused()
