@@ -113,7 +113,9 @@ class LLM:
         if run.tp > 1:
             rendezvous = self._start_workers(run)
         try:
-            self._engine: Engine = start_engine(run, processor_of(run), self._progress, place, rendezvous, partial(_check, self._workers))
+            self._engine: Engine = start_engine(
+                run, processor_of(run), self._progress, place=place, rendezvous=rendezvous,
+                check=partial(_check, self._workers))
         except PeerGone as error:
             raise self._cause(error) from error
         self._stack.callback(self._engine.close)

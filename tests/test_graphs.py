@@ -153,7 +153,7 @@ def test_without_waiting_steps_run_uncompiled_while_their_graphs_compile(checkpo
         assert tokens_of(engine, lines[:1]) == {"two": eager[1]["two"]}
         running = engine.executor.graphs
         assert len(running.compiler.requested) == 3 and not running.records
-        assert said(engine).count("in the background; its steps run uncompiled till then") == 3
+        assert said(engine).count("in the background; until it is ready, its steps run uncompiled") == 3
         requested = running.compiler.requested
     finally:
         running.compiler.close()

@@ -8,7 +8,6 @@ import signal
 import time
 from collections.abc import Iterator
 from functools import lru_cache
-from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Optional
 
@@ -24,8 +23,6 @@ def block_sigint() -> Iterator[None]:
     any thread may take an ignored signal and drop it. A blocked one is delivered to another thread or stays pending
     (signal(7)).
     """
-    # Otherwise multiprocessing starts it with the first child, and unblocks the signals that it blocked itself.
-    resource_tracker.ensure_running()
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

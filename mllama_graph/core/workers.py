@@ -1,99 +1,192 @@
-"""Worker processes: a ProcessPoolExecutor whose workers can be stopped at once, with the processes that they started."""
+"""Worker processes: a ProcessPoolExecutor in a process of its own, which is ended at once with all that it started.
 
+The program of that process is `python -m mllama_graph.core.workers FD`. It imports what its workers need and forks them, so
+that an import is paid once; the caller's process, which may hold threads and a device, is never forked, and its main module
+is never imported again.
+"""
+
+import contextlib
+import importlib
 import logging
-import multiprocessing
 import os
+import pickle
 import signal
+import socket
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from multiprocessing.context import SpawnContext, SpawnProcess
-from multiprocessing.process import BaseProcess
-from types import ModuleType
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from typing import Any, Optional
 
-from mllama_graph.core.machine import CORES, block_sigint
+from mllama_graph.core.machine import CORES
+from mllama_graph.core.paths import PACKAGE
 
-# What this process does itself goes first.
+# What the caller's process does itself goes first.
 NICENESS = 5
-# A worker that has not ended this many seconds after it was told to is killed.
-CLOSE_SECONDS = 5
+# Seconds in which workers that are told to end may remove their temporary folders, and in which all processes are gone.
+GRACE_SECONDS, CLOSE_SECONDS = 2, 5
 
 
-class _Worker(SpawnProcess):
-    """A spawned process that does not import the program's main module again: that may be a script without a guard."""
+@dataclass(frozen=True)
+class _Setup:
+    """What the workers are: how many, modules that are imported before they are forked, and a function that each calls first."""
 
-    @staticmethod
-    def _Popen(process: BaseProcess) -> Any:
-        main = sys.modules["__main__"]
-        sys.modules["__main__"] = ModuleType("__main__")
-        try:
-            return SpawnProcess._Popen(process)
-        finally:
-            sys.modules["__main__"] = main
-
-
-class _Context(SpawnContext):
-    """Starts such processes."""
-
-    Process = _Worker
+    workers: int
+    cores: Sequence[int]
+    imports: Sequence[str]
+    begin: Optional[Callable[..., None]]
+    arguments: tuple[Any, ...]
 
 
 class WorkerPool:
     """Processes of their own that run functions, at low priority and on all cores of the machine.
 
-    They are spawned, not forked: what runs in them must be importable. `begin` is called once in each worker. A worker
-    ends when this process does, however that happens, and takes the processes that it has started along.
+    Functions and arguments are pickled. `begin` is called once in each worker; `imports` are modules that take long to
+    import; `variables` are added to the environment. The processes end when this one does, however that happens.
     """
 
-    def __init__(self, workers: int, begin: Optional[Callable[..., None]] = None, arguments: tuple[Any, ...] = ()):
-        self._executor = ProcessPoolExecutor(workers, _Context(), _begin,
-                                             (os.getpid(), CORES, begin, arguments))
-        self._processes: set[BaseProcess] = set()
+    def __init__(self, workers: int, begin: Optional[Callable[..., None]] = None, arguments: tuple[Any, ...] = (),
+                 imports: Sequence[str] = (), variables: Optional[Mapping[str, str]] = None):
+        ours, theirs = socket.socketpair()
+        paths = filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")])
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **(variables or {})}
+        # A session of its own: Ctrl-C does not reach it.
+        self._process = subprocess.Popen([sys.executable, "-P", "-m", __name__, str(theirs.fileno())], env=environment,
+                                         pass_fds=[theirs.fileno()], start_new_session=True)
+        theirs.close()
+        self._connection = Connection(ours.detach())
+        self._futures: dict[int, Future[Any]] = {}
+        self._lock, self._closed = threading.Lock(), False
+        self._count = 0
+        self._connection.send(_Setup(workers, CORES, tuple(imports), begin, arguments))
+        threading.Thread(target=self._take_results, daemon=True).start()
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> "Future[Any]":
         """Run a function in a worker. The future raises BrokenProcessPool where any worker of the pool died."""
-        before = set(multiprocessing.active_children())
-        with block_sigint():
-            future = self._executor.submit(function, *arguments)
-        self._processes |= set(multiprocessing.active_children()) - before
+        future: Future[Any] = Future()
+        with self._lock:
+            self._count += 1
+            self._futures[self._count] = future
+            try:
+                self._connection.send((self._count, function, arguments))
+            except OSError:
+                del self._futures[self._count]
+                future.set_exception(BrokenProcessPool("the worker processes are gone"))
         return future
 
     def close(self) -> None:
-        """End the workers at once, whatever they are doing."""
-        self._executor.shutdown(wait=False, cancel_futures=True)
-        for process in self._processes:
-            process.terminate()
-        for process in self._processes:
-            process.join(CLOSE_SECONDS)
-            process.kill()
+        """End the workers at once, whatever they are doing, with the processes that they have started."""
+        self._closed = True
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(CLOSE_SECONDS)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def _take_results(self) -> None:
+        """In a thread: set the futures, until the processes are gone."""
+        try:
+            while True:
+                number, result, error = self._connection.recv()
+                future = self._futures.pop(number)
+                if error is None:
+                    future.set_result(result)
+                else:
+                    future.set_exception(error)
+        except (EOFError, OSError):
+            with self._lock:
+                left, self._futures = self._futures, {}
+        for future in left.values():
+            if not self._closed:
+                future.set_exception(BrokenProcessPool("the worker processes are gone"))
 
 
-def _begin(parent: int, cores: list[int], begin: Optional[Callable[..., None]], arguments: tuple[Any, ...]) -> None:
-    """Set up a worker, before its first function."""
-    # A process group of its own, which ends as one with the C++ compilers that the worker starts.
-    os.setpgrp()
-    signal.signal(signal.SIGTERM, _end)
-    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
+def _serve(descriptor: int) -> None:
+    """Run what the caller sends, in forked workers, until the caller is gone or says to end."""
+    connection = Connection(descriptor)
+    setup: _Setup = connection.recv()
     os.nice(NICENESS)
-    # The parent may be a rank that is bound to a few cores.
+    # The caller may be a rank that is bound to a few cores.
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, cores)
+        os.sched_setaffinity(0, setup.cores)
+    for name in setup.imports:
+        importlib.import_module(name)
     logging.getLogger("torch").setLevel(logging.ERROR)
+    executor = ProcessPoolExecutor(setup.workers, get_context("fork"), _begin, (setup.begin, setup.arguments))
+    lock = threading.Lock()
+
+    def answer(number: int, future: "Future[Any]") -> None:
+        error = future.exception()
+        with lock, contextlib.suppress(OSError):
+            connection.send_bytes(_pickled(number, None if error else future.result(), error))
+
+    signal.signal(signal.SIGTERM, _raise_exit)
+    with contextlib.suppress(EOFError, OSError, SystemExit):
+        while True:
+            number, function, arguments = connection.recv()
+            try:
+                executor.submit(_call, function, arguments).add_done_callback(partial(answer, number))
+            except BrokenProcessPool as error:
+                with lock:
+                    connection.send((number, None, error))
+    _end_group()
+
+
+def _raise_exit(signum: int, frame: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(1)
+
+
+def _end_group() -> None:
+    """End the workers and what they have started: gently, so that temporary folders are removed, then at once."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.killpg(0, signal.SIGTERM)
+    until = time.monotonic() + GRACE_SECONDS
+    with contextlib.suppress(ChildProcessError):
+        while time.monotonic() < until:
+            if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                time.sleep(0.01)
+    os.killpg(0, signal.SIGKILL)
+
+
+def _pickled(number: int, result: Any, error: Optional[BaseException]) -> bytes:
+    """A message for the caller. An error that can't be pickled becomes its text."""
+    try:
+        return pickle.dumps((number, result, error))
+    except Exception:
+        return pickle.dumps((number, None, RuntimeError(f"{type(error).__name__}: {error}")))
+
+
+def _begin(begin: Optional[Callable[..., None]], arguments: tuple[Any, ...]) -> None:
+    """Set up a worker."""
+    signal.signal(signal.SIGTERM, _exit)
     if begin:
         begin(*arguments)
 
 
-def _end(signum: int, frame: object) -> None:
-    """End the process group. The exception, unlike an unhandled SIGTERM, removes temporary folders on the way."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    os.killpg(0, signal.SIGTERM)
-    sys.exit(1)
+def _call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """Run a function in a worker. A worker that is told to end leaves it by an exception, which removes temporary folders."""
+    try:
+        signal.signal(signal.SIGTERM, _raise_exit)
+        return function(*arguments)
+    except SystemExit:
+        os._exit(1)
+    finally:
+        signal.signal(signal.SIGTERM, _exit)
 
 
-def _end_with_parent(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
-    os.kill(os.getpid(), signal.SIGTERM)
+def _exit(signum: int, frame: object) -> None:
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    _serve(int(sys.argv[1]))

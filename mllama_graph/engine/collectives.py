@@ -1,5 +1,6 @@
 """How a rank reaches the others: through shared memory on one CPU host, elsewhere through torch.distributed."""
 
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Optional, Protocol
@@ -33,8 +34,8 @@ class SharedMemory:
     Raises UserError where the operations can't be built.
     """
 
-    def __init__(self, place: Place, segment: str, timeout: float, folder: Path):
-        load_native("collectives", folder, "collectives=distributed")
+    def __init__(self, place: Place, segment: str, timeout: float, folder: Path, say: Callable[[str], None]):
+        load_native("collectives", folder, "collectives=distributed", say)
         native.attach(segment, place.rank, place.world, timeout)
 
     def fault(self) -> str:
@@ -60,12 +61,14 @@ class Distributed:
         return ""
 
 
-def load_native(name: str, folder: Path, instead: str) -> None:
-    """Load a library's operations, built into the graph store's folder where they are not there yet.
+def load_native(name: str, folder: Path, instead: str, say: Callable[[str], None]) -> None:
+    """Load a library's operations, built into the graph store's folder where they are not there yet, which `say` is told.
 
     Raises UserError where they can't be built; the message names the key that does without: `instead`.
     """
     try:
+        if not native.built(name, folder):
+            say(f"building the C++ {name} for this machine, once")
         native.load(name, folder)
     except native.BuildError as error:
         raise UserError(f"{error} Or use {instead}.") from error

@@ -72,7 +72,7 @@ class Backend(ABC):
             TORCH_DTYPES[run.precision.compute], run.backend, run.device.name, threads, run.tp, run.collectives, run.kernels,
             run.deterministic, run.compiler_options, self.place.rank)
 
-    def prepare(self, spec: GraphSpec, libraries: Path) -> None:
+    def prepare(self, spec: GraphSpec, libraries: Path, say: Callable[[str], None]) -> None:
         """Bind the process to its cores and threads, and load what the operations need; `libraries`: their folder."""
         torch.set_num_threads(spec.threads)
 
@@ -87,12 +87,12 @@ class Backend(ABC):
     def lay_out(self, weights: Weights, spec: GraphSpec) -> None:
         """Convert weights in place to the layout that the device's kernels read."""
 
-    def join(self, store: Optional[dist.Store], libraries: Path) -> Collectives:
+    def join(self, store: Optional[dist.Store], libraries: Path, say: Callable[[str], None]) -> Collectives:
         """Join the other ranks; waits for them at most for the run's timeout. Raises UserError where that can't be built."""
         if self.place.world == 1:
             return Alone()
         if self.run.collectives == "shared_memory":
-            return SharedMemory(self.place, self.run.segment, self.run.timeout, libraries)
+            return SharedMemory(self.place, self.run.segment, self.run.timeout, libraries, say)
         return Distributed(self.place, store, self.run.timeout, self.group, self.samples_on_host)
 
     def gather(self, ops: Ops) -> Gather:
@@ -141,12 +141,12 @@ class CpuBackend(Backend):
     def free_memory(self) -> Optional[tuple[int, str]]:
         return None
 
-    def prepare(self, spec: GraphSpec, libraries: Path) -> None:
+    def prepare(self, spec: GraphSpec, libraries: Path, say: Callable[[str], None]) -> None:
         if self.place.local_world > 1 and spec.threads <= len(self.place.cores()):
             os.sched_setaffinity(0, self.place.cores())
-        super().prepare(spec, libraries)
+        super().prepare(spec, libraries, say)
         if spec.kernels == "native":
-            load_native("kernels", libraries, "backend.kernels=plain")
+            load_native("kernels", libraries, "backend.kernels=plain", say)
 
     def lay_out(self, weights: Weights, spec: GraphSpec) -> None:
         if spec.kernels == "native":

@@ -15,7 +15,6 @@ from mllama_graph.engine.steps import DecodeStep, Step, Token
 from mllama_graph.inputs.detokenizer import Detokenizer
 from mllama_graph.inputs.processor import Processor
 from mllama_graph.inputs.request import Request
-from mllama_graph.plan.blocks import pages_for
 
 
 @dataclass
@@ -61,20 +60,6 @@ class Engine:
         self._next += 1
         self._running[sequence.id] = _Running(request, sequence, self.processor.detokenizer(request.stop), time.perf_counter())
         return sequence.id
-
-    def prefetch(self, request: Request) -> None:
-        """Start loading or compiling the graphs that a request alone will use, the decode graph for its whole length."""
-        plan, graphs = self.scheduler.plan, self.executor.graphs
-        image_pages = sum(pages_for(image.count * self._tokens_per_tile, plan.page_size) for image in request.images)
-        if request.images:
-            graphs.prefetch(plan.vision())
-        done = 0
-        while done < len(request.ids):
-            chunk = plan.chunk(len(request.ids) - done)
-            graphs.prefetch(plan.prefill(chunk, pages_for(done, plan.page_size), image_pages))
-            done += chunk
-        if request.max_new > 1:
-            graphs.prefetch(plan.decode(1, pages_for(len(request.ids) + request.max_new, plan.page_size), image_pages))
 
     def abort(self, number: int) -> None:
         """Forget a request; its pages are free at once."""
@@ -127,11 +112,11 @@ class Engine:
         graphs = self.executor.graphs
         pending = graphs.compiler.pending
         if progress and pending and not graphs.store.warning:
-            progress.say(f"\nfor the next start {pending} more graph{'s' * (pending > 1)} will be compiled; Ctrl-C to stop here")
+            progress.say(f"\nwaiting for {pending} graph{'s' * (pending > 1)} to be compiled for the next start; Ctrl-C stops this")
             try:
                 graphs.drain(progress.graphs)
             except KeyboardInterrupt:
-                progress.say(f"stopped; {graphs.compiler.pending} left for another time (task=warmup compiles them all)")
+                progress.say(f"stopped: {graphs.compiler.pending} not compiled; task=warmup compiles all graphs in advance")
         graphs.compiler.close()
 
     def _advance(self, sequence: Sequence, token: Token) -> Delta:

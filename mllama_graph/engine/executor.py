@@ -1,7 +1,7 @@
 """All ranks of a run in lock-step: the driver, rank 0, decides each step and sends it to the worker ranks."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Optional
 
 from mllama_graph.core.place import Place, Rendezvous, place_from
@@ -12,6 +12,7 @@ from mllama_graph.engine.messages import Compile, Driver, Execute, Load, Profile
 from mllama_graph.engine.rank import Rank
 from mllama_graph.engine.steps import Step, Token
 from mllama_graph.graphs.dispatch import Graphs
+from mllama_graph.graphs.store import GraphStore
 from mllama_graph.model.tree import Pixels
 from mllama_graph.plan.bucket import Bucket
 from mllama_graph.plan.cost import bucket_cost
@@ -22,12 +23,13 @@ from mllama_graph.plan.resolve import ResolvedRun, require_on_host
 class Executor:
     """The ranks as their driver sees them.
 
+    `first`: buckets that will be needed first; worker processes compile those that are not stored while the ranks are built.
     `place` and `rendezvous` are taken from the environment where they are not given; `check` raises where a worker's process
     has ended. Raises UserError before anything is allocated where the memory does not suffice.
     """
 
-    def __init__(self, run: ResolvedRun, pixels: Pixels, progress: Progress, place: Optional[Place] = None,
-                 rendezvous: Optional[Rendezvous] = None, check: Callable[[], None] = lambda: None):
+    def __init__(self, run: ResolvedRun, pixels: Pixels, progress: Progress, first: Sequence[Bucket] = (),
+                 place: Optional[Place] = None, rendezvous: Optional[Rendezvous] = None, check: Callable[[], None] = lambda: None):
         self.run, self.plan = run, run.plan
         self.place = place = place or place_from(os.environ) or Place()
         self._check_memory()
@@ -36,14 +38,16 @@ class Executor:
         store = meet(place, rendezvous) if rendezvous else None
         self._workers = Workers(place, rendezvous, store, run.timeout, check)
         self._workers.send(Start(run, pixels))
-        self.rank = Rank(run, pixels, place, store, progress)
-        self._workers.confirmed()
-        store_width = run.precision.widths[0]
+        graph_store, weight_width = GraphStore(run.store_folder), run.precision.widths[0]
         self.graphs = Graphs(
-            self.rank.spec, self.rank.graphs.store, self.plan.buckets(),
-            cost=lambda bucket: bucket_cost(run.shape, self.plan.page_size, bucket, store_width),
+            backend_of(run, place).spec(), graph_store, self.plan.buckets(),
+            cost=lambda bucket: bucket_cost(run.shape, self.plan.page_size, bucket, weight_width),
             reuse=run.reuse, mode=run.compile_mode, say=progress.say,
             compile=lambda bucket: self._workers.send(Compile(bucket)), load=self._load)
+        for bucket in first:
+            self.graphs.prefetch(bucket)
+        self.rank = Rank(run, pixels, place, store, graph_store, progress)
+        self._workers.confirmed()
 
     def execute(self, step: Step) -> list[Token]:
         """Run one step on all ranks; a token for each row that gets one."""
@@ -85,7 +89,7 @@ def work(place: Place, rendezvous: Rendezvous, begun: Callable[[ResolvedRun], No
     driver = Driver(place, store)
     start = driver.first()
     begun(start.run)
-    rank = Rank(start.run, start.pixels, place, store, Progress())
+    rank = Rank(start.run, start.pixels, place, store, GraphStore(start.run.store_folder), Progress())
     driver.confirm()
     while True:
         order, ended = driver.next(start.run.timeout)

@@ -37,14 +37,15 @@ class Rank:
     Raises UserError where the device is missing or a library can't be built.
     """
 
-    def __init__(self, run: ResolvedRun, pixels: Pixels, place: Place, store: Optional[dist.Store], progress: Progress):
+    def __init__(self, run: ResolvedRun, pixels: Pixels, place: Place, store: Optional[dist.Store], graphs: GraphStore,
+                 progress: Progress):
         self.run, self.shape, self.plan, self.place = run, run.shape, run.plan, place
-        self.backend, graphs = backend_of(run, place), GraphStore(run.store_folder)
+        self.backend = backend_of(run, place)
         self.backend.start()
         self.spec = spec = self.backend.spec()
         make_deterministic(run.deterministic)
-        self.backend.prepare(spec, graphs.libraries)
-        self.collectives = self.backend.join(store, graphs.libraries)
+        self.backend.prepare(spec, graphs.libraries, progress.say)
+        self.collectives = self.backend.join(store, graphs.libraries, progress.say)
         self.ops = self.backend.ops(spec)
         self.weights = self._load(pixels, progress)
         # Zeros, since a masked key still takes part with weight 0, and 0 * NaN is NaN.

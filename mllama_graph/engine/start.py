@@ -1,7 +1,7 @@
 """From a resolved run to its engine."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Optional
 
 from mllama_graph.core.place import Place, Rendezvous
@@ -12,6 +12,7 @@ from mllama_graph.engine.scheduler import Scheduler
 from mllama_graph.inputs.processor import Processor
 from mllama_graph.inputs.request import Sampling
 from mllama_graph.model.tree import Pixels
+from mllama_graph.plan.bucket import Bucket
 from mllama_graph.plan.resolve import ResolvedRun
 
 log = logging.getLogger(__name__)
@@ -29,15 +30,16 @@ def pixels_of(processor: Processor) -> Pixels:
     return Pixels(*processor.pixels)
 
 
-def start_engine(run: ResolvedRun, processor: Processor, progress: Progress, place: Optional[Place] = None,
-                 rendezvous: Optional[Rendezvous] = None, check: Callable[[], None] = lambda: None) -> Engine:
+def start_engine(run: ResolvedRun, processor: Processor, progress: Progress, first: Sequence[Bucket] = (),
+                 place: Optional[Place] = None, rendezvous: Optional[Rendezvous] = None,
+                 check: Callable[[], None] = lambda: None) -> Engine:
     """Load weights and allocate pages on all ranks; graphs are loaded on first use.
 
-    The last three arguments are Executor's.
+    The last four arguments are Executor's.
     """
     progress.say(f"plan: {run.plan.describe()}")
     if run.plan.max_length > run.shape.text.positions:
         log.info("sequences of up to %d tokens; the model was made for %d", run.plan.max_length, run.shape.text.positions)
     log.info("memory of a rank: %s", run.memory.describe())
-    executor = Executor(run, pixels_of(processor), progress, place, rendezvous, check)
+    executor = Executor(run, pixels_of(processor), progress, first, place, rendezvous, check)
     return Engine(processor, Scheduler(run.plan, run.limits.batch), executor)

@@ -25,6 +25,8 @@ from mllama_graph.plan.bucket import Bucket
 
 # Compiling one graph takes up to about 1 GB with its C++ compiler.
 MOST_WORKERS = 4
+# Imports the compiler, and is imported by workers alone.
+BUILD = "mllama_graph.graphs.build"
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,6 @@ def compile_into(folder: Path, spec: GraphSpec, bucket: Bucket, expected: str) -
 
     Raises RuntimeError where `expected`, the key that the run computed, is not the key that this process computes.
     """
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
     store, fields = GraphStore(folder), key_fields(spec, bucket)
     aot.prepare_tracing(spec, folder)
     torch.use_deterministic_algorithms(spec.deterministic, warn_only=True)
@@ -118,7 +119,9 @@ class GraphCompiler:
             self._pool.close()
 
     def _submit(self, bucket: Bucket) -> None:
-        self._pool = self._pool or WorkerPool(min(os.cpu_count() or 1, MOST_WORKERS))
+        if self._pool is None:
+            cache = {"TORCHINDUCTOR_CACHE_DIR": str(self.store.written / "inductor")}
+            self._pool = WorkerPool(min(os.cpu_count() or 1, MOST_WORKERS), imports=[BUILD], variables=cache)
         future = self._pool.submit(compile_into, self.store.written, self.spec, bucket, key(self.spec, bucket))
         self._jobs[future] = bucket
 

@@ -57,10 +57,8 @@ class Graphs:
         return sorted(map(str, self._failed))
 
     def prefetch(self, need: Bucket) -> None:
-        """Start loading or compiling a graph that holds `need`, ahead of the first step that needs it."""
-        if self.compiled_by_ranks:
-            self._select_from_ranks(need)
-        elif self.compiles:
+        """Have worker processes compile a graph that holds `need`, ahead of the first step that needs it."""
+        if self.compiles and not self.compiled_by_ranks:
             self._choose(need)
 
     def select(self, need: Bucket) -> tuple[Bucket, bool]:
@@ -128,7 +126,7 @@ class Graphs:
         if not self.compiler.compile(best):
             self._failed.add(best)
             return best
-        background = " in the background; its steps run uncompiled till then" if self.mode == "background" else ""
+        background = " in the background; until it is ready, its steps run uncompiled" if self.mode == "background" else ""
         self.say(f"compiling {best}{background}")
         self._compile_elsewhere(best)
         return best

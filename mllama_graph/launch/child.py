@@ -6,7 +6,6 @@ What to do comes on stdin, pickled. A failure is written to the pipe FD as JSON:
 import ctypes
 import json
 import logging
-import multiprocessing
 import os
 import pickle
 import signal
@@ -55,8 +54,6 @@ def main() -> None:
     log.exception("the rank ended early")
     os.write(report, json.dumps([kind, message]).encode())
     sys.stdout.flush()
-    for worker in multiprocessing.active_children():
-        worker.terminate()
     # Skips the exit handlers of threads and libraries, which may wait for ranks that are gone.
     logging.shutdown()
     os._exit(1)

@@ -78,6 +78,18 @@ class Plan:
         """The one vision bucket: an image with all its tiles."""
         return Bucket("vision", 1, 1, 0, self.pages_per_image)
 
+    def alone(self, prompt: int, max_new: int, tiles: Sequence[int]) -> list[Bucket]:
+        """The buckets of a request that is served alone, its whole length included. `tiles`: real tiles of each image."""
+        images = sum(pages_for(count * self.tokens_per_tile, self.page_size) for count in tiles)
+        buckets, done = [self.vision()] if tiles else [], 0
+        while done < prompt:
+            chunk = self.chunk(prompt - done)
+            buckets.append(self.prefill(chunk, pages_for(done, self.page_size), images))
+            done += chunk
+        if max_new > 1:
+            buckets.append(self.decode(1, pages_for(prompt + max_new, self.page_size), images))
+        return buckets
+
     def chunk(self, left: int) -> int:
         """How many of a prompt's `left` remaining tokens the next chunk takes."""
         return min(left, self.prefill_tokens[-1])

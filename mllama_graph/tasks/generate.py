@@ -24,7 +24,8 @@ def main(run: ResolvedRun) -> None:
         prompt, images = asked(question)
         request = processor.chat(0, prompt, images, question.system)
         Scheduler(run.plan, run.limits.batch).check(len(request.ids), request.max_new, len(request.images))
-        engine = start_engine(run, processor, progress)
+        first = run.plan.alone(len(request.ids), request.max_new, [image.count for image in request.images])
+        engine = start_engine(run, processor, progress, first)
         progress.say(" ".join([*map(shorten, images), prompt]))
         results = Results(path)
         _finish(run, engine, results, answer(engine, request, results), progress)
@@ -56,7 +57,6 @@ def answer(engine: Engine, request: Request, results: Results) -> Result:
         if delta.result:
             results.add(0, delta.result)
 
-    engine.prefetch(request)
     engine.submit(request)
     engine.run(show)
     print(flush=True)
