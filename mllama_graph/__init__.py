@@ -15,8 +15,14 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 __all__ = ["LLM", "Delta", "Request", "Result", "Sampling", "UserError"]
 
-_MODULES = {"LLM": "llm", "Delta": "engine.results", "Result": "engine.results", "Request": "inputs.request",
-            "Sampling": "inputs.request", "UserError": "core.errors"}
+_MODULES = {
+    "LLM": "llm",
+    "Delta": "engine.results",
+    "Result": "engine.results",
+    "Request": "inputs.request",
+    "Sampling": "inputs.request",
+    "UserError": "core.errors",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -77,7 +77,10 @@ def main() -> int:
         print(f"error: {explain(error)}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}. The run's folder must be writable (hydra.run.dir).", file=sys.stderr)
+        print(
+            f"error: {error.filename}: {error.strerror}. The run's folder must be writable (hydra.run.dir).",
+            file=sys.stderr,
+        )
         return 2
     return failures[0] if failures else 0
 

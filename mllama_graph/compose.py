@@ -21,8 +21,19 @@ from mllama_graph.tasks.options import TASKS
 CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
 CONFIG, HYDRA_VERSION = "config", "1.3"
 # Taken literally: Hydra's grammar would refuse commas, apostrophes, parentheses, = and Chinese.
-LITERAL_KEYS = ("prompt", "image", "system", "requests", "weights", "a", "b", "task.a", "task.b", "task.measured",
-                "task.folder")
+LITERAL_KEYS = (
+    "prompt",
+    "image",
+    "system",
+    "requests",
+    "weights",
+    "a",
+    "b",
+    "task.a",
+    "task.b",
+    "task.measured",
+    "task.folder",
+)
 # Those of conf/hydra/launcher/ and of the plugins that they need.
 LAUNCHERS = ("parallel", "slurm", "joblib", "submitit_local", "submitit_slurm")
 COMPOSING_ERRORS = (HydraException, OmegaConfBaseException)
@@ -76,8 +87,10 @@ def explain(error: Exception) -> str:
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key}=??? is how the configuration writes a missing value. Give something else."
     if isinstance(error, OverrideParseException):
-        return (f"{error.override} can't be read: {error.message.splitlines()[0].rstrip('.')}. Write it as key=value, a list as "
-                "key=[1,2] without spaces, and quote for the shell what has brackets: 'key=[1,2]'.")
+        return (
+            f"{error.override} can't be read: {error.message.splitlines()[0].rstrip('.')}. Write it as key=value, a list as "
+            "key=[1,2] without spaces, and quote for the shell what has brackets: 'key=[1,2]'."
+        )
     if found := re.search(r"Could not override '([^']+)'", text):
         return _unknown_key(found[1])
     if found := re.search(r"Could not (?:find|load) 'hydra/launcher/(\w+)'", text):
@@ -88,8 +101,10 @@ def explain(error: Exception) -> str:
     if found and "is not a ListConfig" in str(error.__cause__):
         return f"{found[1]}={found[2]} must be a list. Use {found[1]}=[{found[2]}]."
     if found := re.search(r"Ambiguous value for argument '([^'=]+)=([^']*)'", text):
-        return (f"{found[1]}={found[2]} names several values. Use -m to run a job for each, "
-                f"or {found[1]}=[{found[2]}] for a list.")
+        return (
+            f"{found[1]}={found[2]} names several values. Use -m to run a job for each, "
+            f"or {found[1]}=[{found[2]}] for a list."
+        )
     if found := re.search(r"Could not find '([^']+)/([^']+)' Available options in '[^']+': (.*?) Config search", text):
         return f"{found[1]}={found[2]} is not one of {', '.join(found[3].split())}."
     cause = str(error.__cause__).splitlines()[0] if error.__cause__ else ""

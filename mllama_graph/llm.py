@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any
 
 from mllama_graph import native
 from mllama_graph.compose import CONF, run_from
@@ -24,14 +24,22 @@ from mllama_graph.engine.results import Delta, Result
 from mllama_graph.engine.start import processor_of, start_engine
 from mllama_graph.inputs.request import FIELDS, Request, Sampling
 from mllama_graph.launch.environment import prepare_environment
-from mllama_graph.launch.processes import END_SECONDS, TELL_SECONDS, Meeting, RankProcess, collect, failure_of, spawn_workers
+from mllama_graph.launch.processes import (
+    END_SECONDS,
+    TELL_SECONDS,
+    Meeting,
+    RankProcess,
+    collect,
+    failure_of,
+    spawn_workers,
+)
 from mllama_graph.plan.resolve import ResolvedRun, resolve
 
 # Keys that name a file of conf/; all others are values.
 GROUPS = ("backend", "experiment", "hardware")
 
 # What `generate` and `stream` take as one request: a prompt, OpenAI messages, the fields of a requests file, or a Request.
-Given = Union[str, Sequence[Mapping[str, Any]], Mapping[str, Any], Request]
+Given = str | Sequence[Mapping[str, Any]] | Mapping[str, Any] | Request
 
 
 class LLM:
@@ -42,8 +50,16 @@ class LLM:
     `output_dir`, by default a temporary folder. Raises UserError with the value, the rule and the remedy.
     """
 
-    def __init__(self, model: Union[str, "os.PathLike[str]"] = "tiny", *, batch: int = 1, tp: int = 1, quiet: bool = False,
-                 output_dir: Union[str, "os.PathLike[str]", None] = None, **keys: Any):
+    def __init__(
+        self,
+        model: str | os.PathLike[str] = "tiny",
+        *,
+        batch: int = 1,
+        tp: int = 1,
+        quiet: bool = False,
+        output_dir: str | os.PathLike[str] | None = None,
+        **keys: Any,
+    ):
         self._stack = ExitStack()
         self._close = weakref.finalize(self, self._stack.close)
         try:
@@ -52,7 +68,9 @@ class LLM:
             self._close()
             raise
 
-    def generate(self, requests: Union[Given, Sequence[Given]], sampling: Optional[Sampling] = None, **fields: Any) -> list[Result]:
+    def generate(
+        self, requests: Given | Sequence[Given], sampling: Sampling | None = None, **fields: Any
+    ) -> list[Result]:
         """The results of requests, in their order.
 
         `sampling` and `fields` (max_new_tokens, temperature, stop, ...) serve requests that say nothing of their own. In a
@@ -62,7 +80,9 @@ class LLM:
         results = {delta.id: delta.result for delta in deltas if delta.result}
         return [results[place] for place in sorted(results)]
 
-    def stream(self, requests: Union[Given, Sequence[Given]], sampling: Optional[Sampling] = None, **fields: Any) -> Iterator[Delta]:
+    def stream(
+        self, requests: Given | Sequence[Given], sampling: Sampling | None = None, **fields: Any
+    ) -> Iterator[Delta]:
         """The deltas of requests as they come: `id` is the request's place in the list, `text` is what it said further.
 
         The arguments are those of `generate`. Closing the iterator aborts what is not finished.
@@ -80,7 +100,9 @@ class LLM:
         elif isinstance(given, Sequence):
             own = {"messages": list(given)}
         else:
-            raise UserError(f"a request is a string, a list of messages or a dict; this is of type {type(given).__name__}.")
+            raise UserError(
+                f"a request is a string, a list of messages or a dict; this is of type {type(given).__name__}."
+            )
         _check_fields(own)
         return self._engine.processor.request(fields | own | {"id": id})
 
@@ -98,8 +120,13 @@ class LLM:
     def __exit__(self, kind: object, error: object, stack: object) -> None:
         self.close(wait=kind is None)
 
-    def _start(self, model: Union[str, "os.PathLike[str]"], keys: Mapping[str, Any], quiet: bool,
-               output_dir: Union[str, "os.PathLike[str]", None]) -> None:
+    def _start(
+        self,
+        model: str | os.PathLike[str],
+        keys: Mapping[str, Any],
+        quiet: bool,
+        output_dir: str | os.PathLike[str] | None,
+    ) -> None:
         if place_from(os.environ):
             raise UserError("LLM starts its ranks itself: start the script with python, without torchrun.")
         folder = Path(output_dir or self._stack.enter_context(tempfile.TemporaryDirectory(prefix="mllama_graph-")))
@@ -114,8 +141,13 @@ class LLM:
             rendezvous = self._start_workers(run)
         try:
             self._engine: Engine = start_engine(
-                run, processor_of(run), self._progress, place=place, rendezvous=rendezvous,
-                check=partial(_check, self._workers))
+                run,
+                processor_of(run),
+                self._progress,
+                place=place,
+                rendezvous=rendezvous,
+                check=partial(_check, self._workers),
+            )
         except PeerGone as error:
             raise self._cause(error) from error
         self._stack.callback(self._engine.close)
@@ -131,7 +163,7 @@ class LLM:
         self._workers += spawn_workers(places, meeting, run.output_dir)
         return meeting.rendezvous
 
-    def _begin(self, requests: Any, sampling: Optional[Sampling], fields: Mapping[str, Any]) -> Iterator[Delta]:
+    def _begin(self, requests: Any, sampling: Sampling | None, fields: Mapping[str, Any]) -> Iterator[Delta]:
         defaults = (asdict(sampling) if sampling else {}) | dict(fields)
         _check_fields(defaults, caller=4)
         single = _is_single(requests)
@@ -141,7 +173,8 @@ class LLM:
         if not self._close.alive:
             raise UserError("this LLM is closed. Make a new one.")
         coming: Iterable[tuple[int, Callable[[], Request]]] = (
-            (place, partial(self.request, given, place, **defaults)) for place, given in enumerate(requests))
+            (place, partial(self.request, given, place, **defaults)) for place, given in enumerate(requests)
+        )
         try:
             for _, delta in serve(self._engine, coming, 2 * self._batch):
                 if single and delta.result and delta.result.error:
@@ -155,7 +188,7 @@ class LLM:
         return failure_of(self._workers, TELL_SECONDS) or RankFailed(str(gone))
 
 
-def _resolved(model: Union[str, "os.PathLike[str]"], keys: Mapping[str, Any], output_dir: Path) -> ResolvedRun:
+def _resolved(model: str | os.PathLike[str], keys: Mapping[str, Any], output_dir: Path) -> ResolvedRun:
     named = isinstance(model, str) and (CONF / "model" / f"{model}.yaml").is_file()
     if not named and not Path(model).expanduser().is_dir():
         names = ", ".join(sorted(path.stem for path in (CONF / "model").glob("*.yaml")))
@@ -176,8 +209,11 @@ def _resolved(model: Union[str, "os.PathLike[str]"], keys: Mapping[str, Any], ou
 def _is_single(requests: Any) -> bool:
     if isinstance(requests, (str, Mapping, Request)):
         return True
-    return isinstance(requests, Sequence) and bool(requests) and all(
-        isinstance(message, Mapping) and "role" in message for message in requests)
+    return (
+        isinstance(requests, Sequence)
+        and bool(requests)
+        and all(isinstance(message, Mapping) and "role" in message for message in requests)
+    )
 
 
 def _check_fields(given: Mapping[str, Any], caller: int = 3) -> None:

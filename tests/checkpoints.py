@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-
 from tokenizer_files import SPECIAL_TOKENS, write_json, write_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -142,7 +141,9 @@ def write_checkpoint(folder: Path, spec: Spec) -> None:
     write_json(folder / "generation_config.json", generation_config(spec))
     write_json(folder / "preprocessor_config.json", image_config(spec))
     write_tokenizer(folder, spec.text_vocab, spec.template)
-    write_weights(folder, {rename(name, spec.names): value for name, value in random_weights(spec).items()}, spec.shards)
+    write_weights(
+        folder, {rename(name, spec.names): value for name, value in random_weights(spec).items()}, spec.shards
+    )
 
 
 def model_config(spec: Spec) -> dict:
@@ -257,7 +258,10 @@ def weight_shapes(spec: Spec) -> dict[str, tuple[int, ...]]:
 def random_weights(spec: Spec) -> dict[str, torch.Tensor]:
     """Non-trivial values for `weight_shapes`, in the checkpoint's dtype."""
     generator = torch.Generator().manual_seed(spec.seed)
-    return {name: random_tensor(name, shape, generator).to(DTYPES[spec.dtype]) for name, shape in weight_shapes(spec).items()}
+    return {
+        name: random_tensor(name, shape, generator).to(DTYPES[spec.dtype])
+        for name, shape in weight_shapes(spec).items()
+    }
 
 
 def random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
@@ -293,8 +297,12 @@ def write_weights(folder: Path, weights: dict[str, torch.Tensor], shards: int) -
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         return
     names = sorted(weights)
-    files = {name: f"model-{i * shards // len(names) + 1:05d}-of-{shards:05d}.safetensors" for i, name in enumerate(names)}
+    files = {
+        name: f"model-{i * shards // len(names) + 1:05d}-of-{shards:05d}.safetensors" for i, name in enumerate(names)
+    }
     for file in sorted(set(files.values())):
-        save_file({name: weights[name] for name in names if files[name] == file}, folder / file, metadata={"format": "pt"})
+        save_file(
+            {name: weights[name] for name in names if files[name] == file}, folder / file, metadata={"format": "pt"}
+        )
     total = sum(value.numel() * value.element_size() for value in weights.values())
     write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": files})

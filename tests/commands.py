@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from filelock import FileLock
 
@@ -53,11 +53,17 @@ def command_line(folder: Path, *arguments: str) -> list[str]:
     return [sys.executable, str(ROOT / "run.py"), *arguments, f"hydra.{where}.dir={folder}"]
 
 
-def run(folder: Path, *arguments: str, cwd: Optional[Path] = None, **variables: str) -> Done:
+def run(folder: Path, *arguments: str, cwd: Path | None = None, **variables: str) -> Done:
     """A run to its end, started elsewhere than in the repository."""
     begun = time.perf_counter()
-    done = subprocess.run(command_line(folder, *arguments), capture_output=True, text=True, cwd=cwd or folder.parent,
-                          env=os.environ | variables, timeout=400)
+    done = subprocess.run(
+        command_line(folder, *arguments),
+        capture_output=True,
+        text=True,
+        cwd=cwd or folder.parent,
+        env=os.environ | variables,
+        timeout=400,
+    )
     return Done(done.returncode, done.stdout, done.stderr, folder, time.perf_counter() - begun)
 
 
@@ -75,8 +81,12 @@ def interrupted(tmp_path, requests: int, *arguments: str) -> Done:
     (tmp_path / "requests.jsonl").write_text("\n".join(map(json.dumps, lines)))
     folder = tmp_path / "out"
     process = subprocess.Popen(
-        command_line(folder, f"requests={tmp_path / 'requests.jsonl'}", "max_output_length=100", *arguments), cwd=tmp_path,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        command_line(folder, f"requests={tmp_path / 'requests.jsonl'}", "max_output_length=100", *arguments),
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
         results, until = folder / "results.jsonl", time.monotonic() + 120
         while not (results.exists() and results.read_text().count("\n") >= 3):

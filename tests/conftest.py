@@ -17,17 +17,22 @@ os.environ.setdefault("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
-
 from checkpoints import SPECS, write_checkpoint
 from commands import kept
 from engines import GRAPH_PLAN, GRAPH_SPEC, Model, arguments, load_model
+from hypothesis import HealthCheck, settings
 
 from mllama_graph.core.paths import default_store
 
 # Shared machines have slow seconds: a slow example is no failure, and runs repeat exactly.
-settings.register_profile("suite", deadline=None, derandomize=True, database=None, max_examples=60,
-                          suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+settings.register_profile(
+    "suite",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
 settings.load_profile("suite")
 # One thread adds in one order, so that a tolerance means the same on every machine.
 torch.set_num_threads(1)
@@ -116,9 +121,19 @@ def warm(shared):
     def make():
         write_checkpoint(folder / "checkpoint", SPECS[GRAPH_SPEC])
         done = subprocess.run(
-            [sys.executable, str(Path(__file__).parents[1] / "run.py"), "task=warmup", f"weights={folder / 'checkpoint'}",
-             f"graph_cache={folder / 'graphs'}", f"hydra.run.dir={folder / 'out'}", *arguments(GRAPH_PLAN)],
-            capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            [
+                sys.executable,
+                str(Path(__file__).parents[1] / "run.py"),
+                "task=warmup",
+                f"weights={folder / 'checkpoint'}",
+                f"graph_cache={folder / 'graphs'}",
+                f"hydra.run.dir={folder / 'out'}",
+                *arguments(GRAPH_PLAN),
+            ],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
         assert done.returncode == 0, done.stderr
         return folder / "graphs", json.loads((folder / "out" / "result.json").read_text()), done.stderr
 

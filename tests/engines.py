@@ -22,9 +22,20 @@ from mllama_graph.plan.resolve import ResolvedRun, resolve
 
 GRAPH_SPEC = "no_template"
 # One size of everything: vision, a chunk and a decode step, both with and without images.
-GRAPH_PLAN = {"batch": 4, "page_size": 16, "prefill_tokens": [32], "decode_batch": [4], "pages": [6], "images": [2],
-              "max_images": 2, "max_input_length": 60, "max_output_length": 30, "dtype": "fp32", "threads": 1,
-              "kernels": "native"}
+GRAPH_PLAN = {
+    "batch": 4,
+    "page_size": 16,
+    "prefill_tokens": [32],
+    "decode_batch": [4],
+    "pages": [6],
+    "images": [2],
+    "max_images": 2,
+    "max_input_length": 60,
+    "max_output_length": 30,
+    "dtype": "fp32",
+    "threads": 1,
+    "kernels": "native",
+}
 GRAPHS = 5
 CPU = Placement.at(torch.device("cpu"))
 
@@ -87,8 +98,13 @@ def holds_nothing(engine: Engine) -> bool:
     """Whether every page is free or belongs to an idle image, and no request is remembered, by ranks neither."""
     scheduler = engine.scheduler
     idle = sum(len(image.pages) for image in scheduler.images._idle.values())
-    return (scheduler.pool.free == scheduler.pool.capacity and not scheduler.images._used and not engine._running
-            and not engine._unread and scheduler.images.pool.free + idle == scheduler.images.pool.capacity)
+    return (
+        scheduler.pool.free == scheduler.pool.capacity
+        and not scheduler.images._used
+        and not engine._running
+        and not engine._unread
+        and scheduler.images.pool.free + idle == scheduler.images.pool.capacity
+    )
 
 
 @dataclass(frozen=True)

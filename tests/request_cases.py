@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
-
 from checkpoints import Spec
+from PIL import Image
 
 # name: (width, height, mode, file ending)
 IMAGES = {
@@ -115,7 +114,12 @@ def templated_requests(files: dict[str, str], spec: Spec) -> list[dict]:
     """Requests that the engine tokenizes: `prompt`, and `messages` where the checkpoint has a template."""
     requests = [
         {"id": "prompt_text", "prompt": "What's 2+2=4, (really)?", "max_new_tokens": 20},
-        {"id": "prompt_images", "prompt": "比较这两张图片。", "images": [files["photo"], files["tall"]], "max_new_tokens": 24},
+        {
+            "id": "prompt_images",
+            "prompt": "比较这两张图片。",
+            "images": [files["photo"], files["tall"]],
+            "max_new_tokens": 24,
+        },
     ]
     if spec.template is None:
         return requests
@@ -125,9 +129,14 @@ def templated_requests(files: dict[str, str], spec: Spec) -> list[dict]:
         {"role": "system", "content": "You are a helpful assistant."},
         {"role": "user", "content": [{"type": "image_url", "image_url": {"url": files["photo"]}}, ask]},
         {"role": "assistant", "content": "A cat."},
-        {"role": "user", "content": [ask, {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}]},
+        {
+            "role": "user",
+            "content": [ask, {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}],
+        },
     ]
-    requests.append({"id": "messages_text", "messages": [{"role": "user", "content": "图里有什么？"}], "max_new_tokens": 24})
+    requests.append(
+        {"id": "messages_text", "messages": [{"role": "user", "content": "图里有什么？"}], "max_new_tokens": 24}
+    )
     requests.append({"id": "messages_images", "messages": chat, "max_new_tokens": 32})
     return requests
 
@@ -138,7 +147,9 @@ def resolve(request: dict, tokenizer) -> tuple[list[int], list[Image.Image]]:
     if "input_ids" in request:
         return request["input_ids"], images
     if "prompt" in request and tokenizer.chat_template is None:
-        return tokenizer.encode(f"<|begin_of_text|>{'<|image|>' * len(images)}{request['prompt']}", add_special_tokens=False), images
+        return tokenizer.encode(
+            f"<|begin_of_text|>{'<|image|>' * len(images)}{request['prompt']}", add_special_tokens=False
+        ), images
     if "prompt" in request:
         parts = [{"type": "image"}] * len(images) + [{"type": "text", "text": request["prompt"]}]
         messages = [{"role": "user", "content": parts}]
@@ -179,7 +190,9 @@ def write_images(folder: Path, rng: np.random.Generator) -> dict[str, str]:
 def random_image(width: int, height: int, mode: str, rng: np.random.Generator) -> Image.Image:
     """Soft random blobs with some noise: neighbouring pixels agree as in a photo, and no two images look alike."""
     rough = rng.integers(0, 256, (2 + min(height, 40) // 8, 2 + min(width, 40) // 8, 4), dtype=np.uint8)
-    smooth = np.asarray(Image.fromarray(rough, "RGBA").resize((width, height), Image.Resampling.BICUBIC), dtype=np.int16)
+    smooth = np.asarray(
+        Image.fromarray(rough, "RGBA").resize((width, height), Image.Resampling.BICUBIC), dtype=np.int16
+    )
     pixels = np.clip(smooth + rng.integers(-20, 21, smooth.shape), 0, 255).astype(np.uint8)
     image = Image.fromarray(pixels, "RGBA")
     if mode == "P":

@@ -47,8 +47,9 @@ def command_line(folder: Path, *arguments: str) -> list[str]:
 def run(folder: Path, *arguments: str, cwd: Path | None = None) -> Done:
     """run.py with its output in `folder`, started outside of the repository."""
     begun = time.perf_counter()
-    done = subprocess.run(command_line(folder, *arguments), capture_output=True, text=True, cwd=cwd or folder.parent,
-                          timeout=300)
+    done = subprocess.run(
+        command_line(folder, *arguments), capture_output=True, text=True, cwd=cwd or folder.parent, timeout=300
+    )
     return Done(done.returncode, done.stdout, done.stderr, folder, time.perf_counter() - begun)
 
 

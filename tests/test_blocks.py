@@ -3,7 +3,8 @@
 from collections import Counter
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from mllama_graph.plan.blocks import BlockPool, ImageCache, OutOfPages, pages_for, slots
@@ -106,7 +107,7 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(key=st.sampled_from(sorted(IMAGES)))
     def trim(self, key):
         if self.users[key] and key not in self.encoded:
-            first = self.cache[key].pages[:pages_for(IMAGES[key], PAGE)]
+            first = self.cache[key].pages[: pages_for(IMAGES[key], PAGE)]
             self.cache.trim(key)
             self.encoded.add(key)
             assert self.cache[key].pages == first, "the pages of real tiles must stay where they are"
@@ -152,8 +153,8 @@ def test_pages_for_is_the_least_that_holds(tokens, size):
 
 @given(size=st.integers(1, 9), data=st.data())
 def test_slots_follow_the_sequence_through_its_pages(size, data):
-    pages = data.draw(st.permutations(range(8)))[:data.draw(st.integers(1, 8))]
+    pages = data.draw(st.permutations(range(8)))[: data.draw(st.integers(1, 8))]
     start = data.draw(st.integers(0, len(pages) * size))
     count = data.draw(st.integers(0, len(pages) * size - start))
     everywhere = [page * size + offset for page in pages for offset in range(size)]
-    assert slots(pages, start, count, size) == everywhere[start:start + count]
+    assert slots(pages, start, count, size) == everywhere[start : start + count]

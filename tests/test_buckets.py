@@ -1,24 +1,27 @@
 """The bucket plan: which sizes exist, and which one serves a step."""
 
 import pytest
-from hypothesis import given, strategies as st
-
 from checkpoints import SPECS, model_config
 from engines import resolved, run_of
+from hypothesis import given
+from hypothesis import strategies as st
 
-from mllama_graph.plan.blocks import pages_for
-from mllama_graph.plan.bucket import Bucket
-from mllama_graph.plan.buckets import Limits, choose, ladder, make_plan, pick
 from mllama_graph.core.config import PlanChoice
 from mllama_graph.core.devices import CPU
 from mllama_graph.core.errors import UserError
-from mllama_graph.plan.cost import bucket_cost
 from mllama_graph.model.shape import shape_of
+from mllama_graph.plan.blocks import pages_for
+from mllama_graph.plan.bucket import Bucket
+from mllama_graph.plan.buckets import Limits, choose, ladder, make_plan, pick
+from mllama_graph.plan.cost import bucket_cost
 
 SHAPE = shape_of(model_config(SPECS["base"]))
 SIZES = st.lists(st.integers(1, 500), min_size=1, max_size=6, unique=True).map(sorted)
-LIMITS = {"batch": st.integers(1, 40), "max_input_length": st.integers(1, 3000),
-          "max_output_length": st.integers(1, 900)}
+LIMITS = {
+    "batch": st.integers(1, 40),
+    "max_input_length": st.integers(1, 3000),
+    "max_output_length": st.integers(1, 900),
+}
 
 
 def plan_of(max_images=4, plan=None, batch=1, max_input_length=2048, max_output_length=128, free=False):
@@ -50,7 +53,8 @@ def test_a_plan_serves_everything_its_limits_allow(page, images, limits):
     assert plan.max_length == longest and plan.max_images == images
     a_sequence = pages_for(longest, page)
     assert plan.decode(limits["batch"], a_sequence, images * plan.pages_per_image).holds(
-        Bucket("decode", limits["batch"], limits["batch"], a_sequence, images * plan.pages_per_image))
+        Bucket("decode", limits["batch"], limits["batch"], a_sequence, images * plan.pages_per_image)
+    )
     chunk = min(plan.prefill_tokens[-1], limits["max_input_length"])
     plan.prefill(chunk, a_sequence, images * plan.pages_per_image)
     # A full batch of the longest sequences never waits, and padded rows have slots of their own.
@@ -84,8 +88,10 @@ def test_a_step_gets_a_bucket_of_the_plan_that_holds_it(limits, data):
     chunk = pages_for(plan.prefill_tokens[-1], plan.page_size)
     chunked = plan.max_length - 1 > plan.prefill_tokens[-1]
     past = data.draw(st.just(0) | st.integers(chunk, plan.pages[-1]) if chunked else st.just(0))
-    for bucket, need in ((plan.decode(rows, pages, images), Bucket("decode", rows, rows, pages, images)),
-                         (plan.prefill(tokens, past, images), Bucket("prefill", 1, tokens, past, images))):
+    for bucket, need in (
+        (plan.decode(rows, pages, images), Bucket("decode", rows, rows, pages, images)),
+        (plan.prefill(tokens, past, images), Bucket("prefill", 1, tokens, past, images)),
+    ):
         assert bucket in plan.buckets()
         assert bucket.holds(need)
         assert not any(other.holds(need) and bucket.holds(other) and other != bucket for other in plan.buckets())
@@ -96,10 +102,16 @@ def test_the_vision_bucket_stands_first_and_each_bucket_once():
     assert buckets[0].phase == "vision" and len(set(buckets)) == len(buckets)
 
 
-BUCKETS = st.builds(lambda phase, rows, tokens, pages, image: Bucket(
-    phase, rows if phase == "decode" else 1, rows if phase == "decode" else tokens, pages, image),
-    st.sampled_from(["prefill", "decode"]), st.sampled_from([1, 2, 8]), st.sampled_from([16, 64, 256]),
-    st.sampled_from([0, 1, 4, 16]), st.sampled_from([0, 5, 20]))
+BUCKETS = st.builds(
+    lambda phase, rows, tokens, pages, image: Bucket(
+        phase, rows if phase == "decode" else 1, rows if phase == "decode" else tokens, pages, image
+    ),
+    st.sampled_from(["prefill", "decode"]),
+    st.sampled_from([1, 2, 8]),
+    st.sampled_from([16, 64, 256]),
+    st.sampled_from([0, 1, 4, 16]),
+    st.sampled_from([0, 5, 20]),
+)
 
 
 @given(need=BUCKETS, existing=st.sets(BUCKETS), reuse=st.floats(1, 10))
@@ -131,24 +143,32 @@ def test_a_bucket_that_holds_another_never_costs_less(a, b):
         assert bucket_cost(SHAPE, 16, a) >= bucket_cost(SHAPE, 16, b)
 
 
-@pytest.mark.parametrize("choice, message", [
-    ({"page_size": 0}, "plan.page_size=0"),
-    ({"prefill_tokens": []}, r"plan.prefill_tokens=\[\]"),
-    ({"prefill_tokens": [0, 16]}, r"plan.prefill_tokens=\[0, 16\]"),
-    ({"decode_batch": [1, 2]}, r"plan.decode_batch=\[1, 2\] must reach 4"),
-    ({"pages": [1]}, r"plan.pages=\[1\] must reach 2"),
-    ({"images": [1, 2]}, r"plan.images=\[1, 2\] must reach 3"),
-    ({"num_pages": 1}, "plan.num_pages=1 can't hold one sequence of 250 tokens: it takes 2 pages of 128"),
-    ({"num_images": 2}, "plan.num_images=2 must be at least the 3 images"),
-])
+@pytest.mark.parametrize(
+    "choice, message",
+    [
+        ({"page_size": 0}, "plan.page_size=0"),
+        ({"prefill_tokens": []}, r"plan.prefill_tokens=\[\]"),
+        ({"prefill_tokens": [0, 16]}, r"plan.prefill_tokens=\[0, 16\]"),
+        ({"decode_batch": [1, 2]}, r"plan.decode_batch=\[1, 2\] must reach 4"),
+        ({"pages": [1]}, r"plan.pages=\[1\] must reach 2"),
+        ({"images": [1, 2]}, r"plan.images=\[1, 2\] must reach 3"),
+        ({"num_pages": 1}, "plan.num_pages=1 can't hold one sequence of 250 tokens: it takes 2 pages of 128"),
+        ({"num_images": 2}, "plan.num_images=2 must be at least the 3 images"),
+    ],
+)
 def test_a_size_that_cant_hold_the_limits_is_refused_with_its_rule(choice, message):
     with pytest.raises(UserError, match=message):
         plan_of(3, PlanChoice(**choice), batch=4, max_input_length=200, max_output_length=50)
 
 
 def test_given_sizes_are_sorted_and_kept_and_printed():
-    plan = plan_of(2, PlanChoice(page_size=16, prefill_tokens=[64, 16, 64], num_pages=40, num_images=5), batch=2,
-                   max_input_length=100, max_output_length=20)
+    plan = plan_of(
+        2,
+        PlanChoice(page_size=16, prefill_tokens=[64, 16, 64], num_pages=40, num_images=5),
+        batch=2,
+        max_input_length=100,
+        max_output_length=20,
+    )
     assert plan.prefill_tokens == (16, 64)
     assert plan.num_pages == plan.scratch_pages + 40
     assert plan.num_image_pages == 5 * plan.pages_per_image

@@ -6,21 +6,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+from checkpoints import DTYPES, LLAMA3_SCALING, SPECS, model_config, random_weights, rename, write_checkpoint
+from engines import CPU
 from safetensors.torch import load_file, save_file
 from transformers.models.mllama import modeling_mllama as hf
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
-from checkpoints import DTYPES, LLAMA3_SCALING, SPECS, model_config, random_weights, rename, write_checkpoint
-from engines import CPU
-
+from mllama_graph.core.errors import UserError
 from mllama_graph.engine.device import TORCH_DTYPES
 from mllama_graph.model.files import CheckpointFiles
+from mllama_graph.model.shape import _rope, shape_of
+from mllama_graph.model.table import WHOLE, Shard, elements, replicated, table
 from mllama_graph.model.tree import Pixels, build, inverse_frequencies
 from mllama_graph.model.weights import from_checkpoint, random_fill
-from mllama_graph.core.errors import UserError
 from mllama_graph.plan.resolve import checkpoint_folder
-from mllama_graph.model.shape import _rope, shape_of
-from mllama_graph.model.table import Shard, elements, replicated, table
 
 PIXELS = Pixels(1 / 255, (0.5,) * 3, (0.25,) * 3)
 
@@ -29,7 +28,7 @@ def ignore(count):
     """Progress that nobody sees."""
 
 
-def tree(folder, dtype=torch.float32, shard=Shard()):
+def tree(folder, dtype=torch.float32, shard=WHOLE):
     checkpoint = CheckpointFiles(folder)
     checkpoint.verify()
     return build(checkpoint.shape, PIXELS, dtype, CPU, from_checkpoint(checkpoint), ignore, shard)
@@ -96,16 +95,27 @@ def test_the_old_inv_freq_buffer_is_passed_over(broken):
 NAME = "language_model.model.layers.2.self_attn.k_proj.weight"
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda w: w.pop(NAME), f"1 tensors missing: {NAME}"),
-    (lambda w: w.update({"language_model.model.layers.9.extra": torch.zeros(1)}),
-     "1 tensors unexpected: language_model.model.layers.9.extra"),
-    (lambda w: w.update({NAME: w[NAME].T.contiguous()}), rf"{NAME} is \[128, 64\], expected \[64, 128\]"),
-    (lambda w: w.update({NAME: w[NAME][:-1].contiguous()}), rf"{NAME} is \[63, 128\], expected \[64, 128\]"),
-    (lambda w: w.update({"vision_model.class_embedding": torch.zeros(47)}), r"class_embedding is \[47\], expected \[48\]"),
-    (lambda w: w.update({"model.language_model.norm.weight": torch.ones(128)}), "norm.weight is in model.safetensors and again"),
-    (lambda w: [w.pop(name) for name in list(w) if "vision_model" in name], "vision_model.* and [0-9]+ more"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda w: w.pop(NAME), f"1 tensors missing: {NAME}"),
+        (
+            lambda w: w.update({"language_model.model.layers.9.extra": torch.zeros(1)}),
+            "1 tensors unexpected: language_model.model.layers.9.extra",
+        ),
+        (lambda w: w.update({NAME: w[NAME].T.contiguous()}), rf"{NAME} is \[128, 64\], expected \[64, 128\]"),
+        (lambda w: w.update({NAME: w[NAME][:-1].contiguous()}), rf"{NAME} is \[63, 128\], expected \[64, 128\]"),
+        (
+            lambda w: w.update({"vision_model.class_embedding": torch.zeros(47)}),
+            r"class_embedding is \[47\], expected \[48\]",
+        ),
+        (
+            lambda w: w.update({"model.language_model.norm.weight": torch.ones(128)}),
+            "norm.weight is in model.safetensors and again",
+        ),
+        (lambda w: [w.pop(name) for name in list(w) if "vision_model" in name], "vision_model.* and [0-9]+ more"),
+    ],
+)
 def test_a_faulty_tensor_is_named(broken, change, message):
     with pytest.raises(UserError, match=message):
         tree(broken(change))
@@ -124,22 +134,31 @@ def test_a_tensor_in_two_shards_is_named(checkpoint, tmp_path):
 def test_a_dtype_that_cant_be_computed_is_refused(broken):
     folder = broken(lambda w: w.update({name: value.to(torch.int8) for name, value in w.items()}))
     with pytest.raises(UserError, match="is stored as I8; supported are F32, F16, BF16"):
-        CheckpointFiles(folder).stored
+        _ = CheckpointFiles(folder).stored
 
 
-@pytest.mark.parametrize("damage, message", [
-    (lambda f: (f / "config.json").write_text("{"), "config.json is not valid JSON"),
-    (lambda f: (f / "config.json").write_text("[]"), "config.json"),
-    (lambda f: (f / "config.json").unlink(), "config.json is missing"),
-    (lambda f: next(f.glob("*.safetensors")).unlink(), "is named in the index but missing"),
-    (lambda f: (f / "model.safetensors.index.json").write_text("{]"), "index.json is not valid JSON"),
-    (lambda f: (f / "model.safetensors.index.json").write_text("[]"), "index.json"),
-    (lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": []}'), "index.json|no .safetensors"),
-    (lambda f: truncate(sorted(f.glob("*.safetensors"))[1]), "00002.* can't be read as safetensors"),
-    (lambda f: sorted(f.glob("*.safetensors"))[0].write_bytes(b""), "00001.* can't be read as safetensors"),
-    (lambda f: sorted(f.glob("*.safetensors"))[0].write_bytes(b"not safetensors at all"), "can't be read as safetensors"),
-    (lambda f: [path.unlink() for path in [*f.glob("*.safetensors"), *f.glob("*.index.json")]], "holds no .safetensors"),
-])
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda f: (f / "config.json").write_text("{"), "config.json is not valid JSON"),
+        (lambda f: (f / "config.json").write_text("[]"), "config.json"),
+        (lambda f: (f / "config.json").unlink(), "config.json is missing"),
+        (lambda f: next(f.glob("*.safetensors")).unlink(), "is named in the index but missing"),
+        (lambda f: (f / "model.safetensors.index.json").write_text("{]"), "index.json is not valid JSON"),
+        (lambda f: (f / "model.safetensors.index.json").write_text("[]"), "index.json"),
+        (lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": []}'), "index.json|no .safetensors"),
+        (lambda f: truncate(sorted(f.glob("*.safetensors"))[1]), "00002.* can't be read as safetensors"),
+        (lambda f: sorted(f.glob("*.safetensors"))[0].write_bytes(b""), "00001.* can't be read as safetensors"),
+        (
+            lambda f: sorted(f.glob("*.safetensors"))[0].write_bytes(b"not safetensors at all"),
+            "can't be read as safetensors",
+        ),
+        (
+            lambda f: [path.unlink() for path in [*f.glob("*.safetensors"), *f.glob("*.index.json")]],
+            "holds no .safetensors",
+        ),
+    ],
+)
 def test_a_damaged_folder_is_named(checkpoint, tmp_path, damage, message):
     folder = tmp_path / "checkpoint"
     shutil.copytree(checkpoint("wide"), folder)
@@ -173,15 +192,21 @@ def test_a_folder_that_is_none_suggests_random_weights(tmp_path):
 # ---- rope and random weights
 
 
-@pytest.mark.parametrize("scaling", [
-    {"rope_type": "default"}, {"rope_type": "linear", "factor": 4.0}, LLAMA3_SCALING,
-    LLAMA3_SCALING | {"factor": 32.0, "original_max_position_embeddings": 128, "low_freq_factor": 1.5},
-])
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "default"},
+        {"rope_type": "linear", "factor": 4.0},
+        LLAMA3_SCALING,
+        LLAMA3_SCALING | {"factor": 32.0, "original_max_position_embeddings": 128, "low_freq_factor": 1.5},
+    ],
+)
 @pytest.mark.parametrize("head_width", [16, 24, 32, 64, 128])
 def test_inverse_frequencies_are_hugging_faces(scaling, head_width):
     given = {"rope_theta": 500000.0} | scaling
-    config = MllamaTextConfig(hidden_size=4 * head_width, num_attention_heads=4, num_key_value_heads=4,
-                              rope_parameters=dict(given))
+    config = MllamaTextConfig(
+        hidden_size=4 * head_width, num_attention_heads=4, num_key_value_heads=4, rope_parameters=dict(given)
+    )
     theirs = hf.MllamaRotaryEmbedding(config).inv_freq
     ours = inverse_frequencies(_rope({"rope_parameters": given}), head_width)
     # One or two roundings in fp32.
@@ -191,7 +216,9 @@ def test_inverse_frequencies_are_hugging_faces(scaling, head_width):
 
 def test_random_weights_leave_nothing_out_and_repeat_by_seed():
     shape = shape_of(model_config(SPECS["base"]))
-    trees = [build(shape, PIXELS, torch.float32, CPU, random_fill(shape, seed, torch.float32), ignore) for seed in (1, 1, 2)]
+    trees = [
+        build(shape, PIXELS, torch.float32, CPU, random_fill(shape, seed, torch.float32), ignore) for seed in (1, 1, 2)
+    ]
     for path, value in trees[0].named_parameters():
         assert torch.equal(value, parameter(trees[1], path)), path
         assert not torch.equal(value, parameter(trees[2], path)), path
@@ -236,14 +263,21 @@ def joined(parts: list[torch.Tensor], entries, world: int) -> torch.Tensor:
 def test_the_ranks_parts_are_the_whole_model(name, world, source, checkpoint):
     # Three ranks divide nothing here: vocabulary, heads and MLP are padded alike.
     shape = shape_of(model_config(SPECS[name]))
-    make = (lambda shard: tree(checkpoint(name), shard=shard)) if source == "checkpoint" else (
-        lambda shard: build(shape, PIXELS, torch.float32, CPU, random_fill(shape, 3, torch.float32), ignore, shard))
+    make = (
+        (lambda shard: tree(checkpoint(name), shard=shard))
+        if source == "checkpoint"
+        else (
+            lambda shard: build(shape, PIXELS, torch.float32, CPU, random_fill(shape, 3, torch.float32), ignore, shard)
+        )
+    )
     whole, parts = make(Shard()), [make(Shard(rank, world)) for rank in range(world)]
     groups = {}
     for entry in table(shape):
         groups.setdefault(entry.path, []).append(entry)
     for path, entries in groups.items():
-        assert torch.equal(joined([parameter(part, path) for part in parts], entries, world), parameter(whole, path)), path
+        assert torch.equal(joined([parameter(part, path) for part in parts], entries, world), parameter(whole, path)), (
+            path
+        )
     for part in parts:
         assert sum(value.numel() for value in part.parameters()) == elements(shape, Shard(0, world))
     firsts = [part.text.embed.first.item() for part in parts]

@@ -4,6 +4,7 @@ import re
 from operator import attrgetter
 
 import pytest
+from commands import HOSTILE, ROOT, run
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.errors import OverrideParseException
@@ -12,30 +13,40 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
-from commands import HOSTILE, ROOT, run
-
 from mllama_graph import compose as command
 from mllama_graph.core.config import with_task_keys
 from mllama_graph.core.errors import UserError
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["model=custom"], "weights= is not given.*weights=random"),
-    (["weights=nowhere/at/all"], "weights=nowhere/at/all is not a folder.*weights=random"),
-    (["model=custom", "weights=random"], "model=custom takes its shapes from a checkpoint"),
-    (["weights=random", "model=11b", "dtype=fp8"], "dtype=fp8 is not one of auto, fp32, fp16, bf16"),
-    (["weights=random", "model=11b", "tp=3"], r"tp=3 does not divide the model's heads \(32 query, 8 key-value, 16 vision\)"
-     r"\. tp can be 1, 2, 4, 8\."),
-    (["weights=random", "model=11b", "timeout=0"], "timeout=0 must be above 0 seconds"),
-    (["weights=random", "model=11b", "collectives=mpi"], "collectives=mpi is not one of auto, shared_memory, distributed"),
-    (["quant=w8a8"], "quant=w8a8"),
-    (["device=npu"], "device=npu needs torch_npu, which is not installed. Install it|needs 1 npu devices; this machine shows 0"),
-    (["backend=torchair", "device=cpu"], "backend=torchair compiles for an NPU, not for device=cpu"),
-    (["backend=eager", "device=npu-sim"], "backend=eager does not run on device=npu-sim. Use backend=torchair"),
-    (["backend.torchair.mode=fast"], "backend.torchair.mode=fast is not one of max-autotune, npugraph_ex"),
-    (["weights=random", "model=11b", "top_p=0"], "top_p=0"),
-    (["weights=random", "model=11b", "requests=nowhere.jsonl"], "nowhere.jsonl can't be read"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["model=custom"], "weights= is not given.*weights=random"),
+        (["weights=nowhere/at/all"], "weights=nowhere/at/all is not a folder.*weights=random"),
+        (["model=custom", "weights=random"], "model=custom takes its shapes from a checkpoint"),
+        (["weights=random", "model=11b", "dtype=fp8"], "dtype=fp8 is not one of auto, fp32, fp16, bf16"),
+        (
+            ["weights=random", "model=11b", "tp=3"],
+            r"tp=3 does not divide the model's heads \(32 query, 8 key-value, 16 vision\)"
+            r"\. tp can be 1, 2, 4, 8\.",
+        ),
+        (["weights=random", "model=11b", "timeout=0"], "timeout=0 must be above 0 seconds"),
+        (
+            ["weights=random", "model=11b", "collectives=mpi"],
+            "collectives=mpi is not one of auto, shared_memory, distributed",
+        ),
+        (["quant=w8a8"], "quant=w8a8"),
+        (
+            ["device=npu"],
+            "device=npu needs torch_npu, which is not installed. Install it|needs 1 npu devices; this machine shows 0",
+        ),
+        (["backend=torchair", "device=cpu"], "backend=torchair compiles for an NPU, not for device=cpu"),
+        (["backend=eager", "device=npu-sim"], "backend=eager does not run on device=npu-sim. Use backend=torchair"),
+        (["backend.torchair.mode=fast"], "backend.torchair.mode=fast is not one of max-autotune, npugraph_ex"),
+        (["weights=random", "model=11b", "top_p=0"], "top_p=0"),
+        (["weights=random", "model=11b", "requests=nowhere.jsonl"], "nowhere.jsonl can't be read"),
+    ],
+)
 def test_a_users_error_is_one_line_and_exit_code_2(arguments, message, tmp_path):
     done = run(tmp_path / "out", *arguments)
     assert done.code == 2
@@ -44,13 +55,23 @@ def test_a_users_error_is_one_line_and_exit_code_2(arguments, message, tmp_path)
     assert "Traceback" in (done.folder / "run.log").read_text()
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["tpp=4"], "there is no key 'tpp'. Did you mean tp"), (["model=12b"], "model=12b is not one of 11b, 90b, custom, mid, tiny"),
-    (["tp=four"], "tp.*four"), (["batch=1.5"], "batch"), (["plan.page_sise=3"], "plan.page_sise"),
-    (["backend=cuda"], "backend=cuda is not one of"), (["prompt"], "prompt"), (["seed=(1"], "seed"),
-    (["experiment=nope"], "experiment=nope is not one of buckets"), (["batch_sizes=2"], r"batch_sizes=2 must be a list. Use batch_sizes=\[2\]"),
-    (["batch=1,4"], "Use -m to run a job for each"), (["task.nope=1"], "no key 'task.nope'. conf/task/ and"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["tpp=4"], "there is no key 'tpp'. Did you mean tp"),
+        (["model=12b"], "model=12b is not one of 11b, 90b, custom, mid, tiny"),
+        (["tp=four"], "tp.*four"),
+        (["batch=1.5"], "batch"),
+        (["plan.page_sise=3"], "plan.page_sise"),
+        (["backend=cuda"], "backend=cuda is not one of"),
+        (["prompt"], "prompt"),
+        (["seed=(1"], "seed"),
+        (["experiment=nope"], "experiment=nope is not one of buckets"),
+        (["batch_sizes=2"], r"batch_sizes=2 must be a list. Use batch_sizes=\[2\]"),
+        (["batch=1,4"], "Use -m to run a job for each"),
+        (["task.nope=1"], "no key 'task.nope'. conf/task/ and"),
+    ],
+)
 def test_what_cant_be_composed_is_one_line_and_exit_code_2(arguments, message, tmp_path):
     done = run(tmp_path / "out", *arguments)
     assert done.code == 2
@@ -101,8 +122,12 @@ ANY = st.text(alphabet=st.characters(codec="utf-8", exclude_characters="\0"), ma
 @example(text="1,2", key="image")
 @settings(max_examples=60)
 def test_a_literal_value_arrives_unchanged(text, key, composed):
-    task = {"task.a": ["task=compare"], "task.b": ["task=compare"], "task.measured": ["task=roofline"],
-            "task.folder": ["task=train_tiny"]}.get(key, [])
+    task = {
+        "task.a": ["task=compare"],
+        "task.b": ["task=compare"],
+        "task.measured": ["task=roofline"],
+        "task.folder": ["task=train_tiny"],
+    }.get(key, [])
     assert attrgetter(key)(composed(*task, f"{key}={text}")) == text
 
 
@@ -111,7 +136,8 @@ def test_three_question_marks_which_the_configuration_can_t_hold_are_refused(com
     with pytest.raises(MissingMandatoryValue) as error:
         composed("prompt=???")
     assert command.explain(error.value) == (
-        "prompt=??? is how the configuration writes a missing value. Give something else.")
+        "prompt=??? is how the configuration writes a missing value. Give something else."
+    )
 
 
 def test_what_hydra_cannot_read_is_named_with_how_to_write_it(composed):

@@ -1,6 +1,6 @@
 """The bookkeeping of captured steps on a CPU, with a stand-in for torch.cuda that runs the step again as its replay."""
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ class Given(NamedTuple):
 
     ids_T: Tensor
     table_BJ: Tensor
-    past_1: Optional[Tensor]
+    past_1: Tensor | None
 
 
 class StandIn:
@@ -61,8 +61,9 @@ class StandIn:
 
 
 def given(first, rows=3, past=None):
-    return Given(torch.arange(first, first + rows, dtype=torch.int32), torch.full((rows, 2), first, dtype=torch.int32),
-                 past)
+    return Given(
+        torch.arange(first, first + rows, dtype=torch.int32), torch.full((rows, 2), first, dtype=torch.int32), past
+    )
 
 
 def new_pages():
@@ -123,11 +124,20 @@ def test_pinned_memory_is_not_overwritten_before_the_copy_of_the_call_before_is_
 
 
 def test_inputs_of_several_types_keep_their_values():
-    inputs = {"tiles": torch.arange(7, dtype=torch.uint8), "gap": None, "ids": torch.tensor([-3], dtype=torch.int32),
-              "long": torch.tensor([[2**40]]), "none_left": torch.zeros(0, dtype=torch.int32)}
+    inputs = {
+        "tiles": torch.arange(7, dtype=torch.uint8),
+        "gap": None,
+        "ids": torch.tensor([-3], dtype=torch.int32),
+        "long": torch.tensor([[2**40]]),
+        "none_left": torch.zeros(0, dtype=torch.int32),
+    }
     seen = []
-    step = CapturedStep(lambda tree: seen.append({name: None if x is None else x.clone() for name, x in tree.items()}),
-                        (inputs,), StandIn(), silent)
+    step = CapturedStep(
+        lambda tree: seen.append({name: None if x is None else x.clone() for name, x in tree.items()}),
+        (inputs,),
+        StandIn(),
+        silent,
+    )
     step(inputs)
     for name, value in inputs.items():
         assert seen[-1][name] is None if value is None else torch.equal(seen[-1][name], value)

@@ -12,15 +12,16 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
-
 from commands import ROOT, run
+from hydra import compose, initialize_config_dir
 
 from mllama_graph.compose import literal, register_schemas
 
 ENGLISH = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-TRANSLATED = {ROOT / "README.md": ROOT / "README.zh-CN.md",
-              **{path: path.parent / "zh" / path.name for path in ENGLISH if (path.parent / "zh" / path.name).exists()}}
+TRANSLATED = {
+    ROOT / "README.md": ROOT / "README.zh-CN.md",
+    **{path: path.parent / "zh" / path.name for path in ENGLISH if (path.parent / "zh" / path.name).exists()},
+}
 DOCUMENTS = [*ENGLISH, *TRANSLATED.values()]
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 # Placeholders that a reader replaces.
@@ -104,18 +105,39 @@ def test_every_documented_command_composes(path):
         for line in commands(text_of(path)):
             words = shlex.split(line)
             if "run.py" in words:
-                given = [word for word in words[words.index("run.py") + 1:] if word not in ("-m", "key=value", "...")]
-                overrides = [literal(word) for word in given if not word.startswith(("hydra/launcher", "hydra.run.dir"))]
+                given = [word for word in words[words.index("run.py") + 1 :] if word not in ("-m", "key=value", "...")]
+                overrides = [
+                    literal(word) for word in given if not word.startswith(("hydra/launcher", "hydra.run.dir"))
+                ]
                 # The values of a sweep are tried one by one.
                 plain = [re.sub(r"=([^\[,\"]+),.*", r"=\1", word) if "-m" in words else word for word in overrides]
                 compose("config", plain)
 
 
 # Commands of the documents that need neither a checkpoint nor minutes.
-SHOWN = [line for path in (ROOT / "README.md", ROOT / "docs" / "getting-started.md", ROOT / "docs" / "command-line.md",
-                           ROOT / "docs" / "graph-store.md", ROOT / "docs" / "tiny-model.md")
-         for line in commands(text_of(path)) if line.startswith("python run.py") and not PLACEHOLDER.search(line)]
-SLOW = ("11b", "90b", "task=train_tiny", "task=evaluate", "-m ", "torchair", "plan.compile=wait", "task=bench", "task=cache")
+SHOWN = [
+    line
+    for path in (
+        ROOT / "README.md",
+        ROOT / "docs" / "getting-started.md",
+        ROOT / "docs" / "command-line.md",
+        ROOT / "docs" / "graph-store.md",
+        ROOT / "docs" / "tiny-model.md",
+    )
+    for line in commands(text_of(path))
+    if line.startswith("python run.py") and not PLACEHOLDER.search(line)
+]
+SLOW = (
+    "11b",
+    "90b",
+    "task=train_tiny",
+    "task=evaluate",
+    "-m ",
+    "torchair",
+    "plan.compile=wait",
+    "task=bench",
+    "task=cache",
+)
 
 
 @pytest.mark.parametrize("line", dict.fromkeys(line for line in SHOWN if not any(slow in line for slow in SLOW)))
@@ -123,7 +145,9 @@ def test_a_documented_command_runs(line, tmp_path):
     shutil.copy(ROOT / "mllama_graph" / "tiny" / "scene.png", tmp_path / "scene.png")
     shutil.copy(tmp_path / "scene.png", tmp_path / "mine.png")
     # Without compiling: that compiled graphs serve is tested elsewhere.
-    done = run(tmp_path / "out", *shlex.split(line)[2:], *([] if "backend=" in line else ["backend=eager"]), cwd=tmp_path)
+    done = run(
+        tmp_path / "out", *shlex.split(line)[2:], *([] if "backend=" in line else ["backend=eager"]), cwd=tmp_path
+    )
     assert done.code == 0 and done.out.strip(), done.err
 
 
@@ -141,10 +165,18 @@ def test_the_library_examples_run(tmp_path):
     source = "\n".join(examples).replace('LLM("11b", weights="random", dtype="bf16", ', 'LLM("tiny", ')
     source = re.sub(r'LLM\("tiny", ', 'LLM("tiny", backend="eager", ', source) + "\nllm.close()\n"
     shutil.copy(ROOT / "mllama_graph" / "tiny" / "scene.png", tmp_path / "scene.png")
-    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, cwd=tmp_path,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        [sys.executable, "-c", source],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("I see a red circle, a green triangle and a blue star.") == 1 and "I can describe" in done.stdout
+    assert (
+        done.stdout.count("I see a red circle, a green triangle and a blue star.") == 1
+        and "I can describe" in done.stdout
+    )
 
 
 def test_torch_npu_is_installed_as_the_package_asks_for_it():
@@ -160,8 +192,11 @@ def test_figures_of_speed_are_those_of_the_committed_sessions(path):
     for line in lines:
         folder = path.parent / re.search(r"\]\(([^)]*profiles/[^)]+)\)", line)[1]
         with (folder / "bench.csv").open(encoding="utf8") as file:
-            measured = [float(value) for row in csv.DictReader(file) for value in row.values() if NUMBER.fullmatch(value)]
+            measured = [
+                float(value) for row in csv.DictReader(file) for value in row.values() if NUMBER.fullmatch(value)
+            ]
         for figure, unit in re.findall(r"(\d+(?:\.\d+)?) (ms|s|%)(?= |$)", line.partition("](")[2]):
             scale, digits = {"ms": 1, "s": 1e3, "%": 0.01}[unit], len(figure.partition(".")[2])
             assert any(round(value / scale, digits) == float(figure) for value in measured), (
-                f"{figure} {unit} is not in {folder.name}")
+                f"{figure} {unit} is not in {folder.name}"
+            )

@@ -5,11 +5,10 @@ from collections import Counter
 from functools import cache
 
 import pytest
-from transformers import AutoTokenizer
-
 from checkpoints import SPECS
 from engines import holds_nothing, serve, start, tokens_of
 from request_cases import resolve
+from transformers import AutoTokenizer
 
 from mllama_graph.engine.steps import VisionStep
 
@@ -18,8 +17,19 @@ NEAR_TIE = 1e-3
 # Sums in another order, over a few layers of width 256, on log-probabilities of about 10 (the bound).
 LOGPROB = 1e-3
 # Few but telling: chains, text before an image, text alone, a shared image, lengths around page ends.
-FEW = ("bos_only", "text_64", "text_257", "bos_image", "text_before_image_63", "chain_of_three_48",
-       "one_then_chain_129", "same_image_twice_49", "image_255", "prompt_text", "messages_images")
+FEW = (
+    "bos_only",
+    "text_64",
+    "text_257",
+    "bos_image",
+    "text_before_image_63",
+    "chain_of_three_48",
+    "one_then_chain_129",
+    "same_image_twice_49",
+    "image_255",
+    "prompt_text",
+    "messages_images",
+)
 
 
 def few(requests, name: str = "base") -> list[dict]:
@@ -45,10 +55,18 @@ def difference(result, logprobs, spec, ignore_eos) -> str | None:
         if result.logprobs is None:
             continue
         reported = result.logprobs[step]
-        off = max(abs(reported["logprob"] - float(logprobs[step, id])),
-                  *(abs(p - float(logprobs[step, i]))
-                    for i, p in zip(reported["top_ids"], reported["top_logprobs"], strict=True)))
-        if off > LOGPROB or reported["id"] != id or abs(reported["top_logprobs"][-1] - logprobs[step].topk(3).values[-1]) > LOGPROB:
+        off = max(
+            abs(reported["logprob"] - float(logprobs[step, id])),
+            *(
+                abs(p - float(logprobs[step, i]))
+                for i, p in zip(reported["top_ids"], reported["top_logprobs"], strict=True)
+            ),
+        )
+        if (
+            off > LOGPROB
+            or reported["id"] != id
+            or abs(reported["top_logprobs"][-1] - logprobs[step].topk(3).values[-1]) > LOGPROB
+        ):
             return f"step {step}: log-probabilities off by {off:.1e}"
     if not ignore_eos and any(id in spec.eos_ids for id in result.token_ids[:-1]):
         return "goes on after EOS"
@@ -64,8 +82,9 @@ def test_every_request_in_one_batch_gives_the_oracles_tokens_and_log_probabiliti
     faults = {}
     for line in lines:
         result, (ids, images) = results[line["id"]], resolve(line, tokenizer)
-        if fault := difference(result, oracle(name).top_logprobs(list(ids), result.token_ids, images), spec,
-                               line.get("ignore_eos")):
+        if fault := difference(
+            result, oracle(name).top_logprobs(list(ids), result.token_ids, images), spec, line.get("ignore_eos")
+        ):
             faults[line["id"]] = fault
         ended = result.token_ids[-1] in spec.eos_ids and not line.get("ignore_eos")
         assert ended or len(result.token_ids) == line["max_new_tokens"]
@@ -198,7 +217,7 @@ def test_a_stop_string_ends_the_text_before_itself(checkpoint, requests, expecte
     whole = serve(engine, [line])["text_64"].text
     stop = whole[20:23]
     result = serve(engine, [line | {"stop": ["never said", stop]}])["text_64"]
-    assert result.text == whole[:whole.index(stop)]
+    assert result.text == whole[: whole.index(stop)]
     assert result.finish_reason == "stop"
     assert len(result.token_ids) < len(expected("base")["text_64"])
 
@@ -211,7 +230,7 @@ def test_ignore_eos_goes_on_to_the_last_token(checkpoint, requests, expected):
     again = serve(start(checkpoint("base"), batch=8), [line | {"ignore_eos": True} for line in stopped])
     for line in stopped:
         before, after = results[line["id"]].token_ids, again[line["id"]]
-        assert after.token_ids[:len(before)] == before
+        assert after.token_ids[: len(before)] == before
         assert len(after.token_ids) == line["max_new_tokens"] and after.finish_reason == "length"
 
 
@@ -250,7 +269,8 @@ def test_abort_frees_everything_and_leaves_the_others_alone(steps, checkpoint, r
         engine.abort(numbers[id])
     engine.run(lambda delta: results.update({delta.id: delta.result}) if delta.result else None)
     assert {id: r.token_ids for id, r in results.items()} == {
-        id: ids for id, ids in expected("base").items() if id not in gone}
+        id: ids for id, ids in expected("base").items() if id not in gone
+    }
     assert engine.idle and engine.load == 0 and holds_nothing(engine)
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
 from commands import LIMITS, command_line
 
 # Processes of a run end within this long of a failure, on a machine whose cores are taken.
@@ -41,13 +40,27 @@ class Running:
 def running(checkpoint, tmp_path):
     """A run with one short request that has finished, and others that go on."""
     lines = [{"input_ids": [1, 2, 3], "max_new_tokens": 2, "id": "short"}] + [
-        {"input_ids": [1, n], "max_new_tokens": 30000, "ignore_eos": True, "id": n} for n in range(3)]
+        {"input_ids": [1, n], "max_new_tokens": 30000, "ignore_eos": True, "id": n} for n in range(3)
+    ]
     path = tmp_path / "requests.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     process = subprocess.Popen(
-        command_line(tmp_path / "out", *LIMITS, f"weights={checkpoint('half')}", f"requests={path}", "backend=eager", "batch=4", "tp=2",
-                "timeout=4", "max_output_length=30000"),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+        command_line(
+            tmp_path / "out",
+            *LIMITS,
+            f"weights={checkpoint('half')}",
+            f"requests={path}",
+            "backend=eager",
+            "batch=4",
+            "tp=2",
+            "timeout=4",
+            "max_output_length=30000",
+        ),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+    )
     run, until = Running(process, tmp_path / "out"), time.monotonic() + 120
     while not run.finished() and process.poll() is None and time.monotonic() < until:
         time.sleep(0.1)
@@ -118,10 +131,22 @@ def processes_with(variable: str) -> list[int]:
 def test_an_interrupt_ends_the_compilers_too(tp, checkpoint, empty_store, tmp_path):
     mark = f"MARK_OF_THIS_TEST={os.urandom(8).hex()}"
     process = subprocess.Popen(
-        command_line(tmp_path / "out", *LIMITS, f"weights={checkpoint('half')}", f"graph_cache={empty_store}", f"tp={tp}",
-                "plan.compile=wait", "prompt=hi"),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
-        env=os.environ | dict([mark.split("=")]), start_new_session=True)
+        command_line(
+            tmp_path / "out",
+            *LIMITS,
+            f"weights={checkpoint('half')}",
+            f"graph_cache={empty_store}",
+            f"tp={tp}",
+            "plan.compile=wait",
+            "prompt=hi",
+        ),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | dict([mark.split("=")]),
+        start_new_session=True,
+    )
     for line in process.stderr:
         if line.startswith("compiling"):
             break

@@ -11,22 +11,23 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from checkpoints import SPECS
 from engines import GRAPH_PLAN, GRAPH_SPEC, GRAPHS, said, start, tokens_of
 
-from mllama_graph.graphs import aot, key as keys
-from mllama_graph.plan.bucket import Bucket
 from mllama_graph.core.errors import UserError
-from mllama_graph.graphs.compiler import Record
 from mllama_graph.core.paths import PACKAGE
+from mllama_graph.graphs import aot
+from mllama_graph.graphs import key as keys
+from mllama_graph.graphs.compiler import Record
 from mllama_graph.graphs.store import GraphStore, key_of
+from mllama_graph.plan.bucket import Bucket
 
 ROOT = Path(__file__).parents[1]
 SPEC = GRAPH_SPEC
 PLAN = GRAPH_PLAN | {"compile": "wait"}
 # What the lines below use: all but the decode step without images.
 USED = 4
+DECODE = Bucket("decode", 4, 4, 6, 0)
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +36,18 @@ def lines(requests):
     by_id = {line["id"]: line for line in requests(SPEC)}
     photo, grey = by_id["bos_image"]["images"], by_id["grey_26"]["images"]
     ids, image = by_id["text_257"]["input_ids"], SPECS[SPEC].vocab
-    return [{"id": "two", "input_ids": [*ids[:4], image, *ids[4:12], image, 7], "images": photo + grey, "max_new_tokens": 20,
-             "ignore_eos": True},
-            {"id": "chunks", "input_ids": ids[:45], "max_new_tokens": 8},
-            {"id": "one", "input_ids": [*ids[20:30], image, *ids[30:45]], "images": photo, "max_new_tokens": 8},
-            {"id": "text", "input_ids": ids[100:117], "max_new_tokens": 8}]
+    return [
+        {
+            "id": "two",
+            "input_ids": [*ids[:4], image, *ids[4:12], image, 7],
+            "images": photo + grey,
+            "max_new_tokens": 20,
+            "ignore_eos": True,
+        },
+        {"id": "chunks", "input_ids": ids[:45], "max_new_tokens": 8},
+        {"id": "one", "input_ids": [*ids[20:30], image, *ids[30:45]], "images": photo, "max_new_tokens": 8},
+        {"id": "text", "input_ids": ids[100:117], "max_new_tokens": 8},
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +71,12 @@ def compiled(checkpoint, lines, store):
 
 
 def addresses(engine):
-    return [data.data_ptr() for pool in (engine.executor.rank.pages, engine.executor.rank.image_pages) for pair in pool for data in pair]
+    return [
+        data.data_ptr()
+        for pool in (engine.executor.rank.pages, engine.executor.rank.image_pages)
+        for pair in pool
+        for data in pair
+    ]
 
 
 def test_compiled_graphs_give_the_tokens_of_eager_in_a_mixed_batch(eager, compiled):
@@ -77,7 +90,9 @@ def test_a_warm_up_compiles_every_bucket_of_the_plan_once(warm, compiled):
     _, result, said = warm
     assert result["status"] == "ok" and result["metrics"] == {"graphs": GRAPHS, "compiled": GRAPHS, "failed": 0}
     assert {graph["source"] for graph in result["graphs"]} == {"compiled"}
-    assert sorted(graph["bucket"] for graph in result["graphs"]) == sorted(map(str, compiled[0].scheduler.plan.buckets()))
+    assert sorted(graph["bucket"] for graph in result["graphs"]) == sorted(
+        map(str, compiled[0].scheduler.plan.buckets())
+    )
     assert f"{GRAPHS} graphs, 0 in" in said and "Warning" not in said, said
 
 
@@ -117,8 +132,13 @@ print(json.dumps([tokens, [record.source for record in engine.executor.graphs.re
 
 def fresh_process(*given):
     """What FRESH prints, in a new interpreter."""
-    done = subprocess.run([sys.executable, "-c", FRESH], input=json.dumps(given), capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [sys.executable, "-c", FRESH],
+        input=json.dumps(given),
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -133,20 +153,25 @@ def test_a_second_start_hits_every_graph_and_imports_no_compiler(checkpoint, lin
 def test_a_truncated_package_is_rebuilt(checkpoint, lines, store, compiled, tmp_path):
     copy = tmp_path / "graphs"
     shutil.copytree(store, copy)
-    record = next(r for r in compiled[0].executor.graphs.records if r.bucket == "prefill tokens=32 pages=6 image_pages=0")
+    record = next(
+        r for r in compiled[0].executor.graphs.records if r.bucket == "prefill tokens=32 pages=6 image_pages=0"
+    )
     package = copy / record.key / "graph.pt2"
     whole = package.read_bytes()
-    package.write_bytes(whole[:len(whole) // 2])
+    package.write_bytes(whole[: len(whole) // 2])
     engine = start(checkpoint(SPEC), backend="inductor", graph_cache=str(copy), **PLAN)
     tokens = tokens_of(engine, [lines[3] | {"max_new_tokens": 1}])
     assert [(r.source, r.key) for r in engine.executor.graphs.records] == [("compiled", record.key)]
     assert tokens["text"] == compiled[1]["text"][:1]
     assert GraphStore(copy).find(record.key) == (package, None)
-    assert f"graph {record.key} (prefill tokens=32 pages=6 image_pages=0): graph.pt2 is altered or truncated" in said(engine)
+    assert f"graph {record.key} (prefill tokens=32 pages=6 image_pages=0): graph.pt2 is altered or truncated" in said(
+        engine
+    )
 
 
-def test_without_waiting_steps_run_uncompiled_while_their_graphs_compile(checkpoint, lines, eager, compiled, store,
-                                                                                   empty_store):
+def test_without_waiting_steps_run_uncompiled_while_their_graphs_compile(
+    checkpoint, lines, eager, compiled, store, empty_store
+):
     plan = PLAN | {"compile": "background", "graph_cache": str(empty_store)}
     engine = start(checkpoint(SPEC), backend="inductor", **plan)
     try:
@@ -171,7 +196,8 @@ def test_every_weight_of_a_step_stays_outside_its_package(compiled, store):
     names = {}
     for bucket, package in rank.graphs.ready.items():
         names[bucket.phase, bucket.image_pages > 0] = {
-            name.removeprefix(aot.WEIGHT_PREFIX) for name in package._loader.get_constant_fqns()}
+            name.removeprefix(aot.WEIGHT_PREFIX) for name in package._loader.get_constant_fqns()
+        }
 
     def of(*starts):
         return {name for name in rank.weights.state_dict() if name.startswith(starts)}
@@ -191,15 +217,21 @@ def test_every_weight_of_a_step_stays_outside_its_package(compiled, store):
 def key(checkpoint, empty_store):
     """key(bucket, changes to the plan) -> the key of a graph and its readable fields."""
 
-    def of(bucket=Bucket("decode", 4, 4, 6, 0), name=SPEC, **changes):
+    def of(bucket=DECODE, name=SPEC, **changes):
         engine = start(checkpoint(name), **(PLAN | {"graph_cache": str(empty_store)} | changes))
         return keys.key(engine.executor.graphs.spec, bucket)
 
     return of
 
 
-CHANGES = {"dtype": {"dtype": "bf16"}, "narrow weights": {"name": "half", "dtype": "auto"}, "page size": {"page_size": 8, "pages": [12]},
-           "number of pages": {"num_pages": 50}, "threads": {"threads": 2}, "model": {"name": "cross_last"}}
+CHANGES = {
+    "dtype": {"dtype": "bf16"},
+    "narrow weights": {"name": "half", "dtype": "auto"},
+    "page size": {"page_size": 8, "pages": [12]},
+    "number of pages": {"num_pages": 50},
+    "threads": {"threads": 2},
+    "model": {"name": "cross_last"},
+}
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -212,8 +244,15 @@ def test_the_key_changes_with(change, key):
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("bucket", [Bucket("decode", 8, 8, 6, 0), Bucket("decode", 4, 4, 7, 0), Bucket("decode", 4, 4, 6, 4),
-                                    Bucket("prefill", 1, 32, 6, 0)])
+@pytest.mark.parametrize(
+    "bucket",
+    [
+        Bucket("decode", 8, 8, 6, 0),
+        Bucket("decode", 4, 4, 7, 0),
+        Bucket("decode", 4, 4, 6, 4),
+        Bucket("prefill", 1, 32, 6, 0),
+    ],
+)
 def test_the_key_changes_with_the_bucket(bucket, key):
     assert key(bucket) != key()
 
@@ -242,8 +281,19 @@ def test_the_key_changes_with_backend_options_source_torch_and_processor(monkeyp
     assert of() == plain
 
 
-@pytest.mark.parametrize("change", [{"prompt": "other"}, {"seed": 5}, {"temperature": 0.7}, {"image": "a.png"},
-                                    {"memory_gib": 8.0}, {"output_dir": "elsewhere"}, {"graph_cache": "elsewhere"}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt": "other"},
+        {"seed": 5},
+        {"temperature": 0.7},
+        {"image": "a.png"},
+        {"memory_gib": 8.0},
+        {"output_dir": "elsewhere"},
+        {"graph_cache": "elsewhere"},
+    ],
+    ids=str,
+)
 def test_the_key_does_not_change_with_what_shapes_no_graph(change, key):
     assert key(**change) == key()
 
@@ -268,15 +318,32 @@ def changed(package, name: str, change) -> bool:
         path.write_text(text)
 
 
-@pytest.mark.parametrize("name", ["model/text.py", "model/vision.py", "model/tree.py", "model/shape.py", "ops/plain.py", "ops/npu.py",
-                                  "graphs/aot.py", "graphs/torchair.py", "core/dtypes.py", "graphs/build.py", "native/operators.py", "native/graph.h"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model/text.py",
+        "model/vision.py",
+        "model/tree.py",
+        "model/shape.py",
+        "ops/plain.py",
+        "ops/npu.py",
+        "graphs/aot.py",
+        "graphs/torchair.py",
+        "core/dtypes.py",
+        "graphs/build.py",
+        "native/operators.py",
+        "native/graph.h",
+    ],
+)
 def test_the_source_hash_follows_every_file_that_decides_what_a_graph_computes(package, name):
     assert changed(package, name, lambda text: text + "\n")
 
 
 def test_a_constant_that_tracing_reads_is_part_of_the_source(package):
     # ops/plain.py reads WIDEN_ROWS while a linear layer is traced; a graph of another value must not be found.
-    assert changed(package, "core/dtypes.py", lambda text: re.sub(r"^WIDEN_ROWS = \d+", "WIDEN_ROWS = 7", text, flags=re.M))
+    assert changed(
+        package, "core/dtypes.py", lambda text: re.sub(r"^WIDEN_ROWS = \d+", "WIDEN_ROWS = 7", text, flags=re.M)
+    )
 
 
 def test_a_file_that_is_new_counts_once_something_imports_it(package):
@@ -287,8 +354,19 @@ def test_a_file_that_is_new_counts_once_something_imports_it(package):
     assert changed(package, "model/gate.py", lambda text: "FACTOR = 3\n")
 
 
-@pytest.mark.parametrize("name", ["__init__.py", "cli.py", "core/report.py", "core/place.py", "engine/scheduler.py", "plan/cost.py",
-                                  "inputs/processor.py", "tasks/bench.py"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "__init__.py",
+        "cli.py",
+        "core/report.py",
+        "core/place.py",
+        "engine/scheduler.py",
+        "plan/cost.py",
+        "inputs/processor.py",
+        "tasks/bench.py",
+    ],
+)
 def test_a_file_that_shapes_no_graph_makes_no_start_cold(package, name):
     # __init__.py holds the version.
     assert not changed(package, name, lambda text: text + "# changed\n")

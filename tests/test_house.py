@@ -9,7 +9,19 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mllama_graph"
-NAMES = {"cpu", "cuda", "npu", "npu-sim", "inductor", "torchair", "eager", "native", "plain", "shared_memory", "distributed"}
+NAMES = {
+    "cpu",
+    "cuda",
+    "npu",
+    "npu-sim",
+    "inductor",
+    "torchair",
+    "eager",
+    "native",
+    "plain",
+    "shared_memory",
+    "distributed",
+}
 # Everything else asks the device's traits (core/devices.py) or its Backend (engine/device.py).
 DECIDE = ("ops/", "graphs/", "ascend/", "native/", "engine/device.py", "core/devices.py", "plan/resolve.py")
 LINES, COLUMNS = 350, 120
@@ -17,7 +29,9 @@ LINES, COLUMNS = 350, 120
 
 def tracked(*endings: str) -> list[Path]:
     """The project's files of some endings."""
-    listed = subprocess.run(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True
+    )
     names = [name for name in listed.stdout.decode().split("\0") if name.endswith(endings)]
     return [ROOT / name for name in names if (ROOT / name).is_file()]
 
@@ -26,13 +40,24 @@ def comparisons(tree: ast.AST) -> Iterator[tuple[int, set[str]]]:
     """(line, strings) of each comparison with constant strings."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Compare):
-            yield node.lineno, {part.value for part in ast.walk(node) if isinstance(part, ast.Constant) and isinstance(part.value, str)}
+            yield (
+                node.lineno,
+                {
+                    part.value
+                    for part in ast.walk(node)
+                    if isinstance(part, ast.Constant) and isinstance(part.value, str)
+                },
+            )
 
 
 def test_a_devices_name_decides_nothing_outside_the_rooms_of_devices():
-    found = [f"{path.relative_to(PACKAGE)}:{line}: {sorted(strings & NAMES)}"
-             for path in sorted(PACKAGE.rglob("*.py")) if not path.relative_to(PACKAGE).as_posix().startswith(DECIDE)
-             for line, strings in comparisons(ast.parse(path.read_text())) if strings & NAMES]
+    found = [
+        f"{path.relative_to(PACKAGE)}:{line}: {sorted(strings & NAMES)}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if not path.relative_to(PACKAGE).as_posix().startswith(DECIDE)
+        for line, strings in comparisons(ast.parse(path.read_text()))
+        if strings & NAMES
+    ]
     assert not found
 
 

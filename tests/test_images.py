@@ -5,12 +5,12 @@ import io
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
-from PIL import Image
-from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
-
 from checkpoints import SPECS, image_config, model_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
 from request_cases import IMAGES, random_image, write_images
+from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
 from mllama_graph.core.errors import UserError
 from mllama_graph.inputs.images import list_images, open_image, tile_image
@@ -30,7 +30,7 @@ def compare(image, spec):
     assert tiles.data.dtype == np.uint8
     assert tiles.count == theirs["num_tiles"][0][0]
     assert tiles.aspect == theirs["aspect_ratio_ids"][0, 0]
-    assert np.abs(ours - theirs["pixel_values"][0, 0, :tiles.count]).max() <= PIXEL
+    assert np.abs(ours - theirs["pixel_values"][0, 0, : tiles.count]).max() <= PIXEL
 
 
 def image_rgb(image):
@@ -54,7 +54,9 @@ def test_tiles_are_hugging_faces_at_every_size(name, width, height):
     compare(random_image(width, height, "RGB", np.random.default_rng(width + height)), SPECS[name])
 
 
-@pytest.mark.parametrize("size", [(3000, 500), (500, 3000), (1, 1), (1000, 3), (3, 1000), (2000, 1), (560, 560), (561, 559)])
+@pytest.mark.parametrize(
+    "size", [(3000, 500), (500, 3000), (1, 1), (1000, 3), (3, 1000), (2000, 1), (560, 560), (561, 559)]
+)
 @pytest.mark.parametrize("name", ["base", "wide"])
 def test_tiles_are_hugging_faces_at_extreme_sizes(name, size):
     compare(random_image(*size, "RGB", np.random.default_rng(0)), SPECS[name])
@@ -67,7 +69,7 @@ def test_files_of_every_mode_are_hugging_faces(name, tmp_path):
     tiles = tile_image(open_image(path), shape_of(model_config(SPECS["base"])).vision)
     mean, std = (np.float32(image_config(SPECS["base"])[key])[:, None, None] for key in ("image_mean", "image_std"))
     ours = (tiles.data.astype(np.float32) / 255 - mean) / std
-    assert np.abs(ours - theirs["pixel_values"][0, 0, :tiles.count]).max() <= PIXEL
+    assert np.abs(ours - theirs["pixel_values"][0, 0, : tiles.count]).max() <= PIXEL
 
 
 @pytest.mark.parametrize("form", ["png", "jpeg", "webp", "gif", "bmp", "tiff"])
@@ -124,8 +126,13 @@ def test_a_folder_without_pictures_is_refused(tmp_path):
 
 
 PNG = base64.b64decode(data_uri(random_image(40, 40, "RGB", np.random.default_rng(0))).split(",")[1])
-BROKEN = {"empty": b"", "text": b"this is no image", "half": PNG[:len(PNG) // 2], "header only": PNG[:20],
-          "flipped": PNG[:60] + bytes(b ^ 255 for b in PNG[60:80]) + PNG[80:]}
+BROKEN = {
+    "empty": b"",
+    "text": b"this is no image",
+    "half": PNG[: len(PNG) // 2],
+    "header only": PNG[:20],
+    "flipped": PNG[:60] + bytes(b ^ 255 for b in PNG[60:80]) + PNG[80:],
+}
 
 
 @pytest.mark.parametrize("content", BROKEN)
@@ -138,11 +145,18 @@ def test_a_broken_image_is_named(content, way, tmp_path):
         open_image(source)
 
 
-@pytest.mark.parametrize("source, message", [
-    ("nowhere.png", "nowhere.png does not exist"), (".", "does not exist"), ("data:image/png,abc", "without ;base64"),
-    ("data:image/png;base64,a_b=c!", "not valid base64"), ("data:image/png;base64,AAA", "not valid base64"),
-    ("x" * 5000 + ".png", "image xxx"), ("a\0b.png", "image a"),
-])
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("nowhere.png", "nowhere.png does not exist"),
+        (".", "does not exist"),
+        ("data:image/png,abc", "without ;base64"),
+        ("data:image/png;base64,a_b=c!", "not valid base64"),
+        ("data:image/png;base64,AAA", "not valid base64"),
+        ("x" * 5000 + ".png", "image xxx"),
+        ("a\0b.png", "image a"),
+    ],
+)
 def test_a_source_that_is_no_image_is_named_in_a_short_message(source, message):
     with pytest.raises(UserError, match=message) as error:
         open_image(source)

@@ -16,7 +16,14 @@ from mllama_graph.core.errors import UserError
 from mllama_graph.core.machine import block_sigint
 from mllama_graph.core.place import MASTER_PORT, PORTS, Place, bind_master_port, place_from
 
-TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+TORCHRUN = {
+    "RANK": "5",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "4",
+    "MASTER_ADDR": "a",
+    "MASTER_PORT": "1",
+}
 
 
 def test_a_rank_finds_its_place_in_torchruns_variables():
@@ -27,7 +34,9 @@ def test_a_rank_finds_its_place_in_torchruns_variables():
     assert place_from({"MASTER_PORT": "20031"}) is None
 
 
-@pytest.mark.parametrize("change", [{"RANK": "8"}, {"LOCAL_RANK": "4"}, {"LOCAL_WORLD_SIZE": "9"}, {"WORLD_SIZE": "two"}])
+@pytest.mark.parametrize(
+    "change", [{"RANK": "8"}, {"LOCAL_RANK": "4"}, {"LOCAL_WORLD_SIZE": "9"}, {"WORLD_SIZE": "two"}]
+)
 def test_variables_that_dont_fit_are_refused(change):
     with pytest.raises(UserError, match="torchrun|must be numbers"):
         place_from(TORCHRUN | change)
@@ -92,7 +101,10 @@ def test_a_master_port_that_is_none_is_refused(port):
 
 @pytest.mark.parametrize("threads", [0, 1])
 def test_an_interrupt_while_a_child_starts_that_blocks_it_is_not_lost(threads):
-    done, blocked = threading.Event(), "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+    done, blocked = (
+        threading.Event(),
+        "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))",
+    )
     for _ in range(threads):
         threading.Thread(target=done.wait).start()
     try:

@@ -6,13 +6,13 @@ from functools import cache
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
-from transformers import AutoTokenizer
-
 from checkpoints import SPECS
 from engines import resolved, run_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from request_cases import random_image, resolve
 from tokenizer_files import CHAT_TEMPLATE
+from transformers import AutoTokenizer
 
 from mllama_graph.core.errors import UserError
 from mllama_graph.engine.start import processor_of
@@ -68,7 +68,9 @@ def test_a_chat_has_the_ids_of_hugging_faces_template(name, texts, system, image
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_a_prompt_has_its_images_first_and_goes_through_the_template_if_there_is_one(name, processor, tokenizer, picture):
+def test_a_prompt_has_its_images_first_and_goes_through_the_template_if_there_is_one(
+    name, processor, tokenizer, picture
+):
     given = {"prompt": "Was ist das? 这是什么？", "images": [picture, picture]}
     assert list(processor(name).request(given).ids) == list(resolve(given, tokenizer(name))[0])
     by_chat = processor(name).chat(0, given["prompt"], given["images"])
@@ -76,9 +78,14 @@ def test_a_prompt_has_its_images_first_and_goes_through_the_template_if_there_is
 
 
 def test_every_way_to_write_an_image_part_is_read(processor, picture):
-    parts = [{"type": "image", "image": picture}, {"type": "image_url", "image_url": {"url": picture}},
-             {"type": "image_url", "image_url": picture}, {"type": "input_image", "image_url": picture},
-             {"type": "image", "path": picture}, {"type": "image_url", "image_url": {"url": "file://" + picture}}]
+    parts = [
+        {"type": "image", "image": picture},
+        {"type": "image_url", "image_url": {"url": picture}},
+        {"type": "image_url", "image_url": picture},
+        {"type": "input_image", "image_url": picture},
+        {"type": "image", "path": picture},
+        {"type": "image_url", "image_url": {"url": "file://" + picture}},
+    ]
     messages = [{"role": "user", "content": [*parts, {"type": "text", "text": "compare"}]}]
     request = processor("base").request({"messages": messages})
     assert len(request.images) == len(request.positions) == len(parts)
@@ -102,39 +109,62 @@ def test_every_eos_of_the_generation_config_ends(name, processor):
     assert processor(name).eos == set(SPECS[name].eos_ids)
 
 
-@pytest.mark.parametrize("request_, message", [
-    ({}, "exactly one of messages, prompt, input_ids; this has none"),
-    ({"prompt": "a", "input_ids": [1]}, "this has prompt, input_ids"),
-    ({"prompt": ""}, "empty"), ({"prompt": "  \n"}, "empty"), ({"prompt": 5}, "prompt must be a string, not int"),
-    ({"input_ids": []}, "empty"), ({"input_ids": "abc"}, "list of whole numbers"), ({"input_ids": [1.5]}, "whole numbers"),
-    ({"input_ids": [True]}, "whole numbers"), ({"input_ids": [-1]}, "holds -1; ids run from 0 to"),
-    ({"input_ids": [417]}, "holds 417; ids run from 0 to 416"),
-    ({"messages": []}, "empty"), ({"messages": "hello"}, "list"), ({"messages": ["hello"]}, "message object"),
-    ({"messages": [{"role": "user", "content": ""}]}, "empty"),
-    ({"messages": [{"role": "user"}]}, "content must be a string or a list"),
-    ({"messages": [{"role": "cat", "content": "x"}]}, "role 'cat'"),
-    ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "neither a text nor an image part"),
-    ({"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]}, "neither a text nor an image part"),
-    ({"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "x"}]}]}, "needs its file path"),
-    ({"messages": [{"role": "user", "content": "x"}], "images": ["a.png"]}, "images beside messages"),
-    ({"input_ids": [1, 409]}, "1 .* tokens for 0 images"), ({"prompt": "<|image|> what?"}, "1 .* tokens for 0 images"),
-    ({"prompt": "x", "images": ["nowhere.png"]}, "nowhere.png does not exist"),
-    ({"prompt": "x", "images": 3}, "images must be a list"), ({"prompt": "x", "images": [3]}, "images must be a list"),
-    ({"prompt": "x", "images": ["https://example.com/a.png"]}, "web address"),
-    ({"prompt": "x", "images": ["a" * 5000]}, "does not exist|can't be"),
-    ({"input_ids": [1] * 301}, "has 301 ids, max_input_length=300"),
-    ({"prompt": "x", "max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
-    ({"prompt": "x", "max_new_tokens": 2.5}, "max_new_tokens=2.5 must be a whole number"),
-    ({"prompt": "x", "max_new_tokens": True}, "max_new_tokens=True"), ({"prompt": "x", "temperature": -1}, "temperature=-1"),
-    ({"prompt": "x", "temperature": "hot"}, "temperature='hot' must be a number"),
-    ({"prompt": "x", "temperature": float("nan")}, "temperature=nan"),
-    ({"prompt": "x", "temperature": float("inf")}, "temperature=inf"),
-    ({"prompt": "x", "top_p": 0}, "top_p=0"), ({"prompt": "x", "top_p": 1.5}, "top_p=1.5 must be at least 0 and at most 1"),
-    ({"prompt": "x", "top_k": -1}, "top_k=-1"), ({"prompt": "x", "top_k": 2**70}, "top_k"),
-    ({"prompt": "x", "logprobs": -1}, "logprobs=-1"),
-    ({"prompt": "x", "stop": [""]}, "stop must be"), ({"prompt": "x", "stop": 7}, "stop must be"),
-    ({"prompt": "x", "ignore_eos": "yes"}, "ignore_eos='yes' must be true or false"),
-], ids=lambda value: str(value)[:50])
+@pytest.mark.parametrize(
+    "request_, message",
+    [
+        ({}, "exactly one of messages, prompt, input_ids; this has none"),
+        ({"prompt": "a", "input_ids": [1]}, "this has prompt, input_ids"),
+        ({"prompt": ""}, "empty"),
+        ({"prompt": "  \n"}, "empty"),
+        ({"prompt": 5}, "prompt must be a string, not int"),
+        ({"input_ids": []}, "empty"),
+        ({"input_ids": "abc"}, "list of whole numbers"),
+        ({"input_ids": [1.5]}, "whole numbers"),
+        ({"input_ids": [True]}, "whole numbers"),
+        ({"input_ids": [-1]}, "holds -1; ids run from 0 to"),
+        ({"input_ids": [417]}, "holds 417; ids run from 0 to 416"),
+        ({"messages": []}, "empty"),
+        ({"messages": "hello"}, "list"),
+        ({"messages": ["hello"]}, "message object"),
+        ({"messages": [{"role": "user", "content": ""}]}, "empty"),
+        ({"messages": [{"role": "user"}]}, "content must be a string or a list"),
+        ({"messages": [{"role": "cat", "content": "x"}]}, "role 'cat'"),
+        ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "neither a text nor an image part"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]},
+            "neither a text nor an image part",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "x"}]}]},
+            "needs its file path",
+        ),
+        ({"messages": [{"role": "user", "content": "x"}], "images": ["a.png"]}, "images beside messages"),
+        ({"input_ids": [1, 409]}, "1 .* tokens for 0 images"),
+        ({"prompt": "<|image|> what?"}, "1 .* tokens for 0 images"),
+        ({"prompt": "x", "images": ["nowhere.png"]}, "nowhere.png does not exist"),
+        ({"prompt": "x", "images": 3}, "images must be a list"),
+        ({"prompt": "x", "images": [3]}, "images must be a list"),
+        ({"prompt": "x", "images": ["https://example.com/a.png"]}, "web address"),
+        ({"prompt": "x", "images": ["a" * 5000]}, "does not exist|can't be"),
+        ({"input_ids": [1] * 301}, "has 301 ids, max_input_length=300"),
+        ({"prompt": "x", "max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        ({"prompt": "x", "max_new_tokens": 2.5}, "max_new_tokens=2.5 must be a whole number"),
+        ({"prompt": "x", "max_new_tokens": True}, "max_new_tokens=True"),
+        ({"prompt": "x", "temperature": -1}, "temperature=-1"),
+        ({"prompt": "x", "temperature": "hot"}, "temperature='hot' must be a number"),
+        ({"prompt": "x", "temperature": float("nan")}, "temperature=nan"),
+        ({"prompt": "x", "temperature": float("inf")}, "temperature=inf"),
+        ({"prompt": "x", "top_p": 0}, "top_p=0"),
+        ({"prompt": "x", "top_p": 1.5}, "top_p=1.5 must be at least 0 and at most 1"),
+        ({"prompt": "x", "top_k": -1}, "top_k=-1"),
+        ({"prompt": "x", "top_k": 2**70}, "top_k"),
+        ({"prompt": "x", "logprobs": -1}, "logprobs=-1"),
+        ({"prompt": "x", "stop": [""]}, "stop must be"),
+        ({"prompt": "x", "stop": 7}, "stop must be"),
+        ({"prompt": "x", "ignore_eos": "yes"}, "ignore_eos='yes' must be true or false"),
+    ],
+    ids=lambda value: str(value)[:50],
+)
 def test_a_bad_request_is_refused_with_its_reason(request_, message, processor):
     with pytest.raises(UserError, match=message) as error:
         processor("base").request(request_)
@@ -183,8 +213,10 @@ def test_the_streamed_text_of_any_ids_is_their_text_as_a_whole(drawn, processor)
     assert "".join(deltas) == detokenizer.text == processor("base").text(ids)
 
 
-@given(text=st.text(alphabet="ab图c ", min_size=1, max_size=30),
-       stops=st.lists(st.text(alphabet="ab图c ", min_size=1, max_size=4), min_size=1, max_size=3))
+@given(
+    text=st.text(alphabet="ab图c ", min_size=1, max_size=30),
+    stops=st.lists(st.text(alphabet="ab图c ", min_size=1, max_size=4), min_size=1, max_size=3),
+)
 @settings(max_examples=300)
 def test_a_stop_string_across_tokens_ends_the_text_and_is_never_shown(text, stops, processor):
     letters = [processor("base").codec.tokenizer.encode(c, add_special_tokens=False).ids for c in text]
@@ -192,7 +224,7 @@ def test_a_stop_string_across_tokens_ends_the_text_and_is_never_shown(text, stop
     deltas, detokenizer = stream(processor("base"), ids, stops)
     # One letter at a time: the first prefix that holds a stop string ends it.
     prefix = next((text[:n] for n in range(len(text) + 1) if any(stop in text[:n] for stop in stops)), None)
-    wanted = text if prefix is None else prefix[:min(prefix.find(stop) for stop in stops if stop in prefix)]
+    wanted = text if prefix is None else prefix[: min(prefix.find(stop) for stop in stops if stop in prefix)]
     assert detokenizer.stopped == (prefix is not None)
     assert "".join(deltas) == detokenizer.text == wanted
 
@@ -204,7 +236,7 @@ def test_no_more_is_held_back_than_the_start_of_a_stop_string(text, stop):
         shown += detokenizer.add(ord(letter))
         if detokenizer.stopped:
             return
-        held = text[len(shown):n]
+        held = text[len(shown) : n]
         assert text.startswith(shown) and stop.startswith(held) and len(held) < len(stop)
 
 
@@ -219,13 +251,21 @@ def test_ids_that_a_tokenizer_cannot_stream_become_text_at_the_end():
 # ---- a checkpoint's files
 
 
-@pytest.mark.parametrize("file, content, message", [
-    ("tokenizer.json", None, "tokenizer.json is missing"), ("tokenizer.json", "{}", "tokenizer.json can't be read"),
-    ("tokenizer_config.json", "{", "tokenizer_config.json is not valid JSON"),
-    ("generation_config.json", "{", "generation_config.json is not valid JSON"),
-    ("chat_template.jinja", "{% if %}", "chat template is not valid"),
-    ("preprocessor_config.json", '{"max_image_tiles": 2, "size": {"height": 56, "width": 56}}', "up to 2 tiles of 56 px"),
-])
+@pytest.mark.parametrize(
+    "file, content, message",
+    [
+        ("tokenizer.json", None, "tokenizer.json is missing"),
+        ("tokenizer.json", "{}", "tokenizer.json can't be read"),
+        ("tokenizer_config.json", "{", "tokenizer_config.json is not valid JSON"),
+        ("generation_config.json", "{", "generation_config.json is not valid JSON"),
+        ("chat_template.jinja", "{% if %}", "chat template is not valid"),
+        (
+            "preprocessor_config.json",
+            '{"max_image_tiles": 2, "size": {"height": 56, "width": 56}}',
+            "up to 2 tiles of 56 px",
+        ),
+    ],
+)
 def test_a_damaged_file_is_named(file, content, message, checkpoint, tmp_path):
     folder = tmp_path / "checkpoint"
     shutil.copytree(checkpoint("base"), folder)

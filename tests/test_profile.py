@@ -5,10 +5,9 @@ import gzip
 import json
 
 import pytest
-
 from checkpoints import SPECS
-from engines import GRAPH_PLAN, GRAPH_SPEC, arguments
 from commands import run
+from engines import GRAPH_PLAN, GRAPH_SPEC, arguments
 
 from mllama_graph.measure.trace import GENERATED, GRAPH, STEP, kind_of, own_times, parts_of_step, ranges, steps_of
 

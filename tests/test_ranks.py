@@ -7,7 +7,6 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-
 from commands import LIMITS, command_line, served
 from engines import GRAPH_PLAN, arguments, serve, start
 from test_engine import LOGPROB, few
@@ -39,8 +38,15 @@ def wrong(lines: list[dict], results: dict) -> list:
         if line["token_ids"] != one.token_ids:
             faults.append(line["id"])
         for ours, theirs in zip(line.get("logprobs") or [], one.logprobs or [], strict=True):
-            if max(abs(a - b) for a, b in zip([ours["logprob"], *ours["top_logprobs"]],
-                                              [theirs["logprob"], *theirs["top_logprobs"]])) > LOGPROB:
+            if (
+                max(
+                    abs(a - b)
+                    for a, b in zip(
+                        [ours["logprob"], *ours["top_logprobs"]], [theirs["logprob"], *theirs["top_logprobs"]]
+                    )
+                )
+                > LOGPROB
+            ):
                 faults.append((line["id"], "log-probabilities"))
     return faults
 
@@ -51,27 +57,43 @@ def test_every_request_gives_the_tokens_of_one_rank(name, tp, checkpoint, reques
     lines = requests(name) if tp == 2 else few(requests, name)
     given = file(name) if tp == 2 else file(name, "{}")
     one = serve(start(checkpoint(name), batch=8, page_size=16), lines)
-    done = served(tmp_path / "out", f"weights={checkpoint(name)}", f"requests={given}", "backend=eager", "batch=8", f"tp={tp}")
+    done = served(
+        tmp_path / "out", f"weights={checkpoint(name)}", f"requests={given}", "backend=eager", "batch=8", f"tp={tp}"
+    )
     assert len(done["lines"]) == len(lines)
     assert not wrong(done["lines"], one)
     assert len(list((tmp_path / "out" / "ranks").glob("*.log"))) == tp
 
 
 def test_sampled_text_is_that_of_one_rank(checkpoint, requests, tmp_path):
-    changes = [{"temperature": 0.9, "top_p": 0.9, "seed": 7},
-               {"temperature": 0.8, "top_k": 20, "seed": 8, "logprobs": 3}]
-    lines = [line | change | {"id": f"{line['id']} {n}"} for line in few(requests, "half") for n, change in enumerate(changes)]
+    changes = [
+        {"temperature": 0.9, "top_p": 0.9, "seed": 7},
+        {"temperature": 0.8, "top_k": 20, "seed": 8, "logprobs": 3},
+    ]
+    lines = [
+        line | change | {"id": f"{line['id']} {n}"}
+        for line in few(requests, "half")
+        for n, change in enumerate(changes)
+    ]
     path = written(tmp_path / "requests.jsonl", lines)
     one = serve(start(checkpoint("half"), batch=8), lines)
-    done = served(tmp_path / "out", f"weights={checkpoint('half')}", f"requests={path}", "backend=eager", "batch=3", "tp=2")
+    done = served(
+        tmp_path / "out", f"weights={checkpoint('half')}", f"requests={path}", "backend=eager", "batch=3", "tp=2"
+    )
     assert len(done["lines"]) == len(lines) and not wrong(done["lines"], one)
 
 
 def test_compiled_graphs_are_shared_by_the_ranks_and_found_again(checkpoint, requests, file, empty_store, tmp_path):
-    name, plan = "cross_first", arguments(GRAPH_PLAN | {"pages": [25], "max_input_length": 300, "max_output_length": 100})
+    name, plan = (
+        "cross_first",
+        arguments(GRAPH_PLAN | {"pages": [25], "max_input_length": 300, "max_output_length": 100}),
+    )
     lines = [line for line in few(requests, name) if line["id"] in ("chain_of_three_48", "same_image_twice_49")]
     path = written(tmp_path / "requests.jsonl", lines)
-    plan = [part for part in plan if not part.startswith(("plan.images", "max_images"))] + ["plan.images=[4]", "max_images=4"]
+    plan = [part for part in plan if not part.startswith(("plan.images", "max_images"))] + [
+        "plan.images=[4]",
+        "max_images=4",
+    ]
     one = serve(start(checkpoint(name), batch=8), lines)
     given = [f"weights={checkpoint(name)}", f"requests={path}", "tp=2", f"graph_cache={empty_store}", *plan]
     for compile, source in (("wait", "compiled"), ("never", "hit")):
@@ -89,14 +111,28 @@ def assert_mostly(lines: list[dict], one: dict) -> None:
 
 def test_half_precision_runs_at_two_ranks(checkpoint, requests, file, tmp_path):
     one = serve(start(checkpoint("half"), batch=8), few(requests, "half"))
-    done = served(tmp_path / "out", f"weights={checkpoint('half')}", f"requests={file('half', '{}')}", "backend=eager", "batch=8",
-               "tp=2", "dtype=fp16")
+    done = served(
+        tmp_path / "out",
+        f"weights={checkpoint('half')}",
+        f"requests={file('half', '{}')}",
+        "backend=eager",
+        "batch=8",
+        "tp=2",
+        "dtype=fp16",
+    )
     assert_mostly(done["lines"], one)
 
 
 def test_deterministic_runs_are_equal_to_the_last_bit(checkpoint, requests, file, tmp_path):
-    given = [f"weights={checkpoint('half')}", f"requests={file('half', json.dumps({'logprobs': 3}))}", "backend=eager", "batch=4",
-             "tp=2", "dtype=bf16", "deterministic=true"]
+    given = [
+        f"weights={checkpoint('half')}",
+        f"requests={file('half', json.dumps({'logprobs': 3}))}",
+        "backend=eager",
+        "batch=4",
+        "tp=2",
+        "dtype=bf16",
+        "deterministic=true",
+    ]
     first, second = (served(tmp_path / name, *given)["lines"] for name in ("a", "b"))
     for one, other in zip(first, second, strict=True):
         assert one["token_ids"] == other["token_ids"] and one["logprobs"] == other["logprobs"]
@@ -105,12 +141,29 @@ def test_deterministic_runs_are_equal_to_the_last_bit(checkpoint, requests, file
 
 def test_processes_of_torchrun_join_instead_of_spawning_and_gloo_serves_them(checkpoint, requests, file, tmp_path):
     one = serve(start(checkpoint("half"), batch=8), few(requests, "half"))
-    given = [f"weights={checkpoint('half')}", f"requests={file('half', '{}')}", "backend=eager", "batch=8", "tp=2",
-             "collectives=distributed"]
+    given = [
+        f"weights={checkpoint('half')}",
+        f"requests={file('half', '{}')}",
+        "backend=eager",
+        "batch=8",
+        "tp=2",
+        "collectives=distributed",
+    ]
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=20041", "--standalone",
-         *command_line(tmp_path / "out", *LIMITS, *given)[1:]],
-        capture_output=True, text=True, cwd=tmp_path, timeout=300)
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node=2",
+            "--master_port=20041",
+            "--standalone",
+            *command_line(tmp_path / "out", *LIMITS, *given)[1:],
+        ],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     assert not wrong(lines, one)
@@ -118,10 +171,20 @@ def test_processes_of_torchrun_join_instead_of_spawning_and_gloo_serves_them(che
 
 
 def test_shapes_alone_are_traced_on_every_rank(tmp_path):
-    done = served(tmp_path / "out", "model=mid", "model.config.text_config.num_hidden_layers=3",
-               "model.config.text_config.cross_attention_layers=[1]", "model.config.vision_config.num_hidden_layers=3",
-               "model.config.vision_config.intermediate_layers_indices=[1]", "weights=meta", "tp=4",
-               "plan.prefill_tokens=[32]", "plan.pages=[25]", "plan.images=[4]", "dtype=bf16")
+    done = served(
+        tmp_path / "out",
+        "model=mid",
+        "model.config.text_config.num_hidden_layers=3",
+        "model.config.text_config.cross_attention_layers=[1]",
+        "model.config.vision_config.num_hidden_layers=3",
+        "model.config.vision_config.intermediate_layers_indices=[1]",
+        "weights=meta",
+        "tp=4",
+        "plan.prefill_tokens=[32]",
+        "plan.pages=[25]",
+        "plan.images=[4]",
+        "dtype=bf16",
+    )
     metrics = done["metrics"]
     assert len(done["graphs"]) == metrics["graphs"] and {graph["source"] for graph in done["graphs"]} == {"traced"}
     held, replicated = metrics["rank_weight_bytes"], sum(metrics["replicated_bytes"].values())

@@ -5,15 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import MllamaConfig, MllamaForConditionalGeneration
-
 from checkpoints import SPECS
 from engines import start
+from transformers import MllamaConfig, MllamaForConditionalGeneration
 
 from mllama_graph.core.errors import UserError
+from mllama_graph.model.shape import shape_of
 from mllama_graph.plan.cost import kv_elements, sizes, step_bytes
 from mllama_graph.plan.memory import Memory, require
-from mllama_graph.model.shape import shape_of
 
 CONF = Path(__file__).parents[1] / "conf" / "model"
 
@@ -56,13 +55,15 @@ def test_sizes_of_the_released_models_are_hugging_faces(name, text, vision, proj
     assert (round(parts.vision / 1e9, 3), round(parts.projector / 1e9, 3)) == (vision, projector)
 
 
-@pytest.mark.parametrize("name, self_kib, tile_mb, lean_gb, full_gb", [("11b", 128, 52.5, 15.0, 18.4),
-                                                                       ("90b", 320, 131, 139.0, 172.6)])
+@pytest.mark.parametrize(
+    "name, self_kib, tile_mb, lean_gb, full_gb", [("11b", 128, 52.5, 15.0, 18.4), ("90b", 320, 131, 139.0, 172.6)]
+)
 def test_bytes_of_the_released_models_are_those_of_the_table(name, self_kib, tile_mb, lean_gb, full_gb):
     model, width = shape(name), 2  # bf16
     assert kv_elements(model, len(model.text.self_layers)) * width == self_kib * 1024
     assert kv_elements(model, len(model.text.cross_layers)) * width * model.vision.tokens / 1e6 == pytest.approx(
-        tile_mb, rel=0.005)
+        tile_mb, rel=0.005
+    )
     assert step_bytes(model, False, 0, 0, width, width) / 1e9 == pytest.approx(lean_gb, abs=0.05)
     assert step_bytes(model, True, 0, 0, width, width) / 1e9 == pytest.approx(full_gb, abs=0.05)
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from checkpoints import SPECS
 from commands import HOSTILE, QUICK, ROOT, assert_kept, interrupted, run
 from engines import serve, start
@@ -32,8 +31,15 @@ def pictures(tmp_path_factory):
 @pytest.fixture(scope="module")
 def chat(checkpoint, pictures, tmp_path_factory):
     """A chat whose prompt, system message and images hold everything that Hydra's grammar would trip over."""
-    return run(tmp_path_factory.mktemp("chat") / "out", *QUICK, f"weights={checkpoint('base')}", f"prompt={HOSTILE}",
-               f"system=Be brief, 'please' ({HOSTILE[:9]}).", f"image={pictures}", "batch=2")
+    return run(
+        tmp_path_factory.mktemp("chat") / "out",
+        *QUICK,
+        f"weights={checkpoint('base')}",
+        f"prompt={HOSTILE}",
+        f"system=Be brief, 'please' ({HOSTILE[:9]}).",
+        f"image={pictures}",
+        "batch=2",
+    )
 
 
 def test_a_chat_of_hostile_characters_arrives_literally(chat, checkpoint, pictures):
@@ -53,9 +59,17 @@ def test_a_chat_of_hostile_characters_arrives_literally(chat, checkpoint, pictur
 def test_the_text_is_on_stdout_then_a_table_and_the_rest_on_stderr(chat):
     text = chat.result()["text"]
     assert chat.out.startswith(text + "\n")
-    after = chat.out[len(text):]
-    for name in ("prompt tokens", "image tokens", "new tokens", "time to first token", "time per token", "tokens/s",
-                 "bytes read a step", "GB/s"):
+    after = chat.out[len(text) :]
+    for name in (
+        "prompt tokens",
+        "image tokens",
+        "new tokens",
+        "time to first token",
+        "time per token",
+        "tokens/s",
+        "bytes read a step",
+        "GB/s",
+    ):
         assert re.search(rf"^ *{re.escape(name)}  +[\d.]+", after, re.MULTILINE), name
     assert "plan: prefill_tokens=" in chat.err and "weights: " in chat.err
 
@@ -68,23 +82,48 @@ def test_result_json_has_the_fields_of_the_interface(chat):
     metrics, line = result["metrics"], chat.lines()[0]
     assert metrics["prompt_tokens"] == line["prompt_tokens"] and metrics["image_tokens"] == line["image_tokens"]
     assert metrics["new_tokens"] == len(result["token_ids"]) <= 8
-    for name in ("time_to_first_token_ms", "time_per_output_token_ms", "tokens_per_second", "bytes_per_step",
-                 "gb_per_second", "memory_bytes"):
+    for name in (
+        "time_to_first_token_ms",
+        "time_per_output_token_ms",
+        "tokens_per_second",
+        "bytes_per_step",
+        "gb_per_second",
+        "memory_bytes",
+    ):
         assert metrics[name] > 0, name
 
 
 def test_a_single_chat_leaves_its_line_too(chat):
     [line] = chat.lines()
-    assert {"id", "token_ids", "text", "finish_reason", "prompt_tokens", "image_tokens", "time_to_first_token_ms",
-            "time_per_output_token_ms"} == set(line)
+    assert {
+        "id",
+        "token_ids",
+        "text",
+        "finish_reason",
+        "prompt_tokens",
+        "image_tokens",
+        "time_to_first_token_ms",
+        "time_per_output_token_ms",
+    } == set(line)
     assert line["token_ids"] == chat.result()["token_ids"] and line["finish_reason"] in ("stop", "length")
     assert line["image_tokens"] == TWO_IMAGES
 
 
 def test_a_folder_of_its_own_for_each_run_and_images_by_comma(checkpoint, pictures, tmp_path):
     """Without hydra.run.dir: outputs/<date>/<time> where it was started."""
-    done = subprocess.run([sys.executable, str(ROOT / "run.py"), *QUICK, f"weights={checkpoint('base')}", "prompt=hi",
-                           f"image={pictures}/a.png,{pictures}/a.png"], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "run.py"),
+            *QUICK,
+            f"weights={checkpoint('base')}",
+            "prompt=hi",
+            f"image={pictures}/a.png,{pictures}/a.png",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     [path] = tmp_path.glob("outputs/*/*/result.json")
     assert re.fullmatch(r"\d{4}-\d\d-\d\d/\d\d-\d\d-\d\d-\d{6}", str(path.parent.relative_to(tmp_path / "outputs")))
@@ -97,20 +136,28 @@ def test_a_folder_of_its_own_for_each_run_and_images_by_comma(checkpoint, pictur
 
 def test_bad_lines_get_an_error_each_and_the_others_their_results_in_order(checkpoint, requests, tmp_path):
     image, embeddings = SPECS["base"].vocab, SPECS["base"].vocab + 8
-    good = [line for line in requests("base") if line["id"] in (
-        "text_16", "text_before_image_32", "messages_images", "chain_of_two_65", "prompt_text")]
+    good = [
+        line
+        for line in requests("base")
+        if line["id"] in ("text_16", "text_before_image_32", "messages_images", "chain_of_two_65", "prompt_text")
+    ]
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "half.png").write_bytes(Path(good[1]["images"][0]).read_bytes()[:300])
     bad = {
         "missing image": ({"prompt": "x", "images": ["nowhere.png"]}, "nowhere.png does not exist"),
         "corrupt image": ({"prompt": "x", "images": ["text.png"]}, "text.png"),
         "truncated image": ({"prompt": "x", "images": ["half.png"]}, "half.png"),
-        "more tokens than images": ({"input_ids": [1, image, image], "images": good[1]["images"]}, "2 .* tokens for 1 images"),
+        "more tokens than images": (
+            {"input_ids": [1, image, image], "images": good[1]["images"]},
+            "2 .* tokens for 1 images",
+        ),
         "no token for an image": ({"input_ids": [1, 2], "images": good[1]["images"]}, "0 .* tokens for 1 images"),
         "too long": ({"input_ids": [1] * 301}, "has 301 ids, max_input_length=300"),
         "too many new": ({"input_ids": [1] * 300, "max_new_tokens": 500}, "the plan holds"),
-        "empty prompt": ({"prompt": ""}, "empty"), "no kind": ({"max_new_tokens": 3}, "exactly one of"),
-        "empty ids": ({"input_ids": []}, "empty"), "id out of range": ({"input_ids": [embeddings]}, "ids run from 0"),
+        "empty prompt": ({"prompt": ""}, "empty"),
+        "no kind": ({"max_new_tokens": 3}, "exactly one of"),
+        "empty ids": ({"input_ids": []}, "empty"),
+        "id out of range": ({"input_ids": [embeddings]}, "ids run from 0"),
         "wrong option": ({"prompt": "x", "temperature": "hot"}, "temperature"),
         "overflow": ({"prompt": "x", "temperature": 1, "top_k": 2**70}, "top_k"),
         "long name": ({"prompt": "x", "images": ["n" * 5000]}, "image nnn"),
@@ -125,14 +172,31 @@ def test_bad_lines_get_an_error_each_and_the_others_their_results_in_order(check
             wanted.append((good[n // 4]["id"], None))
         written.append(json.dumps({"id": name} | request))
         wanted.append((name, message))
-    written += ["{not json", "", "[1, 2]", json.dumps(good[0]), json.dumps({"prompt": "no id", "max_new_tokens": 2}),
-                json.dumps(good[4])]
+    written += [
+        "{not json",
+        "",
+        "[1, 2]",
+        json.dumps(good[0]),
+        json.dumps({"prompt": "no id", "max_new_tokens": 2}),
+        json.dumps(good[4]),
+    ]
     last = len(written)
-    wanted += [(last - 5, "not valid JSON"), (last - 3, "not a JSON object"), (good[0]["id"], "used by an earlier line"),
-               (last - 1, None), (good[4]["id"], None)]
+    wanted += [
+        (last - 5, "not valid JSON"),
+        (last - 3, "not a JSON object"),
+        (good[0]["id"], "used by an earlier line"),
+        (last - 1, None),
+        (good[4]["id"], None),
+    ]
     (tmp_path / "requests.jsonl").write_text("\n".join(written) + "\n")
-    done = run(tmp_path / "out", *QUICK, f"weights={checkpoint('base')}", f"requests={tmp_path / 'requests.jsonl'}",
-               "batch=4", "max_output_length=100")
+    done = run(
+        tmp_path / "out",
+        *QUICK,
+        f"weights={checkpoint('base')}",
+        f"requests={tmp_path / 'requests.jsonl'}",
+        "batch=4",
+        "max_output_length=100",
+    )
     assert done.code == 0, done.err
     lines = done.lines()
     assert [line["id"] for line in lines] == [id for id, _ in wanted]

@@ -6,23 +6,22 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from checkpoints import SPECS, model_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers.models.mllama.processing_mllama import get_cross_attention_token_mask
 
-from checkpoints import SPECS, model_config
-
-from mllama_graph.engine.batch import needs
-from mllama_graph.plan.blocks import pages_for, slots
-from mllama_graph.plan.buckets import Limits, make_plan
 from mllama_graph.core.config import PlanChoice
 from mllama_graph.core.devices import CPU
 from mllama_graph.core.errors import UserError
-from mllama_graph.engine.batch import Sequences
+from mllama_graph.engine.batch import Sequences, needs
 from mllama_graph.engine.scheduler import Scheduler, Sequence
 from mllama_graph.engine.steps import DecodeStep, PrefillStep, VisionStep
 from mllama_graph.inputs.images import TiledImage
 from mllama_graph.inputs.request import Sampling
 from mllama_graph.model.shape import shape_of
+from mllama_graph.plan.blocks import pages_for, slots
+from mllama_graph.plan.buckets import Limits, make_plan
 
 SHAPE = shape_of(model_config(SPECS["base"]))
 TILE = SHAPE.vision.tokens
@@ -62,9 +61,12 @@ def plans(draw):
     page = draw(st.sampled_from([1, 3, 4, 16, 64]))
     least = pages_for(MAX_INPUT + MAX_NEW, page)
     batch = draw(st.integers(1, 4))
-    choice = PlanChoice(page_size=page, num_pages=least + draw(st.integers(0, 2 * least)),
-                        num_images=draw(st.integers(MAX_IMAGES, 5)),
-                        prefill_tokens=draw(st.sampled_from([None, [5], [2, 16], [40]])))
+    choice = PlanChoice(
+        page_size=page,
+        num_pages=least + draw(st.integers(0, 2 * least)),
+        num_images=draw(st.integers(MAX_IMAGES, 5)),
+        prefill_tokens=draw(st.sampled_from([None, [5], [2, 16], [40]])),
+    )
     return make_plan(choice, Limits(batch, MAX_INPUT, MAX_NEW, MAX_IMAGES), SHAPE, CPU.paging, False), batch
 
 
@@ -80,10 +82,12 @@ class Served:
 def serve(plan, batch, work, late=0, abort=frozenset()) -> Served:
     """Run a workload to its end, checking every step; the last `late` requests join between steps."""
     scheduler, steps, ranks = Scheduler(plan, batch), [], Sequences()
-    sequences = [Sequence(n, ids, images, tuple(at for at, id in enumerate(ids) if id == IMAGE_TOKEN), new,
-                          Sampling(seed=n)) for n, (ids, images, new) in enumerate(work)]
-    waiting = sequences[len(sequences) - late:]
-    for sequence in sequences[:len(sequences) - late]:
+    sequences = [
+        Sequence(n, ids, images, tuple(at for at, id in enumerate(ids) if id == IMAGE_TOKEN), new, Sampling(seed=n))
+        for n, (ids, images, new) in enumerate(work)
+    ]
+    waiting = sequences[len(sequences) - late :]
+    for sequence in sequences[: len(sequences) - late]:
         scheduler.add(sequence)
     written: dict[int, tuple[int, int]] = {}  # slot -> (sequence, position) whose K/V it holds
     encoded: dict[int, tuple[str, int]] = {}  # image page -> (image, which of its pages)
@@ -95,7 +99,7 @@ def serve(plan, batch, work, late=0, abort=frozenset()) -> Served:
         steps.append(step)
         ranks.update(step)
         ids = model(step, plan, scheduler, sequences, ranks, written, encoded)
-        for sequence, token in scheduler.commit(ids):
+        for sequence, _ in scheduler.commit(ids):
             if len(sequence.generated) == sequence.max_new:
                 scheduler.finish(sequence)
         for id in [id for id in abort if len(steps) > 4 * id]:
@@ -126,8 +130,14 @@ def model(step, plan, scheduler, sequences, ranks, written, encoded) -> tuple[in
     assert all(slot >= plan.scratch_pages * plan.page_size for slot in fresh), "a row writes to scratch"
     for row in rows:
         check_row(row, plan, sequences[row.sequence], ranks[row], written, encoded)
-        written.update({slot: (row.sequence, position) for position, slot in enumerate(
-            slots(tables[row.sequence], row.start, len(row.ids), plan.page_size), start=row.start)})
+        written.update(
+            {
+                slot: (row.sequence, position)
+                for position, slot in enumerate(
+                    slots(tables[row.sequence], row.start, len(row.ids), plan.page_size), start=row.start
+                )
+            }
+        )
     if isinstance(step, PrefillStep) and not step.sample:
         return ()
     return tuple(answer(row.sequence, row.start + len(row.ids)) for row in rows)
@@ -135,7 +145,7 @@ def model(step, plan, scheduler, sequences, ranks, written, encoded) -> tuple[in
 
 def check_row(row, plan, sequence, known, written, encoded) -> None:
     """A row's ids, its earlier K/V, and for each new token the image pages that it sees."""
-    assert row.ids == (*sequence.prompt, *sequence.generated)[row.start:row.start + len(row.ids)]
+    assert row.ids == (*sequence.prompt, *sequence.generated)[row.start : row.start + len(row.ids)]
     assert known.sampling == sequence.sampling
     for position, slot in enumerate(slots(known.pages.tolist(), 0, row.start, plan.page_size)):
         assert written[slot] == (sequence.id, position), "earlier K/V were overwritten or never written"
@@ -145,8 +155,11 @@ def check_row(row, plan, sequence, known, written, encoded) -> None:
         got = [(*encoded[page], fill) for page, fill in zip(known.image_pages[low:high], known.image_fill[low:high])]
         first, last = sequence.visible(position)
         size = plan.page_size
-        assert got == [(seen.key, n, min(size, tokens(seen) - n * size)) for seen in sequence.images[first:last]
-                       for n in range(pages_for(tokens(seen), size))]
+        assert got == [
+            (seen.key, n, min(size, tokens(seen) - n * size))
+            for seen in sequence.images[first:last]
+            for n in range(pages_for(tokens(seen), size))
+        ]
 
 
 def expected(work) -> dict[int, list[int]]:
@@ -175,7 +188,7 @@ def test_aborted_requests_leave_no_trace_on_the_others(plan, work, data):
     served = serve(*plan, work, abort=abort)
     wanted = expected(work)
     for id, tokens in served.tokens.items():
-        assert tokens == wanted[id][:len(tokens)] if id in abort else tokens == wanted[id]
+        assert tokens == wanted[id][: len(tokens)] if id in abort else tokens == wanted[id]
     assert served.scheduler.pool.free == served.scheduler.pool.capacity and not served.scheduler.images._used
 
 
@@ -191,7 +204,9 @@ def test_visibility_is_that_of_hugging_face(length, data):
         seen = [n for n, (begin, end) in enumerate(spans) if begin <= position and (end == -1 or position < end)]
         assert list(range(*sequence.visible(position))) == seen
     for position in range(length, length + 5):
-        assert sequence.visible(position) == sequence.visible(length - 1), "a new token sees what the last prompt row sees"
+        assert sequence.visible(position) == sequence.visible(length - 1), (
+            "a new token sees what the last prompt row sees"
+        )
 
 
 def tight(**choice):
@@ -231,10 +246,13 @@ def test_first_come_first_served():
     assert first == sorted(first)
 
 
-@pytest.mark.parametrize("prompt, new, images, message", [
-    (MAX_INPUT + 1, MAX_NEW, 0, "41 prompt ids and 20 new ones are 61 tokens; the plan holds 60"),
-    (5, 5, MAX_IMAGES + 1, "4 images in one request; the plan holds 3"),
-])
+@pytest.mark.parametrize(
+    "prompt, new, images, message",
+    [
+        (MAX_INPUT + 1, MAX_NEW, 0, "41 prompt ids and 20 new ones are 61 tokens; the plan holds 60"),
+        (5, 5, MAX_IMAGES + 1, "4 images in one request; the plan holds 3"),
+    ],
+)
 def test_a_request_that_never_fits_is_refused_at_once(prompt, new, images, message):
     scheduler = Scheduler(tight(), 3)
     sequence = Sequence(0, (1,) * prompt, (image("a"),) * images, tuple(range(images)), new, Sampling())

@@ -6,26 +6,39 @@ import re
 import shutil
 
 import pytest
-
 from commands import run
 from test_verify import RELEASED
 
-from mllama_graph.plan.bucket import Bucket
 from mllama_graph.core.config import HardwareChoice
+from mllama_graph.plan.bucket import Bucket
 from mllama_graph.plan.cost import floor_of, work
 from mllama_graph.tasks.compare import verdict
 
-
-SEED = ["batch", "input_len", "output_len", "embedding_len", "first_token_time(ms)", "non_first_token_time(ms)",
-        "ResponseTime(ms)", "E2E Throughput Average(Tokens/s)"]
+SEED = [
+    "batch",
+    "input_len",
+    "output_len",
+    "embedding_len",
+    "first_token_time(ms)",
+    "non_first_token_time(ms)",
+    "ResponseTime(ms)",
+    "E2E Throughput Average(Tokens/s)",
+]
 
 
 @pytest.fixture(scope="module")
 def session(tmp_path_factory):
     """The folder of a small session."""
     folder = tmp_path_factory.mktemp("session") / "out"
-    done = run(folder, "task=bench", "batch_sizes=[1,2]", "lengths=[5,40]", "task.new_tokens=4", "task.repetitions=2",
-               "backend=eager")
+    done = run(
+        folder,
+        "task=bench",
+        "batch_sizes=[1,2]",
+        "lengths=[5,40]",
+        "task.new_tokens=4",
+        "task.repetitions=2",
+        "backend=eager",
+    )
     assert done.code == 0, done.err
     return folder
 
@@ -42,31 +55,50 @@ def test_each_case_has_a_line_with_the_columns_of_the_seed_system_first(session)
         assert figures["decode_ms_least"] <= figures["non_first_token_time(ms)"] <= figures["decode_ms_most"]
         assert figures["first_token_time(ms)"] >= figures["vision_ms"] + figures["prefill_ms"] > 0
         # Without a vision pass: the image is known.
-        assert 0 < figures["first_token_again_ms"]
+        assert figures["first_token_again_ms"] > 0
         assert figures["decode_of_floor"] > 0 and figures["read_gb_per_s"] > 0
     assert float(lines[3]["self_kv_bytes"]) > float(lines[1]["self_kv_bytes"])
 
 
 def test_an_unknown_peer_and_no_batch_are_refused(tmp_path):
-    for task, given, said in (("bench", ["peers=[vllm]"], "peers=vllm is not one of transformers"),
-                              ("bench", ["peers=vllm"], "peers=vllm is not one of transformers"), ("bench", ["batch_sizes=[0]"], "batch_sizes=0"),
-                              ("bench", ["peers=[mistralrs]", "task.mistralrs=no/python"], "task.mistralrs=no/python is no Python"),
-                              ("profile", ["peers=[transformers]"], "only task=bench measures other engines")):
+    for task, given, said in (
+        ("bench", ["peers=[vllm]"], "peers=vllm is not one of transformers"),
+        ("bench", ["peers=vllm"], "peers=vllm is not one of transformers"),
+        ("bench", ["batch_sizes=[0]"], "batch_sizes=0"),
+        ("bench", ["peers=[mistralrs]", "task.mistralrs=no/python"], "task.mistralrs=no/python is no Python"),
+        ("profile", ["peers=[transformers]"], "only task=bench measures other engines"),
+    ):
         done = run(tmp_path / "out", f"task={task}", *given)
         assert done.code == 2 and said in done.err, done.err
 
 
 def test_a_session_says_which_of_its_graphs_could_not_be_compiled(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "false")
-    done = run(tmp_path / "out", "task=bench", "backend.kernels=plain", "task.images=0", "task.new_tokens=2", "task.repetitions=1",
-               f"graph_cache={tmp_path / 'graphs'}")
+    done = run(
+        tmp_path / "out",
+        "task=bench",
+        "backend.kernels=plain",
+        "task.images=0",
+        "task.new_tokens=2",
+        "task.repetitions=1",
+        f"graph_cache={tmp_path / 'graphs'}",
+    )
     assert done.code == 0, done.err
-    said = re.search(r"Could not be compiled, so these steps ran uncompiled: (.*)\.\*\*", (tmp_path / "out/summary.md").read_text())
+    said = re.search(
+        r"Could not be compiled, so these steps ran uncompiled: (.*)\.\*\*", (tmp_path / "out/summary.md").read_text()
+    )
     assert [graph.split()[0] for graph in said[1].split("; ")] == ["decode", "prefill"]
 
 
 def test_a_peer_is_measured_beside_it_on_the_same_work(tmp_path):
-    done = run(tmp_path / "out", "task=bench", "peers=[transformers fp32]", "task.new_tokens=4", "task.repetitions=1", "backend=eager")
+    done = run(
+        tmp_path / "out",
+        "task=bench",
+        "peers=[transformers fp32]",
+        "task.new_tokens=4",
+        "task.repetitions=1",
+        "backend=eager",
+    )
     assert done.code == 0 and "can't run" not in done.err, done.err
     with (tmp_path / "out" / "bench.csv").open() as file:
         ours, peer = csv.DictReader(file)
@@ -172,7 +204,7 @@ def test_the_roofline_of_a_model_needs_no_weights_and_says_the_distance(session,
     tables = done.result()["metrics"]["tables"]
     measured = tables["Measured, beside the floors of cpu"]
     assert [row["batch"] for row in measured] == [1, 1, 2, 2]
-    assert all(0 < float(row["of floor"].removesuffix(" %")) for row in measured)
+    assert all(float(row["of floor"].removesuffix(" %")) > 0 for row in measured)
     for name in ("latency_by_batch", "tokens_by_batch", "bytes_split", "roofline"):
         assert (tmp_path / "out" / f"{name}.png").is_file()
 

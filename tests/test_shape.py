@@ -4,13 +4,19 @@ import json
 from dataclasses import replace
 
 import pytest
+from checkpoints import LLAMA3_SCALING, SPECS, model_config
 from transformers import MllamaConfig
 from transformers.models.mllama.image_processing_pil_mllama import get_all_supported_aspect_ratios
 
-from checkpoints import LLAMA3_SCALING, SPECS, model_config
-
 from mllama_graph.core.errors import UserError
-from mllama_graph.model.shape import RopeShape, differences, read_json, read_optional_json, shape_of, supported_aspect_ratios
+from mllama_graph.model.shape import (
+    RopeShape,
+    differences,
+    read_json,
+    read_optional_json,
+    shape_of,
+    supported_aspect_ratios,
+)
 
 BASE = model_config(SPECS["base"])
 
@@ -19,28 +25,53 @@ def changed(part, **fields):
     return BASE | {part: BASE[part] | fields}
 
 
-@pytest.mark.parametrize("scaling", [None, {"rope_type": "default"}, LLAMA3_SCALING, {"rope_type": "linear", "factor": 4.0}])
+@pytest.mark.parametrize(
+    "scaling", [None, {"rope_type": "default"}, LLAMA3_SCALING, {"rope_type": "linear", "factor": 4.0}]
+)
 def test_both_rope_styles_give_the_same_rope(scaling):
     spec = replace(SPECS["base"], rope_scaling=scaling, rope_theta=12345.0)
-    old, new = (shape_of(model_config(replace(spec, rope_style=style))) for style in ("rope_scaling", "rope_parameters"))
+    old, new = (
+        shape_of(model_config(replace(spec, rope_style=style))) for style in ("rope_scaling", "rope_parameters")
+    )
     assert old == new
     given = scaling or {}
     assert old.text.rope == RopeShape(
-        theta=12345.0, type=given.get("rope_type", "default"), factor=given.get("factor", 1.0),
-        original_positions=given.get("original_max_position_embeddings", 8192))
+        theta=12345.0,
+        type=given.get("rope_type", "default"),
+        factor=given.get("factor", 1.0),
+        original_positions=given.get("original_max_position_embeddings", 8192),
+    )
 
 
 def test_a_bare_config_has_the_defaults_of_hugging_face():
     theirs, ours = MllamaConfig(), shape_of({"model_type": "mllama"})
     text, vision = theirs.text_config, theirs.vision_config
     assert (ours.text.width, ours.text.layers, ours.text.heads, ours.text.kv_heads, ours.text.mlp, ours.text.vocab) == (
-        text.hidden_size, text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads,
-        text.intermediate_size, text.vocab_size)
+        text.hidden_size,
+        text.num_hidden_layers,
+        text.num_attention_heads,
+        text.num_key_value_heads,
+        text.intermediate_size,
+        text.vocab_size,
+    )
     assert ours.text.cross_layers == tuple(text.cross_attention_layers)
-    assert (ours.vision.width, ours.vision.layers, ours.vision.global_layers, ours.vision.mlp, ours.vision.patch,
-            ours.vision.tile, ours.vision.max_tiles) == (
-        vision.hidden_size, vision.num_hidden_layers, vision.num_global_layers, vision.intermediate_size,
-        vision.patch_size, vision.image_size, vision.max_num_tiles)
+    assert (
+        ours.vision.width,
+        ours.vision.layers,
+        ours.vision.global_layers,
+        ours.vision.mlp,
+        ours.vision.patch,
+        ours.vision.tile,
+        ours.vision.max_tiles,
+    ) == (
+        vision.hidden_size,
+        vision.num_hidden_layers,
+        vision.num_global_layers,
+        vision.intermediate_size,
+        vision.patch_size,
+        vision.image_size,
+        vision.max_num_tiles,
+    )
     assert ours.vision.features == tuple(vision.intermediate_layers_indices)
     assert ours.image_token == theirs.image_token_index
 
@@ -63,30 +94,50 @@ def test_every_field_of_a_checkpoint_is_read(name):
     assert shape.image_token == spec.vocab and shape.embeddings == spec.vocab + 8
 
 
-@pytest.mark.parametrize("config, message", [
-    (BASE | {"model_type": "llama"}, "model_type='llama'; only 'mllama' is supported"),
-    ({}, "model_type=None"),
-    (changed("text_config", rope_scaling={"rope_type": "yarn"}), "rope type 'yarn' .* Supported: default, linear, llama3"),
-    (changed("text_config", hidden_act="gelu"), "hidden_act='gelu'"),
-    (changed("vision_config", hidden_act="relu"), "hidden_act='relu'"),
-    (changed("text_config", num_key_value_heads=3), "3 kv heads do not divide 4 query heads"),
-    (changed("text_config", head_dim=7), "head_dim 7 is odd"),
-    (changed("text_config", cross_attention_layers=[1, 5]), r"cross_attention_layers \[1, 5\] go beyond the 5 layers"),
-    (changed("vision_config", intermediate_layers_indices=[4]), r"intermediate_layers_indices \[4\] go beyond the 4"),
-    (changed("vision_config", image_size=[56, 40]), "not square"),
-    (changed("vision_config", image_size=57), "tile 57 / patch 8"),
-])
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (BASE | {"model_type": "llama"}, "model_type='llama'; only 'mllama' is supported"),
+        ({}, "model_type=None"),
+        (
+            changed("text_config", rope_scaling={"rope_type": "yarn"}),
+            "rope type 'yarn' .* Supported: default, linear, llama3",
+        ),
+        (changed("text_config", hidden_act="gelu"), "hidden_act='gelu'"),
+        (changed("vision_config", hidden_act="relu"), "hidden_act='relu'"),
+        (changed("text_config", num_key_value_heads=3), "3 kv heads do not divide 4 query heads"),
+        (changed("text_config", head_dim=7), "head_dim 7 is odd"),
+        (
+            changed("text_config", cross_attention_layers=[1, 5]),
+            r"cross_attention_layers \[1, 5\] go beyond the 5 layers",
+        ),
+        (
+            changed("vision_config", intermediate_layers_indices=[4]),
+            r"intermediate_layers_indices \[4\] go beyond the 4",
+        ),
+        (changed("vision_config", image_size=[56, 40]), "not square"),
+        (changed("vision_config", image_size=57), "tile 57 / patch 8"),
+    ],
+)
 def test_what_mllama_cant_have_is_refused_with_its_rule(config, message):
     with pytest.raises(UserError, match=message):
         shape_of(config)
 
 
-@pytest.mark.parametrize("part, fields", [
-    ("text_config", {"hidden_size": "wide"}), ("text_config", {"num_attention_heads": 0}),
-    ("text_config", {"num_key_value_heads": 0}), ("text_config", {"cross_attention_layers": "all"}),
-    ("vision_config", {"patch_size": 0}), ("vision_config", {"image_size": []}), ("text_config", "text"),
-    ("vision_config", [1]),
-], ids=str)
+@pytest.mark.parametrize(
+    "part, fields",
+    [
+        ("text_config", {"hidden_size": "wide"}),
+        ("text_config", {"num_attention_heads": 0}),
+        ("text_config", {"num_key_value_heads": 0}),
+        ("text_config", {"cross_attention_layers": "all"}),
+        ("vision_config", {"patch_size": 0}),
+        ("vision_config", {"image_size": []}),
+        ("text_config", "text"),
+        ("vision_config", [1]),
+    ],
+    ids=str,
+)
 def test_a_value_of_the_wrong_kind_is_the_users_error(part, fields):
     config = changed(part, **fields) if isinstance(fields, dict) else BASE | {part: fields}
     with pytest.raises(UserError, match="config.json"):

@@ -27,7 +27,10 @@ DAMAGES = {
     "no sums": (lambda entry: (entry / "checksums.json").unlink(), "checksums.json can't be read"),
     "half sums": (lambda entry: (entry / "checksums.json").write_text("{"), "checksums.json can't be read"),
     "list of sums": (lambda entry: (entry / "checksums.json").write_text("[]"), "checksums.json can't be read"),
-    "empty sums": (lambda entry: (entry / "checksums.json").write_text("{}"), "checksums.json lists neither graph.pt2 nor torchair"),
+    "empty sums": (
+        lambda entry: (entry / "checksums.json").write_text("{}"),
+        "checksums.json lists neither graph.pt2 nor torchair",
+    ),
     "binary sums": (lambda entry: (entry / "checksums.json").write_bytes(b"\xff"), "checksums.json can't be read"),
     "absent": (shutil.rmtree, None),
 }

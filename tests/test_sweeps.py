@@ -4,17 +4,23 @@ import csv
 import re
 
 import pytest
-from hydra import compose, initialize_config_dir
-
 from commands import ROOT, run
 from engines import GRAPH_PLAN, GRAPH_SPEC, arguments
+from hydra import compose, initialize_config_dir
 
 from mllama_graph.compose import register_schemas
 
 
 def test_a_sweep_with_a_failing_job_finishes_the_others_and_fails(checkpoint, tmp_path):
-    done = run(tmp_path / "out", "-m", "backend=eager", "dtype=fp8,fp32", "max_output_length=4",
-               f"weights={checkpoint('base')}", "prompt=one, two")
+    done = run(
+        tmp_path / "out",
+        "-m",
+        "backend=eager",
+        "dtype=fp8,fp32",
+        "max_output_length=4",
+        f"weights={checkpoint('base')}",
+        "prompt=one, two",
+    )
     assert done.code != 0
     assert "dtype=fp8" in done.one_line_error()
     jobs = sorted(path.name for path in done.folder.iterdir() if path.is_dir())
@@ -35,8 +41,16 @@ def test_a_sweep_with_a_failing_job_finishes_the_others_and_fails(checkpoint, tm
 
 @pytest.mark.parametrize("launcher", ["parallel", "submitit_local"])
 def test_jobs_run_elsewhere_and_a_failing_one_is_counted(launcher, checkpoint, tmp_path):
-    done = run(tmp_path / "out", "-m", f"hydra/launcher={launcher}", "backend=eager", "dtype=fp8,fp32", "max_output_length=4",
-               f"weights={checkpoint('base')}", "prompt=one")
+    done = run(
+        tmp_path / "out",
+        "-m",
+        f"hydra/launcher={launcher}",
+        "backend=eager",
+        "dtype=fp8,fp32",
+        "max_output_length=4",
+        f"weights={checkpoint('base')}",
+        "prompt=one",
+    )
     assert done.code == 2, done.err
     with (done.folder / "summary.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -63,8 +77,14 @@ def test_every_experiment_composes(name):
 def test_a_cold_start_compiles_and_a_warm_one_finds(checkpoint, tmp_path):
     # One token: the graph of the prompt alone. Without kernels, which a graph store of its own would compile too.
     plan = GRAPH_PLAN | {"max_output_length": 1, "kernels": "plain"}
-    done = run(tmp_path / "out", "-m", "experiment=cold_vs_warm", f"weights={checkpoint(GRAPH_SPEC)}", "prompt=one",
-               *arguments(plan))
+    done = run(
+        tmp_path / "out",
+        "-m",
+        "experiment=cold_vs_warm",
+        f"weights={checkpoint(GRAPH_SPEC)}",
+        "prompt=one",
+        *arguments(plan),
+    )
     assert done.code == 0, done.err
     with (done.folder / "summary.csv").open() as file:
         cold, warm = csv.DictReader(file)

@@ -5,22 +5,23 @@ from dataclasses import replace
 
 import pytest
 import torch
-
-from mllama_graph.plan.bucket import Bucket
 from engines import resolved
+
 from mllama_graph.core.config import HardwareChoice, ModelChoice, Run
 from mllama_graph.core.devices import Device
 from mllama_graph.core.errors import RankFailed, UserError
 from mllama_graph.graphs.spec import GraphSpec
-from mllama_graph.plan.cost import bucket_cost, work
 from mllama_graph.model.shape import shape_of
+from mllama_graph.plan.bucket import Bucket
+from mllama_graph.plan.cost import bucket_cost, work
 from mllama_graph.tasks import verify
 from mllama_graph.tasks.options import VerifyOptions
 from mllama_graph.tasks.verify import Judged, all_findings, difference, jobs, kind, modelled, rows
 
 RELEASED = shape_of({"model_type": "mllama"})
-HARDWARE = HardwareChoice("a device", flops=3e14, memory_bytes_per_second=1.6e12, memory_bytes=64e9,
-                          link_bytes_per_second=3e10)
+HARDWARE = HardwareChoice(
+    "a device", flops=3e14, memory_bytes_per_second=1.6e12, memory_bytes=64e9, link_bytes_per_second=3e10
+)
 
 
 @pytest.fixture
@@ -29,16 +30,23 @@ def run_of(tmp_path, monkeypatch):
     monkeypatch.setattr(Device, "check_package", lambda device: None)
 
     def make(**changes):
-        given = {"model": ModelChoice("11b", {"text_config": {}}), "weights": "meta", "batch": 4, "task": VerifyOptions(),
-                 "hardware": HARDWARE, "output_dir": str(tmp_path)}
+        given = {
+            "model": ModelChoice("11b", {"text_config": {}}),
+            "weights": "meta",
+            "batch": 4,
+            "task": VerifyOptions(),
+            "hardware": HARDWARE,
+            "output_dir": str(tmp_path),
+        }
         return resolved(Run(**given | changes))
 
     return make
 
 
 def spec_of(ranks=1):
-    return GraphSpec(RELEASED, 128, 100, 200, torch.bfloat16, torch.bfloat16, "torchair", "npu-sim", 1, ranks,
-                     "distributed")
+    return GraphSpec(
+        RELEASED, 128, 100, 200, torch.bfloat16, torch.bfloat16, "torchair", "npu-sim", 1, ranks, "distributed"
+    )
 
 
 @pytest.fixture
@@ -48,8 +56,10 @@ def plan(run_of):
 
 def judged(wanted, **broken):
     """As if every graph had been lowered; `broken` gives a bucket's findings."""
-    return [Judged(job, 1.0, broken.get(str(job.bucket), []), 100, 20, 3, 10**9, {str(kind(job.bucket)): "Add Add"})
-            for job in wanted]
+    return [
+        Judged(job, 1.0, broken.get(str(job.bucket), []), 100, 20, 3, 10**9, {str(kind(job.bucket)): "Add Add"})
+        for job in wanted
+    ]
 
 
 def test_every_bucket_is_lowered_and_the_ends_of_each_class_are_lowered_whole(plan):
@@ -89,15 +99,18 @@ def test_graphs_of_a_class_that_differ_are_found(plan):
     odd = [one for one in found if not one.job.whole and one.job.bucket.phase == "decode"][-1]
     odd.structure |= {"another": "Mul Mul_3, at text.py:1"}
     assert all_findings(found) == [
-        f"structure: {odd.job.bucket}: not in every graph of its class: Mul Mul_3, at text.py:1"]
+        f"structure: {odd.job.bucket}: not in every graph of its class: Mul Mul_3, at text.py:1"
+    ]
 
 
 def test_what_many_graphs_have_in_common_is_told_once(plan):
     found = judged(jobs(spec_of(), plan))
     for number, one in enumerate(found):
         one.findings = [("moves", f"TensorMove TensorMove_{number}: copies pages.0.0, at text.py:3")]
-    assert all_findings(found) == [f"moves: {found[0].job.bucket}: TensorMove TensorMove_0: copies pages.0.0, "
-                                   f"at text.py:3 (and in {len(found) - 1} more graphs)"]
+    assert all_findings(found) == [
+        f"moves: {found[0].job.bucket}: TensorMove TensorMove_0: copies pages.0.0, "
+        f"at text.py:3 (and in {len(found) - 1} more graphs)"
+    ]
 
 
 def test_a_structure_differs_by_what_only_one_has():
@@ -107,8 +120,13 @@ def test_a_structure_differs_by_what_only_one_has():
 
 def test_findings_end_the_run_after_they_are_printed(run_of, tmp_path, monkeypatch, capsys):
     bucket = Bucket("decode", 1, 1, 1, 0)
-    monkeypatch.setattr(verify, "lower", lambda run, spec, wanted, progress: judged(
-        wanted, **{str(bucket): [("moves", "TensorMove TensorMove: copies pages.0.0, at text.py:3")]}))
+    monkeypatch.setattr(
+        verify,
+        "lower",
+        lambda run, spec, wanted, progress: judged(
+            wanted, **{str(bucket): [("moves", "TensorMove TensorMove: copies pages.0.0, at text.py:3")]}
+        ),
+    )
     with pytest.raises(RankFailed, match="1 findings .* moves: decode batch=1 pages=1 image_pages=0: TensorMove"):
         verify.main(run_of())
     printed, result = capsys.readouterr().out, json.loads((tmp_path / "result.json").read_text())

@@ -54,7 +54,9 @@ def test_without_a_compiler_the_text_is_the_same_and_one_line_says_why_it_is_slo
     assert text(without) == text(eager) and "three shapes" in text(eager)
     assert without.err.count("no C++ compiler") == 1 and "could not" not in without.err
     warmup = run(tmp_path / "warmup", "task=warmup", f"graph_cache={tmp_path / 'graphs'}")
-    assert warmup.code == 2 and warmup.err.count("no C++ compiler") == 1 and "graphs could not be compiled" in warmup.err, warmup.err
+    assert (
+        warmup.code == 2 and warmup.err.count("no C++ compiler") == 1 and "graphs could not be compiled" in warmup.err
+    ), warmup.err
 
 
 def test_what_a_compiler_left_serves_without_one(tmp_path, monkeypatch, empty_store):
@@ -64,4 +66,7 @@ def test_what_a_compiler_left_serves_without_one(tmp_path, monkeypatch, empty_st
     again = run(tmp_path / "again", *asked)
     assert (first.code, again.code) == (0, 0), again.err
     assert "no C++ compiler" not in again.err and again.out.partition("\n")[0] == first.out.partition("\n")[0]
-    assert [{graph["source"] for graph in done.result()["graphs"]} for done in (first, again)] == [{"compiled"}, {"hit"}]
+    assert [{graph["source"] for graph in done.result()["graphs"]} for done in (first, again)] == [
+        {"compiled"},
+        {"hit"},
+    ]

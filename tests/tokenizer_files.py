@@ -59,7 +59,9 @@ def write_tokenizer(folder: Path, text_vocab: int, template: str | None) -> None
     """
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
@@ -67,7 +69,9 @@ def write_tokenizer(folder: Path, text_vocab: int, template: str | None) -> None
     )
     if tokenizer.get_vocab_size() != text_vocab:
         raise ValueError(f"text_vocab={text_vocab}, but the corpus gives {tokenizer.get_vocab_size()} entries")
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in [*SPECIAL_TOKENS, IMAGE_TOKEN]])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in [*SPECIAL_TOKENS, IMAGE_TOKEN]]
+    )
     bos = ("<|begin_of_text|>", tokenizer.token_to_id("<|begin_of_text|>"))
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos[0]} $A", pair=f"{bos[0]} $A {bos[0]}:1 $B:1", special_tokens=[bos]

@@ -5,7 +5,7 @@ anything else happens. Nothing here imports torch or Hydra. plan/resolve.py turn
 """
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Optional
+from typing import Any, ClassVar
 
 from mllama_graph.core.devices import DEVICES, Device
 from mllama_graph.core.dtypes import DTYPES
@@ -29,10 +29,10 @@ class ModelChoice:
     """
 
     name: str = "custom"
-    config: Optional[dict[str, Any]] = None
-    weights: Optional[str] = None
-    image: Optional[str] = None
-    prompt: Optional[str] = None
+    config: dict[str, Any] | None = None
+    weights: str | None = None
+    image: str | None = None
+    prompt: str | None = None
 
 
 @dataclass
@@ -109,12 +109,12 @@ class PlanChoice:
     """The bucket plan (plan/buckets.py). A null is derived from batch and the lengths."""
 
     page_size: int = 128
-    prefill_tokens: Optional[list[int]] = None
-    decode_batch: Optional[list[int]] = None
-    pages: Optional[list[int]] = None
-    images: Optional[list[int]] = None
-    num_pages: Optional[int] = None
-    num_images: Optional[int] = None
+    prefill_tokens: list[int] | None = None
+    decode_batch: list[int] | None = None
+    pages: list[int] | None = None
+    images: list[int] | None = None
+    num_pages: int | None = None
+    num_images: int | None = None
     # A stored graph of a larger bucket serves a step at up to this many times the modelled cost of the exact bucket.
     reuse: float = 1.25
     # What happens to a step whose graph is not in the store.
@@ -126,7 +126,7 @@ class Run:
     """All keys of a run. conf/config.yaml explains each of them in a line."""
 
     model: ModelChoice = field(default_factory=ModelChoice)
-    weights: Optional[str] = None
+    weights: str | None = None
     tp: int = 1
     batch: int = 1
     dtype: str = "auto"
@@ -135,32 +135,32 @@ class Run:
     device: str = "auto"
     task: TaskOptions = field(default_factory=TaskOptions)
     hardware: HardwareChoice = field(default_factory=HardwareChoice)
-    prompt: Optional[str] = None
+    prompt: str | None = None
     image: Any = None
-    system: Optional[str] = None
-    requests: Optional[str] = None
+    system: str | None = None
+    requests: str | None = None
     # Short names of keys that tasks own; null leaves the task's own key alone.
-    batch_sizes: Optional[list[int]] = None
-    lengths: Optional[list[int]] = None
+    batch_sizes: list[int] | None = None
+    lengths: list[int] | None = None
     peers: Any = None
-    a: Optional[str] = None
-    b: Optional[str] = None
+    a: str | None = None
+    b: str | None = None
     max_input_length: int = 2048
     max_output_length: int = 128
-    max_images: Optional[int] = None
+    max_images: int | None = None
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
-    graph_cache: Optional[str] = None
-    threads: Optional[int] = None
+    graph_cache: str | None = None
+    threads: int | None = None
     deterministic: bool = False
     collectives: str = "auto"
     timeout: float = 60.0
-    memory_gib: Optional[float] = None
+    memory_gib: float | None = None
     plan: PlanChoice = field(default_factory=PlanChoice)
     # Set by the command line: the folder that this run writes to.
-    output_dir: Optional[str] = None
+    output_dir: str | None = None
 
 
 # Keys of tasks that users may also give at the top level, and which tasks have them.

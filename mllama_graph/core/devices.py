@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Optional
 
 from mllama_graph.core.dtypes import Precision
 from mllama_graph.core.errors import UserError
@@ -22,7 +21,7 @@ class Paging:
 
     # A page holds a multiple of this many tokens, and at most `largest_page`.
     page_multiple: int = 1
-    largest_page: Optional[int] = None
+    largest_page: int | None = None
     # Whether the kernel counts the pages of all sequences together, shared ones once for each sequence that reads them.
     counts_every_reader: bool = False
 
@@ -35,12 +34,12 @@ class Device:
     # Compiler backends that run on it, the default first.
     backends: tuple[str, ...] = ("inductor", "eager")
     # The environment variable that selects devices, and the prefix of their files in /dev, whose names end in a number.
-    variable: Optional[str] = None
+    variable: str | None = None
     files: str = ""
     # Whether the variable takes numbers alone; CUDA's also takes UUIDs.
     numbered: bool = False
     # A Python package without which the device can't be used, and the extra that installs it.
-    package: Optional[str] = None
+    package: str | None = None
     extra: str = ""
     # Ranks share the host's memory, instead of having a device's own.
     on_host: bool = False
@@ -52,7 +51,7 @@ class Device:
     native: bool = False
     # dtype=auto: dtypes stored otherwise than the checkpoint stores them, and the dtype that is computed in, if fixed.
     stores: Mapping[str, str] = field(default_factory=dict)
-    computes: Optional[str] = None
+    computes: str | None = None
     refused_dtypes: tuple[str, ...] = ()
     paging: Paging = Paging()
 
@@ -66,7 +65,9 @@ class Device:
     def visible(self, environment: Mapping[str, str] = os.environ) -> list[str]:
         """The devices that a run may use, in order. Raises UserError for a variable that makes no sense."""
         assert self.variable is not None, f"{self.name} has no devices to choose from"
-        present = sorted((path.name.removeprefix(self.files) for path in Path("/dev").glob(f"{self.files}[0-9]*")), key=int)
+        present = sorted(
+            (path.name.removeprefix(self.files) for path in Path("/dev").glob(f"{self.files}[0-9]*")), key=int
+        )
         given = environment.get(self.variable)
         if given is None:
             return present
@@ -84,14 +85,18 @@ class Device:
         devices = self.visible(environment)
         if len(devices) < ranks:
             seen = f"{self.variable}={environment[self.variable]}" if self.variable in environment else "this machine"
-            raise UserError(f"tp={ranks} needs {ranks} {self.name} devices; {seen} shows {len(devices)}. "
-                            f"Lower tp, set {self.variable}, or use device=cpu.")
+            raise UserError(
+                f"tp={ranks} needs {ranks} {self.name} devices; {seen} shows {len(devices)}. "
+                f"Lower tp, set {self.variable}, or use device=cpu."
+            )
 
     def check_package(self) -> None:
         """Raises UserError where the package that the device needs is not installed."""
         if self.package and not importlib.util.find_spec(self.package):
-            raise UserError(f"device={self.name} needs {self.package}, which is not installed. Install it with: "
-                            f"pip install -e '.[{self.extra}]'")
+            raise UserError(
+                f"device={self.name} needs {self.package}, which is not installed. Install it with: "
+                f"pip install -e '.[{self.extra}]'"
+            )
 
 
 # On a CPU weights stay as they are stored and are computed in fp32: few CPUs multiply 16-bit types faster than fp32,
@@ -100,10 +105,30 @@ CPU = Device("cpu", on_host=True, native=True, computes="fp32")
 CUDA = Device("cuda", variable="CUDA_VISIBLE_DEVICES", files="nvidia")
 # Attention on an NPU takes 16-bit types only. Pages: docs npu_fused_infer_attention_score, for several query rows.
 _NPU_PAGING = Paging(page_multiple=128, largest_page=512, counts_every_reader=True)
-NPU = Device("npu", backends=("torchair",), variable="ASCEND_RT_VISIBLE_DEVICES", files="davinci", numbered=True,
-             package="torch_npu", extra="npu", compiles_on_rank=True, stores={"fp32": "bf16"}, refused_dtypes=("fp32",), paging=_NPU_PAGING)
-NPU_SIM = Device("npu-sim", backends=("torchair",), package="torch_npu", extra="npu", on_host=True, simulated=True,
-                 compiles_on_rank=True, stores={"fp32": "bf16"}, paging=_NPU_PAGING)
+NPU = Device(
+    "npu",
+    backends=("torchair",),
+    variable="ASCEND_RT_VISIBLE_DEVICES",
+    files="davinci",
+    numbered=True,
+    package="torch_npu",
+    extra="npu",
+    compiles_on_rank=True,
+    stores={"fp32": "bf16"},
+    refused_dtypes=("fp32",),
+    paging=_NPU_PAGING,
+)
+NPU_SIM = Device(
+    "npu-sim",
+    backends=("torchair",),
+    package="torch_npu",
+    extra="npu",
+    on_host=True,
+    simulated=True,
+    compiles_on_rank=True,
+    stores={"fp32": "bf16"},
+    paging=_NPU_PAGING,
+)
 
 DEVICES = {device.name: device for device in (CPU, CUDA, NPU, NPU_SIM)}
 

@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Optional
 
 # The cores that this process may run on, before any rank is bound to some of them.
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
@@ -65,7 +64,7 @@ def processor_name(capability: str) -> str:
     return f"{name} {capability}"
 
 
-def process_age() -> Optional[float]:
+def process_age() -> float | None:
     """Seconds since this process started, imports included; None where /proc does not tell."""
     try:
         # Field 22 of proc(5), counted behind the name in brackets, which may hold anything: start in ticks since boot.

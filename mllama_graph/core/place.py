@@ -7,7 +7,6 @@ import os
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Optional
 
 from mllama_graph.core import machine
 from mllama_graph.core.errors import UserError
@@ -34,13 +33,17 @@ class Place:
 
     def environment(self) -> dict[str, str]:
         """This place as torchrun writes it."""
-        return {"RANK": str(self.rank), "WORLD_SIZE": str(self.world), "LOCAL_RANK": str(self.local_rank),
-                "LOCAL_WORLD_SIZE": str(self.local_world)}
+        return {
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.world),
+            "LOCAL_RANK": str(self.local_rank),
+            "LOCAL_WORLD_SIZE": str(self.local_world),
+        }
 
     def cores(self) -> list[int]:
         """This rank's cores: an equal part of what the host has; all of them where there are fewer than ranks."""
         count = len(machine.CORES) // self.local_world
-        return machine.CORES[self.local_rank * count:(self.local_rank + 1) * count] or machine.CORES
+        return machine.CORES[self.local_rank * count : (self.local_rank + 1) * count] or machine.CORES
 
     def threads(self) -> int:
         """CPU threads of this rank, so that the ranks of a host don't take more than it has."""
@@ -54,7 +57,7 @@ class Rendezvous:
     address: str
     port: int
     # A listening socket that rank 0 inherits from the process that chose the port.
-    listening: Optional[int] = None
+    listening: int | None = None
     # torchrun runs the store itself, and counts how often it has restarted the ranks.
     held_by_agent: bool = False
     restarts: int = 0
@@ -63,10 +66,13 @@ class Rendezvous:
     def from_environment(environment: Mapping[str, str] = os.environ) -> "Rendezvous":
         """As the variables of torchrun and of our supervisor describe it."""
         listening = environment.get(LISTENING)
-        return Rendezvous(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]),
-                          int(listening) if listening else None,
-                          environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-                          int(environment.get("TORCHELASTIC_RESTART_COUNT", 0)))
+        return Rendezvous(
+            environment["MASTER_ADDR"],
+            int(environment["MASTER_PORT"]),
+            int(listening) if listening else None,
+            environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+            int(environment.get("TORCHELASTIC_RESTART_COUNT", 0)),
+        )
 
     def environment(self) -> dict[str, str]:
         """The variables that `from_environment` reads."""
@@ -74,7 +80,7 @@ class Rendezvous:
         return {"MASTER_ADDR": self.address, "MASTER_PORT": str(self.port), **listening}
 
 
-def place_from(environment: Mapping[str, str]) -> Optional[Place]:
+def place_from(environment: Mapping[str, str]) -> Place | None:
     """The place that torchrun or our supervisor gave this process; None for a process that was started alone.
 
     Raises UserError for variables that make no sense together.
@@ -89,12 +95,14 @@ def place_from(environment: Mapping[str, str]) -> Optional[Place]:
     except ValueError as error:
         raise UserError(f"RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE must be numbers: {error}.") from error
     if not (0 <= rank < world and 0 <= local_rank < local_world <= world):
-        raise UserError(f"RANK={rank} WORLD_SIZE={world} LOCAL_RANK={local_rank} LOCAL_WORLD_SIZE={local_world} don't fit "
-                        "each other. Start with torchrun, or without these variables.")
+        raise UserError(
+            f"RANK={rank} WORLD_SIZE={world} LOCAL_RANK={local_rank} LOCAL_WORLD_SIZE={local_world} don't fit "
+            "each other. Start with torchrun, or without these variables."
+        )
     return Place(rank, world, local_rank, local_world)
 
 
-def bind_master_port(environment: Mapping[str, str] = os.environ) -> tuple[socket.socket, Optional[str]]:
+def bind_master_port(environment: Mapping[str, str] = os.environ) -> tuple[socket.socket, str | None]:
     """A listening socket on this host at MASTER_PORT (20030), and None.
 
     Where that port is taken: a socket at a free port of 20000 to 20050, and a line that says so. Raises UserError where

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Optional, TextIO
+from typing import Any, TextIO
 
 from tabulate import tabulate
 from tqdm import tqdm
@@ -22,9 +22,9 @@ PACKAGES = ("torch", "torch_npu", "transformers", "tokenizers", "safetensors", "
 class Progress:
     """Progress bars and lines for the reader, on stderr: stdout belongs to the answer."""
 
-    def __init__(self, stream: Optional[TextIO] = None):
+    def __init__(self, stream: TextIO | None = None):
         self._stream = stream or sys.stderr
-        self._bars: dict[str, "tqdm[Any]"] = {}
+        self._bars: dict[str, tqdm[Any]] = {}
         self._begun = 0.0
 
     def say(self, line: str) -> None:
@@ -45,14 +45,21 @@ class Progress:
 
     def turns(self, done: int, total: int, what: str) -> None:
         """Measurements taken, of how many, with the remaining time; `what` is being measured."""
-        self._show("measured", done, total, what, unit="turn",
-                   bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}")
+        self._show(
+            "measured",
+            done,
+            total,
+            what,
+            unit="turn",
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}",
+        )
 
     def _show(self, name: str, done: int, total: int, what: str = "", **look: Any) -> None:
         bar = self._bars.get(name)
         if bar is None:
-            bar = self._bars[name] = tqdm(total=total, desc=name, leave=False, file=self._stream,
-                                          disable=not self._stream.isatty(), **look)
+            bar = self._bars[name] = tqdm(
+                total=total, desc=name, leave=False, file=self._stream, disable=not self._stream.isatty(), **look
+            )
         if what:
             bar.set_postfix_str(what, refresh=False)
         bar.update(done - bar.n)
@@ -60,10 +67,10 @@ class Progress:
             self._bars.pop(name).close()
 
 
-def versions() -> dict[str, Optional[str]]:
+def versions() -> dict[str, str | None]:
     """Versions of Python and of the packages that matter; None for a package that is not installed."""
 
-    def version(name: str) -> Optional[str]:
+    def version(name: str) -> str | None:
         try:
             return metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -79,13 +86,30 @@ def write_json(path: Path, value: Any) -> None:
     aside.replace(path)
 
 
-def write_result(folder: Path, config: dict[str, Any], status: str = "ok", error: Optional[str] = None,
-                 metrics: Optional[dict[str, Any]] = None, graphs: Optional[list[dict[str, Any]]] = None,
-                 text: Optional[str] = None, token_ids: Optional[list[int]] = None) -> None:
+def write_result(
+    folder: Path,
+    config: dict[str, Any],
+    status: str = "ok",
+    error: str | None = None,
+    metrics: dict[str, Any] | None = None,
+    graphs: list[dict[str, Any]] | None = None,
+    text: str | None = None,
+    token_ids: list[int] | None = None,
+) -> None:
     """The run's result.json."""
-    write_json(folder / "result.json", {
-        "status": status, "error": error, "config": config, "versions": versions(), "metrics": metrics or {},
-        "graphs": graphs or [], "text": text, "token_ids": token_ids})
+    write_json(
+        folder / "result.json",
+        {
+            "status": status,
+            "error": error,
+            "config": config,
+            "versions": versions(),
+            "metrics": metrics or {},
+            "graphs": graphs or [],
+            "text": text,
+            "token_ids": token_ids,
+        },
+    )
 
 
 def write_failure(folder: Path, config: dict[str, Any], message: str) -> None:
@@ -110,4 +134,7 @@ def columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """The lines of a Markdown table, cells unpadded."""
-    return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in [head, ("---",) * len(head), *rows]]
+    return [
+        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |"
+        for row in [head, ("---",) * len(head), *rows]
+    ]

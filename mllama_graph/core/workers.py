@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from typing import Any, Optional
+from typing import Any
 
 from mllama_graph.core.machine import CORES
 from mllama_graph.core.paths import PACKAGE
@@ -41,7 +41,7 @@ class _Setup:
     workers: int
     cores: Sequence[int]
     imports: Sequence[str]
-    begin: Optional[Callable[..., None]]
+    begin: Callable[..., None] | None
     arguments: tuple[Any, ...]
 
 
@@ -52,14 +52,24 @@ class WorkerPool:
     import; `variables` are added to the environment. The processes end when this one does, however that happens.
     """
 
-    def __init__(self, workers: int, begin: Optional[Callable[..., None]] = None, arguments: tuple[Any, ...] = (),
-                 imports: Sequence[str] = (), variables: Optional[Mapping[str, str]] = None):
+    def __init__(
+        self,
+        workers: int,
+        begin: Callable[..., None] | None = None,
+        arguments: tuple[Any, ...] = (),
+        imports: Sequence[str] = (),
+        variables: Mapping[str, str] | None = None,
+    ):
         ours, theirs = socket.socketpair()
         paths = filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")])
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **(variables or {})}
         # A session of its own: Ctrl-C does not reach it.
-        self._process = subprocess.Popen([sys.executable, "-P", "-m", __name__, str(theirs.fileno())], env=environment,
-                                         pass_fds=[theirs.fileno()], start_new_session=True)
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", __name__, str(theirs.fileno())],
+            env=environment,
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,
+        )
         theirs.close()
         self._connection = Connection(ours.detach())
         self._futures: dict[int, Future[Any]] = {}
@@ -158,7 +168,7 @@ def _end_group() -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def _pickled(number: int, result: Any, error: Optional[BaseException]) -> bytes:
+def _pickled(number: int, result: Any, error: BaseException | None) -> bytes:
     """A message for the caller. An error that can't be pickled becomes its text."""
     try:
         return pickle.dumps((number, result, error))
@@ -166,7 +176,7 @@ def _pickled(number: int, result: Any, error: Optional[BaseException]) -> bytes:
         return pickle.dumps((number, None, RuntimeError(f"{type(error).__name__}: {error}")))
 
 
-def _begin(begin: Optional[Callable[..., None]], arguments: tuple[Any, ...]) -> None:
+def _begin(begin: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
     """Set up a worker."""
     signal.signal(signal.SIGTERM, _exit)
     if begin:

@@ -24,7 +24,9 @@ def needs(plan: Plan, step: Step) -> Bucket:
         return plan.vision()
     if isinstance(step, PrefillStep):
         return plan.prefill(len(step.row.ids), pages_for(step.row.start, plan.page_size), step.row.image_pages)
-    return plan.decode(len(step.rows), max(row.used_pages for row in step.rows), max(row.image_pages for row in step.rows))
+    return plan.decode(
+        len(step.rows), max(row.used_pages for row in step.rows), max(row.image_pages for row in step.rows)
+    )
 
 
 @dataclass
@@ -78,18 +80,25 @@ def _table(lists: Sequence[Ints], rows: int, width: int) -> Ints:
     """Arrays as rows of a table, padded with 0 (a page that can always be read)."""
     table = np.zeros((rows, width), dtype=np.int32)
     for index, values in enumerate(lists):
-        table[index, :len(values)] = values
+        table[index, : len(values)] = values
     return table
 
 
-def _image(known: Sequence[Known], see: Sequence[tuple[int, int]], sequences: int, tokens: int, bucket: Bucket,
-           device: torch.device) -> ImageInput | None:
+def _image(
+    known: Sequence[Known],
+    see: Sequence[tuple[int, int]],
+    sequences: int,
+    tokens: int,
+    bucket: Bucket,
+    device: torch.device,
+) -> ImageInput | None:
     if bucket.image_pages == 0:
         return None
     return ImageInput(
         table_BJ=_int32(_table([one.image_pages for one in known], sequences, bucket.image_pages), device),
         fill_BJ=_int32(_table([one.image_fill for one in known], sequences, bucket.image_pages), device),
-        see_T2=_int32(_table([np.asarray(span, np.int32) for span in see], tokens, 2), device))
+        see_T2=_int32(_table([np.asarray(span, np.int32) for span in see], tokens, 2), device),
+    )
 
 
 def _see(row: Row) -> Sequence[tuple[int, int]]:
@@ -102,7 +111,7 @@ def prompt_input(row: Row, known: Known, bucket: Bucket, plan: Plan, device: tor
     new, T = len(row.ids), bucket.tokens
     padding = T - new
     row_slots = slots(known.pages.tolist(), row.start, new, plan.page_size) + list(range(padding))
-    earlier = known.pages[:pages_for(row.start, plan.page_size)]
+    earlier = known.pages[: pages_for(row.start, plan.page_size)]
     return PromptInput(
         ids_T=_int32([*row.ids, *[0] * padding], device),
         position_T=_int32([*range(row.start, row.start + new), *[0] * padding], device),
@@ -111,10 +120,13 @@ def prompt_input(row: Row, known: Known, bucket: Bucket, plan: Plan, device: tor
         real_1=_int32([new], device),
         past_1=_int32([row.start], device),
         table_J=_int32(_table([earlier], 1, bucket.pages)[0], device) if bucket.pages else None,
-        image=_image([known], _see(row), 1, T, bucket, device))
+        image=_image([known], _see(row), 1, T, bucket, device),
+    )
 
 
-def token_input(rows: Sequence[Row], sequences: Sequences, bucket: Bucket, plan: Plan, device: torch.device) -> TokenInput:
+def token_input(
+    rows: Sequence[Row], sequences: Sequences, bucket: Bucket, plan: Plan, device: torch.device
+) -> TokenInput:
     """Running sequences, padded to the bucket; a padded row is a sequence of one token in a scratch slot of its own."""
     padding, size = bucket.rows - len(rows), plan.page_size
     known = [sequences[row] for row in rows]
@@ -124,17 +136,23 @@ def token_input(rows: Sequence[Row], sequences: Sequences, bucket: Bucket, plan:
         position_T=_int32([row.start for row in rows] + [0] * padding, device),
         slot_T=_int32(row_slots + list(range(padding)), device),
         real_1=_int32([len(rows)], device),
-        table_BJ=_int32(_table([one.pages[:row.used_pages] for row, one in zip(rows, known)], bucket.rows, bucket.pages), device),
+        table_BJ=_int32(
+            _table([one.pages[: row.used_pages] for row, one in zip(rows, known)], bucket.rows, bucket.pages), device
+        ),
         len_B=_int32([row.start + 1 for row in rows] + [1] * padding, device),
-        image=_image(known, [_see(row)[0] for row in rows], bucket.rows, bucket.tokens, bucket, device))
+        image=_image(known, [_see(row)[0] for row in rows], bucket.rows, bucket.tokens, bucket, device),
+    )
 
 
 def tile_input(step: VisionStep, shape: ModelShape, plan: Plan, device: torch.device) -> TileInput:
     """An image's real tiles, padded to the model's number of tiles."""
     vision, image = shape.vision, step.image
     tiles = np.zeros((vision.max_tiles, vision.channels, vision.tile, vision.tile), dtype=np.uint8)
-    tiles[:image.count] = image.data
+    tiles[: image.count] = image.data
     tokens = vision.max_tiles * vision.tokens
     return TileInput(
-        tiles_C3hw=torch.from_numpy(tiles).to(device), aspect_1=_int32([image.aspect], device),
-        real_1=_int32([image.count], device), slot_S=_int32(slots(step.pages, 0, tokens, plan.page_size), device))
+        tiles_C3hw=torch.from_numpy(tiles).to(device),
+        aspect_1=_int32([image.aspect], device),
+        real_1=_int32([image.count], device),
+        slot_S=_int32(slots(step.pages, 0, tokens, plan.page_size), device),
+    )

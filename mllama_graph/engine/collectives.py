@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Optional, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -45,11 +45,12 @@ class SharedMemory:
 class Distributed:
     """A torch.distributed group over `backend` (gloo, nccl, hccl), and one over gloo for tensors of the host if asked for."""
 
-    def __init__(self, place: Place, store: Optional[dist.Store], timeout: float, backend: str, host_group: bool):
+    def __init__(self, place: Place, store: dist.Store | None, timeout: float, backend: str, host_group: bool):
         assert store is not None, "several ranks have met"
         within = timedelta(seconds=timeout)
-        dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=place.rank, world_size=place.world,
-                                timeout=within)
+        dist.init_process_group(
+            backend, store=dist.PrefixStore("group", store), rank=place.rank, world_size=place.world, timeout=within
+        )
         assert dist.group.WORLD is not None, "made just now"
         torch._C._distributed_c10d._register_process_group(GROUP, dist.group.WORLD)
         if host_group:

@@ -13,7 +13,7 @@ import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -60,7 +60,7 @@ class Backend(ABC):
         """Make the device known to torch, and this rank's device the current one. Raises UserError where there is none."""
 
     @abstractmethod
-    def free_memory(self) -> Optional[tuple[int, str]]:
+    def free_memory(self) -> tuple[int, str] | None:
         """Bytes that the device has free, and the source of the figure; None for ranks that share the host's memory."""
 
     def spec(self) -> GraphSpec:
@@ -68,9 +68,22 @@ class Backend(ABC):
         run = self.run
         threads = run.threads or min(torch.get_num_threads(), self.place.threads())
         return GraphSpec(
-            run.shape, run.plan.page_size, run.plan.num_pages, run.plan.num_image_pages, TORCH_DTYPES[run.precision.store],
-            TORCH_DTYPES[run.precision.compute], run.backend, run.device.name, threads, run.tp, run.collectives, run.kernels,
-            run.deterministic, run.compiler_options, self.place.rank)
+            run.shape,
+            run.plan.page_size,
+            run.plan.num_pages,
+            run.plan.num_image_pages,
+            TORCH_DTYPES[run.precision.store],
+            TORCH_DTYPES[run.precision.compute],
+            run.backend,
+            run.device.name,
+            threads,
+            run.tp,
+            run.collectives,
+            run.kernels,
+            run.deterministic,
+            run.compiler_options,
+            self.place.rank,
+        )
 
     def prepare(self, spec: GraphSpec, libraries: Path, say: Callable[[str], None]) -> None:
         """Bind the process to its cores and threads, and load what the operations need; `libraries`: their folder."""
@@ -87,7 +100,7 @@ class Backend(ABC):
     def lay_out(self, weights: Weights, spec: GraphSpec) -> None:
         """Convert weights in place to the layout that the device's kernels read."""
 
-    def join(self, store: Optional[dist.Store], libraries: Path, say: Callable[[str], None]) -> Collectives:
+    def join(self, store: dist.Store | None, libraries: Path, say: Callable[[str], None]) -> Collectives:
         """Join the other ranks; waits for them at most for the run's timeout. Raises UserError where that can't be built."""
         if self.place.world == 1:
             return Alone()
@@ -99,8 +112,15 @@ class Backend(ABC):
         """How samplers exchange candidates."""
         return ops.all_gather
 
-    def load_graphs(self, spec: GraphSpec, weights: Weights, pages: tuple[Pages, Pages], ops: Ops, store: GraphStore,
-                    say: Callable[[str], None]) -> LoadedGraphs:
+    def load_graphs(
+        self,
+        spec: GraphSpec,
+        weights: Weights,
+        pages: tuple[Pages, Pages],
+        ops: Ops,
+        store: GraphStore,
+        say: Callable[[str], None],
+    ) -> LoadedGraphs:
         """The rank's graphs, none of them loaded yet."""
         return self.loaded(spec, weights, pages, ops, store, say)
 
@@ -111,7 +131,7 @@ class Backend(ABC):
     def synchronize(self) -> None:
         """Wait until the device has done all that it was told."""
 
-    def name(self) -> Optional[str]:
+    def name(self) -> str | None:
         """The accelerator's name; None for a CPU."""
         return None
 
@@ -138,7 +158,7 @@ class CpuBackend(Backend):
     def start(self) -> None:
         """Nothing: torch starts with a CPU."""
 
-    def free_memory(self) -> Optional[tuple[int, str]]:
+    def free_memory(self) -> tuple[int, str] | None:
         return None
 
     def prepare(self, spec: GraphSpec, libraries: Path, say: Callable[[str], None]) -> None:
@@ -163,13 +183,13 @@ class CudaBackend(Backend):
             raise UserError("device=cuda: torch finds no CUDA device. Use device=cpu.")
         torch.cuda.set_device(self.place.local_rank)
 
-    def free_memory(self) -> Optional[tuple[int, str]]:
+    def free_memory(self) -> tuple[int, str] | None:
         return torch.cuda.mem_get_info()[0], "free on the CUDA device"
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()
 
-    def name(self) -> Optional[str]:
+    def name(self) -> str | None:
         return torch.cuda.get_device_name()
 
     def most_bytes(self) -> int:
@@ -196,7 +216,7 @@ class NpuBackend(Backend):
 
         return torch_npu.npu
 
-    def free_memory(self) -> Optional[tuple[int, str]]:
+    def free_memory(self) -> tuple[int, str] | None:
         return self._npu().mem_get_info()[0], "free on the NPU"
 
     def lay_out(self, weights: Weights, spec: GraphSpec) -> None:
@@ -211,7 +231,7 @@ class NpuBackend(Backend):
     def logits(self, logits_BV: Tensor) -> Tensor:
         return logits_BV.cpu()
 
-    def name(self) -> Optional[str]:
+    def name(self) -> str | None:
         return self._npu().get_device_name()
 
     def most_bytes(self) -> int:
@@ -239,21 +259,25 @@ class NpuSimBackend(NpuBackend):
 
         simulation.install(wide=self.run.precision.compute == "fp32")
 
-    def free_memory(self) -> Optional[tuple[int, str]]:
+    def free_memory(self) -> tuple[int, str] | None:
         return None
 
-    def name(self) -> Optional[str]:
+    def name(self) -> str | None:
         return None
 
     def most_bytes(self) -> int:
         return Backend.most_bytes(self)
 
 
-BACKENDS: dict[str, type[Backend]] = {CPU.name: CpuBackend, CUDA.name: CudaBackend, NPU.name: NpuBackend,
-                                      NPU_SIM.name: NpuSimBackend}
+BACKENDS: dict[str, type[Backend]] = {
+    CPU.name: CpuBackend,
+    CUDA.name: CudaBackend,
+    NPU.name: NpuBackend,
+    NPU_SIM.name: NpuSimBackend,
+}
 
 
-def backend_of(run: ResolvedRun, place: Optional[Place] = None) -> Backend:
+def backend_of(run: ResolvedRun, place: Place | None = None) -> Backend:
     """The backend of a run's device; without a place, that of rank 0 of ranks that share this host."""
     return BACKENDS[run.device.name](run, place or Place(0, run.tp, 0, run.tp))
 
@@ -262,8 +286,8 @@ def import_torch_npu() -> None:
     """Import torch_npu, which registers the device. What it prints goes to the log: stdout belongs to the answer."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        import torch_npu  # noqa: F401
-        import torchair  # noqa: F401
+        import torch_npu  # noqa: F401  # registers the device
+        import torchair  # noqa: F401  # registers its operations
     log.info("torch_npu: %s", said.getvalue().strip() or "imported")
     # torchair installs handlers that close its engine and go on; an interrupt must end the run.
     for number, handler in handlers.items():

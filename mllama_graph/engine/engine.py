@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
-from typing import Any, Optional
+from typing import Any
 
 from mllama_graph.core.machine import process_age
 from mllama_graph.core.report import Progress
@@ -55,10 +55,14 @@ class Engine:
 
         Raises UserError for a request that the plan can never hold.
         """
-        sequence = Sequence(self._next, request.ids, request.images, request.positions, request.max_new, request.sampling)
+        sequence = Sequence(
+            self._next, request.ids, request.images, request.positions, request.max_new, request.sampling
+        )
         self.scheduler.add(sequence)
         self._next += 1
-        self._running[sequence.id] = _Running(request, sequence, self.processor.detokenizer(request.stop), time.perf_counter())
+        self._running[sequence.id] = _Running(
+            request, sequence, self.processor.detokenizer(request.stop), time.perf_counter()
+        )
         return sequence.id
 
     def abort(self, number: int) -> None:
@@ -87,10 +91,17 @@ class Engine:
             return []
         start = time.perf_counter()
         tokens = self.executor.execute(step)
-        self.stats.count(step, time.perf_counter() - start, self._image_tokens(step), self.executor.run.shape,
-                         self.executor.run.precision.widths)
+        self.stats.count(
+            step,
+            time.perf_counter() - start,
+            self._image_tokens(step),
+            self.executor.run.shape,
+            self.executor.run.precision.widths,
+        )
         moved = self.scheduler.commit(tuple(token.id for token in tokens))
-        return [(sequence.id, self._advance(sequence, token)) for (sequence, _), token in zip(moved, tokens, strict=True)]
+        return [
+            (sequence.id, self._advance(sequence, token)) for (sequence, _), token in zip(moved, tokens, strict=True)
+        ]
 
     def run(self, on_delta: Callable[[Delta], None]) -> None:
         """Step until nothing is left to do."""
@@ -106,17 +117,21 @@ class Engine:
         """What became of each graph, for result.json."""
         return [asdict(record) for record in self.executor.graphs.records]
 
-    def close(self, progress: Optional[Progress] = None) -> None:
+    def close(self, progress: Progress | None = None) -> None:
         """Let the ranks end. With `progress`, graphs that are still compiling reach the store first; Ctrl-C stops that."""
         self.executor.close()
         graphs = self.executor.graphs
         pending = graphs.compiler.pending
         if progress and pending and not graphs.store.warning:
-            progress.say(f"\nwaiting for {pending} graph{'s' * (pending > 1)} to be compiled for the next start; Ctrl-C stops this")
+            progress.say(
+                f"\nwaiting for {pending} graph{'s' * (pending > 1)} to be compiled for the next start; Ctrl-C stops this"
+            )
             try:
                 graphs.drain(progress.graphs)
             except KeyboardInterrupt:
-                progress.say(f"stopped: {graphs.compiler.pending} not compiled; task=warmup compiles all graphs in advance")
+                progress.say(
+                    f"stopped: {graphs.compiler.pending} not compiled; task=warmup compiles all graphs in advance"
+                )
         graphs.compiler.close()
 
     def _advance(self, sequence: Sequence, token: Token) -> Delta:
@@ -126,8 +141,14 @@ class Engine:
             self.stats.start_to_first_token = process_age()
         request = state.request
         if request.sampling.logprobs is not None:
-            state.logprobs.append({"id": token.id, "logprob": token.logprob, "top_ids": list(token.top_ids),
-                                   "top_logprobs": list(token.top_logprobs)})
+            state.logprobs.append(
+                {
+                    "id": token.id,
+                    "logprob": token.logprob,
+                    "top_ids": list(token.top_ids),
+                    "top_logprobs": list(token.top_logprobs),
+                }
+            )
         ended = token.id in self.processor.eos and not request.ignore_eos
         text = "" if ended else state.text.add(token.id)
         if not (ended or state.text.stopped or len(sequence.generated) >= request.max_new):
@@ -142,11 +163,16 @@ class Engine:
         request, ids = state.request, list(state.sequence.generated)
         after = len(ids) - 1
         return Result(
-            id=request.id, token_ids=ids, text=state.text.text, finish_reason=reason, prompt_tokens=len(request.ids),
+            id=request.id,
+            token_ids=ids,
+            text=state.text.text,
+            finish_reason=reason,
+            prompt_tokens=len(request.ids),
             image_tokens=sum(image.count for image in request.images) * self._tokens_per_tile,
             time_to_first_token_ms=round((state.first - state.submitted) * 1e3, 3),
             time_per_output_token_ms=round((now - state.first) * 1e3 / after, 3) if after else None,
-            logprobs=state.logprobs if request.sampling.logprobs is not None else None)
+            logprobs=state.logprobs if request.sampling.logprobs is not None else None,
+        )
 
     def _image_tokens(self, step: Step) -> int:
         """Image tokens that the rows of a decode step see, summed over rows."""

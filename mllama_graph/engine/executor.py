@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Optional
 
 from mllama_graph.core.place import Place, Rendezvous, place_from
 from mllama_graph.core.report import Progress
@@ -28,8 +27,16 @@ class Executor:
     has ended. Raises UserError before anything is allocated where the memory does not suffice.
     """
 
-    def __init__(self, run: ResolvedRun, pixels: Pixels, progress: Progress, first: Sequence[Bucket] = (),
-                 place: Optional[Place] = None, rendezvous: Optional[Rendezvous] = None, check: Callable[[], None] = lambda: None):
+    def __init__(
+        self,
+        run: ResolvedRun,
+        pixels: Pixels,
+        progress: Progress,
+        first: Sequence[Bucket] = (),
+        place: Place | None = None,
+        rendezvous: Rendezvous | None = None,
+        check: Callable[[], None] = lambda: None,
+    ):
         self.run, self.plan = run, run.plan
         self.place = place = place or place_from(os.environ) or Place()
         self._check_memory()
@@ -40,10 +47,16 @@ class Executor:
         self._workers.send(Start(run, pixels))
         graph_store, weight_width = GraphStore(run.store_folder), run.precision.widths[0]
         self.graphs = Graphs(
-            backend_of(run, place).spec(), graph_store, self.plan.buckets(),
+            backend_of(run, place).spec(),
+            graph_store,
+            self.plan.buckets(),
             cost=lambda bucket: bucket_cost(run.shape, self.plan.page_size, bucket, weight_width),
-            reuse=run.reuse, mode=run.compile_mode, say=progress.say,
-            compile=lambda bucket: self._workers.send(Compile(bucket)), load=self._load)
+            reuse=run.reuse,
+            mode=run.compile_mode,
+            say=progress.say,
+            compile=lambda bucket: self._workers.send(Compile(bucket)),
+            load=self._load,
+        )
         for bucket in first:
             self.graphs.prefetch(bucket)
         self.rank = Rank(run, pixels, place, store, graph_store, progress)

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Client, Connection, answer_challenge, deliver_challenge
-from typing import Optional, Union
 
 import torch.distributed as dist
 
@@ -69,15 +68,20 @@ class Profile:
 
 
 # None says only that the driver is alive.
-Order = Union[Start, Compile, Load, Execute, Profile, None]
+Order = Start | Compile | Load | Execute | Profile | None
 
 
 def meet(place: Place, rendezvous: Rendezvous) -> dist.Store:
     """The store in which the ranks of a run find each other."""
     store = dist.TCPStore(
-        rendezvous.address, rendezvous.port, place.world, place.rank == 0 and not rendezvous.held_by_agent,
-        timeout=timedelta(seconds=MEETING_SECONDS), wait_for_workers=False,
-        master_listen_fd=rendezvous.listening if place.rank == 0 else None)
+        rendezvous.address,
+        rendezvous.port,
+        place.world,
+        place.rank == 0 and not rendezvous.held_by_agent,
+        timeout=timedelta(seconds=MEETING_SECONDS),
+        wait_for_workers=False,
+        master_listen_fd=rendezvous.listening if place.rank == 0 else None,
+    )
     return dist.PrefixStore(f"mllama_graph/{rendezvous.restarts}", store)
 
 
@@ -103,8 +107,14 @@ class Workers:
     `check` is called every second until all workers have connected; it raises where one has ended.
     """
 
-    def __init__(self, place: Place, rendezvous: Optional[Rendezvous], store: Optional[dist.Store], timeout: float,
-                 check: Callable[[], None]):
+    def __init__(
+        self,
+        place: Place,
+        rendezvous: Rendezvous | None,
+        store: dist.Store | None,
+        timeout: float,
+        check: Callable[[], None],
+    ):
         self._connections: dict[int, Connection] = {}
         self._lock, self._closed = threading.Lock(), threading.Event()
         if store is None or rendezvous is None:

@@ -15,8 +15,7 @@ def npu_profile(folder: Path, level: int, aic_metrics: str) -> Any:
         activities=[npu.ProfilerActivity.CPU, npu.ProfilerActivity.NPU],
         on_trace_ready=npu.tensorboard_trace_handler(str(folder)),
         experimental_config=npu._ExperimentalConfig(
-            profiler_level=getattr(npu.ProfilerLevel, f"Level{level}"),
-            aic_metrics=getattr(npu.AiCMetrics, aic_metrics),
+            profiler_level=getattr(npu.ProfilerLevel, f"Level{level}"), aic_metrics=getattr(npu.AiCMetrics, aic_metrics)
         ),
     )
 

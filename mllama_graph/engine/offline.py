@@ -47,7 +47,9 @@ class Results:
         """Put the lines in the order of the input."""
         self._file.close()
         aside = self.path.with_name(".results.jsonl")
-        aside.write_text("".join(_json(self.by_place[place]) + "\n" for place in sorted(self.by_place)), encoding="utf8")
+        aside.write_text(
+            "".join(_json(self.by_place[place]) + "\n" for place in sorted(self.by_place)), encoding="utf8"
+        )
         aside.replace(self.path)
 
 
@@ -55,7 +57,9 @@ def _json(result: Result) -> str:
     return json.dumps(result.line(), ensure_ascii=False)
 
 
-def serve(engine: Engine, requests: Iterable[tuple[int, Callable[[], Request]]], most: int) -> Iterator[tuple[int, Delta]]:
+def serve(
+    engine: Engine, requests: Iterable[tuple[int, Callable[[], Request]]], most: int
+) -> Iterator[tuple[int, Delta]]:
     """Serve requests, each a place and a function that prepares it; yields (place, delta).
 
     At most `most` of them are in the engine at a time, and each is prepared when its turn comes, so that images don't pile
@@ -85,8 +89,14 @@ def serve(engine: Engine, requests: Iterable[tuple[int, Callable[[], Request]]],
             engine.abort(number)
 
 
-def serve_lines(engine: Engine, lines: list[Line], base: Path, results: Results, batch: int,
-                alter: Callable[[Request], Request] = lambda request: request) -> None:
+def serve_lines(
+    engine: Engine,
+    lines: list[Line],
+    base: Path,
+    results: Results,
+    batch: int,
+    alter: Callable[[Request], Request] = lambda request: request,
+) -> None:
     """Serve every line of a requests file. `alter` may change a request before it is submitted."""
     ids = [_id_of(line) for line in lines]
     seen: set[str] = set()

@@ -59,8 +59,13 @@ class Profiler:
         """Stop, and write trace.json.gz, ops.csv, parts.csv and memory.json."""
         self.backend.synchronize()
         self._profile.__exit__(None, None, None)
-        write_json(self.folder / "memory.json", {
-            "planned_bytes": asdict(self.planned) | {"total": self.planned.total}, "most_bytes": self.backend.most_bytes()})
+        write_json(
+            self.folder / "memory.json",
+            {
+                "planned_bytes": asdict(self.planned) | {"total": self.planned.total},
+                "most_bytes": self.backend.most_bytes(),
+            },
+        )
         path = self.folder / TRACE
         self.backend.export_trace(self._profile, self.folder, path)
         with gzip.open(path, "rt", encoding="utf8") as file:

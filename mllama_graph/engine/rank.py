@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import time
-from typing import Optional
 
 import torch
 import torch.distributed as dist
@@ -37,8 +36,15 @@ class Rank:
     Raises UserError where the device is missing or a library can't be built.
     """
 
-    def __init__(self, run: ResolvedRun, pixels: Pixels, place: Place, store: Optional[dist.Store], graphs: GraphStore,
-                 progress: Progress):
+    def __init__(
+        self,
+        run: ResolvedRun,
+        pixels: Pixels,
+        place: Place,
+        store: dist.Store | None,
+        graphs: GraphStore,
+        progress: Progress,
+    ):
         self.run, self.shape, self.plan, self.place = run, run.shape, run.plan, place
         self.backend = backend_of(run, place)
         self.backend.start()
@@ -50,12 +56,14 @@ class Rank:
         self.weights = self._load(pixels, progress)
         # Zeros, since a masked key still takes part with weight 0, and 0 * NaN is NaN.
         self.pages, self.image_pages = spec.pages(self.backend.placement(spec).zeros)
-        self.graphs = self.backend.load_graphs(spec, self.weights, (self.pages, self.image_pages), self.ops, graphs, progress.say)
+        self.graphs = self.backend.load_graphs(
+            spec, self.weights, (self.pages, self.image_pages), self.ops, graphs, progress.say
+        )
         self.sampler = Sampler(run.shape.text.vocab, spec.shard, self.backend.gather(self.ops))
         self.sequences = batch.Sequences()
         # Seconds spent sampling. Where a device works asynchronously, waiting for the logits is part of it.
         self.sample_seconds = 0.0
-        self.profiler: Optional[Profiler] = None
+        self.profiler: Profiler | None = None
 
     def _load(self, pixels: Pixels, progress: Progress) -> Weights:
         """This rank's weights, from the checkpoint or made up."""
@@ -104,7 +112,7 @@ class Rank:
     def _execute(self, step: Step, bucket: Bucket, graph: Graph) -> list[Token]:
         device = self.spec.torch_device
 
-        def call(given: object) -> Optional[Tensor]:
+        def call(given: object) -> Tensor | None:
             with self._marked(GRAPH):
                 return graph(*arguments(bucket, given, *self._pages()))
 
@@ -122,13 +130,15 @@ class Rank:
     def _pages(self) -> tuple[Pages, Pages]:
         return self.pages, self.image_pages
 
-    def _sample(self, logits_BV: Optional[Tensor], rows: tuple[Row, ...]) -> list[Token]:
+    def _sample(self, logits_BV: Tensor | None, rows: tuple[Row, ...]) -> list[Token]:
         assert logits_BV is not None, "prefill and decode graphs give logits"
         start = time.perf_counter()
         with self._marked(SAMPLE):
             tokens = self.sampler.tokens(
-                self.backend.logits(logits_BV[:len(rows)]), [self.sequences[row].sampling for row in rows],
-                [row.start + len(row.ids) for row in rows])
+                self.backend.logits(logits_BV[: len(rows)]),
+                [self.sequences[row].sampling for row in rows],
+                [row.start + len(row.ids) for row in rows],
+            )
         self.sample_seconds += time.perf_counter() - start
         return tokens
 

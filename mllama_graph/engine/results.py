@@ -1,7 +1,7 @@
 """What a request gives back: text as it becomes certain, and the finished result."""
 
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 
 @dataclass
@@ -18,14 +18,20 @@ class Result:
     prompt_tokens: int = 0
     image_tokens: int = 0
     time_to_first_token_ms: float = 0.0
-    time_per_output_token_ms: Optional[float] = None
-    logprobs: Optional[list[dict[str, Any]]] = None
-    error: Optional[str] = None
+    time_per_output_token_ms: float | None = None
+    logprobs: list[dict[str, Any]] | None = None
+    error: str | None = None
 
     def line(self) -> dict[str, Any]:
         """As a line of results.jsonl."""
         if self.error is not None:
-            return {"id": self.id, "token_ids": [], "text": "", "finish_reason": self.finish_reason, "error": self.error}
+            return {
+                "id": self.id,
+                "token_ids": [],
+                "text": "",
+                "finish_reason": self.finish_reason,
+                "error": self.error,
+            }
         fields = dict(self.__dict__)
         del fields["error"]
         if self.logprobs is None:
@@ -46,6 +52,6 @@ class Delta:
     """
 
     id: Any
-    token: Optional[int]
+    token: int | None
     text: str
-    result: Optional[Result] = None
+    result: Result | None = None

@@ -39,9 +39,12 @@ class Sampler:
             return [Token(id) for id in ids]
         logp_Bk = value_Bk - sample.total(logits_BV, self._gather)[:, None]
         own, top_ids, top = logp_Bk.gather(-1, at_B[:, None])[:, 0].tolist(), id_Bk.tolist(), logp_Bk.tolist()
-        return [Token(ids[i]) if s.logprobs is None else
-                Token(ids[i], own[i], tuple(top_ids[i][:s.logprobs]), tuple(top[i][:s.logprobs]))
-                for i, s in enumerate(sampling)]
+        return [
+            Token(ids[i])
+            if s.logprobs is None
+            else Token(ids[i], own[i], tuple(top_ids[i][: s.logprobs]), tuple(top[i][: s.logprobs]))
+            for i, s in enumerate(sampling)
+        ]
 
     def _offered(self, sampling: Sequence[Sampling]) -> int:
         """How many candidates each rank offers: enough for every row's draw and report."""
@@ -54,6 +57,9 @@ class Sampler:
             return torch.tensor(values, device=value_Bk.device)
 
         return sample.draw(
-            value_Bk, column([float(s.temperature) for s in sampling]), column([s.top_k for s in sampling]),
+            value_Bk,
+            column([float(s.temperature) for s in sampling]),
+            column([s.top_k for s in sampling]),
             column([float(s.top_p) for s in sampling]),
-            column([noise(s.seed, position) for s, position in zip(sampling, positions)]))
+            column([noise(s.seed, position) for s, position in zip(sampling, positions)]),
+        )

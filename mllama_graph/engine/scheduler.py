@@ -5,12 +5,11 @@ A step is one image to encode, one chunk of one prompt, or one token for every r
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Optional
 
 from mllama_graph.core.errors import UserError
 from mllama_graph.engine.steps import DecodeStep, ImageTable, PrefillStep, Row, Step, VisionStep
-from mllama_graph.inputs.request import Sampling
 from mllama_graph.inputs.images import TiledImage
+from mllama_graph.inputs.request import Sampling
 from mllama_graph.plan.blocks import BlockPool, ImageCache, OutOfPages, pages_for
 from mllama_graph.plan.buckets import Plan
 
@@ -32,7 +31,7 @@ class Sequence:
     holds_images: bool = False
     # What the ranks know: how many of the pages, and which of the images [first, last) their image table covers.
     sent_pages: int = 0
-    sent_images: Optional[tuple[int, int]] = None
+    sent_images: tuple[int, int] | None = None
     # The entry of that table at which each of its images begins, and its length.
     image_begins: list[int] = field(default_factory=lambda: [0])
 
@@ -48,7 +47,7 @@ class Sequence:
     def ids(self, start: int, stop: int) -> tuple[int, ...]:
         """The ids at positions start .. stop - 1, prompt and generated ones."""
         split = len(self.prompt)
-        return self.prompt[start:stop] + tuple(self.generated[max(start - split, 0):max(stop - split, 0)])
+        return self.prompt[start:stop] + tuple(self.generated[max(start - split, 0) : max(stop - split, 0)])
 
     def visible(self, position: int) -> tuple[int, int]:
         """The images [first, last) that a token sees: the last image that began, and the chain of image tokens before it.
@@ -78,7 +77,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.preemptions = 0
-        self._pending: Optional[tuple[Step, list[Sequence]]] = None
+        self._pending: tuple[Step, list[Sequence]] | None = None
         self._decode_next = False
         # Sequences that ended and that the ranks still know.
         self._ended: list[int] = []
@@ -88,10 +87,12 @@ class Scheduler:
         if prompt + max_new > self.plan.max_length:
             raise UserError(
                 f"{prompt} prompt ids and {max_new} new ones are {prompt + max_new} tokens; the plan holds "
-                f"{self.plan.max_length}. Raise max_input_length or max_output_length.")
+                f"{self.plan.max_length}. Raise max_input_length or max_output_length."
+            )
         if images > self.plan.max_images:
-            raise UserError(f"{images} images in one request; the plan holds {self.plan.max_images}. "
-                            f"Set max_images={images}.")
+            raise UserError(
+                f"{images} images in one request; the plan holds {self.plan.max_images}. Set max_images={images}."
+            )
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. Raises UserError as `check` does."""
@@ -108,7 +109,7 @@ class Scheduler:
     def idle(self) -> bool:
         return not self.waiting and not self.running
 
-    def next(self) -> Optional[Step]:
+    def next(self) -> Step | None:
         """The next step, or None where there is nothing to do. Each step must be followed by `commit`."""
         assert self._pending is None, "the last step was not committed"
         step = self._decode() if self._decode_next else None
@@ -159,7 +160,7 @@ class Scheduler:
         sequence.pages, sequence.computed = [], 0
         sequence.sent_pages, sequence.sent_images = 0, None
 
-    def _admit(self) -> Optional[Step]:
+    def _admit(self) -> Step | None:
         """The next image or chunk of a sequence that is not decoding yet."""
         for sequence in self.running:
             if not sequence.decoding:
@@ -198,7 +199,7 @@ class Scheduler:
         last = sequence.computed + count == sequence.length
         return self._issue(PrefillStep(row, last, self._take_ended()), [sequence])
 
-    def _decode(self) -> Optional[Step]:
+    def _decode(self) -> Step | None:
         """One token for every sequence whose prompt is computed, preempting the youngest where pages run out."""
         for sequence in [s for s in self.running if s.decoding]:
             while sequence in self.running and pages_for(sequence.length, self.plan.page_size) > len(sequence.pages):
@@ -234,12 +235,19 @@ class Scheduler:
             table, sequence.image_begins = self._image_table(sequence.images[low:high])
         begins = sequence.image_begins
         see = [(begins[first - low], begins[last - low]) if last > first else (0, 0) for first, last in seen]
-        new_pages = tuple(sequence.pages[sequence.sent_pages:])
+        new_pages = tuple(sequence.pages[sequence.sent_pages :])
         sequence.sent_pages, sequence.sent_images = len(sequence.pages), (low, high)
         return Row(
-            sequence.id, sequence.ids(start, start + count), start, new_pages, pages_for(start + count, self.plan.page_size),
-            begins[-1], table, see=() if all(span == (0, begins[-1]) for span in see) else tuple(see),
-            sampling=sequence.sampling if first_row else None)
+            sequence.id,
+            sequence.ids(start, start + count),
+            start,
+            new_pages,
+            pages_for(start + count, self.plan.page_size),
+            begins[-1],
+            table,
+            see=() if all(span == (0, begins[-1]) for span in see) else tuple(see),
+            sampling=sequence.sampling if first_row else None,
+        )
 
     def _image_table(self, images: tuple[TiledImage, ...]) -> tuple[ImageTable, list[int]]:
         """The pages of some images, and the entry at which each image begins, with the end behind them."""

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Optional
 
 from mllama_graph.core.place import Place, Rendezvous
 from mllama_graph.core.report import Progress
@@ -21,8 +20,13 @@ log = logging.getLogger(__name__)
 def processor_of(run: ResolvedRun) -> Processor:
     """The processor of the run's checkpoint, with the run's defaults for requests."""
     d = run.defaults
-    return Processor(run.checkpoint.folder if run.checkpoint else None, run.shape, d.max_new, d.max_input,
-                     Sampling(d.temperature, d.top_p, d.top_k, d.seed))
+    return Processor(
+        run.checkpoint.folder if run.checkpoint else None,
+        run.shape,
+        d.max_new,
+        d.max_input,
+        Sampling(d.temperature, d.top_p, d.top_k, d.seed),
+    )
 
 
 def pixels_of(processor: Processor) -> Pixels:
@@ -30,16 +34,24 @@ def pixels_of(processor: Processor) -> Pixels:
     return Pixels(*processor.pixels)
 
 
-def start_engine(run: ResolvedRun, processor: Processor, progress: Progress, first: Sequence[Bucket] = (),
-                 place: Optional[Place] = None, rendezvous: Optional[Rendezvous] = None,
-                 check: Callable[[], None] = lambda: None) -> Engine:
+def start_engine(
+    run: ResolvedRun,
+    processor: Processor,
+    progress: Progress,
+    first: Sequence[Bucket] = (),
+    place: Place | None = None,
+    rendezvous: Rendezvous | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> Engine:
     """Load weights and allocate pages on all ranks; graphs are loaded on first use.
 
     The last four arguments are Executor's.
     """
     progress.say(f"plan: {run.plan.describe()}")
     if run.plan.max_length > run.shape.text.positions:
-        log.info("sequences of up to %d tokens; the model was made for %d", run.plan.max_length, run.shape.text.positions)
+        log.info(
+            "sequences of up to %d tokens; the model was made for %d", run.plan.max_length, run.shape.text.positions
+        )
     log.info("memory of a rank: %s", run.memory.describe())
     executor = Executor(run, pixels_of(processor), progress, first, place, rendezvous, check)
     return Engine(processor, Scheduler(run.plan, run.limits.batch), executor)

@@ -5,7 +5,6 @@ A sequence's pages, image table and sampling options are sent once, when they be
 """
 
 from dataclasses import dataclass
-from typing import Optional, Union
 
 from mllama_graph.inputs.images import TiledImage
 from mllama_graph.inputs.request import Sampling
@@ -16,7 +15,7 @@ class Token:
     """A sampled id, and log-probabilities of the raw logits where they were asked for."""
 
     id: int
-    logprob: Optional[float] = None
+    logprob: float | None = None
     top_ids: tuple[int, ...] = ()
     top_logprobs: tuple[float, ...] = ()
 
@@ -46,9 +45,9 @@ class Row:
     pages: tuple[int, ...]
     used_pages: int
     image_pages: int
-    image: Optional[ImageTable] = None
+    image: ImageTable | None = None
     see: tuple[tuple[int, int], ...] = ()
-    sampling: Optional[Sampling] = None
+    sampling: Sampling | None = None
 
 
 @dataclass(frozen=True)
@@ -76,4 +75,4 @@ class DecodeStep:
     ended: tuple[int, ...] = ()
 
 
-Step = Union[VisionStep, PrefillStep, DecodeStep]
+Step = VisionStep | PrefillStep | DecodeStep

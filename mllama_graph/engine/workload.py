@@ -15,14 +15,17 @@ from mllama_graph.measure.timing import Case, Timing
 
 def cases_of(options: Any) -> list[Case]:
     """Every case of a task's options (tasks/options.py, WorkloadOptions)."""
-    return [Case(batch, length, options.images, options.new_tokens)
-            for batch in options.batch_sizes for length in options.lengths]
+    return [
+        Case(batch, length, options.images, options.new_tokens)
+        for batch in options.batch_sizes
+        for length in options.lengths
+    ]
 
 
 def requests_of(engine: Engine, case: Case, seed: int, pictures: int) -> tuple[list[Request], float]:
     """Random requests, and the seconds that preparing their images took. Equal `pictures` give equal images."""
     shape, random = engine.executor.run.shape, np.random.default_rng(seed)
-    side = shape.vision.tile * int(shape.vision.max_tiles ** 0.5)
+    side = shape.vision.tile * int(shape.vision.max_tiles**0.5)
     painter, spent = np.random.default_rng(pictures), 0.0
     requests = []
     for number in range(case.batch):
@@ -40,8 +43,9 @@ def requests_of(engine: Engine, case: Case, seed: int, pictures: int) -> tuple[l
     return requests, spent
 
 
-def serve(engine: Engine, requests: list[Request], new: int, timing: Timing,
-          before_decode: Callable[[], None] = lambda: None) -> None:
+def serve(
+    engine: Engine, requests: list[Request], new: int, timing: Timing, before_decode: Callable[[], None] = lambda: None
+) -> None:
     """Serve requests together until all have a token and have then decoded `new` - 1 more in one batch.
 
     The time to the first token is that of the last request to get one, as a batch would wait for it.

@@ -5,7 +5,7 @@ Weights stay outside of packages: every bucket of a run binds the same Parameter
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from mllama_graph.ops.select import ops_for
 from mllama_graph.plan.bucket import Bucket
 
 # Runs a step's graph: the step's arguments in, logits out, or None where a step gives none.
-Graph = Callable[..., Optional[Tensor]]
+Graph = Callable[..., Tensor | None]
 
 
 def ops_of(spec: GraphSpec) -> Ops:
@@ -28,7 +28,7 @@ def ops_of(spec: GraphSpec) -> Ops:
     return ops_for(spec.device, spec.world_size, spec.collectives, spec.kernels, dict(spec.options).get("mode"))
 
 
-def trace(spec: GraphSpec, bucket: Bucket, shard: Optional[Shard] = None) -> torch.export.ExportedProgram:
+def trace(spec: GraphSpec, bucket: Bucket, shard: Shard | None = None) -> torch.export.ExportedProgram:
     """A bucket's step of one rank as a whole graph with static shapes. Raises what can't be traced."""
     weights = spec.unfilled_weights(shard or Shard(0, spec.world_size))
     inputs = arguments(bucket, spec.example(bucket), *spec.unfilled_pages())
@@ -48,7 +48,7 @@ def compile_package(spec: GraphSpec, bucket: Bucket, path: Path) -> None:
     build_package(trace(spec, bucket), path, settings, spec.device == "cpu", calls)
 
 
-_stand_in: Optional[torch.distributed.ProcessGroup] = None
+_stand_in: torch.distributed.ProcessGroup | None = None
 
 
 def prepare_tracing(spec: GraphSpec, folder: Path) -> None:
@@ -80,7 +80,7 @@ class Package:
         """The weights that the package takes, by their names in `Flat`."""
         return list(self._loader.get_constant_fqns())
 
-    def __call__(self, *inputs: Any) -> Optional[Tensor]:
+    def __call__(self, *inputs: Any) -> Tensor | None:
         outputs = self._loader.boxed_run(tensors(inputs))
         return outputs[0] if outputs else None
 
@@ -98,7 +98,7 @@ class RankPackage:
         names = self._ops.constant_names(self._handle)
         self._ops.load_constants(self._handle, names, [weights[name] for name in names])
 
-    def __call__(self, *inputs: Any) -> Optional[Tensor]:
+    def __call__(self, *inputs: Any) -> Tensor | None:
         outputs = self._ops.run_package(self._handle, tensors(inputs))
         return outputs[0] if outputs else None
 

@@ -39,8 +39,12 @@ CPU_SETTINGS = {"cpp.vec_isa_ok": True, "aot_inductor.precompile_headers": False
 # For a graph of calls. There is nothing to fuse in it. O1: without, a decode step of the tiny model takes 6 % longer, and
 # g++ half a second less.
 CALLS_SETTINGS = {
-    "pattern_matcher": False, "use_pre_grad_passes": False, "use_joint_graph_passes": False, "size_asserts": False,
-    "aot_inductor.compile_wrapper_opt_level": "O1", "aot_inductor.enable_line_tables": False,
+    "pattern_matcher": False,
+    "use_pre_grad_passes": False,
+    "use_joint_graph_passes": False,
+    "size_asserts": False,
+    "aot_inductor.compile_wrapper_opt_level": "O1",
+    "aot_inductor.enable_line_tables": False,
 }
 
 
@@ -91,8 +95,9 @@ def _written_by(wrapper: type[CppWrapperCpu]) -> Iterator[None]:
         device_codegens["cpu"] = before
 
 
-def build_package(program: torch.export.ExportedProgram, path: Path, settings: dict[str, Any], cpu: bool,
-                  calls: bool) -> None:
+def build_package(
+    program: torch.export.ExportedProgram, path: Path, settings: dict[str, Any], cpu: bool, calls: bool
+) -> None:
     """Compile a traced step into a package at `path`. `calls`: its nodes call operators of ours or view tensors."""
     settings = SETTINGS | (CPU_SETTINGS if cpu else {}) | settings
     with warnings.catch_warnings():

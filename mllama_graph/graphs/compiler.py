@@ -11,7 +11,6 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
 
 import torch
 
@@ -67,7 +66,7 @@ class GraphCompiler:
     def __init__(self, spec: GraphSpec, store: GraphStore, say: Callable[[str], None]):
         self.spec, self.store, self.say = spec, store, say
         self.records: list[Record] = []
-        self._pool: Optional[WorkerPool] = None
+        self._pool: WorkerPool | None = None
         self._jobs: dict[Future[float], Bucket] = {}
         # Buckets whose worker may have died of them once; they are tried a second time.
         self._suspects: set[Bucket] = set()
@@ -83,7 +82,7 @@ class GraphCompiler:
         """Number of graphs that are not compiled yet."""
         return len(self._jobs)
 
-    def stored(self, bucket: Bucket) -> Optional[Path]:
+    def stored(self, bucket: Bucket) -> Path | None:
         """The bucket's graph where the store holds it whole; an altered entry is reported."""
         name = key(self.spec, bucket)
         path, fault = self.store.find(name)
@@ -95,20 +94,25 @@ class GraphCompiler:
         """Have a bucket compiled, unless it is already. False where there is no C++ compiler, which is reported once."""
         if self.spec.device == "cpu" and (missing := native.missing_compiler()):
             if not self._told_why:
-                self.say(f"{missing} Steps whose graph is not in the store run uncompiled, with torch's kernels where ours are not "
-                         "built: slower.")
+                self.say(
+                    f"{missing} Steps whose graph is not in the store run uncompiled, with torch's kernels where ours are not "
+                    "built: slower."
+                )
             self._told_why = True
             return False
         if bucket not in self.requested:
             self._submit(bucket)
         return True
 
-    def collect(self, timeout: float = 0.0) -> list[tuple[Bucket, Optional[str]]]:
+    def collect(self, timeout: float = 0.0) -> list[tuple[Bucket, str | None]]:
         """(bucket, error or None) of graphs that ended since; waits up to `timeout` seconds for the first of them."""
         done = wait(self._jobs, timeout, FIRST_COMPLETED).done if self._jobs else set()
         ended = [(self._jobs.pop(future), future) for future in done]
-        results = [(bucket, self._take(bucket, future)) for bucket, future in ended
-                   if not isinstance(future.exception(), BrokenProcessPool)]
+        results = [
+            (bucket, self._take(bucket, future))
+            for bucket, future in ended
+            if not isinstance(future.exception(), BrokenProcessPool)
+        ]
         if broken := [bucket for bucket, future in ended if isinstance(future.exception(), BrokenProcessPool)]:
             results += self._retry(broken)
         return results
@@ -125,7 +129,7 @@ class GraphCompiler:
         future = self._pool.submit(compile_into, self.store.written, self.spec, bucket, key(self.spec, bucket))
         self._jobs[future] = bucket
 
-    def _take(self, bucket: Bucket, future: "Future[float]") -> Optional[str]:
+    def _take(self, bucket: Bucket, future: "Future[float]") -> str | None:
         """Record a job's end; its error or None."""
         if error := future.exception():
             text = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -139,7 +143,7 @@ class GraphCompiler:
         self.say(f"compiled {bucket} in {seconds:.1f} s" if seconds else f"{bucket} was compiled by another process")
         return None
 
-    def _retry(self, broken: list[Bucket]) -> list[tuple[Bucket, Optional[str]]]:
+    def _retry(self, broken: list[Bucket]) -> list[tuple[Bucket, str | None]]:
         """After a worker died, which ends its whole pool: compile the others' buckets in a new pool.
 
         Which bucket killed it is not known, so each is tried twice.

@@ -6,7 +6,7 @@ failed capture are not.
 """
 
 from collections.abc import Callable
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ class Cuda:
         return graph.replay, output
 
 
-def _signature(leaf: Any) -> Optional[tuple]:
+def _signature(leaf: Any) -> tuple | None:
     return (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else None
 
 
@@ -72,16 +72,16 @@ def _aligned(leaf: Tensor) -> int:
     return -(-leaf.numel() * leaf.element_size() // ALIGNMENT) * ALIGNMENT
 
 
-def _views(buffer: Tensor, leaves: list[Optional[Tensor]]) -> list[Optional[Tensor]]:
+def _views(buffer: Tensor, leaves: list[Tensor | None]) -> list[Tensor | None]:
     """Tensors in `buffer`, one after another, of the shapes and types of `leaves`; None stays None."""
-    views: list[Optional[Tensor]] = []
+    views: list[Tensor | None] = []
     offset = 0
     for leaf in leaves:
         if leaf is None:
             views.append(None)
             continue
         size = leaf.numel() * leaf.element_size()
-        views.append(buffer[offset:offset + size].view(leaf.dtype).view(leaf.shape))
+        views.append(buffer[offset : offset + size].view(leaf.dtype).view(leaf.shape))
         offset += _aligned(leaf)
     return views
 
@@ -113,7 +113,7 @@ class CapturedStep:
         cuda.warm_up(self._run)
         try:
             replay, self._output = cuda.capture(self._run)
-            self._replay: Optional[Callable[[], None]] = replay
+            self._replay: Callable[[], None] | None = replay
         except RuntimeError as error:
             self._replay = None
             say(f"a step can't be captured in a CUDA graph, and runs without: {error}")
@@ -129,17 +129,22 @@ class CapturedStep:
         if tree != self._tree or [_signature(leaf) for leaf in leaves] != self._signatures:
             raise ValueError(self._mismatch(given))
         if len(fixed) != len(self._fixed) or not all(map(_same, fixed, self._fixed)):
-            raise ValueError("pages other than those that the step was captured with: a CUDA graph holds their "
-                             "addresses. Capture the step again.")
+            raise ValueError(
+                "pages other than those that the step was captured with: a CUDA graph holds their "
+                "addresses. Capture the step again."
+            )
         self._copy(leaves)
         if self._replay is None:
             return self._run()
         self._replay()
         return self._output
 
-    def _copy(self, leaves: list[Optional[Tensor]]) -> None:
-        present = [(static, staged, leaf) for static, staged, leaf in zip(self._static, self._staged, leaves)
-                   if leaf is not None and static is not None and staged is not None]
+    def _copy(self, leaves: list[Tensor | None]) -> None:
+        present = [
+            (static, staged, leaf)
+            for static, staged, leaf in zip(self._static, self._staged, leaves)
+            if leaf is not None and static is not None and staged is not None
+        ]
         if not all(self._cuda.on_host(leaf) for _, _, leaf in present):
             for static, _, leaf in present:
                 static.copy_(leaf, non_blocking=True)
@@ -154,12 +159,15 @@ class CapturedStep:
         paths, tree = pytree.tree_flatten_with_path(given)
         if tree != self._tree:
             return f"inputs of another form than the step's: {tree}, not {self._tree}. Use the inputs of its bucket."
-        faults = [f"{pytree.keystr(path) or 'input'} is {_words(_signature(leaf))}, not {_words(signature)}"
-                  for (path, leaf), signature in zip(paths, self._signatures) if _signature(leaf) != signature]
+        faults = [
+            f"{pytree.keystr(path) or 'input'} is {_words(_signature(leaf))}, not {_words(signature)}"
+            for (path, leaf), signature in zip(paths, self._signatures)
+            if _signature(leaf) != signature
+        ]
         return f"{'; '.join(faults)}: a captured step takes its bucket's shapes. Pad the inputs, or use another bucket."
 
 
-def _words(signature: Optional[tuple]) -> str:
+def _words(signature: tuple | None) -> str:
     return "None" if signature is None else f"{signature[1]} {list(signature[0])}".removeprefix("torch.")
 
 

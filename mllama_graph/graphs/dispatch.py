@@ -22,9 +22,18 @@ class Graphs:
     returns when all have.
     """
 
-    def __init__(self, spec: GraphSpec, store: GraphStore, plan: list[Bucket], cost: Callable[[Bucket], float],
-                 reuse: float, mode: str, say: Callable[[str], None], compile: Callable[[Bucket], None],
-                 load: Callable[[Bucket], None]):
+    def __init__(
+        self,
+        spec: GraphSpec,
+        store: GraphStore,
+        plan: list[Bucket],
+        cost: Callable[[Bucket], float],
+        reuse: float,
+        mode: str,
+        say: Callable[[str], None],
+        compile: Callable[[Bucket], None],
+        load: Callable[[Bucket], None],
+    ):
         self.spec, self.store, self.cost, self.reuse, self.mode, self.say = spec, store, cost, reuse, mode, say
         self.compiler = GraphCompiler(spec, store, say)
         self._compile_elsewhere, self._load_everywhere = compile, load
@@ -95,14 +104,24 @@ class Graphs:
         stored = bucket in self._stored and self.compiler.stored(bucket) is not None
         if not stored:
             if self.mode == "never":
-                raise UserError(f"{bucket} is not sound in the graph store, and plan.compile=never. Run task=warmup first.")
+                raise UserError(
+                    f"{bucket} is not sound in the graph store, and plan.compile=never. Run task=warmup first."
+                )
             self.say(f"compiling {bucket}")
         start, name = time.perf_counter(), key(self.spec, bucket)
         self._load_everywhere(bucket)
         self._ready.add(bucket)
         path, _ = self.store.find(name)
-        self.records.append(Record(bucket.phase, str(bucket), "hit" if stored else "compiled",
-                                   round(time.perf_counter() - start, 4), bytes_of(path) if path else 0, name))
+        self.records.append(
+            Record(
+                bucket.phase,
+                str(bucket),
+                "hit" if stored else "compiled",
+                round(time.perf_counter() - start, 4),
+                bytes_of(path) if path else 0,
+                name,
+            )
+        )
 
     def _select_from_ranks(self, need: Bucket) -> Bucket:
         """The bucket that suits a need best, loaded or compiled by every rank; the step waits."""
@@ -126,7 +145,9 @@ class Graphs:
         if not self.compiler.compile(best):
             self._failed.add(best)
             return best
-        background = " in the background; until it is ready, its steps run uncompiled" if self.mode == "background" else ""
+        background = (
+            " in the background; until it is ready, its steps run uncompiled" if self.mode == "background" else ""
+        )
         self.say(f"compiling {best}{background}")
         self._compile_elsewhere(best)
         return best

@@ -30,10 +30,20 @@ COMPILED_IN = ("native/graph.h",)
 def key_fields(spec: GraphSpec, bucket: Bucket) -> dict[str, Any]:
     """All that can change the graph of a bucket, readable. The engine's version is not among them: its source is."""
     fields: dict[str, Any] = {
-        "torch": torch.__version__, "source": source_hash(), "backend": spec.backend, "device": device_name(spec.device),
-        "threads": spec.threads, "world_size": spec.world_size, "options": dict(spec.options),
-        "deterministic": spec.deterministic, "kernels": spec.kernels, "weights": str(spec.store),
-        "compute": str(spec.compute), "page_size": spec.page_size, "bucket": asdict(bucket), "model": asdict(spec.shape),
+        "torch": torch.__version__,
+        "source": source_hash(),
+        "backend": spec.backend,
+        "device": device_name(spec.device),
+        "threads": spec.threads,
+        "world_size": spec.world_size,
+        "options": dict(spec.options),
+        "deterministic": spec.deterministic,
+        "kernels": spec.kernels,
+        "weights": str(spec.store),
+        "compute": str(spec.compute),
+        "page_size": spec.page_size,
+        "bucket": asdict(bucket),
+        "model": asdict(spec.shape),
     }
     # A graph takes only the pools that it reads or writes.
     if bucket.phase != "vision":
@@ -90,7 +100,9 @@ def traced_files(package: Path = PACKAGE) -> list[Path]:
         if file in found or file == package / "__init__.py":
             continue
         found.add(file)
-        waiting += [imported for name in _imports(file, package.name) if (imported := _file_of(name, package)) is not None]
+        waiting += [
+            imported for name in _imports(file, package.name) if (imported := _file_of(name, package)) is not None
+        ]
     return sorted(found)
 
 

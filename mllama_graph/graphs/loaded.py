@@ -23,8 +23,15 @@ from mllama_graph.plan.bucket import Bucket
 class LoadedGraphs(ABC):
     """What one rank can run."""
 
-    def __init__(self, spec: GraphSpec, weights: Weights, pages: tuple[Pages, Pages], ops: Ops, store: GraphStore,
-                 say: Callable[[str], None]):
+    def __init__(
+        self,
+        spec: GraphSpec,
+        weights: Weights,
+        pages: tuple[Pages, Pages],
+        ops: Ops,
+        store: GraphStore,
+        say: Callable[[str], None],
+    ):
         self.spec, self.weights, self.pages, self.ops, self.store, self.say = spec, weights, pages, ops, store, say
         self.ready: dict[Bucket, Graph] = {}
 
@@ -44,8 +51,15 @@ class LoadedGraphs(ABC):
 class LoadedPackages(LoadedGraphs):
     """Ahead-of-time packages, compiled by worker processes; decode steps are captured in CUDA graphs on a CUDA device."""
 
-    def __init__(self, spec: GraphSpec, weights: Weights, pages: tuple[Pages, Pages], ops: Ops, store: GraphStore,
-                 say: Callable[[str], None]):
+    def __init__(
+        self,
+        spec: GraphSpec,
+        weights: Weights,
+        pages: tuple[Pages, Pages],
+        ops: Ops,
+        store: GraphStore,
+        say: Callable[[str], None],
+    ):
         super().__init__(spec, weights, pages, ops, store, say)
         self._compiler = GraphCompiler(spec, store, say)
         self._uncompiled = {phase: Step(phase, weights, spec.shape, ops) for phase in PHASES}
@@ -105,4 +119,6 @@ class LoadedNpuGraphs(LoadedGraphs):
         return self.ready[bucket]
 
     def _graph(self, bucket: Bucket, name: str, folder: Path, stored: bool) -> Graph:
-        return npu_graph(self.spec, bucket, self.weights, self.pages, self.ops, f"{bucket.phase}_{name}", folder, stored)
+        return npu_graph(
+            self.spec, bucket, self.weights, self.pages, self.ops, f"{bucket.phase}_{name}", folder, stored
+        )

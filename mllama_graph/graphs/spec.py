@@ -78,8 +78,9 @@ class GraphSpec:
     def unfilled_weights(self, shard: Shard) -> Weights:
         """A rank's weight tree of undefined values."""
         pixels = Pixels(1.0, (0.0,) * 3, (1.0,) * 3)
-        return build(self.shape, pixels, self.store, self.placement, lambda entry, part, region: None, lambda count: None,
-                     shard)
+        return build(
+            self.shape, pixels, self.store, self.placement, lambda entry, part, region: None, lambda count: None, shard
+        )
 
     def example(self, bucket: Bucket) -> Any:
         """Harmless inputs of a bucket's shapes: one image tile; token rows that are padding, in scratch slots."""
@@ -98,7 +99,13 @@ class GraphSpec:
         if bucket.phase == "vision":
             tiles = torch.zeros((vision.max_tiles, vision.channels, vision.tile, vision.tile), dtype=torch.uint8)
             return TileInput(tiles.to(device), ones(1), ones(1), slots(vision.max_tiles * vision.tokens))
-        image = ImageInput(zeros(B, bucket.image_pages), zeros(B, bucket.image_pages), zeros(T, 2)) if bucket.image_pages else None
+        image = (
+            ImageInput(zeros(B, bucket.image_pages), zeros(B, bucket.image_pages), zeros(T, 2))
+            if bucket.image_pages
+            else None
+        )
         if bucket.phase == "prefill":
-            return PromptInput(zeros(T), zeros(T), slots(T), zeros(1), ones(1), zeros(1), zeros(J) if J else None, image)
+            return PromptInput(
+                zeros(T), zeros(T), slots(T), zeros(1), ones(1), zeros(1), zeros(J) if J else None, image
+            )
         return TokenInput(zeros(T), zeros(T), slots(T), zeros(1), zeros(B, J), ones(B), image)

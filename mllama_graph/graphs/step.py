@@ -1,6 +1,6 @@
 """One step of the model, as the module that compilers take."""
 
-from typing import Any, Optional
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -25,7 +25,7 @@ class Step(nn.Module):
         super().__init__()
         self.phase, self.weights, self.shape, self.ops = phase, weights, shape, ops
 
-    def forward(self, given: Any, pages: Pages, image_pages: Pages) -> Optional[Tensor]:
+    def forward(self, given: Any, pages: Pages, image_pages: Pages) -> Tensor | None:
         if self.phase == "vision":
             encode_image(self.weights, given, image_pages, self.shape, self.ops)
             return None
@@ -42,7 +42,7 @@ class Flat(nn.Module):
         leaves, self.spec = pytree.tree_flatten(inputs)
         self.present = [isinstance(leaf, Tensor) for leaf in leaves]
 
-    def forward(self, *given: Tensor) -> Optional[Tensor]:
+    def forward(self, *given: Tensor) -> Tensor | None:
         remaining = iter(given)
         leaves = [next(remaining) if present else None for present in self.present]
         return self.step(*pytree.tree_unflatten(leaves, self.spec))

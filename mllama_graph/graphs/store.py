@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -43,7 +43,7 @@ class Entry:
     fields: dict[str, Any]
     bytes: int
     used: float
-    fault: Optional[str]
+    fault: str | None
 
 
 class GraphStore:
@@ -55,9 +55,9 @@ class GraphStore:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.warning: Optional[str] = None
+        self.warning: str | None = None
         self._written = folder
-        self._temporary: Optional[tempfile.TemporaryDirectory] = None
+        self._temporary: tempfile.TemporaryDirectory | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder) as probe:
@@ -81,7 +81,7 @@ class GraphStore:
         """Whether there is an entry of this key, not looked into."""
         return any(payload_of(folder / key) for folder in {self.folder, self._written})
 
-    def find(self, key: str) -> tuple[Optional[Path], Optional[str]]:
+    def find(self, key: str) -> tuple[Path | None, str | None]:
         """The package or folder of a sound entry, and what is wrong with an unsound one."""
         fault = None
         for folder in (self._written, self.folder):
@@ -107,7 +107,9 @@ class GraphStore:
         try:
             shutil.move(payload, aside / name)
             (aside / "key.json").write_text(json.dumps(fields, indent=1, sort_keys=True) + "\n")
-            sums = {file.relative_to(aside).as_posix(): _sha256(file) for file in sorted(aside.rglob("*")) if file.is_file()}
+            sums = {
+                file.relative_to(aside).as_posix(): _sha256(file) for file in sorted(aside.rglob("*")) if file.is_file()
+            }
             (aside / "checksums.json").write_text(json.dumps(sums, indent=1) + "\n")
             entry = self._written / key
             if entry.exists():
@@ -160,7 +162,7 @@ class GraphStore:
                     shutil.rmtree(path, ignore_errors=True)
 
 
-def payload_of(entry: Path) -> Optional[Path]:
+def payload_of(entry: Path) -> Path | None:
     """What an entry holds, not looked into; None where there is nothing."""
     return next((entry / name for name in PAYLOADS if (entry / name).exists()), None)
 
@@ -170,7 +172,7 @@ def bytes_of(path: Path) -> int:
     return path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
 
 
-def fault_of(entry: Path) -> Optional[str]:
+def fault_of(entry: Path) -> str | None:
     """What is wrong with an entry on disk, or None: every file is there with its checksum."""
     try:
         sums = json.loads((entry / "checksums.json").read_text())

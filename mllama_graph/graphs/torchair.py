@@ -10,7 +10,7 @@ import types
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torch.fx
@@ -43,11 +43,16 @@ def share_repeats(module: torch.fx.GraphModule, example_inputs: Any = None, conf
     module.recompile()
 
 
-def compiler_config(mode: str = "max-autotune", frozen_parameter: bool = True, tiling_schedule_optimize: bool = True,
-                    topology_sorting_strategy: str = "StableRDFS", static_kernel_compile: bool = False,
-                    **elsewhere: Any) -> Any:
+def compiler_config(
+    mode: str = "max-autotune",
+    frozen_parameter: bool = True,
+    tiling_schedule_optimize: bool = True,
+    topology_sorting_strategy: str = "StableRDFS",
+    static_kernel_compile: bool = False,
+    **elsewhere: Any,
+) -> Any:
     """torchair's CompilerConfig. The arguments are those of config.TorchairChoice; `elsewhere` takes the ones used elsewhere."""
-    import torch_npu  # noqa: F401  (makes torchair importable)
+    import torch_npu  # noqa: F401  # torchair expects its device to be registered
     import torchair
 
     config = torchair.CompilerConfig()
@@ -91,15 +96,19 @@ def _cached(step: nn.Module, name: str, options: dict[str, Any], folder: Path) -
     Every callable needs a code object of its own: torchair distinguishes graphs by code object, and deletes the cache of
     one that it believes to see again. The function's name is part of the file's name, and equal in every process.
     """
-    import torch_npu  # noqa: F401  (makes torchair importable)
+    import torch_npu  # noqa: F401  # torchair expects its device to be registered
     import torchair
     from torchair.inference._cache_compiler import CompiledModel
 
     forward = type(step).forward
     code = forward.__code__.replace(co_name=f"{name}_{next(_numbers)}")
     method = types.MethodType(types.FunctionType(code, forward.__globals__, name), step)
-    given = {"config": compiler_config(**options), "dynamic": False, "cache_dir": str(folder),
-             "ge_cache": options["ge_cache"] and options["mode"] == "max-autotune"}
+    given = {
+        "config": compiler_config(**options),
+        "dynamic": False,
+        "cache_dir": str(folder),
+        "ge_cache": options["ge_cache"] and options["mode"] == "max-autotune",
+    }
     return torchair.inference.cache_compile(method, **given), Path(CompiledModel.get_cache_bin(method, **given))
 
 
@@ -130,15 +139,23 @@ def load_step(step: nn.Module, name: str, options: dict[str, Any], folder: Path)
 class NpuGraph:
     """A graph that torchair compiled for this rank's step: the weights are the module's own."""
 
-    def __init__(self, run: Callable[..., Optional[Tensor]]):
+    def __init__(self, run: Callable[..., Tensor | None]):
         self._run = run
 
-    def __call__(self, *inputs: Any) -> Optional[Tensor]:
+    def __call__(self, *inputs: Any) -> Tensor | None:
         return self._run(*tensors(inputs))
 
 
-def npu_graph(spec: GraphSpec, bucket: Bucket, weights: Weights, pages: tuple[Pages, Pages], ops: Ops, name: str,
-              folder: Path, stored: bool) -> NpuGraph:
+def npu_graph(
+    spec: GraphSpec,
+    bucket: Bucket,
+    weights: Weights,
+    pages: tuple[Pages, Pages],
+    ops: Ops,
+    name: str,
+    folder: Path,
+    stored: bool,
+) -> NpuGraph:
     """A bucket's graph for the rank whose weights and pages these are: loaded from `folder`, or compiled into it.
 
     Compiling runs the graph once, on padding. `name` tells graphs apart. Raises what can't be lowered.

@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import jinja2
 from jinja2.ext import loopcontrols
@@ -47,7 +47,7 @@ class ChatTemplate:
             raise UserError(f"the checkpoint's chat template refuses these messages: {error}.") from error
 
 
-def _to_json(value: Any, indent: Optional[int] = None) -> str:
+def _to_json(value: Any, indent: int | None = None) -> str:
     return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
@@ -55,7 +55,7 @@ def _raise(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def template_source(folder: Path, tokenizer_config: dict[str, Any]) -> Optional[str]:
+def template_source(folder: Path, tokenizer_config: dict[str, Any]) -> str | None:
     """A checkpoint's chat template, from the newest of the three places that transformers has kept it in."""
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf8")

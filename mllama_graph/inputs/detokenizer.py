@@ -1,7 +1,6 @@
 """From generated ids to text as it becomes certain, and stop strings in it."""
 
 from collections.abc import Callable, Sequence
-from typing import Optional
 
 
 class StopStrings:
@@ -18,7 +17,7 @@ class StopStrings:
         # What was sent can't be part of a stop string.
         found = [at for stop in self._stops if (at := self._text.find(stop, self._sent)) >= 0]
         if found:
-            self.stopped, self._text = True, self._text[:min(found)]
+            self.stopped, self._text = True, self._text[: min(found)]
             return self._send(len(self._text))
         held = max((n for stop in self._stops for n in range(1, len(stop)) if self._text.endswith(stop[:n])), default=0)
         return self._send(len(self._text) - held)
@@ -35,7 +34,7 @@ class StopStrings:
         return self._text
 
     def _send(self, upto: int) -> str:
-        delta = self._text[self._sent:upto]
+        delta = self._text[self._sent : upto]
         self._sent = max(self._sent, upto)
         return delta
 
@@ -47,7 +46,7 @@ class Detokenizer:
     `decode` gives the text of a whole list of ids.
     """
 
-    def __init__(self, step: Callable[[int], Optional[str]], decode: Callable[[Sequence[int]], str], stops: Sequence[str]):
+    def __init__(self, step: Callable[[int], str | None], decode: Callable[[Sequence[int]], str], stops: Sequence[str]):
         self._step, self._decode, self._stops = step, decode, StopStrings(stops)
         self._ids: list[int] = []
         self._taken = 0
@@ -66,7 +65,7 @@ class Detokenizer:
 
     def flush(self) -> str:
         """The text that was held back, once no id will follow."""
-        return self._stops.flush(self._decode(self._ids)[self._taken:])
+        return self._stops.flush(self._decode(self._ids)[self._taken :])
 
     @property
     def stopped(self) -> bool:

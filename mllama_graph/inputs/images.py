@@ -101,8 +101,7 @@ def canvas(height: int, width: int, vision: VisionShape) -> tuple[int, int]:
     The smallest scale that is at least 1, else the largest below it; among equals the smallest area
     (transformers image_processing_pil_mllama.py, get_optimal_tiled_canvas).
     """
-    scaled = [(min(h * vision.tile / height, w * vision.tile / width), h * w, (h, w))
-              for h, w in vision.aspect_ratios]
+    scaled = [(min(h * vision.tile / height, w * vision.tile / width), h * w, (h, w)) for h, w in vision.aspect_ratios]
     larger = [entry for entry in scaled if entry[0] >= 1]
     best = min(entry[0] for entry in larger) if larger else max(entry[0] for entry in scaled)
     return min((entry for entry in scaled if entry[0] == best), key=lambda entry: entry[1])[2]

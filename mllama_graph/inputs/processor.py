@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Optional, Protocol
+from typing import Any, Protocol
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
@@ -29,7 +29,7 @@ class TextCodec(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens left out."""
 
-    def token_to_id(self, token: str) -> Optional[int]:
+    def token_to_id(self, token: str) -> int | None:
         """The id of a token, or None."""
 
     def detokenizer(self, stops: Sequence[str]) -> Detokenizer:
@@ -54,7 +54,7 @@ class CheckpointTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
-    def token_to_id(self, token: str) -> Optional[int]:
+    def token_to_id(self, token: str) -> int | None:
         return self.tokenizer.token_to_id(token)
 
     def detokenizer(self, stops: Sequence[str]) -> Detokenizer:
@@ -71,7 +71,7 @@ class BytesAsIds:
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(f"<{id}>" for id in ids)
 
-    def token_to_id(self, token: str) -> Optional[int]:
+    def token_to_id(self, token: str) -> int | None:
         return None
 
     def detokenizer(self, stops: Sequence[str]) -> Detokenizer:
@@ -85,7 +85,7 @@ class Processor:
     UserError for files that are missing or do not fit the model.
     """
 
-    def __init__(self, folder: Optional[Path], shape: ModelShape, max_new: int, max_input: int, sampling: Sampling):
+    def __init__(self, folder: Path | None, shape: ModelShape, max_new: int, max_input: int, sampling: Sampling):
         self.shape, self.max_new, self.max_input, self.sampling = shape, max_new, max_input, sampling
         config = read_json(folder / "config.json") if folder else {}
         generation = _optional(folder, "generation_config.json")
@@ -97,9 +97,12 @@ class Processor:
         self.eos = frozenset([eos] if isinstance(eos, int) else eos or [])
         bos_token = _token_text(tokenizer_config.get("bos_token")) or "<|begin_of_text|>"
         bos = self.codec.token_to_id(bos_token)
-        self.bos: Optional[int] = text_config.get("bos_token_id") if bos is None else bos
-        tokens = {name: _token_text(value) for name, value in tokenizer_config.items()
-                  if name.endswith("_token") and _token_text(value) is not None}
+        self.bos: int | None = text_config.get("bos_token_id") if bos is None else bos
+        tokens = {
+            name: _token_text(value)
+            for name, value in tokenizer_config.items()
+            if name.endswith("_token") and _token_text(value) is not None
+        }
         source = template_source(folder, tokenizer_config) if folder else None
         self.template = ChatTemplate(source, tokens | {"bos_token": bos_token}) if source else None
 
@@ -112,7 +115,9 @@ class Processor:
             return scale, (0.0,) * 3, (1.0,) * 3
         return scale, tuple(config.get("image_mean", CLIP_MEAN)), tuple(config.get("image_std", CLIP_STD))
 
-    def chat(self, id: Any, prompt: str, images: Sequence[Source] = (), system: Optional[str] = None, **options: Any) -> Request:
+    def chat(
+        self, id: Any, prompt: str, images: Sequence[Source] = (), system: str | None = None, **options: Any
+    ) -> Request:
         """A request from a prompt: through the chat template, its images first."""
         content = [{"type": "image", "image": source} for source in images] + [{"type": "text", "text": prompt}]
         messages = [{"role": "system", "content": system}] if system else []
@@ -125,8 +130,9 @@ class Processor:
         """
         kinds = [kind for kind in ("messages", "prompt", "input_ids") if given.get(kind) is not None]
         if len(kinds) != 1:
-            raise UserError(f"a request needs exactly one of messages, prompt, input_ids; this has "
-                            f"{', '.join(kinds) or 'none'}.")
+            raise UserError(
+                f"a request needs exactly one of messages, prompt, input_ids; this has {', '.join(kinds) or 'none'}."
+            )
         sources: list[Source]
         if kinds == ["messages"]:
             if given.get("images"):
@@ -139,12 +145,22 @@ class Processor:
         if len(positions) != len(sources):
             raise UserError(f"{len(positions)} {IMAGE} tokens for {len(sources)} images; each image needs one token.")
         if len(ids) > self.max_input:
-            raise UserError(f"the prompt has {len(ids)} ids, max_input_length={self.max_input}. "
-                            f"Shorten it or raise max_input_length.")
+            raise UserError(
+                f"the prompt has {len(ids)} ids, max_input_length={self.max_input}. "
+                f"Shorten it or raise max_input_length."
+            )
         options = read_options(given, self.max_new, self.sampling)
         images = tuple(tile_image(open_image(_resolve(source, base)), self.shape.vision) for source in sources)
-        return Request(given.get("id"), tuple(ids), images, positions, options.max_new, options.sampling, options.stop,
-                       options.ignore_eos)
+        return Request(
+            given.get("id"),
+            tuple(ids),
+            images,
+            positions,
+            options.max_new,
+            options.sampling,
+            options.stop,
+            options.ignore_eos,
+        )
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of generated ids, special tokens left out."""
@@ -191,12 +207,12 @@ class Processor:
         return start + [self.shape.image_token] * images + self.codec.encode(text)
 
 
-def _optional(folder: Optional[Path], name: str) -> dict[str, Any]:
+def _optional(folder: Path | None, name: str) -> dict[str, Any]:
     """A JSON file of the checkpoint, or nothing where it has none."""
     return (read_optional_json(folder / name) or {}) if folder else {}
 
 
-def _token_text(value: Any) -> Optional[str]:
+def _token_text(value: Any) -> str | None:
     return value.get("content") if isinstance(value, dict) else value
 
 
@@ -208,8 +224,10 @@ def _image_config(folder: Path, shape: ModelShape) -> dict[str, Any]:
     tile = (config.get("size") or {}).get("height", shape.vision.tile)
     tiles = config.get("max_image_tiles", shape.vision.max_tiles)
     if (tile, tiles) != (shape.vision.tile, shape.vision.max_tiles):
-        raise UserError(f"preprocessor_config.json cuts up to {tiles} tiles of {tile} px, config.json says "
-                        f"{shape.vision.max_tiles} of {shape.vision.tile} px. The two files belong to different models.")
+        raise UserError(
+            f"preprocessor_config.json cuts up to {tiles} tiles of {tile} px, config.json says "
+            f"{shape.vision.max_tiles} of {shape.vision.tile} px. The two files belong to different models."
+        )
     return config
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any
 
 from mllama_graph.core.errors import UserError
 from mllama_graph.inputs.images import TiledImage
@@ -17,7 +17,7 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
-    logprobs: Optional[int] = None
+    logprobs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,35 @@ class Request:
 
 
 # Every field of a request that has a meaning here, and those that tasks read.
-FIELDS = frozenset({"id", "messages", "prompt", "input_ids", "images", "max_new_tokens", "temperature", "top_p", "top_k",
-                    "seed", "stop", "ignore_eos", "logprobs", "answer", "kind"})
+FIELDS = frozenset(
+    {
+        "id",
+        "messages",
+        "prompt",
+        "input_ids",
+        "images",
+        "max_new_tokens",
+        "temperature",
+        "top_p",
+        "top_k",
+        "seed",
+        "stop",
+        "ignore_eos",
+        "logprobs",
+        "answer",
+        "kind",
+    }
+)
 LARGEST = 2**31 - 1
 # Numeric field of a request -> (type, least value or None, greatest value).
-_NUMBERS: dict[str, tuple[type, Optional[int], float]] = {
-    "max_new_tokens": (int, 1, LARGEST), "temperature": (float, 0, 1e6), "top_p": (float, 0, 1), "top_k": (int, 0, LARGEST),
-    "seed": (int, None, 2**64 - 1), "logprobs": (int, 0, LARGEST)}
+_NUMBERS: dict[str, tuple[type, int | None, float]] = {
+    "max_new_tokens": (int, 1, LARGEST),
+    "temperature": (float, 0, 1e6),
+    "top_p": (float, 0, 1),
+    "top_k": (int, 0, LARGEST),
+    "seed": (int, None, 2**64 - 1),
+    "logprobs": (int, 0, LARGEST),
+}
 
 
 @dataclass(frozen=True)
@@ -66,8 +88,13 @@ def read_options(given: Mapping[str, Any], max_new: int, defaults: Sampling) -> 
     ignore_eos = given.get("ignore_eos") or False
     if not isinstance(ignore_eos, bool):
         raise UserError(f"ignore_eos={ignore_eos!r} must be true or false.")
-    sampling = Sampling(_number(given, "temperature", defaults.temperature), top_p, _number(given, "top_k", defaults.top_k),
-                        _number(given, "seed", defaults.seed), _number(given, "logprobs", None))
+    sampling = Sampling(
+        _number(given, "temperature", defaults.temperature),
+        top_p,
+        _number(given, "top_k", defaults.top_k),
+        _number(given, "seed", defaults.seed),
+        _number(given, "logprobs", None),
+    )
     return Options(_number(given, "max_new_tokens", max_new), sampling, tuple(stop), ignore_eos)
 
 
@@ -80,6 +107,9 @@ def _number(given: Mapping[str, Any], name: str, default: Any) -> Any:
         raise UserError(f"{name}={value!r} must be a {'number' if kind is float else 'whole number'}.")
     # `not (lo <= x <= hi)` also rejects NaN.
     if not (-math.inf if least is None else least) <= value <= most:
-        raise UserError(f"{name}={value} must be at least {least} and at most {most}." if least is not None else
-                        f"{name}={value} must be at most {most}.")
+        raise UserError(
+            f"{name}={value} must be at least {least} and at most {most}."
+            if least is not None
+            else f"{name}={value} must be at most {most}."
+        )
     return kind(value)

@@ -45,7 +45,11 @@ def most_images(lines: Iterable[Line]) -> int:
         if isinstance(given, str):
             return 0
         images, messages = given.get("images"), given.get("messages")
-        contents = [message.get("content") for message in messages if isinstance(message, dict)] if isinstance(messages, list) else []
+        contents = (
+            [message.get("content") for message in messages if isinstance(message, dict)]
+            if isinstance(messages, list)
+            else []
+        )
         parts = [part for content in contents if isinstance(content, list) for part in content]
         beside = len(images) if isinstance(images, list) else 0
         return beside + sum(isinstance(part, dict) and part.get("type") != "text" for part in parts)

@@ -5,7 +5,6 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Optional
 
 from mllama_graph.ascend import stubs
 from mllama_graph.core.errors import UserError
@@ -16,11 +15,15 @@ from mllama_graph.plan.resolve import ResolvedRun, ResolvedTask
 
 LOG_FORMAT = "[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"
 # Ascend's switches are those of MindIE's example; the last one is cuBLAS's.
-DETERMINISTIC = {"LCCL_DETERMINISTIC": "1", "HCCL_DETERMINISTIC": "true", "ATB_MATMUL_SHUFFLE_K_ENABLE": "0",
-                 "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+DETERMINISTIC = {
+    "LCCL_DETERMINISTIC": "1",
+    "HCCL_DETERMINISTIC": "true",
+    "ATB_MATMUL_SHUFFLE_K_ENABLE": "0",
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+}
 
 
-def prepare_environment(run: Optional[ResolvedTask], place: Place) -> None:
+def prepare_environment(run: ResolvedTask | None, place: Place) -> None:
     """Set the environment variables of a rank. A rank that torchrun started learns of its run later: `run` is None then."""
     model = run if isinstance(run, ResolvedRun) else None
     if model and model.threads:
@@ -36,7 +39,7 @@ def prepare_environment(run: Optional[ResolvedTask], place: Place) -> None:
             os.environ |= DETERMINISTIC
 
 
-def simulate_npu(run: ResolvedRun, place: Optional[Place]) -> None:
+def simulate_npu(run: ResolvedRun, place: Place | None) -> None:
     """Have the processes that this one starts load stub libraries of CANN: the loader reads the environment at their start.
 
     Raises UserError under torchrun, whose processes have already started, or where the stubs can't be built.

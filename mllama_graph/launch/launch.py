@@ -25,12 +25,16 @@ def launch(run: ResolvedTask, entry: str, fresh: bool) -> None:
     """
     place = place_from(os.environ)
     if fresh and place:
-        raise UserError("a sweep can't run under torchrun: start it with python run.py -m, and it spawns its ranks itself.")
+        raise UserError(
+            "a sweep can't run under torchrun: start it with python run.py -m, and it spawns its ranks itself."
+        )
     model = run if isinstance(run, ResolvedRun) else None
     alone = model is None or model.needs != TaskOptions.RANKS or model.only_shapes
     if alone and place and place.world > 1:
         shapes = " weights=meta" if run.needs == TaskOptions.RANKS else ""
-        raise UserError(f"task={run.task}{shapes} is done by one process. Start it with python run.py, without torchrun.")
+        raise UserError(
+            f"task={run.task}{shapes} is done by one process. Start it with python run.py, without torchrun."
+        )
     ranks = 1 if model is None or alone else model.tp
     simulated = model is not None and model.device.simulated
     if simulated and model:
@@ -52,7 +56,9 @@ def run_here(run: ResolvedTask, entry: str, place: Place) -> None:
         pkgutil.resolve_name(entry)(run)
     except KeyboardInterrupt as error:
         finished = run.output_dir / "results.jsonl"
-        raise Interrupted(f"interrupted; finished requests are in {finished}." if finished.exists() else "interrupted.") from error
+        raise Interrupted(
+            f"interrupted; finished requests are in {finished}." if finished.exists() else "interrupted."
+        ) from error
 
 
 def join(place: Place) -> int:

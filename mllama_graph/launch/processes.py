@@ -1,5 +1,6 @@
 """Processes of ranks: starting them, and taking in how they ended."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -11,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import IO, Optional
+from typing import IO
 
 from mllama_graph.core.errors import Interrupted, RankFailed, UserError
 from mllama_graph.core.machine import block_sigint
@@ -23,7 +24,12 @@ CHILD = "mllama_graph.launch.child"
 # After the first failure: seconds for the rank that is at fault to say so, and for a rank to end by itself.
 TELL_SECONDS, END_SECONDS = 1.0, 5.0
 # Kinds of failure that a rank reports. "peer": another rank's doing.
-FAILURES: dict[str, type[Exception]] = {"user": UserError, "interrupted": Interrupted, "failed": RankFailed, "peer": RankFailed}
+FAILURES: dict[str, type[Exception]] = {
+    "user": UserError,
+    "interrupted": Interrupted,
+    "failed": RankFailed,
+    "peer": RankFailed,
+}
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,7 @@ class Assignment:
 
     parent: int
     output_dir: Path
-    task: Optional[ResolvedTask] = None
+    task: ResolvedTask | None = None
     entry: str = ""
 
 
@@ -43,7 +49,7 @@ class RankProcess:
     rank: int
     process: subprocess.Popen[bytes]
     report: IO[bytes]
-    failure: Optional[Exception] = None
+    failure: Exception | None = None
     by_peer: bool = False
 
     @property
@@ -83,21 +89,25 @@ def spawn(place: Place, variables: Mapping[str, str], given: Assignment, inherit
     paths = filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **variables}
     readable, writable = os.pipe()
-    log = open(given.output_dir / "ranks" / f"{place.rank}.log", "ab") if place.rank else None
-    with block_sigint():
+    path = given.output_dir / "ranks" / f"{place.rank}.log"
+    with block_sigint(), path.open("ab") if place.rank else contextlib.nullcontext() as log:
         # -P: not the package of whatever folder this process was started in.
-        process = subprocess.Popen([sys.executable, "-P", "-m", CHILD, str(writable)], env=environment,
-                                   stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=[writable, *inherited])
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", CHILD, str(writable)],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            pass_fds=[writable, *inherited],
+        )
     os.close(writable)
-    if log:
-        log.close()
     assert process.stdin is not None
     with process.stdin as stdin:
         stdin.write(pickle.dumps(given))
     return RankProcess(place.rank, process, os.fdopen(readable, "rb"))
 
 
-def collect(ranks: Sequence[RankProcess], timeout: Optional[float]) -> None:
+def collect(ranks: Sequence[RankProcess], timeout: float | None) -> None:
     """Wait until one of the ranks ends, or for `timeout` seconds, and take in how those that ended did."""
     ended = wait([rank.report.fileno() for rank in ranks if rank.running], timeout)
     for rank in ranks:
@@ -105,7 +115,7 @@ def collect(ranks: Sequence[RankProcess], timeout: Optional[float]) -> None:
             rank.take_end()
 
 
-def failure_of(ranks: Sequence[RankProcess], seconds: float) -> Optional[Exception]:
+def failure_of(ranks: Sequence[RankProcess], seconds: float) -> Exception | None:
     """The failure to report of ranks that have ended, if any failed.
 
     A failure that another rank caused is not the one to report: a rank that still runs has `seconds` to say that it is at
@@ -126,7 +136,7 @@ class Meeting:
 
     rendezvous: Rendezvous
     # A line for the user where the port is another than the one that was asked for.
-    note: Optional[str]
+    note: str | None
 
     @staticmethod
     def on_this_host() -> "Meeting":

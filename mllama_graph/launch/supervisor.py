@@ -13,7 +13,17 @@ from mllama_graph import native
 from mllama_graph.core.errors import Interrupted
 from mllama_graph.core.machine import raise_interrupt
 from mllama_graph.core.place import Place
-from mllama_graph.launch.processes import END_SECONDS, TELL_SECONDS, Assignment, Meeting, RankProcess, collect, failure_of, spawn, spawn_workers
+from mllama_graph.launch.processes import (
+    END_SECONDS,
+    TELL_SECONDS,
+    Assignment,
+    Meeting,
+    RankProcess,
+    collect,
+    failure_of,
+    spawn,
+    spawn_workers,
+)
 from mllama_graph.plan.resolve import ResolvedRun, ResolvedTask
 
 # After an interrupt: seconds for rank 0 to finish its step.

@@ -8,13 +8,26 @@ from mllama_graph.core.report import Progress, markdown
 from mllama_graph.measure import plots
 from mllama_graph.measure.bench_rows import OURS, Row
 
-HEAD = ("engine", "batch", "ids", "first token", "of it vision", "again", "a decode step", "least", "most", "floor", "of floor",
-        "tokens/s")
+HEAD = (
+    "engine",
+    "batch",
+    "ids",
+    "first token",
+    "of it vision",
+    "again",
+    "a decode step",
+    "least",
+    "most",
+    "floor",
+    "of floor",
+    "tokens/s",
+)
 # Plots over batch sizes or lengths: (column, title, columns of the least and the most).
 FIGURES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("non_first_token_time(ms)", "a decode step, ms", ("decode_ms_least", "decode_ms_most")),
     ("first_token_time(ms)", "first token, ms", ("first_token_ms_least", "first_token_ms_most")),
-    ("decode_tokens_per_s", "decoded tokens/s", ()))
+    ("decode_tokens_per_s", "decoded tokens/s", ()),
+)
 FLOORS = {"non_first_token_time(ms)": "decode_floor_ms", "first_token_time(ms)": "first_token_floor_ms"}
 
 
@@ -27,9 +40,20 @@ def _cells(row: Row) -> tuple[str, ...]:
     def ms(name: str) -> str:
         return f"{row[name]:,.1f} ms" if row[name] != "" else "-"
 
-    return (str(row["engine"]), str(row["batch"]), str(row["input_len"]), ms("first_token_time(ms)"), ms("vision_ms"),
-            ms("first_token_again_ms"), ms("non_first_token_time(ms)"), ms("decode_ms_least"), ms("decode_ms_most"),
-            ms("decode_floor_ms"), f"{100 * row['decode_of_floor']:.0f} %", f"{row['decode_tokens_per_s']:,.1f}")
+    return (
+        str(row["engine"]),
+        str(row["batch"]),
+        str(row["input_len"]),
+        ms("first_token_time(ms)"),
+        ms("vision_ms"),
+        ms("first_token_again_ms"),
+        ms("non_first_token_time(ms)"),
+        ms("decode_ms_least"),
+        ms("decode_ms_most"),
+        ms("decode_floor_ms"),
+        f"{100 * row['decode_of_floor']:.0f} %",
+        f"{row['decode_tokens_per_s']:,.1f}",
+    )
 
 
 def write_report(folder: Path, model: str, rows: Sequence[Row], uncompiled: list[str], progress: Progress) -> Path:
@@ -38,10 +62,18 @@ def write_report(folder: Path, model: str, rows: Sequence[Row], uncompiled: list
     `uncompiled`: the graphs whose steps had to run uncompiled.
     """
     reads, products = ([row[name] for row in rows] for name in ("read_gb_per_s", "product_gflop_per_s"))
-    text = [f"# task=bench, {model}", "", "Medians. The floor of a step is the larger of bytes / bandwidth and operations / rate, "
-            f"measured before and after each repetition's decode steps: {min(reads):.1f} to {max(reads):.1f} GB/s read, "
-            f"{min(products):,.0f} to {max(products):,.0f} GFLOP/s of a product. In the column *again* the images are known, "
-            "and need no vision pass.", "", *markdown(*table(rows)), "", *uncompiled_line(uncompiled)]
+    text = [
+        f"# task=bench, {model}",
+        "",
+        "Medians. The floor of a step is the larger of bytes / bandwidth and operations / rate, "
+        f"measured before and after each repetition's decode steps: {min(reads):.1f} to {max(reads):.1f} GB/s read, "
+        f"{min(products):,.0f} to {max(products):,.0f} GFLOP/s of a product. In the column *again* the images are known, "
+        "and need no vision pass.",
+        "",
+        *markdown(*table(rows)),
+        "",
+        *uncompiled_line(uncompiled),
+    ]
     for peer in {row["engine"]: None for row in rows if row["engine"] != OURS}:
         text += [f"- {line}" for line in _against(rows, peer)]
     for across, name in (("batch", "batch"), ("input_len", "text ids")):
@@ -73,11 +105,15 @@ def _against(rows: Sequence[Row], peer: str) -> Iterator[str]:
     ours = {case(row): row for row in rows if row["engine"] == OURS}
     for row in rows:
         if row["engine"] == peer:
-            first, step = (row[name] / ours[case(row)][name] for name in ("first_token_time(ms)", "non_first_token_time(ms)"))
+            first, step = (
+                row[name] / ours[case(row)][name] for name in ("first_token_time(ms)", "non_first_token_time(ms)")
+            )
             yield f"{peer}, batch {row['batch']}, {row['input_len']} ids: first token {first:.2f}x, decode {step:.2f}x our time"
 
 
-def _series(rows: Sequence[Row], across: str, column: str, spread: tuple[str, ...]) -> tuple[dict[str, list[Any]], list[str]]:
+def _series(
+    rows: Sequence[Row], across: str, column: str, spread: tuple[str, ...]
+) -> tuple[dict[str, list[Any]], list[str]]:
     """A line per engine and value of the other axis, and the names of the dashed lines: our floors."""
     other, unit = ("input_len", "ids") if across == "batch" else ("batch", "rows")
     many = len({row[other] for row in rows}) > 1
@@ -87,5 +123,7 @@ def _series(rows: Sequence[Row], across: str, column: str, spread: tuple[str, ..
         name = f"{row['engine']}, {row[other]} {unit}" if many else str(row["engine"])
         series.setdefault(name, []).append((row[across], row[column], *(row[bound] for bound in spread)))
         if column in FLOORS and row["engine"] == OURS:
-            floors.setdefault(f"floor, {row[other]} {unit}" if many else "floor", []).append((row[across], row[FLOORS[column]]))
+            floors.setdefault(f"floor, {row[other]} {unit}" if many else "floor", []).append(
+                (row[across], row[FLOORS[column]])
+            )
     return series | floors, list(floors)

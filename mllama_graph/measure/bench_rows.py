@@ -12,8 +12,16 @@ from mllama_graph.plan.buckets import Plan
 from mllama_graph.plan.cost import kv_bytes, sizes, step_work, work
 
 # The columns of the example that this engine replaces, in its order.
-SEED_COLUMNS = ("batch", "input_len", "output_len", "embedding_len", "first_token_time(ms)", "non_first_token_time(ms)",
-                "ResponseTime(ms)", "E2E Throughput Average(Tokens/s)")
+SEED_COLUMNS = (
+    "batch",
+    "input_len",
+    "output_len",
+    "embedding_len",
+    "first_token_time(ms)",
+    "non_first_token_time(ms)",
+    "ResponseTime(ms)",
+    "E2E Throughput Average(Tokens/s)",
+)
 OURS = "mllama_graph"
 MS = 1e3
 Row = dict[str, Any]
@@ -43,7 +51,9 @@ def row_of(on: Measured, case: Case, timing: Timing, ceilings: Sequence[Limits])
     """
     image_tokens = case.images * on.shape.vision.max_tiles * on.shape.vision.tokens
     keys, image_keys = case.batch * (case.length + case.new // 2), case.batch * image_tokens
-    moved, flops = step_work(on.shape, case.images > 0, case.batch, keys, image_keys, (keys, image_keys), case.batch, *on.widths)
+    moved, flops = step_work(
+        on.shape, case.images > 0, case.batch, keys, image_keys, (keys, image_keys), case.batch, *on.widths
+    )
     ceiling, steps = middle(ceilings), _median_steps(timing, len(ceilings))
     whole, first, step = statistics.median(timing.whole), _median_ms(timing.first), _median_ms(timing.steps)
 
@@ -56,22 +66,45 @@ def row_of(on: Measured, case: Case, timing: Timing, ceilings: Sequence[Limits])
     first_floor = _first_floor(on, case, image_tokens, ceiling)
     self_kv, image_kv = kv_bytes(on.shape, keys, image_keys, on.widths[1])
     ours = timing.who == OURS
-    seed = (case.batch, case.length, case.new, image_tokens, first, step, _ms(whole), round(case.batch * case.new / whole, 3))
+    seed = (
+        case.batch,
+        case.length,
+        case.new,
+        image_tokens,
+        first,
+        step,
+        _ms(whole),
+        round(case.batch * case.new / whole, 3),
+    )
     return dict(zip(SEED_COLUMNS, seed)) | {
-        "engine": timing.who, "images": case.images, "image_ms": _median_ms(timing.image), "vision_ms": _median_ms(timing.vision),
-        "prefill_ms": _median_ms(timing.prefill), "first_sample_ms": _median_ms(timing.sample),
-        "first_token_ms_least": _ms(min(timing.first)), "first_token_ms_most": _ms(max(timing.first)),
+        "engine": timing.who,
+        "images": case.images,
+        "image_ms": _median_ms(timing.image),
+        "vision_ms": _median_ms(timing.vision),
+        "prefill_ms": _median_ms(timing.prefill),
+        "first_sample_ms": _median_ms(timing.sample),
+        "first_token_ms_least": _ms(min(timing.first)),
+        "first_token_ms_most": _ms(max(timing.first)),
         "first_token_again_ms": _median_ms(timing.again),
-        "decode_ms_least": _ms(min(timing.steps)), "decode_ms_most": _ms(max(timing.steps)),
+        "decode_ms_least": _ms(min(timing.steps)),
+        "decode_ms_most": _ms(max(timing.steps)),
         "decode_tokens_per_s": round(case.batch * MS / step, 3),
-        "decode_floor_ms": _ms(floor(ceiling)), "decode_of_floor": share(floor),
-        "first_token_floor_ms": _ms(first_floor), "first_token_of_floor": round(first_floor * MS / first, 4),
+        "decode_floor_ms": _ms(floor(ceiling)),
+        "decode_of_floor": share(floor),
+        "first_token_floor_ms": _ms(first_floor),
+        "first_token_of_floor": round(first_floor * MS / first, 4),
         "read_of_limit": share(lambda limits: moved / limits.bytes_per_second),
         "flops_of_limit": share(lambda limits: flops / limits.flops),
-        "decode_bytes": round(moved), "decode_flops": round(flops),
-        "weight_bytes": sizes(on.shape).total * on.widths[0], "self_kv_bytes": self_kv, "image_kv_bytes": image_kv,
-        "planned_bytes": on.planned if ours else "", "most_bytes": on.most() if ours else "",
-        "read_gb_per_s": round(ceiling.bytes_per_second / 1e9, 3), "product_gflop_per_s": round(ceiling.flops / 1e9, 3)}
+        "decode_bytes": round(moved),
+        "decode_flops": round(flops),
+        "weight_bytes": sizes(on.shape).total * on.widths[0],
+        "self_kv_bytes": self_kv,
+        "image_kv_bytes": image_kv,
+        "planned_bytes": on.planned if ours else "",
+        "most_bytes": on.most() if ours else "",
+        "read_gb_per_s": round(ceiling.bytes_per_second / 1e9, 3),
+        "product_gflop_per_s": round(ceiling.flops / 1e9, 3),
+    }
 
 
 def _ms(seconds: float) -> float:
@@ -86,7 +119,7 @@ def _median_ms(seconds: Sequence[float]) -> Any:
 def _median_steps(timing: Timing, repetitions: int) -> list[float]:
     """The median decode step of each repetition, in seconds."""
     each = len(timing.steps) // repetitions
-    return [statistics.median(timing.steps[at * each:(at + 1) * each]) for at in range(repetitions)]
+    return [statistics.median(timing.steps[at * each : (at + 1) * each]) for at in range(repetitions)]
 
 
 def _first_floor(on: Measured, case: Case, image_tokens: int, ceiling: Limits) -> float:

@@ -1,5 +1,6 @@
 """Plots of a session, as PNG files. matplotlib is an extra: without it there are tables alone."""
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,7 @@ Points = Sequence[tuple[float, ...]]
 
 def available() -> bool:
     """Whether there can be plots."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def file_name(title: str) -> str:
@@ -26,12 +23,7 @@ def file_name(title: str) -> str:
 
 
 def lines(
-    path: Path,
-    title: str,
-    across: str,
-    up: str,
-    series: Mapping[str, Points],
-    dashed: Sequence[str] = (),
+    path: Path, title: str, across: str, up: str, series: Mapping[str, Points], dashed: Sequence[str] = ()
 ) -> None:
     """Lines with markers, one a name; those in `dashed` are floors. With least and most, a band shows the spread."""
     axes = _axes(title, across, up)
@@ -62,9 +54,7 @@ def stacked(path: Path, title: str, up: str, names: Sequence[str], parts: Mappin
     _save(axes, path)
 
 
-def roofline(
-    path: Path, title: str, bytes_per_second: float, flops: float, points: Mapping[str, float]
-) -> None:
+def roofline(path: Path, title: str, bytes_per_second: float, flops: float, points: Mapping[str, float]) -> None:
     """The two roofs, and on them each name at its operations a byte."""
     axes = _axes(title, "operations a byte", "operations a second")
     ridge = flops / bytes_per_second

@@ -4,9 +4,9 @@ import csv
 import json
 import platform
 import subprocess
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import yaml
 
@@ -22,24 +22,30 @@ MODELLED = "modelled"
 PLACES = ("output_dir", "graph_cache", "weights", "requests", "image", "mistralrs", "folder", "measured")
 
 
-def write_manifest(folder: Path, config: dict[str, Any], device: str, capability: str, accelerator: Optional[str]) -> None:
+def write_manifest(folder: Path, config: dict[str, Any], device: str, capability: str, accelerator: str | None) -> None:
     """Write manifest.json: hardware, versions, commit, command, configuration and date of what the folder holds.
 
     `capability`: the vector width that torch uses on this CPU. `accelerator`: the device's name, None for a CPU.
     """
-    write_json(folder / MANIFEST, {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "hardware": hardware(device, capability, accelerator),
-        "versions": versions(),
-        "commit": commit(),
-        "command": command(folder),
-        "config": _without_places(config),
-    })
+    write_json(
+        folder / MANIFEST,
+        {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "hardware": hardware(device, capability, accelerator),
+            "versions": versions(),
+            "commit": commit(),
+            "command": command(folder),
+            "config": _without_places(config),
+        },
+    )
 
 
 def _without_places(config: dict[str, Any]) -> dict[str, Any]:
-    return {name: _without_places(value) if isinstance(value, dict) else value for name, value in config.items()
-            if name not in PLACES}
+    return {
+        name: _without_places(value) if isinstance(value, dict) else value
+        for name, value in config.items()
+        if name not in PLACES
+    }
 
 
 def command(folder: Path) -> str:
@@ -59,7 +65,7 @@ def _without_folder(word: str) -> str:
     return f"{key}={Path(value).name}" if equals and value.startswith(("/", "~")) else word
 
 
-def hardware(device: str, capability: str, accelerator: Optional[str]) -> dict[str, Any]:
+def hardware(device: str, capability: str, accelerator: str | None) -> dict[str, Any]:
     """What figures were measured on: processor, cores, memory, and the accelerator where there is one."""
     found: dict[str, Any] = {
         "device": device,
@@ -86,7 +92,9 @@ def commit(package: Path = PACKAGE) -> str:
         if not at_root or git("ls-files", "--error-unmatch", "__init__.py").returncode:
             return ""
         head = git("rev-parse", "--short", "HEAD")
-        return head.stdout.strip() + "+" * bool(git("status", "--porcelain", "-uno").stdout) if not head.returncode else ""
+        return (
+            head.stdout.strip() + "+" * bool(git("status", "--porcelain", "-uno").stdout) if not head.returncode else ""
+        )
     except OSError:
         return ""
 

@@ -4,10 +4,10 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
-from mllama_graph.measure import plots
 from mllama_graph.core.report import markdown
+from mllama_graph.measure import plots
 from mllama_graph.measure.session import overrides, write_csv
 
 SUMMARY = "summary"
@@ -93,11 +93,11 @@ def _line(
     return (str(row["job"]), *(str(row.get(name, "-")) for name, _ in swept), str(row["status"]), *cells)
 
 
-def _metric(row: dict[str, Any], names: tuple[str, ...]) -> Optional[float]:
+def _metric(row: dict[str, Any], names: tuple[str, ...]) -> float | None:
     return next((row[name] for name in names if isinstance(row.get(name), (int, float))), None)
 
 
-def _number(value: Optional[float]) -> str:
+def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 

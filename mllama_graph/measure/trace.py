@@ -8,14 +8,24 @@ ends; what follows belongs to the next range, such as adding the residual and th
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 # Names of the ranges that a rank marks: a step (followed by its bucket), the graph inside it, and sampling.
 STEP, GRAPH, SAMPLE = "step ", "graph", "sample"
 # Products with a weight, by their names in several libraries; and attention, whose products are with no weight.
 PRODUCTS = {
-    "mllama_graph::linear", "mllama_graph::patch_embed", "aten::linear", "aten::addmm", "aten::mm", "aten::matmul", "aten::conv2d", "aten::convolution",
-    "aten::_convolution", "aten::mkldnn_convolution", "mkldnn::_linear_pointwise", "mkldnn::_convolution_pointwise",
+    "mllama_graph::linear",
+    "mllama_graph::patch_embed",
+    "aten::linear",
+    "aten::addmm",
+    "aten::mm",
+    "aten::matmul",
+    "aten::conv2d",
+    "aten::convolution",
+    "aten::_convolution",
+    "aten::mkldnn_convolution",
+    "mkldnn::_linear_pointwise",
+    "mkldnn::_convolution_pointwise",
 }
 ATTENTION = ("aten::scaled_dot_product", "aten::_scaled_dot_product", "mllama_graph::attend")
 # The rest of a graph's time, between the operations that the profiler sees.
@@ -43,7 +53,7 @@ class Traced:
     def phase(self) -> str:
         return self.name.split()[0]
 
-    def annotated(self, name: str) -> Optional[dict[str, Any]]:
+    def annotated(self, name: str) -> dict[str, Any] | None:
         return next((event for event in self.inside if event["name"] == name), None)
 
 

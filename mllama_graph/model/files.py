@@ -56,7 +56,8 @@ class CheckpointFiles:
             raise UserError(f"{self.folder} holds no .safetensors file. Convert the checkpoint to safetensors.")
         found: dict[str, tuple[str, Path]] = {}
         for path in paths:
-            for name in self._open(path).keys():
+            names: list[str] = self._open(path).keys()
+            for name in names:
                 legacy = legacy_name(name)
                 if legacy in found:
                     raise UserError(f"{name} is in {found[legacy][1].name} and again in {path.name}.")
@@ -97,8 +98,11 @@ class CheckpointFiles:
         missing = [name for name in expected if name not in self.tensors]
         extra = [name for name in self.tensors if name not in expected]
         shapes = [(name, tuple(self._header(name).get_shape())) for name in expected if name in self.tensors]
-        wrong = [f"{name} is {list(found)}, expected {list(expected[name].shape)}" for name, found in shapes
-                 if not _fits(found, expected[name].shape)]
+        wrong = [
+            f"{name} is {list(found)}, expected {list(expected[name].shape)}"
+            for name, found in shapes
+            if not _fits(found, expected[name].shape)
+        ]
         for fault, names in (("missing", missing), ("unexpected", extra), ("of the wrong shape", wrong)):
             if names:
                 more = f" and {len(names) - 5} more" if len(names) > 5 else ""
@@ -114,5 +118,5 @@ def legacy_name(name: str) -> str:
     """The legacy form of a tensor's name."""
     for new, legacy in RENAMES:
         if name.startswith(new):
-            return legacy + name[len(new):]
+            return legacy + name[len(new) :]
     return name

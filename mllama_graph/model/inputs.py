@@ -1,9 +1,9 @@
 """The static-shaped inputs of each step, and the pages that steps read and write.
 
-    B sequences   T token rows   J pages per sequence   C tiles   S patch rows   h w pixels
+B sequences   T token rows   J pages per sequence   C tiles   S patch rows   h w pixels
 """
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -36,8 +36,8 @@ class PromptInput(NamedTuple):
     last_1: Tensor
     real_1: Tensor
     past_1: Tensor
-    table_J: Optional[Tensor]
-    image: Optional[ImageInput]
+    table_J: Tensor | None
+    image: ImageInput | None
 
 
 class TokenInput(NamedTuple):
@@ -52,7 +52,7 @@ class TokenInput(NamedTuple):
     real_1: Tensor
     table_BJ: Tensor
     len_B: Tensor
-    image: Optional[ImageInput]
+    image: ImageInput | None
 
 
 class TileInput(NamedTuple):

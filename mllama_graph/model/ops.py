@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-
 # docs of npu_fused_infer_attention_score: the last axis of 16-bit queries, keys and values is a multiple of this.
 NPU_HEAD = 16
 

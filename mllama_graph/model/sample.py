@@ -19,7 +19,9 @@ def own_ids(logits_BV: Tensor, first: int, vocab: int) -> Tensor:
     logits_BV = logits_BV.float()
     held = max(0, vocab - first)
     if held < logits_BV.shape[-1]:
-        logits_BV = logits_BV.index_fill(-1, torch.arange(held, logits_BV.shape[-1], device=logits_BV.device), -torch.inf)
+        logits_BV = logits_BV.index_fill(
+            -1, torch.arange(held, logits_BV.shape[-1], device=logits_BV.device), -torch.inf
+        )
     return logits_BV
 
 

@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 from math import gcd
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from mllama_graph.core.errors import UserError
 
@@ -98,8 +98,10 @@ class ModelShape:
         if any(count % tp for count in heads.values()):
             common = gcd(*heads.values())
             choices = [str(n) for n in range(1, common + 1) if common % n == 0]
-            raise UserError(f"tp={tp} does not divide the model's heads ({', '.join(f'{n} {k}' for k, n in heads.items())}). "
-                            f"tp can be {', '.join(choices)}.")
+            raise UserError(
+                f"tp={tp} does not divide the model's heads ({', '.join(f'{n} {k}' for k, n in heads.items())}). "
+                f"tp can be {', '.join(choices)}."
+            )
 
 
 def _rope(text: dict[str, Any]) -> RopeShape:
@@ -153,11 +155,18 @@ def _shape_of(config: dict[str, Any]) -> ModelShape:
     head_width = int(text.get("head_dim") or width // heads)
     shape = ModelShape(
         text=TextShape(
-            vocab=int(text.get("vocab_size", 128256)), width=width, layers=layers, heads=heads,
-            kv_heads=int(text.get("num_key_value_heads", 8)), head_width=head_width,
-            mlp=int(text.get("intermediate_size", 14336)), cross_layers=cross,
+            vocab=int(text.get("vocab_size", 128256)),
+            width=width,
+            layers=layers,
+            heads=heads,
+            kv_heads=int(text.get("num_key_value_heads", 8)),
+            head_width=head_width,
+            mlp=int(text.get("intermediate_size", 14336)),
+            cross_layers=cross,
             eps=float(text.get("rms_norm_eps", 1e-5)),
-            positions=int(text.get("max_position_embeddings", 131072)), rope=_rope(text)),
+            positions=int(text.get("max_position_embeddings", 131072)),
+            rope=_rope(text),
+        ),
         vision=_vision(vision),
         image_token=int(config.get("image_token_index", config.get("image_token_id", 128256))),
     )
@@ -172,12 +181,17 @@ def _vision(vision: dict[str, Any]) -> VisionShape:
     return VisionShape(
         width=int(vision.get("hidden_size", 1280)),
         heads=int(vision.get("attention_heads", vision.get("num_attention_heads", 16))),
-        layers=int(vision.get("num_hidden_layers", 32)), global_layers=int(vision.get("num_global_layers", 8)),
-        mlp=int(vision.get("intermediate_size", 5120)), patch=_square(vision.get("patch_size", 14), "patch_size"),
-        tile=_square(vision.get("image_size", 448), "image_size"), max_tiles=max_tiles,
+        layers=int(vision.get("num_hidden_layers", 32)),
+        global_layers=int(vision.get("num_global_layers", 8)),
+        mlp=int(vision.get("intermediate_size", 5120)),
+        patch=_square(vision.get("patch_size", 14), "patch_size"),
+        tile=_square(vision.get("image_size", 448), "image_size"),
+        max_tiles=max_tiles,
         channels=int(vision.get("num_channels", 3)),
         features=tuple(int(i) for i in ([3, 7, 15, 23, 30] if features is None else features)),
-        aspect_ratios=tuple((int(h), int(w)) for h, w in ratios), eps=float(vision.get("norm_eps", 1e-5)))
+        aspect_ratios=tuple((int(h), int(w)) for h, w in ratios),
+        eps=float(vision.get("norm_eps", 1e-5)),
+    )
 
 
 def supported_aspect_ratios(max_tiles: int) -> list[tuple[int, int]]:
@@ -202,10 +216,11 @@ def _check_shape(shape: ModelShape) -> None:
     if vision.width % vision.heads or vision.tile % vision.patch:
         raise UserError(
             f"vision width {vision.width} / heads {vision.heads} and tile {vision.tile} / patch {vision.patch} "
-            "must be whole (config.json).")
+            "must be whole (config.json)."
+        )
 
 
-def read_optional_json(path: Path) -> Optional[dict[str, Any]]:
+def read_optional_json(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file, or None where there is no such file. Raises UserError as `read_json` does."""
     return read_json(path) if path.is_file() else None
 

@@ -52,14 +52,18 @@ class Entry:
 
     def region(self, shard: Shard) -> tuple[slice, ...]:
         """The part of the whole tensor that a rank holds, without padding."""
-        return tuple(slice(*shard.bounds(n)) if axis == self.shard else slice(0, n)
-                     for axis, n in enumerate(self.shape))
+        return tuple(
+            slice(*shard.bounds(n)) if axis == self.shard else slice(0, n) for axis, n in enumerate(self.shape)
+        )
 
 
 def table(shape: ModelShape) -> list[Entry]:
     """Every tensor of a model, in the order of the tree."""
-    return [*_text_entries(shape), *_vision_entries(shape.vision),
-            *_linear("multi_modal_projector", "projector", shape.text.width, shape.vision.out_width, None, bias=True)]
+    return [
+        *_text_entries(shape),
+        *_vision_entries(shape.vision),
+        *_linear("multi_modal_projector", "projector", shape.text.width, shape.vision.out_width, None, bias=True),
+    ]
 
 
 def _linear(name: str, path: str, out: int, into: int, shard: int | None, bias: bool = False) -> list[Entry]:
@@ -110,22 +114,34 @@ def _text_entries(shape: ModelShape) -> Iterator[Entry]:
 def _vision_entries(vision: VisionShape) -> Iterator[Entry]:
     E, ratios, tiles = vision.width, len(vision.aspect_ratios) + 1, vision.max_tiles
     model = "vision_model"
-    yield Entry(f"{model}.patch_embedding.weight", "vision.patch", (E, vision.channels, vision.patch, vision.patch),
-                None, "linear")
+    yield Entry(
+        f"{model}.patch_embedding.weight",
+        "vision.patch",
+        (E, vision.channels, vision.patch, vision.patch),
+        None,
+        "linear",
+    )
     yield Entry(f"{model}.class_embedding", "vision.class_token", (E,), None, "position")
     position = f"{model}.gated_positional_embedding"
     yield Entry(f"{position}.gate", "vision.position_gate", (1,), None, "gate")
     yield Entry(f"{position}.embedding", "vision.position", (vision.tokens, E), None, "position")
-    yield Entry(f"{position}.tile_embedding.weight", "vision.tile_position", (ratios, tiles * vision.tokens * E), None,
-                "position")
+    yield Entry(
+        f"{position}.tile_embedding.weight",
+        "vision.tile_position",
+        (ratios, tiles * vision.tokens * E),
+        None,
+        "position",
+    )
     for side in ("pre_tile", "post_tile"):
         embedding = f"{model}.{side}_positional_embedding"
         yield Entry(f"{embedding}.gate", f"vision.{side}_gate", (1,), None, "gate")
         yield Entry(f"{embedding}.embedding.weight", f"vision.{side}", (ratios, tiles * E), None, "position")
     yield from _layer_norm(f"{model}.layernorm_pre", "vision.norm_before", E)
     yield from _layer_norm(f"{model}.layernorm_post", "vision.norm_after", E)
-    for stack, layers, path in (("transformer", vision.layers, "local_layers"),
-                                ("global_transformer", vision.global_layers, "global_layers")):
+    for stack, layers, path in (
+        ("transformer", vision.layers, "local_layers"),
+        ("global_transformer", vision.global_layers, "global_layers"),
+    ):
         for i in range(layers):
             yield from _vision_block(f"{model}.{stack}.layers.{i}", f"vision.{path}.{i}", vision)
 
@@ -151,7 +167,13 @@ def elements(shape: ModelShape, shard: Shard = WHOLE) -> int:
 
 
 # What every rank holds whole, by what it is: small, or read once an image.
-REPLICATED = {"norm": "norms", "bias": "biases", "gate": "gates", "position": "vision positions", "linear": "vision patches"}
+REPLICATED = {
+    "norm": "norms",
+    "bias": "biases",
+    "gate": "gates",
+    "position": "vision positions",
+    "linear": "vision patches",
+}
 
 
 def replicated(shape: ModelShape) -> dict[str, int]:

@@ -7,7 +7,6 @@ the next norm are one operation.
 """
 
 from collections.abc import Callable
-from typing import Optional
 
 from torch import Tensor
 
@@ -26,8 +25,15 @@ def mlp(w: TextLayer, h_TD: Tensor, ops: Ops) -> Tensor:
     return ops.all_reduce(ops.linear(h_TF, w.down))
 
 
-def self_attention(w: SelfLayer, h_TD: Tensor, angles: tuple[Tensor, Tensor], pages: tuple[Tensor, Tensor],
-                   attend: Attend, head_width: int, ops: Ops) -> Tensor:
+def self_attention(
+    w: SelfLayer,
+    h_TD: Tensor,
+    angles: tuple[Tensor, Tensor],
+    pages: tuple[Tensor, Tensor],
+    attend: Attend,
+    head_width: int,
+    ops: Ops,
+) -> Tensor:
     """Rotary self-attention over the layer's pages; one all-reduce."""
     T = h_TD.shape[0]
     kv = pages[0].shape[2] * head_width
@@ -39,8 +45,16 @@ def self_attention(w: SelfLayer, h_TD: Tensor, angles: tuple[Tensor, Tensor], pa
     return ops.all_reduce(ops.linear(out_TQH.reshape(T, -1), w.o))
 
 
-def self_block(w: SelfLayer, x_TD: Tensor, y_TD: Optional[Tensor], angles: tuple[Tensor, Tensor],
-               pages: tuple[Tensor, Tensor], attend: Attend, shape: ModelShape, ops: Ops) -> tuple[Tensor, Tensor]:
+def self_block(
+    w: SelfLayer,
+    x_TD: Tensor,
+    y_TD: Tensor | None,
+    angles: tuple[Tensor, Tensor],
+    pages: tuple[Tensor, Tensor],
+    attend: Attend,
+    shape: ModelShape,
+    ops: Ops,
+) -> tuple[Tensor, Tensor]:
     """A layer that attends to text; (x_TD, y_TD) in and out."""
     h_TD, x_TD = ops.add_rms_norm(x_TD, y_TD, w.attention_norm, shape.text.eps)
     y_TD = self_attention(w, h_TD, angles, pages, attend, shape.text.head_width, ops)
@@ -48,8 +62,15 @@ def self_block(w: SelfLayer, x_TD: Tensor, y_TD: Optional[Tensor], angles: tuple
     return x_TD, mlp(w, h_TD, ops)
 
 
-def cross_block(w: CrossLayer, x_TD: Tensor, y_TD: Optional[Tensor], pages: tuple[Tensor, Tensor], image: ImageInput,
-                shape: ModelShape, ops: Ops) -> tuple[Tensor, Tensor]:
+def cross_block(
+    w: CrossLayer,
+    x_TD: Tensor,
+    y_TD: Tensor | None,
+    pages: tuple[Tensor, Tensor],
+    image: ImageInput,
+    shape: ModelShape,
+    ops: Ops,
+) -> tuple[Tensor, Tensor]:
     """Attention to images, each part behind its tanh gate.
 
     A row that sees no image passes unchanged, attention and MLP alike: Meta multiplies both by the row mask
@@ -66,8 +87,17 @@ def cross_block(w: CrossLayer, x_TD: Tensor, y_TD: Optional[Tensor], pages: tupl
     return x_TD, ops.gated(mlp(w, h_TD, ops), w.mlp_gate, sees)
 
 
-def trunk(w: TextWeights, ids_T: Tensor, position_T: Tensor, image: Optional[ImageInput], pages: Pages, image_pages: Pages,
-          attend: Attend, shape: ModelShape, ops: Ops) -> tuple[Tensor, Optional[Tensor]]:
+def trunk(
+    w: TextWeights,
+    ids_T: Tensor,
+    position_T: Tensor,
+    image: ImageInput | None,
+    pages: Pages,
+    image_pages: Pages,
+    attend: Attend,
+    shape: ModelShape,
+    ops: Ops,
+) -> tuple[Tensor, Tensor | None]:
     """All layers. Without `image` the cross layers are left out: the lean graph, equal where no row sees an image."""
     angles = ops.rope_angles(position_T, w.inv_freq)
     x_TD, y_TD = ops.embed(ids_T, w.embed).to(pages[0][0].dtype), None
@@ -80,13 +110,15 @@ def trunk(w: TextWeights, ids_T: Tensor, position_T: Tensor, image: Optional[Ima
     return x_TD, y_TD
 
 
-def logits(w: TextWeights, x_TD: Tensor, y_TD: Optional[Tensor], shape: ModelShape, ops: Ops) -> Tensor:
+def logits(w: TextWeights, x_TD: Tensor, y_TD: Tensor | None, shape: ModelShape, ops: Ops) -> Tensor:
     """The final norm and the head, of whatever rows are given."""
     h_TD, _ = ops.add_rms_norm(x_TD, y_TD, w.norm, shape.text.eps)
     return ops.linear(h_TD, w.head)
 
 
-def prefill(w: TextWeights, given: PromptInput, pages: Pages, image_pages: Pages, shape: ModelShape, ops: Ops) -> Tensor:
+def prefill(
+    w: TextWeights, given: PromptInput, pages: Pages, image_pages: Pages, shape: ModelShape, ops: Ops
+) -> Tensor:
     """Writes a chunk's K/V into its slots; logits_1V of row `last_1`."""
     ops = ops.without_padding(ops, given)
 

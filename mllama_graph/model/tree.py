@@ -7,7 +7,7 @@ Every linear layer goes through `Ops.linear`, whatever format its weight is stor
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Optional, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,11 @@ class Linear(nn.Module):
     """Parameters of a linear layer: weight (out, in), bias (out,) or None; scale of a quantised weight, or None."""
 
     weight: nn.Parameter
-    bias: Optional[nn.Parameter]
+    bias: nn.Parameter | None
 
     def __init__(self) -> None:
         super().__init__()
-        self.scale: Optional[Tensor] = None
+        self.scale: Tensor | None = None
         self.register_parameter("bias", None)
 
 
@@ -91,8 +91,8 @@ class VisionLayer(nn.Module):
     """A layer of the vision tower; only global layers have gates. fc2_bias: added once, after the sum over ranks."""
 
     fc2_bias: nn.Parameter
-    attention_gate: Optional[nn.Parameter]
-    mlp_gate: Optional[nn.Parameter]
+    attention_gate: nn.Parameter | None
+    mlp_gate: nn.Parameter | None
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,7 +121,9 @@ class VisionWeights(nn.Module):
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
         self.norm_before, self.norm_after = LayerNorm(), LayerNorm()
-        local, global_ = ([VisionLayer() for _ in range(count)] for count in (shape.vision.layers, shape.vision.global_layers))
+        local, global_ = (
+            [VisionLayer() for _ in range(count)] for count in (shape.vision.layers, shape.vision.global_layers)
+        )
         self.local_layers = cast(Sequence[VisionLayer], nn.ModuleList(local))
         self.global_layers = cast(Sequence[VisionLayer], nn.ModuleList(global_))
 
@@ -152,8 +154,15 @@ class Pixels:
 Fill = Callable[[Entry, Tensor, tuple[slice, ...]], None]
 
 
-def build(shape: ModelShape, pixels: Pixels, dtype: torch.dtype, placement: Placement, fill: Fill,
-          progress: Callable[[int], None], shard: Shard = WHOLE) -> Weights:
+def build(
+    shape: ModelShape,
+    pixels: Pixels,
+    dtype: torch.dtype,
+    placement: Placement,
+    fill: Fill,
+    progress: Callable[[int], None],
+    shard: Shard = WHOLE,
+) -> Weights:
     """A rank's weight tree: Parameters at the table's paths, filled by `fill`, padding by zeros.
 
     `progress` gets the number of bytes filled since its last call.

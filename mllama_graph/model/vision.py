@@ -1,8 +1,8 @@
 """The vision tower and the projector, up to the image's K/V in every cross-attention layer.
 
-    C tiles   N patches a tile   L tokens a tile (class token first)   R rows a tile (L padded to a multiple of 8)
-    S token rows of the image (C * L)   W all rows (C * R)   E vision width   A vision heads   H head width
-    U vision output   D model width   K kv heads
+C tiles   N patches a tile   L tokens a tile (class token first)   R rows a tile (L padded to a multiple of 8)
+S token rows of the image (C * L)   W all rows (C * R)   E vision width   A vision heads   H head width
+U vision output   D model width   K kv heads
 """
 
 import torch

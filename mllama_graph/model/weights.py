@@ -39,7 +39,7 @@ def from_checkpoint(files: CheckpointFiles) -> Fill:
                     block.copy_(lazy[slice(first, first + len(block)), *region[1:]])
                 else:
                     # The same elements in another number of axes: only tensors that are never split.
-                    block.copy_(lazy[...].view(entry.shape)[first:first + len(block)])
+                    block.copy_(lazy[...].view(entry.shape)[first : first + len(block)])
 
     return fill
 
@@ -68,7 +68,7 @@ def random_fill(shape: ModelShape, seed: int, dtype: torch.dtype) -> Fill:
         at = (starts[entry.name] + torch.arange(region[0].start, region[0].stop) * row + first) % RANDOM_PERIOD
         for block, begins in zip(part.split(_rows(part)), at.split(_rows(part))):
             block.copy_(noise.unfold(0, width, 1)[begins].view(block.shape))
-        std = scale[entry.init] if entry.init in scale else row ** -0.5
+        std = scale[entry.init] if entry.init in scale else row**-0.5
         part.mul_(std).add_(shift.get(entry.init, 0.0))
 
     return fill

@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from mllama_graph.native import operators
 from mllama_graph.native.operators import OPERATORS
@@ -131,7 +131,7 @@ def build(name: str, folder: Path) -> Path:
         return home / library.name
 
 
-def built(name: str, folder: Path) -> Optional[Path]:
+def built(name: str, folder: Path) -> Path | None:
     """The library's file that some compiler has left in the folder, or None."""
     return next(_home(name, folder).glob("*.so"), None)
 
@@ -153,12 +153,14 @@ def find_compiler() -> str:
     command = os.environ.get("CXX") or "g++"
     found = shutil.which(command)
     if found is None:
-        raise BuildError(f"no C++ compiler: {command!r} is no program that is found. Install g++ 11 or newer, or name a compiler, "
-                         "without arguments, with CXX=.")
+        raise BuildError(
+            f"no C++ compiler: {command!r} is no program that is found. Install g++ 11 or newer, or name a compiler, "
+            "without arguments, with CXX=."
+        )
     return found
 
 
-def missing_compiler() -> Optional[str]:
+def missing_compiler() -> str | None:
     """Why no library, and no graph, could be built here; None where they could."""
     try:
         find_compiler()
@@ -178,8 +180,10 @@ def run_compiler(command: list[str], what: str) -> None:
     if done.returncode:
         lines = [line.strip() for line in done.stderr.splitlines()] or ["no message"]
         reason = next((line for line in lines if "error" in line), lines[0])
-        raise BuildError(f"{what} not build with {command[0]} (exit code {done.returncode}): {reason}. "
-                         "Install g++ 11 or newer, or name a compiler with CXX=.")
+        raise BuildError(
+            f"{what} not build with {command[0]} (exit code {done.returncode}): {reason}. "
+            "Install g++ 11 or newer, or name a compiler with CXX=."
+        )
 
 
 def _flags(name: str) -> list[str]:
@@ -192,8 +196,17 @@ def _command(name: str, compiler: str) -> list[str]:
     import torch
 
     home = Path(torch.__file__).parent
-    return [compiler, *_flags(name), f"-I{home / 'include'}", f"-I{home / 'include/torch/csrc/api/include'}",
-            str(SOURCE / f"{name}.cpp"), f"-L{home / 'lib'}", "-ltorch_cpu", "-lc10", "-lrt"]
+    return [
+        compiler,
+        *_flags(name),
+        f"-I{home / 'include'}",
+        f"-I{home / 'include/torch/csrc/api/include'}",
+        str(SOURCE / f"{name}.cpp"),
+        f"-L{home / 'lib'}",
+        "-ltorch_cpu",
+        "-lc10",
+        "-lrt",
+    ]
 
 
 def _home(name: str, folder: Path) -> Path:

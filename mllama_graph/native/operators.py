@@ -6,16 +6,16 @@ The operators of `kernels` are declared here and implemented in C++. Those of th
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     # Imported where it is used: the command line asks for libraries before torch is there.
     from torch import Tensor
 
-    Maybe = Optional[Tensor]
+    Maybe = Tensor | None
 
 # How many ranks exchange, where collectives are traced.
-world: Optional[int] = None
+world: int | None = None
 
 
 def _like(x: Tensor, *others: Any) -> Tensor:
@@ -88,13 +88,15 @@ def _join_features(x: Tensor, kept: list[Tensor], tiles: int, tokens: int) -> Te
 # Library -> operator -> (schema, or None where the library declares it itself; result shapes from fake tensors).
 # `real` counts the rows that are no padding: the others are not read, and become zeros. Weights, biases, gates and
 # tables may be stored in 16 bits.
-OPERATORS: dict[str, dict[str, tuple[Optional[str], Callable[..., Any]]]] = {
+OPERATORS: dict[str, dict[str, tuple[str | None, Callable[..., Any]]]] = {
     "kernels": {
         "lay_out_": ("(Tensor(a!) weight) -> ()", _nothing),
         "linear": ("(Tensor x, Tensor weight, Tensor? bias, Tensor? real) -> Tensor", _linear),
         "rms_norm": ("(Tensor x, Tensor weight, float eps, Tensor? real) -> Tensor", _like),
         "add_rms_norm": (
-            "(Tensor x, Tensor y, Tensor weight, float eps, Tensor? real) -> (Tensor, Tensor)", _add_rms_norm),
+            "(Tensor x, Tensor y, Tensor weight, float eps, Tensor? real) -> (Tensor, Tensor)",
+            _add_rms_norm,
+        ),
         "layer_norm": ("(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor", _like),
         "rope_angles": ("(Tensor position, Tensor inv_freq) -> (Tensor, Tensor)", _rope_angles),
         "rope": ("(Tensor x, Tensor cosine, Tensor sine, Tensor? real) -> Tensor", _like),
@@ -109,20 +111,28 @@ OPERATORS: dict[str, dict[str, tuple[Optional[str], Callable[..., Any]]]] = {
         "add_tile_embedding": ("(Tensor x, Tensor table, Tensor aspect, Tensor gate) -> Tensor", _like),
         "add_positions": (
             "(Tensor x, Tensor first, Tensor position, Tensor table, Tensor aspect, Tensor gate) -> Tensor",
-            _add_positions),
+            _add_positions,
+        ),
         "pad_rows": ("(Tensor x, Tensor real, int multiple) -> (Tensor, Tensor)", _pad_rows),
         "join_features": ("(Tensor x, Tensor[] kept, int tiles, int tokens) -> Tensor", _join_features),
         "write_pages_": (
-            "(Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor slot, Tensor? real) -> ()", _nothing),
+            "(Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor slot, Tensor? real) -> ()",
+            _nothing,
+        ),
         "attend_pages": (
-            "(Tensor q, Tensor k_pages, Tensor v_pages, Tensor table, Tensor length, float scale) -> Tensor", _like),
+            "(Tensor q, Tensor k_pages, Tensor v_pages, Tensor table, Tensor length, float scale) -> Tensor",
+            _like,
+        ),
         "attend_prompt": (
             "(Tensor q, Tensor k, Tensor v, Tensor k_pages, Tensor v_pages, Tensor? table, Tensor past, Tensor? real, "
-            "float scale) -> Tensor", _like),
+            "float scale) -> Tensor",
+            _like,
+        ),
         "attend_tiles": ("(Tensor q, Tensor k, Tensor v, Tensor pad, float scale) -> Tensor", _like),
         "attend_image": (
             "(Tensor q, Tensor k_pages, Tensor v_pages, Tensor table, Tensor fill, Tensor see, float scale) -> Tensor",
-            _like),
+            _like,
+        ),
     },
     "collectives": {"all_reduce": (None, _like), "all_gather": (None, _all_gather)},
     "runner": {},

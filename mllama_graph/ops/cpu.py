@@ -42,8 +42,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, real_1: Tensor | None = None
     return kernels.rms_norm(x, weight, eps, real_1)
 
 
-def add_rms_norm(x_TD: Tensor, y_TD: Tensor | None, weight: Tensor, eps: float,
-                 real_1: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x_TD: Tensor, y_TD: Tensor | None, weight: Tensor, eps: float, real_1: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     if y_TD is None:
         return kernels.rms_norm(x_TD, weight, eps, real_1), x_TD
     return kernels.add_rms_norm(x_TD, y_TD, weight, eps, real_1)
@@ -86,8 +87,9 @@ def take_row(x_TD: Tensor, at_1: Tensor) -> Tensor:
     return kernels.take_row(x_TD, at_1)
 
 
-def normalise(tiles_C3hw: Tensor, real_1: Tensor, scale: Tensor, mean_311: Tensor, std_311: Tensor,
-              dtype: torch.dtype) -> Tensor:
+def normalise(
+    tiles_C3hw: Tensor, real_1: Tensor, scale: Tensor, mean_311: Tensor, std_311: Tensor, dtype: torch.dtype
+) -> Tensor:
     return kernels.normalise(tiles_C3hw, real_1, scale, mean_311, std_311)
 
 
@@ -99,8 +101,9 @@ def add_tile_embedding(x_CRE: Tensor, table: Tensor, aspect_1: Tensor, gate_1: T
     return kernels.add_tile_embedding(x_CRE, table, aspect_1, gate_1)
 
 
-def add_positions(x_CNE: Tensor, class_E: Tensor, position_LE: Tensor, table: Tensor, aspect_1: Tensor,
-                  gate_1: Tensor) -> Tensor:
+def add_positions(
+    x_CNE: Tensor, class_E: Tensor, position_LE: Tensor, table: Tensor, aspect_1: Tensor, gate_1: Tensor
+) -> Tensor:
     return kernels.add_positions(x_CNE, class_E, position_LE, table, aspect_1, gate_1)
 
 
@@ -117,8 +120,15 @@ def write_pages_(k_TKH: Tensor, v_TKH: Tensor, pages: Pages, slot_T: Tensor, rea
     kernels.write_pages_(k_TKH, v_TKH, *pages, slot_T, real_1)
 
 
-def attend_prompt(q_TQH: Tensor, k_TKH: Tensor, v_TKH: Tensor, pages: Pages, table_J: Tensor | None,
-                  past_1: Tensor, real_1: Tensor | None = None) -> Tensor:
+def attend_prompt(
+    q_TQH: Tensor,
+    k_TKH: Tensor,
+    v_TKH: Tensor,
+    pages: Pages,
+    table_J: Tensor | None,
+    past_1: Tensor,
+    real_1: Tensor | None = None,
+) -> Tensor:
     return kernels.attend_prompt(q_TQH, k_TKH, v_TKH, *pages, table_J, past_1, real_1, q_TQH.shape[-1] ** -0.5)
 
 
@@ -144,10 +154,32 @@ def without_padding(ops: Ops, given: PromptInput | TokenInput) -> Ops:
 
 
 CPU = Ops(
-    without_padding=without_padding, embed=embed, embed_held=embed_held, linear=linear, rms_norm=rms_norm,
-    add_rms_norm=add_rms_norm, layer_norm=layer_norm, rope_angles=rope_angles, rope=rope, swiglu=swiglu, gelu=gelu,
-    sees_image=sees_image, gated=gated, add_gated=add_gated, take_row=take_row, normalise=normalise,
-    patch_embed=patch_embed, add_tile_embedding=add_tile_embedding, add_positions=add_positions, pad_rows=pad_rows,
-    join_features=join_features, write_pages_=write_pages_, attend_prompt=attend_prompt, attend_pages=attend_pages,
-    attend_image=attend_image, attend_tiles=attend_tiles, all_reduce=PLAIN.all_reduce, all_gather=PLAIN.all_gather,
+    without_padding=without_padding,
+    embed=embed,
+    embed_held=embed_held,
+    linear=linear,
+    rms_norm=rms_norm,
+    add_rms_norm=add_rms_norm,
+    layer_norm=layer_norm,
+    rope_angles=rope_angles,
+    rope=rope,
+    swiglu=swiglu,
+    gelu=gelu,
+    sees_image=sees_image,
+    gated=gated,
+    add_gated=add_gated,
+    take_row=take_row,
+    normalise=normalise,
+    patch_embed=patch_embed,
+    add_tile_embedding=add_tile_embedding,
+    add_positions=add_positions,
+    pad_rows=pad_rows,
+    join_features=join_features,
+    write_pages_=write_pages_,
+    attend_prompt=attend_prompt,
+    attend_pages=attend_pages,
+    attend_image=attend_image,
+    attend_tiles=attend_tiles,
+    all_reduce=PLAIN.all_reduce,
+    all_gather=PLAIN.all_gather,
 )

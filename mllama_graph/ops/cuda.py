@@ -15,14 +15,13 @@ Run by Triton's interpreter and compiled for sm_80 and sm_90, on hosts without a
 from dataclasses import replace
 from functools import lru_cache
 from types import SimpleNamespace
-from typing import Optional
 
 import torch
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from mllama_graph.ops import plain
 from mllama_graph.model.ops import Ops
+from mllama_graph.ops import plain
 from mllama_graph.ops.plain import Pages
 from mllama_graph.ops.ranks import ranked
 
@@ -65,10 +64,29 @@ def _jit(kernel):
 
 
 @_jit
-def _partial(q_ptr, k_ptr, v_ptr, table_ptr, len_ptr, fill_ptr, see_ptr, partial_ptr, lse_ptr,
-             R: tl.constexpr, G: tl.constexpr, K: tl.constexpr, H: tl.constexpr, P: tl.constexpr,
-             J: tl.constexpr, S: tl.constexpr, SCALE: tl.constexpr, BLOCK_M: tl.constexpr,
-             BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, IMAGE: tl.constexpr):
+def _partial(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    table_ptr,
+    len_ptr,
+    fill_ptr,
+    see_ptr,
+    partial_ptr,
+    lse_ptr,
+    R: tl.constexpr,
+    G: tl.constexpr,
+    K: tl.constexpr,
+    H: tl.constexpr,
+    P: tl.constexpr,
+    J: tl.constexpr,
+    S: tl.constexpr,
+    SCALE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    IMAGE: tl.constexpr,
+):
     """Attention over one share of keys: partial (B, K, S, M, H), and lse (B, K, S, M) in base 2.
 
     Where a row sees no key of its share, lse is -inf and nothing is written to partial.
@@ -128,13 +146,26 @@ def _partial(q_ptr, k_ptr, v_ptr, table_ptr, len_ptr, fill_ptr, see_ptr, partial
     safe_M = tl.where(seen_M, sum_M, 1.0)
     lse_at = ((b * K + head) * S + split) * (R * G) + m_M
     tl.store(lse_ptr + lse_at, tl.where(seen_M, top_M + tl.log2(safe_M), float("-inf")), mask=real_M)
-    tl.store(partial_ptr + lse_at[:, None] * H + h_H[None, :], out_MH / safe_M[:, None],
-             mask=(seen_M & real_M)[:, None] & real_H[None, :])
+    tl.store(
+        partial_ptr + lse_at[:, None] * H + h_H[None, :],
+        out_MH / safe_M[:, None],
+        mask=(seen_M & real_M)[:, None] & real_H[None, :],
+    )
 
 
 @_jit
-def _combine(partial_ptr, lse_ptr, out_ptr, R: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
-             H: tl.constexpr, S: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr):
+def _combine(
+    partial_ptr,
+    lse_ptr,
+    out_ptr,
+    R: tl.constexpr,
+    G: tl.constexpr,
+    K: tl.constexpr,
+    H: tl.constexpr,
+    S: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
     """out (T, Q, H) from the splits' partial results; zeros where a row sees nothing."""
     t, query = tl.program_id(0), tl.program_id(1)
     s_S, h_H = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_H)
@@ -146,8 +177,9 @@ def _combine(partial_ptr, lse_ptr, out_ptr, R: tl.constexpr, G: tl.constexpr, K:
     top = tl.max(lse_S, axis=0)
     weight_S = tl.exp2(lse_S - tl.where(top == float("-inf"), 0.0, top))
     total = tl.sum(weight_S, axis=0)
-    partial_SH = tl.load(partial_ptr + at_S[:, None] * H + h_H[None, :],
-                         mask=seen_S[:, None] & (h_H < H)[None, :], other=0.0)
+    partial_SH = tl.load(
+        partial_ptr + at_S[:, None] * H + h_H[None, :], mask=seen_S[:, None] & (h_H < H)[None, :], other=0.0
+    )
     out_H = tl.sum(weight_S[:, None] * partial_SH, axis=0) / tl.where(total > 0, total, 1.0)
     tl.store(out_ptr + (t * K * G + query) * H + h_H, out_H.to(out_ptr.dtype.element_ty), mask=h_H < H)
 
@@ -160,8 +192,17 @@ def _power_of_2(least: int) -> int:
     return 1 << (least - 1).bit_length()
 
 
-def _attend(q_TQH: Tensor, k_pages: Tensor, v_pages: Tensor, table_BJ: Tensor, len_B: Tensor, fill_BJ: Tensor,
-            see_T2: Tensor, count: int, image: bool) -> Tensor:
+def _attend(
+    q_TQH: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    table_BJ: Tensor,
+    len_B: Tensor,
+    fill_BJ: Tensor,
+    see_T2: Tensor,
+    count: int,
+    image: bool,
+) -> Tensor:
     """Both kernels over `count` splits. What `image` leaves unread may be any tensor of int32."""
     (T, Q, H), (_, P, K, _), (B, J) = q_TQH.shape, k_pages.shape, table_BJ.shape
     R, G = T // B, Q // K
@@ -172,27 +213,59 @@ def _attend(q_TQH: Tensor, k_pages: Tensor, v_pages: Tensor, table_BJ: Tensor, l
     lse_BKSM = torch.empty((B, K, count, R * G), dtype=torch.float32, device=q_TQH.device)
     out_TQH = torch.empty((T, Q, H), dtype=q_TQH.dtype, device=q_TQH.device)
     wrap_triton(_partial)[(B, K, count)](
-        q_TQH.contiguous(), k_pages, v_pages, table_BJ, len_B, fill_BJ, see_T2, partial_BKSMH, lse_BKSM,
-        R=R, G=G, K=K, H=H, P=P, J=J, S=count, SCALE=LOG2_E * H ** -0.5, BLOCK_M=max(DOT, _power_of_2(R * G)),
-        BLOCK_H=block_h, BLOCK_N=block_n, IMAGE=image, num_stages=2,
+        q_TQH.contiguous(),
+        k_pages,
+        v_pages,
+        table_BJ,
+        len_B,
+        fill_BJ,
+        see_T2,
+        partial_BKSMH,
+        lse_BKSM,
+        R=R,
+        G=G,
+        K=K,
+        H=H,
+        P=P,
+        J=J,
+        S=count,
+        SCALE=LOG2_E * H**-0.5,
+        BLOCK_M=max(DOT, _power_of_2(R * G)),
+        BLOCK_H=block_h,
+        BLOCK_N=block_n,
+        IMAGE=image,
+        num_stages=2,
         # Products of fp32 don't use tensor cores: 4 warps run out of registers.
-        num_warps=4 if item == 2 else 8)
+        num_warps=4 if item == 2 else 8,
+    )
     wrap_triton(_combine)[(T, Q)](
-        partial_BKSMH, lse_BKSM, out_TQH, R=R, G=G, K=K, H=H, S=count, BLOCK_S=_power_of_2(count), BLOCK_H=block_h,
-        num_warps=4)
+        partial_BKSMH,
+        lse_BKSM,
+        out_TQH,
+        R=R,
+        G=G,
+        K=K,
+        H=H,
+        S=count,
+        BLOCK_S=_power_of_2(count),
+        BLOCK_H=block_h,
+        num_warps=4,
+    )
     return out_TQH
 
 
 @_op
-def attend_pages_split(q_TQH: Tensor, k_pages: Tensor, v_pages: Tensor, table_BJ: Tensor, len_B: Tensor,
-                       count: int) -> Tensor:
+def attend_pages_split(
+    q_TQH: Tensor, k_pages: Tensor, v_pages: Tensor, table_BJ: Tensor, len_B: Tensor, count: int
+) -> Tensor:
     """`attend_pages` of the contract over `count` splits. Pages and the rest are contiguous, the rest int32."""
     return _attend(q_TQH, k_pages, v_pages, table_BJ, len_B, len_B, len_B, count, False)
 
 
 @_op
-def attend_image_split(q_TQH: Tensor, k_pages: Tensor, v_pages: Tensor, table_BJ: Tensor, fill_BJ: Tensor,
-                       see_T2: Tensor, count: int) -> Tensor:
+def attend_image_split(
+    q_TQH: Tensor, k_pages: Tensor, v_pages: Tensor, table_BJ: Tensor, fill_BJ: Tensor, see_T2: Tensor, count: int
+) -> Tensor:
     """`attend_image` of the contract over `count` splits; zeros for a row that sees no key.
 
     Pages and the rest are contiguous, the rest int32.
@@ -222,7 +295,7 @@ def attend_image(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, fill_BJ: Tensor,
     return attend_image_split(q_TQH, *pages, table_BJ, fill_BJ, see_T2, _splits(pages, table_BJ))
 
 
-def triton_version() -> Optional[str]:
+def triton_version() -> str | None:
     """Part of a graph's key: the kernels are compiled into it."""
     return None if triton is None else triton.__version__
 
@@ -233,6 +306,8 @@ def cuda_ops(world: int) -> Ops:
     Raises ImportError where Triton isn't installed.
     """
     if triton is None:
-        raise ImportError("device=cuda needs Triton, which torch's CUDA wheels bring and its CPU wheels don't. "
-                          "Install a CUDA wheel of torch, or the triton package.")
+        raise ImportError(
+            "device=cuda needs Triton, which torch's CUDA wheels bring and its CPU wheels don't. "
+            "Install a CUDA wheel of torch, or the triton package."
+        )
     return replace(ranked(world, "distributed"), attend_pages=attend_pages, attend_image=attend_image)

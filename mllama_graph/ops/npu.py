@@ -28,7 +28,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import torch_npu
-import torchair  # noqa: F401  (registers torchair.ops)
+import torchair  # registers torchair.ops
 from torch import Tensor
 
 from mllama_graph.model.ops import Ops, padded_head
@@ -83,12 +83,23 @@ def write_pages_(k_TKH: Tensor, v_TKH: Tensor, pages: Pages, slot_T: Tensor) -> 
     # docs: all four of one dtype, "Norm" for pages in their natural order. Given the pages themselves, not a view: the
     # compiler copies the whole pool for a view of it.
     dtype, width = pages[0].dtype, pages[0].shape[-1]
-    torch_npu.npu_scatter_pa_kv_cache(_widen(k_TKH.to(dtype), width), _widen(v_TKH.to(dtype), width), *pages, slot_T,
-                                      cache_mode="Norm")
+    torch_npu.npu_scatter_pa_kv_cache(
+        _widen(k_TKH.to(dtype), width), _widen(v_TKH.to(dtype), width), *pages, slot_T, cache_mode="Norm"
+    )
 
 
-def _attention(q_BRQH: Tensor, k: Tensor, v: Tensor, head_width: int, *, kv_heads: int, mask: Tensor | None,
-               captured: bool, sparse_mode: int = 0, **paged: Any) -> Tensor:
+def _attention(
+    q_BRQH: Tensor,
+    k: Tensor,
+    v: Tensor,
+    head_width: int,
+    *,
+    kv_heads: int,
+    mask: Tensor | None,
+    captured: bool,
+    sparse_mode: int = 0,
+    **paged: Any,
+) -> Tensor:
     """Fused attention, (B * R, Q, head_width). k and v are (B, L, K, H), or pages (N, P, K, H) with `block_table`.
 
     torchair's form of the operation takes lengths as tensors, in graphs of GE alone; torch_npu's takes integers.
@@ -97,9 +108,18 @@ def _attention(q_BRQH: Tensor, k: Tensor, v: Tensor, head_width: int, *, kv_head
     fused = torch_npu.npu_fused_infer_attention_score if captured else torchair.ops.npu_fused_infer_attention_score
     out_BRQH, _ = fused(
         # BSH: rows lie as the linear layers have them, and pages need no transpose.
-        q_BRQH.reshape(B, R, Q * H), k.flatten(2), v.flatten(2), num_heads=Q, num_key_value_heads=kv_heads,
-        input_layout="BSH", scale=head_width ** -0.5, atten_mask=mask, sparse_mode=sparse_mode, inner_precise=0,
-        **paged)
+        q_BRQH.reshape(B, R, Q * H),
+        k.flatten(2),
+        v.flatten(2),
+        num_heads=Q,
+        num_key_value_heads=kv_heads,
+        input_layout="BSH",
+        scale=head_width**-0.5,
+        atten_mask=mask,
+        sparse_mode=sparse_mode,
+        inner_precise=0,
+        **paged,
+    )
     return out_BRQH.view(B * R, Q, H)[..., :head_width]
 
 
@@ -109,21 +129,36 @@ def causal_mask(device: torch.device) -> Tensor:
     return row[None, :] > row[:, None]
 
 
-def attend_prompt(q_TQH: Tensor, k_TKH: Tensor, v_TKH: Tensor, pages: Pages, table_J: Tensor | None,
-                  past_1: Tensor, captured: bool = False) -> Tensor:
+def attend_prompt(
+    q_TQH: Tensor,
+    k_TKH: Tensor,
+    v_TKH: Tensor,
+    pages: Pages,
+    table_J: Tensor | None,
+    past_1: Tensor,
+    captured: bool = False,
+) -> Tensor:
     T, K, H = k_TKH.shape
     width = padded_head(H)
     q_1TQH, k_1LKH, v_1LKH = (_widen(x, width)[None] for x in (q_TQH, k_TKH, v_TKH))
     if table_J is None:
-        return _attention(q_1TQH, k_1LKH, v_1LKH, H, kv_heads=K, mask=causal_mask(q_TQH.device), sparse_mode=CAUSAL,
-                          captured=captured)
+        return _attention(
+            q_1TQH, k_1LKH, v_1LKH, H, kv_heads=K, mask=causal_mask(q_TQH.device), sparse_mode=CAUSAL, captured=captured
+        )
     # Earlier pages end anywhere, fresh rows begin after the last of them: they are gathered, and masked by length.
     past_k, past_v = (data.index_select(0, table_J).flatten(0, 1)[None].to(q_TQH.dtype) for data in pages)
     row_T = torch.arange(T, dtype=torch.int32, device=q_TQH.device)
     column_L = torch.arange(past_k.shape[1], dtype=torch.int32, device=q_TQH.device)
     unseen_TL = torch.cat(((column_L >= past_1).expand(T, -1), row_T[None, :] > row_T[:, None]), dim=1)
-    return _attention(q_1TQH, torch.cat((past_k, k_1LKH), dim=1), torch.cat((past_v, v_1LKH), dim=1), H, kv_heads=K,
-                      mask=unseen_TL[None, None], captured=captured)
+    return _attention(
+        q_1TQH,
+        torch.cat((past_k, k_1LKH), dim=1),
+        torch.cat((past_v, v_1LKH), dim=1),
+        H,
+        kv_heads=K,
+        mask=unseen_TL[None, None],
+        captured=captured,
+    )
 
 
 def attend_pages(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, len_B: Tensor) -> Tensor:
@@ -131,9 +166,18 @@ def attend_pages(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, len_B: Tensor) -
     q_BRQH = _widen(q_TQH, width).view(B, -1, q_TQH.shape[1], width)
     # One row sees all of its sequence; of several, the last does.
     causal = q_BRQH.shape[1] > 1
-    return _attention(q_BRQH, *pages, H, kv_heads=K, mask=causal_mask(q_TQH.device) if causal else None,
-                      sparse_mode=CAUSAL if causal else 0, block_table=table_BJ, block_size=P,
-                      actual_seq_lengths_kv=len_B.long(), captured=False)
+    return _attention(
+        q_BRQH,
+        *pages,
+        H,
+        kv_heads=K,
+        mask=causal_mask(q_TQH.device) if causal else None,
+        sparse_mode=CAUSAL if causal else 0,
+        block_table=table_BJ,
+        block_size=P,
+        actual_seq_lengths_kv=len_B.long(),
+        captured=False,
+    )
 
 
 def attend_pages_captured(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, len_B: Tensor) -> Tensor:
@@ -145,12 +189,22 @@ def attend_pages_captured(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, len_B: 
     column_L = torch.arange(J * P, dtype=torch.int32, device=device)
     row_R = torch.arange(R, dtype=torch.int32, device=device)
     unseen_BRL = column_L > (len_B[:, None] - R + row_R)[..., None]
-    return _attention(q_BRQH, *pages, H, kv_heads=K, mask=unseen_BRL[:, None], block_table=table_BJ, block_size=P,
-                      actual_seq_lengths_kv=[J * P] * B, captured=True)
+    return _attention(
+        q_BRQH,
+        *pages,
+        H,
+        kv_heads=K,
+        mask=unseen_BRL[:, None],
+        block_table=table_BJ,
+        block_size=P,
+        actual_seq_lengths_kv=[J * P] * B,
+        captured=True,
+    )
 
 
-def attend_image(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, fill_BJ: Tensor, see_T2: Tensor,
-                 captured: bool = False) -> Tensor:
+def attend_image(
+    q_TQH: Tensor, pages: Pages, table_BJ: Tensor, fill_BJ: Tensor, see_T2: Tensor, captured: bool = False
+) -> Tensor:
     (B, J), H, (_, P, K, width) = table_BJ.shape, q_TQH.shape[-1], pages[0].shape
     q_BRQH = _widen(q_TQH, width).view(B, -1, q_TQH.shape[1], width)
     R, device = q_BRQH.shape[1], q_TQH.device
@@ -164,16 +218,26 @@ def attend_image(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, fill_BJ: Tensor,
     unseen_BRL = (hidden_BRJ[..., None] | empty_BJP[:, None]).view(B, R, J * P) & sees_BR1
     # Pages behind the last used entry are not read; a row without images has one, whatever it holds.
     used_B = (fill_BJ > 0).sum(-1, dtype=torch.int32).clamp(min=1)
-    return _attention(q_BRQH, *pages, H, kv_heads=K, mask=unseen_BRL[:, None], block_table=table_BJ, block_size=P,
-                      actual_seq_lengths_kv=[J * P] * B if captured else (used_B * P).long(), captured=captured)
+    return _attention(
+        q_BRQH,
+        *pages,
+        H,
+        kv_heads=K,
+        mask=unseen_BRL[:, None],
+        block_table=table_BJ,
+        block_size=P,
+        actual_seq_lengths_kv=[J * P] * B if captured else (used_B * P).long(),
+        captured=captured,
+    )
 
 
 def attend_tiles(q_SAH: Tensor, k_SAH: Tensor, v_SAH: Tensor, pad_S: Tensor, captured: bool = False) -> Tensor:
     width = padded_head(q_SAH.shape[-1])
     q_1SAH, k_1SAH, v_1SAH = (_widen(x, width)[None] for x in (q_SAH, k_SAH, v_SAH))
     unseen_SS = pad_S[:, None] & pad_S[None, :]
-    return _attention(q_1SAH, k_1SAH, v_1SAH, q_SAH.shape[-1], kv_heads=q_SAH.shape[1], mask=unseen_SS[None, None],
-                      captured=captured)
+    return _attention(
+        q_1SAH, k_1SAH, v_1SAH, q_SAH.shape[-1], kv_heads=q_SAH.shape[1], mask=unseen_SS[None, None], captured=captured
+    )
 
 
 def npu_ops(world: int, mode: str = "max-autotune") -> Ops:
@@ -181,12 +245,25 @@ def npu_ops(world: int, mode: str = "max-autotune") -> Ops:
 
     `mode` is torchair's: max-autotune for graphs of GE, npugraph_ex for kernels that are captured.
     """
-    ops = replace(ranked(world, "distributed"), linear=linear, rms_norm=rms_norm, add_rms_norm=add_rms_norm, rope=rope,
-                  swiglu=swiglu, gelu=gelu, write_pages_=write_pages_, attend_prompt=attend_prompt,
-                  attend_pages=attend_pages, attend_image=attend_image, attend_tiles=attend_tiles)
+    ops = replace(
+        ranked(world, "distributed"),
+        linear=linear,
+        rms_norm=rms_norm,
+        add_rms_norm=add_rms_norm,
+        rope=rope,
+        swiglu=swiglu,
+        gelu=gelu,
+        write_pages_=write_pages_,
+        attend_prompt=attend_prompt,
+        attend_pages=attend_pages,
+        attend_image=attend_image,
+        attend_tiles=attend_tiles,
+    )
     if mode == "max-autotune":
         return ops
-    captured = {name: partial(getattr(ops, name), captured=True) for name in ("attend_prompt", "attend_image", "attend_tiles")}
+    captured = {
+        name: partial(getattr(ops, name), captured=True) for name in ("attend_prompt", "attend_image", "attend_tiles")
+    }
     return replace(ops, attend_pages=attend_pages_captured, **captured)
 
 

@@ -106,8 +106,9 @@ def take_row(x_TD: Tensor, at_1: Tensor) -> Tensor:
     return x_TD.index_select(0, at_1)
 
 
-def normalise(tiles_C3hw: Tensor, real_1: Tensor, scale: Tensor, mean_311: Tensor, std_311: Tensor,
-              dtype: torch.dtype) -> Tensor:
+def normalise(
+    tiles_C3hw: Tensor, real_1: Tensor, scale: Tensor, mean_311: Tensor, std_311: Tensor, dtype: torch.dtype
+) -> Tensor:
     """uint8 to (x * scale - mean) / std; padding tiles are exactly zero after it."""
     x_C3hw = (tiles_C3hw.float() * scale - mean_311) / std_311
     # Of real_1's dtype: the NPU's comparison takes no mixed ones, and its compiler does not convert.
@@ -132,8 +133,9 @@ def add_tile_embedding(x_CRE: Tensor, table: Tensor, aspect_1: Tensor, gate_1: T
     return x_CRE + _tile_rows(table, aspect_1, C, 1, E, x_CRE.dtype) * gate_1.to(x_CRE.dtype).tanh()
 
 
-def add_positions(x_CNE: Tensor, class_E: Tensor, position_LE: Tensor, table: Tensor, aspect_1: Tensor,
-                  gate_1: Tensor) -> Tensor:
+def add_positions(
+    x_CNE: Tensor, class_E: Tensor, position_LE: Tensor, table: Tensor, aspect_1: Tensor, gate_1: Tensor
+) -> Tensor:
     """The class token before each tile's patches, plus positions -> (C, L, E).
 
     (1 - tanh(gate)) times those that all tiles share, and tanh(gate) times the tile's own in an image of this aspect.
@@ -196,8 +198,9 @@ def _attend(q_BRQH: Tensor, k_BLKH: Tensor, v_BLKH: Tensor, mask_BRL: Tensor) ->
     return out.view(B, K, group, R, H).permute(0, 3, 1, 2, 4).reshape(B * R, Q, H)
 
 
-def attend_prompt(q_TQH: Tensor, k_TKH: Tensor, v_TKH: Tensor, pages: Pages, table_J: Tensor | None,
-                  past_1: Tensor) -> Tensor:
+def attend_prompt(
+    q_TQH: Tensor, k_TKH: Tensor, v_TKH: Tensor, pages: Pages, table_J: Tensor | None, past_1: Tensor
+) -> Tensor:
     """Causal attention of T fresh rows over themselves and `past_1` tokens in the pages of table_J -> (T, Q, H)."""
     row_T = torch.arange(q_TQH.shape[0], device=q_TQH.device)
     mask_TL = row_T[None, :] <= row_T[:, None]
@@ -238,7 +241,7 @@ def attend_image(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, fill_BJ: Tensor,
     seen_BRJ = (entry_J >= see_BR2[..., :1]) & (entry_J < see_BR2[..., 1:])
     mask_BRL = (seen_BRJ[..., None] & filled_BJP[:, None]).view(B, R, J * P)
     # A row that sees no image is dropped by the caller; seeing every key keeps its softmax finite.
-    blind_BR1 = (see_BR2[..., 1:] <= see_BR2[..., :1])
+    blind_BR1 = see_BR2[..., 1:] <= see_BR2[..., :1]
     return _attend(q_BRQH, k_BLKH.to(q_TQH.dtype), v_BLKH.to(q_TQH.dtype), mask_BRL | blind_BR1)
 
 
@@ -262,10 +265,32 @@ def _stack_of_one(x: Tensor) -> Tensor:
 
 
 PLAIN = Ops(
-    without_padding=_as_they_are, embed=embed, embed_held=embed_held, linear=linear, rms_norm=rms_norm,
-    add_rms_norm=add_rms_norm, layer_norm=layer_norm, rope_angles=rope_angles, rope=rope, swiglu=swiglu, gelu=gelu,
-    sees_image=sees_image, gated=gated, add_gated=add_gated, take_row=take_row, normalise=normalise,
-    patch_embed=patch_embed, add_tile_embedding=add_tile_embedding, add_positions=add_positions, pad_rows=pad_rows,
-    join_features=join_features, write_pages_=write_pages_, attend_prompt=attend_prompt, attend_pages=attend_pages,
-    attend_image=attend_image, attend_tiles=attend_tiles, all_reduce=_sum_of_one, all_gather=_stack_of_one,
+    without_padding=_as_they_are,
+    embed=embed,
+    embed_held=embed_held,
+    linear=linear,
+    rms_norm=rms_norm,
+    add_rms_norm=add_rms_norm,
+    layer_norm=layer_norm,
+    rope_angles=rope_angles,
+    rope=rope,
+    swiglu=swiglu,
+    gelu=gelu,
+    sees_image=sees_image,
+    gated=gated,
+    add_gated=add_gated,
+    take_row=take_row,
+    normalise=normalise,
+    patch_embed=patch_embed,
+    add_tile_embedding=add_tile_embedding,
+    add_positions=add_positions,
+    pad_rows=pad_rows,
+    join_features=join_features,
+    write_pages_=write_pages_,
+    attend_prompt=attend_prompt,
+    attend_pages=attend_pages,
+    attend_image=attend_image,
+    attend_tiles=attend_tiles,
+    all_reduce=_sum_of_one,
+    all_gather=_stack_of_one,
 )

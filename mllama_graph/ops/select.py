@@ -1,14 +1,12 @@
 """Which implementation of the operations a device's graphs are traced with."""
 
-from typing import Optional
-
 from mllama_graph.model.ops import Ops
 from mllama_graph.ops.cpu import CPU
 from mllama_graph.ops.plain import PLAIN
 from mllama_graph.ops.ranks import ranked
 
 
-def ops_for(device: str, world: int, collectives: str, kernels: str, mode: Optional[str] = None) -> Ops:
+def ops_for(device: str, world: int, collectives: str, kernels: str, mode: str | None = None) -> Ops:
     """The operations of one of `world` ranks on a device: cpu, cuda, npu or npu-sim.
 
     `collectives` and `kernels` are those of the run; `mode` is torchair's. Raises ImportError where a package is missing.

@@ -1,8 +1,8 @@
 """Pages: who owns which. Integers only; the tensors that the pages index belong to each rank (engine/rank.py)."""
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Sequence
 
 
 class OutOfPages(Exception):

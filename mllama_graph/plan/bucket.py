@@ -18,8 +18,11 @@ class Bucket:
     image_pages: int
 
     def __str__(self) -> str:
-        sizes = {"vision": [], "prefill": [("tokens", self.tokens), ("pages", self.pages)],
-                 "decode": [("batch", self.rows), ("pages", self.pages)]}[self.phase]
+        sizes = {
+            "vision": [],
+            "prefill": [("tokens", self.tokens), ("pages", self.pages)],
+            "decode": [("batch", self.rows), ("pages", self.pages)],
+        }[self.phase]
         image = [("image_pages", self.image_pages)]
         return self.phase + " " + " ".join(f"{name}={size}" for name, size in sizes + image)
 
@@ -28,7 +31,12 @@ class Bucket:
 
         A batch without images never runs through a graph with cross-attention layers: it must not pay for them.
         """
-        return (self.phase == need.phase and (self.image_pages == 0) == (need.image_pages == 0)
-                and (self.pages == 0) == (need.pages == 0)
-                and self.rows >= need.rows and self.tokens >= need.tokens
-                and self.pages >= need.pages and self.image_pages >= need.image_pages)
+        return (
+            self.phase == need.phase
+            and (self.image_pages == 0) == (need.image_pages == 0)
+            and (self.pages == 0) == (need.pages == 0)
+            and self.rows >= need.rows
+            and self.tokens >= need.tokens
+            and self.pages >= need.pages
+            and self.image_pages >= need.image_pages
+        )

@@ -4,10 +4,9 @@ One graph is compiled per bucket. Bucket sizes and the number of pages come from
 memory, so that the same command finds its graphs again.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Optional, Sequence
 
 from mllama_graph.core.config import PlanChoice
 from mllama_graph.core.devices import Paging
@@ -116,9 +115,11 @@ class Plan:
         def join(sizes: Sequence[int]) -> str:
             return ",".join(map(str, sizes))
 
-        return (f"prefill_tokens={join(self.prefill_tokens)} decode_batch={join(self.decode_batch)} "
-                f"pages={join(self.pages)} images={join(self.images)} page_size={self.page_size} "
-                f"num_pages={self.num_pages} num_image_pages={self.num_image_pages}")
+        return (
+            f"prefill_tokens={join(self.prefill_tokens)} decode_batch={join(self.decode_batch)} "
+            f"pages={join(self.pages)} images={join(self.images)} page_size={self.page_size} "
+            f"num_pages={self.num_pages} num_image_pages={self.num_image_pages}"
+        )
 
 
 def choose(need: Bucket, existing: Iterable[Bucket], cost: Callable[[Bucket], float], reuse: float) -> Bucket:
@@ -128,7 +129,7 @@ def choose(need: Bucket, existing: Iterable[Bucket], cost: Callable[[Bucket], fl
     return best if cost(best) <= reuse * cost(need) else need
 
 
-def _sizes(name: str, given: Optional[Sequence[int]], default: tuple[int, ...], least_top: int) -> tuple[int, ...]:
+def _sizes(name: str, given: Sequence[int] | None, default: tuple[int, ...], least_top: int) -> tuple[int, ...]:
     if given is None:
         return default
     sizes = tuple(sorted(set(given)))
@@ -174,13 +175,27 @@ def make_plan(choice: PlanChoice, limits: Limits, shape: ModelShape, paging: Pag
         scratch = max(scratch, batch[-1])
     num_pages = scratch + (limits.batch * pages_per_sequence if choice.num_pages is None else choice.num_pages)
     if num_pages - scratch < pages_per_sequence:
-        raise UserError(f"plan.num_pages={choice.num_pages} can't hold one sequence of {longest} tokens: "
-                        f"it takes {pages_per_sequence} pages of {size}.")
+        raise UserError(
+            f"plan.num_pages={choice.num_pages} can't hold one sequence of {longest} tokens: "
+            f"it takes {pages_per_sequence} pages of {size}."
+        )
     num_images = _num_images(choice.num_images, limits, batch[-1], images[-1], paging)
     tokens_per_tile = shape.vision.tokens
     pages_per_image = pages_for(shape.vision.max_tiles * tokens_per_tile, size)
-    return Plan(size, longest, prefill, batch, pages, images, lengths_are_free, tokens_per_tile, pages_per_image, scratch,
-                num_pages, num_images * pages_per_image)
+    return Plan(
+        size,
+        longest,
+        prefill,
+        batch,
+        pages,
+        images,
+        lengths_are_free,
+        tokens_per_tile,
+        pages_per_image,
+        scratch,
+        num_pages,
+        num_images * pages_per_image,
+    )
 
 
 def _check_page(size: int, paging: Paging) -> None:
@@ -188,16 +203,21 @@ def _check_page(size: int, paging: Paging) -> None:
         raise UserError(f"plan.page_size={size} must be at least 1.")
     multiple, largest = paging.page_multiple, paging.largest_page
     if size % multiple or largest and size > largest:
-        raise UserError(f"plan.page_size={size}: an NPU's attention takes pages of {multiple} to {largest} tokens, in "
-                        f"steps of {multiple}. Use plan.page_size={multiple}.")
+        raise UserError(
+            f"plan.page_size={size}: an NPU's attention takes pages of {multiple} to {largest} tokens, in "
+            f"steps of {multiple}. Use plan.page_size={multiple}."
+        )
 
 
-def _num_images(given: Optional[int], limits: Limits, batch: int, images: int, paging: Paging) -> int:
+def _num_images(given: int | None, limits: Limits, batch: int, images: int, paging: Paging) -> int:
     """Images in the pool. A kernel that counts every reader counts an image once for each sequence that sees it."""
     least = batch * images if paging.counts_every_reader else limits.max_images
     count = max(limits.batch, least) if given is None else given
     if count < least:
-        needed = (f"{least}: {images} images for each of {batch} sequences, as an NPU's attention counts them"
-                  if paging.counts_every_reader else f"the {least} images of one request")
+        needed = (
+            f"{least}: {images} images for each of {batch} sequences, as an NPU's attention counts them"
+            if paging.counts_every_reader
+            else f"the {least} images of one request"
+        )
         raise UserError(f"plan.num_images={count} must be at least {needed}.")
     return count

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from mllama_graph.plan.bucket import Bucket
 from mllama_graph.core.config import HardwareChoice
 from mllama_graph.model.shape import ROW_MULTIPLE, ModelShape, VisionShape
+from mllama_graph.plan.bucket import Bucket
 
 GB = 1e9
 # What one multiply-add costs beside one byte moved: the balance of a CPU of a few cores. Only orders buckets by cost.
@@ -25,8 +25,15 @@ class Sizes:
 
     @property
     def total(self) -> int:
-        return (self.self_layers + self.cross_layers + self.head + self.embedding + self.cross_kv + self.vision
-                + self.projector)
+        return (
+            self.self_layers
+            + self.cross_layers
+            + self.head
+            + self.embedding
+            + self.cross_kv
+            + self.vision
+            + self.projector
+        )
 
 
 def sizes(shape: ModelShape) -> Sizes:
@@ -39,8 +46,11 @@ def sizes(shape: ModelShape) -> Sizes:
     cross_layer = attention + mlp + 2 * text.width + text.head_width + 2
     block = 4 * vision.width**2 + 2 * vision.width * vision.mlp + 5 * vision.width + vision.mlp
     ratios = len(vision.aspect_ratios) + 1
-    embeddings = (vision.tokens * vision.width * (1 + ratios * vision.max_tiles)
-                  + 2 * ratios * vision.max_tiles * vision.width + 3)
+    embeddings = (
+        vision.tokens * vision.width * (1 + ratios * vision.max_tiles)
+        + 2 * ratios * vision.max_tiles * vision.width
+        + 3
+    )
     patches = vision.channels * vision.patch**2 * vision.width + vision.width
     return Sizes(
         self_layers=len(text.self_layers) * self_layer,
@@ -48,8 +58,13 @@ def sizes(shape: ModelShape) -> Sizes:
         head=text.vocab * text.width + text.width,
         embedding=shape.embeddings * text.width,
         cross_kv=len(text.cross_layers) * (2 * text.width * kv + text.head_width),
-        vision=((vision.layers + vision.global_layers) * block + 2 * vision.global_layers + embeddings + patches
-                + 4 * vision.width),
+        vision=(
+            (vision.layers + vision.global_layers) * block
+            + 2 * vision.global_layers
+            + embeddings
+            + patches
+            + 4 * vision.width
+        ),
         projector=vision.out_width * text.width + text.width,
     )
 
@@ -61,12 +76,15 @@ def kv_elements(shape: ModelShape, layers: int) -> int:
 
 def kv_bytes(shape: ModelShape, keys: int, image_keys: int, page_width: int) -> tuple[int, int]:
     """Bytes of the K/V of `keys` text and `image_keys` image tokens, summed over sequences, of all layers."""
-    return (keys * kv_elements(shape, len(shape.text.self_layers)) * page_width,
-            image_keys * kv_elements(shape, len(shape.text.cross_layers)) * page_width)
+    return (
+        keys * kv_elements(shape, len(shape.text.self_layers)) * page_width,
+        image_keys * kv_elements(shape, len(shape.text.cross_layers)) * page_width,
+    )
 
 
-def step_bytes(shape: ModelShape, images: bool, tokens: int, image_tokens: int, weight_width: int,
-               page_width: int) -> int:
+def step_bytes(
+    shape: ModelShape, images: bool, tokens: int, image_tokens: int, weight_width: int, page_width: int
+) -> int:
     """Bytes that one decode step must read: weights once, and the K/V of `tokens` and `image_tokens` (summed over rows)."""
     parts = sizes(shape)
     weights = parts.self_layers + parts.head + (parts.cross_layers if images else 0)
@@ -88,12 +106,22 @@ def work(shape: ModelShape, page_size: int, bucket: Bucket, weight_width: int, p
         # A fresh row of a prompt sees half of them, on average.
         seen = bucket.tokens * (keys + bucket.tokens / 2), bucket.tokens * image_keys
         return step_work(shape, images, bucket.tokens, keys, image_keys, seen, 1, weight_width, page_width)
-    return step_work(shape, images, bucket.tokens, keys, image_keys, (keys, image_keys), bucket.tokens, weight_width,
-                     page_width)
+    return step_work(
+        shape, images, bucket.tokens, keys, image_keys, (keys, image_keys), bucket.tokens, weight_width, page_width
+    )
 
 
-def step_work(shape: ModelShape, images: bool, tokens: int, keys: int, image_keys: int, seen: tuple[float, float],
-              rows_of_logits: int, weight_width: int, page_width: int) -> tuple[float, float]:
+def step_work(
+    shape: ModelShape,
+    images: bool,
+    tokens: int,
+    keys: int,
+    image_keys: int,
+    seen: tuple[float, float],
+    rows_of_logits: int,
+    weight_width: int,
+    page_width: int,
+) -> tuple[float, float]:
     """Bytes and operations of a step of `tokens` rows that reads `keys` and `image_keys` tokens of K/V a layer, `seen` of
     them counted once for each row that sees them."""
     text, parts = shape.text, sizes(shape)
@@ -135,15 +163,26 @@ class Floor:
         return max(("memory", "products", "links"), key=lambda name: getattr(self, name))
 
 
-def floor_of(shape: ModelShape, page_size: int, bucket: Bucket, weight_width: int, page_width: int, ranks: int,
-             hardware: HardwareChoice) -> Floor:
+def floor_of(
+    shape: ModelShape,
+    page_size: int,
+    bucket: Bucket,
+    weight_width: int,
+    page_width: int,
+    ranks: int,
+    hardware: HardwareChoice,
+) -> Floor:
     """The floor of a full bucket: every page is read. Launches, latencies of links and all that is no product are left out."""
     moved, flops = work(shape, page_size, bucket, weight_width, page_width)
     text, vision = shape.text, shape.vision
     if bucket.phase == "vision":
         sums, row, tokens = 2 * (vision.layers + vision.global_layers), vision.width, vision_rows(vision)
     else:
-        sums, row, tokens = 1 + 2 * (text.layers if bucket.image_pages else len(text.self_layers)), text.width, bucket.tokens
+        sums, row, tokens = (
+            1 + 2 * (text.layers if bucket.image_pages else len(text.self_layers)),
+            text.width,
+            bucket.tokens,
+        )
     # Each rank sends 2 (n - 1) / n of a sum over n - 1 links at once (ring or mesh).
     summed = 2 / ranks * sums * tokens * row * page_width / hardware.link_bytes_per_second if ranks > 1 else 0.0
     return Floor(moved / hardware.memory_bytes_per_second / ranks, flops / hardware.flops / ranks, summed)
@@ -159,9 +198,14 @@ def bucket_cost(shape: ModelShape, page_size: int, bucket: Bucket, weight_width:
     read = step_bytes(shape, images, keys, image_keys, weight_width, 4)
     parts = sizes(shape)
     dense = parts.self_layers + (parts.cross_layers if images else 0)
-    attended = (bucket.pages * page_size + (bucket.tokens if bucket.phase == "prefill" else 0),
-                bucket.image_pages * page_size)
+    attended = (
+        bucket.pages * page_size + (bucket.tokens if bucket.phase == "prefill" else 0),
+        bucket.image_pages * page_size,
+    )
     heads = 2 * shape.text.heads * shape.text.head_width
-    flops = 2 * bucket.tokens * (
-        dense + heads * (attended[0] * len(shape.text.self_layers) + attended[1] * len(shape.text.cross_layers)))
+    flops = (
+        2
+        * bucket.tokens
+        * (dense + heads * (attended[0] * len(shape.text.self_layers) + attended[1] * len(shape.text.cross_layers)))
+    )
     return max(read, flops / FLOPS_PER_BYTE)

@@ -24,8 +24,12 @@ class Memory:
         return self.weights + self.self_pages + self.image_pages + self.workspace
 
     def describe(self) -> str:
-        parts = (("weights", self.weights), ("self K/V pages", self.self_pages),
-                 ("image K/V pages", self.image_pages), ("workspace", self.workspace))
+        parts = (
+            ("weights", self.weights),
+            ("self K/V pages", self.self_pages),
+            ("image K/V pages", self.image_pages),
+            ("workspace", self.workspace),
+        )
         return " + ".join(f"{name} {value / GB:.2f}" for name, value in parts) + f" = {self.total / GB:.2f} GB"
 
 
@@ -59,4 +63,5 @@ def require(needed: Memory, available: int, where: str, ranks: int = 1) -> None:
         of_all = f" for each of {ranks} ranks, {needed.total * ranks / GB:.2f} GB" if ranks > 1 else ""
         raise UserError(
             f"not enough memory: {needed.describe()}{of_all} needed, {max(available, 0) / GB:.2f} GB available "
-            f"({where}). Lower batch, max_input_length, max_images or plan.num_pages, use dtype=bf16, or a larger machine.")
+            f"({where}). Lower batch, max_input_length, max_images or plan.num_pages, use dtype=bf16, or a larger machine."
+        )

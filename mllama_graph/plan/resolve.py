@@ -8,7 +8,7 @@ import os
 import secrets
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from mllama_graph import native
 from mllama_graph.core import devices
@@ -69,13 +69,13 @@ class Defaults:
 class Question:
     """What a chat on the command line asks, or the file of requests that is served instead."""
 
-    prompt: Optional[str]
+    prompt: str | None
     image: Any
-    system: Optional[str]
-    requests: Optional[Path]
+    system: str | None
+    requests: Path | None
     # What a run that gives neither prompt nor image asks, as the model's configuration says.
-    default_prompt: Optional[str]
-    default_image: Optional[str]
+    default_prompt: str | None
+    default_image: str | None
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,9 @@ class ResolvedRun(ResolvedTask):
 
     model: str
     # The released shapes that conf/model/ gives, in the form of config.json; None where the checkpoint gives them.
-    model_config: Optional[dict[str, Any]]
+    model_config: dict[str, Any] | None
     # The checkpoint's files; None for random weights and for shapes alone.
-    checkpoint: Optional[CheckpointFiles]
+    checkpoint: CheckpointFiles | None
     only_shapes: bool
     shape: ModelShape
     device: Device
@@ -102,13 +102,13 @@ class ResolvedRun(ResolvedTask):
     plan: Plan
     # What each rank will allocate.
     memory: Memory
-    memory_gib: Optional[float]
+    memory_gib: float | None
     compile_mode: str
     reuse: float
     tp: int
     # The name of the ranks' shared memory.
     segment: str
-    threads: Optional[int]
+    threads: int | None
     deterministic: bool
     timeout: float
     defaults: Defaults
@@ -122,7 +122,7 @@ class ResolvedRun(ResolvedTask):
         return make_plan(choice, limits, self.shape, self.device.paging, self.plan.lengths_are_free)
 
 
-def resolve(run: Run, place: Optional[Place]) -> ResolvedTask:
+def resolve(run: Run, place: Place | None) -> ResolvedTask:
     """What a checked run will do; `place` is this process's place where torchrun started it.
 
     Raises UserError with the value, the rule and the remedy.
@@ -140,8 +140,12 @@ def resolve(run: Run, place: Optional[Place]) -> ResolvedTask:
         _check_ranks(run, device, place, only_shapes)
     precision = device.precision(run.dtype, checkpoint.stored if checkpoint else RANDOM_DTYPE)
     kernels = _kernels(run, device, precision)
-    limits = Limits(run.batch, run.max_input_length, run.max_output_length,
-                    run.max_images or max(DEFAULT_MAX_IMAGES, run.task.images_asked(run)))
+    limits = Limits(
+        run.batch,
+        run.max_input_length,
+        run.max_output_length,
+        run.max_images or max(DEFAULT_MAX_IMAGES, run.task.images_asked(run)),
+    )
     plan = make_plan(run.plan, limits, shape, device.paging, kernels == NATIVE)
     needed = memory(shape, plan, *precision.widths, run.tp)
     if needs == TaskOptions.RANKS and not only_shapes:
@@ -153,22 +157,54 @@ def resolve(run: Run, place: Optional[Place]) -> ResolvedTask:
     on_torchair = device.compiles_on_rank
     options = asdict(run.backend.torchair) if on_torchair else run.backend.inductor
     return ResolvedRun(
-        **_common(named, needs), model=run.model.name, model_config=run.model.config, checkpoint=checkpoint,
-        only_shapes=only_shapes, shape=shape, device=device, backend=backend, kernels=kernels,
-        collectives=_collectives(run, device, place), compiler_options=tuple(sorted(options.items())),
-        environment=tuple(run.backend.environment.items()) if on_torchair else (), precision=precision, limits=limits,
-        plan_choice=run.plan, plan=plan, memory=needed, memory_gib=run.memory_gib, compile_mode=_compile_mode(run),
-        reuse=1.0 if run.deterministic else run.plan.reuse, tp=run.tp, segment=f"mllama_graph-{os.getpid()}-{secrets.token_hex(4)}", threads=run.threads, deterministic=run.deterministic,
-        timeout=run.timeout, hardware=run.hardware,
+        **_common(named, needs),
+        model=run.model.name,
+        model_config=run.model.config,
+        checkpoint=checkpoint,
+        only_shapes=only_shapes,
+        shape=shape,
+        device=device,
+        backend=backend,
+        kernels=kernels,
+        collectives=_collectives(run, device, place),
+        compiler_options=tuple(sorted(options.items())),
+        environment=tuple(run.backend.environment.items()) if on_torchair else (),
+        precision=precision,
+        limits=limits,
+        plan_choice=run.plan,
+        plan=plan,
+        memory=needed,
+        memory_gib=run.memory_gib,
+        compile_mode=_compile_mode(run),
+        reuse=1.0 if run.deterministic else run.plan.reuse,
+        tp=run.tp,
+        segment=f"mllama_graph-{os.getpid()}-{secrets.token_hex(4)}",
+        threads=run.threads,
+        deterministic=run.deterministic,
+        timeout=run.timeout,
+        hardware=run.hardware,
         defaults=Defaults(run.max_output_length, run.max_input_length, run.temperature, run.top_p, run.top_k, run.seed),
-        question=Question(run.prompt, run.image, run.system, Path(run.requests).expanduser() if run.requests else None,
-                          run.model.prompt, in_package(run.model.image)))
+        question=Question(
+            run.prompt,
+            run.image,
+            run.system,
+            Path(run.requests).expanduser() if run.requests else None,
+            run.model.prompt,
+            in_package(run.model.image),
+        ),
+    )
 
 
 def _common(run: Run, needs: str) -> dict[str, Any]:
     assert run.output_dir is not None, "set by the command line"
-    return {"asked": asdict(run), "options": run.task, "needs": needs, "output_dir": Path(run.output_dir),
-            "store_folder": store_folder(run.graph_cache), "seed": run.seed}
+    return {
+        "asked": asdict(run),
+        "options": run.task,
+        "needs": needs,
+        "output_dir": Path(run.output_dir),
+        "store_folder": store_folder(run.graph_cache),
+        "seed": run.seed,
+    }
 
 
 def _device(run: Run) -> Device:
@@ -188,25 +224,35 @@ def _backend(run: Run, device: Device) -> str:
     if name not in ("auto", *device.backends):
         if device.compiles_on_rank:
             raise UserError(f"backend={name} does not run on device={device.name}. Use backend={device.backends[0]}.")
-        raise UserError(f"backend={name} compiles for an NPU, not for device={device.name}. Leave device= out, or use "
-                        "device=npu or npu-sim.")
+        raise UserError(
+            f"backend={name} compiles for an NPU, not for device={device.name}. Leave device= out, or use "
+            "device=npu or npu-sim."
+        )
     device.check_package()
     if run.dtype in device.refused_dtypes:
-        raise UserError(f"dtype={run.dtype}: attention on an NPU takes 16-bit types only. Use dtype=bf16 or fp16; the simulation "
-                        "(device=npu-sim) computes the same graphs in fp32.")
+        raise UserError(
+            f"dtype={run.dtype}: attention on an NPU takes 16-bit types only. Use dtype=bf16 or fp16; the simulation "
+            "(device=npu-sim) computes the same graphs in fp32."
+        )
     if device.simulated and choice.mode != "max-autotune":
-        raise UserError(f"backend.torchair.mode={choice.mode} captures kernels while they run, and the simulation has none. "
-                        "Use backend.torchair.mode=max-autotune, or an NPU.")
+        raise UserError(
+            f"backend.torchair.mode={choice.mode} captures kernels while they run, and the simulation has none. "
+            "Use backend.torchair.mode=max-autotune, or an NPU."
+        )
     if device.simulated and choice.weight_format != "nd":
-        raise UserError(f"backend.torchair.weight_format={choice.weight_format}: only an NPU casts weights to its own "
-                        "tiles. Use backend.torchair.weight_format=nd.")
+        raise UserError(
+            f"backend.torchair.weight_format={choice.weight_format}: only an NPU casts weights to its own "
+            "tiles. Use backend.torchair.weight_format=nd."
+        )
     return device.backends[0] if name == "auto" else name
 
 
-def _check_ranks(run: Run, device: Device, place: Optional[Place], only_shapes: bool) -> None:
+def _check_ranks(run: Run, device: Device, place: Place | None, only_shapes: bool) -> None:
     """Raises UserError where the processes or devices do not suffice for the ranks."""
     if place and place.world != run.tp:
-        raise UserError(f"{place.world} processes were started for tp={run.tp}. Start tp processes, or set tp={place.world}.")
+        raise UserError(
+            f"{place.world} processes were started for tp={run.tp}. Start tp processes, or set tp={place.world}."
+        )
     if only_shapes and device.compiles_on_rank:
         raise UserError(f"weights=meta on {device.name}: graphs are lowered without weights by task=verify.")
     device.check_count(place.local_world if place else run.tp)
@@ -224,12 +270,14 @@ def checkpoint_folder(weights: str) -> Path:
     """The folder of a checkpoint. Raises UserError where there is none."""
     folder = Path(weights).expanduser()
     if not folder.is_dir():
-        raise UserError(f"weights={folder} is not a folder. Give a Hugging Face checkpoint folder, or "
-                        "weights=random to run on random weights.")
+        raise UserError(
+            f"weights={folder} is not a folder. Give a Hugging Face checkpoint folder, or "
+            "weights=random to run on random weights."
+        )
     return folder
 
 
-def _model(run: Run) -> tuple[ModelShape, Optional[CheckpointFiles]]:
+def _model(run: Run) -> tuple[ModelShape, CheckpointFiles | None]:
     """The model's shape, and its checkpoint unless the weights are made up.
 
     Raises UserError where weights= and model= don't fit each other, or tp= doesn't fit the model.
@@ -238,15 +286,19 @@ def _model(run: Run) -> tuple[ModelShape, Optional[CheckpointFiles]]:
     weights, checkpoint = weights_of(run), None
     if weights in (RANDOM, META):
         if expected is None:
-            raise UserError(f"model={run.model.name} takes its shapes from a checkpoint, which weights={weights} lacks. "
-                            "Use model=11b or model=90b.")
+            raise UserError(
+                f"model={run.model.name} takes its shapes from a checkpoint, which weights={weights} lacks. "
+                "Use model=11b or model=90b."
+            )
         shape = expected
     else:
         checkpoint = CheckpointFiles(checkpoint_folder(weights))
         shape = checkpoint.shape
         if expected and (differing := differences(expected, shape)):
-            raise UserError(f"{weights} is not model={run.model.name}: {'; '.join(differing[:4])}"
-                            f"{' ...' if len(differing) > 4 else ''}. Use model=custom.")
+            raise UserError(
+                f"{weights} is not model={run.model.name}: {'; '.join(differing[:4])}"
+                f"{' ...' if len(differing) > 4 else ''}. Use model=custom."
+            )
     shape.check_ranks(run.tp)
     return shape, checkpoint
 
@@ -264,14 +316,16 @@ def _kernels(run: Run, device: Device, precision: Precision) -> str:
     """
     fits, choice = device.native and precision.compute == "fp32", run.backend.kernels
     if choice == NATIVE and not fits:
-        raise UserError("backend.kernels=native: the kernels are a CPU's, and compute in fp32. Use backend.kernels=auto.")
+        raise UserError(
+            "backend.kernels=native: the kernels are a CPU's, and compute in fp32. Use backend.kernels=auto."
+        )
     if choice != "auto":
         return choice
     there = fits and (not native.missing_compiler() or native.built("kernels", store_folder(run.graph_cache)))
     return NATIVE if there else PLAIN
 
 
-def _collectives(run: Run, device: Device, place: Optional[Place]) -> str:
+def _collectives(run: Run, device: Device, place: Place | None) -> str:
     """shared_memory between CPU ranks of one host, distributed elsewhere. Raises UserError where that is not possible."""
     shared = device.native and (place is None or place.one_host)
     if run.collectives == "shared_memory" and not shared:
@@ -286,7 +340,9 @@ def _compile_mode(run: Run) -> str:
     return "wait" if run.deterministic and run.plan.compile == "background" else run.plan.compile
 
 
-def require_on_host(needed: Memory, memory_gib: Optional[float], ranks: int) -> None:
+def require_on_host(needed: Memory, memory_gib: float | None, ranks: int) -> None:
     """Raises UserError where this host's memory does not hold `ranks` ranks."""
-    available, where = (int(memory_gib * 2**30), f"memory_gib={memory_gib:g}") if memory_gib is not None else available_memory()
+    available, where = (
+        (int(memory_gib * 2**30), f"memory_gib={memory_gib:g}") if memory_gib is not None else available_memory()
+    )
     require(needed, available - ranks * PROCESS_BYTES, where, ranks)

@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -66,7 +67,9 @@ def main(run: ResolvedRun) -> None:
     engine.close(progress)
     write_csv(folder / BENCH, rows)
     write_manifest(folder, run.asked, run.device.name, torch.backends.cpu.get_cpu_capability(), rank.backend.name())
-    write_result(folder, run.asked, metrics={"limits": [asdict(c) for c in found], "cases": rows}, graphs=engine.graph_records())
+    write_result(
+        folder, run.asked, metrics={"limits": [asdict(c) for c in found], "cases": rows}, graphs=engine.graph_records()
+    )
     print("\n" + columns(*table(rows)), flush=True)
     progress.say(f"\n{write_report(folder, run.model, rows, engine.executor.graphs.failed, progress)}")
 
@@ -82,8 +85,10 @@ def _peers(run: ResolvedRun, options: BenchOptions, engine: Engine, progress: Pr
             assert run.model_config is not None
             write_random(run.shape, {"model_type": "mllama", **run.model_config}, run.seed, spec.store, folder)
         mistralrs = Path(options.mistralrs).expanduser()
-        peers = [Peer(setting, mistralrs, run.shape, folder, spec.torch_device.type, spec.threads, progress)
-                 for setting in settings]
+        peers = [
+            Peer(setting, mistralrs, run.shape, folder, spec.torch_device.type, spec.threads, progress)
+            for setting in settings
+        ]
         try:
             yield peers
         finally:
@@ -91,8 +96,9 @@ def _peers(run: ResolvedRun, options: BenchOptions, engine: Engine, progress: Pr
                 peer.close()
 
 
-def _measure(engine: Engine, case: Case, repetitions: int, peers: list[Peer], progress: Progress,
-             turns: Turns) -> tuple[list[Timing], list[Limits]]:
+def _measure(
+    engine: Engine, case: Case, repetitions: int, peers: list[Peer], progress: Progress, turns: Turns
+) -> tuple[list[Timing], list[Limits]]:
     """One repetition that is not counted, then repetitions in which each engine takes a turn; and the limits of each.
 
     Limits are measured before and after a repetition's decode steps, since the memory's bandwidth may change at any time.
@@ -102,18 +108,18 @@ def _measure(engine: Engine, case: Case, repetitions: int, peers: list[Peer], pr
     seeds = itertools.count(1000 * case.batch + 1_000_000 * case.length)
     ceilings: list[Limits] = []
     backend, device = engine.executor.rank.backend, engine.executor.rank.spec.torch_device
+
+    def look(found: list[Limits]) -> None:
+        found.append(limits.measure(device, backend.name() is not None, backend.synchronize))
+
     for repetition in range(repetitions + 1):
         turns.begin(f"{OURS}, batch {case.batch}, {case.length} ids")
         requests, spent = requests_of(engine, case, seed := next(seeds), seed)
         counted = Timing("") if repetition == 0 else ours
         counted.image.append(spent)
         around: list[Limits] = []
-
-        def look() -> None:
-            around.append(limits.measure(device, backend.name() is not None, backend.synchronize))
-
-        serve(engine, requests, case.new, counted, before_decode=look)
-        look()
+        serve(engine, requests, case.new, counted, before_decode=partial(look, around))
+        look(around)
         ceilings.append(middle(around))
         serve(engine, requests_of(engine, case, seed + 500, seed)[0], 1, known := Timing(""))
         counted.again += known.first

@@ -22,8 +22,12 @@ def main(run: ResolvedTask) -> None:
     entries = store.entries(verify=options.action != "list")
     pruning = options.action == "prune"
     gone = [entry for entry in entries if _must_go(options, entries, entry)] if pruning else []
-    print(columns(("key", "graph", "weights", "MB", "days unused", "state"),
-                  [_row(entry, "removed" if entry in gone else entry.fault or "ok") for entry in entries]))
+    print(
+        columns(
+            ("key", "graph", "weights", "MB", "days unused", "state"),
+            [_row(entry, "removed" if entry in gone else entry.fault or "ok") for entry in entries],
+        )
+    )
     for entry in gone:
         store.remove(entry.key)
     if pruning:
@@ -32,21 +36,32 @@ def main(run: ResolvedTask) -> None:
     total = sum(entry.bytes for entry in kept)
     print(f"\n{len(kept)} graphs, {total / GB:.3f} GB in {store.folder}")
     unsound = [entry.key for entry in kept if entry.fault]
-    write_result(run.output_dir, run.asked, metrics={
-        "graphs": len(kept), "bytes": total, "removed": len(gone), "unsound": len(unsound)})
+    write_result(
+        run.output_dir,
+        run.asked,
+        metrics={"graphs": len(kept), "bytes": total, "removed": len(gone), "unsound": len(unsound)},
+    )
     if unsound:
-        raise UserError(f"{len(unsound)} entries are not sound: {', '.join(unsound)}. A run compiles them again when it "
-                        "needs them; task.action=prune removes them.")
+        raise UserError(
+            f"{len(unsound)} entries are not sound: {', '.join(unsound)}. A run compiles them again when it "
+            "needs them; task.action=prune removes them."
+        )
 
 
 def _must_go(options: CacheOptions, entries: list[Entry], entry: Entry) -> bool:
     """Whether an entry is unsound, older than allowed, or beyond the size that the most recently used entries may take."""
-    up_to_it = sum(other.bytes for other in entries[:entries.index(entry) + 1])
+    up_to_it = sum(other.bytes for other in entries[: entries.index(entry) + 1])
     aged = options.max_age_days is not None and time.time() - entry.used > options.max_age_days * DAY
     return bool(entry.fault) or aged or (options.max_gb is not None and up_to_it > options.max_gb * GB)
 
 
 def _row(entry: Entry, state: str) -> tuple[str, ...]:
     bucket = entry.fields.get("bucket")
-    return (entry.key, str(Bucket(**bucket)) if bucket else "-", entry.fields.get("weights", "-").removeprefix("torch."),
-            f"{entry.bytes / 1e6:.2f}", f"{(time.time() - entry.used) / DAY:.1f}", state)
+    return (
+        entry.key,
+        str(Bucket(**bucket)) if bucket else "-",
+        entry.fields.get("weights", "-").removeprefix("torch."),
+        f"{entry.bytes / 1e6:.2f}",
+        f"{(time.time() - entry.used) / DAY:.1f}",
+        state,
+    )

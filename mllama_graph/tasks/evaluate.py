@@ -39,7 +39,9 @@ def main(run: ResolvedRun) -> None:
         raise UserError(f"requests={path} has no line with an answer: a string, or a list of accepted ones.")
     engine = start_engine(run, processor_of(run), progress)
 
-    def scored(control: str, asked: list[Line], alter: Callable[[Request], Request] = lambda request: request) -> ByKind:
+    def scored(
+        control: str, asked: list[Line], alter: Callable[[Request], Request] = lambda request: request
+    ) -> ByKind:
         return score(engine, lines, asked, path.parent, folder, control, alter, progress)
 
     scores = {"right %": scored("", lines)}
@@ -49,23 +51,37 @@ def main(run: ResolvedRun) -> None:
         scores["images unseen"] = scored("images unseen", lines, unseen)
     print(columns(("kind", "scenes", *scores), _rows(scores)))
     engine.close(progress)
-    write_result(folder, run.asked, graphs=engine.graph_records(),
-                 metrics=metrics | {"exact_match": {name: _percentages(by_kind) for name, by_kind in scores.items()}})
+    write_result(
+        folder,
+        run.asked,
+        graphs=engine.graph_records(),
+        metrics=metrics | {"exact_match": {name: _percentages(by_kind) for name, by_kind in scores.items()}},
+    )
 
 
 def held_out_file(run: ResolvedRun, each: int, progress: Progress) -> Path:
     """Draw scenes that training never saw, as a requests file."""
     if run.model != "tiny":
-        raise UserError(f"task=evaluate with model={run.model} needs requests=FILE.jsonl with an answer a line; "
-                        "held-out scenes are for model=tiny.")
+        raise UserError(
+            f"task=evaluate with model={run.model} needs requests=FILE.jsonl with an answer a line; "
+            "held-out scenes are for model=tiny."
+        )
     from mllama_graph.tiny.heldout import write_requests
 
     progress.say(f"drawing {each} held-out scenes per kind of question")
     return write_requests(run.output_dir / "scenes", each)
 
 
-def score(engine: Engine, lines: list[Line], asked: list[Line], base: Path, folder: Path, control: str,
-          alter: Callable[[Request], Request], progress: Progress) -> ByKind:
+def score(
+    engine: Engine,
+    lines: list[Line],
+    asked: list[Line],
+    base: Path,
+    folder: Path,
+    control: str,
+    alter: Callable[[Request], Request],
+    progress: Progress,
+) -> ByKind:
     """Serve `asked`, which are the lines as they are or under a control, and compare with the lines' answers."""
     name = f"-{control.replace(' ', '-')}" if control else ""
     results = Results(folder / f"results{name}.jsonl")
@@ -81,11 +97,23 @@ def score(engine: Engine, lines: list[Line], asked: list[Line], base: Path, fold
             right = result.error is None and result.text.strip() in [str(answer).strip() for answer in accepted]
             by_kind[str(given.get("kind", "-"))].append(right)
             by_kind[ALL].append(right)
-            file.write(json.dumps({"id": given.get("id", number), "kind": given.get("kind"), "answer": accepted,
-                                   "prediction": result.text if result.error is None else None, "right": right},
-                                  ensure_ascii=False) + "\n")
-    progress.say(f"{control or 'as asked'}: {sum(by_kind[ALL])} of {len(by_kind[ALL])} right, "
-                 f"{results.errors} could not be asked")
+            file.write(
+                json.dumps(
+                    {
+                        "id": given.get("id", number),
+                        "kind": given.get("kind"),
+                        "answer": accepted,
+                        "prediction": result.text if result.error is None else None,
+                        "right": right,
+                    },
+                    ensure_ascii=False,
+                )
+                + "\n"
+            )
+    progress.say(
+        f"{control or 'as asked'}: {sum(by_kind[ALL])} of {len(by_kind[ALL])} right, "
+        f"{results.errors} could not be asked"
+    )
     return by_kind
 
 
@@ -120,5 +148,7 @@ def _percentages(by_kind: ByKind) -> dict[str, float]:
 def _rows(scores: dict[str, ByKind]) -> list[tuple[str, ...]]:
     first = next(iter(scores.values()))
     kinds = [kind for kind in first if kind != ALL] + [ALL]
-    return [(kind, str(len(first[kind])), *(f"{100 * sum(by[kind]) / len(by[kind]):.1f}" for by in scores.values()))
-            for kind in kinds]
+    return [
+        (kind, str(len(first[kind])), *(f"{100 * sum(by[kind]) / len(by[kind]):.1f}" for by in scores.values()))
+        for kind in kinds
+    ]

@@ -1,6 +1,6 @@
 """task=generate: a chat on the command line, or a file of requests, to text."""
 
-from typing import Any, Optional
+from typing import Any
 
 from mllama_graph.core.report import Progress, table, write_result
 from mllama_graph.engine.engine import Engine
@@ -34,8 +34,10 @@ def main(run: ResolvedRun) -> None:
     engine = start_engine(run, processor, progress)
     results = Results(path)
     serve_lines(engine, lines, question.requests.parent, results, run.limits.batch)
-    progress.say(f"{len(results.finished)} of {len(lines)} requests finished, {results.errors} refused"
-                 + (f"; see {results.path}" if results.errors else ""))
+    progress.say(
+        f"{len(results.finished)} of {len(lines)} requests finished, {results.errors} refused"
+        + (f"; see {results.path}" if results.errors else "")
+    )
     if results.ignored:
         progress.say(f"fields without a meaning were ignored: {', '.join(sorted(results.ignored))}")
     _finish(run, engine, results, None, progress)
@@ -63,15 +65,20 @@ def answer(engine: Engine, request: Request, results: Results) -> Result:
     return results.by_place[0]
 
 
-def _finish(run: ResolvedRun, engine: Engine, results: Results, single: Optional[Result], progress: Progress) -> None:
+def _finish(run: ResolvedRun, engine: Engine, results: Results, single: Result | None, progress: Progress) -> None:
     """Print the table of figures and write result.json; again once the graphs that still compile are in the store."""
     results.close()
     metrics = engine.metrics(results.finished)
 
     def write() -> None:
-        write_result(run.output_dir, run.asked, metrics=metrics | {"memory_bytes": run.memory.total},
-                     graphs=engine.graph_records(), text=single.text if single else None,
-                     token_ids=single.token_ids if single else None)
+        write_result(
+            run.output_dir,
+            run.asked,
+            metrics=metrics | {"memory_bytes": run.memory.total},
+            graphs=engine.graph_records(),
+            text=single.text if single else None,
+            token_ids=single.token_ids if single else None,
+        )
 
     write()
     if results.finished:
@@ -86,7 +93,13 @@ def _figures(metrics: dict[str, Any]) -> list[tuple[str, str]]:
         value = metrics[name]
         return "-" if value is None else f"{value * scale:.2f} {unit}".rstrip()
 
-    return [("prompt tokens", str(metrics["prompt_tokens"])), ("image tokens", str(metrics["image_tokens"])),
-            ("new tokens", str(metrics["new_tokens"])), ("time to first token", unit("time_to_first_token_ms", "ms")),
-            ("time per token", unit("time_per_output_token_ms", "ms")), ("tokens/s", unit("tokens_per_second")),
-            ("bytes read a step", unit("bytes_per_step", "MB (modelled)", 1e-6)), ("GB/s", unit("gb_per_second"))]
+    return [
+        ("prompt tokens", str(metrics["prompt_tokens"])),
+        ("image tokens", str(metrics["image_tokens"])),
+        ("new tokens", str(metrics["new_tokens"])),
+        ("time to first token", unit("time_to_first_token_ms", "ms")),
+        ("time per token", unit("time_per_output_token_ms", "ms")),
+        ("tokens/s", unit("tokens_per_second")),
+        ("bytes read a step", unit("bytes_per_step", "MB (modelled)", 1e-6)),
+        ("GB/s", unit("gb_per_second")),
+    ]

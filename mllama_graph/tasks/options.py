@@ -5,7 +5,7 @@ A new task is a module here with `main(run)`, an entry of TASKS, and conf/task/N
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from mllama_graph.core.config import Run, TaskOptions, at_least, one_of
 from mllama_graph.core.devices import Device
@@ -16,8 +16,17 @@ from mllama_graph.measure.peers import Setting, settings_of
 
 # Choices of torch_npu.profiler.
 PROFILER_LEVELS = (0, 1, 2)
-AIC_METRICS = ("AiCoreNone", "PipeUtilization", "ArithmeticUtilization", "Memory", "MemoryL0", "MemoryUB", "MemoryAccess",
-               "L2Cache", "ResourceConflictRatio")
+AIC_METRICS = (
+    "AiCoreNone",
+    "PipeUtilization",
+    "ArithmeticUtilization",
+    "Memory",
+    "MemoryL0",
+    "MemoryUB",
+    "MemoryAccess",
+    "L2Cache",
+    "ResourceConflictRatio",
+)
 # Weights that stand for shapes without memory.
 SHAPES_ONLY = "meta"
 
@@ -79,9 +88,12 @@ class TimedOptions(WorkloadOptions):
         """
         compile_mode = "never" if run.plan.compile == "never" else "wait"
         return replace(
-            run, batch=max(run.batch, *self.batch_sizes), max_input_length=max(run.max_input_length, *self.lengths),
+            run,
+            batch=max(run.batch, *self.batch_sizes),
+            max_input_length=max(run.max_input_length, *self.lengths),
             max_output_length=max(run.max_output_length, self.new_tokens + max(self.batch_sizes)),
-            plan=replace(run.plan, compile=compile_mode))
+            plan=replace(run.plan, compile=compile_mode),
+        )
 
 
 @dataclass
@@ -96,7 +108,9 @@ class BenchOptions(TimedOptions):
 
     def settings(self) -> list[Setting]:
         """The settings of other engines that peers= names. Raises UserError for one that is unknown or not installed."""
-        return settings_of(self.peers if isinstance(self.peers, list) else [self.peers], Path(self.mistralrs).expanduser())
+        return settings_of(
+            self.peers if isinstance(self.peers, list) else [self.peers], Path(self.mistralrs).expanduser()
+        )
 
     def check(self) -> None:
         super().check()
@@ -118,12 +132,16 @@ class ProfileOptions(TimedOptions):
         one_of("task.level", self.level, PROFILER_LEVELS)
         one_of("task.aic_metrics", self.aic_metrics, AIC_METRICS)
         if len(self.batch_sizes) > 1 or len(self.lengths) > 1:
-            raise UserError("task=profile records one batch: give one of batch_sizes= and one of lengths=, or sweep with -m.")
+            raise UserError(
+                "task=profile records one batch: give one of batch_sizes= and one of lengths=, or sweep with -m."
+            )
 
     def needs(self, device: Device) -> str:
         if device.simulated:
-            raise UserError("task=profile on a simulated NPU would time the interpreter. Use backend=inductor, or an NPU; "
-                            "task=verify and task=roofline model an NPU's times.")
+            raise UserError(
+                "task=profile on a simulated NPU would time the interpreter. Use backend=inductor, or an NPU; "
+                "task=verify and task=roofline model an NPU's times."
+            )
         return self.RANKS
 
 
@@ -133,7 +151,7 @@ class RooflineOptions(WorkloadOptions):
 
     name: str = "roofline"
     new_tokens: int = 128
-    measured: Optional[str] = None
+    measured: str | None = None
 
     def needs(self, device: Device) -> str:
         return self.MODEL
@@ -173,8 +191,8 @@ class CacheOptions(TaskOptions):
 
     name: str = "cache"
     action: str = "list"
-    max_age_days: Optional[float] = None
-    max_gb: Optional[float] = None
+    max_age_days: float | None = None
+    max_gb: float | None = None
 
     def check(self) -> None:
         one_of("task.action", self.action, ("list", "verify", "prune"))
@@ -188,8 +206,8 @@ class CompareOptions(TaskOptions):
     """task=compare: two sessions of task=bench, `a` before and `b` after."""
 
     name: str = "compare"
-    a: Optional[str] = None
-    b: Optional[str] = None
+    a: str | None = None
+    b: str | None = None
     across_hardware: bool = False
 
     def needs(self, device: Device) -> str:
@@ -201,7 +219,7 @@ class TrainTinyOptions(TaskOptions):
     """task=train_tiny: train the tiny model for `steps` steps in `folder`."""
 
     name: str = "train_tiny"
-    folder: Optional[str] = None
+    folder: str | None = None
     steps: int = 8000
 
     def needs(self, device: Device) -> str:
@@ -209,8 +227,20 @@ class TrainTinyOptions(TaskOptions):
 
 
 TASKS: dict[str, type[TaskOptions]] = {
-    options().name: options for options in (GenerateOptions, EvaluateOptions, BenchOptions, ProfileOptions, RooflineOptions,
-                                            VerifyOptions, WarmupOptions, CacheOptions, CompareOptions, TrainTinyOptions)}
+    options().name: options
+    for options in (
+        GenerateOptions,
+        EvaluateOptions,
+        BenchOptions,
+        ProfileOptions,
+        RooflineOptions,
+        VerifyOptions,
+        WarmupOptions,
+        CacheOptions,
+        CompareOptions,
+        TrainTinyOptions,
+    )
+}
 
 
 def _without_weights(run: Run) -> Run:

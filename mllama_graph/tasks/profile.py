@@ -29,7 +29,9 @@ def main(run: ResolvedRun) -> None:
     """Serve a batch twice, the second time recorded; writes rank<k>/, summary.md and result.json."""
     (case,), progress, folder = cases_of(run.options), Progress(), run.output_dir
     engine = start_engine(run, processor_of(run), progress)
-    progress.say(f"profiling batch {case.batch}, {case.length} text ids, {case.images} images each, {case.new} new tokens")
+    progress.say(
+        f"profiling batch {case.batch}, {case.length} text ids, {case.images} images each, {case.new} new tokens"
+    )
     # First to have every graph loaded; then with other prompts and other images.
     serve(engine, requests_of(engine, case, 0, 0)[0], case.new, Timing(""))
     engine.executor.profile(begin=True)
@@ -44,28 +46,46 @@ def main(run: ResolvedRun) -> None:
     for title, (head, rows) in tables.items():
         print(f"\n{title}\n{columns(head, rows)}")
     _write_summary(run, case, ops, parts, tables, engine.executor.graphs.failed)
-    write_result(folder, run.asked, graphs=engine.graph_records(), metrics={
-        "phase_ms": {f"rank{rank}": phases(rows) for rank, rows in ops.items()},
-        "part_ms": {f"rank{rank}": by_kind(rows) for rank, rows in parts.items()}})
+    write_result(
+        folder,
+        run.asked,
+        graphs=engine.graph_records(),
+        metrics={
+            "phase_ms": {f"rank{rank}": phases(rows) for rank, rows in ops.items()},
+            "part_ms": {f"rank{rank}": by_kind(rows) for rank, rows in parts.items()},
+        },
+    )
     print(flush=True)
     progress.say(str(folder / "summary.md"))
 
 
-def _write_summary(run: ResolvedRun, case: Case, ops: dict[int, Rows], parts: dict[int, Rows], tables: Tables,
-                   uncompiled: list[str]) -> None:
+def _write_summary(
+    run: ResolvedRun, case: Case, ops: dict[int, Rows], parts: dict[int, Rows], tables: Tables, uncompiled: list[str]
+) -> None:
     """Write summary.md, with a plot where matplotlib is installed."""
-    text = [f"# Profile: {run.model}, tp={run.tp}, batch {case.batch}, {case.length} text ids, {case.images} images each, "
-            f"{case.new} new tokens", "", *uncompiled_line(uncompiled), *in_words(ops, parts), "",
-            f"Traces: {', '.join(f'rank{rank}/{TRACE}' for rank in ops)} (open them in Perfetto; the line *parts of the model* "
-            "has the named ranges). The profiler's own cost is part of every figure."]
+    text = [
+        f"# Profile: {run.model}, tp={run.tp}, batch {case.batch}, {case.length} text ids, {case.images} images each, "
+        f"{case.new} new tokens",
+        "",
+        *uncompiled_line(uncompiled),
+        *in_words(ops, parts),
+        "",
+        f"Traces: {', '.join(f'rank{rank}/{TRACE}' for rank in ops)} (open them in Perfetto; the line *parts of the model* "
+        "has the named ranges). The profiler's own cost is part of every figure.",
+    ]
     for title, (head, rows) in tables.items():
         text += ["", f"## {title}", "", *markdown(head, rows)]
     if plots.available():
         kinds = by_kind(parts[0])
         shown = [phase for phase in PHASES if phase in kinds]
         names = dict.fromkeys(part for own in kinds.values() for part in own)
-        plots.stacked(run.output_dir / "parts.png", f"{run.model}, rank 0: where the time goes", "ms", shown,
-                      {part: [kinds[phase].get(part, 0.0) for phase in shown] for part in names})
+        plots.stacked(
+            run.output_dir / "parts.png",
+            f"{run.model}, rank 0: where the time goes",
+            "ms",
+            shown,
+            {part: [kinds[phase].get(part, 0.0) for phase in shown] for part in names},
+        )
         text += ["", "![parts](parts.png)"]
     (run.output_dir / "summary.md").write_text("\n".join(text) + "\n", encoding="utf8")
 

@@ -41,8 +41,12 @@ class Roofline:
         """The floor of a full bucket, per rank."""
         moved, flops = work(self.shape, self.plan.page_size, bucket, *self.widths)
         floor = floor_of(self.shape, self.plan.page_size, bucket, *self.widths, self.run.tp, self.hardware)
-        return {"bucket": str(bucket), "MB": round(moved / self.run.tp / 1e6, 1),
-                "GFLOP": round(flops / self.run.tp / 1e9, 2), **_times(floor)}
+        return {
+            "bucket": str(bucket),
+            "MB": round(moved / self.run.tp / 1e6, 1),
+            "GFLOP": round(flops / self.run.tp / 1e9, 2),
+            **_times(floor),
+        }
 
     def fit_row(self, ranks: int) -> Row:
         """What a rank of `ranks` holds, and the largest batch of the run's longest requests, each with its images."""
@@ -60,10 +64,15 @@ class Roofline:
             low, high = (middle, high) if needed(middle).total <= share else (low, middle)
         held = needed(batch)
         return {
-            "tp": ranks, "weights GB": round(held.weights / GB, 2), "self K/V GB": round(held.self_pages / GB, 2),
-            "image K/V GB": round(held.image_pages / GB, 2), "workspace GB": round(held.workspace / GB, 2),
-            "total GB": round(held.total / GB, 2), "fits": "yes" if held.total <= share else "no",
-            "largest batch": f"{low:,} or more" if high > MOST_ROWS else low}
+            "tp": ranks,
+            "weights GB": round(held.weights / GB, 2),
+            "self K/V GB": round(held.self_pages / GB, 2),
+            "image K/V GB": round(held.image_pages / GB, 2),
+            "workspace GB": round(held.workspace / GB, 2),
+            "total GB": round(held.total / GB, 2),
+            "fits": "yes" if held.total <= share else "no",
+            "largest batch": f"{low:,} or more" if high > MOST_ROWS else low,
+        }
 
     def step_row(self, batch: int, length: int, images: int, new_tokens: int) -> Row:
         """A decode step of a batch, halfway through its new tokens."""
@@ -72,17 +81,23 @@ class Roofline:
         image_keys = batch * images * shape.vision.max_tiles * shape.vision.tokens
         moved, flops = step_work(shape, images > 0, batch, keys, image_keys, (keys, image_keys), batch, *self.widths)
         # The links carry the same sums whatever the lengths.
-        links = floor_of(shape, self.plan.page_size, Bucket("decode", batch, batch, 1, int(images > 0)), *self.widths,
-                         run.tp, rate).links
+        links = floor_of(
+            shape, self.plan.page_size, Bucket("decode", batch, batch, 1, int(images > 0)), *self.widths, run.tp, rate
+        ).links
         floor = Floor(moved / rate.memory_bytes_per_second / run.tp, flops / rate.flops / run.tp, links)
         parts, (self_kv, image_kv) = sizes(shape), kv_bytes(shape, keys, image_keys, self.widths[1])
         read = parts.self_layers + parts.head + parts.cross_layers * (images > 0)
         held = parts.total * self.widths[0] + self_kv + image_kv
         return {
-            "batch": batch, "ids": length, **_times(floor), "tokens/s": round(batch / floor.seconds, 1),
+            "batch": batch,
+            "ids": length,
+            **_times(floor),
+            "tokens/s": round(batch / floor.seconds, 1),
             "fits": "yes" if held / run.tp <= self._share(run.tp) else "no",
-            "weights MB": round(read * self.widths[0] / 1e6, 1), "self K/V MB": round(self_kv / 1e6, 1),
-            "image K/V MB": round(image_kv / 1e6, 1)}
+            "weights MB": round(read * self.widths[0] / 1e6, 1),
+            "self K/V MB": round(self_kv / 1e6, 1),
+            "image K/V MB": round(image_kv / 1e6, 1),
+        }
 
     def distances(self, session: Path) -> list[Row]:
         """The decode steps of a session, beside what this device would allow.
@@ -91,15 +106,26 @@ class Roofline:
         """
         measured = read_manifest(session)["config"]["model"]["name"]
         if measured != self.run.model:
-            raise UserError(f"task.measured={session} measured model={measured}, and this is model={self.run.model}. "
-                            "Give the same model.")
+            raise UserError(
+                f"task.measured={session} measured model={measured}, and this is model={self.run.model}. "
+                "Give the same model."
+            )
         rows = []
         for row in read_csv(session / BENCH):
             batch, length, images = int(row["batch"]), int(row["input_len"]), int(row["images"])
             floor = self.step_row(batch, length, images, int(row["output_len"]))["floor ms"]
             step = float(row["non_first_token_time(ms)"])
-            rows.append({"engine": row["engine"], "batch": batch, "ids": length, "images": images, "a decode step ms": step,
-                         "floor ms": floor, "of floor": f"{100 * floor / step:.1f} %"})
+            rows.append(
+                {
+                    "engine": row["engine"],
+                    "batch": batch,
+                    "ids": length,
+                    "images": images,
+                    "a decode step ms": step,
+                    "floor ms": floor,
+                    "of floor": f"{100 * floor / step:.1f} %",
+                }
+            )
         return rows
 
     def plots(self, folder: Path, steps: list[Row], progress: Progress) -> list[Path]:
@@ -120,14 +146,19 @@ class Roofline:
         plots.lines(paths[1], f"Most decoded tokens: {title}", "batch", "tokens/s", over_batch("tokens/s"))
         first = next(iter(by_length.values()))
         plots.stacked(
-            paths[2], f"Bytes of a decode step, {first[0]['ids']} ids: {title}", "MB", [f"batch {row['batch']}" for row in first],
-            {name: [row[f"{name} MB"] for row in first] for name in ("weights", "self K/V", "image K/V")})
+            paths[2],
+            f"Bytes of a decode step, {first[0]['ids']} ids: {title}",
+            "MB",
+            [f"batch {row['batch']}" for row in first],
+            {name: [row[f"{name} MB"] for row in first] for name in ("weights", "self K/V", "image K/V")},
+        )
         points = {}
         for bucket in self.plan.buckets():
             moved, flops = work(self.shape, self.plan.page_size, bucket, *self.widths)
             points[str(bucket)] = flops / moved
-        plots.roofline(paths[3], f"Roofline of a rank: {title}", self.hardware.memory_bytes_per_second, self.hardware.flops,
-                       points)
+        plots.roofline(
+            paths[3], f"Roofline of a rank: {title}", self.hardware.memory_bytes_per_second, self.hardware.flops, points
+        )
         return paths
 
     def _share(self, ranks: int) -> float:
@@ -147,19 +178,26 @@ def main(run: ResolvedRun) -> None:
         _same_device(session, run.hardware)
     hardware, on_cpu = _measured_here(run.hardware, progress), run.hardware.device == CPU.name
     model = Roofline(run, options, hardware)
-    steps = [model.step_row(batch, length, options.images, options.new_tokens)
-             for length in options.lengths for batch in sorted({*BATCHES, *options.batch_sizes})]
+    steps = [
+        model.step_row(batch, length, options.images, options.new_tokens)
+        for length in options.lengths
+        for batch in sorted({*BATCHES, *options.batch_sizes})
+    ]
     tables = {
         f"A step of each full bucket, tp={run.tp}": [model.bucket_row(bucket) for bucket in run.plan.buckets()],
-        f"Memory of a rank, batch {run.limits.batch}, up to {run.plan.max_length} tokens a sequence":
-            [model.fit_row(ranks) for ranks in RANKS if _divides(run.shape, ranks)],
+        f"Memory of a rank, batch {run.limits.batch}, up to {run.plan.max_length} tokens a sequence": [
+            model.fit_row(ranks) for ranks in RANKS if _divides(run.shape, ranks)
+        ],
         f"Decode steps, tp={run.tp}, {options.images} images a request, halfway to {options.new_tokens} new tokens; MB of all "
-        "ranks": steps}
+        "ranks": steps,
+    }
     if session:
         tables[f"Measured, beside the floors of {hardware.name}"] = model.distances(session)
-    heading = (f"{run.model}, tp={run.tp}, on {hardware.name}: {hardware.flops / 1e12:,.2f} TFLOP/s, "
-               f"{hardware.memory_bytes_per_second / 1e9:,.1f} GB/s, {hardware.memory_bytes / 1e9:.0f} GB a rank"
-               f"{' (measured now)' if on_cpu else '; all modelled, nothing measured'}")
+    heading = (
+        f"{run.model}, tp={run.tp}, on {hardware.name}: {hardware.flops / 1e12:,.2f} TFLOP/s, "
+        f"{hardware.memory_bytes_per_second / 1e9:,.1f} GB/s, {hardware.memory_bytes / 1e9:.0f} GB a rank"
+        f"{' (measured now)' if on_cpu else '; all modelled, nothing measured'}"
+    )
     print(heading)
     for title, rows in tables.items():
         print(f"\n{title}\n" + columns(*_cells(rows)))
@@ -178,8 +216,10 @@ def _same_device(folder: Path, hardware: HardwareChoice) -> None:
     """Raises UserError where the folder holds no session, or one that was measured on another kind of device."""
     device = read_manifest(folder)["hardware"]["device"]
     if device != hardware.device:
-        raise UserError(f"task.measured={folder} was measured on {device}, and hardware={hardware.name} is {hardware.device}. "
-                        "Use hardware= of the same device; conf/hardware/ lists them.")
+        raise UserError(
+            f"task.measured={folder} was measured on {device}, and hardware={hardware.name} is {hardware.device}. "
+            "Use hardware= of the same device; conf/hardware/ lists them."
+        )
 
 
 def _measured_here(hardware: HardwareChoice, progress: Progress) -> HardwareChoice:
@@ -188,8 +228,12 @@ def _measured_here(hardware: HardwareChoice, progress: Progress) -> HardwareChoi
         return hardware
     progress.say("measuring this CPU")
     found = limits.measure(torch.device(CPU.name), False, lambda: None)
-    return replace(hardware, flops=found.flops, memory_bytes_per_second=found.bytes_per_second,
-                   memory_bytes=float(available_memory()[0]))
+    return replace(
+        hardware,
+        flops=found.flops,
+        memory_bytes_per_second=found.bytes_per_second,
+        memory_bytes=float(available_memory()[0]),
+    )
 
 
 def _divides(shape: ModelShape, ranks: int) -> bool:
@@ -201,8 +245,13 @@ def _divides(shape: ModelShape, ranks: int) -> bool:
 
 
 def _times(floor: Floor) -> Row:
-    return {"memory ms": round(floor.memory * MS, 4), "products ms": round(floor.products * MS, 4),
-            "links ms": round(floor.links * MS, 4), "floor ms": round(floor.seconds * MS, 4), "bound by": floor.bound}
+    return {
+        "memory ms": round(floor.memory * MS, 4),
+        "products ms": round(floor.products * MS, 4),
+        "links ms": round(floor.links * MS, 4),
+        "floor ms": round(floor.seconds * MS, 4),
+        "bound by": floor.bound,
+    }
 
 
 def _cells(rows: list[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

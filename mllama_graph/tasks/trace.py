@@ -51,10 +51,18 @@ def main(run: ResolvedRun) -> None:
     print("\n" + table(_sums(run.shape, run.tp, width, weights)), flush=True)
     share = f"{run.tp} ranks of equal shapes share their graphs" if len(kinds) == 1 else f"{len(kinds)} kinds of rank"
     progress.say(f"\n{share}; {len(records)} traced")
-    write_result(run.output_dir, run.asked, graphs=[asdict(record) for record in records], metrics={
-        "graphs": len(records), "rank_weight_bytes": weights, "model_weight_bytes": elements(run.shape) * width,
-        "replicated_bytes": {part: count * width for part, count in replicated(run.shape).items()},
-        "rank_page_bytes": page_bytes(spec)})
+    write_result(
+        run.output_dir,
+        run.asked,
+        graphs=[asdict(record) for record in records],
+        metrics={
+            "graphs": len(records),
+            "rank_weight_bytes": weights,
+            "model_weight_bytes": elements(run.shape) * width,
+            "replicated_bytes": {part: count * width for part, count in replicated(run.shape).items()},
+            "rank_page_bytes": page_bytes(spec),
+        },
+    )
 
 
 def rank_shapes(spec: GraphSpec, shard: Shard) -> dict[str, torch.Size]:
@@ -78,14 +86,20 @@ def traced(spec: GraphSpec, bucket: Bucket, shard: Shard) -> tuple[int, int, flo
 def page_bytes(spec: GraphSpec) -> int:
     """Bytes of a rank's K/V pages."""
     with FakeTensorMode():
-        return sum(data.numel() * data.element_size() for pool in spec.unfilled_pages() for pair in pool for data in pair)
+        return sum(
+            data.numel() * data.element_size() for pool in spec.unfilled_pages() for pair in pool for data in pair
+        )
 
 
 def _sums(shape: ModelShape, tp: int, width: int, weights: list[int]) -> list[tuple[str, str]]:
     """How the ranks' bytes add up to the model's."""
     whole, extra = elements(shape) * width, {part: (tp - 1) * n * width for part, n in replicated(shape).items()}
     padding = sum(weights) - whole - sum(extra.values())
-    parts = [("weights of a rank", weights[0]), (f"of {tp} ranks", sum(weights)), ("of the model", whole),
-             *((f"{part}, {tp - 1} more times", value) for part, value in extra.items() if tp > 1),
-             ("padding of the vocabulary", padding)]
+    parts = [
+        ("weights of a rank", weights[0]),
+        (f"of {tp} ranks", sum(weights)),
+        ("of the model", whole),
+        *((f"{part}, {tp - 1} more times", value) for part, value in extra.items() if tp > 1),
+        ("padding of the vocabulary", padding),
+    ]
     return [(name, f"{value / MB:,.1f} MB") for name, value in parts]

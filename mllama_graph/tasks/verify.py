@@ -30,8 +30,16 @@ from mllama_graph.plan.resolve import ResolvedRun
 # A worker takes up to 1 GB, and lowers on one core.
 WORKERS = 2
 # Fused operations.
-FUSED = ("FusedInferAttentionScore", "ScatterPaKvCache", "AddRmsNorm", "RmsNorm", "LayerNormV4", "RotaryMul", "SwiGlu",
-         "GeluV2")
+FUSED = (
+    "FusedInferAttentionScore",
+    "ScatterPaKvCache",
+    "AddRmsNorm",
+    "RmsNorm",
+    "LayerNormV4",
+    "RotaryMul",
+    "SwiGlu",
+    "GeluV2",
+)
 SUM = "HcomAllReduce"
 HEAD = ("graph", "lowered", "operations", "fused", "weights MB", "sums", "lint", "seconds", "modelled ms")
 
@@ -73,13 +81,22 @@ def main(run: ResolvedRun) -> None:
         print(f"\n{finding}")
     sys.stdout.flush()
     progress.say(ranks_line(run.tp))
-    progress.say(f"modelled memory of a rank: {run.memory.describe()}; {run.hardware.name} has "
-                 f"{run.hardware.memory_bytes / 1e9:.0f} GB")
+    progress.say(
+        f"modelled memory of a rank: {run.memory.describe()}; {run.hardware.name} has "
+        f"{run.hardware.memory_bytes / 1e9:.0f} GB"
+    )
     progress.say(f"{len(judged)} graphs lowered in {seconds:.0f} s, {len(findings)} findings")
-    write_result(run.output_dir, run.asked, status="error" if findings else "ok", graphs=records(judged),
-                 metrics={"graphs": len(judged), "findings": findings, "seconds": round(seconds, 1)})
+    write_result(
+        run.output_dir,
+        run.asked,
+        status="error" if findings else "ok",
+        graphs=records(judged),
+        metrics={"graphs": len(judged), "findings": findings, "seconds": round(seconds, 1)},
+    )
     if findings:
-        raise RankFailed(f"{len(findings)} findings in the graphs for an NPU; the first: {' at '.join(findings[0].splitlines())}")
+        raise RankFailed(
+            f"{len(findings)} findings in the graphs for an NPU; the first: {' at '.join(findings[0].splitlines())}"
+        )
 
 
 def kind(bucket: Bucket) -> tuple[str, bool, bool]:
@@ -99,8 +116,11 @@ def jobs(spec: GraphSpec, plan: Plan) -> list[Job]:
     ends = [(max(buckets, key=cost), min(buckets, key=cost)) for buckets in classes.values()]
     whole = dict.fromkeys(bucket for pair in ends for bucket in pair)
     last = [buckets[0] for buckets in classes.values()] if spec.world_size > 1 else []
-    return [*(Job(bucket, True) for bucket in whole), *(Job(bucket, False) for bucket in plan.buckets()),
-            *(Job(bucket, False, spec.world_size - 1) for bucket in last)]
+    return [
+        *(Job(bucket, True) for bucket in whole),
+        *(Job(bucket, False) for bucket in plan.buckets()),
+        *(Job(bucket, False, spec.world_size - 1) for bucket in last),
+    ]
 
 
 def lower(run: ResolvedRun, spec: GraphSpec, wanted: list[Job], progress: Progress) -> list[Judged]:
@@ -113,8 +133,10 @@ def lower(run: ResolvedRun, spec: GraphSpec, wanted: list[Job], progress: Progre
             judged.append(future.result())
             progress.graphs(len(judged), len(wanted))
     except BrokenProcessPool as error:
-        raise RankFailed("a process that lowers graphs died, as the system ends one when memory runs out "
-                         f"(each of {WORKERS} takes up to 1 GB)") from error
+        raise RankFailed(
+            "a process that lowers graphs died, as the system ends one when memory runs out "
+            f"(each of {WORKERS} takes up to 1 GB)"
+        ) from error
     finally:
         pool.close()
     return judged
@@ -141,8 +163,16 @@ def judge(spec: GraphSpec, job: Job) -> Judged:
         return Judged(job, time.perf_counter() - begun, [("lowering", str(error))])
     findings = [(found.rule, found.message) for found in lint(captured, Context(own, job.bucket))]
     found = count_operations(captured.graph)
-    return Judged(job, time.perf_counter() - begun, findings, found.total(), sum(found[name] for name in FUSED),
-                  found[SUM], LoweredGraph(captured).weight_bytes, structure(captured))
+    return Judged(
+        job,
+        time.perf_counter() - begun,
+        findings,
+        found.total(),
+        sum(found[name] for name in FUSED),
+        found[SUM],
+        LoweredGraph(captured).weight_bytes,
+        structure(captured),
+    )
 
 
 def all_findings(judged: list[Judged]) -> list[str]:
@@ -160,8 +190,11 @@ def all_findings(judged: list[Judged]) -> list[str]:
 
 def difference(one: dict[str, str], other: dict[str, str]) -> list[str]:
     """For each of two structures, the first operation that the other one lacks; none where they are equal."""
-    return [next(told for digest, told in a.items() if digest not in b) for a, b in ((one, other), (other, one))
-            if a.keys() - b.keys()]
+    return [
+        next(told for digest, told in a.items() if digest not in b)
+        for a, b in ((one, other), (other, one))
+        if a.keys() - b.keys()
+    ]
 
 
 def rows(spec: GraphSpec, judged: list[Judged], hardware: HardwareChoice) -> Iterator[tuple[str, ...]]:
@@ -174,17 +207,35 @@ def rows(spec: GraphSpec, judged: list[Judged], hardware: HardwareChoice) -> Ite
             continue
         of = whole.get(bucket, standing[kind(bucket)])
         bad = len(found.findings) + len(whole[bucket].findings if bucket in whole else [])
-        yield (str(bucket), "whole" if bucket in whole else f"as {of.job.bucket}", str(of.operations), str(of.fused),
-               f"{of.weight_bytes / 1e6:,.0f}", str(of.sums), f"{bad} findings" if bad else "clean",
-               f"{(of if bucket in whole else found).seconds:.1f}", f"{1e3 * modelled(spec, bucket, hardware):.2f}")
+        yield (
+            str(bucket),
+            "whole" if bucket in whole else f"as {of.job.bucket}",
+            str(of.operations),
+            str(of.fused),
+            f"{of.weight_bytes / 1e6:,.0f}",
+            str(of.sums),
+            f"{bad} findings" if bad else "clean",
+            f"{(of if bucket in whole else found).seconds:.1f}",
+            f"{1e3 * modelled(spec, bucket, hardware):.2f}",
+        )
 
 
 def records(judged: list[Judged]) -> list[dict[str, Any]]:
     """The graphs, for result.json."""
-    return [{"bucket": str(found.job.bucket), "whole": found.job.whole, "rank": found.job.rank,
-             "operations": found.operations, "fused": found.fused, "sums": found.sums,
-             "weight_bytes": found.weight_bytes, "seconds": round(found.seconds, 2), "findings": found.findings}
-            for found in judged]
+    return [
+        {
+            "bucket": str(found.job.bucket),
+            "whole": found.job.whole,
+            "rank": found.job.rank,
+            "operations": found.operations,
+            "fused": found.fused,
+            "sums": found.sums,
+            "weight_bytes": found.weight_bytes,
+            "seconds": round(found.seconds, 2),
+            "findings": found.findings,
+        }
+        for found in judged
+    ]
 
 
 def modelled(spec: GraphSpec, bucket: Bucket, hardware: HardwareChoice) -> float:
@@ -197,5 +248,7 @@ def ranks_line(tp: int) -> str:
     """What is known about the ranks that were not lowered."""
     if tp == 1:
         return "1 rank"
-    return (f"{tp} ranks: the graphs of rank 0 stand for all, which differ in weights alone; rank {tp - 1} was "
-            "compared, shortened")
+    return (
+        f"{tp} ranks: the graphs of rank 0 stand for all, which differ in weights alone; rank {tp - 1} was "
+        "compared, shortened"
+    )

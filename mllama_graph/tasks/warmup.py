@@ -36,8 +36,12 @@ def main(run: ResolvedRun) -> None:
     finally:
         compiler.close()
     progress.graphs(len(missing), len(missing))
-    write_result(run.output_dir, run.asked, graphs=[asdict(record) for record in compiler.records],
-                 metrics={"graphs": len(buckets), "compiled": len(missing) - len(failed), "failed": len(failed)})
+    write_result(
+        run.output_dir,
+        run.asked,
+        graphs=[asdict(record) for record in compiler.records],
+        metrics={"graphs": len(buckets), "compiled": len(missing) - len(failed), "failed": len(failed)},
+    )
     if failed:
         raise UserError(f"{len(failed)} of {len(missing)} graphs could not be compiled; the lines above say why.")
     progress.say(f"all {len(buckets)} graphs are in {store.folder}")
@@ -54,8 +58,12 @@ def _warm_ranks(run: ResolvedRun, progress: Progress) -> None:
     progress.graphs(len(buckets), len(buckets))
     engine.close()
     compiled = sum(record.source == "compiled" for record in graphs.records)
-    write_result(run.output_dir, run.asked, graphs=engine.graph_records(),
-                 metrics={"graphs": len(buckets), "compiled": compiled, "failed": 0})
+    write_result(
+        run.output_dir,
+        run.asked,
+        graphs=engine.graph_records(),
+        metrics={"graphs": len(buckets), "compiled": compiled, "failed": 0},
+    )
     progress.say(f"all {len(buckets)} graphs of every rank are in {graphs.store.folder}, {compiled} of them new")
 
 

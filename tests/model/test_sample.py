@@ -4,10 +4,11 @@ from itertools import accumulate
 
 import pytest
 import torch
-from hypothesis import assume, given, settings, strategies as st
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
-from mllama_graph.model import sample
 from mllama_graph.engine.sampler import noise
+from mllama_graph.model import sample
 
 V = 12
 LOGITS = st.lists(st.floats(-6, 6, width=32), min_size=V, max_size=V)
@@ -22,13 +23,21 @@ def candidates(logits_BV, k, world=1, vocab=V):
     own = [sample.own_ids(part, rank * size, vocab) for rank, part in enumerate(padded.split(size, -1))]
     offers = [[] for _ in range(world)]
     for rank in range(world):
-        sample.candidates(own[rank], k, rank * size, lambda x: offers[rank].append(x) or x[None])
-        sample.total(own[rank], lambda x: offers[rank].append(x) or x[None])
+
+        def offer(x, rank=rank):
+            offers[rank].append(x)
+            return x[None]
+
+        sample.candidates(own[rank], k, rank * size, offer)
+        sample.total(own[rank], offer)
     found = []
     for rank in range(world):
         told = iter([torch.stack(same) for same in zip(*offers)])
-        found.append((*sample.candidates(own[rank], k, rank * size, lambda x: next(told)),
-                      sample.total(own[rank], lambda x: next(told))))
+
+        def gathered(x, told=told):
+            return next(told)
+
+        found.append((*sample.candidates(own[rank], k, rank * size, gathered), sample.total(own[rank], gathered)))
     return found
 
 
@@ -46,8 +55,13 @@ def greedy(logits_BV):
 def draws(logits, noises, temperature=1.0, top_k=0, top_p=1.0):
     """The id for each noise value, as one batch."""
     rows = len(noises)
-    return draw(torch.tensor(logits).expand(rows, -1), torch.full((rows,), temperature), torch.full((rows,), top_k),
-                torch.full((rows,), top_p), torch.as_tensor(noises))
+    return draw(
+        torch.tensor(logits).expand(rows, -1),
+        torch.full((rows,), temperature),
+        torch.full((rows,), top_k),
+        torch.full((rows,), top_p),
+        torch.as_tensor(noises),
+    )
 
 
 def naive(logits, temperature, top_k, top_p) -> list[float]:
@@ -95,12 +109,17 @@ def test_greedy_takes_the_lowest_id_among_the_largest(logits):
     assert greedy(torch.tensor([logits])).item() == logits.index(max(logits))
 
 
-@given(rows=st.lists(st.tuples(LOGITS, st.floats(0, 2), st.integers(0, V), st.floats(0.1, 1), st.floats(0, 0.999)),
-                     min_size=2, max_size=6))
+@given(
+    rows=st.lists(
+        st.tuples(LOGITS, st.floats(0, 2), st.integers(0, V), st.floats(0.1, 1), st.floats(0, 0.999)),
+        min_size=2,
+        max_size=6,
+    )
+)
 def test_a_draw_does_not_depend_on_its_neighbours(rows):
     columns = [torch.tensor(column) for column in zip(*rows)]
     together = draw(*columns)
-    alone = torch.cat([draw(*(column[n:n + 1] for column in columns)) for n in range(len(rows))])
+    alone = torch.cat([draw(*(column[n : n + 1] for column in columns)) for n in range(len(rows))])
     assert torch.equal(together, alone)
 
 
@@ -127,8 +146,11 @@ def test_half_precision_logits_are_reported_in_fp32():
     assert value_Bk.dtype == total_B.dtype == torch.float32
 
 
-@given(rows=st.lists(st.lists(st.integers(-2, 2), min_size=V, max_size=V), min_size=1, max_size=3),
-       k=st.integers(1, V), world=st.sampled_from([2, 3, 4, 5, 8]))
+@given(
+    rows=st.lists(st.lists(st.integers(-2, 2), min_size=V, max_size=V), min_size=1, max_size=3),
+    k=st.integers(1, V),
+    world=st.sampled_from([2, 3, 4, 5, 8]),
+)
 def test_all_ranks_have_the_candidates_of_one_rank_with_all_logits(rows, k, world):
     # Few values, so that equal logits on different ranks are common; 5 and 8 ranks leave some with padding alone.
     logits_BV = torch.tensor(rows, dtype=torch.float32)

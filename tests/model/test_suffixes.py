@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 
 import torch
+from engines import serve, start
 
 import mllama_graph
-from engines import serve, start
 
 FOLDERS = tuple(str(Path(mllama_graph.__file__).parent / name) for name in ("model", "ops"))
 # One letter or digit a dimension; the first is a capital or a digit, but for the lone h of a half head.
@@ -36,7 +36,8 @@ class SuffixTrace:
             return
         self.seen.add((function, name))
         fits = value.dim() == len(found[1]) and all(
-            size == int(letter) for letter, size in zip(found[1], value.shape) if letter.isdigit())
+            size == int(letter) for letter, size in zip(found[1], value.shape) if letter.isdigit()
+        )
         if not fits:
             self.wrong.add(f"{function}: {name} is {list(value.shape)}")
 
@@ -57,8 +58,19 @@ def test_every_suffix_has_one_letter_for_each_dimension(checkpoint, requests):
     assert not trace.wrong
     functions = {function for function, _ in trace.seen}
     assert len(trace.seen) > 120, "the walk saw too little to prove anything"
-    assert {"prefill", "decode", "cross_block", "encode_image", "draw", "attend_pages", "attend_image", "PromptInput",
-            "TokenInput", "TileInput", "ImageInput"} <= functions
+    assert {
+        "prefill",
+        "decode",
+        "cross_block",
+        "encode_image",
+        "draw",
+        "attend_pages",
+        "attend_image",
+        "PromptInput",
+        "TokenInput",
+        "TileInput",
+        "ImageInput",
+    } <= functions
 
 
 def test_a_rotten_suffix_is_found():

@@ -3,18 +3,17 @@
 import numpy as np
 import pytest
 import torch
+from checkpoints import SPECS
+from request_cases import random_image
 from torch.testing import assert_close
 from transformers.models.mllama.processing_mllama import get_cross_attention_token_mask
 
-from checkpoints import SPECS
-from request_cases import random_image
-
-from mllama_graph.plan.blocks import pages_for
 from mllama_graph.inputs.images import tile_image
-from mllama_graph.model.text import cross_block, decode, prefill
 from mllama_graph.model.inputs import ImageInput, PromptInput, TileInput, TokenInput
+from mllama_graph.model.text import cross_block, decode, prefill
 from mllama_graph.model.vision import encode_image
 from mllama_graph.ops.plain import PLAIN
+from mllama_graph.plan.blocks import pages_for
 
 # fp32 through up to eight layers, logits of order ten, the same sums in another order.
 CLOSE = {"atol": 5e-4, "rtol": 1e-4}
@@ -39,7 +38,7 @@ class Text:
         self.image_pages = model.pages(1 + per_image * max(len(images), 1), PAGE, len(shape.text.cross_layers))
         order = (1 + torch.randperm(per_image * max(len(images), 1), generator=generator)).tolist()
         for n, image in enumerate(images):
-            self._encode(image, order[n * per_image:(n + 1) * per_image])
+            self._encode(image, order[n * per_image : (n + 1) * per_image])
         spans = get_cross_attention_token_mask(self.ids, shape.image_token)
         seen = [[n for n, (a, b) in enumerate(spans) if a <= at and (b == -1 or at < b)] for at in range(len(self.ids))]
         self.see = [(self.begins[s[0]], self.begins[s[-1] + 1]) if s else (0, 0) for s in seen]
@@ -48,12 +47,12 @@ class Text:
         vision = self.model.shape.vision
         tiles = tile_image(image, vision)
         data = torch.zeros((vision.max_tiles, 3, vision.tile, vision.tile), dtype=torch.uint8)
-        data[:tiles.count] = torch.from_numpy(tiles.data)
+        data[: tiles.count] = torch.from_numpy(tiles.data)
         slots = [pages[t // PAGE] * PAGE + t % PAGE for t in range(vision.max_tiles * vision.tokens)]
         given = TileInput(data, int32([tiles.aspect]), int32([tiles.count]), int32(slots))
         encode_image(self.model.weights, given, self.image_pages, self.model.shape, PLAIN)
         tokens = tiles.count * vision.tokens
-        self.image_table += pages[:pages_for(tokens, PAGE)]
+        self.image_table += pages[: pages_for(tokens, PAGE)]
         self.fill += [min(PAGE, tokens - at) for at in range(0, tokens, PAGE)]
         self.begins.append(len(self.fill))
 
@@ -69,11 +68,15 @@ class Text:
         stop = len(self.ids) if stop is None else stop
         positions = range(start, stop)
         given = PromptInput(
-            int32(self.ids[start:stop] + [5] * padding), int32([*positions] + [0] * padding),
-            int32([self.slot(p) for p in positions] + [*range(padding)]), int32([stop - start - 1]),
-            int32([stop - start]), int32([start]),
-            int32(self.table[:pages_for(start, PAGE)]) if start else None,
-            self.image(self.see[start:stop] + [(0, 0)] * padding, lean))
+            int32(self.ids[start:stop] + [5] * padding),
+            int32([*positions] + [0] * padding),
+            int32([self.slot(p) for p in positions] + [*range(padding)]),
+            int32([stop - start - 1]),
+            int32([stop - start]),
+            int32([start]),
+            int32(self.table[: pages_for(start, PAGE)]) if start else None,
+            self.image(self.see[start:stop] + [(0, 0)] * padding, lean),
+        )
         return self._run(prefill, given)[0]
 
     @torch.inference_mode()
@@ -81,14 +84,20 @@ class Text:
         """Logits after each of `count` tokens from `start`."""
         positions = range(start, start + count)
         given = TokenInput(
-            int32(self.ids[start:start + count]), int32([*positions]), int32([self.slot(p) for p in positions]),
-            int32([count]), int32([self.table[:pages_for(start + count, PAGE) + 1]]), int32([start + count]),
-            self.image(self.see[start:start + count], lean))
+            int32(self.ids[start : start + count]),
+            int32([*positions]),
+            int32([self.slot(p) for p in positions]),
+            int32([count]),
+            int32([self.table[: pages_for(start + count, PAGE) + 1]]),
+            int32([start + count]),
+            self.image(self.see[start : start + count], lean),
+        )
         return self._run(decode, given)
 
     def _run(self, function, given):
-        return function(self.model.weights.text, given, self.pages, self.image_pages if given.image else (),
-                        self.model.shape, PLAIN)
+        return function(
+            self.model.weights.text, given, self.pages, self.image_pages if given.image else (), self.model.shape, PLAIN
+        )
 
 
 def prompt(name, length=30, places=(3, 4, 15)):
@@ -97,7 +106,7 @@ def prompt(name, length=30, places=(3, 4, 15)):
     ids = rng.integers(0, spec.text_vocab, length).tolist()
     for place in places:
         ids[place] = spec.vocab
-    return ids, [random_image(w, h, "RGB", rng) for w, h in ((90, 60), (200, 50), (40, 40))[:len(places)]]
+    return ids, [random_image(w, h, "RGB", rng) for w, h in ((90, 60), (200, 50), (40, 40))[: len(places)]]
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -126,7 +135,7 @@ def test_decoding_several_tokens_at_once_equals_one_by_one(count, model, oracle)
     text = Text(model("base"), ids, images)
     text.prefill(stop=2)
     for at in range(2, 30 - count + 1, count):
-        assert_close(text.decode(at, count), wanted[at:at + count], **CLOSE)
+        assert_close(text.decode(at, count), wanted[at : at + count], **CLOSE)
 
 
 @pytest.mark.parametrize("cuts", [(8, 16), (4, 5, 16, 29), (1, 2, 3, 4), (7, 14, 21, 28)])

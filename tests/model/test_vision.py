@@ -1,19 +1,17 @@
 """The vision tower and the image pages against the corrected Hugging Face model."""
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
-from torch.testing import assert_close
-
 from checkpoints import SPECS
+from PIL import Image
 from request_cases import random_image
+from torch.testing import assert_close
 
 from mllama_graph.inputs.images import tile_image
 from mllama_graph.model.inputs import TileInput
 from mllama_graph.model.vision import encode, encode_image
 from mllama_graph.ops.plain import PLAIN
-
-import numpy as np
 
 # fp32 through up to eight layers, features of order ten, against the same sums in another order.
 CLOSE = {"atol": 2e-4, "rtol": 1e-4}
@@ -29,9 +27,10 @@ def tile_input(image, shape, slot_S=None) -> TileInput:
     """An image's tiles as a graph takes them, padding tiles filled with 255 to show that they count for nothing."""
     tiles, vision = tile_image(image, shape.vision), shape.vision
     data = torch.full((vision.max_tiles, 3, vision.tile, vision.tile), 255, dtype=torch.uint8)
-    data[:tiles.count] = torch.from_numpy(tiles.data)
-    return TileInput(data, torch.tensor([tiles.aspect], dtype=torch.int32), torch.tensor([tiles.count], dtype=torch.int32),
-                     slot_S)
+    data[: tiles.count] = torch.from_numpy(tiles.data)
+    return TileInput(
+        data, torch.tensor([tiles.aspect], dtype=torch.int32), torch.tensor([tiles.count], dtype=torch.int32), slot_S
+    )
 
 
 def theirs(oracle, image):
@@ -58,7 +57,7 @@ def test_normalised_tiles_are_hugging_faces_pixels_and_padding_is_zero(size, mod
     ours = PLAIN.normalise(given.tiles_C3hw, given.real_1, w.pixel_scale, w.pixel_mean, w.pixel_std, torch.float32)
     # One rounding of (x * scale - mean) / std in fp32.
     assert_close(ours, theirs(oracle("base"), picture(size))[0]["pixel_values"][0, 0], atol=1e-6, rtol=0)
-    assert not ours[int(given.real_1):].any()
+    assert not ours[int(given.real_1) :].any()
 
 
 @pytest.mark.parametrize("name", ["base", "cross_first", "adjacent"])
@@ -88,8 +87,17 @@ def test_gates_and_every_embedding_count(model):
     shape, vision = model("base").shape, model("base").weights.vision
     given = tile_input(picture(SIZES[1]), shape)
     whole = encode(vision, given, torch.float32, shape, PLAIN)
-    for name in ("pre_tile", "post_tile", "position", "tile_position", "class_token", "pre_tile_gate", "post_tile_gate",
-                 "position_gate", "patch"):
+    for name in (
+        "pre_tile",
+        "post_tile",
+        "position",
+        "tile_position",
+        "class_token",
+        "pre_tile_gate",
+        "post_tile_gate",
+        "position_gate",
+        "patch",
+    ):
         weight = getattr(vision, name)
         kept = weight.detach().clone()
         with torch.no_grad():

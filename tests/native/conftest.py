@@ -1,7 +1,6 @@
 """Fixtures: the libraries, built once a session, and a team of eight processes."""
 
 import pytest
-
 from teams import Team
 
 from mllama_graph import native

@@ -16,8 +16,10 @@ def compiler(tmp_path, monkeypatch):
     def install(script: str) -> Path:
         path, log = tmp_path / "bin" / "c++", tmp_path / "log"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo "compiler 1" && exit\necho build >> {log}\n'
-                        f'for out in "$@"; do :; done\n{script}\n')
+        path.write_text(
+            f'#!/bin/sh\n[ "$1" = --version ] && echo "compiler 1" && exit\necho build >> {log}\n'
+            f'for out in "$@"; do :; done\n{script}\n'
+        )
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
         monkeypatch.setenv("CXX", str(path))
         return log
@@ -83,17 +85,22 @@ def test_a_compiler_that_fails_is_quoted_in_one_line(compiler, tmp_path):
     compiler('echo note: here >&2; echo "a.cpp:1: error: boom" >&2; exit 3')
     with pytest.raises(native.BuildError) as error:
         native.build("collectives", tmp_path)
-    assert str(error.value) == (f"collectives.cpp does not build with {os.environ['CXX']} (exit code 3): "
-                                "a.cpp:1: error: boom. Install g++ 11 or newer, or name a compiler with CXX=.")
+    assert str(error.value) == (
+        f"collectives.cpp does not build with {os.environ['CXX']} (exit code 3): "
+        "a.cpp:1: error: boom. Install g++ 11 or newer, or name a compiler with CXX=."
+    )
     assert not list(tmp_path.rglob("*.so")) and not list(tmp_path.rglob(f"{native.ASIDE}*"))
 
 
-@pytest.mark.parametrize("cxx, rule", [
-    ("false", r"does not build with .*/false \(exit code 1\): no message. Install g\+\+"),
-    ("no-such-compiler", r"no C\+\+ compiler: 'no-such-compiler' is no program that is found. Install g\+\+"),
-    # Inductor would not find it.
-    ("g++ -O1", r"no C\+\+ compiler: 'g\+\+ -O1' is no program that is found. .* without arguments"),
-])
+@pytest.mark.parametrize(
+    "cxx, rule",
+    [
+        ("false", r"does not build with .*/false \(exit code 1\): no message. Install g\+\+"),
+        ("no-such-compiler", r"no C\+\+ compiler: 'no-such-compiler' is no program that is found. Install g\+\+"),
+        # Inductor would not find it.
+        ("g++ -O1", r"no C\+\+ compiler: 'g\+\+ -O1' is no program that is found. .* without arguments"),
+    ],
+)
 def test_no_compiler_is_said(tmp_path, monkeypatch, cxx, rule):
     monkeypatch.setenv("CXX", cxx)
     with pytest.raises(native.BuildError, match=rule):

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from teams import segment
 
 from mllama_graph import native
@@ -22,8 +21,18 @@ SOON = 20
 
 SUMMED = (torch.float32, torch.bfloat16, torch.float16)
 # Nothing, one, odd; the most that all sum and one more, in elements of 4 and of 2 bytes; one slot and several.
-COUNTS = (0, 1, 1001, ONE_PHASE // 4, ONE_PHASE // 4 + 1, ONE_PHASE // 2 + 1, SLOT // 4, SLOT // 2, SLOT // 2 + 7,
-          3 * SLOT // 4 + 13)
+COUNTS = (
+    0,
+    1,
+    1001,
+    ONE_PHASE // 4,
+    ONE_PHASE // 4 + 1,
+    ONE_PHASE // 2 + 1,
+    SLOT // 4,
+    SLOT // 2,
+    SLOT // 2 + 7,
+    3 * SLOT // 4 + 13,
+)
 
 
 def given(seed: int, rank: int, count: int, dtype: torch.dtype) -> torch.Tensor:
@@ -128,11 +137,13 @@ def misfit(rank, world, folder, name, case):
     if case == "absent" and last:
         # Late: the others have given up by now, and say so.
         time.sleep(4 * SHORT)
-    calls = {"absent": lambda: ops.all_reduce(torch.ones(10)),
-             "size": lambda: ops.all_reduce(torch.ones(11 if last else 10)),
-             "pieces": lambda: ops.all_reduce(torch.ones(3 * SLOT if last else 10)),
-             "kind": lambda: (ops.all_gather if last else ops.all_reduce)(torch.ones(10)),
-             "dtype": lambda: ops.all_reduce(torch.ones(20, dtype=torch.float16) if last else torch.ones(10))}
+    calls = {
+        "absent": lambda: ops.all_reduce(torch.ones(10)),
+        "size": lambda: ops.all_reduce(torch.ones(11 if last else 10)),
+        "pieces": lambda: ops.all_reduce(torch.ones(3 * SLOT if last else 10)),
+        "kind": lambda: (ops.all_gather if last else ops.all_reduce)(torch.ones(10)),
+        "dtype": lambda: ops.all_reduce(torch.ones(20, dtype=torch.float16) if last else torch.ones(10)),
+    }
     with pytest.raises(RuntimeError) as error:
         calls[case]()
     seconds = time.monotonic() - start
@@ -151,14 +162,17 @@ def test_an_absent_rank_is_named_within_the_timeout_and_told_when_it_comes(team,
     assert "gave up: rank 3" in outcomes[3][0]
 
 
-@pytest.mark.parametrize("case, rule", [
-    ("size", "rank 0 makes an all-reduce of 40 bytes .*, rank 2 an all-reduce of 44 bytes"),
-    ("pieces", f"rank 0 makes an all-reduce of 40 bytes .*, rank 2 an all-reduce of {3 * SLOT * 4} bytes"),
-    ("kind", "rank 0 makes an all-reduce of 40 bytes .*, rank 2 an all-gather of 40 bytes"),
-    ("dtype", r"rank 0 makes .* \(dtype number 6\), rank 2 .* \(dtype number 5\)"),
-])
+@pytest.mark.parametrize(
+    "case, rule",
+    [
+        ("size", "rank 0 makes an all-reduce of 40 bytes .*, rank 2 an all-reduce of 44 bytes"),
+        ("pieces", f"rank 0 makes an all-reduce of 40 bytes .*, rank 2 an all-reduce of {3 * SLOT * 4} bytes"),
+        ("kind", "rank 0 makes an all-reduce of 40 bytes .*, rank 2 an all-gather of 40 bytes"),
+        ("dtype", r"rank 0 makes .* \(dtype number 6\), rank 2 .* \(dtype number 5\)"),
+    ],
+)
 def test_ranks_whose_calls_differ_all_raise(team, libraries, case, rule):
-    for error, seconds, again, told in team(3, misfit, libraries, segment(), case):
+    for error, _, again, told in team(3, misfit, libraries, segment(), case):
         with pytest.raises(RuntimeError, match=rule):
             raise RuntimeError(error)
         assert "ranks disagree at call 2" in again and told == again
@@ -181,11 +195,14 @@ def refused(rank, world, folder, name, case):
     return str(error.value)
 
 
-@pytest.mark.parametrize("case, rule", [
-    ("world", "was created for 2 ranks, not 3"),
-    ("slots", f"has slots of {SLOT} bytes, not {2 * SLOT}"),
-    ("no rank 0", "rank 1 could not join shared memory .* within 0.5 s: rank 0 did not create it"),
-])
+@pytest.mark.parametrize(
+    "case, rule",
+    [
+        ("world", "was created for 2 ranks, not 3"),
+        ("slots", f"has slots of {SLOT} bytes, not {2 * SLOT}"),
+        ("no rank 0", "rank 1 could not join shared memory .* within 0.5 s: rank 0 did not create it"),
+    ],
+)
 def test_a_rank_that_does_not_fit_is_refused(team, libraries, case, rule):
     name = segment()
     with pytest.raises(RuntimeError, match=rule):
@@ -238,6 +255,8 @@ def test_what_is_traced_is_what_runs(libraries):
 
 
 def test_unlinking_needs_no_torch():
-    code = ("import sys; from mllama_graph import native; native.unlink('mllama_graph-none'); "
-            "sys.exit('torch' in sys.modules)")
+    code = (
+        "import sys; from mllama_graph import native; native.unlink('mllama_graph-none'); "
+        "sys.exit('torch' in sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2], env=os.environ)

@@ -39,8 +39,12 @@ def build(path, cache_home):
     program = torch.export.export(Calls(), tuple(inputs()), strict=False)
     build_package(program, path, {"cpp.threads": 1}, cpu=True, calls=True)
     with zipfile.ZipFile(path) as package:
-        sources = {end: package.read(name).decode() for name in package.namelist()
-                   for end in ("wrapper.cpp", "kernel.cpp") if name.endswith(end)}
+        sources = {
+            end: package.read(name).decode()
+            for name in package.namelist()
+            for end in ("wrapper.cpp", "kernel.cpp")
+            if name.endswith(end)
+        }
     return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1), sources
 
 

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import example, given, strategies as st
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from mllama_graph import native
 from mllama_graph.ops import cpu, plain
@@ -46,7 +47,7 @@ def test_a_product_is_the_exact_one_rounded_and_each_row_that_of_a_batch_of_one(
             exact = F.linear(x.double(), weight.double(), bias.double())
             # Sums of `inputs` products in fp32.
             torch.testing.assert_close(y.double(), exact, atol=1e-6 * inputs**0.5 * 10, rtol=1e-5)
-            alone = torch.cat([CPU.linear(x[t:t + 1], leaf) for t in range(rows)])
+            alone = torch.cat([CPU.linear(x[t : t + 1], leaf) for t in range(rows)])
             assert torch.equal(y, alone)
             assert torch.equal(CPU.linear(x, laid_out(weight)) + bias.float(), y)
 
@@ -54,12 +55,15 @@ def test_a_product_is_the_exact_one_rounded_and_each_row_that_of_a_batch_of_one(
 @pytest.mark.parametrize("rows", [1, 4, 60, 200])
 def test_padded_rows_are_not_read_and_become_zeros(rows):
     normal = randoms(rows)
-    leaf, pages, table = laid_out(normal(51, 40), normal(51)), (normal(3, 4, 2, 8), normal(3, 4, 2, 8)), torch.tensor([2, 0]).int()
+    leaf, pages, table = (
+        laid_out(normal(51, 40), normal(51)),
+        (normal(3, 4, 2, 8), normal(3, 4, 2, 8)),
+        torch.tensor([2, 0]).int(),
+    )
     given = normal(rows, 40), normal(rows, 4, 8), normal(rows, 2, 8), normal(rows, 2, 8)
 
     def results(x, q, k, v, real_1=None):
-        return (cpu.linear(x, leaf, real_1),
-                cpu.attend_prompt(q, k, v, pages, table, torch.tensor([5]).int(), real_1))
+        return (cpu.linear(x, leaf, real_1), cpu.attend_prompt(q, k, v, pages, table, torch.tensor([5]).int(), real_1))
 
     whole = results(*given)
     for real in {0, 1, rows // 2, rows}:
@@ -83,13 +87,21 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(RuntimeError):
         CPU.linear(normal(2, 15), SimpleNamespace(weight=normal(5, 16), bias=None))
     with pytest.raises(RuntimeError):
-        torch.ops.mllama_graph.attend_pages(normal(2, 3, 8), normal(4, 2, 2, 8), normal(4, 2, 2, 8),
-                                            torch.zeros(2, 1).int(), torch.ones(2).int(), 1.0)
+        torch.ops.mllama_graph.attend_pages(
+            normal(2, 3, 8), normal(4, 2, 2, 8), normal(4, 2, 2, 8), torch.zeros(2, 1).int(), torch.ones(2).int(), 1.0
+        )
 
 
-SHAPES = st.fixed_dictionaries({
-    "seed": st.integers(0, 99), "keys": st.integers(1, 3), "group": st.integers(1, 6),
-    "width": st.sampled_from((1, 5, 8, 12, 16, 20, 96)), "page": st.sampled_from((1, 3, 16, 128)), "J": st.integers(1, 6)})
+SHAPES = st.fixed_dictionaries(
+    {
+        "seed": st.integers(0, 99),
+        "keys": st.integers(1, 3),
+        "group": st.integers(1, 6),
+        "width": st.sampled_from((1, 5, 8, 12, 16, 20, 96)),
+        "page": st.sampled_from((1, 3, 16, 128)),
+        "J": st.integers(1, 6),
+    }
+)
 
 
 def pool(normal, shape: dict):
@@ -97,7 +109,7 @@ def pool(normal, shape: dict):
     count, page = 3 * shape["J"] + 1, shape["page"]
     pages = tuple(normal(count, page, shape["keys"], shape["width"]) for _ in range(2))
     generator = torch.Generator().manual_seed(shape["seed"])
-    return pages, torch.randperm(count, generator=generator)[:3 * shape["J"]].view(3, -1).int(), generator
+    return pages, torch.randperm(count, generator=generator)[: 3 * shape["J"]].view(3, -1).int(), generator
 
 
 @given(SHAPES, st.integers(1, 3))
@@ -127,7 +139,7 @@ def test_attention_to_images(shape, rows):
     fill = torch.randint(0, shape["page"] + 1, (B, J), generator=generator).int()
     see = torch.sort(torch.randint(0, J + 1, (B * rows, 2), generator=generator)).values.int()
     ours, theirs = (ops.attend_image(q, pages, table[:B], fill, see) for ops in (CPU, plain))
-    kept = [any(fill[t // rows, see[t, 0]:see[t, 1]] > 0) for t in range(B * rows)]
+    kept = [any(fill[t // rows, see[t, 0] : see[t, 1]] > 0) for t in range(B * rows)]
     torch.testing.assert_close(ours[kept], theirs[kept], **CLOSE)
     # A row that sees nothing is dropped by the model, which must not multiply NaN by 0.
     assert ours.isfinite().all()

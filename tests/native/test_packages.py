@@ -6,7 +6,6 @@ import time
 
 import pytest
 import torch
-
 from teams import segment
 
 from mllama_graph import native
@@ -47,7 +46,7 @@ def compile_all(rank, world, folder):
     """Packages of both modules, compiled in a process that talks to no other; their paths by name."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
     import torch._inductor
-    import torch.distributed._functional_collectives  # noqa: F401  says what the collectives' shapes are
+    import torch.distributed._functional_collectives
 
     # Inductor asks the group for its size, for a log that nobody reads; a stand-in without a backend answers. The
     # registry does not keep it alive.
@@ -60,7 +59,8 @@ def compile_all(rank, world, folder):
     for name, module in {"shared": SharedMemory(weight(0)), "gloo": Gloo(weight(0))}.items():
         program = torch.export.export(module, (torch.ones(3, WIDTH),), strict=False)
         paths[name] = torch._inductor.aoti_compile_and_package(
-            program, package_path=str(folder / f"{name}.pt2"), inductor_configs=settings)
+            program, package_path=str(folder / f"{name}.pt2"), inductor_configs=settings
+        )
     torch._C._distributed_c10d._unregister_process_group(GROUP)
     return paths
 

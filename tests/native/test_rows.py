@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from mllama_graph import native
-from mllama_graph.ops.cpu import CPU, SKIP_PADDING, without_padding
 from mllama_graph.ops import ranks
+from mllama_graph.ops.cpu import CPU, SKIP_PADDING, without_padding
 from mllama_graph.ops.plain import PLAIN
 from mllama_graph.ops.ranks import ranked
 
@@ -33,8 +33,9 @@ def int32(*values):
 
 
 def weights(width, dtype):
-    return normal(width, seed=1, dtype=dtype), SimpleNamespace(weight=normal(width, seed=2, dtype=dtype),
-                                                               bias=normal(width, seed=3, dtype=dtype))
+    return normal(width, seed=1, dtype=dtype), SimpleNamespace(
+        weight=normal(width, seed=2, dtype=dtype), bias=normal(width, seed=3, dtype=dtype)
+    )
 
 
 def row_cases(T, width, dtype):
@@ -47,13 +48,21 @@ def row_cases(T, width, dtype):
     heads = normal(T, 3 * 2 * width + 7, seed=8)[:, 7:].view(T, 3, -1)
     angles = PLAIN.rope_angles(position, 1 / 10000 ** torch.linspace(0, 1, width))
     return {
-        "rms_norm": (x, weight, 1e-5), "rms_norm of heads": (normal(T, 3, width), weight, 1e-5),
-        "add_rms_norm": (x, y, weight, 1e-5), "add_rms_norm without y": (x, None, weight, 1e-5),
-        "layer_norm": (5 + x, leaf, 1e-5), "layer_norm of heads": (normal(T, 2, width), leaf, 1e-5),
-        "rope": (heads, angles), "rope_angles": (position, 1 / 10000 ** torch.linspace(0, 1, width)),
-        "swiglu": (torch.cat((x, y), dim=1),), "gelu": (x,), "gated": (y, gate, see),
-        "add_gated": (x, y, leaf.bias, gate), "add_gated without a gate": (x, y, leaf.bias, None),
-        "add_gated without a bias": (x, y, None, gate), "add_gated of both alone": (x, y, None, None),
+        "rms_norm": (x, weight, 1e-5),
+        "rms_norm of heads": (normal(T, 3, width), weight, 1e-5),
+        "add_rms_norm": (x, y, weight, 1e-5),
+        "add_rms_norm without y": (x, None, weight, 1e-5),
+        "layer_norm": (5 + x, leaf, 1e-5),
+        "layer_norm of heads": (normal(T, 2, width), leaf, 1e-5),
+        "rope": (heads, angles),
+        "rope_angles": (position, 1 / 10000 ** torch.linspace(0, 1, width)),
+        "swiglu": (torch.cat((x, y), dim=1),),
+        "gelu": (x,),
+        "gated": (y, gate, see),
+        "add_gated": (x, y, leaf.bias, gate),
+        "add_gated without a gate": (x, y, leaf.bias, None),
+        "add_gated without a bias": (x, y, None, gate),
+        "add_gated of both alone": (x, y, None, None),
         "embed": (torch.arange(T).int() % 7, SimpleNamespace(weight=normal(7, width, dtype=dtype))),
         "embed_held": (torch.arange(T).int(), SimpleNamespace(weight=normal(5, width, dtype=dtype), first=int32(3)[0])),
     }
@@ -90,7 +99,7 @@ def test_rows_are_plains_and_each_is_that_of_a_batch_of_one(name, dtype):
             torch.testing.assert_close(mine, other.float(), **CLOSE)
         for t in range(T):
             alone = results(CPU, name, tuple(cut(a, T, slice(t, t + 1)) for a in arguments))
-            assert all(torch.equal(whole[t:t + 1], one) for whole, one in zip(ours, alone))
+            assert all(torch.equal(whole[t : t + 1], one) for whole, one in zip(ours, alone))
 
 
 @pytest.mark.parametrize("real", [0, 1, 7, T])
@@ -114,8 +123,10 @@ def test_padded_rows_are_not_read_and_become_zeros(real):
 def test_a_rank_of_several_skips_padding_in_its_embedding_too():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ranks, "_shared_all_reduce", lambda x: x)
-        ops = without_padding(ranked(2, "shared_memory", replace(CPU, embed_held=lambda ids, leaf, real_1: real_1)),
-                              SimpleNamespace(real_1=int32(1)))
+        ops = without_padding(
+            ranked(2, "shared_memory", replace(CPU, embed_held=lambda ids, leaf, real_1: real_1)),
+            SimpleNamespace(real_1=int32(1)),
+        )
         assert torch.equal(ops.embed(int32(0), None), int32(1))
 
 
@@ -167,8 +178,17 @@ def test_tiles_become_the_rows_that_plain_makes_of_them(width, dtype, real):
         patches = ops.add_tile_embedding(patches.contiguous(), tables[0], aspect, gate)
         rows = ops.add_positions(patches, class_token, position, tables[1], aspect, gate)
         padded, pad = ops.pad_rows(rows, int32(real), 8)
-        made.append((x, patches, rows, padded, pad, ops.join_features(padded, [2 * padded, padded + 1], C, N + 1),
-                     ops.join_features(padded, [], C, N + 1)))
+        made.append(
+            (
+                x,
+                patches,
+                rows,
+                padded,
+                pad,
+                ops.join_features(padded, [2 * padded, padded + 1], C, N + 1),
+                ops.join_features(padded, [], C, N + 1),
+            )
+        )
     for ours, theirs in zip(*made):
         assert ours.dtype == theirs.dtype
         # Sums of 48 products of order one.
@@ -182,8 +202,10 @@ def test_threads_do_not_change_a_bit():
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            made.append([y for name in cases for y in results(CPU, name, cases[name])]
-                        + [CPU.patch_embed(image, normal(40, 3, 14, 14))])
+            made.append(
+                [y for name in cases for y in results(CPU, name, cases[name])]
+                + [CPU.patch_embed(image, normal(40, 3, 14, 14))]
+            )
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for other in made[1:] for a, b in zip(made[0], other))
@@ -191,9 +213,14 @@ def test_threads_do_not_change_a_bit():
 
 def test_what_does_not_fit_is_refused():
     x, leaf = normal(2, 16), SimpleNamespace(weight=normal(4, 16))
-    for refused in (lambda: CPU.rms_norm(x, normal(15), 1e-5), lambda: CPU.rms_norm(x.double(), normal(16), 1e-5),
-                    lambda: CPU.embed(int32(4), leaf), lambda: CPU.embed(int32(-1), leaf),
-                    lambda: CPU.take_row(x, int32(2)), lambda: CPU.add_gated(x, x, normal(15), None),
-                    lambda: CPU.write_pages_(x[:, None], x[:, None], (normal(3, 2, 1, 16),) * 2, int32(0, 6))):
+    for refused in (
+        lambda: CPU.rms_norm(x, normal(15), 1e-5),
+        lambda: CPU.rms_norm(x.double(), normal(16), 1e-5),
+        lambda: CPU.embed(int32(4), leaf),
+        lambda: CPU.embed(int32(-1), leaf),
+        lambda: CPU.take_row(x, int32(2)),
+        lambda: CPU.add_gated(x, x, normal(15), None),
+        lambda: CPU.write_pages_(x[:, None], x[:, None], (normal(3, 2, 1, 16),) * 2, int32(0, 6)),
+    ):
         with pytest.raises(RuntimeError):
             refused()

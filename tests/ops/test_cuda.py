@@ -11,7 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
@@ -21,17 +22,23 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GPU = torch.cuda.is_available() and not INTERPRETED
 DEVICE = "cuda" if GPU else "cpu"
 NO_TRITON = "Triton is not installed"
-runs = pytest.mark.skipif(cuda.triton is None or not (INTERPRETED or GPU),
-                          reason=f"{NO_TRITON}, or neither a GPU nor TRITON_INTERPRET=1 is there")
+runs = pytest.mark.skipif(
+    cuda.triton is None or not (INTERPRETED or GPU),
+    reason=f"{NO_TRITON}, or neither a GPU nor TRITON_INTERPRET=1 is there",
+)
 compiles = pytest.mark.skipif(cuda.triton is None or INTERPRETED, reason=f"{NO_TRITON}, or TRITON_INTERPRET=1 is set")
 
 # fp32: sums of at most a few hundred products of order one, in another order. fp16: weights are rounded to it.
-CLOSE = {torch.float32: {"atol": 5e-6, "rtol": 2e-5}, torch.float16: {"atol": 4e-3, "rtol": 4e-3},
-         torch.bfloat16: {"atol": 3e-2, "rtol": 3e-2}}
+CLOSE = {
+    torch.float32: {"atol": 5e-6, "rtol": 2e-5},
+    torch.float16: {"atol": 4e-3, "rtol": 4e-3},
+    torch.bfloat16: {"atol": 3e-2, "rtol": 3e-2},
+}
 SEEDS = st.integers(0, 2**32 - 1)
 # (kv heads, queries a kv head, head width, page size)
-SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 8), st.sampled_from([1, 7, 16, 20, 40, 64]),
-                   st.sampled_from([1, 3, 4, 16]))
+SHAPES = st.tuples(
+    st.integers(1, 3), st.integers(1, 8), st.sampled_from([1, 7, 16, 20, 40, 64]), st.sampled_from([1, 3, 4, 16])
+)
 few = settings(max_examples=30)
 
 
@@ -58,8 +65,15 @@ def tile_bytes(request, monkeypatch):
 
 @runs
 @few
-@given(seed=SEEDS, shape=SHAPES, rows=st.integers(1, 3), sequences=st.integers(1, 3), width=st.integers(1, 40),
-       count=st.integers(1, 9), data=st.data())
+@given(
+    seed=SEEDS,
+    shape=SHAPES,
+    rows=st.integers(1, 3),
+    sequences=st.integers(1, 3),
+    width=st.integers(1, 40),
+    count=st.integers(1, 9),
+    data=st.data(),
+)
 def test_attend_pages_is_plain_attention(tile_bytes, seed, shape, rows, sequences, width, count, data):
     K, G, H, P = shape
     width = max(width, -(-rows // P))
@@ -68,16 +82,27 @@ def test_attend_pages_is_plain_attention(tile_bytes, seed, shape, rows, sequence
     len_B = ints(data.draw(st.lists(lengths, min_size=sequences, max_size=sequences)))
     q, pages = normal(seed, sequences * rows, K * G, H), pages_of(seed + 1, 9, P, K, H)
     table = table_of(seed, sequences, width, 9)
-    assert_close(cuda.attend_pages_split(q, *pages, table, len_B, count),
-                 plain.attend_pages(q, pages, table, len_B), **CLOSE[torch.float32])
+    assert_close(
+        cuda.attend_pages_split(q, *pages, table, len_B, count),
+        plain.attend_pages(q, pages, table, len_B),
+        **CLOSE[torch.float32],
+    )
 
 
 @runs
 @few
-@given(seed=SEEDS, shape=SHAPES, rows=st.integers(1, 3), sequences=st.integers(1, 3), width=st.integers(1, 40),
-       count=st.integers(1, 9), data=st.data())
-def test_attend_image_is_plain_attention_and_blind_rows_are_finite(tile_bytes, seed, shape, rows, sequences, width,
-                                                                  count, data):
+@given(
+    seed=SEEDS,
+    shape=SHAPES,
+    rows=st.integers(1, 3),
+    sequences=st.integers(1, 3),
+    width=st.integers(1, 40),
+    count=st.integers(1, 9),
+    data=st.data(),
+)
+def test_attend_image_is_plain_attention_and_blind_rows_are_finite(
+    tile_bytes, seed, shape, rows, sequences, width, count, data
+):
     K, G, H, P = shape
     fills = st.lists(st.sampled_from([0, 1, P // 2, P]), min_size=width, max_size=width)
     fill = ints(data.draw(st.lists(fills, min_size=sequences, max_size=sequences)))
@@ -87,15 +112,24 @@ def test_attend_image_is_plain_attention_and_blind_rows_are_finite(tile_bytes, s
     table = table_of(seed, sequences, width, 9)
     out = cuda.attend_image_split(q, *pages, table, fill, see, count)
     assert torch.isfinite(out).all()
-    filled = torch.stack([fill[t // rows, see[t, 0]:see[t, 1]].sum() > 0 for t in range(len(q))])
+    filled = torch.stack([fill[t // rows, see[t, 0] : see[t, 1]].sum() > 0 for t in range(len(q))])
     assert_close(out[filled], plain.attend_image(q, pages, table, fill, see)[filled], **CLOSE[torch.float32])
 
 
 @runs
-@pytest.mark.parametrize("query, stored", [
-    (torch.float32, torch.bfloat16), (torch.float32, torch.float16), (torch.float16, torch.float16),
-    pytest.param(torch.bfloat16, torch.bfloat16, marks=pytest.mark.skipif(not GPU, reason="Triton's interpreter has no "
-                                                                          "bfloat16 tl.dot"))])
+@pytest.mark.parametrize(
+    "query, stored",
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.float16),
+        (torch.float16, torch.float16),
+        pytest.param(
+            torch.bfloat16,
+            torch.bfloat16,
+            marks=pytest.mark.skipif(not GPU, reason="Triton's interpreter has no bfloat16 tl.dot"),
+        ),
+    ],
+)
 def test_narrow_pages_are_read_in_the_type_of_the_queries(query, stored):
     q, pages, table = normal(0, 2, 8, 24, dtype=query), pages_of(1, 20, 16, 2, 24, stored), table_of(2, 2, 20, 20)
     len_B, see = ints([317, 40]), ints([[3, 20], [0, 9]])
@@ -117,7 +151,7 @@ def test_nothing_behind_a_length_is_read():
         # A page that does not exist.
         table[row, used:] = 2**30
         for data in (k, v):
-            data[20 * row + used - 1, (length - 1) % 4 + 1:] = torch.nan
+            data[20 * row + used - 1, (length - 1) % 4 + 1 :] = torch.nan
     assert_close(cuda.attend_pages_split(q, k, v, table, len_B, 5), wanted, **CLOSE[torch.float32])
 
 
@@ -137,8 +171,11 @@ def test_strided_queries_are_read_as_they_are():
     q, pages, table = normal(0, 2, 16, 4).permute(2, 0, 1), pages_of(1, 9, 4, 1, 16), table_of(2, 4, 5, 9)
     len_B = ints([20, 1, 7, 8])
     assert not q.is_contiguous()
-    assert_close(cuda.attend_pages_split(q, *pages, table, len_B, 2),
-                 plain.attend_pages(q.contiguous(), pages, table, len_B), **CLOSE[torch.float32])
+    assert_close(
+        cuda.attend_pages_split(q, *pages, table, len_B, 2),
+        plain.attend_pages(q.contiguous(), pages, table, len_B),
+        **CLOSE[torch.float32],
+    )
 
 
 @runs
@@ -152,10 +189,16 @@ def test_the_operations_take_the_kernels_for_few_rows_and_plain_attention_for_ma
     fill = torch.full_like(table, 11)
     for rows in (3, 40):
         q, see = normal(0, rows, 2, 16), ints([[0, 7]] * rows)
-        assert_close(ops.attend_pages(q, pages, table, ints([300])), plain.attend_pages(q, pages, table, ints([300])),
-                     **CLOSE[torch.float32])
-        assert_close(ops.attend_image(q, pages, table, fill, see), plain.attend_image(q, pages, table, fill, see),
-                     **CLOSE[torch.float32])
+        assert_close(
+            ops.attend_pages(q, pages, table, ints([300])),
+            plain.attend_pages(q, pages, table, ints([300])),
+            **CLOSE[torch.float32],
+        )
+        assert_close(
+            ops.attend_image(q, pages, table, fill, see),
+            plain.attend_image(q, pages, table, fill, see),
+            **CLOSE[torch.float32],
+        )
         assert len(launched) == 2
     assert [given[-1] for given in launched] == [2, 2]
 
@@ -168,8 +211,12 @@ def test_splits_fill_a_device_and_leave_no_program_a_handful_of_keys():
     assert cuda.splits(1, 8, 512, 132) == 512 // cuda.LEAST_KEYS
 
 
-@given(sequences=st.integers(1, 256), kv_heads=st.integers(1, 16), keys=st.integers(1, 1 << 17),
-       multiprocessors=st.integers(1, 200))
+@given(
+    sequences=st.integers(1, 256),
+    kv_heads=st.integers(1, 16),
+    keys=st.integers(1, 1 << 17),
+    multiprocessors=st.integers(1, 200),
+)
 def test_splits_are_few_and_never_more_than_a_device_needs(sequences, kv_heads, keys, multiprocessors):
     count = cuda.splits(sequences, kv_heads, keys, multiprocessors)
     assert 1 <= count <= cuda.MOST_SPLITS
@@ -208,11 +255,19 @@ def test_kernels_compile_for_a_gpu_without_spilling_registers(capability, dtype,
         def launch(*given, num_warps, num_stages=3, **constants):
             types = [names[tensor.dtype] for tensor in given] + ["constexpr"] * len(constants)
             source = ASTSource(
-                fn=kernel, signature=dict(zip(kernel.arg_names, types)),
+                fn=kernel,
+                signature=dict(zip(kernel.arg_names, types)),
                 constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
-                attrs={(n,): [["tt.divisibility", 16]] for n in range(len(given))})
-            compiled.append(compile(source, target=GPUTarget("cuda", capability, 32),
-                                    options={"num_warps": num_warps, "num_stages": num_stages}))
+                attrs={(n,): [["tt.divisibility", 16]] for n in range(len(given))},
+            )
+            compiled.append(
+                compile(
+                    source,
+                    target=GPUTarget("cuda", capability, 32),
+                    options={"num_warps": num_warps, "num_stages": num_stages},
+                )
+            )
+
         return _Launcher(launch)
 
     monkeypatch.setattr(cuda, "wrap_triton", compile_kernel)
@@ -224,8 +279,14 @@ def test_kernels_compile_for_a_gpu_without_spilling_registers(capability, dtype,
     assert len(compiled) == 4
     for kernel in compiled:
         (tmp_path / "kernel.ptx").write_text(kernel.asm["ptx"])
-        ptxas = [cuda.triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name=sm_{capability}{'a' * (capability == 90)}",
-                 "kernel.ptx", "-o", "kernel.cubin"]
+        ptxas = [
+            cuda.triton.knobs.nvidia.ptxas.path,
+            "-v",
+            f"--gpu-name=sm_{capability}{'a' * (capability == 90)}",
+            "kernel.ptx",
+            "-o",
+            "kernel.cubin",
+        ]
         said = subprocess.run(ptxas, cwd=tmp_path, text=True, stderr=subprocess.PIPE, check=True).stderr
         assert "0 bytes spill stores, 0 bytes spill loads" in said
         # Two programs a multiprocessor: sm_80 has 164 KiB.
@@ -247,16 +308,33 @@ def test_an_exported_step_keeps_the_kernels_and_they_write_nothing_but_their_res
             return ops.attend_pages(q, (k, v), table, length) + ops.attend_image(q, (k, v), table, fill, see)
 
     with FakeTensorMode():
-        real = lambda *size: torch.empty(size, dtype=torch.bfloat16, device="cuda")  # noqa: E731
-        index = lambda *size: torch.empty(size, dtype=torch.int32, device="cuda")  # noqa: E731
-        inputs = (real(2, 8, 128), real(99, 16, 2, 128), real(99, 16, 2, 128), real(2, 2, 128), index(2), index(2, 64),
-                  index(2), index(2, 64), index(2, 2))
+
+        def real(*size):
+            return torch.empty(size, dtype=torch.bfloat16, device="cuda")
+
+        def index(*size):
+            return torch.empty(size, dtype=torch.int32, device="cuda")
+
+        inputs = (
+            real(2, 8, 128),
+            real(99, 16, 2, 128),
+            real(99, 16, 2, 128),
+            real(2, 2, 128),
+            index(2),
+            index(2, 64),
+            index(2),
+            index(2, 64),
+            index(2, 2),
+        )
         program = torch.export.export(Attend(), inputs, strict=False)
     called = [node.target for node in program.graph.nodes if node.op == "call_function"]
     assert torch.ops.mllama_graph.attend_pages_split.default in called
     assert torch.ops.mllama_graph.attend_image_split.default in called
     # As Inductor lowers it.
     lowered = program.run_decompositions(decompose_custom_triton_ops=True)
-    written = [node.kwargs["tensors_to_clone"] for node in lowered.graph.nodes
-               if node.target is torch.ops.higher_order.triton_kernel_wrapper_functional]
+    written = [
+        node.kwargs["tensors_to_clone"]
+        for node in lowered.graph.nodes
+        if node.target is torch.ops.higher_order.triton_kernel_wrapper_functional
+    ]
     assert written == [["partial_ptr", "lse_ptr"], ["out_ptr"]] * 2

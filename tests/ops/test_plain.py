@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.testing import assert_close
 from transformers.models.mllama import modeling_mllama as hf
 
@@ -34,7 +35,9 @@ def dense(q_RQH, k_LKH, v_LKH, mask_RL):
 
 
 def leaf(out, into, bias=False, dtype=torch.float32):
-    return SimpleNamespace(weight=normal(out, into, dtype=dtype), bias=normal(out, seed=1, dtype=dtype) if bias else None)
+    return SimpleNamespace(
+        weight=normal(out, into, dtype=dtype), bias=normal(out, seed=1, dtype=dtype) if bias else None
+    )
 
 
 def pages_of(num_pages, page_size, heads, width, seed=0):
@@ -57,7 +60,9 @@ def test_every_operation_of_the_contract_has_a_plain_one():
 
 def test_embed_takes_rows():
     weight = normal(9, 4)
-    assert torch.equal(PLAIN.embed(torch.tensor([8, 0, 3], dtype=torch.int32), SimpleNamespace(weight=weight)), weight[[8, 0, 3]])
+    assert torch.equal(
+        PLAIN.embed(torch.tensor([8, 0, 3], dtype=torch.int32), SimpleNamespace(weight=weight)), weight[[8, 0, 3]]
+    )
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -138,9 +143,18 @@ def test_swiglu_and_gelu_are_the_exact_ones():
 
 def test_patch_embed_multiplies_each_patch_row_by_row():
     x, weight = normal(2, 3, 12, 12), normal(5, 3, 4, 4)
-    wanted = torch.stack([
-        torch.stack([torch.einsum("chw,echw->e", tile[:, 4 * i:4 * i + 4, 4 * j:4 * j + 4], weight)
-                     for i in range(3) for j in range(3)]) for tile in x])
+    wanted = torch.stack(
+        [
+            torch.stack(
+                [
+                    torch.einsum("chw,echw->e", tile[:, 4 * i : 4 * i + 4, 4 * j : 4 * j + 4], weight)
+                    for i in range(3)
+                    for j in range(3)
+                ]
+            )
+            for tile in x
+        ]
+    )
     assert_close(PLAIN.patch_embed(x, weight), wanted, atol=1e-5, rtol=1e-5)
 
 
@@ -171,7 +185,11 @@ def test_write_pages_touches_its_slots_and_nothing_else(seed, page_size, count):
 
 @given(seed=SEEDS, T=st.integers(1, 12), heads=st.sampled_from([(4, 4), (4, 2), (6, 1)]))
 def test_attend_prompt_without_earlier_pages_is_causal_attention(seed, T, heads):
-    q, k, v = normal(T, heads[0], 8, seed=seed), normal(T, heads[1], 8, seed=seed + 1), normal(T, heads[1], 8, seed=seed + 2)
+    q, k, v = (
+        normal(T, heads[0], 8, seed=seed),
+        normal(T, heads[1], 8, seed=seed + 1),
+        normal(T, heads[1], 8, seed=seed + 2),
+    )
     causal = torch.ones(T, T, dtype=torch.bool).tril()
     out = PLAIN.attend_prompt(q, k, v, pages_of(2, 4, heads[1], 8), None, torch.tensor([0]))
     assert_close(out, dense(q, k, v, causal), **CLOSE)
@@ -179,12 +197,18 @@ def test_attend_prompt_without_earlier_pages_is_causal_attention(seed, T, heads)
 
 @given(seed=SEEDS, T=st.integers(1, 9), past=st.integers(0, 20), heads=st.sampled_from([(4, 4), (4, 2), (6, 1)]))
 def test_attend_prompt_sees_exactly_the_earlier_tokens_of_its_pages(seed, T, past, heads):
-    q, k, v = normal(T, heads[0], 8, seed=seed), normal(T, heads[1], 8, seed=seed + 1), normal(T, heads[1], 8, seed=seed + 2)
+    q, k, v = (
+        normal(T, heads[0], 8, seed=seed),
+        normal(T, heads[1], 8, seed=seed + 1),
+        normal(T, heads[1], 8, seed=seed + 2),
+    )
     pages, table = pages_of(9, 4, heads[1], 8, seed), [7, 2, 8, 0, 5]
     old_k, old_v = gathered(pages, table)
     mask = torch.cat((torch.ones(T, past, dtype=torch.bool), torch.ones(T, T, dtype=torch.bool).tril()), dim=1)
     wanted = dense(q, torch.cat((old_k[:past], k)), torch.cat((old_v[:past], v)), mask)
-    out = PLAIN.attend_prompt(q, k, v, pages, torch.tensor(table, dtype=torch.int32), torch.tensor([past], dtype=torch.int32))
+    out = PLAIN.attend_prompt(
+        q, k, v, pages, torch.tensor(table, dtype=torch.int32), torch.tensor([past], dtype=torch.int32)
+    )
     assert_close(out, wanted, **CLOSE)
 
 
@@ -204,7 +228,9 @@ def test_attend_pages_sees_a_sequence_up_to_each_fresh_token(seed, fresh, data, 
 @given(seed=SEEDS, rows=st.sampled_from([1, 3]), data=st.data(), heads=st.sampled_from([(4, 4), (4, 2)]))
 def test_attend_image_sees_the_filled_part_of_the_entries_in_its_range(seed, rows, data, heads):
     B, J, P = data.draw(st.integers(1, 3)), 4, 5
-    fill = torch.tensor(data.draw(st.lists(st.integers(1, P), min_size=B * J, max_size=B * J)), dtype=torch.int32).view(B, J)
+    fill = torch.tensor(data.draw(st.lists(st.integers(1, P), min_size=B * J, max_size=B * J)), dtype=torch.int32).view(
+        B, J
+    )
     ends = st.lists(st.integers(0, J), min_size=2, max_size=2, unique=True).map(sorted)
     see = torch.tensor(data.draw(st.lists(ends, min_size=B * rows, max_size=B * rows)), dtype=torch.int32)
     table = torch.randint(0, 9, (B, J), generator=torch.Generator().manual_seed(seed)).int()
@@ -212,8 +238,8 @@ def test_attend_image_sees_the_filled_part_of_the_entries_in_its_range(seed, row
     out = PLAIN.attend_image(q, pages, table, fill, see)
     for t in range(B * rows):
         b, (low, high) = t // rows, see[t].tolist()
-        k, v = (torch.cat([data[table[b, j]][:fill[b, j]] for j in range(low, high)]) for data in pages)
-        assert_close(out[t:t + 1], dense(q[t:t + 1], k, v, torch.ones(1, len(k), dtype=torch.bool)), **CLOSE)
+        k, v = (torch.cat([data[table[b, j]][: fill[b, j]] for j in range(low, high)]) for data in pages)
+        assert_close(out[t : t + 1], dense(q[t : t + 1], k, v, torch.ones(1, len(k), dtype=torch.bool)), **CLOSE)
 
 
 def test_attend_image_is_finite_where_a_row_sees_nothing():

@@ -4,7 +4,6 @@ import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
 
 from mllama_graph.core.errors import UserError
 
@@ -19,7 +18,7 @@ class Setting:
 
     name: str
     dtype: str
-    cache: Optional[str] = None
+    cache: str | None = None
     compiled: bool = False
     freezing: bool = False
 
@@ -54,9 +53,13 @@ def settings_of(names: list[str], mistralrs: Path) -> list[Setting]:
         found += named
     peers = {setting.peer for setting in found}
     if "mistralrs" in peers and not os.access(mistralrs, os.X_OK):
-        raise UserError(f"peers=mistralrs runs in an environment of its own, and task.mistralrs={mistralrs} is no Python. Make it: "
-                        f"python3 -m venv .venv/mistralrs && .venv/mistralrs/bin/pip install mistralrs=={MISTRALRS_VERSION}")
+        raise UserError(
+            f"peers=mistralrs runs in an environment of its own, and task.mistralrs={mistralrs} is no Python. Make it: "
+            f"python3 -m venv .venv/mistralrs && .venv/mistralrs/bin/pip install mistralrs=={MISTRALRS_VERSION}"
+        )
     if "transformers" in peers and not importlib.util.find_spec("transformers"):
-        raise UserError("peers=transformers needs transformers, which is not installed. Install it with: "
-                        f"pip install '{TRANSFORMERS}'")
+        raise UserError(
+            "peers=transformers needs transformers, which is not installed. Install it with: "
+            f"pip install '{TRANSFORMERS}'"
+        )
     return list(dict.fromkeys(found))

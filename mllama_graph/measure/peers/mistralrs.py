@@ -20,8 +20,9 @@ def main(setting: dict[str, Any], folder: str, device: str) -> None:
     # What the library prints, past Python, is no answer.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    runner = Runner(which=Which.MultimodalPlain(model_id=folder, arch=MultimodalArchitecture.VLlama,
-                                                dtype=DTYPES[setting["dtype"]]))
+    runner = Runner(
+        which=Which.MultimodalPlain(model_id=folder, arch=MultimodalArchitecture.VLlama, dtype=DTYPES[setting["dtype"]])
+    )
     for line in sys.stdin:
         try:
             told = generate(runner, json.loads(line))
@@ -35,12 +36,17 @@ def generate(runner: Runner, case: dict[str, Any]) -> dict[str, Any]:
     prompts, each = len(case["ids"]), len(case["images"]) // len(case["ids"])
 
     def ask(number: int) -> list[float]:
-        images = case["images"][number * each:(number + 1) * each]
+        images = case["images"][number * each : (number + 1) * each]
         words = ["<|image|>"] * each + [f"t{id}" for id in case["ids"][number][each:]]
         content: Any = [{"type": "image_url", "image_url": {"url": image}} for image in images]
         content.append({"type": "text", "text": " ".join(words)})
-        request = ChatCompletionRequest(model="", messages=[{"role": "user", "content": content}], max_tokens=case["new"],
-                                        temperature=0.0, stream=True)
+        request = ChatCompletionRequest(
+            model="",
+            messages=[{"role": "user", "content": content}],
+            max_tokens=case["new"],
+            temperature=0.0,
+            stream=True,
+        )
         return [time.perf_counter() for _ in runner.send_chat_completion_request(request)]
 
     start = time.perf_counter()

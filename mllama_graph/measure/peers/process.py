@@ -13,14 +13,14 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from PIL import Image
 
-from mllama_graph.inputs.images import TiledImage
-from mllama_graph.measure.peers import Setting
-from mllama_graph.inputs.request import Request
 from mllama_graph.core.report import Progress
+from mllama_graph.inputs.images import TiledImage
+from mllama_graph.inputs.request import Request
+from mllama_graph.measure.peers import Setting
 from mllama_graph.model.shape import ModelShape
 
 HERE = Path(__file__).parent
@@ -38,22 +38,45 @@ class Engine:
 class Peer:
     """A process that runs one setting; `run` has it serve a batch. `fault` says why it ended, if it did."""
 
-    def __init__(self, setting: Setting, mistralrs: Path, shape: ModelShape, folder: Path, device: str, threads: int,
-                 progress: Progress):
+    def __init__(
+        self,
+        setting: Setting,
+        mistralrs: Path,
+        shape: ModelShape,
+        folder: Path,
+        device: str,
+        threads: int,
+        progress: Progress,
+    ):
         self.setting, self.shape, self.fault = setting, shape, ""
         progress.say(f"starting {setting.name}")
         self._engine = ENGINES[setting.peer]
         self._own = tempfile.TemporaryDirectory(prefix="mllama_graph-peer-")
         folder = self._engine.checkpoint(shape, folder, Path(self._own.name))
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "RAYON_NUM_THREADS": str(threads)} | (
-            {"TORCHINDUCTOR_FREEZING": "1"} if setting.freezing else {})
+        environment = (
+            os.environ
+            | {"OMP_NUM_THREADS": str(threads), "RAYON_NUM_THREADS": str(threads)}
+            | ({"TORCHINDUCTOR_FREEZING": "1"} if setting.freezing else {})
+        )
         self._said = tempfile.TemporaryFile("w+", errors="replace")
         # -P: the programs have the names of what they import.
         self._process = subprocess.Popen(
-            [self._engine.python(mistralrs), "-P", str(HERE / f"{setting.peer}.py"), json.dumps(asdict(setting)), str(folder), device],
-            text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, env=environment)
+            [
+                self._engine.python(mistralrs),
+                "-P",
+                str(HERE / f"{setting.peer}.py"),
+                json.dumps(asdict(setting)),
+                str(folder),
+                device,
+            ],
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._said,
+            env=environment,
+        )
 
-    def run(self, requests: list[Request], new: int) -> Optional[dict[str, Any]]:
+    def run(self, requests: list[Request], new: int) -> dict[str, Any] | None:
         """{"first": seconds to the first token, "steps": seconds of each later one}; None where it can't.
 
         Requests of equal length with equal numbers of images, their tiles as prepared; mistralrs gets pictures.
@@ -107,37 +130,92 @@ def _for_mistralrs(shape: ModelShape, checkpoint: Path, folder: Path) -> Path:
     for file in checkpoint.glob("*.safetensors*"):
         (folder / file.name).symlink_to(file.resolve())
     text, vision, rope = shape.text, shape.vision, shape.text.rope
-    scaling = None if rope.type == "default" else {
-        "rope_type": rope.type, "factor": rope.factor, "low_freq_factor": rope.low_freq_factor,
-        "high_freq_factor": rope.high_freq_factor, "original_max_position_embeddings": rope.original_positions}
+    scaling = (
+        None
+        if rope.type == "default"
+        else {
+            "rope_type": rope.type,
+            "factor": rope.factor,
+            "low_freq_factor": rope.low_freq_factor,
+            "high_freq_factor": rope.high_freq_factor,
+            "original_max_position_embeddings": rope.original_positions,
+        }
+    )
     config = {
-        "architectures": ["MllamaForConditionalGeneration"], "model_type": "mllama", "image_token_index": shape.image_token,
+        "architectures": ["MllamaForConditionalGeneration"],
+        "model_type": "mllama",
+        "image_token_index": shape.image_token,
         "text_config": {
-            "vocab_size": text.vocab, "hidden_size": text.width, "hidden_act": "silu", "num_hidden_layers": text.layers,
-            "num_attention_heads": text.heads, "num_key_value_heads": text.kv_heads, "intermediate_size": text.mlp,
-            "rope_theta": rope.theta, "rope_scaling": scaling, "rms_norm_eps": text.eps, "tie_word_embeddings": False,
-            "max_position_embeddings": text.positions, "cross_attention_layers": text.cross_layers},
+            "vocab_size": text.vocab,
+            "hidden_size": text.width,
+            "hidden_act": "silu",
+            "num_hidden_layers": text.layers,
+            "num_attention_heads": text.heads,
+            "num_key_value_heads": text.kv_heads,
+            "intermediate_size": text.mlp,
+            "rope_theta": rope.theta,
+            "rope_scaling": scaling,
+            "rms_norm_eps": text.eps,
+            "tie_word_embeddings": False,
+            "max_position_embeddings": text.positions,
+            "cross_attention_layers": text.cross_layers,
+        },
         "vision_config": {
-            "hidden_size": vision.width, "hidden_act": "gelu", "num_hidden_layers": vision.layers,
-            "num_global_layers": vision.global_layers, "num_attention_heads": vision.heads, "num_channels": vision.channels,
-            "intermediate_size": vision.mlp, "vision_output_dim": vision.out_width, "image_size": vision.tile,
-            "patch_size": vision.patch, "norm_eps": vision.eps, "max_num_tiles": vision.max_tiles,
-            "intermediate_layers_indices": vision.features, "supported_aspect_ratios": vision.aspect_ratios}}
-    image = {"id": shape.image_token, "content": "<|image|>", "single_word": False, "lstrip": False, "rstrip": False,
-             "normalized": False, "special": True}
+            "hidden_size": vision.width,
+            "hidden_act": "gelu",
+            "num_hidden_layers": vision.layers,
+            "num_global_layers": vision.global_layers,
+            "num_attention_heads": vision.heads,
+            "num_channels": vision.channels,
+            "intermediate_size": vision.mlp,
+            "vision_output_dim": vision.out_width,
+            "image_size": vision.tile,
+            "patch_size": vision.patch,
+            "norm_eps": vision.eps,
+            "max_num_tiles": vision.max_tiles,
+            "intermediate_layers_indices": vision.features,
+            "supported_aspect_ratios": vision.aspect_ratios,
+        },
+    }
+    image = {
+        "id": shape.image_token,
+        "content": "<|image|>",
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
     words = {f"t{id}": id for id in range(text.vocab)} | {image["content"]: shape.image_token}
     files = {
         "config": config,
-        "tokenizer": {"version": "1.0", "added_tokens": [image], "pre_tokenizer": {"type": "WhitespaceSplit"},
-                      "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
-                      "model": {"type": "WordLevel", "vocab": words, "unk_token": "t0"}},
-        "tokenizer_config": {"bos_token": None, "eos_token": image["content"],
-                             "chat_template": "{% for message in messages %}{{ message['content'] }}{% endfor %}"},
+        "tokenizer": {
+            "version": "1.0",
+            "added_tokens": [image],
+            "pre_tokenizer": {"type": "WhitespaceSplit"},
+            "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
+            "model": {"type": "WordLevel", "vocab": words, "unk_token": "t0"},
+        },
+        "tokenizer_config": {
+            "bos_token": None,
+            "eos_token": image["content"],
+            "chat_template": "{% for message in messages %}{{ message['content'] }}{% endfor %}",
+        },
         "generation_config": {"eos_token_id": shape.image_token},
         "preprocessor_config": {
-            "do_convert_rgb": True, "do_normalize": True, "do_pad": True, "do_rescale": True, "do_resize": True,
-            "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "max_image_tiles": vision.max_tiles, "resample": 2,
-            "rescale_factor": 1 / 255, "size": {"height": vision.tile, "width": vision.tile}}}
+            "do_convert_rgb": True,
+            "do_normalize": True,
+            "do_pad": True,
+            "do_rescale": True,
+            "do_resize": True,
+            "image_mean": [0.5] * 3,
+            "image_std": [0.5] * 3,
+            "max_image_tiles": vision.max_tiles,
+            "resample": 2,
+            "rescale_factor": 1 / 255,
+            "size": {"height": vision.tile, "width": vision.tile},
+        },
+    }
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf8")
     return folder

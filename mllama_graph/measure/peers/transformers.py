@@ -41,13 +41,18 @@ def generate(model: Any, setting: dict[str, Any], case: dict[str, Any]) -> dict[
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if case["images"]:
         each = len(case["images"]) // len(ids)
-        data = np.stack([np.frombuffer(base64.b64decode(i["data"]), np.uint8).reshape(i["shape"]) for i in case["images"]])
+        data = np.stack(
+            [np.frombuffer(base64.b64decode(i["data"]), np.uint8).reshape(i["shape"]) for i in case["images"]]
+        )
         pixels = torch.from_numpy(data).view(len(ids), each, *data.shape[1:]).to(model.dtype) / 127.5 - 1
         tiles = (len(ids), each, vision.max_num_tiles)
         aspects = torch.tensor([image["aspect"] for image in case["images"]])
-        inputs |= {"pixel_values": pixels, "aspect_ratio_ids": aspects.view(tiles[:2]),
-                   "aspect_ratio_mask": torch.ones(tiles, dtype=torch.long),
-                   "cross_attention_mask": torch.ones(len(ids), ids.shape[1], each, vision.max_num_tiles, dtype=torch.long)}
+        inputs |= {
+            "pixel_values": pixels,
+            "aspect_ratio_ids": aspects.view(tiles[:2]),
+            "aspect_ratio_mask": torch.ones(tiles, dtype=torch.long),
+            "cross_attention_mask": torch.ones(len(ids), ids.shape[1], each, vision.max_num_tiles, dtype=torch.long),
+        }
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
     times: list[float] = []
 
@@ -66,8 +71,9 @@ def generate(model: Any, setting: dict[str, Any], case: dict[str, Any]) -> dict[
     model.generation_config.eos_token_id = None
     start = time.perf_counter()
     with torch.inference_mode():
-        model.generate(**inputs, max_new_tokens=case["new"], do_sample=False, logits_processor=[clock], pad_token_id=0,
-                       **options)
+        model.generate(
+            **inputs, max_new_tokens=case["new"], do_sample=False, logits_processor=[clock], pad_token_id=0, **options
+        )
     steps = [b - a for a, b in zip(times, times[1:])]
     compiling = min(COMPILING_STEPS, len(steps) - 1) if setting["freezing"] else 0
     return {"first": times[0] - start, "steps": steps[compiling:]}
