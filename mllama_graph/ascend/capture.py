@@ -156,8 +156,11 @@ def _compile(step: Step, given: tuple[Any, Pages, Pages], options: dict[str, Any
 
 def _names(step: Step, given: tuple[Any, Pages, Pages]) -> dict[int, str]:
     """id(tensor) -> name for all tensors of a step, as in `Capture.inputs`."""
-    named = {id(tensor): f"{WEIGHTS}.{path}"
-             for tensors in (step.weights.named_parameters, step.weights.named_buffers) for path, tensor in tensors()}
+    named = {
+        id(tensor): f"{WEIGHTS}.{path}"
+        for tensors in (step.weights.named_parameters, step.weights.named_buffers)
+        for path, tensor in tensors()
+    }
     for root, tree in zip(("given", *PAGES), given, strict=True):
         for path, leaf in pytree.tree_flatten_with_path(tree)[0]:
             parts = (str(getattr(key, "name", getattr(key, "idx", key))) for key in path)
@@ -209,8 +212,9 @@ def _failure(error: BaseException) -> CaptureError:
     return CaptureError(f"{_first_line(error)}{f': {inner[1]}' if inner else ''}\n{origin(trace)}")
 
 
-def shortened(shape: ModelShape, self_layers: int = 1, cross_layers: int = 1, local_layers: int = 1,
-              global_layers: int = 1) -> ModelShape:
+def shortened(
+    shape: ModelShape, self_layers: int = 1, cross_layers: int = 1, local_layers: int = 1, global_layers: int = 1
+) -> ModelShape:
     """The same model with at most so many layers of each kind.
 
     A self-attention layer comes first, as in the released models. The vision tower keeps its number of features.
@@ -219,6 +223,12 @@ def shortened(shape: ModelShape, self_layers: int = 1, cross_layers: int = 1, lo
     selves, crosses = min(self_layers, len(text.self_layers)), min(cross_layers, len(text.cross_layers))
     locals_, globals_ = min(local_layers, vision.layers), min(global_layers, vision.global_layers)
     return replace(
-        shape, text=replace(text, layers=selves + crosses, cross_layers=tuple(range(1, 1 + crosses))),
-        vision=replace(vision, layers=locals_, global_layers=globals_,
-                       features=tuple(min(layer, locals_ - 1) for layer in vision.features)))
+        shape,
+        text=replace(text, layers=selves + crosses, cross_layers=tuple(range(1, 1 + crosses))),
+        vision=replace(
+            vision,
+            layers=locals_,
+            global_layers=globals_,
+            features=tuple(min(layer, locals_ - 1) for layer in vision.features),
+        ),
+    )

@@ -43,12 +43,28 @@ def parts(context: Context) -> dict[str, int]:
     ranks = context.spec.world_size > 1
     if bucket.phase == "vision":
         width = vision.width // vision.heads
-        return {"once": 1, "local layer": vision.layers, "global layer": vision.global_layers, "cross layer": crosses,
-                "padded layer": (padded_head(width) > width) * layers, "padded cross layer": padded_text * crosses,
-                "one tile": vision.max_tiles == 1, "layer of ranks": ranks * layers}
-    return {"once": 1, "self layer": selves, "images": images, "cross layer": images * crosses, "earlier pages": past,
-            "self layer after earlier pages": past * selves, "padded self layer": padded_text * selves,
-            "padded cross layer": padded_text * images * crosses, "ranks": ranks, "layer of ranks": ranks * layers}
+        return {
+            "once": 1,
+            "local layer": vision.layers,
+            "global layer": vision.global_layers,
+            "cross layer": crosses,
+            "padded layer": (padded_head(width) > width) * layers,
+            "padded cross layer": padded_text * crosses,
+            "one tile": vision.max_tiles == 1,
+            "layer of ranks": ranks * layers,
+        }
+    return {
+        "once": 1,
+        "self layer": selves,
+        "images": images,
+        "cross layer": images * crosses,
+        "earlier pages": past,
+        "self layer after earlier pages": past * selves,
+        "padded self layer": padded_text * selves,
+        "padded cross layer": padded_text * images * crosses,
+        "ranks": ranks,
+        "layer of ranks": ranks * layers,
+    }
 
 
 def expected(context: Context) -> Counter[str]:
@@ -68,10 +84,14 @@ def computed() -> Golden:
     """
     rows: dict[str, list[tuple[dict[str, int], Counter[str]]]] = {}
     for shape, ranks in _models():
-        spec = GraphSpec(shape, 128, 64, 64, torch.bfloat16, torch.bfloat16, "torchair", "npu-sim", 1, ranks,
-                         "distributed")
-        for bucket in (Bucket("vision", 1, 1, 0, 1), *(Bucket("decode", 2, 2, 3, i) for i in (0, 5)),
-                       *(Bucket("prefill", 1, 32, past, i) for past in (0, 3) for i in (0, 5))):
+        spec = GraphSpec(
+            shape, 128, 64, 64, torch.bfloat16, torch.bfloat16, "torchair", "npu-sim", 1, ranks, "distributed"
+        )
+        for bucket in (
+            Bucket("vision", 1, 1, 0, 1),
+            *(Bucket("decode", 2, 2, 3, i) for i in (0, 5)),
+            *(Bucket("prefill", 1, 32, past, i) for past in (0, 3) for i in (0, 5)),
+        ):
             graph = LoweredGraph(capture(spec, bucket))
             rows.setdefault(bucket.phase, []).append((parts(Context(spec, bucket)), counts(graph)))
     return {phase: _solved(phase, found) for phase, found in rows.items()}
@@ -82,8 +102,11 @@ def _models() -> Iterator[tuple[ModelShape, int]]:
     released = shape_of({"model_type": "mllama"})
     base = shortened(released)
     yield from ((base, 1), (base, 2))
-    yield from ((shortened(released, **{kind: 2}), ranks)
-                for kind in ("self_layers", "cross_layers", "local_layers", "global_layers") for ranks in (1, 2))
+    yield from (
+        (shortened(released, **{kind: 2}), ranks)
+        for kind in ("self_layers", "cross_layers", "local_layers", "global_layers")
+        for ranks in (1, 2)
+    )
     for wide in (base, shortened(released, self_layers=2, cross_layers=2)):
         yield replace(wide, text=replace(wide.text, head_width=24)), 1
     yield replace(base, vision=replace(base.vision, heads=32)), 1

@@ -27,8 +27,10 @@ class Context:
         """The numbers of the layers that this graph runs, by the path of their list in the weight tree."""
         text, vision = self.spec.shape.text, self.spec.shape.vision
         if self.bucket.phase == "vision":
-            return {"vision.local_layers": tuple(range(vision.layers)),
-                    "vision.global_layers": tuple(range(vision.global_layers))}
+            return {
+                "vision.local_layers": tuple(range(vision.layers)),
+                "vision.global_layers": tuple(range(vision.global_layers)),
+            }
         return {"text.layers": tuple(range(text.layers)) if self.bucket.image_pages else text.self_layers}
 
 
@@ -80,8 +82,9 @@ class LoweredGraph:
     @property
     def weight_bytes(self) -> int:
         """Bytes of the weights that the graph reads."""
-        return sum(self.elements(value) * described_dtype(self.maker(value).output_desc[0]).itemsize
-                   for value in self.weights)
+        return sum(
+            self.elements(value) * described_dtype(self.maker(value).output_desc[0]).itemsize for value in self.weights
+        )
 
     def elements(self, value: str) -> int:
         """Number of elements of a graph input."""

@@ -30,9 +30,18 @@ ATTENTION, SCATTER, ALL_REDUCE = "FusedInferAttentionScore", "ScatterPaKvCache",
 # What torchair records of an output's fake tensor in the attribute `_meta`.
 _META = re.compile(r"dtype=torch\.(\w+), shape=torch\.Size\(\[([^\]]*)\]\)")
 # Dtypes of tensor descriptions, by their names in ge_ir.proto.
-_DTYPES = {"DT_FLOAT": torch.float32, "DT_FLOAT16": torch.float16, "DT_BF16": torch.bfloat16, "DT_INT8": torch.int8,
-           "DT_UINT8": torch.uint8, "DT_INT16": torch.int16, "DT_INT32": torch.int32, "DT_INT64": torch.int64,
-           "DT_BOOL": torch.bool, "DT_DOUBLE": torch.float64}
+_DTYPES = {
+    "DT_FLOAT": torch.float32,
+    "DT_FLOAT16": torch.float16,
+    "DT_BF16": torch.bfloat16,
+    "DT_INT8": torch.int8,
+    "DT_UINT8": torch.uint8,
+    "DT_INT16": torch.int16,
+    "DT_INT32": torch.int32,
+    "DT_INT64": torch.int64,
+    "DT_BOOL": torch.bool,
+    "DT_DOUBLE": torch.float64,
+}
 
 
 class Meta(NamedTuple):

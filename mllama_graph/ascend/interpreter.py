@@ -52,8 +52,9 @@ class Interpreter:
         unknown = sorted(set(self.histogram) - set(OPERATIONS) - set(BOUNDARY))
         if unknown:
             raise GraphError(f"the table has no {', '.join(unknown)}")
-        self.nodes = _sorted([_node(op, wide) for op in graph.op if op.type not in BOUNDARY],
-                             {*self.constants, *self.inputs})
+        self.nodes = _sorted(
+            [_node(op, wide) for op in graph.op if op.type not in BOUNDARY], {*self.constants, *self.inputs}
+        )
         self._consumers: dict[str, list[str]] = {}
         for node in self.nodes:
             for _, value in node.inputs:
@@ -73,8 +74,9 @@ class Interpreter:
                 raise GraphError(f"{node.name} writes to {value}, a copy. It must get the graph's own input.")
             if name in overwritten and len(self._consumers[value]) > 1:
                 readers = self._consumers[value]
-                raise GraphError(f"{value} is written by {node.name} and read by {readers}: all others must read "
-                                 "what was written")
+                raise GraphError(
+                    f"{value} is written by {node.name} and read by {readers}: all others must read what was written"
+                )
 
     def run(self, given: Sequence[Tensor]) -> list[Tensor]:
         """The graph's outputs for CPU tensors in the order of the graph's inputs; pages are written in place.
@@ -121,8 +123,9 @@ class Interpreter:
         viewed = any(self._types[consumer] in VIEWS for consumer in self._consumers.get(name, []))
         fits = result.numel() == Size(meta.shape).numel() if viewed else tuple(result.shape) == meta.shape
         if result.dtype != meta.dtype or not fits:
-            raise GraphError(f"output {name} is {result.dtype} {tuple(result.shape)}, "
-                             f"the graph says {meta.dtype} {meta.shape}")
+            raise GraphError(
+                f"output {name} is {result.dtype} {tuple(result.shape)}, the graph says {meta.dtype} {meta.shape}"
+            )
 
 
 def _node(op: OpDef, wide: bool) -> Node:
@@ -156,7 +159,8 @@ def _sorted(nodes: list[Node], known: set[str]) -> list[Node]:
             else:
                 later.append(node)
         if len(later) == len(waiting):
-            raise GraphError(f"{later[0].name} waits for itself or for values that no operation gives: "
-                             f"{later[0].inputs}")
+            raise GraphError(
+                f"{later[0].name} waits for itself or for values that no operation gives: {later[0].inputs}"
+            )
         waiting = later
     return ordered

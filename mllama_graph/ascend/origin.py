@@ -13,8 +13,11 @@ _FRAME = re.compile(r'File "([^"\n]+)", line (\d+), in (\S+)\n\s*(.*)')
 
 def origin(trace: str) -> str:
     """The innermost line of the model in a stack trace with its source, then the innermost line that it calls."""
-    frames = [match.groups() for match in _FRAME.finditer(trace)
-              if not any(folder in Path(match[1]).parents for folder in _TORCH)]
+    frames = [
+        match.groups()
+        for match in _FRAME.finditer(trace)
+        if not any(folder in Path(match[1]).parents for folder in _TORCH)
+    ]
     model = [frame for frame in frames if PACKAGE / "model" in Path(frame[0]).parents]
     if not model:
         return " <- ".join(_place(frame) for frame in frames[-1:]) or "no line is known"

@@ -19,8 +19,19 @@ from mllama_graph.ascend.layouts import ShapeInterpreter
 # Operations that copy a whole tensor.
 COPIES = ("TensorMove", "Clone")
 # Operations that read a weight and write it again. Reshape and Unsqueeze only describe the same memory anew.
-MOVERS = (*COPIES, "Transpose", "Cast", "Identity", "BroadcastTo", "ConcatV2", "Pack", "PadV3", "SplitV",
-          "StridedSliceV2", "TransData")
+MOVERS = (
+    *COPIES,
+    "Transpose",
+    "Cast",
+    "Identity",
+    "BroadcastTo",
+    "ConcatV2",
+    "Pack",
+    "PadV3",
+    "SplitV",
+    "StridedSliceV2",
+    "TransData",
+)
 # Integer inputs that say where tokens are, so that they change from step to step.
 PLACES = {ATTENTION: ("actual_seq_lengths", "actual_seq_lengths_kv", "block_table"), SCATTER: ("slot_mapping",)}
 LENGTHS = PLACES[ATTENTION][:2]
@@ -124,8 +135,12 @@ def weights(graph: LoweredGraph, context: Context) -> Faults:
 
 def collectives(graph: LoweredGraph, context: Context) -> Faults:
     """Ranks sum once after the attention and the MLP of each layer, once after the embedding, and never otherwise."""
-    expected = Counter(f"weights.{stack}.{layer}.{end}" for stack, layers in context.layers.items() for layer in layers
-                       for end in BLOCK_ENDS[stack.partition(".")[0]])
+    expected = Counter(
+        f"weights.{stack}.{layer}.{end}"
+        for stack, layers in context.layers.items()
+        for layer in layers
+        for end in BLOCK_ENDS[stack.partition(".")[0]]
+    )
     expected.update([EMBED] if context.bucket.phase != "vision" else [])
     if context.spec.world_size == 1:
         expected.clear()
@@ -136,8 +151,12 @@ def collectives(graph: LoweredGraph, context: Context) -> Faults:
                 yield op, f"ranks exchange the result of {summed} without need"
             expected[summed] -= 1
     for role in (+expected).elements():
-        readers = (reader for op in graph.of_type(*INPUTS) if graph.role(f"{op.name}:0") == role
-                   for reader, _ in graph.takers.get(f"{op.name}:0", []))
+        readers = (
+            reader
+            for op in graph.of_type(*INPUTS)
+            if graph.role(f"{op.name}:0") == role
+            for reader, _ in graph.takers.get(f"{op.name}:0", [])
+        )
         yield next(readers, graph.of_type("NetOutput")[0]), f"ranks do not sum the result of {role}"
 
 
@@ -191,7 +210,7 @@ def _fault_of(graph: LoweredGraph, error: GraphError) -> tuple[OpDef, str]:
     text = str(error)
     prefix = re.match(r"(\w+) (\w+): ", text)
     if prefix and prefix[2] in graph.ops:
-        return graph.ops[prefix[2]], text[prefix.end():]
+        return graph.ops[prefix[2]], text[prefix.end() :]
     return graph.ops[next((word for word in re.findall(r"\w+", text) if word in graph.ops), "NetOutput")], text
 
 
@@ -204,5 +223,7 @@ def histogram(graph: LoweredGraph, context: Context) -> Faults:
             yield op, f"{found[name]} operations of type {name}, golden.json has {expected[name]}"
 
 
-RULES: dict[str, Rule] = {rule.__name__: rule for rule in (
-    outputs, moves, places, writes, numbers, weights, collectives, casts, known, layouts, histogram)}
+RULES: dict[str, Rule] = {
+    rule.__name__: rule
+    for rule in (outputs, moves, places, writes, numbers, weights, collectives, casts, known, layouts, histogram)
+}

@@ -51,8 +51,9 @@ class SimulatedGraph:
         """Reads the graph. Raises GraphError for what the interpreter does not know."""
         self.interpreter = Interpreter(self.graph, self.wide)
 
-    def run(self, inputs: Sequence[Any], assigned_outputs: Sequence[Tensor | None] = (),
-            stream: Any = None) -> list[Tensor]:
+    def run(
+        self, inputs: Sequence[Any], assigned_outputs: Sequence[Tensor | None] = (), stream: Any = None
+    ) -> list[Tensor]:
         """The outputs, on the inputs' device. One with an assigned tensor is copied there, unless it is already."""
         given = [host_view(x) if isinstance(x, Tensor) else torch.tensor(x) for x in inputs]
         device = next((x.device for x in inputs if isinstance(x, Tensor)), torch.device("cpu"))
@@ -81,5 +82,7 @@ def install(wide: bool = False) -> None:
 def _group_check_code(used: dict[str, tuple[list[int], str]]) -> str:
     """Code for a stored graph that checks that each group name it holds means the group of all ranks."""
     module = "torch.distributed.distributed_c10d"
-    return "\n".join(f"assert {module}._find_pg_by_ranks_and_tag({tag!r}, {list(ranks)}) is {module}.GroupMember.WORLD"
-                     for ranks, tag in used.values())
+    return "\n".join(
+        f"assert {module}._find_pg_by_ranks_and_tag({tag!r}, {list(ranks)}) is {module}.GroupMember.WORLD"
+        for ranks, tag in used.values()
+    )

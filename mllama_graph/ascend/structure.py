@@ -23,12 +23,16 @@ def structure(captured: Capture) -> dict[str, str]:
     graph = LoweredGraph(captured)
     digests: dict[str, str] = {}
     found: dict[str, str] = {}
-    makers = {name: list(dict.fromkeys(source.rpartition(":")[0] for source in op.input if source))
-              for name, op in graph.ops.items()}
+    makers = {
+        name: list(dict.fromkeys(source.rpartition(":")[0] for source in op.input if source))
+        for name, op in graph.ops.items()
+    }
     for name in TopologicalSorter(makers).static_order():
         op = graph.ops[name]
-        inputs = [(key, digests[graph.maker(value).name], value.rpartition(":")[2], _axes(graph, key, value))
-                  for key, value in inputs_of(op)]
+        inputs = [
+            (key, digests[graph.maker(value).name], value.rpartition(":")[2], _axes(graph, key, value))
+            for key, value in inputs_of(op)
+        ]
         control = sorted(digests[source.removesuffix(":-1")] for source in op.input if source.endswith(":-1"))
         own = _without_sizes(op) if op.type == "Const" else graph.role(f"{name}:0") or sorted(attributes_of(op).items())
         dtypes = [graph.dtype(f"{name}:{index}") for index in range(len(op.output_desc))]

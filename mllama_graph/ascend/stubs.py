@@ -57,7 +57,8 @@ def environment(folder: Path) -> dict[str, str]:
     libraries = build(folder)
     paths = [str(libraries), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
     return os.environ | {
-        ACTIVE: str(libraries), "LD_LIBRARY_PATH": os.pathsep.join(paths),
+        ACTIVE: str(libraries),
+        "LD_LIBRARY_PATH": os.pathsep.join(paths),
         # Operations run synchronously, so that a failing one raises in its own call (torch_npu's documentation).
         "ASCEND_LAUNCH_BLOCKING": "1",
         # torch_npu's allocator warns about padding that this CANN and chip would need.
@@ -90,8 +91,15 @@ def build(folder: Path) -> Path:
 
 def _key(compiler: str) -> str:
     """A hash of all that the libraries depend on."""
-    parts = (SOURCE.read_text(), Path(__file__).read_text(), version("torch_npu"), version("torch"), sys.version,
-             compiler, compiler_version(compiler))
+    parts = (
+        SOURCE.read_text(),
+        Path(__file__).read_text(),
+        version("torch_npu"),
+        version("torch"),
+        sys.version,
+        compiler,
+        compiler_version(compiler),
+    )
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 

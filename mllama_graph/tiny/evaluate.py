@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .heldout import held_out
-from .model import Mllama, Shape
-from .questions import KINDS, Question
-from .samples import Batch, Group, make_batch, tokenizer
+from mllama_graph.tiny.heldout import held_out
+from mllama_graph.tiny.model import Mllama, Shape
+from mllama_graph.tiny.questions import KINDS, Question
+from mllama_graph.tiny.samples import Batch, Group, make_batch, tokenizer
 
 
 def shuffled(batch: Batch, features: Tensor) -> Tensor:
@@ -72,8 +72,9 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--each", type=int, default=40, help="questions of each kind")
-    parser.add_argument("--controls", action="store_true",
-                        help="also images shuffled, cross-attention off, unseen pairs")
+    parser.add_argument(
+        "--controls", action="store_true", help="also images shuffled, cross-attention off, unseen pairs"
+    )
     parser.add_argument("--wrong", type=int, default=12, help="wrong answers to show")
     parser.add_argument("--raw", action="store_true", help="the last weights instead of their moving average")
     parser.add_argument("--json", type=Path, help="where the figures go")

@@ -12,10 +12,19 @@ import torch
 from safetensors.torch import save_file
 
 from mllama_graph.core.report import write_json
-
-from .model import Shape
-from .tiling import CLIP_MEAN, CLIP_STD, MAX_TILES, TILE
-from .tokenizer import BOS, CHAT_TEMPLATE, EOT, END_OF_TEXT, EOM, IMAGE, PAD, VOCABULARY, build_tokenizer
+from mllama_graph.tiny.model import Shape
+from mllama_graph.tiny.tiling import CLIP_MEAN, CLIP_STD, MAX_TILES, TILE
+from mllama_graph.tiny.tokenizer import (
+    BOS,
+    CHAT_TEMPLATE,
+    END_OF_TEXT,
+    EOM,
+    EOT,
+    IMAGE,
+    PAD,
+    VOCABULARY,
+    build_tokenizer,
+)
 
 MAX_POSITIONS = 1024
 
@@ -30,23 +39,54 @@ def model_config(s: Shape) -> dict:
     """config.json with the released checkpoint's fields."""
     ids, v = token_ids(), s.vision
     text = dict(
-        model_type="mllama_text_model", vocab_size=VOCABULARY, hidden_size=s.width, num_hidden_layers=s.layers,
-        num_attention_heads=s.heads, num_key_value_heads=s.kv_heads, intermediate_size=s.mlp, hidden_act="silu",
-        cross_attention_layers=list(s.cross_layers), rms_norm_eps=s.norm_eps, rope_theta=s.rope_theta,
-        rope_scaling=dict(rope_type="default"), max_position_embeddings=MAX_POSITIONS, dropout=0,
-        initializer_range=0.02, tie_word_embeddings=False, use_cache=True, bos_token_id=ids[BOS],
-        eos_token_id=[ids[END_OF_TEXT], ids[EOM], ids[EOT]], pad_token_id=ids[PAD], torch_dtype="bfloat16",
+        model_type="mllama_text_model",
+        vocab_size=VOCABULARY,
+        hidden_size=s.width,
+        num_hidden_layers=s.layers,
+        num_attention_heads=s.heads,
+        num_key_value_heads=s.kv_heads,
+        intermediate_size=s.mlp,
+        hidden_act="silu",
+        cross_attention_layers=list(s.cross_layers),
+        rms_norm_eps=s.norm_eps,
+        rope_theta=s.rope_theta,
+        rope_scaling=dict(rope_type="default"),
+        max_position_embeddings=MAX_POSITIONS,
+        dropout=0,
+        initializer_range=0.02,
+        tie_word_embeddings=False,
+        use_cache=True,
+        bos_token_id=ids[BOS],
+        eos_token_id=[ids[END_OF_TEXT], ids[EOM], ids[EOT]],
+        pad_token_id=ids[PAD],
+        torch_dtype="bfloat16",
     )
     vision = dict(
-        model_type="mllama_vision_model", hidden_size=v.width, attention_heads=v.heads, intermediate_size=v.mlp,
-        num_hidden_layers=v.layers, num_global_layers=v.global_layers, intermediate_layers_indices=list(v.features),
-        vision_output_dim=v.out_width, image_size=v.tile, patch_size=v.patch, num_channels=v.channels,
-        max_num_tiles=v.max_tiles, supported_aspect_ratios=[list(r) for r in v.aspect_ratios], hidden_act="gelu",
-        norm_eps=v.eps, initializer_range=0.02, torch_dtype="bfloat16",
+        model_type="mllama_vision_model",
+        hidden_size=v.width,
+        attention_heads=v.heads,
+        intermediate_size=v.mlp,
+        num_hidden_layers=v.layers,
+        num_global_layers=v.global_layers,
+        intermediate_layers_indices=list(v.features),
+        vision_output_dim=v.out_width,
+        image_size=v.tile,
+        patch_size=v.patch,
+        num_channels=v.channels,
+        max_num_tiles=v.max_tiles,
+        supported_aspect_ratios=[list(r) for r in v.aspect_ratios],
+        hidden_act="gelu",
+        norm_eps=v.eps,
+        initializer_range=0.02,
+        torch_dtype="bfloat16",
     )
     return dict(
-        architectures=["MllamaForConditionalGeneration"], model_type="mllama", image_token_index=ids[IMAGE],
-        text_config=text, vision_config=vision, torch_dtype="bfloat16",
+        architectures=["MllamaForConditionalGeneration"],
+        model_type="mllama",
+        image_token_index=ids[IMAGE],
+        text_config=text,
+        vision_config=vision,
+        torch_dtype="bfloat16",
     )
 
 
@@ -68,8 +108,14 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer = build_tokenizer()
     tokenizer.save(str(folder / "tokenizer.json"))
     added = {
-        str(i): dict(content=t.content, lstrip=t.lstrip, normalized=t.normalized, rstrip=t.rstrip,
-                     single_word=t.single_word, special=t.special)
+        str(i): dict(
+            content=t.content,
+            lstrip=t.lstrip,
+            normalized=t.normalized,
+            rstrip=t.rstrip,
+            single_word=t.single_word,
+            special=t.special,
+        )
         for i, t in sorted(tokenizer.get_added_tokens_decoder().items())
     }
     named = dict(bos_token=BOS, eos_token=EOT, pad_token=PAD)
@@ -78,9 +124,13 @@ def write_tokenizer(folder: Path) -> None:
     write_json(
         folder / "tokenizer_config.json",
         dict(
-            added_tokens_decoder=added, chat_template=CHAT_TEMPLATE, clean_up_tokenization_spaces=False,
-            model_input_names=["input_ids", "attention_mask"], model_max_length=MAX_POSITIONS,
-            tokenizer_class="PreTrainedTokenizerFast", **named,
+            added_tokens_decoder=added,
+            chat_template=CHAT_TEMPLATE,
+            clean_up_tokenization_spaces=False,
+            model_input_names=["input_ids", "attention_mask"],
+            model_max_length=MAX_POSITIONS,
+            tokenizer_class="PreTrainedTokenizerFast",
+            **named,
         ),
     )
 
@@ -90,9 +140,18 @@ def write_processing(folder: Path) -> None:
     write_json(
         folder / "preprocessor_config.json",
         dict(
-            do_convert_rgb=True, do_normalize=True, do_pad=True, do_rescale=True, do_resize=True,
-            image_mean=list(CLIP_MEAN), image_std=list(CLIP_STD), image_processor_type="MllamaImageProcessor",
-            max_image_tiles=MAX_TILES, resample=2, rescale_factor=1 / 255, size=dict(height=TILE, width=TILE),
+            do_convert_rgb=True,
+            do_normalize=True,
+            do_pad=True,
+            do_rescale=True,
+            do_resize=True,
+            image_mean=list(CLIP_MEAN),
+            image_std=list(CLIP_STD),
+            image_processor_type="MllamaImageProcessor",
+            max_image_tiles=MAX_TILES,
+            resample=2,
+            rescale_factor=1 / 255,
+            size=dict(height=TILE, width=TILE),
             processor_class="MllamaProcessor",
         ),
     )
@@ -100,8 +159,11 @@ def write_processing(folder: Path) -> None:
     write_json(
         folder / "generation_config.json",
         dict(
-            bos_token_id=ids[BOS], eos_token_id=[ids[END_OF_TEXT], ids[EOM], ids[EOT]], pad_token_id=ids[PAD],
-            do_sample=False, max_new_tokens=64,
+            bos_token_id=ids[BOS],
+            eos_token_id=[ids[END_OF_TEXT], ids[EOM], ids[EOT]],
+            pad_token_id=ids[PAD],
+            do_sample=False,
+            max_new_tokens=64,
         ),
     )
 

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .model import Mllama, Shape
-from .samples import CLASSES, COLOR_IDS, DIGIT_SLOTS, IGNORE, PRESENCE, SLOTS, Batch
-from .tiling import MAX_TILES, PATCHES
+from mllama_graph.tiny.model import Mllama, Shape
+from mllama_graph.tiny.samples import CLASSES, COLOR_IDS, DIGIT_SLOTS, IGNORE, PRESENCE, SLOTS, Batch
+from mllama_graph.tiny.tiling import MAX_TILES, PATCHES
 
 PATCH_SIZES = (len(CLASSES), len(COLOR_IDS) + 1, SLOTS + 1, SLOTS + 1)  # class, colour, rank from left, from top
 SIDES = 4  # none, left, middle, right
@@ -66,9 +66,7 @@ def asked_loss(heads: Heads, states: list[Tensor], batch: Batch) -> Tensor:
         return torch.zeros(())
     x = states[heads.taps[0]][single[:, 0]]
     logits = heads.asked(F.rms_norm(x, x.shape[-1:])).float().split(ASKED_SIZES, -1)
-    parts = [
-        F.cross_entropy(p, y, ignore_index=IGNORE) for p, y in zip(logits, single[:, 4:].T) if (y >= 0).any()
-    ]
+    parts = [F.cross_entropy(p, y, ignore_index=IGNORE) for p, y in zip(logits, single[:, 4:].T) if (y >= 0).any()]
     return torch.stack(parts).mean()
 
 

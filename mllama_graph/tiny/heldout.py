@@ -7,9 +7,9 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from .questions import KINDS, LANGUAGES, Question, ask, ask_text, ask_two, name
-from .samples import Group, draw_pairs
-from .scenes import COLORS, SEEN, SHAPES, UNSEEN, Scene, draw_number, draw_scene
+from mllama_graph.tiny.questions import KINDS, LANGUAGES, Question, ask, ask_text, ask_two, name
+from mllama_graph.tiny.samples import Group, draw_pairs
+from mllama_graph.tiny.scenes import COLORS, SEEN, SHAPES, UNSEEN, Scene, draw_number, draw_scene
 
 # Classes of answers inside a kind that must come up equally often.
 VARIETIES = {
@@ -108,7 +108,13 @@ def write_requests(folder: Path, each: int) -> Path:
                 images = [f"{id}-{n}.png" for n in range(len(group.scenes))]
                 for file_name, scene in zip(images, group.scenes):
                     scene.image.save(folder / file_name)
-                line = {"id": id, "kind": prefix + question.kind, "prompt": question.text, "images": images,
-                        "answer": list(question.answers), "max_new_tokens": 64}
+                line = {
+                    "id": id,
+                    "kind": prefix + question.kind,
+                    "prompt": question.text,
+                    "images": images,
+                    "answer": list(question.answers),
+                    "max_new_tokens": 64,
+                }
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
     return path

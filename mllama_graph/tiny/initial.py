@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from .model import Mllama, VisionModel
-from .tiling import GRID, MAX_TILES, PATCH, PATCHES, RATIOS
+from mllama_graph.tiny.model import Mllama, VisionModel
+from mllama_graph.tiny.tiling import GRID, MAX_TILES, PATCH, PATCHES, RATIOS
 
 PLACE_DIMS = 16
 RATES = torch.tensor([1.6, 0.9, 0.5, 0.28])  # radians a patch: the last does not wrap on the widest canvas

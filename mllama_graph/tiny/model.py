@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mllama_graph.model.shape import VisionShape
-
-from .tiling import GRID, MAX_TILES, PATCH, PATCHES, RATIOS, VISION
-from .tokenizer import VOCABULARY
+from mllama_graph.tiny.tiling import GRID, MAX_TILES, PATCH, PATCHES, RATIOS, VISION
+from mllama_graph.tiny.tokenizer import VOCABULARY
 
 PADDED_PATCHES = -(-PATCHES // 8) * 8
 

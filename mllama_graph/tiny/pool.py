@@ -10,14 +10,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .model import Mllama
-from .questions import ask_text
-from .samples import (
-    Batch, Group, Mix, named_things, pack_text, pair_group, pair_scenes, patch_labels, presence_label, question_group,
-    random_scene, readout_label,
+from mllama_graph.tiny.model import Mllama
+from mllama_graph.tiny.questions import ask_text
+from mllama_graph.tiny.samples import (
+    Batch,
+    Group,
+    Mix,
+    named_things,
+    pack_text,
+    pair_group,
+    pair_scenes,
+    patch_labels,
+    presence_label,
+    question_group,
+    random_scene,
+    readout_label,
 )
-from .scenes import Scene
-from .tiling import tile_image
+from mllama_graph.tiny.scenes import Scene
+from mllama_graph.tiny.tiling import tile_image
 
 NEW_SINGLES, NEW_PAIRS = 3, 1  # a step
 
@@ -76,8 +86,17 @@ class Pool:
         tiles = [t for e in entries for t in e.tiles]
         labels = np.stack([x for e in entries for x in e.labels])
         return Batch(
-            torch.zeros(0), torch.zeros(0), torch.tensor(tiles), text, targets, spans, torch.zeros(0), rows,
+            torch.zeros(0),
+            torch.zeros(0),
+            torch.tensor(tiles),
+            text,
+            targets,
+            spans,
+            torch.zeros(0),
+            rows,
             torch.tensor([readout_label(e.scenes[0]) for e in entries]),
-            torch.tensor([presence_label(e.scenes[0]) for e in entries]), *named_things(text, targets, labels, tiles),
-            int((text.cross_T < text.single[0] * text.single[1]).sum()), asked,
+            torch.tensor([presence_label(e.scenes[0]) for e in entries]),
+            *named_things(text, targets, labels, tiles),
+            int((text.cross_T < text.single[0] * text.single[1]).sum()),
+            asked,
         ), torch.cat([e.features for e in entries])

@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .scenes import COLORS, SHAPES, Scene, Shape
+from mllama_graph.tiny.scenes import COLORS, SHAPES, Scene, Shape
 
 ZH_COLORS = dict(zip(COLORS, ("红色", "橙色", "黄色", "绿色", "蓝色", "紫色", "黑色")))
 ZH_SHAPES = dict(zip(SHAPES, ("圆形", "方形", "三角形", "星形", "十字形")))
@@ -18,7 +18,18 @@ COUNT_WORDS = {"en": ("no", "one", "two", "three", "four"), "zh": ("没有", "�
 
 LANGUAGES = ("en", "zh")
 KINDS = (
-    "what1", "what2", "what3", "color", "present", "absent", "count", "position", "two", "digits1", "digits2", "digits3",
+    "what1",
+    "what2",
+    "what3",
+    "color",
+    "present",
+    "absent",
+    "count",
+    "position",
+    "two",
+    "digits1",
+    "digits2",
+    "digits3",
     "text",
 )
 
@@ -267,11 +278,19 @@ def ask_text(rng: random.Random) -> Question:
     language = rng.choice(LANGUAGES)
     shape, color = rng.choice(SHAPES), rng.choice(tuple(COLORS))
     if language == "en":
-        asked = (f"How many {plural(shape)} are there?", f"How many {color} shapes are there?",
-                 "What number is written?", color_question(rng, shape, "en"))
+        asked = (
+            f"How many {plural(shape)} are there?",
+            f"How many {color} shapes are there?",
+            "What number is written?",
+            color_question(rng, shape, "en"),
+        )
     else:
-        asked = (f"有多少个{ZH_SHAPES[shape]}？", f"有多少个{ZH_COLORS[color]}图形？",
-                 "写的是什么数字？", color_question(rng, shape, "zh"))
+        asked = (
+            f"有多少个{ZH_SHAPES[shape]}？",
+            f"有多少个{ZH_COLORS[color]}图形？",
+            "写的是什么数字？",
+            color_question(rng, shape, "zh"),
+        )
     return Question("text", language, rng.choice((*WHAT[language], *asked)), (NO_PICTURE[language],))
 
 
@@ -283,6 +302,10 @@ def ask(kind: str, scene: Scene, rng: random.Random, language: str, allowed: fro
     if kind in ("absent", "count"):
         return {"absent": ask_absent, "count": ask_count}[kind](scene, rng, language, allowed)
     askers: dict[str, Callable[[Scene, random.Random, str], Question | None]] = {
-        "what": ask_what, "digits": ask_digits, "color": ask_color, "present": ask_present, "position": ask_position,
+        "what": ask_what,
+        "digits": ask_digits,
+        "color": ask_color,
+        "present": ask_present,
+        "position": ask_position,
     }
     return askers[kind](scene, rng, language)

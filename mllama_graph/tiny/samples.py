@@ -11,11 +11,11 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from .model import TextBatch
-from .questions import LANGUAGES, ZH_COLORS, ZH_SHAPES, Question, ask, ask_text, ask_two, plural
-from .scenes import COLORS, SEEN, SHAPES, Scene, draw_number, draw_page, draw_scene
-from .tiling import GRID, MAX_TILES, PATCH, PATCHES, TILE, choose_canvas, fit_size, tile_image
-from .tokenizer import EOT, IMAGE, build_tokenizer, render_prompt
+from mllama_graph.tiny.model import TextBatch
+from mllama_graph.tiny.questions import LANGUAGES, ZH_COLORS, ZH_SHAPES, Question, ask, ask_text, ask_two, plural
+from mllama_graph.tiny.scenes import COLORS, SEEN, SHAPES, Scene, draw_number, draw_page, draw_scene
+from mllama_graph.tiny.tiling import GRID, MAX_TILES, PATCH, PATCHES, TILE, choose_canvas, fit_size, tile_image
+from mllama_graph.tiny.tokenizer import EOT, IMAGE, build_tokenizer, render_prompt
 
 CLASSES = {label: i for i, label in enumerate(("", *SHAPES, *"0123456789"))}
 COLOR_IDS = {c: i + 1 for i, c in enumerate(COLORS)}
@@ -293,8 +293,15 @@ def pack_text(groups: list[Group], rng: random.Random) -> tuple[TextBatch, Tenso
         marks[row, columns] = True
     tensor = torch.tensor
     text = TextBatch(
-        tensor(ids), tensor(positions), tensor(pad), (len(lengths), length), tensor(cross, dtype=torch.long),
-        tensor(sees[: len(cross)]), single, double, marks,
+        tensor(ids),
+        tensor(positions),
+        tensor(pad),
+        (len(lengths), length),
+        tensor(cross, dtype=torch.long),
+        tensor(sees[: len(cross)]),
+        single,
+        double,
+        marks,
     )
     things = tensor(asked, dtype=torch.long).view(-1, len(ASKED))
     return text, tensor(targets), spans, tensor(readout, dtype=torch.long), things
@@ -302,7 +309,7 @@ def pack_text(groups: list[Group], rng: random.Random) -> tuple[TextBatch, Tenso
 
 def make_batch(groups: list[Group], pages: list[Scene], rng: random.Random) -> Batch:
     """Tiles, packed text and labels of these groups and dense pages."""
-    groups = sorted(groups, key=lambda g: (len(g.scenes) or 3))
+    groups = sorted(groups, key=lambda g: len(g.scenes) or 3)
     scenes = [s for g in groups for s in g.scenes] + pages
     text, targets, spans, rows, asked = pack_text(groups, rng)
     tiled = [tile_image(s.image) for s in scenes]
@@ -312,10 +319,19 @@ def make_batch(groups: list[Group], pages: list[Scene], rng: random.Random) -> B
     named = named_things(text, targets, np.stack(labels) if labels else np.zeros(0), [t[2] for t in tiled])
     stack = torch.from_numpy(np.stack([t[0] for t in tiled])) if tiled else torch.zeros(0)
     return Batch(
-        stack, torch.tensor([t[1] for t in tiled]), torch.tensor([t[2] for t in tiled]), text, targets, spans,
-        torch.from_numpy(np.stack(labels)) if labels else torch.zeros(0), rows, torch.tensor(readouts),
-        torch.tensor(presence), *named,
-        int((text.cross_T < text.single[0] * text.single[1]).sum()), asked,
+        stack,
+        torch.tensor([t[1] for t in tiled]),
+        torch.tensor([t[2] for t in tiled]),
+        text,
+        targets,
+        spans,
+        torch.from_numpy(np.stack(labels)) if labels else torch.zeros(0),
+        rows,
+        torch.tensor(readouts),
+        torch.tensor(presence),
+        *named,
+        int((text.cross_T < text.single[0] * text.single[1]).sum()),
+        asked,
     )
 
 

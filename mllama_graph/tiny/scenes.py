@@ -10,7 +10,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .tiling import TILE, canvas_scale
+from mllama_graph.tiny.tiling import TILE, canvas_scale
 
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 # Each colour is a mixture of the paints that common paint programs offer under its name.
@@ -144,8 +144,20 @@ def outline_points(shape: str, x: float, y: float, r: float, tilt: float, squeez
         corners = [(q * math.sin(i * math.pi / 5), -q * math.cos(i * math.pi / 5)) for i, q in enumerate(radii)]
     else:
         a = 0.34
-        corners = [(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a),
-                   (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a), (-a, -a)]
+        corners = [
+            (-a, -1),
+            (a, -1),
+            (a, -a),
+            (1, -a),
+            (1, a),
+            (a, a),
+            (a, 1),
+            (-a, 1),
+            (-a, a),
+            (-1, a),
+            (-1, -a),
+            (-a, -a),
+        ]
     cos, sin = math.cos(tilt) * r, math.sin(tilt) * r
     return [(x + (u * cos - v * sin) * squeeze, y + u * sin + v * cos) for u, v in corners]
 

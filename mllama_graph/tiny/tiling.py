@@ -12,8 +12,18 @@ MAX_TILES = 4
 # Aspect-ratio id i + 1 stands for RATIOS[i], counted in tiles (height, width); id 0 means no image.
 RATIOS = tuple(supported_aspect_ratios(MAX_TILES))
 VISION = VisionShape(
-    width=128, heads=8, layers=4, global_layers=2, mlp=384, patch=8, tile=48, max_tiles=MAX_TILES, channels=3,
-    features=(1, 3), aspect_ratios=RATIOS, eps=1e-5,
+    width=128,
+    heads=8,
+    layers=4,
+    global_layers=2,
+    mlp=384,
+    patch=8,
+    tile=48,
+    max_tiles=MAX_TILES,
+    channels=3,
+    features=(1, 3),
+    aspect_ratios=RATIOS,
+    eps=1e-5,
 )
 TILE, PATCH, PATCHES = VISION.tile, VISION.patch, VISION.tokens
 GRID = TILE // PATCH  # patches along a tile's side

@@ -25,13 +25,12 @@ import torch.nn.functional as F
 
 from mllama_graph.core.errors import UserError
 from mllama_graph.core.report import write_json
-
-from .heads import Heads, asked_loss, comparing_loss, pointing_loss
-from .initial import start
-from .model import Mllama, Shape
-from .optimizer import Muon
-from .pool import Pool
-from .samples import IGNORE, Batch, Mix, digit_tokens, training_batch
+from mllama_graph.tiny.heads import Heads, asked_loss, comparing_loss, pointing_loss
+from mllama_graph.tiny.initial import start
+from mllama_graph.tiny.model import Mllama, Shape
+from mllama_graph.tiny.optimizer import Muon
+from mllama_graph.tiny.pool import Pool
+from mllama_graph.tiny.samples import IGNORE, Batch, Mix, digit_tokens, training_batch
 
 SEEING = Mix(pages=14, readouts=7, scenes=0, questions=0, pairs=0, talks=0)
 ANSWERING = Mix(pages=5, readouts=0, scenes=11, questions=7, pairs=4, talks=2)
@@ -92,14 +91,22 @@ def build(seed: int) -> Trainer:
 
     def groups(chosen: list, full: dict[bool, float], decay: dict[bool, float]) -> list[dict]:
         return [
-            dict(params=[p for p, v, k in chosen if (v, k) == (vision, kind)], lr=full[kind], full=full[kind],
-                 weight_decay=decay[kind], vision=vision)
+            dict(
+                params=[p for p, v, k in chosen if (v, k) == (vision, kind)],
+                lr=full[kind],
+                full=full[kind],
+                weight_decay=decay[kind],
+                vision=vision,
+            )
             for vision, kind in sorted({(v, k) for _, v, k in chosen})
         ]
 
     optimizers = [
-        torch.optim.AdamW(groups(rest, {True: ADAM_RATE, False: 3 * ADAM_RATE}, {True: 0.02, False: 0.0}),
-                          betas=(0.9, 0.98), fused=True),
+        torch.optim.AdamW(
+            groups(rest, {True: ADAM_RATE, False: 3 * ADAM_RATE}, {True: 0.02, False: 0.0}),
+            betas=(0.9, 0.98),
+            fused=True,
+        ),
         Muon(groups(hidden, {False: MUON_RATE, True: NEIGHBOUR_RATE}, {False: 0.02, True: 0.0}), MUON_RATE, 0.95, 0.02),
     ]
     average = {k: v.detach().clone() for k, v in model.state_dict().items()}
@@ -140,8 +147,15 @@ def losses(trainer: Trainer, batch: Batch, features: torch.Tensor | None) -> tup
             logits = trainer.model.lm_head(last[rows]).float()
             answer = F.cross_entropy(logits, batch.targets_T[rows], trainer.token_weights)
     figures = dict(
-        answer=answer.item(), patch=patch.item(), readout=readout.item(), read_right=read_right,
-        pointing=pointing.item(), hit=hit, comparing=comparing.item(), compared=compared, asked=asked.item(),
+        answer=answer.item(),
+        patch=patch.item(),
+        readout=readout.item(),
+        read_right=read_right,
+        pointing=pointing.item(),
+        hit=hit,
+        comparing=comparing.item(),
+        compared=compared,
+        asked=asked.item(),
     )
     figures |= dict(zip(("p_class", "p_color", "p_left", "p_top", "p_side"), accuracy))
     guides = POINTING_WEIGHT * (pointing + comparing) + ASKED_WEIGHT * asked
@@ -185,8 +199,11 @@ def update(trainer: Trainer, vision_factor: float, text_factor: float) -> float:
 def save(trainer: Trainer, path: Path) -> None:
     """Write a checkpoint; a kill never leaves half a file."""
     state = dict(
-        model=trainer.model.state_dict(), heads=trainer.heads.state_dict(), average=trainer.average,
-        optimizers=[o.state_dict() for o in trainer.optimizers], progress=vars(trainer.progress),
+        model=trainer.model.state_dict(),
+        heads=trainer.heads.state_dict(),
+        average=trainer.average,
+        optimizers=[o.state_dict() for o in trainer.optimizers],
+        progress=vars(trainer.progress),
     )
     torch.save(state, path.with_suffix(".part"))
     os.replace(path.with_suffix(".part"), path)
@@ -232,12 +249,23 @@ def report(args: argparse.Namespace, trainer: Trainer, recent: list[dict[str, fl
     p = trainer.progress
     means = {k: round(sum(r[k] for r in recent) / len(recent), 4) for k in recent[0]}
     left = seconds / len(recent) * (args.steps - p.step) / 60
-    line = dict(step=p.step, steps=args.steps, minutes=round(p.elapsed / 60, 2), minutes_left=round(left, 1),
-                cpu_minutes=round(p.cpu / 60, 2), images=p.images, questions=p.questions, **means)
+    line = dict(
+        step=p.step,
+        steps=args.steps,
+        minutes=round(p.elapsed / 60, 2),
+        minutes_left=round(left, 1),
+        cpu_minutes=round(p.cpu / 60, 2),
+        images=p.images,
+        questions=p.questions,
+        **means,
+    )
     with open(args.folder / "curve.jsonl", "a") as f:
         f.write(json.dumps(line) + "\n")
-    print(f"step {p.step} of {args.steps}, {p.elapsed / 60:.1f} min, about {left:.0f} min left, "
-          f"patch accuracy {means['p_class']:.2f}, answer loss {means['answer']:.3f}", flush=True)
+    print(
+        f"step {p.step} of {args.steps}, {p.elapsed / 60:.1f} min, about {left:.0f} min left, "
+        f"patch accuracy {means['p_class']:.2f}, answer loss {means['answer']:.3f}",
+        flush=True,
+    )
 
 
 def train(args: argparse.Namespace) -> None:
@@ -286,7 +314,9 @@ def settle(args: argparse.Namespace) -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     path = args.folder / "run.json"
     if path.exists() and (found := json.loads(path.read_text())) != wanted:
-        raise UserError(f"{args.folder} holds a run with {found}, not {wanted}; give the same values or another folder.")
+        raise UserError(
+            f"{args.folder} holds a run with {found}, not {wanted}; give the same values or another folder."
+        )
     write_json(path, wanted)
 
 

@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import pytest
-
 from commands import kept
 from engines import serve, start
 from run_command import ROOT, assert_kept, interrupted, run
@@ -76,18 +75,42 @@ def test_two_ranks_give_the_tokens_of_one(checkpoint, requests, store, tmp_path)
     lines = [line | {"logprobs": 2} for line in few(requests, "cross_first")]
     (tmp_path / "requests.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     one = serve(start(checkpoint("cross_first"), **plan), lines)
-    done = run(tmp_path / "out", "backend=torchair", "tp=2", "dtype=fp32", "batch=8", "model=custom", store,
-               "max_input_length=300", "max_output_length=100", "max_images=4", "plan.prefill_tokens=[32]",
-               "plan.decode_batch=[8]", "plan.pages=[4]", "plan.images=[4]",
-               f"weights={checkpoint('cross_first')}", f"requests={tmp_path / 'requests.jsonl'}")
+    done = run(
+        tmp_path / "out",
+        "backend=torchair",
+        "tp=2",
+        "dtype=fp32",
+        "batch=8",
+        "model=custom",
+        store,
+        "max_input_length=300",
+        "max_output_length=100",
+        "max_images=4",
+        "plan.prefill_tokens=[32]",
+        "plan.decode_batch=[8]",
+        "plan.pages=[4]",
+        "plan.images=[4]",
+        f"weights={checkpoint('cross_first')}",
+        f"requests={tmp_path / 'requests.jsonl'}",
+    )
     assert done.code == 0, done.err
     assert len(done.lines()) == len(lines)
     assert not wrong(done.lines(), one)
 
 
 def test_the_tiny_model_answers_held_out_scenes_as_through_plain(store, tmp_path):
-    task = ["task=evaluate", "task.each=3", "task.controls=false", "batch=8", "plan.decode_batch=[8]", "max_images=2",
-            "plan.prefill_tokens=[64]", "max_input_length=64", "max_output_length=60", "plan.images=[2]"]
+    task = [
+        "task=evaluate",
+        "task.each=3",
+        "task.controls=false",
+        "batch=8",
+        "plan.decode_batch=[8]",
+        "max_images=2",
+        "plan.prefill_tokens=[64]",
+        "max_input_length=64",
+        "max_output_length=60",
+        "plan.images=[2]",
+    ]
     texts = []
     for name, backend in (("npu", ["backend=torchair", store]), ("plain", ["backend=eager", "device=cpu"])):
         done = run(tmp_path / name, *task, *backend)
@@ -101,15 +124,18 @@ def test_an_interrupt_ends_the_run_and_keeps_every_finished_line(store, tmp_path
     assert_kept(interrupted(tmp_path, 60, "backend=torchair", store, "max_input_length=30"), 60)
 
 
-@pytest.mark.parametrize(("given", "message"), [
-    (["backend.torchair.mode=npugraph_ex"], "captures kernels while they run, and the simulation has none"),
-    (["backend.torchair.weight_format=nz"], "only an NPU casts weights to its own tiles"),
-    (["plan.page_size=64"], "plan.page_size=64: an NPU's attention takes pages of 128 to 512 tokens"),
-    (["plan.num_images=2", "batch=2"], "4 images for each of 2 sequences"),
-    (["weights=meta", "model=11b"], "graphs are lowered without weights by task=verify"),
-    (["collectives=shared_memory", "tp=2"], "collectives=shared_memory serves CPU ranks"),
-    (["device=npu"], "needs 1 npu devices; this machine shows 0"),
-])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["backend.torchair.mode=npugraph_ex"], "captures kernels while they run, and the simulation has none"),
+        (["backend.torchair.weight_format=nz"], "only an NPU casts weights to its own tiles"),
+        (["plan.page_size=64"], "plan.page_size=64: an NPU's attention takes pages of 128 to 512 tokens"),
+        (["plan.num_images=2", "batch=2"], "4 images for each of 2 sequences"),
+        (["weights=meta", "model=11b"], "graphs are lowered without weights by task=verify"),
+        (["collectives=shared_memory", "tp=2"], "collectives=shared_memory serves CPU ranks"),
+        (["device=npu"], "needs 1 npu devices; this machine shows 0"),
+    ],
+)
 def test_what_the_simulation_can_not_do_is_refused_in_one_line(given, message, tmp_path):
     done = run(tmp_path / "out", "backend=torchair", *given)
     assert done.code == 2
@@ -156,8 +182,13 @@ def test_a_graph_that_breaks_a_rule_ends_verify_with_code_1_and_the_line_of_the_
     right = "actual_seq_lengths_kv=len_B.long(), captured=False)"
     assert source.read_text().count(right) == 1
     source.write_text(source.read_text().replace(right, "actual_seq_lengths_kv=[5] * B, captured=True)"))
-    command = [sys.executable, str(broken / "run.py"), *SMALL, f"weights={checkpoint('no_template')}",
-               f"hydra.run.dir={tmp_path / 'out'}"]
+    command = [
+        sys.executable,
+        str(broken / "run.py"),
+        *SMALL,
+        f"weights={checkpoint('no_template')}",
+        f"hydra.run.dir={tmp_path / 'out'}",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
-
+from commands import run
 from engines import serve, start
 from oracle import Oracle
-from commands import run
+from PIL import Image
 
 from mllama_graph.tiny.evaluate import answers_right
 from mllama_graph.tiny.export import checkpoint_name
@@ -37,8 +36,14 @@ def trained():
 
 def test_the_checkpoint_has_the_released_files_and_no_more_than_8_mb():
     names = {path.name for path in FOLDER.iterdir()}
-    assert {"config.json", "generation_config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json",
-            "tokenizer_config.json"} <= names
+    assert {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    } <= names
     assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= 8_000_000
 
 

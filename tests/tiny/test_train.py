@@ -5,9 +5,8 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from safetensors.torch import load_file
-
 from commands import run
+from safetensors.torch import load_file
 
 from mllama_graph.core.config import UserError
 from mllama_graph.tiny import train

@@ -1,8 +1,7 @@
 """GE's fused attention: softmax(scale * q k^T + mask) v, over contiguous or paged keys, with its documented limits.
 
-    B sequences   R query rows per sequence   Q query heads   K key-value heads   D head width   L keys
+B sequences   R query rows per sequence   Q query heads   K key-value heads   D head width   L keys
 """
-
 
 import torch
 from torch import Tensor
@@ -17,16 +16,44 @@ _DOCS = "docs npu_fused_infer_attention_score: "
 
 
 @operation("FusedInferAttentionScore", source="docs npu_fused_infer_attention_score")
-def attention(query: Tensor, key0: Tensor, value0: Tensor, atten_mask: Tensor | None = None,
-              actual_seq_lengths_kv: Tensor | None = None, block_table: Tensor | None = None, *,
-              num_heads: int = 1, num_key_value_heads: int = 0, scale: float = 1.0, input_layout: str = "BSH",
-              sparse_mode: int = 0, inner_precise: int = 0, block_size: int = 0, pre_tokens: int = INT_MAX,
-              next_tokens: int = INT_MAX, antiquant_mode: int = 0, key_antiquant_mode: int = 0,
-              value_antiquant_mode: int = 0, query_quant_mode: int = 0, softmax_lse_flag: bool = False,
-              pse_type: int = 0, out_dtype: int = 0, wide: bool = False) -> tuple[Tensor, None]:
+def attention(
+    query: Tensor,
+    key0: Tensor,
+    value0: Tensor,
+    atten_mask: Tensor | None = None,
+    actual_seq_lengths_kv: Tensor | None = None,
+    block_table: Tensor | None = None,
+    *,
+    num_heads: int = 1,
+    num_key_value_heads: int = 0,
+    scale: float = 1.0,
+    input_layout: str = "BSH",
+    sparse_mode: int = 0,
+    inner_precise: int = 0,
+    block_size: int = 0,
+    pre_tokens: int = INT_MAX,
+    next_tokens: int = INT_MAX,
+    antiquant_mode: int = 0,
+    key_antiquant_mode: int = 0,
+    value_antiquant_mode: int = 0,
+    query_quant_mode: int = 0,
+    softmax_lse_flag: bool = False,
+    pse_type: int = 0,
+    out_dtype: int = 0,
+    wide: bool = False,
+) -> tuple[Tensor, None]:
     """Attention in layout BSH without quantisation. `wide` allows fp32, which no kernel takes."""
-    unused = (pre_tokens != INT_MAX, next_tokens != INT_MAX, antiquant_mode, key_antiquant_mode, value_antiquant_mode,
-              query_quant_mode, softmax_lse_flag, pse_type, out_dtype)
+    unused = (
+        pre_tokens != INT_MAX,
+        next_tokens != INT_MAX,
+        antiquant_mode,
+        key_antiquant_mode,
+        value_antiquant_mode,
+        query_quant_mode,
+        softmax_lse_flag,
+        pse_type,
+        out_dtype,
+    )
     require(not any(unused), "quantisation, token windows, pse and softmax_lse are not known")
     require(input_layout == "BSH", f"layout {input_layout!r} is not known")
     kv_heads = num_key_value_heads or num_heads
@@ -43,9 +70,10 @@ def attention(query: Tensor, key0: Tensor, value0: Tensor, atten_mask: Tensor | 
     outs = []
     for b, length in enumerate(lengths):
         if block_table is not None:
-            pages = block_table[b, :-(-length // block_size)].long()
-            require(bool(((pages >= 0) & (pages < key0.shape[0])).all()),
-                    f"block table {b} names a page that is not there")
+            pages = block_table[b, : -(-length // block_size)].long()
+            require(
+                bool(((pages >= 0) & (pages < key0.shape[0])).all()), f"block table {b} names a page that is not there"
+            )
             k, v = (data[pages].view(-1, kv_heads, D)[:length] for data in (key0, value0))
         else:
             k, v = (data[b].view(-1, kv_heads, D) for data in (key0, value0))
@@ -62,14 +90,20 @@ def attention(query: Tensor, key0: Tensor, value0: Tensor, atten_mask: Tensor | 
 def _check_heads(q: Tensor, k: Tensor, v: Tensor, heads: int, kv_heads: int, D: int, wide: bool) -> None:
     allowed = (*SIXTEEN_BIT, torch.float32) if wide else SIXTEEN_BIT
     require(q.dtype == k.dtype == v.dtype and q.dtype in allowed, _DOCS + f"dtypes {q.dtype}, {k.dtype}, {v.dtype}")
-    require(q.dim() == k.dim() == v.dim() == 3 and k.shape == v.shape,
-            _DOCS + "BSH tensors have 3 axes, K and V one shape")
-    require(q.shape[2] == heads * D and k.shape[2] == kv_heads * D,
-            _DOCS + f"{q.shape[2]} and {k.shape[2]} are not heads * {D}")
-    require(heads % kv_heads == 0 and heads // kv_heads <= 64,
-            _DOCS + f"{heads} query heads over {kv_heads} key-value heads")
-    require(q.shape[0] <= 65536 and heads <= 256 and D <= 512,
-            _DOCS + f"B={q.shape[0]}, N={heads}, D={D} are too large")
+    require(
+        q.dim() == k.dim() == v.dim() == 3 and k.shape == v.shape, _DOCS + "BSH tensors have 3 axes, K and V one shape"
+    )
+    require(
+        q.shape[2] == heads * D and k.shape[2] == kv_heads * D,
+        _DOCS + f"{q.shape[2]} and {k.shape[2]} are not heads * {D}",
+    )
+    require(
+        heads % kv_heads == 0 and heads // kv_heads <= 64,
+        _DOCS + f"{heads} query heads over {kv_heads} key-value heads",
+    )
+    require(
+        q.shape[0] <= 65536 and heads <= 256 and D <= 512, _DOCS + f"B={q.shape[0]}, N={heads}, D={D} are too large"
+    )
     require(D % 16 == 0, _DOCS + f"a head width of {D} is not a multiple of 16")
     require(q.shape[1] == 1 or heads * D < 65535, _DOCS + f"N * D = {heads * D} is not below 65535")
 
@@ -78,41 +112,55 @@ def _check_pages(pages: Tensor, table: Tensor, lengths: Tensor | None, block_siz
     """Checks the limits of paged keys; returns the length of each sequence in tokens."""
     multiple, least = (16, 16) if R == 1 else (128, 128)
     require(block_size == pages.shape[1], f"block_size={block_size}, but pages hold {pages.shape[1]}")
-    require(least <= block_size <= 512 and block_size % multiple == 0,
-            _DOCS + f"a page of {block_size} tokens for {R} query rows; a multiple of {multiple} up to 512 is needed")
+    require(
+        least <= block_size <= 512 and block_size % multiple == 0,
+        _DOCS + f"a page of {block_size} tokens for {R} query rows; a multiple of {multiple} up to 512 is needed",
+    )
     require(pages.numel() < 2**31, _DOCS + f"a cache of {pages.numel()} elements; it must stay below 2^31")
     require(pages.shape[2] <= 65535, _DOCS + f"KV_N * D = {pages.shape[2]} is above 65535")
-    require(table.dtype == torch.int32 and table.dim() == 2 and table.shape[0] == B,
-            _DOCS + f"a block table of {table.dtype} {tuple(table.shape)} for {B} sequences")
+    require(
+        table.dtype == torch.int32 and table.dim() == 2 and table.shape[0] == B,
+        _DOCS + f"a block table of {table.dtype} {tuple(table.shape)} for {B} sequences",
+    )
     if lengths is None or lengths.dtype != torch.int64:
         raise GraphError(_DOCS + "pages need actual_seq_lengths_kv in int64")
     values = integers(lengths)
     require(len(values) in (1, B), _DOCS + f"{len(values)} lengths for {B} sequences")
     values = values * B if len(values) == 1 else values
     used = [-(-value // block_size) for value in values]
-    require(min(values) >= 0 and max(used) <= table.shape[1],
-            _DOCS + f"lengths {values} in a table of {table.shape[1]} pages")
+    require(
+        min(values) >= 0 and max(used) <= table.shape[1],
+        _DOCS + f"lengths {values} in a table of {table.shape[1]} pages",
+    )
     require(sum(used) <= pages.shape[0], _DOCS + f"{sum(used)} pages are used by all sequences, {pages.shape[0]} exist")
     return values
 
 
 def _check_mask(mask: Tensor | None, sparse_mode: int, inner_precise: int, B: int, R: int, columns: int) -> None:
     require(sparse_mode in (0, 3), f"sparse_mode {sparse_mode} is not known")
-    require(inner_precise in ((0, 1) if R == 1 else (0, 1, 2, 3)),
-            _DOCS + f"inner_precise {inner_precise} for {R} query rows")
+    require(
+        inner_precise in ((0, 1) if R == 1 else (0, 1, 2, 3)),
+        _DOCS + f"inner_precise {inner_precise} for {R} query rows",
+    )
     if mask is not None:
         require(mask.dtype in (torch.bool, torch.int8, torch.uint8), _DOCS + f"a mask of {mask.dtype}")
     if sparse_mode == 3 and R > 1:
         if mask is None or tuple(mask.shape) != (MASK_SIDE, MASK_SIDE):
             raise GraphError(_DOCS + "sparse_mode 3 takes a 2048 x 2048 mask")
         triangle = torch.ones(MASK_SIDE, MASK_SIDE, dtype=torch.bool).triu(1)
-        require(bool((mask.bool() == triangle).all()),
-                _DOCS + "the mask of sparse_mode 3 hides what lies above the diagonal")
+        require(
+            bool((mask.bool() == triangle).all()),
+            _DOCS + "the mask of sparse_mode 3 hides what lies above the diagonal",
+        )
     elif mask is not None:
-        require(tuple(mask.shape) in ((B, 1, R, columns), (1, 1, R, columns)),
-                _DOCS + f"a mask {tuple(mask.shape)} for {B} x {R} rows and {columns} columns")
-        require(not bool(mask.bool().all(-1).any()) or inner_precise >= 2,
-                _DOCS + "a row is wholly masked, which needs inner_precise 2 or 3")
+        require(
+            tuple(mask.shape) in ((B, 1, R, columns), (1, 1, R, columns)),
+            _DOCS + f"a mask {tuple(mask.shape)} for {B} x {R} rows and {columns} columns",
+        )
+        require(
+            not bool(mask.bool().all(-1).any()) or inner_precise >= 2,
+            _DOCS + "a row is wholly masked, which needs inner_precise 2 or 3",
+        )
 
 
 def _attend(q_RQD: Tensor, k_LKD: Tensor, v_LKD: Tensor, unseen_RL: Tensor | None, scale: float) -> Tensor:

@@ -19,8 +19,9 @@ def _size_of(group: str) -> int:
 
 
 @operation("HcomAllReduce", source="IR HcomAllReduce")
-def all_reduce(x: Tensor, *, reduction: str | None = None, group: str = "", fusion: int = 1,
-               fusion_id: int = -1) -> Tensor:
+def all_reduce(
+    x: Tensor, *, reduction: str | None = None, group: str = "", fusion: int = 1, fusion_id: int = -1
+) -> Tensor:
     require(reduction == "sum" and fusion_id == -1, f"reduction {reduction!r}, fusion_id {fusion_id} are not known")
     _size_of(group)
     # The sum is computed in fp32 and rounded once. HCCL adds in another order and may round in between.
@@ -31,8 +32,9 @@ def all_reduce(x: Tensor, *, reduction: str | None = None, group: str = "", fusi
 
 
 @operation("HcomAllGather", source="IR HcomAllGather: along axis 0")
-def all_gather(x: Tensor, *, rank_size: int | None = None, group: str = "", fusion: int = 0,
-               fusion_id: int = -1) -> Tensor:
+def all_gather(
+    x: Tensor, *, rank_size: int | None = None, group: str = "", fusion: int = 0, fusion_id: int = -1
+) -> Tensor:
     size = _size_of(group)
     require(size == rank_size and fusion_id == -1, f"rank_size {rank_size}, fusion_id {fusion_id} are not known")
     parts = [torch.empty_like(x) for _ in range(size)]

@@ -9,8 +9,18 @@ from torch import Tensor
 from mllama_graph.ascend.ge_ops.registry import GraphError, integers, operation, require, rounded
 
 # Attributes hold a dtype as a number of ge::DataType (torchair.ge.DataType).
-ATTRIBUTE_DTYPES = {0: torch.float32, 1: torch.float16, 2: torch.int8, 3: torch.int32, 4: torch.uint8, 6: torch.int16,
-                    9: torch.int64, 11: torch.float64, 12: torch.bool, 27: torch.bfloat16}
+ATTRIBUTE_DTYPES = {
+    0: torch.float32,
+    1: torch.float16,
+    2: torch.int8,
+    3: torch.int32,
+    4: torch.uint8,
+    6: torch.int16,
+    9: torch.int64,
+    11: torch.float64,
+    12: torch.bool,
+    27: torch.bfloat16,
+}
 
 
 # ---- shapes
@@ -67,9 +77,19 @@ def split(x: Tensor, size_splits: Tensor, split_dim: Tensor, *, num_split: int |
 
 
 @operation("StridedSliceV2", source="IR StridedSliceV2; ONNX Slice")
-def strided_slice(x: Tensor, begin: Tensor, end: Tensor, axes: Tensor, strides: Tensor, *, begin_mask: int = 0,
-                  end_mask: int = 0, ellipsis_mask: int = 0, new_axis_mask: int = 0,
-                  shrink_axis_mask: int = 0) -> Tensor:
+def strided_slice(
+    x: Tensor,
+    begin: Tensor,
+    end: Tensor,
+    axes: Tensor,
+    strides: Tensor,
+    *,
+    begin_mask: int = 0,
+    end_mask: int = 0,
+    ellipsis_mask: int = 0,
+    new_axis_mask: int = 0,
+    shrink_axis_mask: int = 0,
+) -> Tensor:
     masks = (begin_mask, end_mask, ellipsis_mask, new_axis_mask, shrink_axis_mask)
     require(not any(masks), f"masks {masks} are not known")
     index = [slice(None)] * x.dim()
@@ -79,24 +99,39 @@ def strided_slice(x: Tensor, begin: Tensor, end: Tensor, axes: Tensor, strides: 
 
 
 @operation("PadV3", source="IR PadV3; ONNX Pad")
-def pad(x: Tensor, paddings: Tensor, constant_values: Tensor | None = None, *, mode: str = "constant",
-        paddings_contiguous: bool = True) -> Tensor:
-    require(mode == "constant" and paddings_contiguous,
-            f"mode {mode!r}, paddings_contiguous={paddings_contiguous} are not known")
+def pad(
+    x: Tensor,
+    paddings: Tensor,
+    constant_values: Tensor | None = None,
+    *,
+    mode: str = "constant",
+    paddings_contiguous: bool = True,
+) -> Tensor:
+    require(
+        mode == "constant" and paddings_contiguous,
+        f"mode {mode!r}, paddings_contiguous={paddings_contiguous} are not known",
+    )
     # One pair (before, after) per axis, the first axis first; F.pad takes the last axis first.
     pairs = paddings.view(-1, 2).flip(0)
     return F.pad(x, integers(pairs), value=0 if constant_values is None else constant_values.item())
 
 
 @operation("GatherV2", source="IR GatherV2; TF GatherV2")
-def gather(x: Tensor, indices: Tensor, axis: Tensor, *, batch_dims: int = 0, is_preprocessed: bool = False,
-           negative_index_support: bool = False) -> Tensor:
+def gather(
+    x: Tensor,
+    indices: Tensor,
+    axis: Tensor,
+    *,
+    batch_dims: int = 0,
+    is_preprocessed: bool = False,
+    negative_index_support: bool = False,
+) -> Tensor:
     require(batch_dims == 0 and not is_preprocessed, "batch_dims and preprocessed indices are not known")
     at, flat = int(axis), indices.reshape(-1).long()
     if negative_index_support:
         flat = torch.where(flat < 0, flat + x.shape[at], flat)
     require(bool(((flat >= 0) & (flat < x.shape[at])).all()), f"an index is outside of 0 .. {x.shape[at] - 1}")
-    return x.index_select(at, flat).view(*x.shape[:at], *indices.shape, *x.shape[at + 1:])
+    return x.index_select(at, flat).view(*x.shape[:at], *indices.shape, *x.shape[at + 1 :])
 
 
 # ---- numbers
@@ -164,8 +199,10 @@ def clip(x: Tensor, clip_value_min: Tensor, clip_value_max: Tensor) -> Tensor:
 
 @operation("SelectV2", source="IR SelectV2; TF SelectV2")
 def select(condition: Tensor, then: Tensor, else_: Tensor) -> Tensor:
-    require(condition.dtype == torch.bool and then.dtype == else_.dtype,
-            "a bool condition and two operands of one dtype are needed")
+    require(
+        condition.dtype == torch.bool and then.dtype == else_.dtype,
+        "a bool condition and two operands of one dtype are needed",
+    )
     return torch.where(condition, then, else_)
 
 

@@ -7,7 +7,6 @@ step to step, so that what one step writes wrong shows in the next.
 import copy
 
 import torch
-
 from lowered import lower, to_host, to_npu
 
 from mllama_graph.graphs.step import Step
@@ -100,8 +99,13 @@ class Conversation:
         self.ids = torch.randint(0, shape.text.vocab, (2, 400), generator=generator).int()
         self.ids[0, 2] = shape.image_token
         # The largest canvas with one tile less: a padding tile where there are several.
-        self.tiles = torch.randint(0, 256, (vision.max_tiles, vision.channels, vision.tile, vision.tile),
-                                   generator=generator, dtype=torch.uint8)
+        self.tiles = torch.randint(
+            0,
+            256,
+            (vision.max_tiles, vision.channels, vision.tile, vision.tile),
+            generator=generator,
+            dtype=torch.uint8,
+        )
         self.real = max(1, vision.max_tiles - 1)
         self.image_table = list(range(1, 1 + pages_for(vision.max_tiles * vision.tokens, P)))
         tokens = self.real * vision.tokens
@@ -111,12 +115,16 @@ class Conversation:
     def vision(self):
         vision = self.shape.vision
         tokens = vision.max_tiles * vision.tokens
-        return TileInput(self.tiles, int32([len(vision.aspect_ratios)]), int32([self.real]),
-                         int32(slots(self.image_table, 0, tokens, P)))
+        return TileInput(
+            self.tiles,
+            int32([len(vision.aspect_ratios)]),
+            int32([self.real]),
+            int32(slots(self.image_table, 0, tokens, P)),
+        )
 
     def _image(self, see):
         J = len(self.image_table)
-        rows = [[self.image_table, self.fill], [[0] * J, [0] * J]][:1 if len(see) == BUCKET else 2]
+        rows = [[self.image_table, self.fill], [[0] * J, [0] * J]][: 1 if len(see) == BUCKET else 2]
         return ImageInput(int32([row[0] for row in rows]), int32([row[1] for row in rows]), int32(see))
 
     def prompt(self, sequence, start, count, with_image):
@@ -125,18 +133,28 @@ class Conversation:
         table = TABLES[sequence]
         see = [(0, self.seen) if start + row >= 2 and row < count else (0, 0) for row in range(BUCKET)]
         return PromptInput(
-            torch.cat((self.ids[sequence, start:start + count], int32([0] * padding))),
+            torch.cat((self.ids[sequence, start : start + count], int32([0] * padding))),
             int32([*range(start, start + count), *[0] * padding]),
-            int32(slots(table, start, count, P) + [*range(padding)]), int32([count - 1]), int32([count]),
-            int32([start]), int32(table) if start else None, self._image(see) if with_image else None)
+            int32(slots(table, start, count, P) + [*range(padding)]),
+            int32([count - 1]),
+            int32([count]),
+            int32([start]),
+            int32(table) if start else None,
+            self._image(see) if with_image else None,
+        )
 
     def tokens(self, lengths, with_image):
         """One new token of both sequences, which have `lengths` tokens with it."""
         at = [length - 1 for length in lengths]
         return TokenInput(
-            torch.stack([self.ids[sequence, position] for sequence, position in enumerate(at)]), int32(at),
+            torch.stack([self.ids[sequence, position] for sequence, position in enumerate(at)]),
+            int32(at),
             int32([slots(table, position, 1, P)[0] for table, position in zip(TABLES, at, strict=True)]),
-            int32([2]), int32(TABLES), int32(lengths), self._image([(0, self.seen), (0, 0)]) if with_image else None)
+            int32([2]),
+            int32(TABLES),
+            int32(lengths),
+            self._image([(0, self.seen), (0, 0)]) if with_image else None,
+        )
 
 
 def play(run, talk):

@@ -5,9 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torchair._ge_concrete_graph import ge_ir_pb2
-
 from checkpoints import SPECS, model_config
+from torchair._ge_concrete_graph import ge_ir_pb2
 
 from mllama_graph.ascend.capture import Capture
 from mllama_graph.graphs.spec import GraphSpec
@@ -24,9 +23,17 @@ CLASSES = (VISION, DECODE, LEAN, PREFILL, PREFILL_LEAN, CHUNK, CHUNK_LEAN)
 def spec_of(name: str, ranks: int = 1, **changes: Any) -> GraphSpec:
     """What the graphs of a small model are lowered for: bf16, and pools for two sequences with four images each."""
     pools = {"page_size": 128, "num_pages": 12, "num_image_pages": 16}
-    spec = GraphSpec(shape_of(model_config(SPECS[name])), store=torch.bfloat16, compute=torch.bfloat16,
-                     backend="torchair", device="npu-sim", threads=1, world_size=ranks, collectives="distributed",
-                     **pools)
+    spec = GraphSpec(
+        shape_of(model_config(SPECS[name])),
+        store=torch.bfloat16,
+        compute=torch.bfloat16,
+        backend="torchair",
+        device="npu-sim",
+        threads=1,
+        world_size=ranks,
+        collectives="distributed",
+        **pools,
+    )
     return replace(spec, **changes)
 
 

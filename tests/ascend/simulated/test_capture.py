@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-
 from conversation import Compiled, Conversation
 from graphs import CHUNK, DECODE, LEAN, VISION, spec_of
 
@@ -52,8 +51,11 @@ def test_every_operation_names_its_line_of_the_model(decode):
 
 def test_an_operation_of_a_layer_also_names_the_line_that_it_called(decode):
     [line] = {decode.line(op.name) for op in decode.graph.op if op.type == "ScatterPaKvCache"}
-    assert re.fullmatch(r"mllama_graph/model/text.py:\d+ in attend: ops.write_pages_\(k_TKH, v_TKH, cache, given.slot_T"
-                        r"\) <- mllama_graph/ops/npu.py:\d+ in write_pages_", line)
+    assert re.fullmatch(
+        r"mllama_graph/model/text.py:\d+ in attend: ops.write_pages_\(k_TKH, v_TKH, cache, given.slot_T"
+        r"\) <- mllama_graph/ops/npu.py:\d+ in write_pages_",
+        line,
+    )
 
 
 def test_every_input_is_named_and_has_the_shape_of_what_it_names(decode):
@@ -105,12 +107,27 @@ def misshapen(q_TQH, pages, table_BJ, len_B):
 ATTEND_PAGES = r"mllama_graph/model/text.py:\d+ in attend: return ops.attend_pages\(.* <- .*test_capture.py:\d+ in "
 
 
-@pytest.mark.parametrize(("bucket", "name", "function", "what", "line"), [
-    (VISION, "attend_tiles", scaled_dot_product, r"npu.npu_fusion_attention_v3.default: torchair has no converter",
-     r"mllama_graph/model/vision.py:\d+ in block: out_WAH = ops.attend_tiles\(.* <- .*test_capture.py:\d+ in scaled"),
-    (LEAN, "attend_pages", number_of_a_tensor, r"aten._local_scalar_dense.default: .* not implemented", ATTEND_PAGES),
-    (LEAN, "attend_pages", breaking, r"Call to `torch._dynamo.graph_break\(\)`", ATTEND_PAGES),
-    (LEAN, "attend_pages", misshapen, r".*: RuntimeError\('Attempting to broadcast", ATTEND_PAGES)])
+@pytest.mark.parametrize(
+    ("bucket", "name", "function", "what", "line"),
+    [
+        (
+            VISION,
+            "attend_tiles",
+            scaled_dot_product,
+            r"npu.npu_fusion_attention_v3.default: torchair has no converter",
+            r"mllama_graph/model/vision.py:\d+ in block: out_WAH = ops.attend_tiles\(.* <- .*test_capture.py:\d+ in scaled",
+        ),
+        (
+            LEAN,
+            "attend_pages",
+            number_of_a_tensor,
+            r"aten._local_scalar_dense.default: .* not implemented",
+            ATTEND_PAGES,
+        ),
+        (LEAN, "attend_pages", breaking, r"Call to `torch._dynamo.graph_break\(\)`", ATTEND_PAGES),
+        (LEAN, "attend_pages", misshapen, r".*: RuntimeError\('Attempting to broadcast", ATTEND_PAGES),
+    ],
+)
 def test_what_can_not_be_lowered_is_reported_with_its_line(bucket, name, function, what, line, decode):
     with pytest.raises(CaptureError) as error:
         capture(spec_of("base"), bucket, replace(NPU, **{name: function}))

@@ -7,9 +7,8 @@ import pytest
 import torch
 import torch_npu
 import torchair
-from torchair._ge_concrete_graph import ge_ir_pb2
-
 from lowered import lower, to_npu
+from torchair._ge_concrete_graph import ge_ir_pb2
 
 from mllama_graph.ascend.ge_ops import OPERATIONS, GraphError
 from mllama_graph.ascend.interpreter import Interpreter
@@ -160,8 +159,9 @@ def test_reading_pages_from_before_the_write_is_refused(decode):
         Interpreter(graph)
 
 
-@pytest.mark.parametrize(("slots", "message"), [
-    ([3, 3], "slots are not unique"), ([3, 256], "a slot is outside of the pages")])
+@pytest.mark.parametrize(
+    ("slots", "message"), [([3, 3], "slots are not unique"), ([3, 256], "a slot is outside of the pages")]
+)
 def test_slots_are_checked(slots, message):
     given = bf16(2, 2, 32), bf16(2, 2, 32), pages(), int32(slots)
     assert message in refusal(lambda *a: NPU.write_pages_(*a), *given)
@@ -171,20 +171,28 @@ def test_slots_are_checked(slots, message):
 
 
 def paged(rows=1, page=128, width=32, dtype=BF16, table=((0,),), length=(4,), count=2):
-    return (torch.randn(rows, 4, width).to(dtype), (torch.randn(count, page, 2, width).to(dtype),) * 2, int32(table),
-            int32(length))
+    return (
+        torch.randn(rows, 4, width).to(dtype),
+        (torch.randn(count, page, 2, width).to(dtype),) * 2,
+        int32(table),
+        int32(length),
+    )
 
 
-@pytest.mark.parametrize(("given", "message"), [
-    (paged(page=24), "a page of 24 tokens for 1 query rows"),
-    (paged(rows=3, page=64), "a page of 64 tokens for 3 query rows"),
-    (paged(page=1024), "a page of 1024 tokens"),
-    (paged(width=24), "a head width of 24 is not a multiple of 16"),
-    (paged(dtype=torch.float32), "dtypes torch.float32"),
-    (paged(table=((7,),)), "names a page that is not there"),
-    (paged(length=(129,)), r"lengths [129] in a table of 1 pages"),
-    (paged(length=(300,), table=((0, 1, 0),)), "3 pages are used by all sequences, 2 exist"),
-], ids=lambda x: x[:24] if isinstance(x, str) else "")
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (paged(page=24), "a page of 24 tokens for 1 query rows"),
+        (paged(rows=3, page=64), "a page of 64 tokens for 3 query rows"),
+        (paged(page=1024), "a page of 1024 tokens"),
+        (paged(width=24), "a head width of 24 is not a multiple of 16"),
+        (paged(dtype=torch.float32), "dtypes torch.float32"),
+        (paged(table=((7,),)), "names a page that is not there"),
+        (paged(length=(129,)), r"lengths [129] in a table of 1 pages"),
+        (paged(length=(300,), table=((0, 1, 0),)), "3 pages are used by all sequences, 2 exist"),
+    ],
+    ids=lambda x: x[:24] if isinstance(x, str) else "",
+)
 def test_paged_attention_is_held_to_its_documentation(given, message):
     assert message in refusal(lambda *a: NPU.attend_pages(*a), *given)
 
@@ -192,8 +200,14 @@ def test_paged_attention_is_held_to_its_documentation(given, message):
 def test_lengths_must_be_int64():
     def attend(q, pages, table, length):
         return torchair.ops.npu_fused_infer_attention_score(
-            q.flatten(1)[:, None], *(x.flatten(2) for x in pages), num_heads=4, num_key_value_heads=2,
-            block_table=table, block_size=128, actual_seq_lengths_kv=length)[0]
+            q.flatten(1)[:, None],
+            *(x.flatten(2) for x in pages),
+            num_heads=4,
+            num_key_value_heads=2,
+            block_table=table,
+            block_size=128,
+            actual_seq_lengths_kv=length,
+        )[0]
 
     assert "actual_seq_lengths_kv in int64" in refusal(attend, *paged())
 

@@ -9,9 +9,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from torch.testing import assert_close
-
 from lowered import lower, to_host, to_npu
+from torch.testing import assert_close
 
 from mllama_graph.model.ops import Ops, padded_head
 from mllama_graph.ops.npu import NPU
@@ -37,7 +36,7 @@ def int32(values):
 
 
 def leaf(out, into, bias, dtype):
-    return Leaf(weight=normal(out, into, dtype=dtype) / into ** 0.5, bias=normal(out, dtype=dtype) if bias else None)
+    return Leaf(weight=normal(out, into, dtype=dtype) / into**0.5, bias=normal(out, dtype=dtype) if bias else None)
 
 
 def wider(x):
@@ -182,8 +181,9 @@ def test_attend_pages(dtype, heads, width, new):
     table = int32([[3, 0, 0], [1, 7, 0], [2, 0, 0], [9, 5, 6]])
     pages = pages_of(10, heads[1], width, dtype)
     q = normal(new * 4, heads[0], width, dtype=dtype)
-    got, operations = run(lambda q, pages, t, n: NPU.attend_pages(q, pages, t, n), q, padded(pages), table, lengths,
-                          dtype=dtype)
+    got, operations = run(
+        lambda q, pages, t, n: NPU.attend_pages(q, pages, t, n), q, padded(pages), table, lengths, dtype=dtype
+    )
     wanted = PLAIN.attend_pages(q.float(), tuple(map(wider, pages)), table, lengths)
     close(got, wanted, dtype)
     assert operations["FusedInferAttentionScore"] == 1
@@ -194,8 +194,9 @@ def test_attend_pages(dtype, heads, width, new):
 @pytest.mark.parametrize(("heads", "width"), [((8, 2), 32), ((3, 1), 24)])
 def test_attend_prompt_is_causal_over_the_new_rows(dtype, heads, width):
     q, k, v = (normal(40, n, width, seed=n, dtype=dtype) for n in (heads[0], heads[1], heads[1]))
-    got, operations = run(lambda q, k, v, past: NPU.attend_prompt(q, k, v, None, None, past), q, k, v, int32([0]),
-                          dtype=dtype)
+    got, operations = run(
+        lambda q, k, v, past: NPU.attend_prompt(q, k, v, None, None, past), q, k, v, int32([0]), dtype=dtype
+    )
     close(got, PLAIN.attend_prompt(q.float(), k.float(), v.float(), None, None, int32([0])), dtype)
     assert operations["FusedInferAttentionScore"] == 1
 
@@ -206,8 +207,16 @@ def test_attend_prompt_is_causal_over_the_new_rows(dtype, heads, width):
 def test_attend_prompt_sees_exactly_the_earlier_tokens_of_its_pages(dtype, heads, width, past):
     q, k, v = (normal(40, n, width, seed=n, dtype=dtype) for n in (heads[0], heads[1], heads[1]))
     pages, table = pages_of(6, heads[1], width, dtype), int32([4, 2])
-    got, _ = run(lambda q, k, v, pages, t, past: NPU.attend_prompt(q, k, v, pages, t, past), q, k, v, padded(pages),
-                 table, int32([past]), dtype=dtype)
+    got, _ = run(
+        lambda q, k, v, pages, t, past: NPU.attend_prompt(q, k, v, pages, t, past),
+        q,
+        k,
+        v,
+        padded(pages),
+        table,
+        int32([past]),
+        dtype=dtype,
+    )
     wanted = PLAIN.attend_prompt(q.float(), k.float(), v.float(), tuple(map(wider, pages)), table, int32([past]))
     close(got, wanted, dtype)
 
@@ -218,9 +227,10 @@ def test_attend_image_sees_the_filled_part_of_the_entries_in_its_range(dtype, ro
     heads, width = (4, 2), 24
     pages, q = pages_of(8, heads[1], width, dtype), normal(2 * rows, heads[0], width, dtype=dtype)
     table, fill = int32([[4, 2, 1], [6, 0, 0]]), int32([[128, 100, 3], [77, 0, 0]])
-    see = int32([[0, 2], [2, 3], [0, 0], [0, 1], [1, 1], [0, 1]][:2 * rows] if rows > 1 else [[1, 3], [0, 0]])
-    got, operations = run(lambda q, pages, *a: NPU.attend_image(q, pages, *a), q, padded(pages), table, fill, see,
-                          dtype=dtype)
+    see = int32([[0, 2], [2, 3], [0, 0], [0, 1], [1, 1], [0, 1]][: 2 * rows] if rows > 1 else [[1, 3], [0, 0]])
+    got, operations = run(
+        lambda q, pages, *a: NPU.attend_image(q, pages, *a), q, padded(pages), table, fill, see, dtype=dtype
+    )
     wanted = PLAIN.attend_image(q.float(), tuple(map(wider, pages)), table, fill, see)
     sees = see[:, 1] > see[:, 0]
     close(got[sees], wanted[sees], dtype)

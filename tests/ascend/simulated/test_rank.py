@@ -5,11 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from engines import resolved, run_of, start
 from graphs import CLASSES, DECODE, LEAN
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mllama_graph.ascend.capture import capture
 from mllama_graph.ascend.structure import structure
@@ -23,8 +22,18 @@ from mllama_graph.graphs.loaded import LoadedGraphs
 from mllama_graph.graphs.step import Step, arguments
 from mllama_graph.ops import npu
 
-PLAN = {"backend": "torchair", "device": "npu-sim", "dtype": "bf16", "batch": 2, "page_size": 128,
-        "prefill_tokens": [32], "decode_batch": [2], "pages": [4], "images": [4], "threads": 1}
+PLAN = {
+    "backend": "torchair",
+    "device": "npu-sim",
+    "dtype": "bf16",
+    "batch": 2,
+    "page_size": 128,
+    "prefill_tokens": [32],
+    "decode_batch": [2],
+    "pages": [4],
+    "images": [4],
+    "threads": 1,
+}
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch_npu
-
 from graphs import CHUNK, CLASSES, DECODE, LEAN, PREFILL, VISION, broken, spec_of
 
 from mllama_graph.ascend.capture import capture, shortened
@@ -20,8 +19,12 @@ from mllama_graph.ops.plain import rope as plain_rope
 # Three layers, of which the second attends to images.
 BASE = replace(spec_of("base"), shape=shortened(spec_of("base").shape, self_layers=2))
 # All classes of one model, and graphs of one whose heads are padded, of two ranks and of images of one tile.
-CLEAN = [*(("base", 1, bucket) for bucket in CLASSES), *(("adjacent", 1, bucket) for bucket in (VISION, CHUNK)),
-         *(("cross_first", 2, bucket) for bucket in (VISION, DECODE)), ("cross_last", 1, VISION)]
+CLEAN = [
+    *(("base", 1, bucket) for bucket in CLASSES),
+    *(("adjacent", 1, bucket) for bucket in (VISION, CHUNK)),
+    *(("cross_first", 2, bucket) for bucket in (VISION, DECODE)),
+    ("cross_last", 1, VISION),
+]
 FAILED: set[str] = set()
 
 
@@ -72,8 +75,9 @@ WRITE = r"at mllama_graph/model/text.py:\d+ in attend: ops.write_pages_\(.* <- .
 
 def test_pages_that_a_decode_graph_returns_are_found(viewed):
     [message] = found("outputs", viewed, LEAN)
-    assert re.match(r"ScatterPaKvCache \w+: its output is returned, but only logits may be \(and 3 more\), " + WRITE,
-                    message)
+    assert re.match(
+        r"ScatterPaKvCache \w+: its output is returned, but only logits may be \(and 3 more\), " + WRITE, message
+    )
 
 
 def test_a_copy_of_the_pages_is_found(viewed):
@@ -84,8 +88,9 @@ def test_a_copy_of_the_pages_is_found(viewed):
 def test_a_write_to_a_copy_is_found(viewed):
     keys, values = found("writes", viewed, LEAN)
     for message, name in ((keys, "key_cache"), (values, "value_cache")):
-        assert re.match(rf"ScatterPaKvCache \w+: {name} is TensorMove \w+, a copy of pages.0.\d \(and 1 more\), "
-                        + WRITE, message)
+        assert re.match(
+            rf"ScatterPaKvCache \w+: {name} is TensorMove \w+, a copy of pages.0.\d \(and 1 more\), " + WRITE, message
+        )
 
 
 @pytest.mark.parametrize(("bucket", "pool"), [(DECODE, "pages"), (VISION, "image_pages")], ids=str)
@@ -102,8 +107,11 @@ def test_a_read_of_pages_beside_their_write_is_found(decode):
         reader.input[0] = pages
 
     [message] = found_after("writes", decode, change)
-    assert re.match(r"Reshape \w+: reads pages.0.0 in no defined order with its write by ScatterPaKvCache, "
-                    r"at mllama_graph/model/text.py:\d+ in attend: return ops.attend_pages\(", message)
+    assert re.match(
+        r"Reshape \w+: reads pages.0.0 in no defined order with its write by ScatterPaKvCache, "
+        r"at mllama_graph/model/text.py:\d+ in attend: return ops.attend_pages\(",
+        message,
+    )
 
 
 def test_a_graph_without_logits_is_found(decode):
@@ -118,21 +126,33 @@ def test_a_graph_without_logits_is_found(decode):
 def with_integers(q_TQH, pages, table_BJ, len_B):
     B, Q, H = q_TQH.shape
     out, _ = torch_npu.npu_fused_infer_attention_score(
-        q_TQH.view(B, 1, Q * H), *(page.flatten(2) for page in pages), num_heads=Q,
-        num_key_value_heads=pages[0].shape[2], input_layout="BSH", scale=1.0, block_table=table_BJ, block_size=128,
-        actual_seq_lengths_kv=[5, 7])
+        q_TQH.view(B, 1, Q * H),
+        *(page.flatten(2) for page in pages),
+        num_heads=Q,
+        num_key_value_heads=pages[0].shape[2],
+        input_layout="BSH",
+        scale=1.0,
+        block_table=table_BJ,
+        block_size=128,
+        actual_seq_lengths_kv=[5, 7],
+    )
     return out.view(B, Q, H)
 
 
 def test_a_length_that_is_baked_in_is_found():
     [message] = found_with("places", LEAN, attend_pages=with_integers)
-    assert re.match(r"FusedInferAttentionScore \w+: actual_seq_lengths_kv is baked into the graph: it comes from a "
-                    r"constant, not from an input \(and 1 more\), at mllama_graph/model/text.py:\d+ in attend: "
-                    r"return ops.attend_pages\(.* <- .*test_rules.py:\d+ in with_integers", message)
+    assert re.match(
+        r"FusedInferAttentionScore \w+: actual_seq_lengths_kv is baked into the graph: it comes from a "
+        r"constant, not from an input \(and 1 more\), at mllama_graph/model/text.py:\d+ in attend: "
+        r"return ops.attend_pages\(.* <- .*test_rules.py:\d+ in with_integers",
+        message,
+    )
 
 
-@pytest.mark.parametrize(("operation", "index", "name"), [
-    ("ScatterPaKvCache", 2, "slot_mapping"), ("FusedInferAttentionScore", 14, "block_table")])
+@pytest.mark.parametrize(
+    ("operation", "index", "name"),
+    [("ScatterPaKvCache", 2, "slot_mapping"), ("FusedInferAttentionScore", 14, "block_table")],
+)
 def test_slots_or_a_block_table_that_are_baked_in_are_found(operation, index, name, decode):
     [message] = found_after("places", decode, lambda ops: ops[operation].input.__setitem__(index, "Const:0"))
     assert message.startswith(f"{operation} {operation}: {name} is baked into the graph: it comes from a constant")
@@ -143,8 +163,9 @@ def test_slots_or_a_block_table_that_are_baked_in_are_found(operation, index, na
 
 def test_float64_is_found(decode):
     [message] = found_after("numbers", decode, lambda ops: ops["Cast"].attr["dst_type"].__setattr__("i", 11))
-    assert re.match(r"Cast Cast: computes in float64, at mllama_graph/model/text.py:\d+ in trunk: angles = ops.rope_an",
-                    message)
+    assert re.match(
+        r"Cast Cast: computes in float64, at mllama_graph/model/text.py:\d+ in trunk: angles = ops.rope_an", message
+    )
 
 
 def counting(q_TQH, pages, table_BJ, len_B):
@@ -153,8 +174,11 @@ def counting(q_TQH, pages, table_BJ, len_B):
 
 def test_arithmetic_in_int64_is_found():
     [message] = found_with("numbers", LEAN, attend_pages=counting)
-    assert re.match(r"Cast \w+: computes in int64, where int32 would do \(and 2 more\), "
-                    r"at .*in attend: return ops.attend_pages\(.* in counting", message)
+    assert re.match(
+        r"Cast \w+: computes in int64, where int32 would do \(and 2 more\), "
+        r"at .*in attend: return ops.attend_pages\(.* in counting",
+        message,
+    )
 
 
 def test_a_cast_that_undoes_another_is_found(decode):
@@ -164,8 +188,9 @@ def test_a_cast_that_undoes_another_is_found(decode):
         inner.attr["dst_type"].i, outer.attr["dst_type"].i = 27, 3
 
     [message] = found_after("casts", decode, change)
-    assert re.match(r"Cast Cast_\d+: undoes Cast_\d+: torch.int32 to torch.bfloat16 and back, at .*in cross_block",
-                    message)
+    assert re.match(
+        r"Cast Cast_\d+: undoes Cast_\d+: torch.int32 to torch.bfloat16 and back, at .*in cross_block", message
+    )
 
 
 # ---- weights and ranks
@@ -177,9 +202,14 @@ def transposing(x, leaf):
 
 def test_a_weight_that_is_transposed_in_every_step_is_found():
     messages = found_with("weights", LEAN, linear=transposing)
-    assert any(re.match(r"Transpose \w+: rewrites weights.text.layers.0.qkv.weight in every step.*, "
-                        r"at mllama_graph/model/text.py:\d+ in self_attention: qkv = ops.linear\(h_TD, w.qkv\)", text)
-               for text in messages)
+    assert any(
+        re.match(
+            r"Transpose \w+: rewrites weights.text.layers.0.qkv.weight in every step.*, "
+            r"at mllama_graph/model/text.py:\d+ in self_attention: qkv = ops.linear\(h_TD, w.qkv\)",
+            text,
+        )
+        for text in messages
+    )
 
 
 def twice(x):
@@ -189,11 +219,23 @@ def twice(x):
 def test_an_all_reduce_too_many_and_a_missing_one_are_found():
     ranks = spec_of("cross_first", 2)
     many = found_with("collectives", LEAN, ranks, all_reduce=twice)
-    assert any(re.match(r"HcomAllReduce \w+: ranks exchange the result of weights.text.layers.1.o.weight without "
-                        r"need.*, at .*in self_attention: return ops.all_reduce\(", text) for text in many)
+    assert any(
+        re.match(
+            r"HcomAllReduce \w+: ranks exchange the result of weights.text.layers.1.o.weight without "
+            r"need.*, at .*in self_attention: return ops.all_reduce\(",
+            text,
+        )
+        for text in many
+    )
     few = found_with("collectives", LEAN, ranks, all_reduce=lambda x: x)
-    assert any(re.match(r"MatMul \w+: ranks do not sum the result of weights.text.layers.1.down.weight.*, "
-                        r"at .*in mlp: return ops.all_reduce\(", text) for text in few)
+    assert any(
+        re.match(
+            r"MatMul \w+: ranks do not sum the result of weights.text.layers.1.down.weight.*, "
+            r"at .*in mlp: return ops.all_reduce\(",
+            text,
+        )
+        for text in few
+    )
 
 
 def test_one_rank_that_sums_is_found():
@@ -212,31 +254,39 @@ def test_an_operation_and_an_attribute_that_ge_ops_does_not_have_are_found(decod
     def extended(ops):
         ops["SwiGlu"].attr["learnable"].b = True
 
-    for change, text in ((renamed, "Silu SwiGlu: is not in the table of ascend/ge_ops, at "),
-                         (extended, "SwiGlu SwiGlu: attributes ['learnable'] are not known, at ")):
+    for change, text in (
+        (renamed, "Silu SwiGlu: is not in the table of ascend/ge_ops, at "),
+        (extended, "SwiGlu SwiGlu: attributes ['learnable'] are not known, at "),
+    ):
         [message] = found_after("known", decode, change)
         assert message.startswith(text + "mllama_graph/model/text.py:")
         assert "in mlp: h_TF = ops.swiglu(" in message
 
 
-@pytest.mark.parametrize(("bucket", "changes", "text"), [
-    (LEAN, {"page_size": 24}, "a page of 24 tokens for 1 query rows; a multiple of 16"),
-    (DECODE, {"num_image_pages": 15}, "16 pages are used by all sequences, 15 exist"),
-    (LEAN, {"num_pages": 2**18}, "elements; it must stay below 2^31"),
-    (PREFILL, {"page_size": 64}, "a page of 64 tokens for 32 query rows; a multiple of 128"),
-    (LEAN, {"store": torch.float32, "compute": torch.float32}, "dtypes torch.float32")],
-    ids=["page", "images", "cache", "rows", "dtype"])
+@pytest.mark.parametrize(
+    ("bucket", "changes", "text"),
+    [
+        (LEAN, {"page_size": 24}, "a page of 24 tokens for 1 query rows; a multiple of 16"),
+        (DECODE, {"num_image_pages": 15}, "16 pages are used by all sequences, 15 exist"),
+        (LEAN, {"num_pages": 2**18}, "elements; it must stay below 2^31"),
+        (PREFILL, {"page_size": 64}, "a page of 64 tokens for 32 query rows; a multiple of 128"),
+        (LEAN, {"store": torch.float32, "compute": torch.float32}, "dtypes torch.float32"),
+    ],
+    ids=["page", "images", "cache", "rows", "dtype"],
+)
 def test_a_size_that_no_kernel_takes_is_found(bucket, changes, text):
     [message] = found_with("layouts", bucket, replace(BASE, **changes))
     assert text in message
     assert re.search(r", at mllama_graph/model/text.py:\d+ in ", message)
 
 
-@pytest.mark.parametrize(("attribute", "value", "text"), [
-    ("num_heads", 3, "are not heads"), ("sparse_mode", 4, "sparse_mode 4")])
+@pytest.mark.parametrize(
+    ("attribute", "value", "text"), [("num_heads", 3, "are not heads"), ("sparse_mode", 4, "sparse_mode 4")]
+)
 def test_an_attention_that_its_documentation_forbids_is_found(attribute, value, text, decode):
-    [message] = found_after("layouts", decode,
-                            lambda ops: ops["FusedInferAttentionScore"].attr[attribute].__setattr__("i", value))
+    [message] = found_after(
+        "layouts", decode, lambda ops: ops["FusedInferAttentionScore"].attr[attribute].__setattr__("i", value)
+    )
     assert message.startswith("FusedInferAttentionScore FusedInferAttentionScore: ")
     assert text in message
 
@@ -246,16 +296,19 @@ def test_pages_of_unequal_widths_are_found(decode):
         ops[ops["ScatterPaKvCache"].input[1].split(":")[0]].output_desc[0].shape.dim[3] = 48
 
     [message] = found_after("layouts", decode, change)
-    assert re.match(r"ScatterPaKvCache ScatterPaKvCache: .* don't fit pages \(12, 128, 2, 48\), at .*ops.write_pages_",
-                    message)
+    assert re.match(
+        r"ScatterPaKvCache ScatterPaKvCache: .* don't fit pages \(12, 128, 2, 48\), at .*ops.write_pages_", message
+    )
 
 
 def test_an_operation_that_is_not_fused_is_found():
     messages = found_with("histogram", LEAN, rope=plain_rope)
     assert any("0 operations of type RotaryMul, golden.json has 4" in text for text in messages)
-    assert any(re.match(r"Mul \w+: \d+ operations of type Mul, golden.json has 1, at mllama_graph/model/text.py", text)
-               for text in messages)
+    assert any(
+        re.match(r"Mul \w+: \d+ operations of type Mul, golden.json has 1, at mllama_graph/model/text.py", text)
+        for text in messages
+    )
 
 
 def test_every_rule_has_found_something():
-    assert FAILED == RULES.keys()
+    assert RULES.keys() == FAILED

@@ -9,7 +9,6 @@ from functools import cache
 
 import pytest
 import torch
-
 from engines import serve, start
 from test_engine import LOGPROB, few
 
@@ -20,8 +19,15 @@ from mllama_graph.graphs.loaded import LoadedNpuGraphs
 from mllama_graph.graphs.torchair import compiler_config
 
 # Long prompts go in chunks of 32, behind earlier pages; eight requests share a step, with and without images.
-PLAN = {"batch": 8, "page_size": 128, "prefill_tokens": [32], "decode_batch": [8], "pages": [4], "images": [4],
-        "threads": 1}
+PLAN = {
+    "batch": 8,
+    "page_size": 128,
+    "prefill_tokens": [32],
+    "decode_batch": [8],
+    "pages": [4],
+    "images": [4],
+    "threads": 1,
+}
 NPU_SIM = PLAN | {"backend": "torchair", "device": "npu-sim"}
 # bf16 has 16 values between two integers from 8 to 16: logits closer than two such steps are a tie.
 BF16_TIE = 2 / 16
@@ -117,8 +123,13 @@ def test_the_key_names_rank_options_and_compilers(checkpoint, tmp_path):
     assert fields["device"].startswith("npu-sim Ascend")
     for changes in ({"rank": 1}, {"world_size": 2}, {"device": "npu"}):
         assert key_with(**changes) != own
-    for name, value in (("mode", "npugraph_ex"), ("frozen_parameter", False), ("topology_sorting_strategy", "DFS"),
-                        ("ge_cache", False), ("weight_format", "nz")):
+    for name, value in (
+        ("mode", "npugraph_ex"),
+        ("frozen_parameter", False),
+        ("topology_sorting_strategy", "DFS"),
+        ("ge_cache", False),
+        ("weight_format", "nz"),
+    ):
         assert key_with(options=tuple(sorted((dict(spec.options) | {name: value}).items()))) != own, name
 
 
@@ -141,8 +152,9 @@ def test_captured_graphs_are_lowered_up_to_the_capture_and_write_pages_in_place(
     rank, codes, generate = executor.rank, [], AclConcreteGraph.codegen
     monkeypatch.setattr(AclConcreteGraph, "codegen", lambda *a, **k: codes.append(generate(*a, **k)) or codes[-1])
     captured = replace(rank.spec, options=tuple(sorted((dict(rank.spec.options) | {"mode": "npugraph_ex"}).items())))
-    loaded = LoadedNpuGraphs(captured, rank.weights, (rank.pages, rank.image_pages), ops_of(captured),
-                             rank.graphs.store, print)
+    loaded = LoadedNpuGraphs(
+        captured, rank.weights, (rank.pages, rank.image_pages), ops_of(captured), rank.graphs.store, print
+    )
     for bucket in (executor.plan.decode(8, 4, 1), executor.plan.prefill(32, 0, 1)):
         codes.clear()
         with pytest.raises(RuntimeError, match="CAPTURE"):

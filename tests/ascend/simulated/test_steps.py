@@ -4,10 +4,9 @@ from functools import cache
 
 import pytest
 import torch
-from torch.testing import assert_close
-
 from checkpoints import SPECS
 from conversation import Compiled, Conversation, Eager, play
+from torch.testing import assert_close
 
 # Models whose second sequence is of text alone, in graphs of its own; in the others it shares the graphs of the first.
 TEXT_ALONE = ("base", "cross_first")

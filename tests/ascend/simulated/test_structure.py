@@ -4,7 +4,6 @@ import re
 from dataclasses import replace
 
 import pytest
-
 from graphs import CHUNK_LEAN, DECODE, LEAN, VISION, spec_of
 
 from mllama_graph.ascend.capture import capture, shortened
@@ -27,10 +26,15 @@ def decode():
 def test_the_buckets_of_a_class_have_one_structure():
     """Also where sizes happen to be equal: as many tokens as a page has, or as pages have altogether."""
     spec = replace(BASE, shape=shortened(BASE.shape))
-    buckets = [VISION,
-               *(Bucket("decode", rows, rows, pages, images) for rows, pages in ((1, 1), (4, 3)) for images in (0, 2)),
-               *(Bucket("prefill", 1, tokens, past, images)
-                 for tokens, past in ((128, 0), (512, 0), (128, 3), (512, 4)) for images in (0, 1))]
+    buckets = [
+        VISION,
+        *(Bucket("decode", rows, rows, pages, images) for rows, pages in ((1, 1), (4, 3)) for images in (0, 2)),
+        *(
+            Bucket("prefill", 1, tokens, past, images)
+            for tokens, past in ((128, 0), (512, 0), (128, 3), (512, 4))
+            for images in (0, 1)
+        ),
+    ]
     found = {}
     for bucket in buckets:
         found.setdefault(kind(bucket), []).append(structure(capture(spec, bucket)))
@@ -46,7 +50,8 @@ def test_graphs_of_a_class_that_differ_say_where(decode):
         "MatMul MatMul_#, at mllama_graph/model/text.py:# in mlp: return ops.all_reduce(ops.linear(h_TF, w.down)) "
         "<- mllama_graph/ops/npu.py:# in linear",
         "Tanh Tanh, at mllama_graph/model/text.py:# in mlp: h_TF = ops.swiglu(ops.linear(h_TD, w.gate_up)) "
-        "<- tests/ascend/simulated/test_structure.py:# in <lambda>"]
+        "<- tests/ascend/simulated/test_structure.py:# in <lambda>",
+    ]
 
 
 @pytest.mark.parametrize("bucket", [VISION, DECODE, CHUNK_LEAN], ids=str)

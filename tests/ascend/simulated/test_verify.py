@@ -4,7 +4,6 @@ from dataclasses import replace
 from math import prod
 
 import pytest
-
 from graphs import CLASSES, DECODE, LEAN, spec_of
 
 from mllama_graph.ascend.capture import capture, shortened
