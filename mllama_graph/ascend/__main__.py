@@ -1,4 +1,4 @@
-"""Python with a simulated NPU: `python -m mllama_graph.ascend -m pytest tests/ascend`, or the path of a script."""
+"""Run Python with a simulated NPU: `python -m mllama_graph.ascend -m pytest tests/ascend`, or with a script's path."""
 
 import os
 import sys
@@ -9,7 +9,7 @@ from mllama_graph.native import BuildError
 
 
 def main() -> None:
-    """Build the stubs unless they exist, and replace this process by Python with the arguments that were given."""
+    """Build the stubs unless they exist, then replace this process with Python, run with the given arguments."""
     try:
         variables = environment(default_store())
     except BuildError as error:

@@ -13,7 +13,7 @@
 namespace {
 
 constexpr int kSuccess = 0;
-// What an eager operation on an NPU tensor gets, so that it raises instead of returning garbage.
+// The status of an eager operation on an NPU tensor, so that it raises instead of returning garbage.
 constexpr int kNoKernels = 500001;
 constexpr size_t kAlignment = 512;
 constexpr size_t kMemory = size_t{64} << 30;
@@ -53,7 +53,7 @@ int aclrtGetCurrentContext(void** context) {
 }
 int aclrtSetCurrentContext(void*) { return kSuccess; }
 int aclrtDeviceCanAccessPeer(int32_t* can, int32_t, int32_t) { *can = 1; return kSuccess; }
-// Which converters and checks torch_npu takes depends on the chip: an Atlas A2 (910B) unless the environment says else.
+// torch_npu selects converters and checks by chip: an Atlas A2 (910B) unless MLLAMA_STUB_SOC names another.
 const char* aclrtGetSocName() {
   const char* name = std::getenv("MLLAMA_STUB_SOC");
   return name ? name : "Ascend910B3";
@@ -96,7 +96,7 @@ int aclGetCompileopt(int, char* value, size_t) { value[0] = 0; return kSuccess; 
 
 }  // extern "C"
 
-// ---- the graph engine: strings and options pass through it before any graph does
+// ---- the graph engine (GE): strings and options, which it receives before any graph
 
 namespace ge {
 

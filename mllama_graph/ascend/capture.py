@@ -1,4 +1,4 @@
-"""Lowers a step to the graph that CANN would get, and stops there: nothing is executed and nothing allocated.
+"""Lowers a step to the graph that CANN would compile, without executing it or allocating device memory.
 
 Weights, pages and inputs are fake tensors on the device, so that the largest model takes almost no memory. Dynamo, AOT
 autograd and torchair are the real ones. The process must have been started with the stubs (stubs.environment).
@@ -39,24 +39,24 @@ from mllama_graph.ops.npu import npu_ops
 from mllama_graph.ops.ranks import GROUP
 from mllama_graph.plan.bucket import Bucket
 
-# First parts of the names in `Capture.inputs`, beside "given" for a step's own inputs.
+# Prefixes of the names in `Capture.inputs`; a step's own inputs have the prefix "given".
 WEIGHTS, PAGES = "weights", ("pages", "image_pages")
-# GE's own mode. A captured graph (npugraph_ex) has no GraphDef.
+# The mode of torchair that compiles with GE. The other mode, npugraph_ex, produces no GraphDef.
 GE_MODE = "max-autotune"
 
 
 class CaptureError(Exception):
-    """torchair can't lower a step to one static graph. The message says what failed, then the line of the model."""
+    """torchair can't lower a step to one static graph. The message gives the failure, then the line of the model."""
 
 
 @dataclass(frozen=True)
 class Capture:
     """A lowered step.
 
-    graph: the GraphDef that CANN would get.
+    graph: the GraphDef that CANN would compile.
     lines: operation name -> the line of the model it comes from; operations that torchair's own passes add are missing.
-    inputs: name of a Data operation -> what it is: weights.text.layers.0.qkv.weight, pages.0.1, image_pages.2.0,
-    given.slot_T.
+    inputs: name of a Data operation -> the tensor it stands for: weights.text.layers.0.qkv.weight, pages.0.1,
+    image_pages.2.0, given.slot_T.
     """
 
     graph: GraphDef
@@ -64,13 +64,13 @@ class Capture:
     inputs: dict[str, str]
 
     def line(self, name: str) -> str:
-        """Where an operation comes from, for a message."""
+        """The line of the model that an operation comes from, for a message."""
         return self.lines.get(name, "added by torchair")
 
 
 @dataclass
 class _Record:
-    """What is seen while torchair converts. names: those of the example inputs, in their order."""
+    """What is recorded while torchair converts a step. names: names of the example inputs, in order."""
 
     names: list[str] = field(default_factory=list)
     graph: Any = None
@@ -80,13 +80,13 @@ class _Record:
 
 
 class _CapturedError(Exception):
-    """Ends a compilation once the graph exists, since guards and generated code are not needed."""
+    """Raised to end a compilation once the graph exists, since guards and generated code are not needed."""
 
 
 def capture(spec: GraphSpec, bucket: Bucket, ops: Ops | None = None) -> Capture:
     """Lowers a bucket's step for the rank that `spec` names. `ops` replaces the operations of ops/npu.py.
 
-    Joins this process to a stand-in for the ranks' process group where there are several ranks. Raises CaptureError.
+    With several ranks, this process joins a fake process group of that size. Raises CaptureError.
     """
     install()
     _join(spec.rank, spec.world_size)
@@ -108,7 +108,7 @@ def _model(spec: GraphSpec) -> tuple[FakeTensorMode, Weights, Pages, Pages]:
 
 
 def _join(rank: int, world: int) -> None:
-    """Registers a process group of `world` ranks of which this process alone exists."""
+    """Registers a fake process group of `world` ranks, of which only this process exists."""
     if world == 1 or (dist.is_initialized() and (dist.get_rank(), dist.get_world_size()) == (rank, world)):
         return
     if dist.is_initialized():
@@ -135,12 +135,12 @@ def _without_collector() -> Iterator[None]:
 
 
 def _compile(step: Step, given: tuple[Any, Pages, Pages], options: dict[str, Any], record: _Record) -> None:
-    """Has torchair lower a step. Raises CaptureError."""
+    """Lowers a step with torchair. Raises CaptureError."""
     names = _names(step, given)
     lower = torchair.get_npu_backend(compiler_config=compiler_config(**options))
 
     def backend(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
-        # A tensor that the step does not have was made before tracing: a constant of the program.
+        # A tensor that is not an input of the step was created before tracing: a constant.
         record.names = [names.get(id(tensor), "constant") for tensor in inputs]
         lower(module, inputs)
         raise _CapturedError
@@ -170,7 +170,7 @@ def _names(step: Step, given: tuple[Any, Pages, Pages]) -> dict[int, str]:
 
 @contextlib.contextmanager
 def _recorded(record: _Record) -> Iterator[None]:
-    """Records what torchair's converter makes of each node of the traced graph, and where the node comes from."""
+    """Records which operations torchair's converter adds for each node of the traced graph, and the node's origin."""
     original, position = _NpuGraphConverter.run_node, 0
 
     def run_node(converter: Any, node: torch.fx.Node) -> Any:
@@ -204,10 +204,10 @@ def _first_line(error: BaseException) -> str:
 
 
 def _failure(error: BaseException) -> CaptureError:
-    """The error of a trace that ended before torchair's converter began."""
+    """The error of a trace that failed before torchair's converter ran."""
     stack = getattr(error, "real_stack", None)
     trace = "".join(stack.format()) if stack else str(error)
-    # Dynamo puts a line of its own before the error that an operation raised.
+    # Dynamo wraps the error that an operation raised in a message of its own.
     inner = re.search(r"got (\w+\(.*\))", str(error))
     return CaptureError(f"{_first_line(error)}{f': {inner[1]}' if inner else ''}\n{origin(trace)}")
 
@@ -215,9 +215,9 @@ def _failure(error: BaseException) -> CaptureError:
 def shortened(
     shape: ModelShape, self_layers: int = 1, cross_layers: int = 1, local_layers: int = 1, global_layers: int = 1
 ) -> ModelShape:
-    """The same model with at most so many layers of each kind.
+    """The same model with at most the given number of layers of each kind.
 
-    A self-attention layer comes first, as in the released models. The vision tower keeps its number of features.
+    A self-attention layer comes first, as in the released models. The vision tower returns as many features as before.
     """
     text, vision = shape.text, shape.vision
     selves, crosses = min(self_layers, len(text.self_layers)), min(cross_layers, len(text.cross_layers))

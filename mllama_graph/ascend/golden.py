@@ -1,6 +1,6 @@
-"""The number of operations of each type that a graph must have, as golden.json lists them per layer and part.
+"""The expected number of operations of each type in a graph, which golden.json lists per layer and other part.
 
-`python -m mllama_graph.ascend -m mllama_graph.ascend.golden` writes golden.json anew, from graphs of small models.
+`python -m mllama_graph.ascend -m mllama_graph.ascend.golden` regenerates golden.json from graphs of small models.
 """
 
 import json
@@ -28,16 +28,16 @@ Golden = dict[str, dict[str, dict[str, int]]]
 def counts(graph: LoweredGraph) -> Counter[str]:
     """Number of operations of each type that depend on a graph input.
 
-    Constant ones are left out: GE folds them, and torchair shares those whose sizes happen to be equal.
+    Constants are left out: GE folds them, and torchair merges those whose sizes happen to be equal.
     """
     return Counter(op.type for op in graph.ops.values() if op.type not in BOUNDARY and not graph.is_constant(op))
 
 
 def parts(context: Context) -> dict[str, int]:
-    """How often a graph has each part of golden.json."""
+    """How often a graph contains each part of golden.json."""
     text, vision, bucket = context.spec.shape.text, context.spec.shape.vision, context.bucket
     images, past = bucket.image_pages > 0, bucket.phase == "prefill" and bucket.pages > 0
-    # Heads of a width that no kernel takes are padded.
+    # Heads are padded where no kernel supports their width.
     padded_text = padded_head(text.head_width) > text.head_width
     selves, crosses, layers = len(text.self_layers), len(text.cross_layers), sum(map(len, context.layers.values()))
     ranks = context.spec.world_size > 1
@@ -68,7 +68,7 @@ def parts(context: Context) -> dict[str, int]:
 
 
 def expected(context: Context) -> Counter[str]:
-    """Number of operations of each type that golden.json gives a graph."""
+    """Number of operations of each type that a graph must have according to golden.json."""
     golden: Golden = json.loads(GOLDEN.read_text())
     total: Counter[str] = Counter()
     for part, times in parts(context).items():
@@ -78,9 +78,9 @@ def expected(context: Context) -> Counter[str]:
 
 
 def computed() -> Golden:
-    """The contents of golden.json, from graphs lowered now.
+    """The contents of golden.json, computed from newly lowered graphs.
 
-    Raises ValueError where the counts of some graph are not the sum over its parts.
+    Raises ValueError where the counts of a graph are not the sum over its parts.
     """
     rows: dict[str, list[tuple[dict[str, int], Counter[str]]]] = {}
     for shape, ranks in _models():
@@ -98,7 +98,7 @@ def computed() -> Golden:
 
 
 def _models() -> Iterator[tuple[ModelShape, int]]:
-    """Shapes and numbers of ranks whose graphs tell all parts of golden.json apart."""
+    """Shapes and numbers of ranks that contain the parts of golden.json in enough combinations to solve for each."""
     released = shape_of({"model_type": "mllama"})
     base = shortened(released)
     yield from ((base, 1), (base, 2))
@@ -114,19 +114,19 @@ def _models() -> Iterator[tuple[ModelShape, int]]:
 
 
 def _solved(phase: str, rows: list[tuple[dict[str, int], Counter[str]]]) -> dict[str, dict[str, int]]:
-    """The counts of each part, from graphs that have the parts in different numbers: times @ counts = found."""
+    """The counts of each part: the solution of times @ counts = found, with one row per graph."""
     names, types = list(rows[0][0]), sorted({name for _, found in rows for name in found})
     times = torch.tensor([[float(row[name]) for name in names] for row, _ in rows], dtype=torch.float64)
     found = torch.tensor([[float(row[name]) for name in types] for _, row in rows], dtype=torch.float64)
     each = torch.linalg.lstsq(times, found, driver="gelsd").solution.round()
     if not torch.equal(times @ each, found):
-        raise ValueError(f"the operations of {phase} are no sum over {names}")
+        raise ValueError(f"the operation counts of the {phase} graphs are not a sum over the parts {names}")
     solved = [{name: int(count) for name, count in zip(types, row, strict=True) if count} for row in each.tolist()]
     return {name: part for name, part in zip(names, solved, strict=True) if part}
 
 
 def written(golden: Golden) -> str:
-    """golden.json, with one line per part."""
+    """The text of golden.json, with one line per part."""
     phases = []
     for phase, found in golden.items():
         lines = ",\n".join(f"    {json.dumps(part)}: {json.dumps(count)}" for part, count in found.items())

@@ -1,4 +1,4 @@
-"""A captured graph to walk: from a value to the operation that makes it, to those that take it, and to its role."""
+"""A captured graph with lookups from a value to the operation that produces it, to its consumers and to its role."""
 
 import math
 from collections.abc import Iterator
@@ -17,14 +17,14 @@ from mllama_graph.plan.bucket import Bucket
 
 @dataclass(frozen=True)
 class Context:
-    """What a graph was lowered for."""
+    """The spec and bucket that a graph was lowered for."""
 
     spec: GraphSpec
     bucket: Bucket
 
     @property
     def layers(self) -> dict[str, tuple[int, ...]]:
-        """The numbers of the layers that this graph runs, by the path of their list in the weight tree."""
+        """Indices of the layers that this graph runs, by the path of their list in the weight tree."""
         text, vision = self.spec.shape.text, self.spec.shape.vision
         if self.bucket.phase == "vision":
             return {
@@ -51,7 +51,7 @@ class LoweredGraph:
         return [op for op in self.ops.values() if op.type in types]
 
     def maker(self, value: str) -> OpDef:
-        """The operation whose output a value is."""
+        """The operation that produces a value."""
         return self.ops[value.rpartition(":")[0]]
 
     def role(self, value: str) -> str:
@@ -59,13 +59,13 @@ class LoweredGraph:
         return self.captured.inputs.get(self.maker(value).name, "")
 
     def behind(self, value: str, types: tuple[str, ...] = VIEWS) -> str:
-        """The value that a chain of views, or of operations of other given types, begins with."""
+        """The first value of the chain of views, or of operations of the given types, that ends in `value`."""
         while (op := self.maker(value)).type in types:
             value = inputs_of(op)[0][1]
         return value
 
     def described(self, value: str) -> str:
-        """A value in words, for a message."""
+        """A description of a value, for a message."""
         op = self.maker(value)
         return self.role(value) or ("a constant" if self.is_constant(op) else f"{op.type} {op.name}")
 
@@ -109,9 +109,9 @@ class LoweredGraph:
         return not self.roots[op.name]
 
     def dtype(self, value: str) -> torch.dtype | None:
-        """A value's dtype, or None for an operation without inputs or a recorded dtype.
+        """A value's dtype, or None for an operation that has neither inputs nor a recorded dtype.
 
-        Where torchair records none, the operation is elementwise and has the dtype of its first input.
+        An operation for which torchair records no dtype is elementwise and has the dtype of its first input.
         """
         op, index = self.maker(value), int(value.rpartition(":")[2])
         if op.type == "Const":

@@ -1,7 +1,7 @@
-"""Reading the GraphDef that torchair hands to GE: constants, attributes, inputs by name, recorded dtypes and shapes.
+"""Reads the GraphDef that torchair hands to GE: constants, attributes, inputs by name, recorded dtypes and shapes.
 
-A value is named `operation:index`, the output `index` of an operation. A source `operation:-1` is a control edge: an
-order of execution that carries no tensor.
+A value is named `operation:index`, the output `index` of an operation. A source `operation:-1` is a control edge: it
+orders execution and carries no tensor.
 """
 
 import re
@@ -21,7 +21,7 @@ OpDef = Any
 
 # The graph's inputs.
 INPUTS = ("Data", "RefData")
-# Types of a graph's boundary, which compute nothing.
+# Operation types at a graph's boundary, which compute nothing.
 BOUNDARY = (*INPUTS, "Const", "NetOutput")
 # Operations that change a shape without changing an element's value.
 VIEWS = ("Reshape", "Transpose", "Unsqueeze", "Squeeze")
@@ -64,7 +64,7 @@ def attribute(value: Any) -> Any:
 
 
 def constant(op: OpDef) -> Tensor:
-    """The value of a Const. An empty one has no data."""
+    """The value of a Const operation. An empty tensor has no data."""
     tensor = op.attr["value"].t
     dtype, shape = described_dtype(tensor.desc), list(tensor.desc.shape.dim)
     data = bytearray(tensor.data)
@@ -111,5 +111,5 @@ def attributes_of(op: OpDef) -> dict[str, Any]:
 
 
 def count_operations(graph: GraphDef) -> Counter[str]:
-    """Number of operations of each type, the graph's boundary left out."""
+    """Number of operations of each type, without the graph's boundary."""
     return Counter(op.type for op in graph.op if op.type not in BOUNDARY)

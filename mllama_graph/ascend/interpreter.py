@@ -27,7 +27,7 @@ from mllama_graph.ascend.graphdef import (
 
 @dataclass
 class Node:
-    """An operation of a graph, ready to be computed. inputs: (name of the input, value). outputs: what each must be."""
+    """An operation of a graph. inputs: (name of the input, value). outputs: expected dtype and shape of each."""
 
     name: str
     type: str
@@ -37,11 +37,11 @@ class Node:
 
 
 class Interpreter:
-    """A graph that was read once, checked against the table of operations and sorted, ready to run.
+    """A graph, checked against the table of operations and sorted for execution.
 
-    `wide` lets attention take fp32: the same graph in fp32 arithmetic, which no device runs. Raises GraphError for an
-    operation, input or attribute that the table does not have, for pages that are copied before they are written, and
-    for pages that are read and written in no defined order.
+    `wide` lets attention accept fp32, which no device does, to run the same graph in fp32 arithmetic. Raises GraphError
+    for an operation, input or attribute that the table does not list, for pages that are copied before they are
+    written, and for pages that are read and written in no defined order.
     """
 
     def __init__(self, graph: GraphDef, wide: bool = False):
@@ -64,7 +64,7 @@ class Interpreter:
             self._check_writes(node)
 
     def _check_writes(self, node: Node) -> None:
-        """Checks that an operation overwrites graph inputs alone, and that nothing else reads them.
+        """Checks that an operation overwrites only graph inputs, and that no other operation reads those inputs.
 
         GE defines no order between a write and other reads of the same input.
         """
@@ -79,12 +79,12 @@ class Interpreter:
                 )
 
     def run(self, given: Sequence[Tensor]) -> list[Tensor]:
-        """The graph's outputs for CPU tensors in the order of the graph's inputs; pages are written in place.
+        """Runs the graph on CPU tensors in the order of its inputs and returns its outputs; pages are written in place.
 
         Raises GraphError, which names the operation, where a documented limit does not hold.
         """
         values: dict[str, Any] = dict(self.constants) | {name: given[index] for name, index in self.inputs.items()}
-        # How many reads of each value are still to come; a value is freed after its last.
+        # Remaining reads of each value; a value is freed after its last read.
         reads = Counter(value for node in self.nodes for _, value in node.inputs)
         reads.update(self.outputs)
         for node in self.nodes:
@@ -108,7 +108,7 @@ class Interpreter:
         for name, value in node.inputs:
             parameter, tensor = operation.parameter(name), values[value]
             if tensor is None:
-                raise GraphError(f"{value} is read, which is not computed")
+                raise GraphError(f"{value} is read, but the interpreter does not compute it")
             if parameter in operation.lists:
                 arguments[parameter].append(tensor)
             else:
@@ -119,7 +119,7 @@ class Interpreter:
     def _check_output(self, name: str, result: Tensor | None, meta: Meta | None) -> None:
         if result is None or meta is None:
             return
-        # torchair may record the shape of the view behind an operation instead of the operation's own.
+        # torchair may record the shape of a view of the output instead of the output's own.
         viewed = any(self._types[consumer] in VIEWS for consumer in self._consumers.get(name, []))
         fits = result.numel() == Size(meta.shape).numel() if viewed else tuple(result.shape) == meta.shape
         if result.dtype != meta.dtype or not fits:
@@ -129,7 +129,7 @@ class Interpreter:
 
 
 def _node(op: OpDef, wide: bool) -> Node:
-    """An operation as the interpreter computes it. Raises GraphError for what the table does not know about it."""
+    """The node of an operation. Raises GraphError for an input or attribute that the table does not list."""
     operation, inputs, attributes = OPERATIONS[op.type], inputs_of(op), attributes_of(op)
     try:
         for name, _ in inputs:
@@ -145,9 +145,9 @@ def _node(op: OpDef, wide: bool) -> Node:
 
 
 def _sorted(nodes: list[Node], known: set[str]) -> list[Node]:
-    """The nodes, each behind those whose outputs it takes; torchair appends most of them in that order, not all.
+    """The nodes in topological order; torchair appends most of them in that order, but not all.
 
-    `known` are the values that exist before any node. Raises GraphError where an input comes from nowhere.
+    `known`: the graph's inputs and constants. Raises GraphError for a cycle or a value that no operation produces.
     """
     known, ordered, waiting = set(known), [], nodes
     while waiting:
@@ -160,7 +160,7 @@ def _sorted(nodes: list[Node], known: set[str]) -> list[Node]:
                 later.append(node)
         if len(later) == len(waiting):
             raise GraphError(
-                f"{later[0].name} waits for itself or for values that no operation gives: {later[0].inputs}"
+                f"{later[0].name} is part of a cycle or reads values that no operation produces: {later[0].inputs}"
             )
         waiting = later
     return ordered

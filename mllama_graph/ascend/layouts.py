@@ -1,4 +1,4 @@
-"""Checks the documented limits of a captured graph's operations at its real sizes, on tensors without memory."""
+"""Checks the documented limits of a captured graph's operations at its real sizes, on fake tensors."""
 
 from typing import Any
 
@@ -11,19 +11,19 @@ from mllama_graph.ascend.graph import LoweredGraph
 from mllama_graph.ascend.graphdef import ALL_REDUCE, ATTENTION, INPUTS, SCATTER, described_shape
 from mllama_graph.ascend.interpreter import Interpreter, Node
 
-# Inputs whose values ge_ops checks, and for which 0 is a value that passes.
+# Inputs whose values ge_ops checks and for which zeros are valid.
 ZEROS = (("GatherV2", "indices"), ("RotaryMul", "r1"), ("RotaryMul", "r2"), (ATTENTION, "block_table"))
-# A smaller constant is compared by its values, a larger one by dtype and shape alone.
+# A constant with fewer elements is compared by its values, a larger one by dtype and shape alone.
 SMALL = 64
 
 
 class ShapeInterpreter(Interpreter):
-    """The interpreter on fake tensors: it checks every limit that shapes and dtypes decide, for a model of any size."""
+    """The interpreter on fake tensors: checks all limits that depend on shapes and dtypes, for a model of any size."""
 
     def __init__(self, graph: LoweredGraph):
         super().__init__(graph.captured.graph)
         self._graph, self._mode = graph, FakeTensorMode(allow_non_fake_inputs=True)
-        # Results by operation and signatures of its inputs: layers repeat.
+        # Results by operation and signatures of its inputs, reused because layers repeat.
         self._done: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
     def check(self) -> None:
@@ -43,7 +43,7 @@ class ShapeInterpreter(Interpreter):
         return self._done[key]
 
     def _checked_values(self, node: Node, values: dict[str, Any]) -> dict[str, Tensor]:
-        """Real tensors for inputs whose values ge_ops checks: the largest possible lengths, else values that pass."""
+        """Real tensors for inputs whose values ge_ops checks: the largest possible lengths, otherwise valid values."""
         found: dict[str, Tensor] = {}
         for name, value in node.inputs:
             x = values[value]
@@ -60,10 +60,10 @@ class ShapeInterpreter(Interpreter):
         return found
 
     def _longest(self, node: Node, values: dict[str, Any]) -> int:
-        """The most tokens that every sequence of an attention can have at once.
+        """The largest length in tokens that all sequences of an attention can have at once.
 
-        All entries of a block table may be used where sequences share pages, as those of images. Other pages belong to
-        one sequence, so that all together can't use more than the pool has.
+        Sequences share image pages, so that each can use every entry of its block table. Other pages belong to one
+        sequence each, so that all sequences together can't use more pages than the pool has.
         """
         inputs = dict(node.inputs)
         shape = values[inputs["block_table"]].shape
@@ -74,6 +74,6 @@ class ShapeInterpreter(Interpreter):
 
 
 def _signature(x: Tensor) -> tuple[torch.dtype, tuple[int, ...], str]:
-    """All that the limits of an operation can depend on. Constants are real tensors, everything else is fake."""
+    """Everything that an operation's limits can depend on. Constants are real tensors, all others are fake."""
     real = not isinstance(x, FakeTensor) and x.numel() < SMALL
     return x.dtype, tuple(x.shape), repr(x.tolist()) if real else ""

@@ -1,4 +1,4 @@
-"""Checks a lowered graph by all rules. A finding names the rule, the operation and the line of the model."""
+"""Checks a lowered graph against all rules. A finding names the rule, the operation and the line of the model."""
 
 import re
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ from mllama_graph.ascend.rules import RULES
 
 @dataclass(frozen=True)
 class Finding:
-    """A rule that a graph breaks, by its name in RULES, and where."""
+    """A rule that a graph breaks: its name in RULES, and a message with the operation and the line of the model."""
 
     rule: str
     message: str
 
 
 def lint(captured: Capture, context: Context) -> list[Finding]:
-    """All that is wrong with a graph. Faults that differ in numbers alone and come from one line are reported once."""
+    """All findings of a graph. Faults from one line of the model that differ only in numbers are reported once."""
     graph = LoweredGraph(captured)
     findings = []
     for name, rule in RULES.items():

@@ -1,6 +1,6 @@
-"""The rules that a lowered graph must keep. Each yields (operation at fault, what is wrong with it).
+"""The rules that a lowered graph must follow. Each yields pairs (operation, what is wrong with it).
 
-What no rule can see is what GE, its kernels and HCCL make of a graph.
+Rules can't check what GE, its kernels and HCCL do with a graph.
 """
 
 import re
@@ -18,7 +18,7 @@ from mllama_graph.ascend.layouts import ShapeInterpreter
 
 # Operations that copy a whole tensor.
 COPIES = ("TensorMove", "Clone")
-# Operations that read a weight and write it again. Reshape and Unsqueeze only describe the same memory anew.
+# Operations that read a weight and write it again. Reshape and Unsqueeze only change the description of its memory.
 MOVERS = (
     *COPIES,
     "Transpose",
@@ -32,11 +32,11 @@ MOVERS = (
     "StridedSliceV2",
     "TransData",
 )
-# Integer inputs that say where tokens are, so that they change from step to step.
+# Integer inputs that locate tokens and change from step to step.
 PLACES = {ATTENTION: ("actual_seq_lengths", "actual_seq_lengths_kv", "block_table"), SCATTER: ("slot_mapping",)}
 LENGTHS = PLACES[ATTENTION][:2]
 HEAD, EMBED = "weights.text.head.weight", "weights.text.embed.weight"
-# Weights of the row-parallel products that end a block, whose results are summed over ranks.
+# Weights of the row-parallel layers that end a block, whose results are summed over ranks.
 BLOCK_ENDS = {"text": ("o.weight", "down.weight"), "vision": ("o.weight", "fc2.weight")}
 
 Faults = Iterator[tuple[OpDef, str]]
@@ -44,9 +44,9 @@ Rule = Callable[[LoweredGraph, Context], Faults]
 
 
 def outputs(graph: LoweredGraph, context: Context) -> Faults:
-    """A graph returns logits alone.
+    """A graph returns only logits.
 
-    Outside of decode, pages that were written in place may be returned too where nothing in the graph reads them.
+    Outside of decode, pages that were written in place may be returned too.
     """
     phase, logits = context.bucket.phase, 0
     for value in graph.outputs:
@@ -71,7 +71,7 @@ def _written_in_place(graph: LoweredGraph, value: str) -> bool:
 
 
 def moves(graph: LoweredGraph, context: Context) -> Faults:
-    """No whole tensor is copied. torchair copies what it can't write in place."""
+    """No whole tensor is copied. torchair inserts a copy where it can't write in place."""
     for op in graph.of_type(*COPIES):
         yield op, f"copies {graph.described(graph.behind(inputs_of(op)[0][1]))}"
 
@@ -87,7 +87,7 @@ def places(graph: LoweredGraph, context: Context) -> Faults:
 
 
 def writes(graph: LoweredGraph, context: Context) -> Faults:
-    """Pages are written in place, each of them, and whatever else reads them reads what was written."""
+    """Every page tensor is written in place, and other operations read it only from the output of that write."""
     text, vision = context.spec.shape.text, context.bucket.phase == "vision"
     pool, layers = ("image_pages", text.cross_layers) if vision else ("pages", text.self_layers)
     unwritten = dict.fromkeys(f"{pool}.{layer}.{part}" for layer in range(len(layers)) for part in range(2))
@@ -107,7 +107,7 @@ def writes(graph: LoweredGraph, context: Context) -> Faults:
 
 
 def numbers(graph: LoweredGraph, context: Context) -> Faults:
-    """Nothing is float64. Only constants (shapes, axes) and attention's lengths, which must be, are int64."""
+    """Nothing is float64. Only constants (shapes, axes) and attention's lengths, which must be int64, are int64."""
     for op in graph.ops.values():
         for index in range(len(op.output_desc)):
             value = f"{op.name}:{index}"
@@ -119,12 +119,12 @@ def numbers(graph: LoweredGraph, context: Context) -> Faults:
 
 
 def _is_length(graph: LoweredGraph, op: OpDef, value: str) -> bool:
-    """Whether a value is nothing but an attention's lengths, cast to int64."""
+    """Whether a value is used only as attention's lengths, cast to int64."""
     return op.type == "Cast" and all(name in LENGTHS for _, name in graph.takers.get(value, []))
 
 
 def weights(graph: LoweredGraph, context: Context) -> Faults:
-    """No weight is rewritten in every step, except those no larger than a norm, which are as cheap as a token row."""
+    """No weight is rewritten in every step, except those no larger than a norm's, which cost no more than a token row."""
     text, vision = context.spec.shape.text, context.spec.shape.vision
     for value in graph.weights:
         if graph.elements(value) > max(text.width, vision.width):
@@ -134,7 +134,7 @@ def weights(graph: LoweredGraph, context: Context) -> Faults:
 
 
 def collectives(graph: LoweredGraph, context: Context) -> Faults:
-    """Ranks sum once after the attention and the MLP of each layer, once after the embedding, and never otherwise."""
+    """One all-reduce follows the embedding and each layer's attention and MLP; there are no other collectives."""
     expected = Counter(
         f"weights.{stack}.{layer}.{end}"
         for stack, layers in context.layers.items()
@@ -161,7 +161,7 @@ def collectives(graph: LoweredGraph, context: Context) -> Faults:
 
 
 def _summed_weight(graph: LoweredGraph, op: OpDef) -> str:
-    """The weight whose product or lookup a collective takes."""
+    """The weight of the product or lookup whose result a collective takes."""
     while True:
         sources = [value for _, value in inputs_of(op)]
         found = [graph.role(value) for value in sources if graph.is_weight(value)]
@@ -182,7 +182,7 @@ def casts(graph: LoweredGraph, context: Context) -> Faults:
 
 
 def known(graph: LoweredGraph, context: Context) -> Faults:
-    """ge_ops has every operation, input and attribute of the graph, so that its documentation has been read."""
+    """ge_ops lists every operation, input and attribute of the graph, with a documented source for each operation."""
     unknown = [op for op in graph.ops.values() if op.type not in OPERATIONS and op.type not in BOUNDARY]
     for op in unknown:
         yield op, "is not in the table of ascend/ge_ops"
@@ -215,7 +215,7 @@ def _fault_of(graph: LoweredGraph, error: GraphError) -> tuple[OpDef, str]:
 
 
 def histogram(graph: LoweredGraph, context: Context) -> Faults:
-    """A graph has as many operations of each type as golden.json says, constants left out."""
+    """A graph has the number of operations of each type that golden.json gives, without constants."""
     found, expected = golden.counts(graph), golden.expected(context)
     for name in sorted(found | expected):
         if found[name] != expected[name]:

@@ -32,9 +32,9 @@ def host_view(x: Tensor) -> Tensor:
 
 
 class SimulatedGraph:
-    """A compiled graph with the interface of torchair.core._backend.TorchNpuGraph, whose place it takes."""
+    """A compiled graph with the interface of torchair.core._backend.TorchNpuGraph, which it replaces."""
 
-    # Whether attention takes fp32, as in `Interpreter`.
+    # Whether attention accepts fp32, as in `Interpreter`.
     wide: ClassVar[bool] = False
     # Every graph that this process has loaded, in order.
     loaded: ClassVar[list["SimulatedGraph"]] = []
@@ -43,7 +43,7 @@ class SimulatedGraph:
         self.name = str(name)
 
     def load(self, graph: GraphDef, options: dict[str, Any] | None = None) -> None:
-        """Takes a graph and GE's options for it."""
+        """Stores a graph and GE's options for it."""
         self.graph, self.options = graph, dict(options or {})
         SimulatedGraph.loaded.append(self)
 
@@ -54,7 +54,10 @@ class SimulatedGraph:
     def run(
         self, inputs: Sequence[Any], assigned_outputs: Sequence[Tensor | None] = (), stream: Any = None
     ) -> list[Tensor]:
-        """The outputs, on the inputs' device. One with an assigned tensor is copied there, unless it is already."""
+        """Runs the graph; returns its outputs on the inputs' device.
+
+        An output with an assigned tensor is copied into it unless both share their memory already.
+        """
         given = [host_view(x) if isinstance(x, Tensor) else torch.tensor(x) for x in inputs]
         device = next((x.device for x in inputs if isinstance(x, Tensor)), torch.device("cpu"))
         results = []
@@ -69,7 +72,7 @@ class SimulatedGraph:
 
 
 def install(wide: bool = False) -> None:
-    """Has this process execute what torchair compiles from now on. `wide` is that of `Interpreter`."""
+    """Makes this process execute graphs of torchair with the interpreter. `wide`: see `Interpreter`."""
     SimulatedGraph.wide = wide
     _backend.TorchNpuGraph = SimulatedGraph
     # Newer operations ask which CANN is installed; "" says that nothing is missing.
@@ -80,7 +83,7 @@ def install(wide: bool = False) -> None:
 
 
 def _group_check_code(used: dict[str, tuple[list[int], str]]) -> str:
-    """Code for a stored graph that checks that each group name it holds means the group of all ranks."""
+    """Code for a stored graph which checks that each group that the graph names is the group of all ranks."""
     module = "torch.distributed.distributed_c10d"
     return "\n".join(
         f"assert {module}._find_pg_by_ranks_and_tag({tag!r}, {list(ranks)}) is {module}.GroupMember.WORLD"

@@ -1,4 +1,4 @@
-"""What a graph computes, whatever its sizes: buckets of one class must have the same structure."""
+"""The structure of a graph, independent of its sizes: the buckets of one class must have the same structure."""
 
 from graphlib import TopologicalSorter
 from hashlib import sha256
@@ -10,15 +10,15 @@ from mllama_graph.ascend.capture import Capture
 from mllama_graph.ascend.graph import LoweredGraph
 from mllama_graph.ascend.graphdef import OpDef, attributes_of, constant, inputs_of
 
-# Inputs whose integers are axes. All other integer constants are sizes, or follow from sizes.
+# Inputs whose integers are axes. All other integer constants are sizes or derived from sizes.
 AXES = ("axis", "axes", "perm", "concat_dim", "split_dim")
 
 
 def structure(captured: Capture) -> dict[str, str]:
-    """The digest of each operation with all that it depends on -> the operation in words.
+    """Digest of each operation and everything it depends on -> a description of the operation.
 
-    Integer constants count as sizes, which a digest leaves out, except axes. Operations that differ in sizes alone have
-    one digest, since graphs whose sizes happen to be equal share operations that others don't.
+    Integer constants other than axes count as sizes, which a digest leaves out. Operations that differ only in sizes
+    have one digest, since torchair merges them in graphs where these sizes happen to be equal.
     """
     graph = LoweredGraph(captured)
     digests: dict[str, str] = {}
@@ -42,13 +42,13 @@ def structure(captured: Capture) -> dict[str, str]:
 
 
 def _axes(graph: LoweredGraph, key: str, value: str) -> list[int] | None:
-    """The axes that an input gives; None for another input."""
+    """The axes that an input holds; None for any other input."""
     made = graph.maker(value)
     return constant(made).reshape(-1).tolist() if key in AXES and made.type == "Const" else None
 
 
 def _without_sizes(op: OpDef) -> tuple[str, int, Any]:
-    """A constant without the values of integers."""
+    """Dtype, number of dimensions and values of a constant; None for the values of integers."""
     value = constant(op)
     integers = not value.is_floating_point() and value.dtype != torch.bool
     return str(value.dtype), value.dim(), None if integers else value.tolist()

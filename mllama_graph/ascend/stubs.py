@@ -27,11 +27,11 @@ SOURCE = Path(__file__).parent / "cann_stubs.cpp"
 LIBRARY = "libcann_stubs.so"
 # The subject of the message when the compiler fails.
 WHAT = "the CANN stubs do"
-# In a process that was started with `environment`: the folder of the libraries.
+# Variable that `environment` sets: the folder of the libraries.
 ACTIVE = "MLLAMA_CANN_STUBS"
 # The plugin for ATB needs a library and headers of its own; torch_npu loads it only where ATB is installed.
 LEFT_OUT = "libop_plugin_atb.so"
-# Symbols of Python, the C++ runtime and the linker: found at load, or weak.
+# Symbols of Python, the C++ runtime and the linker: resolved at load time, or weak.
 FOREIGN = re.compile(r"_?Py|_ITM_|__gmon|__cxa|__tls")
 # Symbols that torch_npu looks up by name at run time (torch_npu/csrc/core/npu/interface, `dlsym`).
 LOOKED_UP = re.compile(rb"\0((?:acl(?:rt|mdl|mdlRI|prof|sys|op)?|Hccl)[A-Z]\w{3,})(?=\0)")
@@ -39,7 +39,7 @@ FLAGS = ("-O1", "-w", "-fPIC", "-shared")
 
 
 def installed() -> bool:
-    """Whether torch_npu is installed; imports nothing of it."""
+    """Whether torch_npu is installed, without importing it."""
     return importlib.util.find_spec("torch_npu") is not None
 
 
@@ -51,8 +51,8 @@ def active() -> bool:
 def environment(folder: Path) -> dict[str, str]:
     """os.environ for a process that simulates an NPU. The stubs are built under `folder`. Raises BuildError.
 
-    Eager operations on NPU tensors raise in such a process, since there are no kernels: data is made on the CPU and
-    moved.
+    Eager operations on NPU tensors raise in such a process, since there are no kernels: create data on the CPU and
+    move it.
     """
     libraries = build(folder)
     paths = [str(libraries), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
@@ -67,7 +67,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def build(folder: Path) -> Path:
-    """The folder of the stub libraries, built unless it exists. Of processes that need it at once, one builds it.
+    """The folder of the stub libraries, which are built unless they exist. A file lock lets only one process build.
 
     Raises BuildError where torch_npu, a C++ compiler or binutils is missing, or the stubs don't compile.
     """
@@ -90,7 +90,7 @@ def build(folder: Path) -> Path:
 
 
 def _key(compiler: str) -> str:
-    """A hash of all that the libraries depend on."""
+    """A hash of everything that the libraries depend on."""
     parts = (
         SOURCE.read_text(),
         Path(__file__).read_text(),
@@ -104,7 +104,7 @@ def _key(compiler: str) -> str:
 
 
 def _build(home: Path, compiler: str) -> None:
-    """Builds the library and the links to it. It is renamed into place last, so that one that exists is complete."""
+    """Builds the library and the links to it. The rename into place comes last, so that an existing one is complete."""
     torch_npu = _folder_of("torch_npu")
     users = [path for path in torch_npu.rglob("*.so*") if path.name != LEFT_OUT]
     present = _present(_folder_of("torch") / "lib", users, compiler)
@@ -122,7 +122,7 @@ def _build(home: Path, compiler: str) -> None:
 
 
 def _folder_of(package: str) -> Path:
-    """The folder of an installed package, which is not imported."""
+    """The folder of an installed package, found without importing it."""
     spec = importlib.util.find_spec(package)
     assert spec, f"{package} is installed"
     assert spec.origin, f"{package} has an __init__.py"
@@ -151,7 +151,7 @@ def missing_libraries(users: list[Path], present: list[Path]) -> set[str]:
 
 
 def missing_symbols(users: list[Path], present: list[Path]) -> set[str]:
-    """Symbols that `users` bind when they are loaded, or look up later, and that no library of `present` defines."""
+    """Symbols that `users` bind at load time or look up later, and that no library of `present` defines."""
     undefined = symbols(users, "--undefined-only", dynamic=True)
     bound = {name for name in undefined if "@" not in name and not FOREIGN.match(name)}
     defined = {name.split("@")[0] for name in symbols(present, "--defined-only", dynamic=True)}

@@ -42,7 +42,7 @@ def attention(
     out_dtype: int = 0,
     wide: bool = False,
 ) -> tuple[Tensor, None]:
-    """Attention in layout BSH without quantisation. `wide` allows fp32, which no kernel takes."""
+    """Attention in layout BSH without quantisation. `wide` allows fp32, which no kernel supports."""
     unused = (
         pre_tokens != INT_MAX,
         next_tokens != INT_MAX,

@@ -10,10 +10,10 @@ from mllama_graph.ascend.ge_ops.registry import operation, require, rounded
 
 
 def _size_of(group: str) -> int:
-    """Number of ranks in a group. Raises GraphError where the group is not all ranks of this process's own."""
+    """Number of ranks in a group. Raises GraphError unless it holds all ranks of this process's default group."""
     found = re.search(r"rank_list=([\d,]+)", group)
     ranks = [int(rank) for rank in found.group(1).split(",")] if found else []
-    require(dist.is_initialized(), f"group {group!r}, but this process is in none")
+    require(dist.is_initialized(), f"group {group!r}, but this process has not joined a process group")
     require(ranks == list(range(dist.get_world_size())), f"group {group!r} is not all of {dist.get_world_size()} ranks")
     return len(ranks)
 

@@ -1,7 +1,7 @@
 """The table of GE operations that the interpreter can compute, and the decorator that adds an entry.
 
 A function's positional parameters are the operation's inputs, its keyword-only parameters the attributes, by their
-names in the graph and with the defaults of CANN's IR. An input or attribute that a function does not list is refused.
+names in the graph and with the defaults of CANN's IR. Graphs with any other input or attribute are refused.
 """
 
 import inspect

@@ -71,7 +71,7 @@ def pack(x: list[Tensor], *, axis: int = 0, N: int | None = None) -> Tensor:
 def split(x: Tensor, size_splits: Tensor, split_dim: Tensor, *, num_split: int | None = None) -> tuple[Tensor, ...]:
     sizes, axis = integers(size_splits), int(split_dim)
     require(num_split == len(sizes), f"num_split={num_split} for {len(sizes)} sizes")
-    # -1 is the size that is left; the sum counts it as -1 too.
+    # -1 stands for the remaining size; the sum includes that -1.
     sizes = [x.shape[axis] - sum(sizes) - 1 if size == -1 else size for size in sizes]
     return tuple(part.contiguous() for part in torch.split(x, sizes, axis))
 
