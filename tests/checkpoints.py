@@ -1,8 +1,8 @@
 """Small random mllama checkpoints in the released Hugging Face layout.
 
-Only the shapes in a `Spec` differ between them; together `SPECS` covers what a checkpoint's config can say.
+They differ only in the fields of a `Spec`; together `SPECS` cover the variants that a config.json allows.
 Weights are scaled so that greedy text is varied, images change it, and every gate, norm, bias and
-tile embedding counts: HF's own initialisation zeroes the gates, and then no test sees the vision tower.
+tile embedding matters: HF's own initialisation zeroes the gates, which would hide the vision tower from tests.
 
 The names and shapes follow transformers 5.23 `models/mllama/modeling_mllama.py`; this file imports neither
 transformers nor the engine, so that both are tested against it.
@@ -84,8 +84,8 @@ class Spec:
         return [self.special_id(token) for token in ([self.eos] if isinstance(self.eos, str) else self.eos)]
 
 
-# Patches a tile, CLS included: 17, 26, 37 or 50. A square grid never gives a multiple of 8, because
-# n * n + 1 is 1, 2 or 5 modulo 8: the padding rows of the vision tower are always there.
+# Patches per tile, CLS included: 17, 26, 37 or 50. A square grid never gives a multiple of 8, because
+# n * n + 1 is 1, 2 or 5 modulo 8, so that the vision tower always has padding rows.
 SPECS: dict[str, Spec] = {
     "base": Spec(
         hidden=128, heads=4, kv_heads=2, mlp=256, layers=5, cross_layers=[1, 3],

@@ -1,4 +1,4 @@
-"""The command line in processes of its own: what a run printed, left and how it ended; what a session's processes share."""
+"""Runs run.py in processes of its own and collects their results; caches values for all processes of a test session."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from filelock import FileLock
 ROOT = Path(__file__).parents[1]
 # Small and quick: no compiler, and limits that hold the cases.
 QUICK = ["backend=eager", "dtype=fp32", "max_input_length=300", "max_output_length=8", "model=custom"]
-# What Hydra's grammar would trip over.
+# Characters with a meaning in Hydra's grammar.
 HOSTILE = r"""a,b 'c' "d" (e) f=g [h] {i: j} ${x} ${oc.env:HOME} \ \" \${y} 图里有什么？ -m ~k +l @m % # end\\"""
 # Limits that hold the cases of request_cases.py, for runs with ranks.
 LIMITS = ["model=custom", "dtype=fp32", "max_input_length=300", "max_output_length=100", "plan.page_size=16"]
@@ -25,7 +25,7 @@ LIMITS = ["model=custom", "dtype=fp32", "max_input_length=300", "max_output_leng
 
 @dataclass(frozen=True)
 class Done:
-    """A finished run: how it ended, what it printed, where it wrote."""
+    """A finished run: exit code, stdout, stderr, output folder and duration."""
 
     code: int
     out: str
@@ -40,7 +40,7 @@ class Done:
         return [json.loads(line) for line in (self.folder / "results.jsonl").read_text().splitlines()]
 
     def one_line_error(self) -> str:
-        """The single line on stderr that says what is wrong; the stack, if any, is in run.log alone."""
+        """The single error line on stderr; a stack trace may be in run.log only."""
         assert "Traceback" not in self.err + self.out
         errors = [line for line in self.err.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1, self.err
@@ -48,13 +48,13 @@ class Done:
 
 
 def command_line(folder: Path, *arguments: str) -> list[str]:
-    """python run.py with its output in `folder`."""
+    """The command that starts run.py with its output in `folder`."""
     where = "sweep" if "-m" in arguments else "run"
     return [sys.executable, str(ROOT / "run.py"), *arguments, f"hydra.{where}.dir={folder}"]
 
 
 def run(folder: Path, *arguments: str, cwd: Path | None = None, **variables: str) -> Done:
-    """A run to its end, started elsewhere than in the repository."""
+    """Execute a run to its end, started outside of the repository."""
     begun = time.perf_counter()
     done = subprocess.run(
         command_line(folder, *arguments),
@@ -68,7 +68,7 @@ def run(folder: Path, *arguments: str, cwd: Path | None = None, **variables: str
 
 
 def served(folder: Path, *arguments: str, **variables: str) -> dict[str, Any]:
-    """result.json and the lines of results.jsonl of a run within LIMITS that must succeed."""
+    """result.json and, as `lines`, results.jsonl of a run with LIMITS, which must succeed."""
     done = run(folder, *LIMITS, *arguments, **variables)
     assert done.code == 0, done.err + "".join(path.read_text() for path in folder.glob("ranks/*.log"))
     assert "Traceback" not in done.out + done.err
@@ -76,7 +76,7 @@ def served(folder: Path, *arguments: str, **variables: str) -> dict[str, Any]:
 
 
 def interrupted(tmp_path, requests: int, *arguments: str) -> Done:
-    """A run of many requests of 100 tokens each, stopped by Ctrl-C when the third is finished."""
+    """A run of many requests of 100 tokens each, interrupted by SIGINT after the third has finished."""
     lines = [{"id": n, "input_ids": [n + 1] * 20, "max_new_tokens": 100, "ignore_eos": True} for n in range(requests)]
     (tmp_path / "requests.jsonl").write_text("\n".join(map(json.dumps, lines)))
     folder = tmp_path / "out"
@@ -100,7 +100,7 @@ def interrupted(tmp_path, requests: int, *arguments: str) -> Done:
 
 
 def assert_kept(done: Done, requests: int) -> None:
-    """The interrupt ended the run, and every finished request is there whole."""
+    """Check that the interrupt ended the run and that results.jsonl holds every finished request complete."""
     assert done.code == 130
     assert "interrupted" in done.one_line_error()
     kept = done.lines()
@@ -110,7 +110,7 @@ def assert_kept(done: Done, requests: int) -> None:
 
 
 def kept(path: Path, make: Callable[[], Any]) -> Any:
-    """What `make` returns: made by the first process of a session that asks, and kept at `path` for the others."""
+    """The value of make(), computed by the first process of a test session and stored at `path` for the others."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         if not path.exists():

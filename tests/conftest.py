@@ -1,4 +1,4 @@
-"""Fixtures: the small checkpoints of checkpoints.py, written once a session, and what is loaded from them."""
+"""Fixtures: the small checkpoints of checkpoints.py, written once per session, and the models loaded from them."""
 
 import json
 import os
@@ -7,11 +7,11 @@ import sys
 from functools import cache
 from pathlib import Path
 
-# Where torch_npu is installed, torch would load it, which fails without CANN; tests/ascend loads it itself.
+# torch would load an installed torch_npu by itself, which fails without CANN; tests/ascend imports it explicitly.
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
-# Tests share the cores with each other; their runs of run.py would wait for threads that have none.
+# Tests run in parallel: with more threads than cores, the processes that they start would wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# A third of the seconds of a small graph: probing AVX, and optimising the code that calls its kernels.
+# Probing for AVX and optimising the wrapper code take a third of the compile time of a small graph.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 os.environ.setdefault("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")
 
@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, settings
 
 from mllama_graph.core.paths import default_store
 
-# Shared machines have slow seconds: a slow example is no failure, and runs repeat exactly.
+# Shared machines are slow at times, so there is no deadline; derandomize makes runs reproducible.
 settings.register_profile(
     "suite",
     deadline=None,
@@ -34,7 +34,7 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("suite")
-# One thread adds in one order, so that a tolerance means the same on every machine.
+# One thread has one order of summation, so that a tolerance means the same on every machine.
 torch.set_num_threads(1)
 
 
@@ -43,7 +43,7 @@ SHARED = "MLLAMA_GRAPH_TESTS_SHARE"
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory):
-    """The folder that all processes of a session share, sessions that a test starts among them."""
+    """A folder that all processes of a test session share, including sessions that a test starts."""
     if SHARED in os.environ:
         return Path(os.environ[SHARED])
     own = tmp_path_factory.getbasetemp()
@@ -52,7 +52,7 @@ def shared(tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_home(shared):
-    """No test reads or fills the user's own store of graphs. Yields the session's."""
+    """Replaces the user's own graph store, which no test may read or write, by the session's; yields its folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(shared / "cache"))
         patch.setenv(SHARED, str(shared))
@@ -61,7 +61,7 @@ def cache_home(shared):
 
 @pytest.fixture
 def empty_store(cache_home, tmp_path):
-    """A graph store without graphs; the libraries, which cost a minute of compiling, are the session's."""
+    """A graph store without graphs. It shares the session's native libraries, which take a minute to compile."""
     (cache_home / "native").mkdir(parents=True, exist_ok=True)
     folder = tmp_path / "graphs"
     folder.mkdir()
@@ -103,7 +103,7 @@ def oracle(checkpoint):
 
 @pytest.fixture(scope="session")
 def requests(tmp_path_factory):
-    """requests(spec name) -> the lines of a requests file; their images lie in a folder of the session."""
+    """requests(spec name) -> the lines of a requests file; their images are in a temporary folder."""
     from request_cases import cases
 
     @cache
@@ -115,7 +115,7 @@ def requests(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def warm(shared):
-    """(graph store, run.py's result.json, what it printed): task=warmup for GRAPH_SPEC and GRAPH_PLAN, once a session."""
+    """(graph store, result.json, stderr) of task=warmup for GRAPH_SPEC and GRAPH_PLAN, run once per session."""
     folder = shared / "warm"
 
     def make():

@@ -1,4 +1,4 @@
-"""The engine in this process, started on a checkpoint folder, and what the tests ask of it."""
+"""Starts the engine in this process on a checkpoint folder, serves requests and inspects its state."""
 
 import io
 from dataclasses import dataclass, fields
@@ -21,7 +21,7 @@ from mllama_graph.model.weights import from_checkpoint
 from mllama_graph.plan.resolve import ResolvedRun, resolve
 
 GRAPH_SPEC = "no_template"
-# One size of everything: vision, a chunk and a decode step, both with and without images.
+# One bucket of each kind: vision, and prefill and decode, both with and without images.
 GRAPH_PLAN = {
     "batch": 4,
     "page_size": 16,
@@ -41,7 +41,7 @@ CPU = Placement.at(torch.device("cpu"))
 
 
 def arguments(changes: dict[str, Any]) -> list[str]:
-    """`changes` of `run_of` as the command line takes them."""
+    """`changes` of `run_of` as command-line arguments."""
     inside = {f.name for f in fields(PlanChoice)}
 
     def group(name: str) -> str:
@@ -51,7 +51,7 @@ def arguments(changes: dict[str, Any]) -> list[str]:
 
 
 def run_of(folder: Path, **changes: Any) -> Run:
-    """A Run on a checkpoint: eager, without kernels and fp32 unless told; the names of PlanChoice go to its plan."""
+    """A Run on a checkpoint, by default eager, in fp32 and without kernels. Fields of PlanChoice go to its plan."""
     plan = PlanChoice(**{f.name: changes.pop(f.name) for f in fields(PlanChoice) if f.name in changes})
     backend = BackendChoice(changes.pop("backend", "eager"), changes.pop("kernels", "plain"))
     limits = {"max_input_length": 300, "max_output_length": 100, "max_images": 4, "dtype": "fp32", "output_dir": "."}
@@ -59,7 +59,7 @@ def run_of(folder: Path, **changes: Any) -> Run:
 
 
 def resolved(run: Run) -> ResolvedRun:
-    """What a run of a task that needs a model will do."""
+    """The ResolvedRun of a task that needs a model."""
     found = resolve(with_task_keys(run), None)
     assert isinstance(found, ResolvedRun)
     return found
@@ -71,17 +71,17 @@ def start(folder: Path, **changes: Any) -> Engine:
 
 
 def start_run(run: ResolvedRun) -> Engine:
-    """The engine of a resolved run; what it tells its reader is kept (`said`)."""
+    """The engine of a resolved run; `said` returns its progress messages."""
     return start_engine(run, processor_of(run), Progress(io.StringIO()))
 
 
 def said(engine: Engine) -> str:
-    """The lines that the engine told its reader."""
+    """The progress messages of an engine."""
     return engine.executor.graphs.say.__self__._stream.getvalue()
 
 
 def serve(engine: Engine, lines: list[dict]) -> dict[Any, Result]:
-    """All lines of a requests file submitted at once; id -> result."""
+    """Submit all lines of a requests file at once and serve them; id -> result."""
     results = {}
     for line in lines:
         engine.submit(engine.processor.request(line))
@@ -95,7 +95,7 @@ def tokens_of(engine: Engine, lines: list[dict]) -> dict[Any, list[int]]:
 
 
 def holds_nothing(engine: Engine) -> bool:
-    """Whether every page is free or belongs to an idle image, and no request is remembered, by ranks neither."""
+    """Whether every page is free or belongs to an idle image, and the engine keeps no request."""
     scheduler = engine.scheduler
     idle = sum(len(image.pages) for image in scheduler.images._idle.values())
     return (

@@ -1,8 +1,8 @@
-"""Hugging Face's mllama, corrected to Meta's semantics: what the engine is tested against.
+"""Hugging Face's mllama, corrected to Meta's semantics: the oracle for tests of the engine.
 
 transformers 5.23 differs from Meta's reference (`llama_models/llama3/multimodal/model.py`, package
-llama-models 0.3.0) in two places. Both are corrected here by exchanging the class of modules of the one
-loaded model, so that transformers itself stays as it is for every other user in the process:
+llama-models 0.3.0) in two places. Both are corrected here by replacing the class of modules in the loaded
+model only, so that transformers itself is unchanged for all other code in the process:
 
 1. The projector reads the *input* of each vision layer in `intermediate_layers_indices`: Meta collects
    `out.append(x)` before `x = r(x)` (ImageTransformer.forward, model.py:312-321); HF collects outputs
@@ -12,7 +12,7 @@ loaded model, so that transformers itself stays as it is for every other user in
    model.py:998) by the row mask; HF multiplies only the MLP's, and its fully masked softmax is uniform
    over the image.
 
-Where Meta's own code is no guide, the released behaviour of HF is: intermediate features follow the order
+Where Meta's code defines nothing, HF's released behaviour counts: intermediate features follow the order
 of the config's list, and tokens generated after several images keep the visibility of the last prompt row.
 """
 
@@ -30,7 +30,7 @@ from transformers.models.mllama.processing_mllama import (
 
 
 class EncoderOfInputs(hf.MllamaVisionEncoder):
-    """Correction 1: `hidden_states[i]` is what enters layer i, not what leaves it."""
+    """Correction 1: `hidden_states[i]` is the input of layer i, not its output."""
 
     def forward(self, hidden_states, attention_mask=None):
         output = super().forward(hidden_states, attention_mask)
@@ -39,7 +39,7 @@ class EncoderOfInputs(hf.MllamaVisionEncoder):
 
 
 class CrossLayerOfSeeingRows(hf.MllamaCrossAttentionDecoderLayer):
-    """Correction 2: rows whose mask shows no image come out as they went in.
+    """Correction 2: rows whose mask shows no image pass through the layer unchanged.
 
     Zeroed attention and MLP outputs leave `x + tanh(g) * 0 + tanh(g) * 0`, which is exactly x.
     """
@@ -62,9 +62,9 @@ def correct(model: MllamaForConditionalGeneration) -> MllamaForConditionalGenera
 
 
 class Oracle:
-    """One checkpoint in fp32, whatever it is stored in, a sequence at a time and without a KV cache.
+    """One checkpoint in fp32, whatever its stored dtype, run one sequence at a time without a KV cache.
 
-    Recomputing the prompt each step is slow and has no state to get wrong: HF sizes its causal mask by
+    Recomputing the prompt in each step is slow but avoids HF's cache: HF sizes its causal mask by
     cache layer 0, which is wrong where layer 0 is a cross-attention layer.
     """
 
@@ -106,12 +106,12 @@ class Oracle:
 
     @torch.inference_mode()
     def top_logprobs(self, input_ids: list[int], token_ids: list[int], images: list[Image.Image]) -> torch.Tensor:
-        """Log-probabilities [len(token_ids), V] that predict each of `token_ids` after the prompt, given those before."""
+        """Log-probabilities [len(token_ids), V] for each of `token_ids`, given the prompt and the ids before it."""
         ids = input_ids + token_ids[:-1]
         return self._forward(ids, *self._encode(input_ids, images))[len(input_ids) - 1 :].log_softmax(-1)
 
     def _encode(self, input_ids, images) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Projected image features [images * tiles, patches, D], and what each prompt row sees [1, T, images, tiles]."""
+        """Projected image features [images * tiles, patches, D] and the prompt rows' mask [1, T, images, tiles]."""
         count = input_ids.count(self.image_token)
         if count != len(images):
             raise ValueError(f"{count} image tokens for {len(images)} images")

@@ -1,7 +1,7 @@
-"""Requests for a checkpoint of checkpoints.py: the shapes of prompts and images that engines get wrong.
+"""Requests for a checkpoint of checkpoints.py, with prompt and image shapes that engines tend to get wrong.
 
-Lengths sit on and around 16, 32, 64, 128 and 256, where buckets and pages end. Most requests give
-`input_ids`, which fixes every token and every image's place; a few come as `messages` or `prompt`.
+Lengths lie on and around 16, 32, 64, 128 and 256, where buckets and pages end. Most requests give
+`input_ids`, which fixes every token and every image's position; a few give `messages` or `prompt`.
 """
 
 import base64
@@ -96,7 +96,7 @@ def cases(folder: Path, spec: Spec, seed: int) -> list[dict]:
         requests.append(request)
     requests += templated_requests(files, spec)
     for number, request in enumerate(requests):
-        if number % 4:  # every fourth asks for none, so that batches mix both
+        if number % 4:  # every fourth request is without log-probabilities, so that batches mix both
             request["logprobs"] = 3
     return requests
 

@@ -1,4 +1,4 @@
-"""run.py in a process of its own, as a person starts it: what it printed, wrote, and how it ended."""
+"""Runs run.py in a process of its own and collects its output, files and exit code."""
 
 import json
 import signal
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Done:
-    """A finished run.py: its exit code, what it printed, the folder that it wrote to."""
+    """A finished run: exit code, stdout, stderr, output folder and duration."""
 
     code: int
     out: str
@@ -31,7 +31,7 @@ class Done:
         return [json.loads(line) for line in (self.folder / "results.jsonl").read_text().splitlines()]
 
     def one_line_error(self) -> str:
-        """The single line on stderr that says what is wrong; the stack, if any, is in run.log alone."""
+        """The single error line on stderr; a stack trace may be in run.log only."""
         assert "Traceback" not in self.err + self.out
         errors = [line for line in self.err.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1, self.err
@@ -39,13 +39,13 @@ class Done:
 
 
 def command_line(folder: Path, *arguments: str) -> list[str]:
-    """The command of a run, or of a sweep (-m), that writes to `folder`."""
+    """The command that starts run.py, or a sweep (-m), with its output in `folder`."""
     where = "sweep" if "-m" in arguments else "run"
     return [sys.executable, str(ROOT / "run.py"), *arguments, f"hydra.{where}.dir={folder}"]
 
 
 def run(folder: Path, *arguments: str, cwd: Path | None = None) -> Done:
-    """run.py with its output in `folder`, started outside of the repository."""
+    """Execute a run to its end, started outside of the repository."""
     begun = time.perf_counter()
     done = subprocess.run(
         command_line(folder, *arguments), capture_output=True, text=True, cwd=cwd or folder.parent, timeout=300
@@ -54,7 +54,7 @@ def run(folder: Path, *arguments: str, cwd: Path | None = None) -> Done:
 
 
 def interrupted(tmp_path: Path, requests: int, *arguments: str) -> Done:
-    """A run of many requests of 100 tokens each, stopped by Ctrl-C when the third is finished."""
+    """A run of many requests of 100 tokens each, interrupted by SIGINT after the third has finished."""
     lines = [{"id": n, "input_ids": [n + 1] * 20, "max_new_tokens": 100, "ignore_eos": True} for n in range(requests)]
     (tmp_path / "requests.jsonl").write_text("\n".join(map(json.dumps, lines)))
     folder = tmp_path / "out"
@@ -74,7 +74,7 @@ def interrupted(tmp_path: Path, requests: int, *arguments: str) -> Done:
 
 
 def assert_kept(done: Done, requests: int) -> None:
-    """The interrupt ended the run, and every finished request is in results.jsonl whole."""
+    """Check that the interrupt ended the run and that results.jsonl holds every finished request complete."""
     assert done.code == 130
     assert "interrupted" in done.one_line_error()
     kept = done.lines()

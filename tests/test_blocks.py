@@ -1,4 +1,4 @@
-"""Pages and who owns them, as a person with a list on paper would keep it."""
+"""Page allocation and the image cache, each checked against a simple model of the pages' owners."""
 
 from collections import Counter
 
@@ -13,7 +13,7 @@ NUM_PAGES, RESERVED = 12, 2
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """A pool beside a list of who holds what."""
+    """A BlockPool next to a list of the allocated pages."""
 
     def __init__(self):
         super().__init__()
@@ -48,7 +48,7 @@ class PoolMachine(RuleBasedStateMachine):
 TestPool = PoolMachine.TestCase
 
 
-def test_a_page_released_twice_is_a_bug_of_ours():
+def test_releasing_a_page_twice_fails_an_assertion():
     pool = BlockPool(4)
     pages = pool.allocate(2)
     pool.release(pages)
@@ -56,7 +56,7 @@ def test_a_page_released_twice_is_a_bug_of_ours():
         pool.release(pages[:1])
 
 
-def test_page_released_by_nobodys_owner_is_a_bug_of_ours():
+def test_releasing_a_scratch_page_fails_an_assertion():
     with pytest.raises(AssertionError, match="not allocated"):
         BlockPool(4, reserved=1).release([0])
 
@@ -67,7 +67,7 @@ IMAGES = {"a": 20, "b": 17, "c": 8, "d": 1, "e": 5}
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """An image cache beside counts of users and a list of idle images, least recently used first."""
+    """An ImageCache next to counts of users and a list of idle images, least recently used first."""
 
     def __init__(self):
         super().__init__()
@@ -99,7 +99,7 @@ class CacheMachine(RuleBasedStateMachine):
         if known:
             self.idle = [k for k in self.idle if k != key]
             return
-        # The least recently used idle images gave way, no more of them than needed.
+        # Idle images are evicted least recently used first.
         while self.idle and self.idle[0] not in self.cache:
             self.encoded.discard(self.idle.pop(0))
         assert all(k in self.cache for k in self.idle), "an image was evicted out of turn"
@@ -146,7 +146,7 @@ def test_no_more_idle_images_are_evicted_than_needed():
 
 
 @given(tokens=st.integers(0, 500), size=st.integers(1, 130))
-def test_pages_for_is_the_least_that_holds(tokens, size):
+def test_pages_for_is_the_smallest_sufficient_number(tokens, size):
     pages = pages_for(tokens, size)
     assert pages * size >= tokens > (pages - 1) * size
 

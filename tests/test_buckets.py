@@ -1,4 +1,4 @@
-"""The bucket plan: which sizes exist, and which one serves a step."""
+"""The bucket plan: which sizes exist, and which bucket a step gets."""
 
 import pytest
 from checkpoints import SPECS, model_config
@@ -31,7 +31,7 @@ def plan_of(max_images=4, plan=None, batch=1, max_input_length=2048, max_output_
 
 
 @given(need=st.integers(0, 600), sizes=SIZES)
-def test_pick_is_the_smallest_that_holds_or_an_error(need, sizes):
+def test_pick_returns_the_smallest_sufficient_size_or_raises(need, sizes):
     if need > sizes[-1]:
         with pytest.raises(ValueError, match="beyond the largest bucket"):
             pick(need, sizes)
@@ -40,7 +40,7 @@ def test_pick_is_the_smallest_that_holds_or_an_error(need, sizes):
 
 
 @given(low=st.integers(1, 64), high=st.integers(1, 5000), factor=st.integers(2, 8))
-def test_ladder_climbs_by_the_factor_to_exactly_its_top(low, high, factor):
+def test_ladder_grows_by_at_most_the_factor_and_ends_at_high(low, high, factor):
     sizes = ladder(low, high, factor)
     assert sizes[0] == min(low, high) and sizes[-1] == high
     assert all(a < b <= a * factor for a, b in zip(sizes, sizes[1:]))
@@ -65,7 +65,7 @@ def test_a_plan_serves_everything_its_limits_allow(page, images, limits):
 
 
 @given(limits=st.fixed_dictionaries(LIMITS), left=st.integers(1, 9000))
-def test_a_prompt_is_cut_only_where_it_must_be(limits, left):
+def test_all_chunks_of_a_prompt_but_the_last_have_the_largest_size(limits, left):
     plan, chunks = plan_of(2, **limits), []
     while left > sum(chunks):
         chunks.append(plan.chunk(left - sum(chunks)))
@@ -84,7 +84,7 @@ def test_a_step_gets_a_bucket_of_the_plan_that_holds_it(limits, data):
     plan = plan_of(3, **limits)
     pages, images = data.draw(st.integers(1, plan.pages[-1])), data.draw(st.integers(0, 3 * plan.pages_per_image))
     rows, tokens = data.draw(st.integers(1, limits["batch"])), data.draw(st.integers(1, plan.prefill_tokens[-1]))
-    # Earlier pages come from whole chunks, so there are none or at least one chunk's.
+    # Earlier pages come from whole chunks, so there are either none or at least those of one chunk.
     chunk = pages_for(plan.prefill_tokens[-1], plan.page_size)
     chunked = plan.max_length - 1 > plan.prefill_tokens[-1]
     past = data.draw(st.just(0) | st.integers(chunk, plan.pages[-1]) if chunked else st.just(0))
@@ -97,7 +97,7 @@ def test_a_step_gets_a_bucket_of_the_plan_that_holds_it(limits, data):
         assert not any(other.holds(need) and bucket.holds(other) and other != bucket for other in plan.buckets())
 
 
-def test_the_vision_bucket_stands_first_and_each_bucket_once():
+def test_the_vision_bucket_comes_first_and_buckets_are_unique():
     buckets = plan_of(2, batch=5).buckets()
     assert buckets[0].phase == "vision" and len(set(buckets)) == len(buckets)
 
@@ -177,6 +177,6 @@ def test_given_sizes_are_sorted_and_kept_and_printed():
 
 
 def test_the_plan_does_not_depend_on_the_machine(checkpoint):
-    # Pages are part of a graph's shape: another amount of free memory must find the same graphs.
+    # The number of pages is part of a graph's shape: runs with other free memory must find the same graphs.
     folder = checkpoint("base")
     assert resolved(run_of(folder, batch=3)).plan == resolved(run_of(folder, batch=3, memory_gib=1.0, threads=1)).plan

@@ -1,4 +1,4 @@
-"""Weights from safetensors: names, shards and dtypes, and each fault named."""
+"""Weights from safetensors: names, shards, dtypes, and the errors for damaged files."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ PIXELS = Pixels(1 / 255, (0.5,) * 3, (0.25,) * 3)
 
 
 def ignore(count):
-    """Progress that nobody sees."""
+    """A progress callback that does nothing."""
 
 
 def tree(folder, dtype=torch.float32, shard=WHOLE):
@@ -41,7 +41,7 @@ def parameter(root, path):
 
 
 def stacked(spec) -> dict[str, torch.Tensor]:
-    """What should stand at each path, by the table's legacy names."""
+    """The expected tensor at each path of the weight tree, found by the table's legacy names."""
     weights = {rename(name, "legacy"): value for name, value in random_weights(spec).items()}
     paths: dict[str, list[torch.Tensor]] = {}
     for entry in table(shape_of(model_config(spec))):
@@ -87,7 +87,7 @@ def test_every_tensor_of_every_architecture_has_its_place(name, checkpoint):
         assert torch.equal(parameter(root, path), value.float()), path
 
 
-def test_the_old_inv_freq_buffer_is_passed_over(broken):
+def test_the_old_inv_freq_buffer_is_ignored(broken):
     folder = broken(lambda w: w.update({"language_model.model.rotary_emb.inv_freq": torch.zeros(16)}))
     tree(folder)
 
@@ -184,7 +184,7 @@ def test_an_index_that_names_a_tensor_absent_from_its_file_makes_it_missing(chec
         tree(folder)
 
 
-def test_a_folder_that_is_none_suggests_random_weights(tmp_path):
+def test_a_missing_folder_suggests_random_weights(tmp_path):
     with pytest.raises(UserError, match="nowhere is not a folder.*weights=random"):
         checkpoint_folder(str(tmp_path / "nowhere"))
 
@@ -214,7 +214,7 @@ def test_inverse_frequencies_are_hugging_faces(scaling, head_width):
     assert ours.dtype == torch.float32 and ours.shape == (head_width // 2,)
 
 
-def test_random_weights_leave_nothing_out_and_repeat_by_seed():
+def test_random_weights_fill_every_tensor_and_depend_only_on_the_seed():
     shape = shape_of(model_config(SPECS["base"]))
     trees = [
         build(shape, PIXELS, torch.float32, CPU, random_fill(shape, seed, torch.float32), ignore) for seed in (1, 1, 2)
@@ -229,11 +229,11 @@ def test_random_weights_leave_nothing_out_and_repeat_by_seed():
             assert value.tanh().abs().min() > 0.05, f"{path} is closed"
 
 
-def test_progress_ends_at_the_bytes_of_the_tree(checkpoint):
+def test_progress_adds_up_to_the_bytes_of_the_tree(checkpoint):
     done = []
     found = CheckpointFiles(checkpoint("base"))
     root = build(found.shape, PIXELS, torch.float32, CPU, from_checkpoint(found), done.append)
-    # Each call reports one Parameter; the caller adds up.
+    # Each call reports the bytes of one Parameter.
     assert sum(done) == sum(value.numel() * 4 for value in root.parameters())
 
 
@@ -241,7 +241,7 @@ def test_progress_ends_at_the_bytes_of_the_tree(checkpoint):
 
 
 def joined(parts: list[torch.Tensor], entries, world: int) -> torch.Tensor:
-    """A Parameter put together again from what the ranks hold, by Megatron's rule: each stacked tensor for itself."""
+    """A Parameter reassembled from the ranks' shards by Megatron's rule: each stacked tensor is sharded by itself."""
     sizes = [entry.local(Shard(0, world))[0] for entry in entries]
     pieces = [part.split(sizes) for part in parts]
     whole = []
@@ -260,8 +260,8 @@ def joined(parts: list[torch.Tensor], entries, world: int) -> torch.Tensor:
 @pytest.mark.parametrize("source", ["checkpoint", "random"])
 @pytest.mark.parametrize("world", [2, 3, 4])
 @pytest.mark.parametrize("name", ["base", "wide"])
-def test_the_ranks_parts_are_the_whole_model(name, world, source, checkpoint):
-    # Three ranks divide nothing here: vocabulary, heads and MLP are padded alike.
+def test_the_shards_of_all_ranks_join_to_the_whole_model(name, world, source, checkpoint):
+    # Three ranks divide neither vocabulary nor heads nor MLP, so that all of them are padded.
     shape = shape_of(model_config(SPECS[name]))
     make = (
         (lambda shard: tree(checkpoint(name), shard=shard))
@@ -286,11 +286,11 @@ def test_the_ranks_parts_are_the_whole_model(name, world, source, checkpoint):
 
 
 @pytest.mark.parametrize("name, world", [("base", 2), ("cross_first", 2), ("wide", 4)])
-def test_the_ranks_hold_the_model_once_and_what_is_replicated_by_design(name, world):
+def test_ranks_hold_each_weight_once_except_replicated_ones(name, world):
     shape = shape_of(model_config(SPECS[name]))
     extra = sum(replicated(shape).values())
     padding = sum(elements(shape, Shard(rank, world)) for rank in range(world)) - elements(shape) - (world - 1) * extra
-    # The vocabulary alone may not divide: less than a row a rank of the embedding and of the head.
+    # Only the vocabulary may be padded: by less than one row per rank in the embedding and in the head.
     assert 0 <= padding < 2 * world * shape.text.width
 
 

@@ -1,4 +1,4 @@
-"""Arguments: what is taken literally, and what is refused in one line with its rule and remedy."""
+"""Command-line arguments: which are taken literally, and which are refused in one line with rule and remedy."""
 
 import re
 from operator import attrgetter
@@ -72,21 +72,21 @@ def test_a_users_error_is_one_line_and_exit_code_2(arguments, message, tmp_path)
         (["task.nope=1"], "no key 'task.nope'. conf/task/ and"),
     ],
 )
-def test_what_cant_be_composed_is_one_line_and_exit_code_2(arguments, message, tmp_path):
+def test_an_invalid_override_is_one_line_and_exit_code_2(arguments, message, tmp_path):
     done = run(tmp_path / "out", *arguments)
     assert done.code == 2
     assert re.search(message, done.one_line_error())
 
 
 @pytest.mark.parametrize("model, needed", [("90b", 177), ("11b", 21)])
-def test_a_machine_too_small_is_told_within_seconds_what_is_needed_and_what_there_is(model, needed, tmp_path):
+def test_too_little_memory_is_reported_within_seconds_with_both_amounts(model, needed, tmp_path):
     done = run(tmp_path / "out", f"model={model}", "weights=random", "memory_gib=4")
     assert done.code == 2
     error = done.one_line_error()
     found = re.search(r"weights ([\d.]+) .* = ([\d.]+) GB needed, 3\.\d+ GB available", error)
     assert found, error
     assert needed <= float(found[1]) < float(found[2])
-    # Imports of torch on a busy machine included; nothing of the model's size is touched.
+    # This includes importing torch on a busy machine; no memory of the model's size is allocated.
     assert done.seconds < 30
 
 
@@ -131,8 +131,8 @@ def test_a_literal_value_arrives_unchanged(text, key, composed):
     assert attrgetter(key)(composed(*task, f"{key}={text}")) == text
 
 
-def test_three_question_marks_which_the_configuration_can_t_hold_are_refused(composed):
-    # OmegaConf writes a missing value so, and has no escape for it.
+def test_a_value_of_three_question_marks_is_refused(composed):
+    # OmegaConf uses ??? for a missing value and has no escape for it.
     with pytest.raises(MissingMandatoryValue) as error:
         composed("prompt=???")
     assert command.explain(error.value) == (
@@ -140,7 +140,7 @@ def test_three_question_marks_which_the_configuration_can_t_hold_are_refused(com
     )
 
 
-def test_what_hydra_cannot_read_is_named_with_how_to_write_it(composed):
+def test_a_value_that_hydra_cannot_parse_is_named_with_the_right_syntax(composed):
     with pytest.raises(OverrideParseException) as error:
         composed("batch_sizes=[3,")
     told = command.explain(error.value)

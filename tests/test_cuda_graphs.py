@@ -1,4 +1,4 @@
-"""The bookkeeping of captured steps on a CPU, with a stand-in for torch.cuda that runs the step again as its replay."""
+"""CapturedStep on a CPU, with a stand-in for torch.cuda whose replay runs the step again."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from mllama_graph.graphs.cuda_graphs import WARM_UPS, CapturedStep
 
 
 class Given(NamedTuple):
-    """A step's inputs, as of model/tree.py: some may be missing."""
+    """A step's inputs, as in model/inputs.py; optional ones may be None."""
 
     ids_T: Tensor
     table_BJ: Tensor
@@ -18,7 +18,7 @@ class Given(NamedTuple):
 
 
 class StandIn:
-    """What CapturedStep asks of a device, on the host; it counts."""
+    """The device interface of CapturedStep, on the host and with counters."""
 
     def __init__(self, captures=True, host=True):
         self.captures, self.host = captures, host
@@ -115,7 +115,7 @@ def test_the_caller_may_change_its_inputs_after_a_call():
     assert seen[-1].tolist() == [5, 6, 7]
 
 
-def test_pinned_memory_is_not_overwritten_before_the_copy_of_the_call_before_is_done():
+def test_pinned_memory_is_not_overwritten_before_the_previous_copy_is_done():
     cuda = StandIn()
     step = CapturedStep(lambda inputs, pages: None, (given(0), ()), cuda, silent)
     for _ in range(2):
@@ -169,7 +169,7 @@ def test_other_pages_are_refused_and_the_same_ones_in_another_tuple_are_not():
             step(given(1), *other)
 
 
-def test_a_step_that_cannot_be_captured_says_so_and_runs():
+def test_a_step_that_cannot_be_captured_is_reported_and_runs():
     lines, pages, cuda = [], new_pages(), StandIn(captures=False)
     step = CapturedStep(run, (given(0), pages), cuda, lines.append)
     assert not step.captured and len(lines) == 1 and "not permitted" in lines[0]

@@ -1,4 +1,4 @@
-"""The documents: Chinese says what English says, commands compose, examples run, figures are those of the sessions."""
+"""The documentation: translations match, commands compose, examples run, figures equal those of the sessions."""
 
 import csv
 import os
@@ -37,7 +37,7 @@ def name_of(path: Path) -> str:
 
 
 def sections(text: str) -> list[str]:
-    """The text from each heading of the second level to the next."""
+    """The text between second-level headings."""
     return re.split(r"^## .*$", text, flags=re.MULTILINE)
 
 
@@ -48,7 +48,7 @@ def blocks(text: str, language: str = "") -> list[str]:
 
 
 def commands(text: str) -> list[str]:
-    """The lines of the shell's code blocks, without the comment behind them."""
+    """The lines of the shell code blocks, without trailing comments."""
     return [re.sub(r"\s+#.*", "", line) for block in blocks(text) for line in block.splitlines()]
 
 
@@ -81,7 +81,7 @@ def rows(text: str) -> int:
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
-def test_links_lead_somewhere(path):
+def test_links_have_targets(path):
     for target in re.findall(r"\]\(([^)]+)\)", re.sub(r"```.*?```", "", text_of(path), flags=re.DOTALL)):
         if target.startswith("https://"):
             continue
@@ -109,12 +109,12 @@ def test_every_documented_command_composes(path):
                 overrides = [
                     literal(word) for word in given if not word.startswith(("hydra/launcher", "hydra.run.dir"))
                 ]
-                # The values of a sweep are tried one by one.
+                # A job of a sweep gets one of the values.
                 plain = [re.sub(r"=([^\[,\"]+),.*", r"=\1", word) if "-m" in words else word for word in overrides]
                 compose("config", plain)
 
 
-# Commands of the documents that need neither a checkpoint nor minutes.
+# Documented commands without placeholders. Those with a part in SLOW take too long to run.
 SHOWN = [
     line
     for path in (
@@ -144,21 +144,21 @@ SLOW = (
 def test_a_documented_command_runs(line, tmp_path):
     shutil.copy(ROOT / "mllama_graph" / "tiny" / "scene.png", tmp_path / "scene.png")
     shutil.copy(tmp_path / "scene.png", tmp_path / "mine.png")
-    # Without compiling: that compiled graphs serve is tested elsewhere.
+    # Eager, since compiled graphs are tested elsewhere.
     done = run(
         tmp_path / "out", *shlex.split(line)[2:], *([] if "backend=" in line else ["backend=eager"]), cwd=tmp_path
     )
     assert done.code == 0 and done.out.strip(), done.err
 
 
-def test_the_readmes_first_run_says_what_the_readme_shows(tmp_path):
+def test_the_readmes_first_run_prints_what_the_readme_shows(tmp_path):
     shown = next(block for block in blocks(text_of(ROOT / "README.md")) if "What do you see?" in block).splitlines()
     done = run(tmp_path / "out", "backend=eager")
     assert shown[0] in done.err.replace(f"{ROOT}/", "") and done.out.splitlines()[0] == shown[1]
 
 
 def test_the_library_examples_run(tmp_path):
-    # In the order of the page, with the tiny model in the place of a checkpoint, and nothing compiled.
+    # The page's examples in order, with the tiny model instead of a checkpoint and without compilation.
     examples = [block for block in blocks(text_of(ROOT / "docs" / "library.md"), "python") if "..." not in block]
     given = text_of(ROOT / "README.md")
     assert examples[0] in blocks(given, "python"), "README and docs/library.md show different first examples"

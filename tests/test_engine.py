@@ -12,11 +12,11 @@ from transformers import AutoTokenizer
 
 from mllama_graph.engine.steps import VisionStep
 
-# Two correct fp32 engines may choose differently where the best two logits are this close (INTERFACE.md).
+# Two correct fp32 engines may choose different ids where the best two logits are this close.
 NEAR_TIE = 1e-3
-# Sums in another order, over a few layers of width 256, on log-probabilities of about 10 (the issue's bound).
+# fp32 sums in another order, over a few layers of width 256, on log-probabilities of about 10.
 LOGPROB = 1e-3
-# Few but telling: chains, text before an image, text alone, a shared image, lengths around page ends.
+# A small representative set: image chains, text before an image, text alone, a shared image, lengths near page ends.
 FEW = (
     "bos_only",
     "text_64",
@@ -38,14 +38,14 @@ def few(requests, name: str = "base") -> list[dict]:
 
 @pytest.fixture(scope="module")
 def expected(checkpoint, requests):
-    """expected(spec) -> ids of the few requests, one after the other in one plain plan; the oracle test vouches for it."""
+    """expected(spec) -> ids of the requests in FEW, served one at a time; the oracle tests the engine itself."""
     return cache(lambda name: tokens_of(start(checkpoint(name), batch=1, page_size=64), few(requests, name)))
 
 
 def difference(result, logprobs, spec, ignore_eos) -> str | None:
-    """Where a result first departs from the oracle's log-probabilities of its own prefix, or None.
+    """The first difference between a result and the oracle's log-probabilities for the same prefix, or None.
 
-    By induction every id is the oracle's greedy choice; a near tie ends the comparison, the contexts being equal so far.
+    Every id must be the oracle's greedy choice after the ids before it; a near tie ends the comparison.
     """
     best, choice = logprobs.topk(2, dim=-1)
     for step, id in enumerate(result.token_ids):
@@ -118,14 +118,14 @@ def test_no_plan_changes_the_tokens(name, plan, checkpoint, requests, expected):
 @pytest.mark.parametrize("plan", [{}, PLANS["pages of 8"], PLANS["chunks of 50 across pages of 16"], PLANS["batch 3"]])
 @pytest.mark.parametrize("name", ["base", "cross_first", "adjacent", "half"])
 def test_kernels_give_the_same_tokens(name, plan, checkpoint, requests, expected):
-    # fp32 sums in another order, and no seed of these specs has a near tie.
+    # fp32 sums in another order; no request of these specs has a near tie.
     engine = start(checkpoint(name), kernels="native", **({"batch": 8} | plan))
     assert tokens_of(engine, few(requests, name)) == expected(name)
     assert holds_nothing(engine)
 
 
 def test_kernels_read_weights_as_they_are_stored(checkpoint, requests):
-    # What is stored in 16 bits is widened exactly, so that the text is that of the same weights in fp32.
+    # Widening 16-bit weights is exact, so that the tokens equal those of the same weights kept in fp32.
     for name in ("cross_first", "half"):
         wide, narrow = (start(checkpoint(name), kernels="native", batch=4, dtype=dtype) for dtype in ("fp32", "auto"))
         assert narrow.executor.rank.spec.store.itemsize == 2
@@ -134,7 +134,7 @@ def test_kernels_read_weights_as_they_are_stored(checkpoint, requests):
 
 @pytest.mark.parametrize("name", ["base", "cross_first"])
 def test_preemption_does_not_change_the_tokens(name, checkpoint, requests, expected):
-    # 400 tokens are the longest sequence: 25 pages of 16 hold one, and eight rows must fight for them.
+    # 25 pages of 16 hold one sequence of the longest 400 tokens, so that eight rows are preempted.
     engine = start(checkpoint(name), batch=8, page_size=16, num_pages=25)
     assert tokens_of(engine, few(requests, name)) == expected(name)
     assert engine.scheduler.preemptions > 0
@@ -154,7 +154,7 @@ def test_weights_kept_in_bf16_and_computed_in_fp32_give_the_tokens_of_fp32(check
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_half_precision_runs_and_mostly_agrees(dtype, checkpoint, requests, expected):
-    # Rounding to 8 bits flips a token sooner or later: the first ones, with margins of several units, must stand.
+    # Rounding to 8 bits changes a token sooner or later; first tokens, with margins of several units, must agree.
     tokens = tokens_of(start(checkpoint("base"), batch=8, dtype=dtype), few(requests))
     first = [tokens[id][0] == ids[0] for id, ids in expected("base").items()]
     assert sum(first) >= len(first) - 1

@@ -1,4 +1,4 @@
-"""task=evaluate: it counts what is right, and its controls take the images away."""
+"""task=evaluate: counts of right answers, and its controls without the right images."""
 
 import json
 
@@ -9,7 +9,7 @@ from engines import serve, start
 
 @pytest.fixture(scope="module")
 def answered(checkpoint, requests, tmp_path_factory):
-    """A requests file of prompts with images, each with the engine's own answer as the reference; one is made wrong."""
+    """A requests file of prompts with images and the engine's own answers as references, one of them made wrong."""
     folder = tmp_path_factory.mktemp("answered")
     by_id = {line["id"]: line for line in requests("base")}
     images = [by_id[name]["images"] for name in ("bos_image", "text_before_image_32", "grey_26", "image_last_33")]

@@ -1,4 +1,4 @@
-"""An end to every failure of a run with ranks: soon, in one line, and nothing is left of it."""
+"""A failure ends a run with ranks soon, with one error line, and leaves no process or shared memory behind."""
 
 import json
 import os
@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from commands import LIMITS, command_line
 
-# Processes of a run end within this long of a failure, on a machine whose cores are taken.
+# All processes of a run end within these seconds after a failure, even on a busy machine.
 END_SECONDS = 30
 
 
 @dataclass
 class Running:
-    """A run in progress with two ranks, which would go on for minutes."""
+    """A run with two ranks in progress, which would continue for minutes."""
 
     process: subprocess.Popen
     folder: Path
@@ -38,7 +38,7 @@ class Running:
 
 @pytest.fixture
 def running(checkpoint, tmp_path):
-    """A run with one short request that has finished, and others that go on."""
+    """A run with one short request that has finished, and others in progress."""
     lines = [{"input_ids": [1, 2, 3], "max_new_tokens": 2, "id": "short"}] + [
         {"input_ids": [1, n], "max_new_tokens": 30000, "ignore_eos": True, "id": n} for n in range(3)
     ]
@@ -70,7 +70,7 @@ def running(checkpoint, tmp_path):
 
 
 def ended(running: Running, ranks: dict[int, int], code: int) -> str:
-    """The run ends soon, with an error of one line; nothing is left of it, and the finished request is there."""
+    """Check that the run ends in time, leaves nothing behind and keeps the finished request; returns its error line."""
     out, err = running.process.communicate(timeout=END_SECONDS)
     assert running.process.returncode == code, err
     assert "Traceback" not in out + err
@@ -116,7 +116,7 @@ def test_a_killed_supervisor_takes_its_ranks_with_it(running):
 
 
 def processes_with(variable: str) -> list[int]:
-    """Processes that were started with this in their environment, zombies aside."""
+    """Ids of the processes, without zombies, that have `variable` in their environment."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         try:

@@ -99,7 +99,7 @@ def test_the_key_changes_with_backend_options_source_torch_and_processor(monkeyp
     ],
     ids=str,
 )
-def test_the_key_does_not_change_with_what_shapes_no_graph(change, key):
+def test_the_key_ignores_settings_that_shape_no_graph(change, key):
     assert key(**change) == key()
 
 
@@ -112,7 +112,7 @@ def package(tmp_path):
 
 
 def changed(package, name: str, change) -> bool:
-    """Whether a change to a file (its text -> its new text) changes the hash of the source."""
+    """Whether replacing a file's text by change(text) changes the hash of the source."""
     path, before = package / name, keys.source_hash.__wrapped__(package)
     text = path.read_text()
     assert change(text) != text
@@ -123,8 +123,8 @@ def changed(package, name: str, change) -> bool:
         path.write_text(text)
 
 
-def test_imports_are_read_as_python_reads_them():
-    """The key finds import statements with a pattern, which is faster than parsing; here the parser is the oracle."""
+def test_the_import_pattern_finds_every_import():
+    """The key finds imports with a pattern, which is faster than parsing; Python's parser is the oracle."""
     for file in PACKAGE.rglob("*.py"):
         parsed = set()
         for node in ast.walk(ast.parse(file.read_bytes())):
@@ -132,7 +132,7 @@ def test_imports_are_read_as_python_reads_them():
                 parsed |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
             elif isinstance(node, ast.Import):
                 parsed |= {alias.name for alias in node.names}
-        # A line of a docstring may look like an import: a name too many costs nothing.
+        # The pattern may find more, since a line of a docstring can look like an import; this is harmless.
         assert parsed <= set(keys._imports(file)), file
 
 
@@ -158,13 +158,13 @@ def test_the_source_hash_follows_every_file_that_decides_what_a_graph_computes(p
 
 
 def test_a_constant_that_tracing_reads_is_part_of_the_source(package):
-    # ops/plain.py reads WIDEN_ROWS while a linear layer is traced; a graph of another value must not be found.
+    # ops/plain.py reads WIDEN_ROWS while a linear layer is traced; a graph with another value must not be reused.
     assert changed(
         package, "core/dtypes.py", lambda text: re.sub(r"^WIDEN_ROWS = \d+", "WIDEN_ROWS = 7", text, flags=re.M)
     )
 
 
-def test_a_file_that_is_new_counts_once_something_imports_it(package):
+def test_a_new_file_counts_once_it_is_imported(package):
     (package / "model" / "gate.py").write_text("FACTOR = 2\n")
     assert changed(package, "model/text.py", lambda text: "from mllama_graph.model import gate\n" + text)
     text = package / "model" / "text.py"
@@ -185,6 +185,6 @@ def test_a_file_that_is_new_counts_once_something_imports_it(package):
         "tasks/bench.py",
     ],
 )
-def test_a_file_that_shapes_no_graph_makes_no_start_cold(package, name):
+def test_the_source_hash_ignores_files_that_shape_no_graph(package, name):
     # __init__.py holds the version.
     assert not changed(package, name, lambda text: text + "# changed\n")

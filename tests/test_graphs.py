@@ -1,4 +1,4 @@
-"""Compiled graphs: they compute what eager computes, and the store gives the right one back or none."""
+"""Compiled graphs compute what eager computes, and the graph store returns the right graph or none."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from mllama_graph.graphs.store import GraphStore, key_of
 ROOT = Path(__file__).parents[1]
 SPEC = GRAPH_SPEC
 PLAN = GRAPH_PLAN | {"compile": "wait"}
-# What the lines below use: all but the decode step without images.
+# Number of graphs that `lines` uses: all but decode without images.
 USED = 4
 
 
@@ -60,7 +60,7 @@ def eager(checkpoint, lines):
 
 @pytest.fixture(scope="module")
 def compiled(checkpoint, lines, store):
-    """(engine, tokens, where its pages lay before) of the compiled graphs."""
+    """(engine, tokens, addresses of its pages before serving) of the compiled graphs."""
     engine = start(checkpoint(SPEC), backend="inductor", graph_cache=str(store), **PLAN)
     pages = addresses(engine)
     return engine, tokens_of(engine, lines), pages
@@ -103,7 +103,7 @@ def test_compiled_graphs_write_the_pages_in_place_and_as_eager_does(eager, compi
                 torch.testing.assert_close(data[scratch:], other[scratch:], atol=1e-3, rtol=1e-4)
 
 
-def test_an_entry_says_what_it_is_and_adds_up(warm):
+def test_an_entry_matches_its_record(warm):
     store, result, _ = warm
     for graph in result["graphs"]:
         record = Record(**graph)
@@ -188,7 +188,7 @@ def test_without_waiting_steps_run_uncompiled_while_their_graphs_compile(
 
 
 def test_every_weight_of_a_step_stays_outside_its_package(compiled, store):
-    # A value that the compiler baked in would be another checkpoint's: nothing in the key tells them apart.
+    # A weight baked into a graph would be wrong for another checkpoint with the same key.
     rank = compiled[0].executor.rank
     names = {}
     for bucket, package in rank.graphs.ready.items():
@@ -202,7 +202,7 @@ def test_every_weight_of_a_step_stays_outside_its_package(compiled, store):
     cross = tuple(f"text.layers.{index}." for index in rank.shape.text.cross_layers)
     kv = {name for name in of(*cross) if ".kv." in name or "k_norm" in name}
     assert names["vision", True] == of("vision", "projector") | kv
-    # One rank's embedding begins at id 0; only several read where theirs does.
+    # A single rank's embedding begins at id 0; only graphs of several ranks read `first`.
     assert names["decode", True] == of("text") - kv - {"text.embed.first"}
     assert names["prefill", False] == of("text") - of(*cross) - {"text.embed.first"}
 

@@ -1,4 +1,4 @@
-"""The rules of the house that no linter knows: where devices decide something, and how long files and lines may be."""
+"""Rules of this project that no linter checks: where device names are compared, and lengths of files and lines."""
 
 import ast
 import subprocess
@@ -22,13 +22,13 @@ NAMES = {
     "shared_memory",
     "distributed",
 }
-# Everything else asks the device's traits (core/devices.py) or its Backend (engine/device.py).
+# All other code uses the device's traits (core/devices.py) or its Backend (engine/device.py).
 DECIDE = ("ops/", "graphs/", "ascend/", "native/", "engine/device.py", "core/devices.py", "plan/resolve.py")
 LINES, COLUMNS = 350, 120
 
 
 def tracked(*endings: str) -> list[Path]:
-    """The project's files of some endings."""
+    """The project's files with the given endings."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True
     )
@@ -50,7 +50,7 @@ def comparisons(tree: ast.AST) -> Iterator[tuple[int, set[str]]]:
             )
 
 
-def test_a_devices_name_decides_nothing_outside_the_rooms_of_devices():
+def test_device_names_are_compared_only_in_device_specific_files():
     found = [
         f"{path.relative_to(PACKAGE)}:{line}: {sorted(strings & NAMES)}"
         for path in sorted(PACKAGE.rglob("*.py"))
@@ -69,7 +69,7 @@ def test_files_and_lines_are_short(path):
 
 
 @pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
-def test_a_readme_is_read_in_one_sitting(name):
+def test_readmes_have_at_most_150_lines(name):
     lines = (ROOT / name).read_text().splitlines()
     assert len(lines) <= 150
     assert not [number for number, line in enumerate(lines, start=1) if len(line) > COLUMNS]

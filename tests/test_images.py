@@ -1,4 +1,4 @@
-"""Images against transformers' MllamaImageProcessorPil, and every way in which one can be given or broken."""
+"""Images against transformers' MllamaImageProcessorPil, and every way to pass an image, valid or broken."""
 
 import base64
 import io
@@ -16,12 +16,12 @@ from mllama_graph.core.errors import UserError
 from mllama_graph.inputs.images import list_images, open_image, tile_image
 from mllama_graph.model.shape import shape_of
 
-# fp32 roundings of (x * scale - mean) / std (the issue's bound).
+# fp32 roundings of (x * scale - mean) / std.
 PIXEL = 1e-6
 
 
 def compare(image, spec):
-    """Our tiles of an image, as pixels, are HF's; and so is everything that is counted."""
+    """Check that our tiles, their number and the aspect-ratio id of an image equal HF's."""
     config = image_config(spec)
     theirs = MllamaImageProcessorPil(**config)(images=[[image]], return_tensors="np")
     tiles = tile_image(image_rgb(image), shape_of(model_config(spec)).vision)
@@ -34,7 +34,7 @@ def compare(image, spec):
 
 
 def image_rgb(image):
-    """By way of a file, as a user gives it."""
+    """The image after encoding to a data URI and reading it back."""
     return open_image(data_uri(image))
 
 
@@ -73,13 +73,13 @@ def test_files_of_every_mode_are_hugging_faces(name, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["png", "jpeg", "webp", "gif", "bmp", "tiff"])
-def test_a_data_uri_is_the_file_it_holds(form, tmp_path):
+def test_a_data_uri_gives_the_same_pixels_as_its_file(form, tmp_path):
     image = random_image(30, 20, "RGB", np.random.default_rng(0))
     image.save(tmp_path / f"a.{form}")
     assert open_image(str(tmp_path / f"a.{form}")).tobytes() == open_image(data_uri(image, form)).tobytes()
 
 
-def test_a_photo_taken_sideways_stands_upright(tmp_path):
+def test_exif_orientation_is_applied(tmp_path):
     image = random_image(30, 20, "RGB", np.random.default_rng(0))
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees clockwise to view
@@ -87,14 +87,14 @@ def test_a_photo_taken_sideways_stands_upright(tmp_path):
     assert open_image(str(tmp_path / "a.png")).tobytes() == image.transpose(Image.Transpose.ROTATE_270).tobytes()
 
 
-def test_an_image_has_the_same_key_wherever_it_comes_from_and_another_image_another(tmp_path):
+def test_the_key_depends_on_the_image_and_not_on_its_source(tmp_path):
     vision = shape_of(model_config(SPECS["base"])).vision
     first, second = (random_image(70, 50, "RGB", np.random.default_rng(n)) for n in range(2))
     first.save(tmp_path / "a.png")
     key = tile_image(open_image(str(tmp_path / "a.png")), vision).key
     assert key == tile_image(open_image(data_uri(first)), vision).key
     assert key != tile_image(second, vision).key
-    # All black: the same bytes on canvases of another form.
+    # Two black images with equal bytes and different aspect ratios.
     black = [tile_image(Image.new("RGB", size), vision) for size in ((112, 56), (56, 112))]
     assert black[0].data.tobytes() == black[1].data.tobytes() and black[0].key != black[1].key
 
@@ -157,7 +157,7 @@ def test_a_broken_image_is_named(content, way, tmp_path):
         ("a\0b.png", "image a"),
     ],
 )
-def test_a_source_that_is_no_image_is_named_in_a_short_message(source, message):
+def test_an_invalid_source_is_named_in_a_short_message(source, message):
     with pytest.raises(UserError, match=message) as error:
         open_image(source)
     assert len(str(error.value)) < 400

@@ -1,4 +1,4 @@
-"""The package as it is installed from a wheel, outside of the checkout: the command, the library, what it needs."""
+"""The package installed from a wheel, outside of the checkout: command, library and dependencies."""
 
 import ast
 import importlib.metadata
@@ -17,7 +17,7 @@ import mllama_graph
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 ANSWER = "I see a red circle, a green triangle and a blue star."
-# Modules that are imported where an extra, or another environment, provides them.
+# Modules that an extra or another environment provides, and the files that may import them.
 OPTIONAL = {
     "torch_npu": (
         "ascend/",
@@ -38,7 +38,7 @@ OPTIONAL = {
 
 @pytest.fixture(scope="session")
 def site(shared):
-    """A folder with the installed package, as in site-packages, inside somebody else's repository."""
+    """A folder with the installed package, as in site-packages, inside another project's repository."""
     folder = shared / "installed"
 
     def make():
@@ -60,7 +60,7 @@ def site(shared):
 
 
 def installed(site: Path, *command: str, cwd: Path) -> subprocess.CompletedProcess:
-    """A program that finds the installed package, started outside of the checkout."""
+    """Run a program that finds the installed package, started outside of the checkout."""
     return subprocess.run(
         command, capture_output=True, text=True, cwd=cwd, timeout=300, env=os.environ | {"PYTHONPATH": str(site)}
     )
@@ -98,8 +98,9 @@ parts = [{"type": "image_url", "image_url": {"url": str(scene)}}, {"type": "text
 told = {}
 with LLM("tiny", batch=4, tp=int(sys.argv[1]), backend="eager", quiet=True) as llm:
     results = llm.generate([
-        "What can you do?", asked | {"images": [str(scene)]}, asked | {"images": [scene]}, asked | {"images": [picture]},
-        asked | {"images": [scene.read_bytes()]}, [{"role": "user", "content": parts}], {"prompt": ""}, 5], max_new_tokens=30)
+        "What can you do?", asked | {"images": [str(scene)]}, asked | {"images": [scene]},
+        asked | {"images": [picture]}, asked | {"images": [scene.read_bytes()]}, [{"role": "user", "content": parts}],
+        {"prompt": ""}, 5], max_new_tokens=30)
     told["texts"] = [result.text for result in results]
     told["errors"] = [result.error for result in results]
     told["ids"] = [result.id for result in results]
@@ -112,7 +113,8 @@ with LLM("tiny", batch=4, tp=int(sys.argv[1]), backend="eager", quiet=True) as l
         told["other"][delta.id] = told["other"].get(delta.id, "") + delta.text
     one.close()
     told["idle"] = llm._engine.idle
-    told["sampled"] = [llm.generate("What can you do?", Sampling(temperature=5.0, seed=seed))[0].text for seed in (1, 1, 2)]
+    told["sampled"] = [
+        llm.generate("What can you do?", Sampling(temperature=5.0, seed=seed))[0].text for seed in (1, 1, 2)]
     try:
         llm.generate("x", temperature=-1)
     except UserError as error:
@@ -145,7 +147,7 @@ def test_the_library_answers_streams_and_leaves_no_process(ranks, site, tmp_path
     assert not list(Path("/dev/shm").glob("mllama_graph-*")) and done.stderr == ""
 
 
-def test_what_an_llm_cannot_do_is_refused_in_one_line():
+def test_invalid_arguments_of_llm_are_refused_in_one_line():
     from mllama_graph import LLM, UserError
 
     for keys, rule in (
@@ -161,7 +163,7 @@ def test_what_an_llm_cannot_do_is_refused_in_one_line():
         assert "\n" not in str(error.value)
 
 
-# ---- what it needs
+# ---- dependencies
 
 
 def imports() -> dict[str, set[str]]:

@@ -37,7 +37,7 @@ def test_a_rank_finds_its_place_in_torchruns_variables():
 @pytest.mark.parametrize(
     "change", [{"RANK": "8"}, {"LOCAL_RANK": "4"}, {"LOCAL_WORLD_SIZE": "9"}, {"WORLD_SIZE": "two"}]
 )
-def test_variables_that_dont_fit_are_refused(change):
+def test_inconsistent_torchrun_variables_are_refused(change):
     with pytest.raises(UserError, match="torchrun|must be numbers"):
         place_from(TORCHRUN | change)
 
@@ -76,7 +76,7 @@ def test_a_cpu_needs_no_devices():
     CPU.check_count(8, {"CUDA_VISIBLE_DEVICES": ""})
 
 
-def test_a_taken_master_port_gives_way_to_a_free_one_and_says_so():
+def test_a_taken_master_port_is_replaced_and_reported():
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -94,13 +94,13 @@ def test_a_taken_master_port_gives_way_to_a_free_one_and_says_so():
 
 
 @pytest.mark.parametrize("port", ["0", "65536", "-1", "x", ""])
-def test_a_master_port_that_is_none_is_refused(port):
+def test_an_invalid_master_port_is_refused(port):
     with pytest.raises(UserError, match=f"MASTER_PORT={port} must be a port number"):
         bind_master_port({"MASTER_PORT": port})
 
 
 @pytest.mark.parametrize("threads", [0, 1])
-def test_an_interrupt_while_a_child_starts_that_blocks_it_is_not_lost(threads):
+def test_an_interrupt_is_not_lost_while_a_child_starts_with_it_blocked(threads):
     done, blocked = (
         threading.Event(),
         "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))",

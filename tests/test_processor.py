@@ -19,7 +19,7 @@ from mllama_graph.engine.start import processor_of
 from mllama_graph.inputs.detokenizer import Detokenizer
 
 WITH_TEMPLATE = [name for name, spec in SPECS.items() if spec.template]
-# Any text: special tokens are given as such by whoever writes a prompt, and have tests of their own.
+# Any text without special tokens, which have tests of their own.
 TEXTS = st.text(max_size=40).filter(lambda text: "<|" not in text and text.strip())
 
 
@@ -98,14 +98,14 @@ def test_input_ids_are_used_exactly_as_given(processor, picture):
     assert list(request.ids) == ids and request.positions == (1,)
 
 
-def test_relative_images_also_count_from_the_requests_file(processor, picture, tmp_path):
+def test_relative_image_paths_are_also_resolved_from_the_requests_file(processor, picture, tmp_path):
     shutil.copy(picture, tmp_path / "beside.png")
     request = processor("base").request({"prompt": "x", "images": ["beside.png"]}, tmp_path)
     assert request.images[0].key == processor("base").request({"prompt": "x", "images": [picture]}).images[0].key
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_every_eos_of_the_generation_config_ends(name, processor):
+def test_all_eos_ids_of_the_generation_config_are_read(name, processor):
     assert processor(name).eos == set(SPECS[name].eos_ids)
 
 
@@ -179,7 +179,7 @@ BYTES = [0x61, 0xC3, 0xA9, 0xE5, 0x9B, 0xBE, 0xF0, 0x9F, 0x98, 0x80, 0xFF]
 
 
 def byte_id(tokenizer, byte: int) -> int:
-    """The id of a token that is one byte: printable ones stand for themselves, others from U+0100 on."""
+    """The id of a single-byte token; byte-level BPE writes unprintable bytes as characters from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [other for other in range(256) if other not in printable]
     return tokenizer.token_to_id(chr(byte if byte in printable else 0x100 + others.index(byte)))
@@ -206,7 +206,7 @@ def test_characters_split_over_tokens_arrive_whole(text, processor):
 @given(drawn=st.lists(st.sampled_from(BYTES) | st.integers(1000, 999 + SPECS["base"].vocab), max_size=12))
 @settings(max_examples=300)
 def test_the_streamed_text_of_any_ids_is_their_text_as_a_whole(drawn, processor):
-    # Random weights, and models that go astray, give bytes that are no UTF-8.
+    # A model, in particular one with random weights, can generate bytes that are not valid UTF-8.
     tokenizer = processor("base").codec.tokenizer
     ids = [byte_id(tokenizer, value) if value < 256 else value - 1000 for value in drawn]
     deltas, detokenizer = stream(processor("base"), ids)
@@ -222,7 +222,7 @@ def test_a_stop_string_across_tokens_ends_the_text_and_is_never_shown(text, stop
     letters = [processor("base").codec.tokenizer.encode(c, add_special_tokens=False).ids for c in text]
     ids = [id for letter in letters for id in letter]
     deltas, detokenizer = stream(processor("base"), ids, stops)
-    # One letter at a time: the first prefix that holds a stop string ends it.
+    # Letters arrive one at a time; the first prefix that contains a stop string ends the text.
     prefix = next((text[:n] for n in range(len(text) + 1) if any(stop in text[:n] for stop in stops)), None)
     wanted = text if prefix is None else prefix[: min(prefix.find(stop) for stop in stops if stop in prefix)]
     assert detokenizer.stopped == (prefix is not None)

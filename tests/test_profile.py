@@ -1,4 +1,4 @@
-"""task=profile: the time of a batch, and the ranges that a compiled graph does not have by itself."""
+"""task=profile: the time of a batch by model part, for which it adds ranges to the traces of compiled graphs."""
 
 import csv
 import gzip
@@ -16,7 +16,7 @@ def event(name, begin, end, cat="cpu_op", tid=1):
     return {"ph": "X", "cat": cat, "name": name, "ts": begin, "dur": end - begin, "tid": tid, "pid": 7}
 
 
-# A step of 100 us whose graph asks for three products: two of attention, one of them inside another operation.
+# A step of 100 us with three matrix products: two of attention, one of them nested in an operation, and the head's.
 EVENTS = [
     event(f"{STEP}decode batch=1", 0, 100, "user_annotation"),
     event(GRAPH, 10, 90, "user_annotation"),

@@ -1,4 +1,4 @@
-"""Tensor-parallel ranks as real processes: the same tokens as one."""
+"""Tensor-parallel ranks, as real processes, give the tokens of one rank."""
 
 import json
 import subprocess
@@ -31,7 +31,7 @@ def file(tmp_path_factory, requests):
 
 
 def wrong(lines: list[dict], results: dict) -> list:
-    """Requests whose tokens are not those of one rank, or whose log-probabilities are off."""
+    """Requests whose tokens or log-probabilities differ from those of one rank."""
     faults = []
     for line in lines:
         one = results[line["id"]]
@@ -53,7 +53,7 @@ def wrong(lines: list[dict], results: dict) -> list:
 
 @pytest.mark.parametrize("name, tp", [("half", 2), ("wide", 4), ("cross_first", 8)])
 def test_every_request_gives_the_tokens_of_one_rank(name, tp, checkpoint, requests, file, tmp_path):
-    # The engine of one rank is held to the oracle in test_engine.py; no seed of these specs has a near tie.
+    # test_engine.py compares one rank with the oracle; no request of these specs has a near tie.
     lines = requests(name) if tp == 2 else few(requests, name)
     given = file(name) if tp == 2 else file(name, "{}")
     one = serve(start(checkpoint(name), batch=8, page_size=16), lines)
@@ -105,7 +105,7 @@ def test_compiled_graphs_are_shared_by_the_ranks_and_found_again(checkpoint, req
 
 
 def assert_mostly(lines: list[dict], one: dict) -> None:
-    """As at one rank in half precision (test_engine.py): rounding may flip a late token, not many first ones."""
+    """Check that at most one first token differs from fp32 on one rank; rounding may change later tokens."""
     assert sum(line["token_ids"][0] == one[line["id"]].token_ids[0] for line in lines) >= len(lines) - 1
 
 
@@ -170,7 +170,7 @@ def test_processes_of_torchrun_join_instead_of_spawning_and_gloo_serves_them(che
     assert [path.name for path in tmp_path.iterdir()] == ["out"], "a rank other than 0 wrote a folder of its own"
 
 
-def test_shapes_alone_are_traced_on_every_rank(tmp_path):
+def test_a_run_without_weights_traces_every_rank(tmp_path):
     done = served(
         tmp_path / "out",
         "model=mid",

@@ -1,4 +1,4 @@
-"""Bytes and parameters from shapes alone, against Hugging Face's own count and what is really allocated."""
+"""Bytes and parameters computed from shapes, against Hugging Face's count and the memory that is allocated."""
 
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def test_sizes_count_every_parameter_of_a_tree(name, model):
 @pytest.mark.parametrize("name, text, vision, projector", [("11b", 9.78, 0.864, 0.031), ("90b", 87.67, 0.864, 0.063)])
 def test_sizes_of_the_released_models_are_hugging_faces(name, text, vision, projector):
     given = released(name)
-    # HF's own defaults fill what a released config.json says besides (such as output widths).
+    # The config has only the sizes of the model; HF's defaults fill the rest, except for the vision output width.
     width = given["vision_config"]["hidden_size"] * (1 + len(given["vision_config"]["intermediate_layers_indices"]))
     config = MllamaConfig(**given | {"vision_config": given["vision_config"] | {"vision_output_dim": width}})
     with torch.device("meta"):
@@ -50,7 +50,7 @@ def test_sizes_of_the_released_models_are_hugging_faces(name, text, vision, proj
     assert parts.total == tensors(theirs)
     assert parts.vision == tensors(theirs.model.vision_model)
     assert parts.projector == tensors(theirs.model.multi_modal_projector)
-    # SEMANTICS.md's table, in billions.
+    # In billions.
     assert round((parts.total - parts.vision - parts.projector) / 1e9, 2) == text
     assert (round(parts.vision / 1e9, 3), round(parts.projector / 1e9, 3)) == (vision, projector)
 
@@ -68,7 +68,7 @@ def test_bytes_of_the_released_models_are_those_of_the_table(name, self_kib, til
     assert step_bytes(model, True, 0, 0, width, width) / 1e9 == pytest.approx(full_gb, abs=0.05)
 
 
-def test_a_step_reads_its_tokens_and_only_with_images_theirs():
+def test_a_step_reads_image_tokens_only_with_images():
     model = shape("11b")
     lean = step_bytes(model, False, 0, 0, 2, 2)
     assert step_bytes(model, False, 1000, 999, 2, 2) - lean == 1000 * 128 * 1024
@@ -79,7 +79,7 @@ def test_a_step_reads_its_tokens_and_only_with_images_theirs():
 
 @pytest.mark.parametrize("dtype", ["fp32", "auto"])
 @pytest.mark.parametrize("name", ["base", "wide"])
-def test_the_memory_that_is_planned_is_the_memory_that_is_taken(name, dtype, checkpoint):
+def test_planned_memory_equals_allocated_memory(name, dtype, checkpoint):
     executor = start(checkpoint(name), batch=3, page_size=16, dtype=dtype).executor
     rank, memory = executor.rank, executor.run.memory
 

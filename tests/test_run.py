@@ -1,4 +1,4 @@
-"""A chat and a file of requests on the command line: what is printed, what is left, how it ends."""
+"""A chat and a file of requests on the command line: printed output, result files and exit codes."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from commands import HOSTILE, QUICK, ROOT, assert_kept, interrupted, run
 from engines import serve, start
 from request_cases import random_image
 
-# Two of 90 x 60 pixels need two by two tiles of 56 each, to be shrunk in neither direction; 50 tokens a tile.
+# Two images of 90 x 60 pixels: without downscaling each needs 2 x 2 tiles of 56 pixels, with 50 tokens per tile.
 TWO_IMAGES = 2 * 4 * 50
 
 
@@ -30,7 +30,7 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def chat(checkpoint, pictures, tmp_path_factory):
-    """A chat whose prompt, system message and images hold everything that Hydra's grammar would trip over."""
+    """A chat whose prompt, system message and image names hold characters with a meaning in Hydra's grammar."""
     return run(
         tmp_path_factory.mktemp("chat") / "out",
         *QUICK,
@@ -74,7 +74,7 @@ def test_the_text_is_on_stdout_then_a_table_and_the_rest_on_stderr(chat):
     assert "plan: prefill_tokens=" in chat.err and "weights: " in chat.err
 
 
-def test_result_json_has_the_fields_of_the_interface(chat):
+def test_result_json_has_the_documented_fields(chat):
     result = chat.result()
     assert set(result) == {"status", "error", "config", "versions", "metrics", "graphs", "text", "token_ids"}
     assert (result["status"], result["error"], result["graphs"]) == ("ok", None, [])
@@ -93,7 +93,7 @@ def test_result_json_has_the_fields_of_the_interface(chat):
         assert metrics[name] > 0, name
 
 
-def test_a_single_chat_leaves_its_line_too(chat):
+def test_a_single_chat_also_writes_results_jsonl(chat):
     [line] = chat.lines()
     assert {
         "id",
@@ -109,8 +109,8 @@ def test_a_single_chat_leaves_its_line_too(chat):
     assert line["image_tokens"] == TWO_IMAGES
 
 
-def test_a_folder_of_its_own_for_each_run_and_images_by_comma(checkpoint, pictures, tmp_path):
-    """Without hydra.run.dir: outputs/<date>/<time> where it was started."""
+def test_each_run_has_its_own_folder_and_images_are_separated_by_commas(checkpoint, pictures, tmp_path):
+    """Without hydra.run.dir, a run writes to outputs/<date>/<time> in the working directory."""
     done = subprocess.run(
         [
             sys.executable,

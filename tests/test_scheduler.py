@@ -1,4 +1,4 @@
-"""The scheduler without a model: a fake answers each row from (sequence, position), so any mix-up shows."""
+"""The scheduler with a fake model that computes each id from (sequence, position), so that any mix-up shows."""
 
 import hashlib
 import pickle
@@ -30,7 +30,7 @@ MAX_INPUT, MAX_NEW, MAX_IMAGES = 40, 20, 3
 
 
 def answer(sequence: int, position: int) -> int:
-    """The id at a position of a sequence, as a model with weights would give it: of its own context alone."""
+    """The fake model's id at a position of a sequence, which depends on nothing else in the batch."""
     return int.from_bytes(hashlib.sha256(f"{sequence}/{position}".encode()).digest()[:2])
 
 
@@ -44,7 +44,7 @@ def tokens(image: TiledImage) -> int:
 
 @st.composite
 def workloads(draw):
-    """A list of (prompt ids, images, new tokens); a few images, so that requests share them."""
+    """A list of (prompt ids, images, new tokens); there are five images, so that requests share them."""
     work = []
     for number in range(draw(st.integers(1, 7))):
         length = draw(st.integers(1, MAX_INPUT))
@@ -57,7 +57,7 @@ def workloads(draw):
 
 @st.composite
 def plans(draw):
-    """A plan; pools from the least that one request needs, so that preemption and eviction are common."""
+    """A plan with pools down to the least that one request needs, so that preemption and eviction are common."""
     page = draw(st.sampled_from([1, 3, 4, 16, 64]))
     least = pages_for(MAX_INPUT + MAX_NEW, page)
     batch = draw(st.integers(1, 4))
@@ -72,7 +72,7 @@ def plans(draw):
 
 @dataclass
 class Served:
-    """What a simulated run did."""
+    """The tokens, steps and scheduler of a simulated run."""
 
     tokens: dict[int, list[int]]
     steps: list
@@ -109,7 +109,7 @@ def serve(plan, batch, work, late=0, abort=frozenset()) -> Served:
 
 
 def model(step, plan, scheduler, sequences, ranks, written, encoded) -> tuple[int, ...]:
-    """What a rank would do with a step: checks its inputs, writes its pages, answers its rows."""
+    """Simulates a rank: checks a step's inputs, records its writes to pages, returns an id for each row."""
     if isinstance(step, VisionStep):
         assert len(step.pages) == len(set(step.pages)) == plan.pages_per_image
         encoded.update({page: (step.image.key, n) for n, page in enumerate(step.pages)})
@@ -120,7 +120,7 @@ def model(step, plan, scheduler, sequences, ranks, written, encoded) -> tuple[in
     assert isinstance(step, PrefillStep) or len(rows) <= scheduler.batch
     live = [page for sequence in scheduler.running for page in sequence.pages]
     assert len(live) == len(set(live)), "two live sequences share a page"
-    # Ranks know the block tables from the steps alone.
+    # Ranks learn the block tables only from the steps.
     tables = {row.sequence: ranks[row].pages.tolist() for row in rows}
     for row in rows:
         assert tables[row.sequence] == sequences[row.sequence].pages
@@ -144,7 +144,7 @@ def model(step, plan, scheduler, sequences, ranks, written, encoded) -> tuple[in
 
 
 def check_row(row, plan, sequence, known, written, encoded) -> None:
-    """A row's ids, its earlier K/V, and for each new token the image pages that it sees."""
+    """Checks a row's ids, its earlier K/V, and the image pages that each new token sees."""
     assert row.ids == (*sequence.prompt, *sequence.generated)[row.start : row.start + len(row.ids)]
     assert known.sampling == sequence.sampling
     for position, slot in enumerate(slots(known.pages.tolist(), 0, row.start, plan.page_size)):
@@ -200,7 +200,7 @@ def test_visibility_is_that_of_hugging_face(length, data):
     sequence = Sequence(0, tuple(ids), tuple(image("a") for _ in places), tuple(places), 5, Sampling())
     spans = get_cross_attention_token_mask(ids, IMAGE_TOKEN)
     for position in range(length):
-        # An end of -1 reaches to the end of the text.
+        # An end of -1 stands for the end of the text.
         seen = [n for n, (begin, end) in enumerate(spans) if begin <= position and (end == -1 or position < end)]
         assert list(range(*sequence.visible(position))) == seen
     for position in range(length, length + 5):
@@ -210,7 +210,7 @@ def test_visibility_is_that_of_hugging_face(length, data):
 
 
 def tight(**choice):
-    """A plan in which two sequences of the longest kind can't both stay."""
+    """A plan whose pages can't hold two sequences of the maximum length."""
     choice = PlanChoice(**({"page_size": 4, "num_pages": 16, "num_images": 3} | choice))
     return make_plan(choice, Limits(3, MAX_INPUT, MAX_NEW, MAX_IMAGES), SHAPE, CPU.paging, False)
 
@@ -262,7 +262,7 @@ def test_a_request_that_never_fits_is_refused_at_once(prompt, new, images, messa
 
 
 def size_of_decode_step(prompt: int) -> int:
-    """Bytes of one decode step of a sequence, as it is sent to worker ranks, after a prompt of some length."""
+    """Bytes of one decode step, as it is sent to worker ranks, of a sequence with a prompt of the given length."""
     plan = make_plan(PlanChoice(page_size=16), Limits(1, 8192, MAX_NEW, MAX_IMAGES), SHAPE, CPU.paging, False)
     scheduler = Scheduler(plan, 1)
     scheduler.add(Sequence(0, (IMAGE_TOKEN, *[1] * (prompt - 1)), (image("a"),), (0,), MAX_NEW, Sampling()))
@@ -273,5 +273,5 @@ def size_of_decode_step(prompt: int) -> int:
 
 
 def test_a_decode_step_sends_what_changed_and_no_history():
-    # Whole numbers are pickled in 1 to 5 bytes each, and a row has a handful.
+    # A pickled integer takes 1 to 5 bytes, and a row has a few of them.
     assert size_of_decode_step(8000) < size_of_decode_step(20) + 50

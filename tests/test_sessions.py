@@ -1,4 +1,4 @@
-"""Sessions of measurements: the columns that are promised, what is written of them, compared, and modelled beside them."""
+"""Sessions of measurements: the columns of bench.csv, the summary, the comparison of sessions, and the roofline."""
 
 import csv
 import json
@@ -43,18 +43,18 @@ def session(tmp_path_factory):
     return folder
 
 
-def test_each_case_has_a_line_with_the_columns_of_the_seed_system_first(session):
+def test_each_case_has_a_line_whose_first_columns_are_fixed(session):
     with (session / "bench.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert list(lines[0])[:8] == SEED
     assert [(line["batch"], line["input_len"]) for line in lines] == [("1", "5"), ("1", "40"), ("2", "5"), ("2", "40")]
     for line in lines:
         figures = {name: float(value) for name, value in line.items() if name != "engine"}
-        # The tiny model's picture: 2 tiles of 74 tokens, the class token with them.
+        # The tiny model's picture: 2 tiles of 74 tokens, the class token included.
         assert figures["output_len"] == 4 and figures["embedding_len"] == 148
         assert figures["decode_ms_least"] <= figures["non_first_token_time(ms)"] <= figures["decode_ms_most"]
         assert figures["first_token_time(ms)"] >= figures["vision_ms"] + figures["prefill_ms"] > 0
-        # Without a vision pass: the image is known.
+        # The second time, the image's pages are cached and need no vision step.
         assert figures["first_token_again_ms"] > 0
         assert figures["decode_of_floor"] > 0 and figures["read_gb_per_s"] > 0
     assert float(lines[3]["self_kv_bytes"]) > float(lines[1]["self_kv_bytes"])
@@ -110,7 +110,7 @@ def test_a_peer_is_measured_beside_it_on_the_same_work(tmp_path):
     assert "- transformers fp32, batch 1, 64 ids: first token " in (tmp_path / "out" / "summary.md").read_text()
 
 
-def test_a_session_says_where_it_comes_from_and_draws_what_it_measured(session):
+def test_a_session_records_its_origin_and_plots_its_figures(session):
     manifest = json.loads((session / "manifest.json").read_text())
     assert manifest["command"].startswith("python run.py task=bench batch_sizes=[1,2]")
     assert (
@@ -146,11 +146,11 @@ def compare(tmp_path, a, b, *given):
 
 def slower(lines, manifest):
     for name in ("non_first_token_time(ms)", "decode_ms_least", "decode_ms_most"):
-        # Beyond any spread that a busy machine gives.
+        # More than any spread on a busy machine.
         lines[0][name] = str(float(lines[0][name]) * 100)
 
 
-def test_what_got_slower_is_told_and_noise_is_not(session, tmp_path):
+def test_a_slower_figure_is_reported_and_noise_is_not(session, tmp_path):
     done = compare(tmp_path, session, altered(session, tmp_path, slower))
     assert done.code == 0, done.err
     changes = done.result()["metrics"]["changes"]
@@ -178,7 +178,7 @@ def test_other_hardware_is_refused_without_the_flag(session, tmp_path):
     "given, rule",
     [(["a=nowhere", "b=nowhere"], "nowhere is no session"), ([], "needs two sessions: a=FOLDER b=FOLDER")],
 )
-def test_what_is_no_session_is_refused(given, rule, tmp_path):
+def test_a_comparison_without_two_sessions_is_refused(given, rule, tmp_path):
     done = run(tmp_path / "out", "task=compare", *given)
     assert done.code == 2 and rule in done.one_line_error()
 
@@ -220,7 +220,7 @@ def test_what_fits_on_eight_devices_need_not_fit_on_one(tmp_path):
     assert fits[8]["fits"] == "yes" and fits[8]["largest batch"] > 100
 
 
-def test_a_floor_is_the_longer_of_reading_and_multiplying():
+def test_a_floor_is_the_longer_of_memory_and_compute_time():
     hardware, bucket = HardwareChoice("a", "npu", 1e14, 1e12, 64e9, 1e10), Bucket("decode", 4, 4, 2, 51)
     moved, flops = work(RELEASED, 128, bucket, 2, 2)
     floor = floor_of(RELEASED, 128, bucket, 2, 2, 1, hardware)

@@ -119,7 +119,7 @@ def test_every_field_of_a_checkpoint_is_read(name):
         (changed("vision_config", image_size=57), "tile 57 / patch 8"),
     ],
 )
-def test_what_mllama_cant_have_is_refused_with_its_rule(config, message):
+def test_an_unsupported_config_is_refused_with_its_rule(config, message):
     with pytest.raises(UserError, match=message):
         shape_of(config)
 

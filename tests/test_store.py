@@ -1,4 +1,4 @@
-"""The graph store: an entry is whole or not there, and what is wrong with one is said by name."""
+"""The graph store: an entry is complete or absent, and the fault of a damaged entry is named."""
 
 import json
 import multiprocessing
@@ -58,7 +58,7 @@ def write_for_ever(folder):
 def test_a_kill_at_any_moment_leaves_no_entry_or_a_whole_one(tmp_path):
     context = multiprocessing.get_context("fork")
     turn, path = 0, None
-    # A slow machine writes nothing in the first turns: they grow longer until a write has come through.
+    # Turns grow longer until an entry has been written, since a slow machine writes nothing in the first turns.
     while turn < 15 or path is None:
         writer = context.Process(target=write_for_ever, args=(tmp_path,))
         writer.start()
@@ -100,7 +100,7 @@ def test_two_processes_build_one_entry_one_after_the_other(tmp_path):
 
 
 def test_a_folder_that_can_t_be_written_warns_and_keeps_graphs_for_the_run(tmp_path):
-    # A file where the folder should be: refused to root as well, whom permissions don't stop.
+    # A file in the place of the folder also stops root, which ignores permissions.
     (tmp_path / "file").write_text("")
     store = GraphStore(tmp_path / "file" / "graphs")
     assert "can't be written" in store.warning and store.libraries == store.written != store.folder

@@ -1,4 +1,4 @@
-"""Sweeps: every job's result counts, wherever it runs, and the experiments that come with the project compose."""
+"""Sweeps: the results and failures of all jobs are collected by every launcher, and all experiments compose."""
 
 import csv
 import re
@@ -59,7 +59,7 @@ def test_jobs_run_elsewhere_and_a_failing_one_is_counted(launcher, checkpoint, t
 
 
 def jobs_of(*given):
-    """What each job of a sweep is given, as Hydra composes it: nothing is run."""
+    """The configuration of a sweep as Hydra composes it, without running a job."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return compose("config", list(given), return_hydra_config=True)
 
@@ -74,8 +74,8 @@ def test_every_experiment_composes(name):
         assert list(composed.task.batch_sizes) == list(range(1, 11)) and composed.task.name == "bench"
 
 
-def test_a_cold_start_compiles_and_a_warm_one_finds(checkpoint, tmp_path):
-    # One token: the graph of the prompt alone. Without kernels, which a graph store of its own would compile too.
+def test_a_cold_start_compiles_graphs_and_a_warm_one_loads_them(checkpoint, tmp_path):
+    # One token needs the prefill graph alone. Without native kernels, which a new graph store would compile too.
     plan = GRAPH_PLAN | {"max_output_length": 1, "kernels": "plain"}
     done = run(
         tmp_path / "out",

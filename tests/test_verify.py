@@ -1,4 +1,4 @@
-"""What task=verify lowers, how it says what it found, the latencies that it models. The graphs are tested elsewhere."""
+"""task=verify: which graphs it lowers, how it reports findings, and the latencies that it models."""
 
 import json
 from dataclasses import replace
@@ -55,7 +55,7 @@ def plan(run_of):
 
 
 def judged(wanted, **broken):
-    """As if every graph had been lowered; `broken` gives a bucket's findings."""
+    """The results of lowering every graph, made up; `broken` gives the findings of a bucket."""
     return [
         Judged(job, 1.0, broken.get(str(job.bucket), []), 100, 20, 3, 10**9, {str(kind(job.bucket)): "Add Add"})
         for job in wanted
@@ -76,13 +76,13 @@ def test_every_bucket_is_lowered_and_the_ends_of_each_class_are_lowered_whole(pl
     assert len({kind(bucket) for bucket in whole}) == 7
 
 
-def test_of_several_ranks_the_last_is_lowered_too(plan):
+def test_the_last_of_several_ranks_is_lowered_too(plan):
     last = [job for job in jobs(spec_of(4), plan) if job.rank]
     assert {job.rank for job in last} == {3}
     assert {kind(job.bucket) for job in last} == {kind(bucket) for bucket in plan.buckets()}
 
 
-def test_every_bucket_has_a_row_that_says_which_graph_stands_for_it(plan):
+def test_every_bucket_has_a_row_that_names_the_graph_lowered_whole(plan):
     spec = spec_of()
     table = list(rows(spec, judged(jobs(spec, plan)), HARDWARE))
     assert [row[0] for row in table] == [str(bucket) for bucket in plan.buckets()]
@@ -103,7 +103,7 @@ def test_graphs_of_a_class_that_differ_are_found(plan):
     ]
 
 
-def test_what_many_graphs_have_in_common_is_told_once(plan):
+def test_a_finding_common_to_many_graphs_is_reported_once(plan):
     found = judged(jobs(spec_of(), plan))
     for number, one in enumerate(found):
         one.findings = [("moves", f"TensorMove TensorMove_{number}: copies pages.0.0, at text.py:3")]
@@ -113,7 +113,7 @@ def test_what_many_graphs_have_in_common_is_told_once(plan):
     ]
 
 
-def test_a_structure_differs_by_what_only_one_has():
+def test_a_difference_of_structures_is_what_only_one_has():
     one, other = {"a": "A", "b": "B"}, {"a": "A", "c": "C", "d": "D"}
     assert difference(one, other) == ["B", "C"] and difference(one, dict(one)) == []
 
@@ -130,7 +130,7 @@ def test_findings_end_the_run_after_they_are_printed(run_of, tmp_path, monkeypat
     with pytest.raises(RankFailed, match="1 findings .* moves: decode batch=1 pages=1 image_pages=0: TensorMove"):
         verify.main(run_of())
     printed, result = capsys.readouterr().out, json.loads((tmp_path / "result.json").read_text())
-    # Whole and shortened.
+    # One for the whole graph and one for the shortened graph.
     assert "2 findings" in printed and result["metrics"]["findings"][0] in printed and result["status"] == "error"
 
 
@@ -151,21 +151,21 @@ def test_graphs_of_fp32_are_refused(run_of):
 # ---- modelled latencies
 
 
-def test_a_decode_step_takes_the_time_of_its_bytes():
-    """15.0 GB of weights in bf16 (text layers and head of the 11B model), and 20 kB a token and layer."""
+def test_a_decode_step_takes_the_time_to_read_its_bytes():
+    """15.0 GB of weights in bf16 (text layers and head of the 11B model), and 4 KiB of K/V per token and layer."""
     lean = Bucket("decode", 1, 1, 16, 0)
     assert modelled(spec_of(), lean, HARDWARE) == pytest.approx((15.0e9 + 2048 * 32 * 4096) / 1.6e12, rel=0.01)
     assert modelled(spec_of(), replace(lean, image_pages=51), HARDWARE) > modelled(spec_of(), lean, HARDWARE)
 
 
-def test_a_prefill_takes_the_time_of_its_products():
+def test_a_prefill_takes_the_time_of_its_matrix_products():
     bucket = Bucket("prefill", 1, 2048, 0, 0)
     assert modelled(spec_of(), bucket, HARDWARE) == pytest.approx(work(RELEASED, 128, bucket, 2, 2)[1] / 3e14)
     assert work(RELEASED, 128, bucket, 2, 2)[1] == pytest.approx(2 * 2048 * 6.98e9 + 2 * 2048**2 * 4096 * 32, rel=0.01)
 
 
-def test_ranks_share_the_work_and_pay_for_their_sums():
+def test_ranks_share_the_work_and_add_the_time_of_all_reduces():
     bucket = Bucket("prefill", 1, 2048, 0, 0)
-    # 65 sums of 2048 x 4096 bf16 numbers, of which a rank sends half over each of its links.
+    # 65 all-reduces of 2048 x 4096 bf16 values; a rank sends half of the bytes over each of its links.
     summed = 65 * 2048 * 4096 * 2 * 2 / 4 / 3e10
     assert modelled(spec_of(4), bucket, HARDWARE) == pytest.approx(modelled(spec_of(), bucket, HARDWARE) / 4 + summed)

@@ -41,7 +41,7 @@ def test_the_cache_task_lists_verifies_and_prunes(warm, tmp_path):
     assert not list(store.glob("*/key.json"))
 
 
-def test_without_a_compiler_the_text_is_the_same_and_one_line_says_why_it_is_slower(tmp_path, monkeypatch):
+def test_without_a_compiler_the_text_is_the_same_and_one_line_reports_it(tmp_path, monkeypatch):
     asked = ["prompt=How many shapes are there?", f"image={ROOT / 'mllama_graph/tiny/scene.png'}"]
     eager = run(tmp_path / "eager", *asked, "backend=eager")
     monkeypatch.setenv("CXX", "no-such-compiler")
@@ -59,7 +59,7 @@ def test_without_a_compiler_the_text_is_the_same_and_one_line_says_why_it_is_slo
     ), warmup.err
 
 
-def test_what_a_compiler_left_serves_without_one(tmp_path, monkeypatch, empty_store):
+def test_graphs_compiled_earlier_need_no_compiler(tmp_path, monkeypatch, empty_store):
     asked = ["prompt=Hello", "image=", "max_output_length=4", f"graph_cache={empty_store}", "plan.compile=wait"]
     first = run(tmp_path / "first", *asked)
     monkeypatch.setenv("CXX", "no-such-compiler")

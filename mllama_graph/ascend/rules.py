@@ -124,7 +124,7 @@ def _is_length(graph: LoweredGraph, op: OpDef, value: str) -> bool:
 
 
 def weights(graph: LoweredGraph, context: Context) -> Faults:
-    """No weight is rewritten in every step, except those no larger than a norm's, which cost no more than a token row."""
+    """No weight is rewritten in every step, except those as small as a norm's, which cost no more than a token row."""
     text, vision = context.spec.shape.text, context.spec.shape.vision
     for value in graph.weights:
         if graph.elements(value) > max(text.width, vision.width):

@@ -1,4 +1,4 @@
-"""Tests in simulated/ run in a process that was started with the stubs: `python -m mllama_graph.ascend -m pytest`.
+"""Tests in simulated/ need a process that was started with the stubs: `python -m mllama_graph.ascend -m pytest`.
 
 The other tests start such processes themselves, from an environment without stubs.
 """
@@ -14,7 +14,7 @@ collect_ignore = [] if stubs.active() else ["simulated"]
 
 @pytest.fixture(scope="module")
 def without_stubs():
-    """The environment without what `python -m mllama_graph.ascend` added."""
+    """Removes the variables that `python -m mllama_graph.ascend` sets from the environment."""
     with pytest.MonkeyPatch.context() as patch:
         if stubs.active():
             paths = os.environ["LD_LIBRARY_PATH"].split(os.pathsep)

@@ -1,4 +1,4 @@
-"""run.py with device=npu-sim: what a person gets, and processes that start with nothing but the graph store."""
+"""run.py with device=npu-sim: its output, and new processes that load all graphs from the graph store."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def test_the_tiny_model_answers_through_interpreted_graphs(first):
 
 
 def test_a_second_process_loads_every_graph_without_tracing(first, store, tmp_path, monkeypatch):
-    # Nothing can be traced in this process: a step whose graph was not loaded would run eagerly, which raises here.
+    # Tracing is disabled: a step without a loaded graph would run eagerly, which raises on the simulated device.
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     done = run(tmp_path / "out", "backend=torchair", store, "plan.compile=never")
     assert done.code == 0, done.err
@@ -61,7 +61,7 @@ def test_a_second_process_loads_every_graph_without_tracing(first, store, tmp_pa
     assert {graph["source"] for graph in done.result()["graphs"]} == {"hit"}
 
 
-# simulated/test_serving.py tries every field of the key.
+# simulated/test_serving.py tests every field of the key.
 @pytest.mark.parametrize("change", ["backend.torchair.topology_sorting_strategy=DFS", "tp=2"])
 def test_another_option_or_number_of_ranks_finds_no_graph(change, first, store, tmp_path):
     done = run(tmp_path / "out", "backend=torchair", store, "plan.compile=never", change)
@@ -98,7 +98,7 @@ def test_two_ranks_give_the_tokens_of_one(checkpoint, requests, store, tmp_path)
     assert not wrong(done.lines(), one)
 
 
-def test_the_tiny_model_answers_held_out_scenes_as_through_plain(store, tmp_path):
+def test_the_tiny_model_answers_held_out_scenes_as_with_plain_operations(store, tmp_path):
     task = [
         "task=evaluate",
         "task.each=3",
@@ -136,13 +136,13 @@ def test_an_interrupt_ends_the_run_and_keeps_every_finished_line(store, tmp_path
         (["device=npu"], "needs 1 npu devices; this machine shows 0"),
     ],
 )
-def test_what_the_simulation_can_not_do_is_refused_in_one_line(given, message, tmp_path):
+def test_options_that_the_simulation_does_not_support_are_refused_in_one_line(given, message, tmp_path):
     done = run(tmp_path / "out", "backend=torchair", *given)
     assert done.code == 2
     assert message in done.one_line_error()
 
 
-def test_under_torchrun_the_simulation_says_how_to_start(tmp_path, monkeypatch):
+def test_under_torchrun_the_simulation_explains_how_to_start(tmp_path, monkeypatch):
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "20031"}.items():
         monkeypatch.setenv(name, value)
     done = run(tmp_path / "out", "backend=torchair")

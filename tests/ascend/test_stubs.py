@@ -1,4 +1,4 @@
-"""The stub libraries are built from the installed wheel, once, and suffice to import torch_npu and move memory."""
+"""The stub libraries are built once for the installed wheel, and suffice to import torch_npu and copy tensors."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ needs_torch_npu = pytest.mark.skipif(not stubs.installed(), reason="torch_npu is
 
 @pytest.fixture(scope="module")
 def folder(shared):
-    """Where the stubs of this session are built."""
+    """The folder under which this session builds the stubs."""
     return shared / "stubs"
 
 

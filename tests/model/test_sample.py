@@ -1,4 +1,4 @@
-"""From logits to ids: distributions by a fine grid of noise, sets by a naive implementation."""
+"""Sampling: the distribution over a fine grid of noise values against a naive implementation."""
 
 from itertools import accumulate
 
@@ -17,7 +17,7 @@ GRID = torch.arange(2000) / 2000
 
 
 def candidates(logits_BV, k, world=1, vocab=V):
-    """What each of `world` ranks has as candidates and as the total, from its part of the logits."""
+    """The candidates' values, ids and the total, as each of `world` ranks finds them with its shard of the logits."""
     size = -(-vocab // world)
     padded = torch.nn.functional.pad(logits_BV, (0, size * world - vocab), value=99.0)
     own = [sample.own_ids(part, rank * size, vocab) for rank, part in enumerate(padded.split(size, -1))]
@@ -48,7 +48,7 @@ def draw(logits_BV, temperature_B, top_k_B, top_p_B, noise_B):
 
 
 def greedy(logits_BV):
-    """The ids that are offered first."""
+    """The ids of the first candidates."""
     return candidates(logits_BV, 1)[0][1][:, 0]
 
 
@@ -65,13 +65,13 @@ def draws(logits, noises, temperature=1.0, top_k=0, top_p=1.0):
 
 
 def naive(logits, temperature, top_k, top_p) -> list[float]:
-    """The distribution by the definition, in Python floats."""
+    """The distribution by its definition, in Python floats."""
     order = sorted(range(V), key=lambda id: (-logits[id], id))
     kept = order[:top_k] if top_k else order
     weight = {id: torch.tensor(logits[id] / temperature, dtype=torch.float64).exp().item() for id in kept}
     total = sum(weight.values())
     reached = list(accumulate(weight[id] / total for id in kept))
-    # A set that ends within rounding of top_p may hold one more or one less.
+    # Where the cumulative probability is within rounding of top_p, the set may have one id more or less.
     assume(all(abs(reach - top_p) > 1e-5 for reach in reached))
     nucleus = [id for id, before in zip(kept, [0.0, *reached]) if before < top_p]
     total = sum(weight[id] for id in nucleus)
@@ -84,7 +84,7 @@ def test_evenly_spaced_noise_gives_exactly_the_distribution(logits, knobs):
     wanted = naive(logits, **knobs)
     counts = torch.bincount(draws(logits, GRID, **knobs), minlength=V)
     for id in range(V):
-        # Inversion maps an interval of noise to each id: at most one grid point too many at either end.
+        # Each id has an interval of noise values, whose two ends may each move by one grid point.
         assert abs(counts[id].item() - wanted[id] * len(GRID)) <= 2
         assert wanted[id] > 0 or counts[id] == 0, "an id outside the top-k or top-p set was drawn"
 
@@ -99,7 +99,7 @@ def test_random_noise_passes_a_chi_square_test():
 
 
 @given(logits=LOGITS, value=st.floats(0, 1, exclude_max=True, width=32), knobs=st.fixed_dictionaries(KNOBS))
-def test_temperature_zero_is_greedy_whatever_else_is_asked(logits, value, knobs):
+def test_temperature_zero_is_greedy_whatever_the_other_settings(logits, value, knobs):
     id = draws(logits, [value], **knobs | {"temperature": 0.0})
     assert torch.equal(id, greedy(torch.tensor([logits])))
 
@@ -124,8 +124,8 @@ def test_a_draw_does_not_depend_on_its_neighbours(rows):
 
 
 @pytest.mark.parametrize("value", [0.0, 0.5, 0.99999994])
-def test_noise_at_the_ends_draws_an_id_that_is_kept(value):
-    # Weights that round to zero: the last ids must not be reached by rounding.
+def test_noise_near_0_and_1_draws_an_id_of_nonzero_probability(value):
+    # The last ids' probabilities round to zero, so that they must never be drawn.
     logits = [0.0, -1.0] + [-200.0] * (V - 2)
     assert draws(logits, [value]).item() in (0, 1)
     assert draws(logits, [value], top_k=1).item() == 0
@@ -152,7 +152,7 @@ def test_half_precision_logits_are_reported_in_fp32():
     world=st.sampled_from([2, 3, 4, 5, 8]),
 )
 def test_all_ranks_have_the_candidates_of_one_rank_with_all_logits(rows, k, world):
-    # Few values, so that equal logits on different ranks are common; 5 and 8 ranks leave some with padding alone.
+    # Few distinct values make equal logits on different ranks common; of 5 and 8 ranks some have padding alone.
     logits_BV = torch.tensor(rows, dtype=torch.float32)
     [(value_Bk, id_Bk, total_B)] = candidates(logits_BV, k)
     for theirs in candidates(logits_BV, k, world):
@@ -161,7 +161,7 @@ def test_all_ranks_have_the_candidates_of_one_rank_with_all_logits(rows, k, worl
         assert torch.allclose(theirs[2], total_B, atol=1e-6)
 
 
-def test_noise_is_of_seed_and_position_alone():
+def test_noise_depends_only_on_seed_and_position():
     values = {(seed, position): noise(seed, position) for seed in range(-3, 40) for position in range(40)}
     assert all(0 <= value < 1 for value in values.values())
     assert len(set(values.values())) == len(values), "two positions or seeds share a draw"

@@ -1,4 +1,4 @@
-"""Shape suffixes: a run is traced, and `x_TD` must be a tensor of two dimensions wherever it is a local variable."""
+"""Shape suffixes: in a traced run, each local variable such as `x_TD` must be a tensor with two dimensions."""
 
 import re
 import sys
@@ -10,12 +10,12 @@ from engines import serve, start
 import mllama_graph
 
 FOLDERS = tuple(str(Path(mllama_graph.__file__).parent / name) for name in ("model", "ops"))
-# One letter or digit a dimension; the first is a capital or a digit, but for the lone h of a half head.
+# One letter or digit per dimension; the first is a capital or a digit, except for a single h, half of a head's width.
 SUFFIX = re.compile(r"_((?:[A-Z1-9][A-Za-z1-9]*)|h)$")
 
 
 class SuffixTrace:
-    """Collects each suffixed tensor that a traced function holds, at every line, and what is wrong with it."""
+    """Records the tensors with a suffix in the traced functions' local variables, and those of a wrong shape."""
 
     def __init__(self, folders):
         self.folders, self.seen, self.wrong = folders, set(), set()
@@ -73,7 +73,7 @@ def test_every_suffix_has_one_letter_for_each_dimension(checkpoint, requests):
     } <= functions
 
 
-def test_a_rotten_suffix_is_found():
+def test_a_wrong_suffix_is_found():
     def rotten():
         x_TD, y_1V, past_k = torch.zeros(3), torch.zeros(2, 4), torch.zeros(2, 2, 2)
         return x_TD, y_1V, past_k

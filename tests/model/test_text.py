@@ -1,4 +1,4 @@
-"""The language model over pages that a test fills by hand, against the corrected Hugging Face model."""
+"""The language model, on pages that the tests manage themselves, against the corrected Hugging Face model."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def int32(values):
 
 
 class Text:
-    """One sequence: its pages scattered over a pool, its images encoded, what each token sees by HF's own rule."""
+    """One sequence with pages scattered over a pool, encoded images, and the visibility of images by HF's own rule."""
 
     def __init__(self, model, ids, images=(), seed=0):
         self.model, self.ids = model, list(ids)
@@ -64,7 +64,7 @@ class Text:
 
     @torch.inference_mode()
     def prefill(self, start=0, stop=None, padding=0, lean=False):
-        """Logits after token stop - 1; earlier ones by their pages. `padding` rows write to page 0."""
+        """Logits after token stop - 1. Tokens before `start` are read from pages; `padding` rows write to page 0."""
         stop = len(self.ids) if stop is None else stop
         positions = range(start, stop)
         given = PromptInput(
@@ -101,7 +101,7 @@ class Text:
 
 
 def prompt(name, length=30, places=(3, 4, 15)):
-    """Ids with text before, between and after the images, and the images: one alone, two in a chain."""
+    """Ids with text before, between and after the images, and the images: two adjacent ones and a single one."""
     spec, rng = SPECS[name], np.random.default_rng(1)
     ids = rng.integers(0, spec.text_vocab, length).tolist()
     for place in places:
@@ -208,6 +208,6 @@ def test_lean_graph_equals_the_full_graph_on_text(name, model):
         assert torch.equal(lean.decode(at, lean=True), full.decode(at))
 
 
-def test_text_alone_is_hugging_faces(model, oracle):
+def test_logits_of_text_alone_are_hugging_faces(model, oracle):
     ids, _ = prompt("base", places=())
     assert_close(Text(model("base"), ids).prefill(lean=True), oracle("base").logits(ids, [])[-1], **CLOSE)

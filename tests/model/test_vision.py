@@ -15,7 +15,7 @@ from mllama_graph.ops.plain import PLAIN
 
 # fp32 through up to eight layers, features of order ten, against the same sums in another order.
 CLOSE = {"atol": 2e-4, "rtol": 1e-4}
-# (width, height): one tile, rows of tiles, columns of tiles, and what the largest canvas takes.
+# (width, height): one tile, a row of tiles, a column of tiles, and an image that fills the largest canvas.
 SIZES = [(50, 50), (400, 60), (60, 400), (200, 190)]
 
 
@@ -24,7 +24,7 @@ def picture(size) -> Image.Image:
 
 
 def tile_input(image, shape, slot_S=None) -> TileInput:
-    """An image's tiles as a graph takes them, padding tiles filled with 255 to show that they count for nothing."""
+    """An image's tiles as a graph's input; padding tiles are filled with 255 to show that they have no effect."""
     tiles, vision = tile_image(image, shape.vision), shape.vision
     data = torch.full((vision.max_tiles, 3, vision.tile, vision.tile), 255, dtype=torch.uint8)
     data[: tiles.count] = torch.from_numpy(tiles.data)
@@ -34,7 +34,7 @@ def tile_input(image, shape, slot_S=None) -> TileInput:
 
 
 def theirs(oracle, image):
-    """HF's inputs, and features (tiles * tokens, width) of its corrected tower."""
+    """HF's inputs, and the features (tiles * tokens, width) of the corrected tower."""
     inputs = oracle.images(images=[[image]], return_tensors="pt")
     with torch.inference_mode():
         tower = oracle.model.model.vision_model
@@ -82,8 +82,8 @@ def test_pages_hold_the_keys_and_values_that_hugging_face_would_compute(name, mo
             assert not flat[untouched].any()
 
 
-def test_gates_and_every_embedding_count(model):
-    """A weight that could be left out would make the tests above prove nothing about it."""
+def test_every_gate_and_embedding_affects_the_features(model):
+    """The tests above could not detect an error in a weight without effect on the features."""
     shape, vision = model("base").shape, model("base").weights.vision
     given = tile_input(picture(SIZES[1]), shape)
     whole = encode(vision, given, torch.float32, shape, PLAIN)

@@ -1,4 +1,4 @@
-"""Fixtures: the libraries, built once a session, and a team of eight processes."""
+"""Fixtures: the native libraries, built once per session, and eight processes that act as ranks."""
 
 import pytest
 from teams import Team
@@ -8,7 +8,7 @@ from mllama_graph import native
 
 @pytest.fixture(scope="session")
 def libraries(cache_home):
-    """The folder that the libraries are built in."""
+    """The folder that contains the built libraries."""
     for name in native.LIBRARIES:
         native.build(name, cache_home)
     return cache_home

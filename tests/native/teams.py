@@ -1,4 +1,4 @@
-"""A team of processes that stands for the ranks of one host; each test borrows as many as it needs."""
+"""Processes that act as the ranks of one host; each test uses as many of them as it needs."""
 
 import multiprocessing
 import os
@@ -6,17 +6,17 @@ import traceback
 
 import torch
 
-# A rank that hangs fails its test within this.
+# Seconds after which a rank without a result fails its test.
 HANG_SECONDS = 120
 
 
 def segment() -> str:
-    """A name that no other run uses."""
+    """A name for shared memory that no other run uses."""
     return f"mllama_graph-{os.getpid()}-{os.urandom(4).hex()}"
 
 
 class Team:
-    """Processes started once, for torch takes seconds to import. `run` calls a function of a module on each rank."""
+    """Processes started once, since importing torch takes seconds. `run` calls a module-level function on each rank."""
 
     def __init__(self, size: int):
         # Forked from a fresh process that has imported torch and done nothing else.

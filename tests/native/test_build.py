@@ -1,4 +1,4 @@
-"""Building a library: once, whole, and with one line that says what is wrong."""
+"""Building a native library: once, complete or not at all, and with one-line errors."""
 
 import os
 import stat
@@ -11,7 +11,7 @@ from mllama_graph import native
 
 @pytest.fixture
 def compiler(tmp_path, monkeypatch):
-    """compiler(script) -> the log of its builds. A compiler in name only: a script that writes to $out."""
+    """compiler(script) -> the log of its builds. The compiler is replaced by a shell script that writes to $out."""
 
     def install(script: str) -> Path:
         path, log = tmp_path / "bin" / "c++", tmp_path / "log"
@@ -35,7 +35,7 @@ def build(rank, world, folder, cxx):
         del os.environ["CXX"]
 
 
-def test_processes_that_need_a_library_at_once_build_it_once(team, compiler, tmp_path):
+def test_concurrent_processes_build_a_library_once(team, compiler, tmp_path):
     log = compiler('sleep 0.5; echo whole > "$out"')
     built = team(3, build, tmp_path / "store", os.environ["CXX"])
     assert len(set(built)) == 1 and built[0][1] == "whole\n"
@@ -43,7 +43,7 @@ def test_processes_that_need_a_library_at_once_build_it_once(team, compiler, tmp
     assert Path(built[0][0]).parents[1] == tmp_path / "store" / "native"
 
 
-def test_what_a_killed_builder_left_is_neither_used_nor_kept(compiler, tmp_path):
+def test_leftovers_of_a_killed_build_are_neither_used_nor_kept(compiler, tmp_path):
     compiler('echo whole > "$out"')
     first = native.build("collectives", tmp_path)
     first.rename(first.parent / f"{native.ASIDE}half")
@@ -66,7 +66,7 @@ def test_another_compiler_or_source_is_another_library(compiler, tmp_path, monke
     assert len({first, second, third}) == 3 and log.read_text() == 3 * "build\n"
 
 
-def test_what_is_built_needs_no_compiler_any_more(compiler, tmp_path, monkeypatch):
+def test_a_built_library_needs_no_compiler(compiler, tmp_path, monkeypatch):
     log = compiler('echo whole > "$out"')
     first = native.build("collectives", tmp_path)
     monkeypatch.setenv("CXX", "no-such-compiler")
@@ -74,7 +74,7 @@ def test_what_is_built_needs_no_compiler_any_more(compiler, tmp_path, monkeypatc
     assert native.built("kernels", tmp_path) is None and log.read_text() == "build\n"
 
 
-def test_a_folder_that_cannot_be_written_costs_a_build_a_process(compiler, tmp_path):
+def test_with_a_read_only_folder_a_process_builds_for_itself(compiler, tmp_path):
     compiler('echo whole > "$out"')
     (tmp_path / "file").write_text("no folder")
     built = native.build("collectives", tmp_path / "file" / "store")
@@ -97,11 +97,11 @@ def test_a_compiler_that_fails_is_quoted_in_one_line(compiler, tmp_path):
     [
         ("false", r"does not build with .*/false \(exit code 1\): no message. Install g\+\+"),
         ("no-such-compiler", r"no C\+\+ compiler: 'no-such-compiler' is no program that is found. Install g\+\+"),
-        # Inductor would not find it.
+        # Inductor would not find a compiler with arguments.
         ("g++ -O1", r"no C\+\+ compiler: 'g\+\+ -O1' is no program that is found. .* without arguments"),
     ],
 )
-def test_no_compiler_is_said(tmp_path, monkeypatch, cxx, rule):
+def test_a_missing_or_broken_compiler_is_reported(tmp_path, monkeypatch, cxx, rule):
     monkeypatch.setenv("CXX", cxx)
     with pytest.raises(native.BuildError, match=rule):
         native.build("collectives", tmp_path)

@@ -1,4 +1,4 @@
-"""Collectives of processes on one host: right to the last bit, and an error where a rank is absent or differs."""
+"""Shared-memory collectives: exact to the last bit, with an error where a rank is absent or calls something else."""
 
 import os
 import random
@@ -13,14 +13,14 @@ from teams import segment
 
 from mllama_graph import native
 
-# kOnePhaseBytes of collectives.cpp, and slots small enough that a message takes several.
+# Bytes: kOnePhaseBytes of collectives.cpp, and a slot size so small that a message takes several slots.
 ONE_PHASE, SLOT = 256 << 10, 384 << 10
 SHORT = 0.5
-# A rank that waits for an absent one has ended by then, even on a machine with no idle core.
+# Seconds within which a rank stops waiting for an absent one, even on a machine without an idle core.
 SOON = 20
 
 SUMMED = (torch.float32, torch.bfloat16, torch.float16)
-# Nothing, one, odd; the most that all sum and one more, in elements of 4 and of 2 bytes; one slot and several.
+# Zero, one, odd; around the one-phase limit in elements of 4 and of 2 bytes; one slot and several.
 COUNTS = (
     0,
     1,
@@ -42,7 +42,7 @@ def given(seed: int, rank: int, count: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def sum_in_rank_order(parts: list[torch.Tensor]) -> torch.Tensor:
-    """The oracle: fp32 sums formed rank by rank and rounded once."""
+    """The oracle: sums in fp32 in the order of the ranks, rounded once."""
     total = parts[0].float()
     for part in parts[1:]:
         total = total + part.float()
@@ -60,7 +60,7 @@ def joined(rank, world, folder, name, timeout=60.0, slot_bytes=SLOT):
 
 
 def every_size(rank, world, folder, name):
-    """The calls, as text, whose result is not the oracle's to the last bit."""
+    """Names of the calls whose result differs from the oracle's in any bit."""
     ops, wrong = joined(rank, world, folder, name), []
     for dtype in SUMMED:
         for seed, count in enumerate(COUNTS):
@@ -94,7 +94,7 @@ def mixed_calls(rank, world, folder, name, slot_bytes):
     return wrong
 
 
-# The oracle knows no slots: equal to it with each size is equal with all.
+# The oracle does not depend on slots, so that results equal to it are the same for every slot size.
 @pytest.mark.parametrize("world, slot_bytes", [(2, 1 << 20), (3, SLOT), (4, 4096)])
 def test_two_hundred_calls_of_mixed_kinds_and_sizes_whatever_the_slots(team, libraries, world, slot_bytes):
     assert team(world, mixed_calls, libraries, segment(), slot_bytes) == [[]] * world
@@ -130,12 +130,12 @@ def test_strides_dimensions_dtypes_and_special_values(team, libraries):
 
 
 def misfit(rank, world, folder, name, case):
-    """(error, seconds it took, error of the next call, last_error()) where one rank does not do as the others."""
+    """(error, seconds until it, error of the next call, last_error()) where the last rank differs from the others."""
     ops = joined(rank, world, folder, name, timeout=SHORT if case == "absent" else 60.0)
     ops.all_reduce(torch.ones(10))
     last, start = rank == world - 1, time.monotonic()
     if case == "absent" and last:
-        # Late: the others have given up by now, and say so.
+        # By now the others have timed out, which this rank's own error reports.
         time.sleep(4 * SHORT)
     calls = {
         "absent": lambda: ops.all_reduce(torch.ones(10)),
@@ -154,7 +154,7 @@ def misfit(rank, world, folder, name, case):
     return str(error.value), seconds, str(again.value), told
 
 
-def test_an_absent_rank_is_named_within_the_timeout_and_told_when_it_comes(team, libraries):
+def test_an_absent_rank_is_named_within_the_timeout_and_gets_an_error_itself(team, libraries):
     outcomes = team(4, misfit, libraries, segment(), "absent")
     for error, seconds, again, told in outcomes:
         assert "rank 3 did not arrive at an all-reduce within 0.5 s" in error and seconds < SOON
@@ -179,7 +179,7 @@ def test_ranks_whose_calls_differ_all_raise(team, libraries, case, rule):
 
 
 def refused(rank, world, folder, name, case):
-    """The error of the rank that may not join."""
+    """The error of rank 1, which may not join."""
     native.load("collectives", folder)
     if rank == 0 and case != "no rank 0":
         native.attach(name, 0, 2, 5.0, SLOT)
@@ -203,7 +203,7 @@ def refused(rank, world, folder, name, case):
         ("no rank 0", "rank 1 could not join shared memory .* within 0.5 s: rank 0 did not create it"),
     ],
 )
-def test_a_rank_that_does_not_fit_is_refused(team, libraries, case, rule):
+def test_a_rank_with_other_settings_is_refused(team, libraries, case, rule):
     name = segment()
     with pytest.raises(RuntimeError, match=rule):
         raise RuntimeError(team(2, refused, libraries, name, case)[1])
@@ -211,13 +211,13 @@ def test_a_rank_that_does_not_fit_is_refused(team, libraries, case, rule):
 
 
 def reused(rank, world, folder, name):
-    """Whether the name was there after this rank joined a group, twice."""
+    """Whether the name of the shared memory still exists after this rank joined a group, for two groups in turn."""
     seen = []
     for _ in range(2):
         ops = joined(rank, world, folder, name)
         ops.all_reduce(torch.ones(1))
         seen.append(Path("/dev/shm", name).exists())
-        # No rank may go on to the second group before all have left the first.
+        # No rank may join the second group before all have finished with the first.
         ops.all_reduce(torch.ones(1))
         native.detach()
     return seen
@@ -225,7 +225,7 @@ def reused(rank, world, folder, name):
 
 def test_the_name_is_gone_once_all_have_joined_and_a_stale_segment_is_replaced(team, libraries):
     name = segment()
-    # Left by a process that is gone: not even a header.
+    # As left by a process that was killed; it has no valid header.
     Path("/dev/shm", name).write_bytes(b"stale")
     assert team(2, reused, libraries, name) == [[False, False]] * 2
 
@@ -236,7 +236,7 @@ def test_collectives_need_a_group(libraries):
         torch.ops.mllama_graph.all_reduce(torch.ones(1))
 
 
-def test_what_is_traced_is_what_runs(libraries):
+def test_traced_shapes_equal_those_at_run_time(libraries):
     class Both(torch.nn.Module):
         def forward(self, x):
             return torch.ops.mllama_graph.all_gather(torch.ops.mllama_graph.all_reduce(x.t()) + 1)

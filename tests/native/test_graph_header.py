@@ -1,4 +1,4 @@
-"""Packages of calls alone: what Inductor writes for native/graph.h, as torch's loader binds and runs it."""
+"""Packages that only call operators: Inductor's code compiled with native/graph.h, run by torch's package loader."""
 
 import logging
 import zipfile
@@ -10,7 +10,7 @@ from mllama_graph import native
 
 
 class Calls(torch.nn.Module):
-    """Operators of ours, one of two results and one that writes its input, and views."""
+    """Calls of this project's operators, one with two results and one that writes its input, and views."""
 
     def __init__(self):
         super().__init__()
@@ -32,7 +32,7 @@ def inputs(row=1):
 
 
 def build(path, cache_home):
-    """The package of a module of calls, as torch loads it, and its sources by the end of their names."""
+    """The package of `Calls`, as torch loads it, and its C++ sources by the end of their names."""
     from mllama_graph.graphs.build import build_package
 
     native.load("kernels", cache_home)
@@ -66,7 +66,7 @@ def test_a_package_computes_and_writes_what_its_module_does(package):
         assert torch.equal(ours[2], theirs[2]) and ours[2].any()
 
 
-def test_weights_are_read_where_they_lie(package):
+def test_weights_are_read_in_place(package):
     module = Calls()
     loader = bound(package[0], module)
     module.weight.mul_(3)
@@ -80,12 +80,12 @@ def test_no_header_of_torch_is_compiled_with_it_and_nothing_is_generated(package
     assert "{" not in sources["kernel.cpp"]
 
 
-def test_what_an_operator_says_reaches_the_caller(package):
+def test_an_operators_error_message_reaches_the_caller(package):
     with pytest.raises(RuntimeError, match="take_row takes the number of a row"):
         bound(package[0], Calls()).boxed_run(inputs(row=7))
 
 
-def test_a_weight_that_is_not_given_is_refused(package):
+def test_a_missing_weight_is_refused(package):
     with pytest.raises(RuntimeError):
         package[0].load_constants({}, False, True, True)
 

@@ -1,4 +1,4 @@
-"""A CPU's kernels: they compute what plain.py computes, and a row's result does not depend on its neighbours."""
+"""CPU kernels of linear layers and attention compute what plain.py computes; rows do not depend on other rows."""
 
 from types import SimpleNamespace
 
@@ -27,18 +27,18 @@ def randoms(seed: int):
 
 
 def laid_out(weight, bias=None):
-    """A leaf whose weight is as the kernel reads it."""
+    """A linear layer's parameters with the weight in the kernel's layout."""
     weight = weight.clone()
     torch.ops.mllama_graph.lay_out_(weight)
     return SimpleNamespace(weight=weight, bias=bias)
 
 
-# Widths around a vector's lanes and around the pieces in which a row is worked through.
+# Input widths around the number of vector lanes and around the pieces in which the kernel processes a row.
 @pytest.mark.parametrize("inputs", [1, 7, 8, 9, 31, 512, 515, 1040])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_product_is_the_exact_one_rounded_and_each_row_that_of_a_batch_of_one(inputs, dtype):
+def test_a_product_is_exact_up_to_rounding_and_does_not_depend_on_the_batch(inputs, dtype):
     normal = randoms(inputs)
-    # Rows around those of a tile, of what is read once and of a block.
+    # Numbers of rows around those of a tile, of a pass over the weight and of a block.
     for rows in (1, 2, 3, 4, 5, 6, 7, 8, 11, 17, 99):
         for outputs in (1, 5, 24, 51, 203):
             x, weight, bias = normal(rows, inputs), normal(outputs, inputs).to(dtype), normal(outputs).to(dtype)
@@ -74,7 +74,7 @@ def test_padded_rows_are_not_read_and_become_zeros(rows):
             assert torch.equal(y[:real], exact[:real]) and not y[real:].any()
 
 
-def test_a_product_keeps_leading_axes_and_takes_no_rows():
+def test_a_product_keeps_leading_axes_and_accepts_zero_rows():
     normal = randoms(0)
     leaf = laid_out(normal(5, 16))
     x = normal(2, 3, 16)
@@ -82,7 +82,7 @@ def test_a_product_keeps_leading_axes_and_takes_no_rows():
     assert CPU.linear(x[:0], leaf).shape == (0, 3, 5)
 
 
-def test_what_does_not_fit_is_refused():
+def test_arguments_of_wrong_shape_or_value_are_refused():
     normal = randoms(0)
     with pytest.raises(RuntimeError):
         CPU.linear(normal(2, 15), SimpleNamespace(weight=normal(5, 16), bias=None))
@@ -105,7 +105,7 @@ SHAPES = st.fixed_dictionaries(
 
 
 def pool(normal, shape: dict):
-    """Pages of random values, and tables of three sequences that share none of them."""
+    """Random pages and the block tables of three sequences that share no page, with the random generator."""
     count, page = 3 * shape["J"] + 1, shape["page"]
     pages = tuple(normal(count, page, shape["keys"], shape["width"]) for _ in range(2))
     generator = torch.Generator().manual_seed(shape["seed"])
@@ -113,7 +113,7 @@ def pool(normal, shape: dict):
 
 
 @given(SHAPES, st.integers(1, 3))
-# So many heads that fewer tokens are worked through at a time.
+# With this many heads the kernel processes fewer tokens at a time.
 @example({"seed": 0, "keys": 64, "group": 1, "width": 96, "page": 128, "J": 2}, 1)
 def test_attention_to_pages(shape, rows):
     normal = randoms(shape["seed"])
@@ -124,7 +124,7 @@ def test_attention_to_pages(shape, rows):
     length = torch.tensor([rows, most, int(torch.randint(rows, most + 1, (), generator=generator))]).int()
     ours = CPU.attend_pages(q, pages, table, length)
     torch.testing.assert_close(ours, plain.attend_pages(q, pages, table, length), **CLOSE)
-    # Whatever the others and the width of the table are.
+    # A sequence's result depends neither on other sequences nor on the width of the table.
     used = -(-int(length[0]) // shape["page"])
     assert torch.equal(ours[:rows], CPU.attend_pages(q[:rows], pages, table[:1, :used].contiguous(), length[:1]))
 
@@ -141,7 +141,7 @@ def test_attention_to_images(shape, rows):
     ours, theirs = (ops.attend_image(q, pages, table[:B], fill, see) for ops in (CPU, plain))
     kept = [any(fill[t // rows, see[t, 0] : see[t, 1]] > 0) for t in range(B * rows)]
     torch.testing.assert_close(ours[kept], theirs[kept], **CLOSE)
-    # A row that sees nothing is dropped by the model, which must not multiply NaN by 0.
+    # The model multiplies the result of a row that sees nothing by 0, which would keep a NaN.
     assert ours.isfinite().all()
 
 
@@ -166,7 +166,7 @@ def test_attention_among_tiles(seed, heads, width, rows):
     torch.testing.assert_close(CPU.attend_tiles(q, k, v, pad), plain.attend_tiles(q, k, v, pad), **CLOSE)
 
 
-def test_threads_do_not_change_a_bit():
+def test_results_do_not_depend_on_the_number_of_threads():
     normal, before = randoms(3), torch.get_num_threads()
     x, leaf = normal(105, 700), laid_out(normal(301, 700))
     q, k, v = (normal(150, 3, 16) for _ in range(3))

@@ -1,4 +1,4 @@
-"""Collectives inside ahead-of-time packages, and packages run without the interpreter's lock."""
+"""Collectives inside ahead-of-time compiled packages, and packages that run without Python's GIL."""
 
 import os
 import threading
@@ -11,10 +11,10 @@ from teams import segment
 from mllama_graph import native
 
 WIDTH = 16
-# A name of our own, for the group's is baked into the package.
+# The name of the process group, which is compiled into the package.
 GROUP = "tensor_parallel"
 STEPS = 50
-# Seconds that one rank keeps the other waiting.
+# Seconds by which rank 1 is late.
 LATE = 0.5
 
 
@@ -23,7 +23,7 @@ def weight(rank: int) -> torch.Tensor:
 
 
 class Layer(torch.nn.Module):
-    """A row-parallel layer: every rank multiplies by its part, the sum is all ranks'."""
+    """A row-parallel layer: each rank multiplies by its shard of the weight, and the results are summed over ranks."""
 
     def __init__(self, weight: torch.Tensor):
         super().__init__()
@@ -43,13 +43,13 @@ class Gloo(Layer):
 
 
 def compile_all(rank, world, folder):
-    """Packages of both modules, compiled in a process that talks to no other; their paths by name."""
+    """Paths of the packages of both modules, compiled in a process without other ranks."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
     import torch._inductor
     import torch.distributed._functional_collectives
 
-    # Inductor asks the group for its size, for a log that nobody reads; a stand-in without a backend answers. The
-    # registry does not keep it alive.
+    # Inductor logs the size of the group, so that it needs a group; this one has no backend. The variable keeps it
+    # alive, since the registry does not.
     stand_in = torch.distributed.ProcessGroup(0, 2)
     torch._C._distributed_c10d._register_process_group(GROUP, stand_in)
     native.load("collectives", folder)
@@ -75,7 +75,7 @@ def inputs(seed: int, rank: int) -> torch.Tensor:
 
 
 def opened(folder, path, weight):
-    """A package bound to a weight, as a function."""
+    """A function that runs a package with the given weight."""
     native.load("runner", folder)
     ops = torch.ops.mllama_graph
     handle = ops.load_package(path, -1)
@@ -85,7 +85,7 @@ def opened(folder, path, weight):
 
 
 def run_shared(rank, world, folder, path, name):
-    """(whether every step was right, error of a step without a peer, last_error())."""
+    """(whether every step was right, error of a step that the other rank does not call, last_error())."""
     native.load("collectives", folder)
     native.attach(name, rank, world, 1.0)
     step, right = opened(folder, path, weight(rank)), True
@@ -102,10 +102,10 @@ def run_shared(rank, world, folder, path, name):
     return right, str(error.value), told
 
 
-def test_shared_memory_collectives_work_in_a_package_and_tell_of_an_absent_rank(team, libraries, packages):
+def test_shared_memory_collectives_work_in_a_package_and_report_an_absent_rank(team, libraries, packages):
     first, second = team(2, run_shared, libraries, packages["shared"], segment())
     assert first[0] and second[0]
-    # A package's own error has no text of the operator's: last_error() keeps it.
+    # A package's error does not contain the operator's message, which last_error() keeps.
     assert "did not call" not in first[1]
     assert "rank 1 did not arrive at an all-reduce within 1 s" in first[2]
 
@@ -129,7 +129,7 @@ def test_gloo_collectives_in_a_package_do_not_wait_for_the_interpreter(team, lib
 
 
 def run_late(rank, world, folder, path, name):
-    """How often another thread of rank 0 got a turn while its package waited for rank 1."""
+    """How often another thread of rank 0 ran while the package waited for rank 1."""
     native.load("collectives", folder)
     native.attach(name, rank, world, 60.0)
     step, done, turns = opened(folder, path, weight(rank)), threading.Event(), []
@@ -149,7 +149,7 @@ def run_late(rank, world, folder, path, name):
     done.set()
     thread.join()
     native.detach()
-    # At the borders of the call a thread gets in by luck.
+    # Near the start and end of the call, a thread may run by chance.
     return sum(start + LATE / 4 < turn < end - LATE / 4 for turn in turns)
 
 
@@ -158,7 +158,7 @@ def test_other_threads_run_while_a_package_waits(team, libraries, packages):
 
 
 def run_bound(rank, world, folder, path, name):
-    """Whether a package reads its weight outside, and reads it again after it was written."""
+    """Whether a package reads its weight from the given tensor, before and after that tensor is changed."""
     native.load("collectives", folder)
     native.attach(name, 0, 1, 5.0)
     native.declare(1)
@@ -180,5 +180,5 @@ def run_bound(rank, world, folder, path, name):
     return before, after
 
 
-def test_constants_stay_outside_and_are_read_where_they_lie(team, libraries, packages):
+def test_constants_stay_outside_a_package_and_are_read_in_place(team, libraries, packages):
     assert team(1, run_bound, libraries, packages["shared"], segment()) == [(True, True)]

@@ -1,4 +1,4 @@
-"""A CPU's kernels of rows and tiles: they compute what plain.py computes, and each row depends on itself alone."""
+"""CPU kernels on rows and tiles compute what plain.py computes; rows do not depend on other rows."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,10 +12,10 @@ from mllama_graph.ops.cpu import CPU, SKIP_PADDING, without_padding
 from mllama_graph.ops.plain import PLAIN
 from mllama_graph.ops.ranks import ranked
 
-# fp32 sums in another order, and functions to a few units in the last place, of values of order one to ten.
+# fp32 sums in another order and functions accurate to a few units in the last place, for values of order one to ten.
 CLOSE = {"atol": 5e-6, "rtol": 1e-5}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Around a vector's lanes.
+# Widths around the number of vector lanes.
 WIDTHS = (1, 5, 8, 20, 33, 96, 512)
 
 
@@ -39,12 +39,12 @@ def weights(width, dtype):
 
 
 def row_cases(T, width, dtype):
-    """name -> arguments of an operation whose first axis is rows; tensors of T rows are cut with them."""
+    """Case -> arguments of an operation on rows; tensors with T rows are the ones to select rows of."""
     weight, leaf = weights(width, dtype)
     x, y, position = 3 * normal(T, width, seed=5), normal(T, width, seed=6), torch.arange(T).int() * 37
     gate = normal(1, seed=9, dtype=dtype)
     see = torch.stack((torch.zeros(T), torch.arange(T) % 3), dim=1).int()
-    # Parts of a wider row, as q, k and v are.
+    # Views of wider rows, as q, k and v are.
     heads = normal(T, 3 * 2 * width + 7, seed=8)[:, 7:].view(T, 3, -1)
     angles = PLAIN.rope_angles(position, 1 / 10000 ** torch.linspace(0, 1, width))
     return {
@@ -69,7 +69,7 @@ def row_cases(T, width, dtype):
 
 
 def results(ops, name, arguments):
-    """An operation's results as a tuple. Only the kernel takes see itself."""
+    """An operation's results as a tuple. `gated` gets `see` in the form that `ops.sees_image` returns."""
     name = name.split(" ")[0]
     if name == "gated":
         arguments = (*arguments[:2], ops.sees_image(arguments[2]))
@@ -84,13 +84,13 @@ def cut(argument, T, rows):
     return argument[rows] if tensor and argument.shape[0] == T else argument
 
 
-# More rows than any other axis has elements, so that those alone are cut.
+# Different from the size of every other axis, so that `cut` selects only rows.
 T = 13
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", row_cases(T, 8, torch.float32))
-def test_rows_are_plains_and_each_is_that_of_a_batch_of_one(name, dtype):
+def test_rows_equal_plain_and_do_not_depend_on_the_batch(name, dtype):
     for width in WIDTHS:
         arguments = row_cases(T, width, dtype)[name]
         ours, theirs = results(CPU, name, arguments), results(PLAIN, name, arguments)
@@ -111,16 +111,16 @@ def test_padded_rows_are_not_read_and_become_zeros(real):
             continue
         whole = results(CPU, name, cases[name])
         padded = [cut(a, T, slice(None)) for a in cases[name]]
-        # An id that is no row of the table, and NaN.
+        # Padding that must not be read: an id beyond the table, or NaN.
         padded[0] = padded[0].clone()
         padded[0][real:] = 99 if name == "embed" else torch.nan
         for y, exact in zip(results(told, name, tuple(padded)), whole):
-            # Without y the sum is x itself.
+            # Without y the sum is x itself, including its padding.
             if y is not padded[0]:
                 assert torch.equal(y[:real], exact[:real]) and not y[real:].any(), name
 
 
-def test_a_rank_of_several_skips_padding_in_its_embedding_too():
+def test_the_embedding_of_one_of_several_ranks_also_skips_padding():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ranks, "_shared_all_reduce", lambda x: x)
         ops = without_padding(
@@ -136,11 +136,11 @@ def test_extremes_stay_finite():
     torch.testing.assert_close(ours, theirs, **CLOSE)
     torch.testing.assert_close(CPU.gelu(wide), PLAIN.gelu(wide), **CLOSE)
     grid = torch.linspace(-9, 9, 20001)[None]
-    # The series is good to 2e-7, half of which times |x| reaches the result.
+    # The kernel's series for erf has an error of 2e-7, which enters the result multiplied by |x| / 2.
     torch.testing.assert_close(CPU.gelu(grid), PLAIN.gelu(grid.double()).float(), atol=1e-6, rtol=1e-6)
 
 
-def test_one_row_is_taken():
+def test_take_row_returns_one_row():
     x = normal(9, 20)
     assert torch.equal(CPU.take_row(x, int32(4)), x[4:5])
 
@@ -163,7 +163,7 @@ def test_pages_get_the_real_rows_and_nothing_else(width):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [5, 48])
 @pytest.mark.parametrize("real", [1, 3])
-def test_tiles_become_the_rows_that_plain_makes_of_them(width, dtype, real):
+def test_operations_on_tiles_equal_plain(width, dtype, real):
     C, side, patch = 3, 24, 4
     N, aspect = (side // patch) ** 2, int32(2)
     gate, mean, std = normal(1, dtype=dtype), normal(3, 1, 1), 1 + normal(3, 1, 1).abs()
@@ -195,7 +195,7 @@ def test_tiles_become_the_rows_that_plain_makes_of_them(width, dtype, real):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
 
 
-def test_threads_do_not_change_a_bit():
+def test_results_do_not_depend_on_the_number_of_threads():
     before, cases = torch.get_num_threads(), row_cases(400, 96, torch.bfloat16)
     image = normal(4, 3, 56, 56)
     made = []
@@ -211,7 +211,7 @@ def test_threads_do_not_change_a_bit():
     assert all(torch.equal(a, b) for other in made[1:] for a, b in zip(made[0], other))
 
 
-def test_what_does_not_fit_is_refused():
+def test_arguments_of_wrong_shape_or_value_are_refused():
     x, leaf = normal(2, 16), SimpleNamespace(weight=normal(4, 16))
     for refused in (
         lambda: CPU.rms_norm(x, normal(15), 1e-5),

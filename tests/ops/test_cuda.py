@@ -1,8 +1,8 @@
 """The Triton kernels of ops/cuda.py against plain.py: on a GPU, or on a CPU where TRITON_INTERPRET=1 is set.
 
-Without either, they are compiled for GPUs that aren't there, and traced. Triton is not a dependency of the project on a
-CPU: `pip install triton==3.7.1` (3.6 does not interpret with numpy 2.4). Its interpreter multiplies bfloat16 as
-integers in tl.dot, so that queries of bfloat16 are tested on a GPU alone.
+Without either, they are only compiled for GPUs and traced. Triton is not a dependency of the project on a CPU: install
+it with `pip install triton==3.7.1` (3.6 can't interpret with numpy 2.4). Its interpreter multiplies bfloat16 as
+integers in tl.dot, so that bfloat16 queries are tested on a GPU only.
 """
 
 import os
@@ -35,7 +35,7 @@ CLOSE = {
     torch.bfloat16: {"atol": 3e-2, "rtol": 3e-2},
 }
 SEEDS = st.integers(0, 2**32 - 1)
-# (kv heads, queries a kv head, head width, page size)
+# (kv heads, query heads per kv head, head width, page size)
 SHAPES = st.tuples(
     st.integers(1, 3), st.integers(1, 8), st.sampled_from([1, 7, 16, 20, 40, 64]), st.sampled_from([1, 3, 4, 16])
 )
@@ -100,7 +100,7 @@ def test_attend_pages_is_plain_attention(tile_bytes, seed, shape, rows, sequence
     count=st.integers(1, 9),
     data=st.data(),
 )
-def test_attend_image_is_plain_attention_and_blind_rows_are_finite(
+def test_attend_image_is_plain_attention_and_rows_without_images_are_finite(
     tile_bytes, seed, shape, rows, sequences, width, count, data
 ):
     K, G, H, P = shape
@@ -142,7 +142,7 @@ def test_narrow_pages_are_read_in_the_type_of_the_queries(query, stored):
 
 
 @runs
-def test_nothing_behind_a_length_is_read():
+def test_nothing_beyond_a_length_is_read():
     (k, v), table, len_B = pages_of(0, 40, 4, 1, 16), torch.arange(40).view(2, 20).int().to(DEVICE), ints([9, 33])
     q = normal(3, 2, 4, 16)
     wanted = plain.attend_pages(q, (k, v), table, len_B)
@@ -179,7 +179,7 @@ def test_strided_queries_are_read_as_they_are():
 
 
 @runs
-def test_the_operations_take_the_kernels_for_few_rows_and_plain_attention_for_many(monkeypatch):
+def test_operations_use_the_kernels_for_few_rows_and_plain_attention_for_many(monkeypatch):
     monkeypatch.setattr(cuda, "_multiprocessors", lambda device: 132)
     launched = []
     for name in ("attend_pages_split", "attend_image_split"):
@@ -203,7 +203,7 @@ def test_the_operations_take_the_kernels_for_few_rows_and_plain_attention_for_ma
     assert [given[-1] for given in launched] == [2, 2]
 
 
-def test_splits_fill_a_device_and_leave_no_program_a_handful_of_keys():
+def test_splits_fill_a_device_and_give_each_program_enough_keys():
     assert cuda.splits(1, 8, 8192, 132) == 33
     assert cuda.splits(64, 8, 8192, 132) == 1
     assert cuda.splits(1, 1, 1 << 20, 132) == cuda.MOST_SPLITS
@@ -224,7 +224,7 @@ def test_splits_are_few_and_never_more_than_a_device_needs(sequences, kv_heads, 
     assert count == 1 or (count - 1) * sequences * kv_heads < cuda.PROGRAMS * multiprocessors
 
 
-def test_without_triton_the_operations_say_what_to_install(monkeypatch):
+def test_without_triton_the_error_names_what_to_install(monkeypatch):
     monkeypatch.setattr(cuda, "triton", None)
     with pytest.raises(ImportError, match="CUDA wheel of torch"):
         cuda.cuda_ops(1)
@@ -289,7 +289,7 @@ def test_kernels_compile_for_a_gpu_without_spilling_registers(capability, dtype,
         ]
         said = subprocess.run(ptxas, cwd=tmp_path, text=True, stderr=subprocess.PIPE, check=True).stderr
         assert "0 bytes spill stores, 0 bytes spill loads" in said
-        # Two programs a multiprocessor: sm_80 has 164 KiB.
+        # Two programs fit a multiprocessor: sm_80 has 164 KiB of shared memory.
         assert kernel.metadata.shared <= 80 * 1024
 
 
@@ -330,7 +330,7 @@ def test_an_exported_step_keeps_the_kernels_and_they_write_nothing_but_their_res
     called = [node.target for node in program.graph.nodes if node.op == "call_function"]
     assert torch.ops.mllama_graph.attend_pages_split.default in called
     assert torch.ops.mllama_graph.attend_image_split.default in called
-    # As Inductor lowers it.
+    # The decomposition that Inductor applies.
     lowered = program.run_decompositions(decompose_custom_triton_ops=True)
     written = [
         node.kwargs["tensors_to_clone"]

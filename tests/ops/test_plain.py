@@ -24,7 +24,7 @@ def normal(*shape, seed=0, dtype=torch.float32):
 
 
 def dense(q_RQH, k_LKH, v_LKH, mask_RL):
-    """Attention by its definition: a head at a time, in float64."""
+    """Attention by its definition, one head at a time in float64."""
     q, k, v = q_RQH.double(), k_LKH.double(), v_LKH.double()
     group = q.shape[1] // k.shape[1]
     heads = []
@@ -41,7 +41,7 @@ def leaf(out, into, bias=False, dtype=torch.float32):
 
 
 def pages_of(num_pages, page_size, heads, width, seed=0):
-    """Pages with something in every slot, so that reading a wrong one shows."""
+    """Pages with random values in every slot, so that reading a wrong slot shows."""
     size = (num_pages, page_size, heads, width)
     return normal(*size, seed=seed), normal(*size, seed=seed + 1)
 
@@ -51,7 +51,7 @@ def gathered(pages, table):
     return tuple(torch.cat([data[page] for page in table]) for data in pages)
 
 
-def test_every_operation_of_the_contract_has_a_plain_one():
+def test_every_operation_of_the_contract_has_a_plain_implementation():
     assert all(callable(getattr(PLAIN, field.name)) for field in fields(Ops))
 
 

@@ -1,4 +1,4 @@
-"""The shipped model: a genuine checkpoint, the same in the engine as in the code that trained it, and it looks."""
+"""The shipped model: its checkpoint, equal answers of engine and training code, and that it looks at its images."""
 
 import json
 import random
@@ -62,7 +62,7 @@ def test_the_engine_answers_as_the_corrected_transformers_model_does(tmp_path):
         assert results[line["id"]].token_ids == ids, line["prompt"]
 
 
-def test_the_engine_says_what_the_training_code_would_say(trained, tmp_path):
+def test_the_engine_answers_as_the_training_code_does(trained, tmp_path):
     path = write_requests(tmp_path, 3)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     lines = [line | {"images": [str(tmp_path / name) for name in line["images"]]} for line in lines]
@@ -70,7 +70,7 @@ def test_the_engine_says_what_the_training_code_would_say(trained, tmp_path):
     groups = [*held_out(3, False), *held_out(3, True)]
     with torch.no_grad():
         for group, line in zip(groups, lines, strict=True):
-            # The training code says whether each token of an answer, the end included, is its own greedy choice.
+            # answers_right checks that each token of an answer, the end included, is the model's greedy choice.
             said = replace(group.questions[0], answers=(results[line["id"]].text,))
             batch = make_batch([Group(group.scenes, [said])], [], random.Random(0))
             assert answers_right(trained, batch, "")[0][1], line
@@ -88,7 +88,7 @@ def test_more_than_a_hundred_scenes_are_answered_and_the_controls_fall(tmp_path)
     assert done.code == 0, done.err
     assert len((tmp_path / "out" / "predictions.jsonl").read_text().splitlines()) >= 100
     scores = done.result()["metrics"]["exact_match"]
-    # README has the figures of 40 scenes a kind; 110 scenes stray by a few points of them.
+    # README has the figures of 40 scenes per kind; with 110 scenes they differ by a few points.
     assert scores["right %"]["all"] >= FLOOR
     for control in ("images exchanged", "images unseen"):
         assert scores[control]["all"] <= scores["right %"]["all"] - 25, control

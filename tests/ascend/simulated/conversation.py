@@ -1,7 +1,7 @@
-"""One conversation as the inputs of its steps, and two ways to run the steps: plain.py eagerly, npu.py through torchair.
+"""The inputs of one conversation's steps, and two ways to run them: plain.py eagerly, npu.py through torchair.
 
-An image is encoded, its prompt is prefilled in two chunks, and it decodes beside a second sequence. Pages carry over from
-step to step, so that what one step writes wrong shows in the next.
+An image is encoded, its prompt is prefilled in two chunks, and the sequence is decoded together with a second one.
+Steps share their pages, so that a wrong write of one step shows in the next.
 """
 
 import copy
@@ -20,7 +20,7 @@ P = 128
 # Pages of the sequence with the image and of the other one; page 0 is scratch.
 TABLES = [[3, 1], [4, 2]]
 NUM_PAGES = 5
-# Tokens of the two chunks, and the rows that each is padded to.
+# Tokens of the two chunks, and the number of rows that each is padded to.
 FIRST, SECOND, BUCKET = 20, 9, 32
 
 
@@ -50,7 +50,7 @@ def rounded(weights, dtype, back=None):
 
 
 class Eager:
-    """The steps by plain.py, uncompiled."""
+    """Runs the steps with plain.py, uncompiled."""
 
     def __init__(self, model, stored, dtype):
         self.shape, self.dtype = model.shape, dtype
@@ -66,14 +66,14 @@ class Eager:
         return () if getattr(given, "image", given) is None else self.image_pages
 
     def contents(self):
-        """The pages as CPU tensors, no wider than the heads; page 0, which padding writes, is left out."""
+        """The pages as CPU tensors, without the padding of heads and without page 0, which padding rows write."""
         width = self.shape.text.head_width
         pairs = [pair for pool in to_host((self.pages, self.image_pages)) for pair in pool]
         return [x[1:, ..., :width].float() for pair in pairs for x in pair]
 
 
 class Compiled(Eager):
-    """The steps by npu.py, through torchair: one graph for each combination of phase and shapes."""
+    """Runs the steps with npu.py through torchair: one graph for each combination of phase and shapes."""
 
     def __init__(self, model, dtype):
         self.shape, self.dtype = model.shape, dtype
@@ -90,7 +90,7 @@ class Compiled(Eager):
 
 
 class Conversation:
-    """The inputs of the steps, in order. Ids are fixed in advance, so that every way to run the steps gets the same."""
+    """The inputs of the steps, in order. The ids are fixed in advance, so that they do not depend on the logits."""
 
     def __init__(self, shape, text_alone=True, seed=0):
         self.shape, self.text_alone = shape, text_alone
@@ -98,7 +98,7 @@ class Conversation:
         vision = shape.vision
         self.ids = torch.randint(0, shape.text.vocab, (2, 400), generator=generator).int()
         self.ids[0, 2] = shape.image_token
-        # The largest canvas with one tile less: a padding tile where there are several.
+        # All tiles but one are real, so that there is a padding tile where an image can have several tiles.
         self.tiles = torch.randint(
             0,
             256,
@@ -128,7 +128,7 @@ class Conversation:
         return ImageInput(int32([row[0] for row in rows]), int32([row[1] for row in rows]), int32(see))
 
     def prompt(self, sequence, start, count, with_image):
-        """A chunk of `count` tokens, padded to BUCKET rows; earlier tokens, if any, are in two table entries."""
+        """A chunk of `count` tokens from `start`, padded to BUCKET rows; earlier tokens are in the sequence's pages."""
         padding = BUCKET - count
         table = TABLES[sequence]
         see = [(0, self.seen) if start + row >= 2 and row < count else (0, 0) for row in range(BUCKET)]
@@ -144,7 +144,7 @@ class Conversation:
         )
 
     def tokens(self, lengths, with_image):
-        """One new token of both sequences, which have `lengths` tokens with it."""
+        """One new token of each sequence; `lengths` include it."""
         at = [length - 1 for length in lengths]
         return TokenInput(
             torch.stack([self.ids[sequence, position] for sequence, position in enumerate(at)]),
@@ -158,7 +158,7 @@ class Conversation:
 
 
 def play(run, talk):
-    """Logits of every step of the conversation; its second sequence is of text alone, or sees the image too."""
+    """Logits of every step of the conversation. With text_alone, the second sequence uses graphs without images."""
     run("vision", talk.vision())
     logits = [run("prefill", talk.prompt(0, 0, FIRST, True))]
     logits.append(run("prefill", talk.prompt(1, 0, SECOND, not talk.text_alone)))

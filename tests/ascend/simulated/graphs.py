@@ -1,4 +1,4 @@
-"""Captured graphs of the small models, and copies of them with one thing broken."""
+"""Buckets and specs to capture graphs of the small models, and copies of graphs with one change."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +21,7 @@ CLASSES = (VISION, DECODE, LEAN, PREFILL, PREFILL_LEAN, CHUNK, CHUNK_LEAN)
 
 
 def spec_of(name: str, ranks: int = 1, **changes: Any) -> GraphSpec:
-    """What the graphs of a small model are lowered for: bf16, and pools for two sequences with four images each."""
+    """The spec of a small model's graphs: bf16, with pools for two sequences of up to four images each."""
     pools = {"page_size": 128, "num_pages": 12, "num_image_pages": 16}
     spec = GraphSpec(
         shape_of(model_config(SPECS[name])),
@@ -38,7 +38,7 @@ def spec_of(name: str, ranks: int = 1, **changes: Any) -> GraphSpec:
 
 
 def broken(captured: Capture, change: Callable[[dict[str, Any]], None]) -> Capture:
-    """A copy with one thing changed: `change` gets {name: operation}."""
+    """A copy of a captured graph, modified by `change`, which gets {name: operation}."""
     graph = ge_ir_pb2.GraphDef()
     graph.CopyFrom(captured.graph)
     change({op.name: op for op in graph.op})

@@ -1,4 +1,4 @@
-"""Runs a function through torchair and the interpreter, and says what graph it became."""
+"""Compiles a function with torchair, runs it in the interpreter and gives access to its graph."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,13 +27,13 @@ def to_host(tree: Any) -> Any:
 
 @dataclass
 class Lowered:
-    """A function as torchair compiles it. `graphs`: those that its calls loaded."""
+    """A function compiled by torchair. `graphs`: the graphs that its calls loaded."""
 
     call: Callable[..., Any]
     graphs: list[SimulatedGraph]
 
     def __call__(self, *given: Any) -> Any:
-        """Results on the CPU. What the function writes in place, it writes to `given`, tensors of the device."""
+        """Results on the CPU. Writes in place change `given`, tensors of the simulated device."""
         before = len(SimulatedGraph.loaded)
         with torch.no_grad():
             results = to_host(self.call(*given))
@@ -42,13 +42,13 @@ class Lowered:
 
     @property
     def operations(self) -> dict[str, int]:
-        """Number of operations of each type in the one graph."""
+        """Number of operations of each type in the only graph."""
         [graph] = self.graphs
         return dict(count_operations(graph.graph))
 
 
 def lower(function: Callable[..., Any], wide: bool = False) -> Lowered:
-    """A function as one graph of static shapes, compiled at its first call. `wide` is that of `Interpreter`."""
+    """Lowers a function to one graph of static shapes, at its first call. `wide`: see `Interpreter`."""
     install(wide)
     torch._dynamo.reset()
     backend = torchair.get_npu_backend(compiler_config=compiler_config())

@@ -1,4 +1,4 @@
-"""A step is lowered without being run: it is the graph that runs, and every operation knows its line of the model."""
+"""Capturing lowers a step to the graph that would run, and records the line of the model for every operation."""
 
 import re
 import resource
@@ -81,7 +81,7 @@ def test_a_model_of_released_width_is_lowered_in_no_memory():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert capture(spec, LEAN).graph.op
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    # An eighth of two layers of the 11B model, of its embedding and its head.
+    # One rank's eighth of two layers, the embedding and the head of the 11B model.
     assert elements(spec.shape, Shard(0, 8)) * 2 > 400e6
     assert kilobytes < 200e3
 
@@ -115,7 +115,8 @@ ATTEND_PAGES = r"mllama_graph/model/text.py:\d+ in attend: return ops.attend_pag
             "attend_tiles",
             scaled_dot_product,
             r"npu.npu_fusion_attention_v3.default: torchair has no converter",
-            r"mllama_graph/model/vision.py:\d+ in block: out_WAH = ops.attend_tiles\(.* <- .*test_capture.py:\d+ in scaled",
+            r"mllama_graph/model/vision.py:\d+ in block: out_WAH = ops.attend_tiles\(.* "
+            r"<- .*test_capture.py:\d+ in scaled",
         ),
         (
             LEAN,
@@ -128,7 +129,7 @@ ATTEND_PAGES = r"mllama_graph/model/text.py:\d+ in attend: return ops.attend_pag
         (LEAN, "attend_pages", misshapen, r".*: RuntimeError\('Attempting to broadcast", ATTEND_PAGES),
     ],
 )
-def test_what_can_not_be_lowered_is_reported_with_its_line(bucket, name, function, what, line, decode):
+def test_a_step_that_can_not_be_lowered_is_reported_with_its_line(bucket, name, function, what, line, decode):
     with pytest.raises(CaptureError) as error:
         capture(spec_of("base"), bucket, replace(NPU, **{name: function}))
     message, where = str(error.value).split("\n")
@@ -153,6 +154,6 @@ def test_a_shortened_model_keeps_its_widths_and_a_layer_of_each_kind():
     assert capture(replace(spec_of("base"), shape=shortened(spec_of("base").shape)), CHUNK).graph.op
 
 
-def test_a_trace_without_a_line_of_the_model_gives_its_innermost_one():
+def test_without_a_line_of_the_model_the_innermost_line_of_a_trace_is_given():
     assert origin('  File "/elsewhere/tool.py", line 3, in helper\n    x + y\n') == "tool.py:3 in helper"
     assert origin("") == "no line is known"

@@ -1,4 +1,4 @@
-"""The interpreter refuses what it does not know and what the documentation forbids, in graphs that were broken by hand."""
+"""The interpreter refuses graphs with unknown operations and graphs that break a documented limit."""
 
 import re
 from pathlib import Path
@@ -43,7 +43,7 @@ def refusal(function, *given):
 
 @pytest.fixture(scope="module")
 def decode():
-    """The graph of a write and a paged attention, as torchair made it."""
+    """The graph of a page write and a paged attention, as lowered by torchair."""
 
     def step(q, k, v, pages, slot, table, length):
         NPU.write_pages_(k, v, pages, slot)
@@ -55,13 +55,13 @@ def decode():
 
 
 def broken(graph, change):
-    """A copy of a graph with one thing changed: `change` gets {type: its first operation}."""
+    """A copy of a graph, modified by `change`, which gets {type: first operation of that type}."""
     copy = ge_ir_pb2.ModelDef.FromString(graph.SerializeToString()).graph[0]
     change({op.type: op for op in reversed(copy.op)})
     return copy
 
 
-# ---- what the interpreter does not know
+# ---- unknown operations, inputs, attributes and shapes
 
 
 def test_the_graph_itself_is_read(decode):

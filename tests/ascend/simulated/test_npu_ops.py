@@ -1,7 +1,7 @@
 """Every operation of ops/npu.py, lowered by torchair and executed by the interpreter, against ops/plain.py in fp32.
 
-In 16 bits the graph is one that a device takes, and the oracle gets the same rounded inputs. In fp32 the graph differs in
-nothing but dtypes ("wide"), and shows that nothing but rounding separates the two.
+In 16 bits, the graph is one that a device accepts, and the oracle gets the same rounded inputs. In fp32 ("wide"), the
+graph differs only in its dtypes and must equal the oracle up to the order of fp32 sums.
 """
 
 from dataclasses import fields
@@ -147,12 +147,12 @@ def test_patch_embed(dtype):
 
 
 def pages_of(count, heads, width, dtype, seed=0):
-    """Pages with a value in every slot, so that reading a wrong one shows; as wide as the model's heads."""
+    """Pages as wide as the model's heads, with random values in every slot, so that reading a wrong slot shows."""
     return tuple(normal(count, P, heads, width, seed=seed + n, dtype=dtype) for n in range(2))
 
 
 def padded(pages):
-    """The same pages with heads as wide as an NPU keeps them."""
+    """The same pages with heads padded to the width that an NPU stores."""
     return tuple(torch.nn.functional.pad(x, (0, padded_head(x.shape[-1]) - x.shape[-1])) for x in pages)
 
 

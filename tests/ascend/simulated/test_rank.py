@@ -1,4 +1,4 @@
-"""A rank on a simulated NPU: its operations are those of ops/npu.py, and it carries out every order of the driver."""
+"""A rank on a simulated NPU uses the operations of ops/npu.py and executes every order of the driver."""
 
 import inspect
 from dataclasses import replace
@@ -64,7 +64,7 @@ class Recorded(TorchDispatchMode):
 
 @pytest.mark.parametrize("bucket", CLASSES, ids=str)
 def test_a_step_that_is_not_compiled_runs_npu_operations(bucket, rank):
-    """On fake tensors, since the stubs have no kernels."""
+    """The step runs on fake tensors, since the stubs have no kernels."""
     spec = rank.spec
     with FakeTensorMode(), torch.no_grad(), Recorded() as recorded:
         step = Step(bucket.phase, spec.unfilled_weights(spec.shard), spec.shape, rank.ops)
@@ -96,7 +96,7 @@ def test_the_graphs_of_every_device_have_the_whole_interface(backend):
 
 @pytest.mark.parametrize("loaded", LoadedGraphs.__subclasses__())
 @pytest.mark.parametrize("method", sorted(LoadedGraphs.__abstractmethods__))
-def test_every_kind_of_loaded_graphs_answers_each_method_alike(loaded, method):
+def test_every_kind_of_loaded_graphs_has_the_declared_signatures(loaded, method):
     assert method in vars(loaded)
     own, declared = (inspect.signature(getattr(kind, method)) for kind in (loaded, LoadedGraphs))
     assert own == declared
@@ -110,7 +110,7 @@ def test_compiling_ahead_leaves_the_store_of_an_npu_rank_alone(rank, tmp_path_fa
 
 
 class Orders:
-    """A driver whose orders are known in advance."""
+    """A driver that sends a fixed list of orders."""
 
     def __init__(self, start, *orders):
         self.start, self.orders, self.confirmations = start, list(orders), 0

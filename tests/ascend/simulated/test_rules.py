@@ -1,4 +1,4 @@
-"""The graphs of the small models break no rule; each rule finds a graph that was broken for it and names the line."""
+"""The graphs of the small models break no rule; each rule finds its fault in a modified graph and names the line."""
 
 import re
 from dataclasses import replace
@@ -18,7 +18,7 @@ from mllama_graph.ops.plain import rope as plain_rope
 
 # Three layers, of which the second attends to images.
 BASE = replace(spec_of("base"), shape=shortened(spec_of("base").shape, self_layers=2))
-# All classes of one model, and graphs of one whose heads are padded, of two ranks and of images of one tile.
+# All classes of one model, and graphs of models with padded heads, two ranks, and images of one tile.
 CLEAN = [
     *(("base", 1, bucket) for bucket in CLASSES),
     *(("adjacent", 1, bucket) for bucket in (VISION, CHUNK)),
@@ -40,13 +40,13 @@ def found(name, captured, bucket, spec=BASE):
 
 
 def found_with(name, bucket, spec=BASE, **ops):
-    """The messages of one rule about a step with some operations replaced."""
+    """The messages of one rule about a step whose operations `ops` are replaced."""
     own = replace(npu_ops(spec.world_size), **ops) if ops else None
     return found(name, capture(spec, bucket, own), bucket, spec)
 
 
 def found_after(name, captured, change):
-    """The messages of one rule about the decode graph with one thing changed."""
+    """The messages of one rule about the decode graph after `change`."""
     return found(name, broken(captured, change), DECODE)
 
 
@@ -100,7 +100,7 @@ def test_pages_that_are_never_written_are_found(bucket, pool):
     assert message.startswith(f"NetOutput NetOutput: {pool}.0.0 is never written (and {2 * layers - 1} more)")
 
 
-def test_a_read_of_pages_beside_their_write_is_found(decode):
+def test_a_read_of_pages_unordered_with_their_write_is_found(decode):
     def change(ops):
         pages = ops["ScatterPaKvCache"].input[1]
         reader = next(op for op in ops.values() if op.input and op.input[0] == "ScatterPaKvCache:0")
@@ -238,7 +238,7 @@ def test_an_all_reduce_too_many_and_a_missing_one_are_found():
     )
 
 
-def test_one_rank_that_sums_is_found():
+def test_an_all_reduce_on_a_single_rank_is_found():
     ranks = spec_of("cross_first", 2)
     captured = capture(ranks, LEAN)
     assert len(found("collectives", captured, LEAN, replace(ranks, world_size=1))) == 3
@@ -283,7 +283,7 @@ def test_a_size_that_no_kernel_takes_is_found(bucket, changes, text):
 @pytest.mark.parametrize(
     ("attribute", "value", "text"), [("num_heads", 3, "are not heads"), ("sparse_mode", 4, "sparse_mode 4")]
 )
-def test_an_attention_that_its_documentation_forbids_is_found(attribute, value, text, decode):
+def test_an_attention_outside_of_its_documented_limits_is_found(attribute, value, text, decode):
     [message] = found_after(
         "layouts", decode, lambda ops: ops["FusedInferAttentionScore"].attr[attribute].__setattr__("i", value)
     )
@@ -310,5 +310,5 @@ def test_an_operation_that_is_not_fused_is_found():
     )
 
 
-def test_every_rule_has_found_something():
+def test_every_rule_has_a_test():
     assert RULES.keys() == FAILED

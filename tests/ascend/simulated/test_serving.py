@@ -1,6 +1,6 @@
-"""The engine whose every step is a GE graph, interpreted, against the same engine on plain.py.
+"""The engine with interpreted GE graphs for all steps, against the same engine on plain.py.
 
-tests/test_engine.py holds the eager engine to the corrected Hugging Face model.
+tests/test_engine.py compares the eager engine with the corrected Hugging Face model.
 """
 
 import re
@@ -18,7 +18,7 @@ from mllama_graph.graphs.key import key, key_fields
 from mllama_graph.graphs.loaded import LoadedNpuGraphs
 from mllama_graph.graphs.torchair import compiler_config
 
-# Long prompts go in chunks of 32, behind earlier pages; eight requests share a step, with and without images.
+# Long prompts are prefilled in chunks of 32; eight requests share a decode step, with and without images.
 PLAN = {
     "batch": 8,
     "page_size": 128,
@@ -29,7 +29,7 @@ PLAN = {
     "threads": 1,
 }
 NPU_SIM = PLAN | {"backend": "torchair", "device": "npu-sim"}
-# bf16 has 16 values between two integers from 8 to 16: logits closer than two such steps are a tie.
+# From 8 to 16, bf16 values are 1/16 apart: logits closer than two such steps count as a tie.
 BF16_TIE = 2 / 16
 
 
@@ -60,7 +60,7 @@ def shared_steps(ours, theirs):
                 break
 
 
-# test_steps.py holds every shape to plain.py step by step; these two differ most in what is scheduled.
+# test_steps.py compares every model with plain.py step by step; these two models differ most in their schedules.
 @pytest.mark.parametrize("name", ["base", "cross_first"])
 def test_in_fp32_the_tokens_and_log_probabilities_are_those_of_plain(name, answers):
     ours, theirs = answers(name, "torchair", "fp32"), answers(name, "eager", "fp32")
@@ -69,17 +69,17 @@ def test_in_fp32_the_tokens_and_log_probabilities_are_those_of_plain(name, answe
 
 
 def error(answers, name, backend) -> torch.Tensor:
-    """Log-probabilities in bf16 minus those in fp32, as long as both choose alike."""
+    """Log-probabilities in bf16 minus those in fp32, as long as both choose the same ids."""
     pairs = shared_steps(answers(name, backend, "bf16"), answers(name, "eager", "fp32"))
     return torch.tensor([a["logprob"] - b["logprob"] for a, b in pairs if a["id"] == b["id"]])
 
 
 @pytest.mark.parametrize("name", ["cross_first"])
-def test_in_bf16_it_is_no_further_from_fp32_than_plain_and_differs_only_at_near_ties(name, answers):
-    # The checkpoint is bf16, so that all three compute with the same weights.
+def test_bf16_graphs_are_as_close_to_fp32_as_plain_and_differ_only_at_near_ties(name, answers):
+    # The checkpoint is in bf16, so that all three runs compute with the same weights.
     ours, plain = error(answers, name, "torchair"), error(answers, name, "eager")
     assert len(ours) > 100
-    # Both round as often, at other places, over a hundred steps: the errors have about one size, not one value.
+    # Both round equally often but in other places, so that their errors over a hundred steps are of similar size.
     assert ours.pow(2).mean() <= 1.5 * plain.pow(2).mean()
     assert ours.abs().max() < 0.15
     for a, b in shared_steps(answers(name, "torchair", "bf16"), answers(name, "eager", "fp32")):
@@ -145,7 +145,7 @@ def test_options_of_the_configuration_reach_the_graph_engine(checkpoint, request
 
 
 def test_captured_graphs_are_lowered_up_to_the_capture_and_write_pages_in_place(checkpoint, tmp_path, monkeypatch):
-    """npugraph_ex: there are no kernels to capture here; everything before that is torchair's own."""
+    """npugraph_ex: torchair does all work before the capture itself, which fails here since there are no kernels."""
     from torchair._acl_concrete_graph.fx2acl_converter import AclConcreteGraph
 
     executor = start(checkpoint("base"), dtype="bf16", graph_cache=str(tmp_path), **NPU_SIM).executor
@@ -162,14 +162,14 @@ def test_captured_graphs_are_lowered_up_to_the_capture_and_write_pages_in_place(
         [code] = codes
         layers = len(rank.shape.text.self_layers)
         assert len(re.findall(r"= torch\.ops\.npu\.npu_scatter_pa_kv_cache\.default\(", code)) == layers
-        # Neither a functional write, which copies the pool, nor its copy back, nor inputs copied before each replay.
+        # No functional write, which would copy the pool, no copy back, and no copy of the inputs before a replay.
         assert not re.search(r"torch\.ops\.npu\.\w+_functional", code)
         assert "aten.copy_" not in code
         assert 'compile_configs["clone_input"] = "0"' in code
         assert code.count("npu_fused_infer_attention_score.out(") == rank.shape.text.layers
 
 
-def test_a_mode_takes_only_its_own_options():
+def test_each_mode_gets_only_its_own_options():
     captured = compiler_config(mode="npugraph_ex", static_kernel_compile=True)
     assert captured.experimental_config.aclgraph._aclnn_static_shape_kernel.value == "1"
     assert compiler_config().experimental_config.topology_sorting_strategy.value == "StableRDFS"

@@ -8,7 +8,7 @@ from checkpoints import SPECS
 from conversation import Compiled, Conversation, Eager, play
 from torch.testing import assert_close
 
-# Models whose second sequence is of text alone, in graphs of its own; in the others it shares the graphs of the first.
+# Models whose second sequence is text alone and uses graphs without images; in the others it uses those with images.
 TEXT_ALONE = ("base", "cross_first")
 # fp32 through up to eight layers, logits of order ten, the same sums in another order.
 CLOSE = {"atol": 5e-4, "rtol": 1e-4}
@@ -43,7 +43,7 @@ def test_in_16_bits_the_steps_are_no_further_from_fp32_than_plain_is(name, dtype
     sixteen = play(Eager(model(name), dtype, dtype), Conversation(model(name).shape, name in TEXT_ALONE))
     for got, plain, want in zip(logits, sixteen, expected, strict=True):
         error, allowed = ((x - want).pow(2).mean().sqrt() for x in (got, plain))
-        # Both round as often, at other places: the two errors have about one size, which 2 leaves room for.
+        # Both round equally often but in other places, so that their errors are of similar size: at most twice here.
         assert error <= 2 * allowed, (error, allowed, want.abs().max())
 
 
@@ -73,7 +73,7 @@ def test_steps_are_made_of_fused_operations(name, dtype, played, model):
         assert "Transpose" not in found
         assert "BatchMatMul" not in found
         assert found["FusedInferAttentionScore"] == used
-        # A norm before each half of a layer, and the last one; the very first has nothing to add.
+        # One norm before each half of a layer and a final one; the first norm is not fused, since it adds nothing.
         assert found["AddRmsNorm"] == 2 * used
         assert found["SwiGlu"] == used
         assert found["RotaryMul"] == 2 * layers
@@ -91,7 +91,7 @@ def test_a_hundred_steps_of_growing_length_compile_once_and_stay_right(model):
     compiled, eager = Compiled(model("base"), torch.float32), Eager(model("base"), torch.float32, torch.float32)
     for run in (compiled, eager):
         run("vision", talk.vision())
-    # Across the border of a page, at 128 tokens.
+    # The lengths cross the end of a page at 128 tokens.
     for length in range(60, 160):
         given = talk.tokens([length, length // 2], True)
         assert_close(compiled("decode", given), eager("decode", given), **CLOSE)

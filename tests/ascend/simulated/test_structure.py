@@ -1,4 +1,4 @@
-"""What graphs have in common: buckets of one class and ranks have one structure, and golden.json counts its parts."""
+"""The buckets of one class and all ranks have the same graph structure, and parts are counted as in golden.json."""
 
 import re
 from dataclasses import replace
@@ -24,7 +24,7 @@ def decode():
 
 
 def test_the_buckets_of_a_class_have_one_structure():
-    """Also where sizes happen to be equal: as many tokens as a page has, or as pages have altogether."""
+    """Also where sizes happen to be equal: as many tokens as in one page, or as in all of a sequence's pages."""
     spec = replace(BASE, shape=shortened(BASE.shape))
     buckets = [
         VISION,
@@ -62,7 +62,7 @@ def test_two_ranks_have_one_graph(bucket):
     assert first.inputs == second.inputs
 
 
-def test_counts_leave_out_what_is_constant(decode):
+def test_counts_leave_out_constants(decode):
     graph = LoweredGraph(decode)
     constants = graph.of_type("Range", "Pack")
     assert constants

@@ -1,4 +1,4 @@
-"""A graph of a plan as task=verify judges it, and the modelled work beside the products that are in the graph."""
+"""How task=verify judges a graph, and the modelled FLOPs against those of the matrix products in the graph."""
 
 from dataclasses import replace
 from math import prod
@@ -20,7 +20,7 @@ def shape_of(graph, value):
 
 
 def products(graph):
-    """Floating-point operations of a graph's matrix products, convolutions and attention, from its own shapes."""
+    """Floating-point operations of a graph's matrix products, convolutions and attention, from the graph's shapes."""
     total = 0
     for op in graph.of_type("MatMul", "Conv2D"):
         weight = shape_of(graph, dict(inputs_of(op))["filter" if op.type == "Conv2D" else "x2"])
@@ -37,7 +37,7 @@ def products(graph):
 def test_the_modelled_products_are_those_of_the_graph(bucket):
     spec = replace(spec_of("base"), shape=shortened(spec_of("base").shape))
     graph = LoweredGraph(capture(spec, bucket))
-    # The model counts norms and biases as products, and leaves out the hidden rows of a chunk behind earlier pages.
+    # The model also counts norms and biases, and leaves out the masked keys of a chunk after earlier pages.
     assert work(spec.shape, spec.page_size, bucket, 2, 2)[1] == pytest.approx(products(graph), rel=0.02)
 
 
@@ -50,7 +50,7 @@ def test_a_graph_is_judged_whole_and_shortened():
     assert whole.operations > short.operations
     assert whole.fused > short.fused
     assert whole.sums == 0
-    # The weights that make an image's keys and values are read by the vision graph alone; 16 frequencies are fp32.
+    # Only the vision graph reads the weights of the images' keys and values; the 16 rotary frequencies are fp32.
     text = [entry for entry in table(spec.shape) if entry.path.startswith("text.")]
     read = [2 * prod(entry.shape) for entry in text if not entry.path.endswith((".kv.weight", ".k_norm"))]
     assert whole.weight_bytes == sum(read) + 4 * 16
