@@ -38,7 +38,7 @@ def few(requests, name: str = "base") -> list[dict]:
 
 @pytest.fixture(scope="module")
 def expected(checkpoint, requests):
-    """expected(spec) -> ids of the requests in FEW, served one at a time; the oracle tests the engine itself."""
+    """expected(spec) -> ids of the requests in FEW, served one at a time; another test compares all with the oracle."""
     return cache(lambda name: tokens_of(start(checkpoint(name), batch=1, page_size=64), few(requests, name)))
 
 

@@ -130,7 +130,7 @@ print(json.dumps(told))
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_library_answers_streams_and_leaves_no_process(ranks, site, tmp_path):
-    # A script without `if __name__ == "__main__"`.
+    # The script has no `if __name__ == "__main__"`: starting ranks must not depend on it.
     (tmp_path / "script.py").write_text(SCRIPT)
     done = installed(site, sys.executable, "script.py", str(ranks), cwd=tmp_path)
     assert done.returncode == 0, done.stderr

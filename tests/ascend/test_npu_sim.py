@@ -175,7 +175,7 @@ def test_verify_lowers_every_graph_of_the_plan_and_prints_a_verdict_for_each(che
 
 
 def test_a_graph_that_breaks_a_rule_ends_verify_with_code_1_and_the_line_of_the_model(checkpoint, tmp_path):
-    """In a copy of the project whose attention takes a Python number as length."""
+    """Runs a copy of the project whose attention gets its lengths as Python numbers."""
     broken = tmp_path / "project"
     shutil.copytree(ROOT, broken, ignore=shutil.ignore_patterns(".git", ".venv*", "outputs", "__pycache__"))
     source = broken / "mllama_graph" / "ops" / "npu.py"

@@ -36,7 +36,7 @@ COUNTS = (
 
 
 def given(seed: int, rank: int, count: int, dtype: torch.dtype) -> torch.Tensor:
-    """What a rank brings to a call; every rank can form it for all."""
+    """A rank's input of a call, which every other rank can compute too."""
     generator = torch.Generator().manual_seed(1000 * seed + rank)
     return (torch.randn(count, generator=generator) * 2.0 ** (rank % 5)).to(dtype)
 

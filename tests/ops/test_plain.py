@@ -213,7 +213,7 @@ def test_attend_prompt_sees_exactly_the_earlier_tokens_of_its_pages(seed, T, pas
 
 
 @given(seed=SEEDS, fresh=st.sampled_from([1, 2, 3]), data=st.data(), heads=st.sampled_from([(4, 4), (4, 2), (6, 1)]))
-def test_attend_pages_sees_a_sequence_up_to_each_fresh_token(seed, fresh, data, heads):
+def test_attend_pages_sees_a_sequence_up_to_each_new_token(seed, fresh, data, heads):
     lengths = data.draw(st.lists(st.integers(fresh, 12), min_size=1, max_size=4))
     order = torch.randperm(3 * len(lengths), generator=torch.Generator().manual_seed(seed)).view(-1, 3).int()
     pages = pages_of(3 * len(lengths), 4, heads[1], 8, seed)
