@@ -14,9 +14,9 @@ from checkpoints import SPECS
 from engines import GRAPH_PLAN, GRAPH_SPEC, GRAPHS, said, start, tokens_of
 
 from mllama_graph.core.errors import UserError
-from mllama_graph.graphs import aot
 from mllama_graph.graphs import key as keys
 from mllama_graph.graphs.compiler import Record
+from mllama_graph.graphs.step import WEIGHT_PREFIX
 from mllama_graph.graphs.store import GraphStore, key_of
 
 ROOT = Path(__file__).parents[1]
@@ -193,7 +193,7 @@ def test_every_weight_of_a_step_stays_outside_its_package(compiled, store):
     names = {}
     for bucket, package in rank.graphs.ready.items():
         names[bucket.phase, bucket.image_pages > 0] = {
-            name.removeprefix(aot.WEIGHT_PREFIX) for name in package._loader.get_constant_fqns()
+            name.removeprefix(WEIGHT_PREFIX) for name in package._loader.get_constant_fqns()
         }
 
     def of(*starts):

@@ -40,15 +40,10 @@ class Graphs:
         self._ready: set[Bucket] = set()
         self._stored: set[Bucket] = set()
         self._failed: set[Bucket] = set()
-        if self.compiles:
+        if self.spec.compiles:
             self._stored = {bucket for bucket in plan if store.has(key(spec, bucket))}
             if store.warning:
                 say(store.warning)
-
-    @property
-    def compiles(self) -> bool:
-        """Whether this backend compiles at all."""
-        return self.spec.backend != "eager"
 
     @property
     def compiled_by_ranks(self) -> bool:
@@ -67,7 +62,7 @@ class Graphs:
 
     def prefetch(self, need: Bucket) -> None:
         """Have worker processes compile a graph that holds `need`, ahead of the first step that needs it."""
-        if self.compiles and not self.compiled_by_ranks:
+        if self.spec.compiles and not self.compiled_by_ranks:
             self._choose(need)
 
     def select(self, need: Bucket) -> tuple[Bucket, bool]:
@@ -75,7 +70,7 @@ class Graphs:
 
         Raises UserError where graphs must not be compiled and none holds the step.
         """
-        if not self.compiles:
+        if not self.spec.compiles:
             return need, False
         if self.compiled_by_ranks:
             return self._select_from_ranks(need), True

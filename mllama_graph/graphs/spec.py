@@ -40,6 +40,11 @@ class GraphSpec:
     rank: int = 0
 
     @property
+    def compiles(self) -> bool:
+        """Whether this backend compiles at all."""
+        return self.backend != "eager"
+
+    @property
     def torch_device(self) -> torch.device:
         """The device of weights, pages and inputs."""
         return torch.device("npu" if self.device == "npu-sim" else self.device)

@@ -32,7 +32,7 @@ class Placement:
         """
         whole = torch.empty(size, dtype=dtype, device=self.filled_on)
         # A fake tensor of a trace has no memory.
-        if self.filled_on.type == "cpu" and type(whole) is Tensor:
+        if whole.is_cpu and type(whole) is Tensor:
             _advise_huge_pages(whole)
         return whole
 

@@ -14,16 +14,16 @@ from mllama_graph.plan.resolve import ResolvedRun
 
 def main(run: ResolvedRun) -> None:
     """Compile what the store lacks. Graphs that are there stay, so that an interrupted warm-up goes on."""
-    if run.backend == "eager":
-        raise UserError("backend=eager compiles nothing, so there is nothing to warm up. Use backend=inductor.")
     progress, buckets = Progress(), run.plan.buckets()
     if run.needs == TaskOptions.RANKS:
         _warm_ranks(run, progress)
         return
+    backend = backend_of(run)
+    if not backend.spec().compiles:
+        raise UserError("backend=eager compiles nothing, so there is nothing to warm up. Use backend=inductor.")
     store = GraphStore(run.store_folder)
     progress.say(f"plan: {run.plan.describe()}")
     _check_store(store)
-    backend = backend_of(run)
     backend.start()
     compiler = GraphCompiler(backend.spec(), store, progress.say)
     missing = [bucket for bucket in buckets if compiler.stored(bucket) is None]
