@@ -1,4 +1,4 @@
-"""Resolves a `Run`, the configuration, into a `ResolvedRun`, all decisions, once and before any rank exists. No torch.
+"""Resolves a `Run` (the configuration) into a `ResolvedRun` (all decisions), once, before any rank exists. No torch.
 
 Errors in the configuration, the model, the files or the devices are reported here. Nothing below launch/ sees a `Run`.
 """
