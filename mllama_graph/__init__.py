@@ -1,6 +1,6 @@
 """An inference engine for Llama 3.2 Vision built on static-shaped, paged, compiled graphs.
 
-The names of the library are imported on first use, so that the command line starts without torch.
+Public names are imported on first use, so that the command line starts without torch.
 """
 
 from importlib import import_module

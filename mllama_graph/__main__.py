@@ -5,8 +5,8 @@ import sys
 
 
 def main() -> int:
-    """Run the command line; returns the exit code."""
-    # While modules are imported, Ctrl-C ends the process silently rather than with the stack of an import.
+    """Run the command line and return its exit code."""
+    # While modules are imported, Ctrl-C ends the process silently rather than with the traceback of an import.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     from mllama_graph import cli

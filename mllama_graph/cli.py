@@ -1,7 +1,7 @@
-"""The command line: compose a run, resolve it, launch it; one line for the user whatever goes wrong.
+"""The command line: composes a run with Hydra, resolves it and launches it. Every failure is reported in one line.
 
-No torch here: what must stand in the environment before torch is imported is set first, and a run that can't be composed
-fails in a moment.
+Imports no torch: environment variables must be set before torch is imported, and an invalid configuration is refused
+without waiting for that import.
 """
 
 import logging
@@ -13,7 +13,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-# Errors reach main() as exceptions, so that a person sees one line, and run.log the stack.
+# Errors reach main() as exceptions: the user sees one line, and run.log gets the traceback.
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")
 
 import hydra
@@ -31,7 +31,7 @@ from mllama_graph.launch.launch import join, launch
 from mllama_graph.measure.sweep import standing, write_summary
 from mllama_graph.plan.resolve import ResolvedRun, ResolvedTask, resolve
 
-# 2: an error that the user can mend.
+# Exit code 2: an error that the user can correct.
 EXIT_CODES = {UserError: 2, Interrupted: 130}
 
 log = logging.getLogger("mllama_graph")
@@ -40,21 +40,21 @@ failures: list[int] = []
 
 
 class JobFailed(Exception):
-    """A job of a sweep ended with an error that has been reported already; the sweep goes on and counts it.
+    """A job of a sweep failed and has reported its error; the sweep continues with the next job.
 
-    Its argument is the exit code: launchers may have run the job in another process.
+    The argument is the exit code, since a launcher may run the job in another process.
     """
 
 
 def main() -> int:
-    """The exit code: 0, or 2 for an error that the user can mend."""
+    """Run the command line and return the exit code: 0, 2 for a user's error, 130 after an interrupt, else 1."""
     try:
         place = place_from(os.environ)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if place and place.rank > 0:
-        # torchrun starts every rank alike; rank 0 alone composes the run and writes its folder.
+        # torchrun starts every rank with the same command; only rank 0 composes the run and writes its folder.
         _raise_on_interrupt()
         return join(place)
     for argument in sys.argv[1:]:
@@ -62,7 +62,7 @@ def main() -> int:
             print(f"error: {argument!r} is not valid UTF-8 text.", file=sys.stderr)
             return 2
     register_schemas()
-    # argparse takes no overrides after an option that follows overrides, so the sweep's flag goes first.
+    # argparse accepts no overrides after an option that itself follows overrides, so -m goes first.
     given = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))
     sys.argv[1:] = [literal(argument) for argument in given]
     try:
@@ -86,7 +86,7 @@ def main() -> int:
 
 
 def job(config: DictConfig) -> None:
-    """One job: a run alone, or one of a sweep, possibly in another process."""
+    """Run one job: a single run, or one job of a sweep, possibly in another process."""
     state, failed_before = HydraConfig.get(), len(failures)
     folder, sweeping = Path(state.runtime.output_dir), state.mode == RunMode.MULTIRUN
     run: Run = OmegaConf.to_object(config)  # type: ignore[assignment]
@@ -98,7 +98,7 @@ def job(config: DictConfig) -> None:
         run = with_task_keys(run)
         check(run)
         resolved = resolve(run, place_from(os.environ))
-        # A sweep's jobs share this process, so each gets fresh ones for its ranks.
+        # Jobs of a sweep share this process, so each job runs its ranks in new processes.
         launch(resolved, entry_of(resolved), fresh=sweeping)
     except (UserError, Interrupted, RankFailed, PeerGone) as error:
         log.exception("the run ended early")
@@ -116,13 +116,13 @@ def job(config: DictConfig) -> None:
 
 
 def entry_of(run: ResolvedTask) -> str:
-    """The function that does the run's task, as "module:function"."""
+    """The function that runs the task, as "module:function"."""
     traced = isinstance(run, ResolvedRun) and run.only_shapes and run.needs == TaskOptions.RANKS
     return f"mllama_graph.tasks.{'trace' if traced else run.task}:main"
 
 
 def swept_in(sweep: Path) -> dict[str, int]:
-    """The keys that a sweep sweeps over, and how many values each has."""
+    """The keys that a sweep varies, and the number of values of each."""
     noted = OmegaConf.load(sweep / "multirun.yaml").hydra
     given = {word.partition("=")[0]: word for word in noted.overrides.task}
     words = {name: f"{name}={value}" for name, value in (noted.sweeper.get("params") or {}).items()} | given
@@ -131,7 +131,7 @@ def swept_in(sweep: Path) -> dict[str, int]:
 
 
 def announce(sweep: Path, number: int, overrides: list[str]) -> int:
-    """Tell the user which job of a sweep begins, and how long the rest will take; returns how many jobs there are."""
+    """Print which job of a sweep starts and the estimated remaining time. Returns the number of jobs."""
     swept, begun = swept_in(sweep), (sweep / "multirun.yaml").stat().st_mtime
     own = ", ".join(word for word in overrides if word.partition("=")[0] in swept)
     total = math.prod(swept.values())
@@ -146,6 +146,6 @@ def _fail(run: Run, folder: Path, message: str, exit_code: int) -> None:
 
 
 def _raise_on_interrupt() -> None:
-    """From here on Ctrl-C raises KeyboardInterrupt."""
+    """Make Ctrl-C raise KeyboardInterrupt from now on."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,4 +1,4 @@
-"""From key=value to a `Run`, by Hydra and the files of conf/."""
+"""Composes a `Run` from key=value arguments and the files of conf/, with Hydra."""
 
 import difflib
 import re
@@ -17,10 +17,10 @@ from mllama_graph.core.errors import UserError
 from mllama_graph.core.paths import PACKAGE
 from mllama_graph.tasks.options import TASKS
 
-# An installed package holds conf/; in a checkout it lies beside the package.
+# An installed package contains conf/; in a checkout conf/ lies beside the package.
 CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
 CONFIG, HYDRA_VERSION = "config", "1.3"
-# Taken literally: Hydra's grammar would refuse commas, apostrophes, parentheses, = and Chinese.
+# Keys whose values are taken literally: Hydra's grammar would refuse commas, apostrophes, parentheses, = and Chinese.
 LITERAL_KEYS = (
     "prompt",
     "image",
@@ -34,13 +34,13 @@ LITERAL_KEYS = (
     "task.measured",
     "task.folder",
 )
-# Those of conf/hydra/launcher/ and of the plugins that they need.
+# Launchers of conf/hydra/launcher/ and of the plugins that they need.
 LAUNCHERS = ("parallel", "slurm", "joblib", "submitit_local", "submitit_slurm")
 COMPOSING_ERRORS = (HydraException, OmegaConfBaseException)
 
 
 def register_schemas() -> None:
-    """Have Hydra check every key by the dataclasses of core/config.py and tasks/options.py."""
+    """Register the dataclasses of core/config.py and tasks/options.py, so that Hydra checks every key against them."""
     store = ConfigStore.instance()
     store.store(name="schema", node=Run)
     for name, options in TASKS.items():
@@ -48,9 +48,9 @@ def register_schemas() -> None:
 
 
 def run_from(choices: Iterable[str], values: Mapping[str, Any]) -> Run:
-    """The run of group choices ("model=11b") and of values by key, which may be nested: the library's way in.
+    """Compose a run from group choices ("model=11b") and values by key, which may be nested. The library uses this.
 
-    Raises UserError for what can't be composed.
+    Raises UserError for choices or values that can't be composed.
     """
     register_schemas()
     try:
@@ -65,9 +65,9 @@ def run_from(choices: Iterable[str], values: Mapping[str, Any]) -> Run:
 
 
 def quote(value: str) -> str:
-    """A string as Hydra's grammar and then OmegaConf read it back unchanged.
+    """Quote a string so that Hydra's grammar and then OmegaConf read it back unchanged.
 
-    Backslashes count only before a quote or an interpolation: there they are doubled.
+    A backslash is special only before a quote, an interpolation or the end, so only those are doubled.
     """
     value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
     value = re.sub(r'(\\*)"', r'\1\1\\"', value)
@@ -76,20 +76,20 @@ def quote(value: str) -> str:
 
 
 def literal(argument: str) -> str:
-    """key=value with the value quoted, where the key is a literal one."""
+    """The argument, with its value quoted if its key is in LITERAL_KEYS."""
     key, equals, value = argument.partition("=")
     return f"{key}={quote(value)}" if equals and key in LITERAL_KEYS else argument
 
 
 def explain(error: Exception) -> str:
-    """Hydra's message as one line that gives the value, the rule and the remedy."""
+    """Rewrite Hydra's message as one line that gives the value, the rule and the remedy."""
     text = " ".join(str(error).split())
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key}=??? is how the configuration writes a missing value. Give something else."
     if isinstance(error, OverrideParseException):
         return (
-            f"{error.override} can't be read: {error.message.splitlines()[0].rstrip('.')}. Write it as key=value, a list as "
-            "key=[1,2] without spaces, and quote for the shell what has brackets: 'key=[1,2]'."
+            f"{error.override} can't be read: {error.message.splitlines()[0].rstrip('.')}. Write it as key=value, "
+            "a list as key=[1,2] without spaces, and quote brackets for the shell: 'key=[1,2]'."
         )
     if found := re.search(r"Could not override '([^']+)'", text):
         return _unknown_key(found[1])
@@ -102,7 +102,7 @@ def explain(error: Exception) -> str:
         return f"{found[1]}={found[2]} must be a list. Use {found[1]}=[{found[2]}]."
     if found := re.search(r"Ambiguous value for argument '([^'=]+)=([^']*)'", text):
         return (
-            f"{found[1]}={found[2]} names several values. Use -m to run a job for each, "
+            f"{found[1]}={found[2]} gives several values. Use -m to run one job per value, "
             f"or {found[1]}=[{found[2]}] for a list."
         )
     if found := re.search(r"Could not find '([^']+)/([^']+)' Available options in '[^']+': (.*?) Config search", text):

@@ -1,4 +1,4 @@
-"""The library: `LLM` loads a model in this process, starts its other ranks, and answers requests."""
+"""The Python library: `LLM` loads a model, starts processes for ranks other than 0, and serves requests."""
 
 import os
 import tempfile
@@ -35,19 +35,20 @@ from mllama_graph.launch.processes import (
 )
 from mllama_graph.plan.resolve import ResolvedRun, resolve
 
-# Keys that name a file of conf/; all others are values.
+# Keys that choose a file of conf/; all other keys are values.
 GROUPS = ("backend", "experiment", "hardware")
 
-# What `generate` and `stream` take as one request: a prompt, OpenAI messages, the fields of a requests file, or a Request.
+# One request, as `generate` and `stream` accept it: a prompt, OpenAI messages, a requests file's fields, or a Request.
 Given = str | Sequence[Mapping[str, Any]] | Mapping[str, Any] | Request
 
 
 class LLM:
-    """A model that is ready to answer. Use it as a context manager, or call `close`: then no process is left.
+    """A loaded model that serves requests. Use it as a context manager, or call `close`, which ends all its processes.
 
-    `model` is a checkpoint folder, or a name of conf/model/ such as "tiny". `keys` are those of the command line, nested ones
-    as dicts: `LLM("11b", weights="random", tp=2, plan={"page_size": 64})`. `quiet` prints no progress. Logs of the ranks go to
-    `output_dir`, by default a temporary folder. Raises UserError with the value, the rule and the remedy.
+    `model` is a checkpoint folder, or a name from conf/model/ such as "tiny". `keys` are keys of the command line, with
+    nested keys as dicts: `LLM("11b", weights="random", tp=2, plan={"page_size": 64})`. `quiet` suppresses progress
+    output. Logs of the ranks go to `output_dir`, by default a temporary folder. Raises UserError with the value, the
+    rule and the remedy.
     """
 
     def __init__(
@@ -71,10 +72,10 @@ class LLM:
     def generate(
         self, requests: Given | Sequence[Given], sampling: Sampling | None = None, **fields: Any
     ) -> list[Result]:
-        """The results of requests, in their order.
+        """Serve requests and return their results in the same order.
 
-        `sampling` and `fields` (max_new_tokens, temperature, stop, ...) serve requests that say nothing of their own. In a
-        list, a request that can't be served becomes a result with `error`; a single one raises UserError.
+        `sampling` and `fields` (max_new_tokens, temperature, stop, ...) are defaults for requests that don't set them.
+        In a list, a request that can't be served gets a result with `error`; a single request raises UserError.
         """
         deltas = self._begin(requests, sampling, fields)
         results = {delta.id: delta.result for delta in deltas if delta.result}
@@ -83,14 +84,14 @@ class LLM:
     def stream(
         self, requests: Given | Sequence[Given], sampling: Sampling | None = None, **fields: Any
     ) -> Iterator[Delta]:
-        """The deltas of requests as they come: `id` is the request's place in the list, `text` is what it said further.
+        """Serve requests and yield their deltas: `id` is the request's index in the list, `text` its new text.
 
-        The arguments are those of `generate`. Closing the iterator aborts what is not finished.
+        The arguments are those of `generate`. Closing the iterator aborts unfinished requests.
         """
         return self._begin(requests, sampling, fields)
 
     def request(self, given: Given, id: Any = None, **fields: Any) -> Request:
-        """Prepare a request: its ids and tiled images. Raises UserError naming what is wrong with it."""
+        """Prepare a request: its ids and tiled images. Raises UserError for a request that is not valid."""
         if isinstance(given, Request):
             return replace(given, id=id)
         if isinstance(given, str):
@@ -107,7 +108,7 @@ class LLM:
         return self._engine.processor.request(fields | own | {"id": id})
 
     def close(self, wait: bool = True) -> None:
-        """End all processes. Graphs that are still compiling reach the store first, unless `wait` is false."""
+        """End all processes. Unless `wait` is false, graphs that are still compiling are finished and stored first."""
         if self._close.alive:
             try:
                 self._engine.close(self._progress if wait else None)
@@ -154,7 +155,7 @@ class LLM:
 
     def _start_workers(self, run: ResolvedRun) -> Rendezvous:
         meeting = Meeting.on_this_host()
-        # torch takes the listening socket over and closes it.
+        # `meeting` is not closed here: torch takes ownership of the listening socket and closes it.
         if meeting.note:
             self._progress.say(meeting.note)
         self._stack.callback(native.unlink, run.segment)
@@ -184,7 +185,7 @@ class LLM:
             raise self._cause(error) from error
 
     def _cause(self, gone: PeerGone) -> Exception:
-        """What the worker rank that is at fault said."""
+        """The error of the worker rank at fault; RankFailed where none has reported an error."""
         return failure_of(self._workers, TELL_SECONDS) or RankFailed(str(gone))
 
 
@@ -217,20 +218,20 @@ def _is_single(requests: Any) -> bool:
 
 
 def _check_fields(given: Mapping[str, Any], caller: int = 3) -> None:
-    """Warn of fields without a meaning, which may be misspelt. `caller`: frames from here to the user's line."""
+    """Warn of unknown fields, which may be misspelt. `caller`: stack frames from here to the user's line."""
     if unknown := given.keys() - FIELDS:
-        warnings.warn(f"fields without a meaning are ignored: {', '.join(sorted(unknown))}", stacklevel=caller)
+        warnings.warn(f"unknown fields are ignored: {', '.join(sorted(unknown))}", stacklevel=caller)
 
 
 def _check(workers: Sequence[RankProcess]) -> None:
-    """Raises what a worker rank that has failed said."""
+    """Raise the error of a worker rank, if one has failed."""
     collect(workers, 0)
     if any(worker.failure for worker in workers) and (failure := failure_of(workers, TELL_SECONDS)):
         raise failure
 
 
 def _end(workers: Sequence[RankProcess]) -> None:
-    """Wait for worker ranks, whose driver has gone, and end those that don't end."""
+    """Wait for the worker ranks to end after their driver has disconnected, and kill those that don't."""
     until = time.monotonic() + END_SECONDS
     while any(worker.running for worker in workers) and time.monotonic() < until:
         collect(workers, max(0.0, until - time.monotonic()))
@@ -240,7 +241,7 @@ def _end(workers: Sequence[RankProcess]) -> None:
 
 
 def _restored_process() -> Callable[[], None]:
-    """Gives this process back the cores, threads and determinism that it has now."""
+    """A function that restores this process's present CPU affinity, thread count and determinism."""
     import torch
 
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None

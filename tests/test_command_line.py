@@ -68,7 +68,7 @@ def test_a_users_error_is_one_line_and_exit_code_2(arguments, message, tmp_path)
         (["seed=(1"], "seed"),
         (["experiment=nope"], "experiment=nope is not one of buckets"),
         (["batch_sizes=2"], r"batch_sizes=2 must be a list. Use batch_sizes=\[2\]"),
-        (["batch=1,4"], "Use -m to run a job for each"),
+        (["batch=1,4"], "Use -m to run one job per value"),
         (["task.nope=1"], "no key 'task.nope'. conf/task/ and"),
     ],
 )

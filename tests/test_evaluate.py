@@ -54,4 +54,4 @@ def test_a_file_without_answers_is_refused(checkpoint, tmp_path):
     )
     assert done.code == 2 and "no line with an answer" in done.err and "Traceback" not in done.err
     done = run(tmp_path / "none", *QUICK, "task=evaluate", f"weights={checkpoint('base')}")
-    assert done.code == 2 and "needs requests=FILE.jsonl with an answer a line" in done.err
+    assert done.code == 2 and "needs requests=FILE.jsonl with an answer on each line" in done.err

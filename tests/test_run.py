@@ -67,7 +67,7 @@ def test_the_text_is_on_stdout_then_a_table_and_the_rest_on_stderr(chat):
         "time to first token",
         "time per token",
         "tokens/s",
-        "bytes read a step",
+        "bytes read per step",
         "GB/s",
     ):
         assert re.search(rf"^ *{re.escape(name)}  +[\d.]+", after, re.MULTILINE), name

@@ -65,7 +65,7 @@ def test_an_unknown_peer_and_no_batch_are_refused(tmp_path):
         ("bench", ["peers=[vllm]"], "peers=vllm is not one of transformers"),
         ("bench", ["peers=vllm"], "peers=vllm is not one of transformers"),
         ("bench", ["batch_sizes=[0]"], "batch_sizes=0"),
-        ("bench", ["peers=[mistralrs]", "task.mistralrs=no/python"], "task.mistralrs=no/python is no Python"),
+        ("bench", ["peers=[mistralrs]", "task.mistralrs=no/python"], "task.mistralrs=no/python is not an executable"),
         ("profile", ["peers=[transformers]"], "only task=bench measures other engines"),
     ):
         done = run(tmp_path / "out", f"task={task}", *given)
@@ -120,7 +120,7 @@ def test_a_session_records_its_origin_and_plots_its_figures(session):
     )
     assert "output_dir" not in manifest["config"]
     text = (session / "summary.md").read_text()
-    for name in ("a_decode_step_by_batch.png", "first_token_by_batch.png", "decoded_tokens_a_s_by_batch.png"):
+    for name in ("decode_step_by_batch.png", "first_token_by_batch.png", "decoded_tokens_per_s_by_batch.png"):
         assert name in text and (session / name).read_bytes().startswith(b"\x89PNG")
 
 
@@ -155,7 +155,7 @@ def test_a_slower_figure_is_reported_and_noise_is_not(session, tmp_path):
     assert done.code == 0, done.err
     changes = done.result()["metrics"]["changes"]
     told = {(change["batch"], change["ids"], change["figure"]): change["verdict"] for change in changes}
-    assert told.pop(("1", "5", "a decode step")) == "slower"
+    assert told.pop(("1", "5", "decode step")) == "slower"
     assert set(told.values()) == {"within the noise"}
     assert "1 slower" in done.out and "| slower |" in (tmp_path / "compared" / "summary.md").read_text()
 
@@ -204,7 +204,7 @@ def test_the_roofline_of_a_model_needs_no_weights_and_says_the_distance(session,
     tables = done.result()["metrics"]["tables"]
     measured = tables["Measured, beside the floors of cpu"]
     assert [row["batch"] for row in measured] == [1, 1, 2, 2]
-    assert all(float(row["of floor"].removesuffix(" %")) > 0 for row in measured)
+    assert all(float(row["floor reached"].removesuffix(" %")) > 0 for row in measured)
     for name in ("latency_by_batch", "tokens_by_batch", "bytes_split", "roofline"):
         assert (tmp_path / "out" / f"{name}.png").is_file()
 

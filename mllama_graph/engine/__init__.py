@@ -1,1 +1,1 @@
-"""Requests in, tokens out: the scheduler, the ranks and their devices."""
+"""Serves requests: the scheduler, the ranks and their devices."""

@@ -1,4 +1,4 @@
-"""From a step to the static-shaped inputs of a bucket: padding, slots, tables. All inputs are int32."""
+"""Builds a bucket's static-shaped inputs from a step: padding, slots, tables. Image tiles are uint8, the rest int32."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,7 +31,7 @@ def needs(plan: Plan, step: Step) -> Bucket:
 
 @dataclass
 class Known:
-    """What a rank knows of a sequence: its block table, its image table and its sampling options."""
+    """A rank's state of a sequence: its block table, its image table and its sampling options."""
 
     sampling: Sampling
     pages: Ints = field(default_factory=lambda: np.empty(0, np.int32))
@@ -40,7 +40,7 @@ class Known:
 
 
 class Sequences:
-    """The sequences that a rank knows, kept up to date from step to step."""
+    """The state of all unfinished sequences on a rank, updated by each step."""
 
     def __init__(self) -> None:
         self._known: dict[int, Known] = {}
@@ -52,7 +52,7 @@ class Sequences:
         return len(self._known)
 
     def update(self, step: Step) -> None:
-        """Take in what a step says is new."""
+        """Apply the changes that a step carries."""
         if isinstance(step, VisionStep):
             return
         for sequence in step.ended:
@@ -77,7 +77,7 @@ def _int32(values: Sequence[int] | Ints, device: torch.device) -> torch.Tensor:
 
 
 def _table(lists: Sequence[Ints], rows: int, width: int) -> Ints:
-    """Arrays as rows of a table, padded with 0 (a page that can always be read)."""
+    """Arrays as rows of a table, padded with page 0, which can always be read."""
     table = np.zeros((rows, width), dtype=np.int32)
     for index, values in enumerate(lists):
         table[index, : len(values)] = values
@@ -102,12 +102,12 @@ def _image(
 
 
 def _see(row: Row) -> Sequence[tuple[int, int]]:
-    """The range of image-table entries that each new token of a row sees."""
+    """The range of image-table entries that each new token of a row attends to."""
     return row.see or [(0, row.image_pages)] * len(row.ids)
 
 
 def prompt_input(row: Row, known: Known, bucket: Bucket, plan: Plan, device: torch.device) -> PromptInput:
-    """A chunk, padded to the bucket; padded rows write to scratch slots."""
+    """The inputs of a prefill chunk, padded to the bucket. Padded rows write to scratch slots."""
     new, T = len(row.ids), bucket.tokens
     padding = T - new
     row_slots = slots(known.pages.tolist(), row.start, new, plan.page_size) + list(range(padding))
@@ -127,7 +127,7 @@ def prompt_input(row: Row, known: Known, bucket: Bucket, plan: Plan, device: tor
 def token_input(
     rows: Sequence[Row], sequences: Sequences, bucket: Bucket, plan: Plan, device: torch.device
 ) -> TokenInput:
-    """Running sequences, padded to the bucket; a padded row is a sequence of one token in a scratch slot of its own."""
+    """The inputs of a decode step, padded to the bucket. A padded row is a one-token sequence with a scratch slot."""
     padding, size = bucket.rows - len(rows), plan.page_size
     known = [sequences[row] for row in rows]
     row_slots = [int(one.pages[row.start // size]) * size + row.start % size for row, one in zip(rows, known)]
@@ -145,7 +145,7 @@ def token_input(
 
 
 def tile_input(step: VisionStep, shape: ModelShape, plan: Plan, device: torch.device) -> TileInput:
-    """An image's real tiles, padded to the model's number of tiles."""
+    """The inputs of a vision step: an image's real tiles, padded to the model's number of tiles."""
     vision, image = shape.vision, step.image
     tiles = np.zeros((vision.max_tiles, vision.channels, vision.tile, vision.tile), dtype=np.uint8)
     tiles[: image.count] = image.data

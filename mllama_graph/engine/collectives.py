@@ -1,4 +1,4 @@
-"""How a rank reaches the others: through shared memory on one CPU host, elsewhere through torch.distributed."""
+"""Communication between ranks: through shared memory on one CPU host, elsewhere through torch.distributed."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -15,10 +15,10 @@ from mllama_graph.ops.ranks import GROUP, HOST_GROUP
 
 
 class Collectives(Protocol):
-    """A rank's membership of the group of all ranks."""
+    """A rank's membership in the group of all ranks."""
 
     def fault(self) -> str:
-        """What the last failed exchange reported, or nothing: an exception loses it on its way through a compiled graph."""
+        """The message of the last failed exchange, or "". An exception loses it on its way through a compiled graph."""
 
 
 class Alone:
@@ -29,7 +29,7 @@ class Alone:
 
 
 class SharedMemory:
-    """CPU ranks of one host that share the memory segment `segment`. Joining waits at most `timeout` seconds for the others.
+    """CPU ranks of one host that share the memory segment `segment`. Joining waits up to `timeout` seconds.
 
     Raises UserError where the operations can't be built.
     """
@@ -43,7 +43,7 @@ class SharedMemory:
 
 
 class Distributed:
-    """A torch.distributed group over `backend` (gloo, nccl, hccl), and one over gloo for tensors of the host if asked for."""
+    """A torch.distributed group over `backend` (gloo, nccl, hccl); with `host_group`, also a gloo group on the host."""
 
     def __init__(self, place: Place, store: dist.Store | None, timeout: float, backend: str, host_group: bool):
         assert store is not None, "several ranks have met"
@@ -54,7 +54,7 @@ class Distributed:
         assert dist.group.WORLD is not None, "made just now"
         torch._C._distributed_c10d._register_process_group(GROUP, dist.group.WORLD)
         if host_group:
-            # A group of its own: in one group of both kinds torchair would take the host's communicator.
+            # A separate group: in one group with both backends, torchair would use the host's communicator.
             self._host = dist.new_group(backend="gloo", timeout=within)
             torch._C._distributed_c10d._register_process_group(HOST_GROUP, self._host)
 
@@ -63,9 +63,9 @@ class Distributed:
 
 
 def load_native(name: str, folder: Path, instead: str, say: Callable[[str], None]) -> None:
-    """Load a library's operations, built into the graph store's folder where they are not there yet, which `say` is told.
+    """Load a native library's operations from the graph store's `folder`, and build them first where they are missing.
 
-    Raises UserError where they can't be built; the message names the key that does without: `instead`.
+    Raises UserError where they can't be built; the message suggests `instead`, a key=value that avoids the library.
     """
     try:
         if not native.built(name, folder):

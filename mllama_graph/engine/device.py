@@ -1,7 +1,7 @@
-"""What differs between devices for a rank: one Backend per kind of device.
+"""Backends: all that a rank does differently on each kind of device.
 
-A Backend gives a rank its operations, its way to load or compile a graph, memory, its process group, the memory that is
-free, and the device's name. A new kind of device is one more Backend here and an entry in core/devices.py.
+A Backend provides a rank's operations, loads or compiles its graphs, allocates memory, joins the process group, and
+reports free memory and the device's name. To add a kind of device, add a Backend here and an entry in core/devices.py.
 """
 
 import contextlib
@@ -45,9 +45,9 @@ assert TORCH_DTYPES.keys() == BYTES.keys()
 
 
 class Backend(ABC):
-    """A rank's device. `start` comes before anything else that touches the device."""
+    """A rank's device. Call `start` before anything else touches the device."""
 
-    # torch.distributed's backend for the device's tensors, and whether samples need a second group on the host.
+    # torch.distributed's backend for the device's tensors, and whether sampling needs a second group on the host.
     group = "gloo"
     samples_on_host = False
     loaded: type[LoadedGraphs] = LoadedPackages
@@ -57,14 +57,14 @@ class Backend(ABC):
 
     @abstractmethod
     def start(self) -> None:
-        """Make the device known to torch, and this rank's device the current one. Raises UserError where there is none."""
+        """Make the device known to torch and select this rank's device. Raises UserError where there is none."""
 
     @abstractmethod
     def free_memory(self) -> tuple[int, str] | None:
-        """Bytes that the device has free, and the source of the figure; None for ranks that share the host's memory."""
+        """Free bytes of the device, and the source of the figure; None for ranks that share the host's memory."""
 
     def spec(self) -> GraphSpec:
-        """What this rank's graphs are compiled for."""
+        """The specification that this rank's graphs are compiled for."""
         run = self.run
         threads = run.threads or min(torch.get_num_threads(), self.place.threads())
         return GraphSpec(
@@ -86,7 +86,7 @@ class Backend(ABC):
         )
 
     def prepare(self, spec: GraphSpec, libraries: Path, say: Callable[[str], None]) -> None:
-        """Bind the process to its cores and threads, and load what the operations need; `libraries`: their folder."""
+        """Bind the process to its cores and threads, and load native operations from the folder `libraries`."""
         torch.set_num_threads(spec.threads)
 
     def ops(self, spec: GraphSpec) -> Ops:
@@ -94,14 +94,14 @@ class Backend(ABC):
         return ops_of(spec)
 
     def placement(self, spec: GraphSpec) -> Placement:
-        """Where weights and pages live."""
+        """Where weights and pages are allocated."""
         return spec.placement
 
     def lay_out(self, weights: Weights, spec: GraphSpec) -> None:
         """Convert weights in place to the layout that the device's kernels read."""
 
     def join(self, store: dist.Store | None, libraries: Path, say: Callable[[str], None]) -> Collectives:
-        """Join the other ranks; waits for them at most for the run's timeout. Raises UserError where that can't be built."""
+        """Join the other ranks, waiting up to the run's timeout. Raises UserError where a library can't be built."""
         if self.place.world == 1:
             return Alone()
         if self.run.collectives == "shared_memory":
@@ -109,7 +109,7 @@ class Backend(ABC):
         return Distributed(self.place, store, self.run.timeout, self.group, self.samples_on_host)
 
     def gather(self, ops: Ops) -> Gather:
-        """How samplers exchange candidates."""
+        """The all-gather with which samplers exchange candidates."""
         return ops.all_gather
 
     def load_graphs(
@@ -125,26 +125,26 @@ class Backend(ABC):
         return self.loaded(spec, weights, pages, ops, store, say)
 
     def logits(self, logits_BV: Tensor) -> Tensor:
-        """Logits where they are sampled."""
+        """The logits on the device that samples them."""
         return logits_BV
 
     def synchronize(self) -> None:
-        """Wait until the device has done all that it was told."""
+        """Wait until the device has finished all queued work."""
 
     def name(self) -> str | None:
         """The accelerator's name; None for a CPU."""
         return None
 
     def most_bytes(self) -> int:
-        """The most memory that this process has held since it started: allocated on its device, or resident."""
+        """The process's peak memory in bytes: allocated on its device, or resident on the host."""
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def profile(self, folder: Path, options: Any) -> Any:
-        """A profiler of torch, as a context; its trace is written by `export_trace`."""
+        """A torch profiler as a context manager; `export_trace` writes its trace."""
         return torch.profiler.profile(activities=self.activities())
 
     def activities(self) -> list[ProfilerActivity]:
-        """What the profiler watches."""
+        """The activities that the profiler records."""
         return [ProfilerActivity.CPU]
 
     def export_trace(self, profile: Any, folder: Path, path: Path) -> None:
@@ -153,10 +153,10 @@ class Backend(ABC):
 
 
 class CpuBackend(Backend):
-    """Ranks on the cores of their host."""
+    """Ranks on the CPU cores of their host."""
 
     def start(self) -> None:
-        """Nothing: torch starts with a CPU."""
+        """Do nothing: torch needs no setup for a CPU."""
 
     def free_memory(self) -> tuple[int, str] | None:
         return None
@@ -174,7 +174,7 @@ class CpuBackend(Backend):
 
 
 class CudaBackend(Backend):
-    """One CUDA device per rank. Never run on one."""
+    """One CUDA device per rank. Never run on a GPU."""
 
     group = "nccl"
 
@@ -200,10 +200,10 @@ class CudaBackend(Backend):
 
 
 class NpuBackend(Backend):
-    """One NPU per rank. Never run on one."""
+    """One NPU per rank. Never run on an NPU."""
 
     group = "hccl"
-    # Kernels outside of a graph are launched one by one: the host samples.
+    # The host samples, since kernels outside of a graph would be launched one by one.
     samples_on_host = True
     loaded = LoadedNpuGraphs
 
@@ -249,7 +249,7 @@ class NpuBackend(Backend):
 
 
 class NpuSimBackend(NpuBackend):
-    """An NPU that is not there: torchair's graphs are executed by an interpreter on the host."""
+    """A simulated NPU: an interpreter on the host executes torchair's graphs."""
 
     group = "gloo"
 
@@ -278,17 +278,17 @@ BACKENDS: dict[str, type[Backend]] = {
 
 
 def backend_of(run: ResolvedRun, place: Place | None = None) -> Backend:
-    """The backend of a run's device; without a place, that of rank 0 of ranks that share this host."""
+    """The backend of a run's device. `place` defaults to rank 0, with all ranks on this host."""
     return BACKENDS[run.device.name](run, place or Place(0, run.tp, 0, run.tp))
 
 
 def import_torch_npu() -> None:
-    """Import torch_npu, which registers the device. What it prints goes to the log: stdout belongs to the answer."""
+    """Import torch_npu, which registers the device. Its output goes to the log: stdout is reserved for answers."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     with contextlib.redirect_stdout(io.StringIO()) as said:
         import torch_npu  # noqa: F401  # registers the device
         import torchair  # noqa: F401  # registers its operations
     log.info("torch_npu: %s", said.getvalue().strip() or "imported")
-    # torchair installs handlers that close its engine and go on; an interrupt must end the run.
+    # torchair installs handlers that close its engine and continue, but an interrupt must end the run.
     for number, handler in handlers.items():
         signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""The engine: submit requests, step, get tokens as they come. It ties scheduler, ranks and text together."""
+"""The engine: connects the scheduler, the ranks and text processing, and returns tokens step by step."""
 
 import time
 from collections.abc import Callable, Collection
@@ -19,7 +19,7 @@ from mllama_graph.inputs.request import Request
 
 @dataclass
 class _Running:
-    """A request in progress. The ids that it got are those of its sequence."""
+    """A request in progress. Its generated ids are in `sequence`."""
 
     request: Request
     sequence: Sequence
@@ -30,7 +30,7 @@ class _Running:
 
 
 class Engine:
-    """One model serving many requests: `step` until `idle`, then `close`."""
+    """Serves many requests with one model: `submit` requests, `step` until `idle`, then `close`."""
 
     def __init__(self, processor: Processor, scheduler: Scheduler, executor: Executor):
         self.processor, self.scheduler, self.executor = processor, scheduler, executor
@@ -42,16 +42,16 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        """Whether there is nothing left to do."""
+        """Whether no request is waiting or running."""
         return self.scheduler.idle
 
     @property
     def load(self) -> int:
-        """The number of requests submitted and not finished."""
+        """The number of unfinished requests."""
         return len(self._running)
 
     def submit(self, request: Request) -> int:
-        """Queue a request; returns the number that `abort` takes.
+        """Queue a request and return its number, which `abort` takes.
 
         Raises UserError for a request that the plan can never hold.
         """
@@ -66,19 +66,19 @@ class Engine:
         return sequence.id
 
     def abort(self, number: int) -> None:
-        """Forget a request; its pages are free at once."""
+        """Drop a request and free its pages at once."""
         self.scheduler.abort(number)
         self._running.pop(number, None)
         self._unread.pop(number, None)
 
     def step(self) -> list[Delta]:
-        """Run one step; what it gave to each request that got a token."""
+        """Run one step and return a delta for each request that got a token."""
         return [delta for _, delta in self._step()]
 
     def deltas_of(self, numbers: Collection[int]) -> list[tuple[int, Delta]]:
-        """(number, delta) of the requests with these numbers, after a step where none is waiting to be read.
+        """(number, delta) for the requests with these numbers. Runs a step if no delta of theirs is waiting to be read.
 
-        What a step gave to other requests is kept until it is asked for.
+        Deltas of other requests are kept until they are read.
         """
         if not any(number in self._unread for number in numbers):
             for number, delta in self._step():
@@ -104,27 +104,28 @@ class Engine:
         ]
 
     def run(self, on_delta: Callable[[Delta], None]) -> None:
-        """Step until nothing is left to do."""
+        """Step until no request is left."""
         while not self.idle:
             for delta in self.step():
                 on_delta(delta)
 
     def metrics(self, finished: list[Result]) -> dict[str, Any]:
-        """The figures of the run for result.json."""
+        """The run's metrics for result.json."""
         return self.stats.metrics(finished, self.scheduler.preemptions)
 
     def graph_records(self) -> list[dict[str, Any]]:
-        """What became of each graph, for result.json."""
+        """The record of each graph, for result.json."""
         return [asdict(record) for record in self.executor.graphs.records]
 
     def close(self, progress: Progress | None = None) -> None:
-        """Let the ranks end. With `progress`, graphs that are still compiling reach the store first; Ctrl-C stops that."""
+        """End the worker ranks. With `progress`, first finish and store graphs still compiling; Ctrl-C stops that."""
         self.executor.close()
         graphs = self.executor.graphs
         pending = graphs.compiler.pending
         if progress and pending and not graphs.store.warning:
             progress.say(
-                f"\nwaiting for {pending} graph{'s' * (pending > 1)} to be compiled for the next start; Ctrl-C stops this"
+                f"\nwaiting for {pending} graph{'s' * (pending > 1)} to be compiled for the next start; "
+                "Ctrl-C stops this"
             )
             try:
                 graphs.drain(progress.graphs)
@@ -175,7 +176,7 @@ class Engine:
         )
 
     def _image_tokens(self, step: Step) -> int:
-        """Image tokens that the rows of a decode step see, summed over rows."""
+        """Image tokens that the rows of a decode step attend to, summed over rows."""
         if not isinstance(step, DecodeStep):
             return 0
         return sum(self._seen_tokens(self._running[row.sequence].sequence) for row in step.rows)

@@ -1,4 +1,4 @@
-"""All ranks of a run in lock-step: the driver, rank 0, decides each step and sends it to the worker ranks."""
+"""Runs all ranks in lock-step: the driver, rank 0, decides each step and sends it to the worker ranks."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -20,11 +20,11 @@ from mllama_graph.plan.resolve import ResolvedRun, require_on_host
 
 
 class Executor:
-    """The ranks as their driver sees them.
+    """The driver's control of all ranks.
 
-    `first`: buckets that will be needed first; worker processes compile those that are not stored while the ranks are built.
-    `place` and `rendezvous` are taken from the environment where they are not given; `check` raises where a worker's process
-    has ended. Raises UserError before anything is allocated where the memory does not suffice.
+    `first`: the buckets that will be needed first; compiler processes compile those that are not stored while the ranks
+    are built. `place` and `rendezvous` default to those in the environment. `check` raises if a worker rank has ended.
+    Raises UserError before anything is allocated where memory does not suffice.
     """
 
     def __init__(
@@ -63,19 +63,19 @@ class Executor:
         self._workers.confirmed()
 
     def execute(self, step: Step) -> list[Token]:
-        """Run one step on all ranks; a token for each row that gets one."""
+        """Run one step on all ranks. Returns a token for each row that gets one."""
         bucket, compiled = self.graphs.select(batch.needs(self.plan, step))
         self._workers.send(Execute(step, bucket, compiled))
         return self.rank.execute(step, bucket, compiled)
 
     def profile(self, begin: bool) -> None:
-        """Have every rank begin to record what it does, or end it and write it down."""
+        """Start profiling on every rank, or stop it and write the profiles."""
         self._workers.send(Profile(begin))
         self.rank.profile(begin)
         self._workers.confirmed()
 
     def close(self) -> None:
-        """Let the worker ranks end. Nothing can be executed any more."""
+        """Disconnect from the worker ranks, which then end. Nothing can be executed afterwards."""
         self._workers.close()
 
     def _check_memory(self) -> None:
@@ -94,7 +94,7 @@ class Executor:
 
 
 def work(place: Place, rendezvous: Rendezvous, begun: Callable[[ResolvedRun], None]) -> None:
-    """Be a worker rank until the driver ends. `begun` is called with the run as soon as it is known.
+    """Run a worker rank until the driver ends. `begun` is called with the run as soon as it is known.
 
     Raises PeerGone where the driver is silent for longer than the run's timeout.
     """

@@ -1,7 +1,8 @@
-"""What the driver sends to the worker ranks, and the connections that carry it.
+"""The orders that the driver sends to the worker ranks, and the connections that carry them.
 
-An order holds integers, ids and pixels, never a tensor of the model. What a step computes is exchanged by collectives
-inside the graphs, and every rank draws the same sample, so that a worker answers only when a graph is loaded.
+An order holds integers, ids and pixels, never a tensor of the model. Ranks exchange activations by collectives inside
+the graphs, and every rank draws the same sample. A worker therefore only confirms orders to start, load a graph or
+profile.
 """
 
 import json
@@ -23,9 +24,9 @@ from mllama_graph.model.tree import Pixels
 from mllama_graph.plan.bucket import Bucket
 from mllama_graph.plan.resolve import ResolvedRun
 
-# Ranks may be late at the first meeting: each imports torch first, and hosts start when they do.
+# Ranks may be late at the rendezvous: each imports torch first, and hosts start at different times.
 MEETING_SECONDS = 300
-# An idle driver tells that it is alive this many times within the timeout.
+# Keep-alive orders that the driver sends per timeout.
 ALIVE_PER_TIMEOUT = 4
 
 
@@ -39,7 +40,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Compile:
-    """Start compiling a graph that will be needed: hosts other than the driver's have stores of their own."""
+    """Start compiling a graph that will be needed, since hosts other than the driver's have their own stores."""
 
     bucket: Bucket
 
@@ -53,7 +54,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Execute:
-    """Run a step through a bucket, compiled or not."""
+    """Run a step in a bucket, with the compiled graph or uncompiled."""
 
     step: Step
     bucket: Bucket
@@ -62,17 +63,17 @@ class Execute:
 
 @dataclass(frozen=True)
 class Profile:
-    """Begin to record what the rank does; or end it, write it down, and confirm."""
+    """Start profiling the rank, or stop and write the profile; then confirm."""
 
     begin: bool
 
 
-# None says only that the driver is alive.
+# None is a keep-alive: it only shows that the driver is alive.
 Order = Start | Compile | Load | Execute | Profile | None
 
 
 def meet(place: Place, rendezvous: Rendezvous) -> dist.Store:
-    """The store in which the ranks of a run find each other."""
+    """The torch.distributed store through which the ranks of a run find each other."""
     store = dist.TCPStore(
         rendezvous.address,
         rendezvous.port,
@@ -86,14 +87,14 @@ def meet(place: Place, rendezvous: Rendezvous) -> dist.Store:
 
 
 def _without_delay(connection: Connection) -> Connection:
-    """The same connection, which sends small messages at once."""
+    """The same connection, with small messages sent at once (TCP_NODELAY)."""
     with socket.socket(fileno=os.dup(connection.fileno())) as shared:
         shared.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return connection
 
 
 def _authenticated(accepted: socket.socket, secret: bytes) -> Connection:
-    """The connection of a worker that knows the secret; the counterpart of multiprocessing's Client."""
+    """The connection to a worker that has proved to know the secret; the counterpart of multiprocessing's Client."""
     accepted.setblocking(True)
     connection = Connection(accepted.detach())
     deliver_challenge(connection, secret)
@@ -102,9 +103,9 @@ def _authenticated(accepted: socket.socket, secret: bytes) -> Connection:
 
 
 class Workers:
-    """The driver's connections to the worker ranks; none for a run of one rank.
+    """The driver's connections to the worker ranks; a run with one rank has none.
 
-    `check` is called every second until all workers have connected; it raises where one has ended.
+    `check` is called every second until all workers have connected; it raises where a worker has ended.
     """
 
     def __init__(
@@ -136,7 +137,7 @@ class Workers:
         threading.Thread(target=self._keep_alive, args=(timeout / ALIVE_PER_TIMEOUT,), daemon=True).start()
 
     def send(self, order: Order) -> None:
-        """Send an order to all workers. Raises PeerGone."""
+        """Send an order to all workers. Raises PeerGone where a connection is closed."""
         with self._lock:
             for rank, connection in self._connections.items():
                 try:
@@ -145,7 +146,7 @@ class Workers:
                     raise PeerGone(f"rank {rank} is gone") from error
 
     def confirmed(self) -> None:
-        """Wait until all workers have done the last order. Raises PeerGone."""
+        """Wait until all workers have confirmed the last order. Raises PeerGone where a connection is closed."""
         for rank, connection in self._connections.items():
             try:
                 connection.recv()
@@ -153,7 +154,7 @@ class Workers:
                 raise PeerGone(f"rank {rank} is gone") from error
 
     def close(self) -> None:
-        """Let the workers end."""
+        """Close the connections; the workers then end."""
         self._closed.set()
         for connection in self._connections.values():
             connection.close()
@@ -175,14 +176,14 @@ class Driver:
         self._connection.send(place.rank)
 
     def first(self) -> Start:
-        """The order to start."""
+        """Wait for the order to start."""
         while (start := self._connection.recv()) is None:
             pass
         assert isinstance(start, Start)
         return start
 
     def next(self, timeout: float) -> tuple[Order, bool]:
-        """The next order, and whether the driver has ended. Raises PeerGone where it is silent for `timeout` seconds."""
+        """The next order, and whether the driver has ended. Raises PeerGone after `timeout` seconds without one."""
         try:
             if not self._connection.poll(timeout):
                 raise PeerGone(f"rank 0 has sent nothing for {timeout:g} s")
@@ -191,5 +192,5 @@ class Driver:
             return None, True
 
     def confirm(self) -> None:
-        """Say that the last order is done."""
+        """Tell the driver that the last order is done."""
         self._connection.send(None)

@@ -1,4 +1,4 @@
-"""Profiling an NPU with torch_npu. Never run on one."""
+"""Profiles an NPU with torch_npu. Never run on an NPU."""
 
 import gzip
 import json
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def npu_profile(folder: Path, level: int, aic_metrics: str) -> Any:
-    """torch_npu's profiler, which writes its own output to `folder`; `aic_metrics`: what the AI cores count."""
+    """torch_npu's profiler, which writes its own output to `folder`. `aic_metrics`: the AI core counters to record."""
     import torch_npu
 
     npu = torch_npu.profiler
@@ -21,10 +21,10 @@ def npu_profile(folder: Path, level: int, aic_metrics: str) -> Any:
 
 
 def take_trace(folder: Path, path: Path) -> None:
-    """Write torch_npu's trace at `path`, gzipped; its own output stays as it is, for MindStudio Insight."""
+    """Write torch_npu's trace to `path`, gzipped. Its own output is kept for MindStudio Insight."""
     found = next(folder.glob("*_ascend_pt/ASCEND_PROFILER_OUTPUT/trace_view.json"))
     events = json.loads(found.read_text(encoding="utf8"))
-    # Its times are strings in some versions.
+    # Some versions write times as strings.
     for event in events:
         event |= {name: float(event[name]) for name in ("ts", "dur") if name in event}
     with gzip.open(path, "wt", encoding="utf8") as file:

@@ -1,4 +1,4 @@
-"""Offline batches: lines of requests in, results.jsonl out, one result per line whatever happens to the others."""
+"""Offline batches: serves a requests file and writes results.jsonl, one result per request even where some fail."""
 
 import json
 import logging
@@ -17,19 +17,19 @@ log = logging.getLogger(__name__)
 
 
 class Results:
-    """results.jsonl: a line is written as each request finishes, so that an interrupt loses none; sorted at the end."""
+    """Writes results.jsonl: a line as each request finishes, so that an interrupt loses none; sorted at the end."""
 
     def __init__(self, path: Path):
         self.path = path
-        # Results by their place in the input.
+        # Results by their request's index in the input.
         self.by_place: dict[int, Result] = {}
-        # Fields without a meaning, which may be misspelt.
+        # Unknown fields, which may be misspelt.
         self.ignored: set[str] = set()
         self._file = path.open("w", encoding="utf8")
 
     @property
     def finished(self) -> list[Result]:
-        """Results of requests that were served, in the order in which they finished."""
+        """The results of requests that were served, in the order in which they finished."""
         return [result for result in self.by_place.values() if result.error is None]
 
     @property
@@ -38,13 +38,13 @@ class Results:
         return len(self.by_place) - len(self.finished)
 
     def add(self, place: int, result: Result) -> None:
-        """The result of the request at `place` of the input."""
+        """Add and write the result of the request with index `place` in the input."""
         self.by_place[place] = result
         self._file.write(_json(result) + "\n")
         self._file.flush()
 
     def close(self) -> None:
-        """Put the lines in the order of the input."""
+        """Rewrite the file with its lines in the order of the input."""
         self._file.close()
         aside = self.path.with_name(".results.jsonl")
         aside.write_text(
@@ -60,13 +60,14 @@ def _json(result: Result) -> str:
 def serve(
     engine: Engine, requests: Iterable[tuple[int, Callable[[], Request]]], most: int
 ) -> Iterator[tuple[int, Delta]]:
-    """Serve requests, each a place and a function that prepares it; yields (place, delta).
+    """Serve requests, each given by its index and a function that prepares it. Yields (index, delta).
 
-    At most `most` of them are in the engine at a time, and each is prepared when its turn comes, so that images don't pile
-    up. A request that raises UserError gets a failed result. Closing the iterator aborts what is not finished.
+    At most `most` requests are in the engine at a time, and each is prepared only when it is submitted, so that few
+    images are in memory. A request that raises UserError gets a failed result. Closing the iterator aborts unfinished
+    requests.
     """
     coming, more = iter(requests), True
-    # Places by the numbers of the requests that are in the engine.
+    # Indices of the requests that are in the engine, by the engine's numbers.
     places: dict[int, int] = {}
     try:
         while more or places:
@@ -97,7 +98,7 @@ def serve_lines(
     batch: int,
     alter: Callable[[Request], Request] = lambda request: request,
 ) -> None:
-    """Serve every line of a requests file. `alter` may change a request before it is submitted."""
+    """Serve every line of a requests file. `alter` may replace a request before it is submitted."""
     ids = [_id_of(line) for line in lines]
     seen: set[str] = set()
 
@@ -122,7 +123,7 @@ def serve_lines(
 
 
 def _id_of(line: Line) -> Any:
-    """The id that a line gives, or its number."""
+    """The id that a line gives, or else its line number."""
     number, given = line
     id = given.get("id") if isinstance(given, dict) else None
     return number if id is None else id

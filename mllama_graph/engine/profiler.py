@@ -1,4 +1,4 @@
-"""Records one rank between two moments: its trace with named ranges, and tables of where the time went."""
+"""Profiles one rank: a trace with named ranges, and tables of where the time went."""
 
 import contextlib
 import gzip
@@ -34,13 +34,13 @@ ATTENTION_LAYERS = ("qkv", "q", "o")
 
 
 class Profiler:
-    """Records from `begin` to `end`, which writes `folder`. `options` are those of task=profile."""
+    """Records a rank from `begin` to `end`, and writes the profile to `folder`. `options`: those of task=profile."""
 
     def __init__(self, spec: GraphSpec, backend: "Backend", folder: Path, planned: Memory, options: Any):
         self.spec, self.backend, self.folder, self.planned = spec, backend, folder, planned
         self._buckets: dict[str, Bucket] = {}
         folder.mkdir(parents=True, exist_ok=True)
-        # Otherwise Kineto prints that it starts and stops.
+        # Keeps Kineto from printing when it starts and stops.
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         self._profile = backend.profile(folder, options)
 
@@ -50,13 +50,13 @@ class Profiler:
 
     @contextlib.contextmanager
     def step(self, bucket: Bucket) -> Iterator[None]:
-        """Marks a step."""
+        """Record a step as a named range."""
         self._buckets[str(bucket)] = bucket
         with record_function(f"{STEP}{bucket}"):
             yield
 
     def end(self) -> None:
-        """Stop, and write trace.json.gz, ops.csv, parts.csv and memory.json."""
+        """Stop recording, and write trace.json.gz, ops.csv, parts.csv and memory.json."""
         self.backend.synchronize()
         self._profile.__exit__(None, None, None)
         write_json(
@@ -81,8 +81,8 @@ class Profiler:
 
 
 def products(spec: GraphSpec, bucket: Bucket) -> list[str]:
-    """The part of the model, such as text.07.self.attention, that each product of a step belongs to, in their order."""
-    # Here: a run that is not profiled needs no part of a compiler.
+    """The part of the model, such as text.07.self.attention, of each product of a step, in the order of computation."""
+    # Imported here: a run that is not profiled needs no part of a compiler.
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     noted: list[str] = []
@@ -105,7 +105,7 @@ def products(spec: GraphSpec, bucket: Bucket) -> list[str]:
 
 
 def part_of(path: str, shape: ModelShape) -> str:
-    """The range that a linear layer of the weight tree belongs to, by the layer's path."""
+    """The named range of a linear layer, from the layer's path in the weight tree."""
     names = path.split(".")
     if len(names) < 4:
         return ".".join(names)

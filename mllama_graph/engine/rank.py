@@ -1,4 +1,4 @@
-"""One rank: its part of the weights, its pages and graphs, and the execution of steps. Integers in, ids out."""
+"""One rank: its shard of the weights, its pages and graphs, and the execution of steps. Integers in, ids out."""
 
 import contextlib
 import ctypes
@@ -31,7 +31,7 @@ from mllama_graph.plan.resolve import ResolvedRun
 
 
 class Rank:
-    """Weights, pages and graphs on one device. All ranks of a run are built at the same time: building one joins the others.
+    """Weights, pages and graphs on one device. Building a rank joins the others, so all ranks must be built together.
 
     Raises UserError where the device is missing or a library can't be built.
     """
@@ -54,19 +54,19 @@ class Rank:
         self.collectives = self.backend.join(store, graphs.libraries, progress.say)
         self.ops = self.backend.ops(spec)
         self.weights = self._load(pixels, progress)
-        # Zeros, since a masked key still takes part with weight 0, and 0 * NaN is NaN.
+        # Zeros, since a masked key still contributes with weight 0, and 0 * NaN is NaN.
         self.pages, self.image_pages = spec.pages(self.backend.placement(spec).zeros)
         self.graphs = self.backend.load_graphs(
             spec, self.weights, (self.pages, self.image_pages), self.ops, graphs, progress.say
         )
         self.sampler = Sampler(run.shape.text.vocab, spec.shard, self.backend.gather(self.ops))
         self.sequences = batch.Sequences()
-        # Seconds spent sampling. Where a device works asynchronously, waiting for the logits is part of it.
+        # Seconds spent sampling. On an asynchronous device they include the wait for the logits.
         self.sample_seconds = 0.0
         self.profiler: Profiler | None = None
 
     def _load(self, pixels: Pixels, progress: Progress) -> Weights:
-        """This rank's weights, from the checkpoint or made up."""
+        """Load this rank's weights from the checkpoint, or fill them with random values."""
         run, spec = self.run, self.spec
         whole, done = elements(self.shape, Shard(self.place.rank, self.place.world)) * spec.store.itemsize, 0
 
@@ -83,7 +83,7 @@ class Rank:
 
     @torch.inference_mode()
     def execute(self, step: Step, bucket: Bucket, compiled: bool) -> list[Token]:
-        """Run one step through a bucket; a token for each row that gets one, the same on every rank.
+        """Run one step in a bucket. Returns a token for each row that gets one, the same on every rank.
 
         Raises PeerGone where another rank does not take part.
         """
@@ -97,7 +97,7 @@ class Rank:
             raise
 
     def profile(self, begin: bool) -> None:
-        """Begin to record what this rank does; or end it, and write it to the run's folder, in rank<k>/."""
+        """Start profiling this rank, or stop and write the profile to rank<k>/ in the run's folder."""
         if begin:
             folder = self.run.output_dir / f"rank{self.place.rank}"
             self.profiler = Profiler(self.spec, self.backend, folder, self.run.memory, self.run.options)
@@ -122,7 +122,7 @@ class Rank:
         if isinstance(step, PrefillStep):
             logits = call(batch.prompt_input(step.row, self.sequences[step.row], bucket, self.plan, device))
             return self._sample(logits, (step.row,)) if step.sample else []
-        # A captured step copies its inputs to the device itself, all at once.
+        # A captured step copies its inputs to the device itself, in one copy.
         device = torch.device("cpu") if isinstance(graph, CapturedStep) else device
         logits = call(batch.token_input(step.rows, self.sequences, bucket, self.plan, device))
         return self._sample(logits, step.rows)
@@ -144,8 +144,8 @@ class Rank:
 
 
 def make_deterministic(deterministic: bool) -> None:
-    """Have torch use deterministic algorithms where it has them. The supervisor sets the environment variables."""
-    # The public function imports Inductor to set a switch there, which loaded packages do not use.
+    """Make torch use deterministic algorithms where it has them. launch/environment.py sets environment variables."""
+    # torch.use_deterministic_algorithms would import Inductor to set an option that loaded packages don't use.
     torch._C._set_deterministic_algorithms(deterministic, warn_only=True)
     torch._C._set_deterministic_fill_uninitialized_memory(False)
 

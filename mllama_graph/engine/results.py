@@ -1,4 +1,4 @@
-"""What a request gives back: text as it becomes certain, and the finished result."""
+"""Outputs of a request: the delta of each step, and the finished result."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,9 +6,9 @@ from typing import Any
 
 @dataclass
 class Result:
-    """A finished request, or one that could not be served: then finish_reason is "error", and `error` says why.
+    """The result of a finished request. If it could not be served, finish_reason is "error" and `error` says why.
 
-    Times are in milliseconds, from submission.
+    The time to the first token counts from submission. Both times are in milliseconds.
     """
 
     id: Any
@@ -23,7 +23,7 @@ class Result:
     error: str | None = None
 
     def line(self) -> dict[str, Any]:
-        """As a line of results.jsonl."""
+        """The result as a line of results.jsonl."""
         if self.error is not None:
             return {
                 "id": self.id,
@@ -46,9 +46,9 @@ class Result:
 
 @dataclass(frozen=True)
 class Delta:
-    """What a step gave one request: its token, text that became certain, and the result if the request ended.
+    """The output of one step for one request: its token, its new text, and the result if the request finished.
 
-    A request that could not be served gets one Delta without a token, whose result says why.
+    A request that could not be served gets one Delta without a token, whose result holds the error.
     """
 
     id: Any

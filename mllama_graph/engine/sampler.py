@@ -1,4 +1,4 @@
-"""From logits to tokens, on every rank alike: each rank has the logits of its own ids, and all draw the same token."""
+"""Samples tokens from logits. Each rank has the logits of its shard of the vocabulary, and all draw the same token."""
 
 import random
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from mllama_graph.model.table import Shard
 
 
 def noise(seed: int, position: int) -> float:
-    """The draw in [0, 1) for one position of one request. It depends on nothing else, so neighbours don't matter."""
+    """The uniform draw in [0, 1) for one position. It depends only on seed and position, not on the batch."""
     return random.Random(f"{seed}/{position}").random()
 
 
@@ -25,9 +25,9 @@ class Sampler:
         self._vocab, self._first, self._gather = vocab, shard.rank * shard.size(vocab), gather
 
     def tokens(self, logits_BV: Tensor, sampling: Sequence[Sampling], positions: Sequence[int]) -> list[Token]:
-        """A token for each row, with log-probabilities where its sampling asks for them.
+        """Sample a token for each row, with log-probabilities where its options request them.
 
-        `positions` are those of the tokens that are drawn.
+        `positions`: the positions of the sampled tokens.
         """
         logits_BV = sample.own_ids(logits_BV, self._first, self._vocab)
         value_Bk, id_Bk = sample.candidates(logits_BV, self._offered(sampling), self._first, self._gather)
@@ -47,7 +47,7 @@ class Sampler:
         ]
 
     def _offered(self, sampling: Sequence[Sampling]) -> int:
-        """How many candidates each rank offers: enough for every row's draw and report."""
+        """The number of candidates from each rank: enough for every row's draw and log-probabilities."""
         drawn = (1 if s.temperature == 0 else s.top_k or self._vocab for s in sampling)
         reported = (s.logprobs or 0 for s in sampling)
         return min(max(1, *drawn, *reported), self._vocab)

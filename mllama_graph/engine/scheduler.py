@@ -1,6 +1,6 @@
-"""Which step comes next: requests in, steps out, ids back. No tensor.
+"""Decides the next step from the requests and the ids sampled so far. Uses no tensors.
 
-A step is one image to encode, one chunk of one prompt, or one token for every running sequence.
+A step encodes one image, prefills one chunk of one prompt, or decodes one token for every running sequence.
 """
 
 from collections import deque
@@ -16,7 +16,7 @@ from mllama_graph.plan.buckets import Plan
 
 @dataclass(eq=False)
 class Sequence:
-    """A request on its way through the engine. image_positions: positions of its image tokens, one per image."""
+    """A request in the scheduler. image_positions: the positions of its image tokens, one per image."""
 
     id: int
     prompt: tuple[int, ...]
@@ -29,10 +29,10 @@ class Sequence:
     computed: int = 0
     pages: list[int] = field(default_factory=list)
     holds_images: bool = False
-    # What the ranks know: how many of the pages, and which of the images [first, last) their image table covers.
+    # What the ranks have been sent: the number of pages, and the images [first, last) of their image table.
     sent_pages: int = 0
     sent_images: tuple[int, int] | None = None
-    # The entry of that table at which each of its images begins, and its length.
+    # The first entry of each image in that table, followed by the table's length.
     image_begins: list[int] = field(default_factory=lambda: [0])
 
     @property
@@ -41,18 +41,19 @@ class Sequence:
 
     @property
     def decoding(self) -> bool:
-        """Whether all tokens but the last are computed, so that the next step gives one more."""
+        """Whether all tokens but the last are computed, so that the next step is a decode step."""
         return bool(self.generated) and self.computed == self.length - 1
 
     def ids(self, start: int, stop: int) -> tuple[int, ...]:
-        """The ids at positions start .. stop - 1, prompt and generated ones."""
+        """The prompt and generated ids at positions start .. stop - 1."""
         split = len(self.prompt)
         return self.prompt[start:stop] + tuple(self.generated[max(start - split, 0) : max(stop - split, 0)])
 
     def visible(self, position: int) -> tuple[int, int]:
-        """The images [first, last) that a token sees: the last image that began, and the chain of image tokens before it.
+        """The images [first, last) that the token at `position` attends to: the latest image at or before it, and the
+        images whose tokens directly precede that image's token.
 
-        Generated tokens see what the last prompt token sees (transformers processing_mllama.py,
+        Generated tokens attend to the same images as the last prompt token (transformers processing_mllama.py,
         get_cross_attention_token_mask).
         """
         last = sum(at <= position for at in self.image_positions)
@@ -65,9 +66,10 @@ class Sequence:
 class Scheduler:
     """Continuous batching: sequences join and leave between steps.
 
-    Waiting sequences are admitted first come, first served, while rows, pages and image pages last. Prompts longer than
-    the largest prefill bucket go in chunks, with a decode step for the others in between. When pages run out, the youngest
-    running sequence is put back at the head of the queue; it keeps its ids and is computed again later.
+    Waiting sequences are admitted in order of arrival while rows, pages and image pages suffice. Prompts longer than
+    the largest prefill bucket are computed in chunks, with a decode step of the running sequences between chunks. When
+    pages run out, the youngest running sequence is preempted: it returns to the head of the queue, keeps its ids, and
+    is computed again later.
     """
 
     def __init__(self, plan: Plan, batch: int):
@@ -79,11 +81,11 @@ class Scheduler:
         self.preemptions = 0
         self._pending: tuple[Step, list[Sequence]] | None = None
         self._decode_next = False
-        # Sequences that ended and that the ranks still know.
+        # Sequences that ended, which the ranks have not been told yet.
         self._ended: list[int] = []
 
     def check(self, prompt: int, max_new: int, images: int) -> None:
-        """Raises UserError for a request of these sizes that could never run."""
+        """Raises UserError for a request whose sizes exceed the plan, so that it could never run."""
         if prompt + max_new > self.plan.max_length:
             raise UserError(
                 f"{prompt} prompt ids and {max_new} new ones are {prompt + max_new} tokens; the plan holds "
@@ -100,7 +102,7 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def abort(self, id: int) -> None:
-        """Forget a sequence, waiting or running; unknown ids are ignored."""
+        """Drop a sequence, waiting or running; unknown ids are ignored."""
         for sequence in [*self.running, *self.waiting]:
             if sequence.id == id:
                 self._leave(sequence)
@@ -110,7 +112,7 @@ class Scheduler:
         return not self.waiting and not self.running
 
     def next(self) -> Step | None:
-        """The next step, or None where there is nothing to do. Each step must be followed by `commit`."""
+        """The next step, or None if no sequence is left. Each step must be followed by `commit`."""
         assert self._pending is None, "the last step was not committed"
         step = self._decode() if self._decode_next else None
         step = step or self._admit() or self._decode()
@@ -118,7 +120,10 @@ class Scheduler:
         return step
 
     def commit(self, ids: tuple[int, ...]) -> list[tuple[Sequence, int]]:
-        """Take the ids that a step gave: (sequence, id) for each sequence that got one. The caller ends sequences by `finish`."""
+        """Append the ids that a step sampled. Returns (sequence, id) for each sequence that got one.
+
+        The caller ends sequences with `finish`.
+        """
         assert self._pending is not None
         step, sequences = self._pending
         self._pending = None
@@ -140,7 +145,7 @@ class Scheduler:
         return list(zip(sequences, ids))
 
     def finish(self, sequence: Sequence) -> None:
-        """End a sequence: its pages are free, and its images have one user fewer."""
+        """End a sequence: free its pages and release its images."""
         self._leave(sequence)
 
     def _leave(self, sequence: Sequence) -> None:
@@ -161,7 +166,7 @@ class Scheduler:
         sequence.sent_pages, sequence.sent_images = 0, None
 
     def _admit(self) -> Step | None:
-        """The next image or chunk of a sequence that is not decoding yet."""
+        """The next vision or prefill step, of a running sequence that is not decoding yet or a newly admitted one."""
         for sequence in self.running:
             if not sequence.decoding:
                 return self._prepare(sequence)
@@ -172,7 +177,7 @@ class Scheduler:
         return None
 
     def _take_room(self, sequence: Sequence) -> bool:
-        """Take pages for the whole prompt, its first token and its images; False, taking nothing, where they do not suffice."""
+        """Allocate pages for the prompt, its first token and its images; False and none if too few are free."""
         needed = pages_for(min(sequence.length + 1, self.plan.max_length), self.plan.page_size)
         if self.pool.free < needed:
             return False
@@ -200,7 +205,7 @@ class Scheduler:
         return self._issue(PrefillStep(row, last, self._take_ended()), [sequence])
 
     def _decode(self) -> Step | None:
-        """One token for every sequence whose prompt is computed, preempting the youngest where pages run out."""
+        """A decode step for every decoding sequence. Preempts the youngest running sequence where pages run out."""
         for sequence in [s for s in self.running if s.decoding]:
             while sequence in self.running and pages_for(sequence.length, self.plan.page_size) > len(sequence.pages):
                 try:
@@ -211,7 +216,7 @@ class Scheduler:
         return self._issue(DecodeStep(tuple(self._row(s, 1) for s in rows), self._take_ended()), rows) if rows else None
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Put a sequence back at the head of the queue. It keeps its images: it was admitted before all that wait."""
+        """Put a sequence back at the head of the queue. It keeps its images, since it is the next to be admitted."""
         self.preemptions += 1
         self.running.remove(sequence)
         self._free(sequence)
@@ -226,7 +231,7 @@ class Scheduler:
         return ended
 
     def _row(self, sequence: Sequence, count: int) -> Row:
-        """The next `count` tokens of a sequence, with what the ranks don't know of it yet."""
+        """The next `count` tokens of a sequence, with the changes that the ranks have not been sent yet."""
         start, first_row = sequence.computed, sequence.computed == 0
         seen = [sequence.visible(position) for position in range(start, start + count)]
         low, high = min(first for first, _ in seen), max(last for _, last in seen)
@@ -250,7 +255,7 @@ class Scheduler:
         )
 
     def _image_table(self, images: tuple[TiledImage, ...]) -> tuple[ImageTable, list[int]]:
-        """The pages of some images, and the entry at which each image begins, with the end behind them."""
+        """The table of some images' pages, and the first entry of each image in it, followed by the table's length."""
         begins, pages, fill, size = [0], [], [], self.plan.page_size
         for image in images:
             held = self.images[image.key].pages

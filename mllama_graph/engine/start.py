@@ -1,4 +1,4 @@
-"""From a resolved run to its engine."""
+"""Builds the engine of a resolved run."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -30,7 +30,7 @@ def processor_of(run: ResolvedRun) -> Processor:
 
 
 def pixels_of(processor: Processor) -> Pixels:
-    """The normalisation of pixels that the checkpoint's image processor states."""
+    """The pixel normalisation in the checkpoint's image processor configuration."""
     return Pixels(*processor.pixels)
 
 
@@ -45,12 +45,12 @@ def start_engine(
 ) -> Engine:
     """Load weights and allocate pages on all ranks; graphs are loaded on first use.
 
-    The last four arguments are Executor's.
+    The last four arguments are passed to Executor.
     """
     progress.say(f"plan: {run.plan.describe()}")
     if run.plan.max_length > run.shape.text.positions:
         log.info(
-            "sequences of up to %d tokens; the model was made for %d", run.plan.max_length, run.shape.text.positions
+            "sequences of up to %d tokens; the model has %d positions", run.plan.max_length, run.shape.text.positions
         )
     log.info("memory of a rank: %s", run.memory.describe())
     executor = Executor(run, pixels_of(processor), progress, first, place, rendezvous, check)

@@ -1,4 +1,4 @@
-"""Sums over the steps of a run, and the figures made of them."""
+"""Sums over the steps of a run, and the metrics computed from them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from mllama_graph.plan.cost import step_bytes
 
 @dataclass
 class Stats:
-    """Counts and seconds of each kind of step. `decode_bytes`: what decode steps had to read, modelled from shapes."""
+    """Counts and seconds of each kind of step. `decode_bytes`: bytes that decode steps read, modelled from shapes."""
 
     vision_steps: int = 0
     prefill_steps: int = 0
@@ -22,11 +22,11 @@ class Stats:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     decode_bytes: int = 0
-    # Seconds from the start of the process to the first token of all; None before it.
+    # Seconds from the start of the process to its first token; None before that.
     start_to_first_token: float | None = None
 
     def count(self, step: Step, seconds: float, image_tokens: int, shape: ModelShape, widths: tuple[int, int]) -> None:
-        """Add a step. `image_tokens`: image tokens that its rows see, summed; `widths`: bytes per weight and per activation."""
+        """Add a step. `image_tokens`: attended to, summed over rows. `widths`: bytes per weight and per activation."""
         if isinstance(step, VisionStep):
             self.vision_steps, self.vision_seconds = self.vision_steps + 1, self.vision_seconds + seconds
         elif isinstance(step, PrefillStep):
@@ -39,7 +39,7 @@ class Stats:
             self.decode_bytes += step_bytes(shape, image_tokens > 0, tokens, image_tokens, *widths)
 
     def metrics(self, finished: Sequence[Result], preemptions: int) -> dict[str, Any]:
-        """The figures of a run for result.json: sums over requests, means over steps. Bytes are modelled, times measured."""
+        """The metrics for result.json: sums over requests, means over steps. Bytes are modelled, times measured."""
         steps = self.decode_steps
         per_token = [r.time_per_output_token_ms for r in finished if r.time_per_output_token_ms is not None]
         return {

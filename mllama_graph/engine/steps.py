@@ -1,4 +1,4 @@
-"""What ranks are told to do: one step at a time, as plain integers, and only what changed since the step before.
+"""The steps that ranks execute, as plain integers. A step carries only what changed since the step before.
 
 A sequence's pages, image table and sampling options are sent once, when they become known; each rank keeps them
 (engine/batch.py, Sequences). So a decode step costs the same to send after 10 tokens and after 10,000.
@@ -12,7 +12,7 @@ from mllama_graph.inputs.request import Sampling
 
 @dataclass(frozen=True)
 class Token:
-    """A sampled id, and log-probabilities of the raw logits where they were asked for."""
+    """A sampled id, and log-probabilities of the raw logits where they were requested."""
 
     id: int
     logprob: float | None = None
@@ -22,7 +22,7 @@ class Token:
 
 @dataclass(frozen=True)
 class ImageTable:
-    """The image pages that a sequence's rows may see, image after image, and the tokens in each page."""
+    """The image pages that a sequence's rows may attend to, image after image, and the tokens in each page."""
 
     pages: tuple[int, ...] = ()
     fill: tuple[int, ...] = ()
@@ -32,11 +32,11 @@ class ImageTable:
 class Row:
     """New tokens of one sequence.
 
-    start: position of the first of them; at 0 the sequence begins, or begins again after it was preempted.
-    pages: pages that joined the block table since the sequence's last row. used_pages: pages that positions
-    0 .. start + len(ids) - 1 fill. image: the image table, where it is another than the last row's; image_pages: its
-    length. see: the range [from, to) of its entries that each new token sees; empty where all see the whole table.
-    sampling: sent with the first row.
+    start: position of the first token; at 0 the sequence begins, or begins again after it was preempted.
+    pages: pages added to the block table since the sequence's last row. used_pages: the number of pages that hold
+    positions 0 .. start + len(ids) - 1. image: the image table, if it changed since the last row; image_pages: its
+    length. see: the range [from, to) of its entries that each new token attends to; empty if all attend to the whole
+    table. sampling: sent with the first row.
     """
 
     sequence: int

@@ -1,4 +1,4 @@
-"""Synthetic requests of given sizes, served together and timed: what task=bench and task=profile run."""
+"""Synthetic requests of given sizes, served together and timed, for task=bench and task=profile."""
 
 import time
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def cases_of(options: Any) -> list[Case]:
 
 
 def requests_of(engine: Engine, case: Case, seed: int, pictures: int) -> tuple[list[Request], float]:
-    """Random requests, and the seconds that preparing their images took. Equal `pictures` give equal images."""
+    """Random requests, and the seconds spent preparing their images. Equal seeds `pictures` give equal images."""
     shape, random = engine.executor.run.shape, np.random.default_rng(seed)
     side = shape.vision.tile * int(shape.vision.max_tiles**0.5)
     painter, spent = np.random.default_rng(pictures), 0.0
@@ -37,7 +37,7 @@ def requests_of(engine: Engine, case: Case, seed: int, pictures: int) -> tuple[l
             spent += time.perf_counter() - start
         text = random.integers(0, shape.text.vocab, case.length - len(images)).tolist()
         ids = (*[shape.image_token] * len(images), *text)
-        # Those that get their first token before the others decode meanwhile.
+        # A request decodes up to one more token for each request that gets its first token after it.
         most = case.new + case.batch
         requests.append(Request(number, ids, tuple(images), tuple(range(len(images))), most, ignore_eos=True))
     return requests, spent
@@ -46,9 +46,9 @@ def requests_of(engine: Engine, case: Case, seed: int, pictures: int) -> tuple[l
 def serve(
     engine: Engine, requests: list[Request], new: int, timing: Timing, before_decode: Callable[[], None] = lambda: None
 ) -> None:
-    """Serve requests together until all have a token and have then decoded `new` - 1 more in one batch.
+    """Serve requests together until all have a first token, then run `new` - 1 decode steps of the whole batch.
 
-    The time to the first token is that of the last request to get one, as a batch would wait for it.
+    The time to the first token is that of the last request to get one.
     """
     start, stats, rank = time.perf_counter(), engine.stats, engine.executor.rank
     vision, prefill, sample = stats.vision_seconds, stats.prefill_seconds, rank.sample_seconds

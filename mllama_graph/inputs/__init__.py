@@ -1,1 +1,1 @@
-"""From what a person writes to token ids and image tiles, and back to text."""
+"""Converts prompts and images to token ids and image tiles, and ids back to text."""

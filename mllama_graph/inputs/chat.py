@@ -1,7 +1,7 @@
-"""Chat templates, as transformers renders them, and chat messages as templates take them.
+"""Renders chat templates as transformers does, and converts chat messages to the form that templates expect.
 
-The template is run by jinja2, which transformers uses as well; importing transformers itself would more than double the
-time of a warm start.
+jinja2 runs the template, as it does in transformers; importing transformers itself would more than double the time of a
+warm start.
 """
 
 import json
@@ -23,7 +23,7 @@ IMAGE_PARTS = ("image", "image_url", "input_image")
 
 
 class ChatTemplate:
-    """A checkpoint's chat template. `tokens`: the special tokens that it may name, such as bos_token.
+    """A checkpoint's chat template. `tokens`: the special tokens that it may refer to, such as bos_token.
 
     Raises UserError for a template that is not valid.
     """
@@ -40,7 +40,7 @@ class ChatTemplate:
             raise UserError(f"the checkpoint's chat template is not valid: {error}.") from error
 
     def render(self, messages: Sequence[dict[str, Any]]) -> str:
-        """The prompt of a chat. Raises UserError where the template refuses it."""
+        """Render a chat as a prompt. Raises UserError where the template refuses the messages."""
         try:
             return self._template.render(messages=messages, add_generation_prompt=True, **self._tokens)
         except jinja2.TemplateError as error:
@@ -56,7 +56,7 @@ def _raise(message: str) -> None:
 
 
 def template_source(folder: Path, tokenizer_config: dict[str, Any]) -> str | None:
-    """A checkpoint's chat template, from the newest of the three places that transformers has kept it in."""
+    """A checkpoint's chat template; of the three places where transformers has stored it, the newest comes first."""
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf8")
     source = (read_optional_json(folder / "chat_template.json") or {}).get("chat_template")
@@ -67,9 +67,9 @@ def template_source(folder: Path, tokenizer_config: dict[str, Any]) -> str | Non
 
 
 def read_message(message: dict[str, Any], sources: list[Source]) -> dict[str, Any]:
-    """A message in OpenAI form as chat templates take it; its images are appended to `sources`.
+    """Convert a message from OpenAI's form to that of chat templates. Its images are appended to `sources`.
 
-    Raises UserError for a role or a part that is not known.
+    Raises UserError for an unknown role or part.
     """
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
@@ -92,7 +92,7 @@ def read_message(message: dict[str, Any], sources: list[Source]) -> dict[str, An
 
 
 def _source(part: dict[str, Any]) -> Source:
-    """The image of an image part: a path, a data: URI, bytes or a PIL image."""
+    """The source of an image part: a path, a data: URI, bytes or a PIL image."""
     value = next((part[key] for key in ("image_url", "image", "url", "path") if part.get(key)), None)
     value = value.get("url") if isinstance(value, dict) else value
     if not isinstance(value, Source):

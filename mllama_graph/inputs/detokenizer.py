@@ -1,10 +1,10 @@
-"""From generated ids to text as it becomes certain, and stop strings in it."""
+"""Converts generated ids to text incrementally, and detects stop strings."""
 
 from collections.abc import Callable, Sequence
 
 
 class StopStrings:
-    """Finds the first stop string in text that comes in pieces. Holds back what may be the start of one."""
+    """Finds the first stop string in text that arrives in pieces. Holds back text that may be the start of one."""
 
     def __init__(self, stops: Sequence[str]):
         self._stops = tuple(stops)
@@ -12,9 +12,9 @@ class StopStrings:
         self.stopped = False
 
     def add(self, piece: str) -> str:
-        """The text that became certain with this piece. Sets `stopped` once a stop string is complete."""
+        """Add a piece and return the text that is now final. Sets `stopped` once a stop string is complete."""
         self._text += piece
-        # What was sent can't be part of a stop string.
+        # Text that was returned before can't be part of a stop string.
         found = [at for stop in self._stops if (at := self._text.find(stop, self._sent)) >= 0]
         if found:
             self.stopped, self._text = True, self._text[: min(found)]
@@ -23,7 +23,7 @@ class StopStrings:
         return self._send(len(self._text) - held)
 
     def flush(self, rest: str) -> str:
-        """What was held back, and `rest`, once no piece will follow."""
+        """The text held back and `rest`, after the last piece."""
         if not self.stopped:
             self._text += rest
         return self._send(len(self._text))
@@ -40,10 +40,10 @@ class StopStrings:
 
 
 class Detokenizer:
-    """Turns one request's ids into text as they come, and ends it at a stop string.
+    """Converts one request's ids to text as they arrive, up to a stop string.
 
-    `step` gives the text that one more id makes certain, or None for an unfinished character (tokenizers' DecodeStream);
-    `decode` gives the text of a whole list of ids.
+    `step` returns the text that one more id completes, or None for an incomplete character (tokenizers' DecodeStream).
+    `decode` returns the text of a whole list of ids.
     """
 
     def __init__(self, step: Callable[[int], str | None], decode: Callable[[Sequence[int]], str], stops: Sequence[str]):
@@ -53,18 +53,18 @@ class Detokenizer:
         self._whole = True
 
     def add(self, id: int) -> str:
-        """The text that became certain with this id. Sets `stopped` once a stop string is complete."""
+        """Add an id and return the text that is now final. Sets `stopped` once a stop string is complete."""
         self._ids.append(id)
         try:
             piece = (self._step(id) or "") if self._whole else ""
         except Exception:  # tokenizers raises bare Exception
-            # The ids make no text piece by piece; `flush` gives it as a whole.
+            # These ids can't be decoded one by one; `flush` decodes them as a whole.
             self._whole, piece = False, ""
         self._taken += len(piece)
         return self._stops.add(piece)
 
     def flush(self) -> str:
-        """The text that was held back, once no id will follow."""
+        """The text held back, after the last id."""
         return self._stops.flush(self._decode(self._ids)[self._taken :])
 
     @property

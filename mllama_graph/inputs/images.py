@@ -1,6 +1,6 @@
-"""Images: from a file or data: URI to uint8 tiles. Pillow and numpy only.
+"""Loads images and cuts them into uint8 tiles. Uses Pillow and numpy only.
 
-Equal to transformers' MllamaImageProcessorPil, but the tiles stay uint8: the vision graph normalises them.
+The tiles equal those of transformers' MllamaImageProcessorPil before normalisation, which the vision graph does.
 """
 
 import base64
@@ -18,10 +18,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from mllama_graph.core.errors import UserError
 from mllama_graph.model.shape import VisionShape
 
-# What an image may be given as: a file path or data: URI, a path, an encoded file, or a decoded picture.
+# An image as users give it: a file path or data: URI, a Path, the bytes of an encoded file, or a decoded image.
 Source = str | Path | bytes | Image.Image
 
-# Formats that Pillow decodes and that a folder of pictures may hold.
+# Files of a folder that count as pictures; Pillow decodes all of these formats.
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
 
@@ -29,8 +29,8 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 class TiledImage:
     """One prepared image.
 
-    data: uint8 (tiles, channels, tile, tile), without padding tiles. aspect: aspect-ratio id, counted from 1. key: a hash
-    of both.
+    data: uint8 (tiles, channels, tile, tile), without padding tiles. aspect: aspect-ratio id, counted from 1.
+    key: a hash of both.
     """
 
     data: np.ndarray
@@ -44,7 +44,7 @@ class TiledImage:
 
 
 def open_image(source: Source) -> Image.Image:
-    """A decoded RGB image, upright, with transparency composited on white.
+    """Decode an image to RGB, rotated upright by its EXIF data, with transparency composited on white.
 
     Raises UserError naming the source.
     """
@@ -61,7 +61,7 @@ def open_image(source: Source) -> Image.Image:
 
 
 def _stream(source: str | Path | bytes, shown: str) -> io.BytesIO | Path:
-    """An encoded image to read from. Raises UserError where there is none."""
+    """The file or buffer of an encoded image. Raises UserError where there is none."""
     if isinstance(source, bytes):
         return io.BytesIO(source)
     if isinstance(source, str) and source.startswith("data:"):
@@ -76,18 +76,18 @@ def _stream(source: str | Path | bytes, shown: str) -> io.BytesIO | Path:
 
 
 def shorten(source: str) -> str:
-    """A source as messages show it: from the current folder on; of a long one the beginning, and its end, where a file's name is."""
+    """A source as messages show it: relative to the current folder, and cut in the middle to at most 80 characters."""
     source = source.removeprefix(f"{Path.cwd()}/")
     return source if len(source) <= 80 else source[:30] + "..." + source[-47:]
 
 
 def error_text(error: Exception) -> str:
-    """What an exception says, without the path that OSError repeats."""
+    """An exception's message, without the path that OSError repeats."""
     return error.strerror or str(error) if isinstance(error, OSError) else str(error)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to RGB; what is transparent becomes white."""
+    """Convert an image of any mode to RGB, with transparency composited on white."""
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -96,10 +96,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def canvas(height: int, width: int, vision: VisionShape) -> tuple[int, int]:
-    """The (height, width) in tiles of the canvas that suits an image best.
+    """The (height, width) in tiles of the canvas for an image.
 
-    The smallest scale that is at least 1, else the largest below it; among equals the smallest area
-    (transformers image_processing_pil_mllama.py, get_optimal_tiled_canvas).
+    Chooses the canvas with the smallest scale that is at least 1, else the largest scale below 1; among equal scales,
+    the smallest area (transformers image_processing_pil_mllama.py, get_optimal_tiled_canvas).
     """
     scaled = [(min(h * vision.tile / height, w * vision.tile / width), h * w, (h, w)) for h, w in vision.aspect_ratios]
     larger = [entry for entry in scaled if entry[0] >= 1]
@@ -108,7 +108,7 @@ def canvas(height: int, width: int, vision: VisionShape) -> tuple[int, int]:
 
 
 def fitted(height: int, width: int, canvas_height: int, canvas_width: int, tile: int) -> tuple[int, int]:
-    """The (height, width) in pixels that an image is resized to: inside its canvas, enlarged to a tile at the most."""
+    """The (height, width) in pixels that an image is resized to: within its canvas, enlarged to one tile at most."""
     target_height = min(max(height, tile), canvas_height)
     target_width = min(max(width, tile), canvas_width)
     scale_height, scale_width = target_height / height, target_width / width
@@ -118,7 +118,7 @@ def fitted(height: int, width: int, canvas_height: int, canvas_width: int, tile:
 
 
 def tile_image(image: Image.Image, vision: VisionShape) -> TiledImage:
-    """An RGB image resized, padded with black and cut into tiles."""
+    """Resize an RGB image, pad it with black and cut it into tiles."""
     rows, columns = canvas(image.height, image.width, vision)
     tile = vision.tile
     height, width = fitted(image.height, image.width, rows * tile, columns * tile, tile)
@@ -132,7 +132,7 @@ def tile_image(image: Image.Image, vision: VisionShape) -> TiledImage:
 
 
 def list_images(given: object) -> list[str]:
-    """The images of `image=`: a file, a comma list, a list, or a folder (every picture in it, sorted).
+    """The images that `image=` gives: a file, a comma-separated list, a list, or a folder (all its pictures, sorted).
 
     Raises UserError for a folder without pictures.
     """
@@ -152,11 +152,11 @@ def list_images(given: object) -> list[str]:
         return [part.strip() for part in given.split(",") if part.strip()]
     if isinstance(given, (list, tuple)):
         return [str(part) for part in given]
-    raise UserError(f"image={given!r} must be a file, a comma list or a folder.")
+    raise UserError(f"image={given!r} must be a file, a comma-separated list or a folder.")
 
 
 def _exists(test: Callable[[], bool]) -> bool:
-    """A test of a path that is false for what can't be a path, such as a name that is too long."""
+    """The result of a path test; false for strings that can't be a path, such as a name that is too long."""
     try:
         return test()
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""From what a person writes to token ids and tiles, and back to text, by the files of one checkpoint. No torch."""
+"""Converts requests to token ids and image tiles, and ids to text, with the files of one checkpoint. No torch."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,26 +14,26 @@ from mllama_graph.inputs.images import Source, error_text, list_images, open_ima
 from mllama_graph.inputs.request import Request, Sampling, read_options
 from mllama_graph.model.shape import ModelShape, read_json, read_optional_json
 
-# CLIP's, which every released checkpoint uses (llama_models image_transform.py).
+# CLIP's normalisation, which every released checkpoint uses (llama_models image_transform.py).
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGE = "<|image|>"
 
 
 class TextCodec(Protocol):
-    """Text to ids and back."""
+    """Converts text to ids and ids to text."""
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, in which special tokens may be written out."""
+        """The ids of a text. Special tokens written in the text are recognised."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, special tokens left out."""
+        """The text of ids, without special tokens."""
 
     def token_to_id(self, token: str) -> int | None:
         """The id of a token, or None."""
 
     def detokenizer(self, stops: Sequence[str]) -> Detokenizer:
-        """For one request's generated ids."""
+        """A detokenizer for one request's generated ids."""
 
 
 class CheckpointTokenizer:
@@ -63,7 +63,7 @@ class CheckpointTokenizer:
 
 
 class BytesAsIds:
-    """Stands in where there is no tokenizer (weights=random without a checkpoint): bytes in, bracketed ids out."""
+    """Replaces the tokenizer where there is no checkpoint (weights=random): encodes bytes, and decodes ids as <id>."""
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -79,10 +79,10 @@ class BytesAsIds:
 
 
 class Processor:
-    """Tokenizer, chat template and image preparation of one checkpoint (or of none: `folder` None).
+    """Tokenizer, chat template and image preparation of one checkpoint; `folder` is None where there is none.
 
-    max_new, sampling: what a request takes that says nothing of its own. max_input: the most text ids of a prompt. Raises
-    UserError for files that are missing or do not fit the model.
+    max_new, sampling: defaults for requests that don't set them. max_input: the most ids in a prompt.
+    Raises UserError for files that are missing or don't fit the model.
     """
 
     def __init__(self, folder: Path | None, shape: ModelShape, max_new: int, max_input: int, sampling: Sampling):
@@ -108,7 +108,7 @@ class Processor:
 
     @property
     def pixels(self) -> tuple[float, tuple[float, ...], tuple[float, ...]]:
-        """(scale, mean, std) of the normalisation that the checkpoint's image processor states."""
+        """(scale, mean, std) of the pixel normalisation in the checkpoint's image processor configuration."""
         config = self._image_config
         scale = float(config.get("rescale_factor", 1 / 255))
         if config.get("do_normalize") is False:
@@ -118,15 +118,15 @@ class Processor:
     def chat(
         self, id: Any, prompt: str, images: Sequence[Source] = (), system: str | None = None, **options: Any
     ) -> Request:
-        """A request from a prompt: through the chat template, its images first."""
+        """Prepare a request from a prompt, with the images before the text in one user message."""
         content = [{"type": "image", "image": source} for source in images] + [{"type": "text", "text": prompt}]
         messages = [{"role": "system", "content": system}] if system else []
         return self.request({"id": id, "messages": [*messages, {"role": "user", "content": content}], **options})
 
     def request(self, given: dict[str, Any], base: Path = Path(".")) -> Request:
-        """A request from one line of a requests file; relative image paths are also looked up from `base`.
+        """Prepare a request from a line of a requests file. Relative image paths are also looked up in `base`.
 
-        Raises UserError naming what is wrong with it.
+        Raises UserError for a request that is not valid.
         """
         kinds = [kind for kind in ("messages", "prompt", "input_ids") if given.get(kind) is not None]
         if len(kinds) != 1:
@@ -163,11 +163,11 @@ class Processor:
         )
 
     def text(self, ids: Sequence[int]) -> str:
-        """The text of generated ids, special tokens left out."""
+        """The text of generated ids, without special tokens."""
         return self.codec.decode(ids)
 
     def detokenizer(self, stops: Sequence[str]) -> Detokenizer:
-        """For one request's generated ids."""
+        """A detokenizer for one request's generated ids."""
         return self.codec.detokenizer(stops)
 
     def _ids(self, given: Any) -> list[int]:
@@ -202,13 +202,13 @@ class Processor:
         return self.codec.encode(self.template.render(plain)), sources
 
     def _without_template(self, text: str, images: int) -> list[int]:
-        """A checkpoint without a chat template gets BOS, image tokens, text."""
+        """The ids for a checkpoint without a chat template: BOS, image tokens, text."""
         start = [] if self.bos is None else [self.bos]
         return start + [self.shape.image_token] * images + self.codec.encode(text)
 
 
 def _optional(folder: Path | None, name: str) -> dict[str, Any]:
-    """A JSON file of the checkpoint, or nothing where it has none."""
+    """A JSON file of the checkpoint; empty where the file does not exist."""
     return (read_optional_json(folder / name) or {}) if folder else {}
 
 
@@ -217,7 +217,7 @@ def _token_text(value: Any) -> str | None:
 
 
 def _image_config(folder: Path, shape: ModelShape) -> dict[str, Any]:
-    """preprocessor_config.json, or the image part of processor_config.json that newer transformers write."""
+    """preprocessor_config.json, or the image part of processor_config.json, which newer transformers write."""
     config = read_optional_json(folder / "preprocessor_config.json")
     if config is None:
         config = _optional(folder, "processor_config.json").get("image_processor") or {}
@@ -242,7 +242,7 @@ def _image_list(given: Any) -> list[Source]:
 
 
 def _resolve(source: Source, base: Path) -> Source:
-    """A path as given, or from the requests file's folder where it exists there; other sources as they are."""
+    """A path as given, or within `base` if it exists only there; other sources unchanged."""
     if not isinstance(source, (str, Path)):
         return source
     source = str(source)

@@ -1,4 +1,4 @@
-"""A request: what one is once it is prepared, and the checks of the options that users give."""
+"""Prepared requests and their sampling options, and the checks of the options that users give."""
 
 import math
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from mllama_graph.inputs.images import TiledImage
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one row's next id is chosen. `logprobs`: how many of the best ids to report; None reports none."""
+    """Sampling options of one request. `logprobs`: the number of most likely ids to report; None reports none."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -22,7 +22,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """A request, ready for the engine. `positions`: those of the image tokens, one per image."""
+    """A request that is ready for the engine. `positions`: the positions of its image tokens, one per image."""
 
     id: Any
     ids: tuple[int, ...]
@@ -34,7 +34,7 @@ class Request:
     ignore_eos: bool = False
 
 
-# Every field of a request that has a meaning here, and those that tasks read.
+# All known fields of a request, including those that only tasks read.
 FIELDS = frozenset(
     {
         "id",
@@ -55,7 +55,7 @@ FIELDS = frozenset(
     }
 )
 LARGEST = 2**31 - 1
-# Numeric field of a request -> (type, least value or None, greatest value).
+# Numeric field of a request -> (type, minimum or None, maximum).
 _NUMBERS: dict[str, tuple[type, int | None, float]] = {
     "max_new_tokens": (int, 1, LARGEST),
     "temperature": (float, 0, 1e6),
@@ -68,7 +68,7 @@ _NUMBERS: dict[str, tuple[type, int | None, float]] = {
 
 @dataclass(frozen=True)
 class Options:
-    """The options of a request, over the run's defaults."""
+    """The options of a request, with the run's defaults filled in."""
 
     max_new: int
     sampling: Sampling
@@ -77,7 +77,7 @@ class Options:
 
 
 def read_options(given: Mapping[str, Any], max_new: int, defaults: Sampling) -> Options:
-    """The options of a request. Raises UserError for a value of the wrong type or out of range."""
+    """Read and check the options of a request. Raises UserError for a value of the wrong type or out of range."""
     top_p = _number(given, "top_p", defaults.top_p)
     if top_p == 0:
         raise UserError("top_p=0 keeps no token; it must be above 0 and at most 1.")

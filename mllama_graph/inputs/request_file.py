@@ -1,4 +1,4 @@
-"""Files of requests: one JSON object per line."""
+"""Reads files of requests: one JSON object per line."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -7,12 +7,12 @@ from typing import Any
 
 from mllama_graph.core.errors import UserError
 
-# One line of a requests file: its number from 1, and its object or the reason why it can't be read.
+# One line of a requests file: its number, counted from 1, and its object or the reason why it can't be read.
 Line = tuple[int, dict[str, Any] | str]
 
 
 def read_lines(path: Path) -> Iterator[Line]:
-    """The requests of a JSON-lines file; blank lines are skipped.
+    """Read the lines of a JSON-lines file; blank lines are skipped.
 
     Raises UserError where the file can't be read.
     """
@@ -39,7 +39,7 @@ def read_lines(path: Path) -> Iterator[Line]:
 
 
 def most_images(lines: Iterable[Line]) -> int:
-    """A power of two that is at least the number of images of each line, counted without opening any."""
+    """The most images on one line, rounded up to a power of two and counted without opening any image."""
 
     def count(given: dict[str, Any] | str) -> int:
         if isinstance(given, str):

@@ -1,1 +1,1 @@
-"""The processes of a run."""
+"""Starts and supervises the processes of a run."""

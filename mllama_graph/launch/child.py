@@ -1,6 +1,6 @@
 """The program of a rank's process: `python -m mllama_graph.launch.child FD`.
 
-What to do comes on stdin, pickled. A failure is written to the pipe FD as JSON: [kind, message].
+The Assignment arrives on stdin, pickled. A failure is written to the pipe FD as JSON: [kind, message].
 """
 
 import ctypes
@@ -19,12 +19,12 @@ from mllama_graph.launch.processes import Assignment
 
 log = logging.getLogger(__name__)
 
-# Linux: the signal that a process gets when its parent ends.
+# Linux prctl option: the signal that the kernel sends to a process when its parent ends.
 PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
-    """Be one rank of a run, and report how it failed, if it did."""
+    """Run one rank, and report its failure, if any."""
     report = int(sys.argv[1])
     os.set_inheritable(report, False)
     given: Assignment = pickle.load(sys.stdin.buffer)
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def _die_with(parent: int) -> None:
-    """Have this process killed when its parent ends, however that happens (Linux)."""
+    """Have the kernel kill this process when its parent ends (Linux)."""
     try:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     except (OSError, AttributeError):

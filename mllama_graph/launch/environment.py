@@ -1,4 +1,4 @@
-"""What must be set in a process before torch is imported."""
+"""Sets up a rank's process before torch is imported: environment variables and logging."""
 
 import faulthandler
 import logging
@@ -14,7 +14,7 @@ from mllama_graph.native import BuildError
 from mllama_graph.plan.resolve import ResolvedRun, ResolvedTask
 
 LOG_FORMAT = "[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"
-# Ascend's switches are those of MindIE's example; the last one is cuBLAS's.
+# The variables for Ascend are those of MindIE's example; the last one is for cuBLAS.
 DETERMINISTIC = {
     "LCCL_DETERMINISTIC": "1",
     "HCCL_DETERMINISTIC": "true",
@@ -24,13 +24,13 @@ DETERMINISTIC = {
 
 
 def prepare_environment(run: ResolvedTask | None, place: Place) -> None:
-    """Set the environment variables of a rank. A rank that torchrun started learns of its run later: `run` is None then."""
+    """Set the environment variables of a rank. `run` is None for a rank of torchrun that has not received its run."""
     model = run if isinstance(run, ResolvedRun) else None
     if model and model.threads:
         os.environ["OMP_NUM_THREADS"] = str(model.threads)
     elif place.local_world > 1 and ("OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ):
         os.environ["OMP_NUM_THREADS"] = str(place.threads())
-    # torch would import torch_npu by itself, which fails without CANN: ranks on an NPU import it where they need it.
+    # Otherwise torch imports torch_npu by itself, which fails without CANN. Ranks on an NPU import it explicitly.
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
     if model:
         for name, value in model.environment:
@@ -40,7 +40,7 @@ def prepare_environment(run: ResolvedTask | None, place: Place) -> None:
 
 
 def simulate_npu(run: ResolvedRun, place: Place | None) -> None:
-    """Have the processes that this one starts load stub libraries of CANN: the loader reads the environment at their start.
+    """Set the environment so that child processes load stub libraries of CANN; the loader reads it as a process starts.
 
     Raises UserError under torchrun, whose processes have already started, or where the stubs can't be built.
     """
@@ -54,7 +54,7 @@ def simulate_npu(run: ResolvedRun, place: Place | None) -> None:
 
 
 def log_to(path: Path) -> None:
-    """Write log records, and the stack of a crash, to a file."""
+    """Write log records, and tracebacks of crashes, to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("a", encoding="utf8")
     handler = logging.StreamHandler(file)

@@ -1,4 +1,4 @@
-"""Where a task runs: in this process, or in processes of its own, one per rank, that this one supervises."""
+"""Runs a task in this process, or in one process per rank, which this process supervises."""
 
 import gc
 import logging
@@ -20,10 +20,10 @@ log = logging.getLogger(__name__)
 
 
 def launch(run: ResolvedTask, entry: str, fresh: bool) -> None:
-    """Do the task: here, or in one process per rank where there are several or `fresh` asks for new processes.
+    """Run a task: in this process, or in one process per rank if there are several ranks or `fresh` is true.
 
-    `entry` names the task's function as "module:function". Raises UserError, Interrupted, or RankFailed with what the first
-    failing rank said.
+    `entry` names the task's function as "module:function". Raises UserError, Interrupted, or RankFailed with the
+    message of the first rank that failed.
     """
     place = place_from(os.environ)
     if fresh and place:
@@ -48,9 +48,9 @@ def launch(run: ResolvedTask, entry: str, fresh: bool) -> None:
 
 
 def run_here(run: ResolvedTask, entry: str, place: Place) -> None:
-    """Do the task in this process, as rank 0.
+    """Run a task in this process, as rank 0.
 
-    Raises UserError, or Interrupted where a signal stopped it.
+    Raises UserError, or Interrupted if a signal stopped it.
     """
     prepare_environment(run, place)
     signal.signal(signal.SIGTERM, raise_interrupt)
@@ -66,7 +66,7 @@ def run_here(run: ResolvedTask, entry: str, place: Place) -> None:
 
 def _imported(entry: str) -> Callable[[ResolvedTask], None]:
     """The function that `entry` names."""
-    # Importing torch makes a million objects and no garbage: they are never searched for cycles, which would take 0.2 s.
+    # Importing torch creates about a million objects and no garbage. Searching them for cycles would take 0.2 s.
     gc.disable()
     try:
         return pkgutil.resolve_name(entry)
@@ -76,7 +76,7 @@ def _imported(entry: str) -> Callable[[ResolvedTask], None]:
 
 
 def join(place: Place) -> int:
-    """Be a worker rank that torchrun started; returns the exit code."""
+    """Run a worker rank that torchrun started, and return the exit code."""
     try:
         work(place, Rendezvous.from_environment())
         return 0
@@ -88,7 +88,7 @@ def join(place: Place) -> int:
 
 
 def work(place: Place, rendezvous: Rendezvous) -> None:
-    """Be a worker rank of a run that rank 0 drives."""
+    """Run a worker rank, which rank 0 drives."""
     prepare_environment(None, place)
     from mllama_graph.engine import executor
 

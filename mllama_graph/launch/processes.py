@@ -1,4 +1,4 @@
-"""Processes of ranks: starting them, and taking in how they ended."""
+"""Starts the processes of ranks, and collects how they ended."""
 
 import contextlib
 import json
@@ -21,9 +21,9 @@ from mllama_graph.core.place import Place, Rendezvous, bind_master_port
 from mllama_graph.plan.resolve import ResolvedTask
 
 CHILD = "mllama_graph.launch.child"
-# After the first failure: seconds for the rank that is at fault to say so, and for a rank to end by itself.
+# After the first failure: seconds for the rank at fault to report its error, and for ranks to end by themselves.
 TELL_SECONDS, END_SECONDS = 1.0, 5.0
-# Kinds of failure that a rank reports. "peer": another rank's doing.
+# Kinds of failure that a rank reports. "peer": caused by another rank.
 FAILURES: dict[str, type[Exception]] = {
     "user": UserError,
     "interrupted": Interrupted,
@@ -34,7 +34,7 @@ FAILURES: dict[str, type[Exception]] = {
 
 @dataclass(frozen=True)
 class Assignment:
-    """What a rank's process is told: the task and its function, or no task for a worker rank."""
+    """The input of a rank's process: the task and its function; no task for a worker rank."""
 
     parent: int
     output_dir: Path
@@ -44,7 +44,7 @@ class Assignment:
 
 @dataclass
 class RankProcess:
-    """A rank's process, and the pipe that it reports a failure to and that closes when it ends."""
+    """A rank's process, and the pipe on which it reports a failure. The pipe closes when the process ends."""
 
     rank: int
     process: subprocess.Popen[bytes]
@@ -54,11 +54,11 @@ class RankProcess:
 
     @property
     def running(self) -> bool:
-        """Whether the process has not ended, as far as has been taken in."""
+        """Whether `take_end` has not recorded the end of the process yet."""
         return not self.report.closed
 
     def take_end(self) -> None:
-        """Take in how the process ended; called when the pipe can be read, and waits for the end."""
+        """Record how the process ended. Called when the pipe is readable; waits for the process to end."""
         said, code = self.report.read(), self.process.wait()
         self.report.close()
         if said:
@@ -68,7 +68,7 @@ class RankProcess:
             self.failure = RankFailed(f"rank {self.rank} {_ending(code)}")
 
     def kill(self) -> None:
-        """End the process at once."""
+        """Kill the process and record its end."""
         self.process.kill()
         self.take_end()
 
@@ -81,17 +81,17 @@ def _ending(code: int) -> str:
 
 
 def spawn(place: Place, variables: Mapping[str, str], given: Assignment, inherited: Sequence[int] = ()) -> RankProcess:
-    """Start a rank's process. `variables` are added to the environment; `inherited`: file descriptors that it gets.
+    """Start a rank's process. `variables`: added to its environment. `inherited`: file descriptors that it inherits.
 
-    What worker ranks print goes to their log, in ranks/ of the run's folder.
+    The output of worker ranks goes to their log, in ranks/ of the run's folder.
     """
-    # The package as this process found it, installed or not.
+    # The child imports the same package as this process, installed or not.
     paths = filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **variables}
     readable, writable = os.pipe()
     path = given.output_dir / "ranks" / f"{place.rank}.log"
     with block_sigint(), path.open("ab") if place.rank else contextlib.nullcontext() as log:
-        # -P: not the package of whatever folder this process was started in.
+        # -P keeps the current folder off the import path, where another copy of the package may lie.
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", CHILD, str(writable)],
             env=environment,
@@ -108,7 +108,7 @@ def spawn(place: Place, variables: Mapping[str, str], given: Assignment, inherit
 
 
 def collect(ranks: Sequence[RankProcess], timeout: float | None) -> None:
-    """Wait until one of the ranks ends, or for `timeout` seconds, and take in how those that ended did."""
+    """Wait up to `timeout` seconds until a rank ends, and record the end of each rank that has ended."""
     ended = wait([rank.report.fileno() for rank in ranks if rank.running], timeout)
     for rank in ranks:
         if rank.running and rank.report.fileno() in ended:
@@ -116,10 +116,9 @@ def collect(ranks: Sequence[RankProcess], timeout: float | None) -> None:
 
 
 def failure_of(ranks: Sequence[RankProcess], seconds: float) -> Exception | None:
-    """The failure to report of ranks that have ended, if any failed.
+    """The failure to report, if any rank has failed.
 
-    A failure that another rank caused is not the one to report: a rank that still runs has `seconds` to say that it is at
-    fault.
+    If all failures so far were caused by other ranks, ranks that still run have `seconds` to report the cause.
     """
     until = time.monotonic() + seconds
     while all(rank.by_peer for rank in ranks if rank.failure) and any(rank.running for rank in ranks):
@@ -132,10 +131,10 @@ def failure_of(ranks: Sequence[RankProcess], seconds: float) -> Exception | None
 
 @dataclass
 class Meeting:
-    """Where the ranks of a run that starts on this host will meet. Close it once rank 0 has its own copy of the socket."""
+    """The rendezvous of ranks that start on this host. Close it once rank 0 has its own copy of the socket."""
 
     rendezvous: Rendezvous
-    # A line for the user where the port is another than the one that was asked for.
+    # A line for the user if the port differs from the requested one.
     note: str | None
 
     @staticmethod
@@ -147,7 +146,7 @@ class Meeting:
 
     @property
     def descriptor(self) -> int:
-        """The listening socket's."""
+        """The file descriptor of the listening socket."""
         assert self.rendezvous.listening is not None
         return self.rendezvous.listening
 

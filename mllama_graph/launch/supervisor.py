@@ -1,7 +1,7 @@
-"""Watches over the processes of a run. Imports no torch.
+"""Supervises the processes of a run. Imports no torch.
 
-The supervisor gives each rank its place, forwards an interrupt to rank 0, and ends all ranks when one fails; what that rank
-said is the run's error. Under torchrun the processes exist already: they join instead (launch.py).
+The supervisor gives each rank its place, forwards an interrupt to rank 0, and ends all ranks when one fails; the error
+of that rank becomes the run's error. Under torchrun the processes exist already and join instead (launch.py).
 """
 
 import os
@@ -31,7 +31,7 @@ INTERRUPT_SECONDS = 20.0
 
 
 class Supervisor:
-    """The processes of one run: `ranks` of them, of which rank 0 does the task named by `entry`."""
+    """The processes of one run with `ranks` ranks. Rank 0 runs the task's function `entry`."""
 
     def __init__(self, run: ResolvedTask, entry: str, ranks: int):
         self._segment = run.segment if isinstance(run, ResolvedRun) else None
@@ -50,9 +50,9 @@ class Supervisor:
         self._ranks += spawn_workers(places[1:], meeting, run.output_dir)
 
     def watch(self) -> None:
-        """Until rank 0 has ended, or any rank has failed.
+        """Wait until rank 0 has ended or any rank has failed.
 
-        Raises what the failing rank raised: UserError, Interrupted or RankFailed.
+        Raises the error of the rank that failed: UserError, Interrupted or RankFailed.
         """
         previous, interrupted = signal.signal(signal.SIGTERM, raise_interrupt), False
         deadline = None
@@ -65,14 +65,14 @@ class Supervisor:
                         break
                     interrupted, deadline = True, time.monotonic() + INTERRUPT_SECONDS
                     self._ranks[0].process.terminate()
-            # Ranks that are ended from here on have not failed.
+            # Determined here, since ranks that `_end` kills have not failed.
             failure = failure_of(self._ranks, TELL_SECONDS) if self._failed() else None
             said = self._ranks[0].failure
         finally:
             signal.signal(signal.SIGTERM, previous)
             self._end()
         if interrupted and self._ranks[0].process.returncode:
-            # The interrupt may have come too early or too late for rank 0 to say so itself.
+            # The interrupt may have come too early or too late for rank 0 to report it.
             raise said if isinstance(said, Interrupted) else Interrupted("interrupted.")
         if failure:
             raise failure
@@ -87,7 +87,7 @@ class Supervisor:
         return [rank for rank in self._ranks if rank.running]
 
     def _end(self) -> None:
-        """Leave no process and no shared memory. Rank 0 may have something to write; the others have nothing to lose."""
+        """End all processes and remove the shared memory. Rank 0 gets time to write its results; workers have none."""
         until = time.monotonic() + END_SECONDS
         driver = self._ranks[0]
         if driver.running:

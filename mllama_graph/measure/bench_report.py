@@ -13,18 +13,18 @@ HEAD = (
     "batch",
     "ids",
     "first token",
-    "of it vision",
-    "again",
-    "a decode step",
-    "least",
-    "most",
+    "vision part",
+    "same image again",
+    "decode step",
+    "min",
+    "max",
     "floor",
-    "of floor",
+    "floor reached",
     "tokens/s",
 )
-# Plots over batch sizes or lengths: (column, title, columns of the least and the most).
+# Plots over batch sizes or lengths: (column, title, columns of the minimum and the maximum).
 FIGURES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    ("non_first_token_time(ms)", "a decode step, ms", ("decode_ms_least", "decode_ms_most")),
+    ("non_first_token_time(ms)", "decode step, ms", ("decode_ms_least", "decode_ms_most")),
     ("first_token_time(ms)", "first token, ms", ("first_token_ms_least", "first_token_ms_most")),
     ("decode_tokens_per_s", "decoded tokens/s", ()),
 )
@@ -32,7 +32,7 @@ FLOORS = {"non_first_token_time(ms)": "decode_floor_ms", "first_token_time(ms)":
 
 
 def table(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Head and cells of the table that a person reads."""
+    """The head and cells of the table that is printed and written to summary.md."""
     return HEAD, [_cells(row) for row in rows]
 
 
@@ -57,9 +57,9 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def write_report(folder: Path, model: str, rows: Sequence[Row], uncompiled: list[str], progress: Progress) -> Path:
-    """Write summary.md beside bench.csv, and plots over what was varied; returns the summary's path.
+    """Write summary.md beside bench.csv, and plots over batch and length where they vary. Returns the summary's path.
 
-    `uncompiled`: the graphs whose steps had to run uncompiled.
+    `uncompiled`: the graphs that could not be compiled, so that their steps ran uncompiled.
     """
     reads, products = ([row[name] for row in rows] for name in ("read_gb_per_s", "product_gflop_per_s"))
     text = [
@@ -67,8 +67,8 @@ def write_report(folder: Path, model: str, rows: Sequence[Row], uncompiled: list
         "",
         "Medians. The floor of a step is the larger of bytes / bandwidth and operations / rate, "
         f"measured before and after each repetition's decode steps: {min(reads):.1f} to {max(reads):.1f} GB/s read, "
-        f"{min(products):,.0f} to {max(products):,.0f} GFLOP/s of a product. In the column *again* the images are known, "
-        "and need no vision pass.",
+        f"{min(products):,.0f} to {max(products):,.0f} GFLOP/s of a product. *Floor reached* is the floor divided by "
+        "the measured step. *Same image again* is a first token whose images are cached, so that no vision step runs.",
         "",
         *markdown(*table(rows)),
         "",
@@ -92,12 +92,12 @@ def write_report(folder: Path, model: str, rows: Sequence[Row], uncompiled: list
 
 
 def uncompiled_line(graphs: list[str]) -> list[str]:
-    """Lines for a report that name the graphs which could not be compiled; none where all could."""
+    """Lines for a report that list the graphs that could not be compiled; empty where there are none."""
     return [f"**Could not be compiled, so these steps ran uncompiled: {'; '.join(graphs)}.**", ""] if graphs else []
 
 
 def _against(rows: Sequence[Row], peer: str) -> Iterator[str]:
-    """A line per case: another engine's times as multiples of ours."""
+    """One line per case: another engine's times as multiples of ours."""
 
     def case(row: Row) -> tuple[Any, ...]:
         return row["batch"], row["input_len"], row["images"]
@@ -108,13 +108,16 @@ def _against(rows: Sequence[Row], peer: str) -> Iterator[str]:
             first, step = (
                 row[name] / ours[case(row)][name] for name in ("first_token_time(ms)", "non_first_token_time(ms)")
             )
-            yield f"{peer}, batch {row['batch']}, {row['input_len']} ids: first token {first:.2f}x, decode {step:.2f}x our time"
+            yield (
+                f"{peer}, batch {row['batch']}, {row['input_len']} ids: first token {first:.2f}x, "
+                f"decode {step:.2f}x our time"
+            )
 
 
 def _series(
     rows: Sequence[Row], across: str, column: str, spread: tuple[str, ...]
 ) -> tuple[dict[str, list[Any]], list[str]]:
-    """A line per engine and value of the other axis, and the names of the dashed lines: our floors."""
+    """One line per engine and value of the other axis, and the names of the dashed lines, which are our floors."""
     other, unit = ("input_len", "ids") if across == "batch" else ("batch", "rows")
     many = len({row[other] for row in rows}) > 1
     series: dict[str, list[Any]] = {}

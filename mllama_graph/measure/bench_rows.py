@@ -1,4 +1,4 @@
-"""The figures of task=bench: a row of bench.csv per case and engine, each time beside its floor."""
+"""The rows of bench.csv, one per case and engine: measured times beside their floors."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from mllama_graph.model.shape import ModelShape
 from mllama_graph.plan.buckets import Plan
 from mllama_graph.plan.cost import kv_bytes, sizes, step_work, work
 
-# The columns of the example that this engine replaces, in its order.
+# The columns that MindIE's example writes, in its order.
 SEED_COLUMNS = (
     "batch",
     "input_len",
@@ -29,7 +29,10 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Measured:
-    """What a bench measures on. `widths`: bytes per weight and per activation. planned, most: bytes of this engine."""
+    """The model under measurement. widths: bytes per weight and per activation. planned: modelled bytes of a rank.
+
+    most: returns the measured peak of rank 0's process in bytes.
+    """
 
     shape: ModelShape
     plan: Plan
@@ -46,8 +49,8 @@ def middle(ceilings: Sequence[Limits]) -> Limits:
 def row_of(on: Measured, case: Case, timing: Timing, ceilings: Sequence[Limits]) -> Row:
     """A row of bench.csv. `ceilings`: the limits measured around each repetition's decode steps.
 
-    The floor of a step is the larger of bytes / bandwidth and operations / rate. Its share of a step is taken per
-    repetition, with that repetition's own limits.
+    The floor of a step is the larger of bytes / bandwidth and operations / rate. Its share of a step is the median over
+    repetitions, each with its own limits.
     """
     image_tokens = case.images * on.shape.vision.max_tiles * on.shape.vision.tokens
     keys, image_keys = case.batch * (case.length + case.new // 2), case.batch * image_tokens
@@ -123,7 +126,7 @@ def _median_steps(timing: Timing, repetitions: int) -> list[float]:
 
 
 def _first_floor(on: Measured, case: Case, image_tokens: int, ceiling: Limits) -> float:
-    """The floor of a batch's first tokens in seconds: each prompt, and each image's encoding."""
+    """The floor of a batch's first tokens in seconds: the prefill of each prompt and the encoding of each image."""
     seen = case.length * case.length / 2, case.length * image_tokens
     moved, flops = step_work(on.shape, case.images > 0, case.length, case.length, image_tokens, seen, 1, *on.widths)
     prompt = max(moved / ceiling.bytes_per_second, flops / ceiling.flops)

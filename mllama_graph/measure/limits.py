@@ -1,4 +1,4 @@
-"""The limits of a machine, measured beside the engine: the rates of reading memory and of a large matrix product."""
+"""Measures the limits of a machine: memory bandwidth, and the rate of a large matrix product."""
 
 import statistics
 import time
@@ -14,17 +14,17 @@ REPETITIONS = 5
 
 @dataclass(frozen=True)
 class Limits:
-    """Bytes read per second, and operations per second of a large product, in fp32 (in bf16 on an accelerator)."""
+    """Memory bandwidth, and operations per second of a large matrix product in fp32 (bf16 on an accelerator)."""
 
     bytes_per_second: float
     flops: float
 
 
 def measure(device: torch.device, accelerator: bool, synchronize: Callable[[], None]) -> Limits:
-    """Medians of a few repetitions, about a second in all. `synchronize` waits for the device."""
+    """Measure the limits as medians of a few repetitions, in about a second. `synchronize` waits for the device."""
     dtype = torch.bfloat16 if accelerator else torch.float32
     wide = torch.ones(READ_BYTES // 4, device=device)
-    # A CPU is limited by what it reads; an accelerator's copy reads and writes.
+    # A CPU is timed reading; an accelerator is timed copying, which reads and writes.
     reads: list[Callable[[], object]] = [wide.clone] if accelerator else [wide.sum, lambda: torch.dot(wide, wide)]
     moved = READ_BYTES * (2 if accelerator else 1)
     m, k, n = (8192, 8192, 8192) if accelerator else (1024, 1536, 2048)

@@ -1,4 +1,4 @@
-"""Plots of a session, as PNG files. matplotlib is an extra: without it there are tables alone."""
+"""Plots of a session, as PNG files. matplotlib is optional; without it, reports have tables only."""
 
 import importlib.util
 from collections.abc import Mapping, Sequence
@@ -8,24 +8,24 @@ from typing import Any
 MISSING = "no plots: matplotlib is not installed (pip install -e '.[plots]')"
 WIDTH, HEIGHT, DPI = 8.0, 4.0, 110
 
-# A line of a plot: (x, y) in order, or (x, y, least, most).
+# The points of a line: (x, y) in order, or (x, y, minimum, maximum).
 Points = Sequence[tuple[float, ...]]
 
 
 def available() -> bool:
-    """Whether there can be plots."""
+    """Whether matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
 def file_name(title: str) -> str:
-    """The name of a plot's file."""
-    return f"{title.replace('/', ' a ').replace(' ', '_')}.png"
+    """The file name of a plot."""
+    return f"{title.replace('/', ' per ').replace(' ', '_')}.png"
 
 
 def lines(
     path: Path, title: str, across: str, up: str, series: Mapping[str, Points], dashed: Sequence[str] = ()
 ) -> None:
-    """Lines with markers, one a name; those in `dashed` are floors. With least and most, a band shows the spread."""
+    """Draw a line per name, dashed for floors (`dashed`). With minimum and maximum, a band shows the spread."""
     axes = _axes(title, across, up)
     for name, points in series.items():
         if not points:
@@ -43,7 +43,7 @@ def lines(
 
 
 def stacked(path: Path, title: str, up: str, names: Sequence[str], parts: Mapping[str, Sequence[float]]) -> None:
-    """A bar a name, its parts on top of each other."""
+    """Draw a bar per name, with its parts stacked."""
     axes = _axes(title, "", up)
     base = [0.0] * len(names)
     for part, values in parts.items():
@@ -55,8 +55,8 @@ def stacked(path: Path, title: str, up: str, names: Sequence[str], parts: Mappin
 
 
 def roofline(path: Path, title: str, bytes_per_second: float, flops: float, points: Mapping[str, float]) -> None:
-    """The two roofs, and on them each name at its operations a byte."""
-    axes = _axes(title, "operations a byte", "operations a second")
+    """Draw the bandwidth and compute roofs, and on them each name at its operations per byte."""
+    axes = _axes(title, "operations per byte", "operations per second")
     ridge = flops / bytes_per_second
     across = [min(ridge, *points.values()) / 4, ridge, max(ridge, *points.values()) * 4]
     axes.plot(across, [min(flops, x * bytes_per_second) for x in across], color="black", linewidth=1.5)
@@ -83,12 +83,12 @@ def _axes(title: str, across: str, up: str) -> Any:
 
 
 def _legend(axes: Any) -> None:
-    """Beside the plot, where it hides nothing."""
+    """Place the legend beside the plot, where it hides nothing."""
     axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def _ticks(axes: Any, values: Sequence[float]) -> None:
-    """A tick at each measured place, as long as they are few."""
+    """Set a tick at each measured value if there are at most 12."""
     places = sorted(set(values))
     if len(places) <= 12:
         axes.set_xticks(places, [f"{place:g}" for place in places])

@@ -1,4 +1,4 @@
-"""A session of measurements: a folder that records where and how its figures came about, to be kept and compared."""
+"""A session: a folder of measurements with a manifest of how they were made, to be kept and compared."""
 
 import csv
 import json
@@ -16,14 +16,14 @@ from mllama_graph.core.paths import PACKAGE
 from mllama_graph.core.report import versions, write_json
 
 MANIFEST, BENCH = "manifest.json", "bench.csv"
-# The device of figures that no device gave.
+# The device recorded for figures that are modelled rather than measured.
 MODELLED = "modelled"
-# Keys of a configuration that only say where this run found and left its files.
+# Keys that only name files and folders of this run; manifests leave them out.
 PLACES = ("output_dir", "graph_cache", "weights", "requests", "image", "mistralrs", "folder", "measured")
 
 
 def write_manifest(folder: Path, config: dict[str, Any], device: str, capability: str, accelerator: str | None) -> None:
-    """Write manifest.json: hardware, versions, commit, command, configuration and date of what the folder holds.
+    """Write manifest.json: hardware, versions, commit, command, configuration and date of a session.
 
     `capability`: the vector width that torch uses on this CPU. `accelerator`: the device's name, None for a CPU.
     """
@@ -49,13 +49,13 @@ def _without_places(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def command(folder: Path) -> str:
-    """What was typed, as Hydra recorded it in the run's folder; files and checkpoints by their last name."""
+    """The command line of a run, as Hydra recorded it in the run's folder; paths are cut to their last component."""
     words = [_without_folder(word) for word in overrides(folder) if not word.startswith("graph_cache=")]
     return " ".join(["python run.py", *words])
 
 
 def overrides(folder: Path) -> list[str]:
-    """The key=value words of a run, as Hydra recorded them in its folder; none where it did not."""
+    """The key=value arguments of a run, as Hydra recorded them in its folder; empty where it recorded none."""
     path = folder / ".hydra" / "overrides.yaml"
     return yaml.safe_load(path.read_text(encoding="utf8")) if path.is_file() else []
 
@@ -66,7 +66,7 @@ def _without_folder(word: str) -> str:
 
 
 def hardware(device: str, capability: str, accelerator: str | None) -> dict[str, Any]:
-    """What figures were measured on: processor, cores, memory, and the accelerator where there is one."""
+    """The hardware that a session ran on: processor, cores, memory, and the accelerator where there is one."""
     found: dict[str, Any] = {
         "device": device,
         "processor": processor_name(capability),
@@ -78,10 +78,10 @@ def hardware(device: str, capability: str, accelerator: str | None) -> dict[str,
 
 
 def commit(package: Path = PACKAGE) -> str:
-    """The commit of the checkout that this package is part of, "+" where its files differ; "" where it is installed.
+    """The commit of the checkout that contains this package, followed by "+" if tracked files changed; "" if installed.
 
-    An installed package may lie inside somebody else's repository, whose commit says nothing about it: the package counts
-    as part of a checkout only where git tracks its files, at the top of the repository.
+    An installed package may lie inside an unrelated repository, so the package counts as part of a checkout only if git
+    tracks its files at the top of the repository.
     """
 
     def git(*words: str) -> subprocess.CompletedProcess[str]:
@@ -100,7 +100,7 @@ def commit(package: Path = PACKAGE) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a session. Raises UserError where the folder is no session."""
+    """Read the manifest of a session. Raises UserError where the folder holds none."""
     try:
         return json.loads((folder / MANIFEST).read_text(encoding="utf8"))
     except (OSError, ValueError) as error:
@@ -110,7 +110,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write one line per row, columns in the order of their first appearance."""
+    """Write one line per row, with the columns in the order of their first appearance."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     with path.open("w", newline="", encoding="utf8") as file:
         writer = csv.DictWriter(file, fieldnames=names)
@@ -119,7 +119,7 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file. Raises UserError where there is none."""
+    """Read the rows of a CSV file. Raises UserError where it can't be read."""
     try:
         with path.open(newline="", encoding="utf8") as file:
             return list(csv.DictReader(file))

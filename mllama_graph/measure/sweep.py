@@ -1,4 +1,4 @@
-"""A sweep's folder: where it stands, and what its jobs measured side by side."""
+"""A sweep's folder: the progress of the sweep, and a summary of what its jobs measured."""
 
 import json
 import math
@@ -11,17 +11,17 @@ from mllama_graph.measure import plots
 from mllama_graph.measure.session import overrides, write_csv
 
 SUMMARY = "summary"
-# What a job's line shows of its metrics in summary.md, in either task's words; summary.csv has all.
+# Metrics of a job in summary.md: title -> names in result.json, which differ by task. summary.csv has all metrics.
 SHOWN = {
     "start to first token s": ("start_to_first_token_s",),
     "first token ms": ("time_to_first_token_ms", "first_token_time(ms)"),
-    "a decode step ms": ("time_per_output_token_ms", "non_first_token_time(ms)"),
+    "decode step ms": ("time_per_output_token_ms", "non_first_token_time(ms)"),
     "tokens/s": ("tokens_per_second", "decode_tokens_per_s"),
 }
 
 
 def standing(sweep: Path, number: int, total: int, begun: float, now: float) -> str:
-    """Where a sweep of `total` jobs is when job `number` begins, counted from 0; `begun` and `now` in seconds."""
+    """The progress of a sweep of `total` jobs as job `number` (from 0) starts; `begun` and `now` are in seconds."""
     done = len(list(sweep.glob("*/result.json")))
     left = f", about {_duration((now - begun) / done * (total - done))} left" if done else ""
     return f"job {number + 1} of {total}{left}"
@@ -32,7 +32,7 @@ def _duration(seconds: float) -> str:
 
 
 def write_summary(sweep: Path) -> Path:
-    """summary.csv, summary.md and a plot over the swept keys, of the jobs that have ended: written anew after each."""
+    """Write summary.csv, summary.md and plots over the swept keys for all jobs that have ended; called after each."""
     rows = [row for job in jobs_of(sweep) for row in _rows(*job)]
     aside = sweep / f".{SUMMARY}.{os.getpid()}"
     write_csv(aside, rows)
@@ -55,7 +55,7 @@ def write_summary(sweep: Path) -> Path:
 
 
 def jobs_of(sweep: Path) -> list[tuple[int, dict[str, str], dict[str, Any]]]:
-    """(number, what was overridden, result.json) of the jobs that have ended, in order."""
+    """(number, overrides, result.json) of the jobs that have ended, in order."""
     jobs = []
     for path in sweep.glob("*/result.json"):
         number = path.parent.name.split("_", 1)[0]
@@ -66,14 +66,14 @@ def jobs_of(sweep: Path) -> list[tuple[int, dict[str, str], dict[str, Any]]]:
 
 
 def _rows(number: int, given: dict[str, str], result: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row a job, or one a case that it measured."""
+    """One row for a job, or one row for each case that it measured."""
     head = {"job": number, **given, "status": result["status"], "error": result["error"] or ""}
     metrics = {name: value for name, value in result["metrics"].items() if isinstance(value, (int, float))}
     return [{**head, **metrics, **case} for case in result["metrics"].get("cases", [{}])]
 
 
 def _swept(rows: list[dict[str, Any]]) -> list[tuple[str, list[Any]]]:
-    """Keys that differ among jobs, with their values: overrides, and the axes of cases."""
+    """The keys that differ among jobs (overrides and the axes of cases), with their values."""
     overridden = [
         name for name in dict.fromkeys(n for row in rows for n in row) if name not in ("job", "status", "error")
     ]
@@ -102,7 +102,7 @@ def _number(value: float | None) -> str:
 
 
 def _plots(sweep: Path, rows: list[dict[str, Any]], swept: list[tuple[str, list[Any]]]) -> list[tuple[str, Path]]:
-    """A plot a figure: lines over the first swept key that is numbers, else a bar a combination."""
+    """Write one plot per metric: lines over the first numeric swept key, else one bar per combination."""
     across = next((name for name, values in swept if all(_is_number(value) for value in values)), None)
     made = []
     for shown, names in SHOWN.items():

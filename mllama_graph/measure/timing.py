@@ -1,11 +1,11 @@
-"""What task=bench measures: cases, and the times of each."""
+"""The cases that task=bench measures, and their times."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Case:
-    """Requests that are measured together: `batch` of `length` text ids and `images` images each, `new` tokens timed."""
+    """Requests measured together: `batch` requests of `length` ids and `images` images, with `new` tokens timed."""
 
     batch: int
     length: int
@@ -15,7 +15,7 @@ class Case:
 
 @dataclass
 class Timing:
-    """Seconds of one case: one value per repetition; `steps`: one per decode step. `who`: this engine, or another."""
+    """Seconds of one case: one value per repetition, in `steps` one per decode step. `who`: the engine's name."""
 
     who: str
     image: list[float] = field(default_factory=list)
@@ -24,7 +24,7 @@ class Timing:
     # Sampling the first tokens, which is part of prefill.
     sample: list[float] = field(default_factory=list)
     first: list[float] = field(default_factory=list)
-    # The first token of requests whose images are known already.
+    # The first token of requests whose images are cached.
     again: list[float] = field(default_factory=list)
     steps: list[float] = field(default_factory=list)
     whole: list[float] = field(default_factory=list)

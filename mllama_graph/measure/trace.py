@@ -1,8 +1,8 @@
-"""What a profiler's trace says: the steps in it, and where the time went by phase, operation and part of the model.
+"""Analyses a profiler's trace: its steps, and the time by phase, operation and part of the model.
 
-A compiled graph has no ranges of its own. The profiler does see its products with weights, in the order in which the
-model's functions compute them; that order tells which layer each product belongs to. A range ends where its last product
-ends; what follows belongs to the next range, such as adding the residual and the next norm.
+A compiled graph has no named ranges. The profiler sees its products with weights in the order in which the model's
+functions compute them, and this order gives the layer of each product. A range ends where its last product ends; later
+operations, such as adding the residual and the next norm, belong to the next range.
 """
 
 from collections import defaultdict
@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-# Names of the ranges that a rank marks: a step (followed by its bucket), the graph inside it, and sampling.
+# Names of the ranges that a rank records: a step (followed by its bucket), the graph inside it, and sampling.
 STEP, GRAPH, SAMPLE = "step ", "graph", "sample"
-# Products with a weight, by their names in several libraries; and attention, whose products are with no weight.
+# Operations that multiply by a weight, by their names in several libraries; and attention, which has no weights.
 PRODUCTS = {
     "mllama_graph::linear",
     "mllama_graph::patch_embed",
@@ -29,24 +29,24 @@ PRODUCTS = {
 }
 ATTENTION = ("aten::scaled_dot_product", "aten::_scaled_dot_product", "mllama_graph::attend")
 # The rest of a graph's time, between the operations that the profiler sees.
-GENERATED = "generated loops, and launches"
+GENERATED = "generated loops and launches"
 # One step's parts: (part, begin, end) in microseconds.
 Parts = list[tuple[str, float, float]]
 
 
 def kind_of(part: str) -> str:
-    """A part's name without the number of its layer."""
+    """A part's name without its layer number."""
     return ".".join(name for name in part.split(".") if not name.isdigit())
 
 
 @dataclass
 class Traced:
-    """A step of a trace: its bucket's name, and the events of its thread inside it, in order; times in microseconds."""
+    """A step of a trace: its bucket's name, and the events of its thread within the step, in order. In microseconds."""
 
     name: str
     event: dict[str, Any]
     inside: list[dict[str, Any]]
-    # Of a device, those that began meanwhile: each step waits for its result.
+    # Device events that began during the step, which waits for its result.
     kernels: list[dict[str, Any]]
 
     @property
@@ -88,7 +88,7 @@ def _end(event: dict[str, Any]) -> float:
 
 
 def own_times(step: Traced) -> Iterator[tuple[str, float]]:
-    """(operation, microseconds outside of the operations that it calls) of a step's thread."""
+    """(operation, self time in microseconds) for the operations of a step's thread."""
     stack: list[list[Any]] = []
 
     def close(until: float) -> Iterator[tuple[str, float]]:
@@ -105,11 +105,11 @@ def own_times(step: Traced) -> Iterator[tuple[str, float]]:
 
 
 def ops_rows(steps: list[Traced]) -> list[dict[str, Any]]:
-    """A row a phase and operation, the longest first: calls, and milliseconds of its own, on the host or the device."""
+    """One row per phase and operation, the longest first: calls, and self time in ms on the host or the device."""
     sums: dict[tuple[str, str, str], list[float]] = defaultdict(lambda: [0, 0.0])
     for step in steps:
         for name, own in own_times(step):
-            name = GENERATED if name == GRAPH else "inputs, and what calls the graph" if name.startswith(STEP) else name
+            name = GENERATED if name == GRAPH else "input tensors and graph call" if name.startswith(STEP) else name
             sums[step.phase, "host", name][0] += 1
             sums[step.phase, "host", name][1] += own
         for event in step.kernels:
@@ -123,7 +123,7 @@ def ops_rows(steps: list[Traced]) -> list[dict[str, Any]]:
 
 
 def parts_of_step(step: Traced, names: list[str]) -> Parts:
-    """(part, from, to) of a step's graph, without gaps; none where the trace has not the products that the model has."""
+    """(part, begin, end) of a step's graph, without gaps; empty where the trace does not show the model's products."""
     graph = step.annotated(GRAPH)
     if graph is None:
         return []
@@ -150,7 +150,7 @@ def parts_of_step(step: Traced, names: list[str]) -> Parts:
 
 
 def parts_rows(parts: list[tuple[Traced, Parts]]) -> list[dict[str, Any]]:
-    """A row a phase and part, in the model's order: how often it ran, and its milliseconds."""
+    """One row per phase and part, in the model's order: the number of runs, and milliseconds."""
     sums: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0.0])
     for step, found in parts:
         for name, begun, end in found:
@@ -163,7 +163,7 @@ def parts_rows(parts: list[tuple[Traced, Parts]]) -> list[dict[str, Any]]:
 
 
 def ranges(parts: list[tuple[Traced, Parts]]) -> list[dict[str, Any]]:
-    """The parts as events of the trace, on a line of their own."""
+    """The parts as trace events on a line of their own."""
     if not parts:
         return []
     pid, line = parts[0][0].event["pid"], "parts of the model"

@@ -1,1 +1,1 @@
-"""What a run will do, in integers: buckets, pages, cost, memory. Imports no torch."""
+"""Plans a run in integers: buckets, pages, cost and memory. Imports no torch."""

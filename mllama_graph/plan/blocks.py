@@ -1,4 +1,4 @@
-"""Pages: who owns which. Integers only; the tensors that the pages index belong to each rank (engine/rank.py)."""
+"""Allocation of K/V pages. Integers only: each rank owns the tensors that the page numbers index (engine/rank.py)."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -6,16 +6,16 @@ from dataclasses import dataclass
 
 
 class OutOfPages(Exception):
-    """The pool has too few free pages now; the scheduler waits or preempts."""
+    """The pool has too few free pages; the scheduler waits or preempts a sequence."""
 
 
 class BlockPool:
-    """A free list of pages. Pages below `reserved` are scratch pages, which are never handed out."""
+    """A free list of pages. Pages below `reserved` are scratch pages, which are never allocated."""
 
     def __init__(self, num_pages: int, reserved: int = 0):
         assert 0 <= reserved <= num_pages
         self.num_pages, self.reserved = num_pages, reserved
-        # The lowest page is last, so that pop() hands out low pages first, and runs are reproducible.
+        # The lowest page is last, so that pop() returns low pages first and runs are reproducible.
         self._free = list(range(num_pages - 1, reserved - 1, -1))
         self._taken: set[int] = set()
 
@@ -28,7 +28,7 @@ class BlockPool:
         return self.num_pages - self.reserved
 
     def allocate(self, count: int) -> list[int]:
-        """Take `count` pages. Raises OutOfPages, taking none, where fewer are free."""
+        """Take `count` pages. Raises OutOfPages and takes none where fewer are free."""
         if count > len(self._free):
             raise OutOfPages(f"{count} pages needed, {len(self._free)} of {self.capacity} free")
         pages = [self._free.pop() for _ in range(count)]
@@ -36,7 +36,7 @@ class BlockPool:
         return pages
 
     def release(self, pages: Sequence[int]) -> None:
-        """Give pages back. Releasing a page that is not allocated is a bug of ours."""
+        """Return pages to the pool. All of them must be allocated."""
         for page in pages:
             assert page in self._taken, f"page {page} is not allocated"
             self._taken.remove(page)
@@ -44,18 +44,18 @@ class BlockPool:
 
 
 def pages_for(tokens: int, page_size: int) -> int:
-    """Number of pages that `tokens` fill, the last one possibly in part."""
+    """The number of pages that hold `tokens` tokens; the last page may be partly filled."""
     return -(-tokens // page_size)
 
 
 def slots(pages: Sequence[int], start: int, count: int, page_size: int) -> list[int]:
-    """Slots of positions start .. start + count - 1 of a sequence whose block table is `pages`."""
+    """The slots of positions start .. start + count - 1 of a sequence with the block table `pages`."""
     return [pages[t // page_size] * page_size + t % page_size for t in range(start, start + count)]
 
 
 @dataclass
 class ImagePages:
-    """The K/V pages of one image, shared by all requests that have it. `tokens`: those of its real tiles."""
+    """The K/V pages of one image, shared by all requests that use it. `tokens`: image tokens of its real tiles."""
 
     tokens: int
     pages: list[int]
@@ -66,8 +66,8 @@ class ImagePages:
 class ImageCache:
     """Image K/V pages by the image's hash: shared while in use, then kept until their pages are needed.
 
-    An image takes `full_pages` while it is encoded, padding tiles included. `trim` gives the pages of padding tiles back
-    once the vision graph has run, since no text row ever attends to them.
+    An image takes `full_pages` pages while it is encoded, padding tiles included. `trim` releases the pages of padding
+    tiles after the vision graph has run, since no text row attends to them.
     """
 
     def __init__(self, pool: BlockPool, page_size: int, full_pages: int):
@@ -82,9 +82,9 @@ class ImageCache:
         return key in self._used or key in self._idle
 
     def acquire(self, key: str, tokens: int) -> ImagePages:
-        """The image's pages, with one user more. `encoded` says whether they hold the image's K/V yet.
+        """Add a user to an image and return its pages. `encoded` says whether they hold the image's K/V yet.
 
-        Raises OutOfPages where evicting every idle image would still leave too few.
+        Raises OutOfPages where evicting every idle image would still free too few pages.
         """
         if key in self._used:
             image = self._used[key]
@@ -104,7 +104,7 @@ class ImageCache:
         return image
 
     def trim(self, key: str) -> None:
-        """Mark an image as encoded and give back the pages of its padding tiles."""
+        """Mark an image as encoded and release the pages of its padding tiles."""
         image = self._used[key]
         keep = pages_for(image.tokens, self.page_size)
         self.pool.release(image.pages[keep:])
@@ -112,7 +112,7 @@ class ImageCache:
         image.encoded = True
 
     def release(self, key: str) -> None:
-        """One user fewer. Without users an encoded image stays, as the most recently used of the idle ones."""
+        """Remove a user of an image. An encoded image without users stays, as the most recently used idle image."""
         image = self._used[key]
         image.users -= 1
         if image.users == 0:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 class Bucket:
     """The static sizes of one graph.
 
-    rows: sequences (B). tokens: token rows (T). pages: K/V pages per sequence (J; of earlier tokens, in a prefill).
-    image_pages: image K/V pages per sequence; 0 is the lean graph, which leaves the cross-attention layers out.
+    rows: sequences (B). tokens: token rows (T). pages: K/V pages per sequence (J); in a prefill, of earlier tokens.
+    image_pages: image K/V pages per sequence; a graph with 0 leaves out the cross-attention layers.
     """
 
     phase: str
@@ -29,7 +29,7 @@ class Bucket:
     def holds(self, need: "Bucket") -> bool:
         """Whether a graph of this bucket can run a step that needs `need`.
 
-        A batch without images never runs through a graph with cross-attention layers: it must not pay for them.
+        A batch without images never runs in a graph with cross-attention layers, to avoid reading their weights.
         """
         return (
             self.phase == need.phase

@@ -1,7 +1,7 @@
-"""The bucket plan: which static shapes exist, and which one serves a step. Integers only.
+"""The bucket plan: which static shapes exist, and which bucket runs a step. Integers only.
 
-One graph is compiled per bucket. Bucket sizes and the number of pages come from the configuration alone, never from free
-memory, so that the same command finds its graphs again.
+One graph is compiled per bucket. Bucket sizes and the number of pages depend on the configuration alone, never on free
+memory, so that the same command finds its graphs in the store.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -15,16 +15,16 @@ from mllama_graph.model.shape import ModelShape
 from mllama_graph.plan.blocks import pages_for
 from mllama_graph.plan.bucket import Bucket
 
-# Each size of a ladder is this many times the one before: few graphs, each compiled on first use.
+# The ratio of successive sizes in a ladder. It is large to keep the number of graphs small.
 LADDER = 4
 SMALLEST_PREFILL = 32
 LARGEST_PREFILL = 2048
 
 
 def pick(need: int, sizes: Sequence[int]) -> int:
-    """Smallest size that holds `need`.
+    """The smallest size that holds `need`.
 
-    Raises ValueError past the largest; the scheduler chunks or refuses first.
+    Raises ValueError past the largest size; the scheduler splits or refuses such requests first.
     """
     for size in sizes:
         if size >= need:
@@ -43,7 +43,7 @@ def ladder(low: int, high: int, factor: int = LADDER) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every static size of a run, and the pools behind them."""
+    """All static sizes of a run: buckets and page pools."""
 
     page_size: int
     max_length: int
@@ -51,7 +51,7 @@ class Plan:
     decode_batch: tuple[int, ...]
     pages: tuple[int, ...]
     images: tuple[int, ...]
-    # Whether a step's cost depends on its own lengths, not on the bucket's: then one bucket of pages serves all lengths.
+    # Whether a step's cost depends on its actual lengths, not on the bucket's: then one size of `pages` is enough.
     lengths_are_free: bool
     tokens_per_tile: int
     pages_per_image: int
@@ -64,21 +64,21 @@ class Plan:
         return self.images[-1]
 
     def decode(self, rows: int, pages: int, image_pages: int) -> Bucket:
-        """The smallest decode bucket for `rows` sequences with `pages` and `image_pages` each at the most."""
+        """The smallest decode bucket for `rows` sequences of at most `pages` and `image_pages` pages each."""
         rows = pick(rows, self.decode_batch)
         return Bucket("decode", rows, rows, pick(pages, self.pages), self._images(image_pages))
 
     def prefill(self, tokens: int, past_pages: int, image_pages: int) -> Bucket:
-        """The smallest prefill bucket for a chunk of `tokens` behind `past_pages` earlier pages."""
+        """The smallest prefill bucket for a chunk of `tokens` tokens after `past_pages` pages of earlier tokens."""
         past = pick(past_pages, self.pages) if past_pages or self.lengths_are_free else 0
         return Bucket("prefill", 1, pick(tokens, self.prefill_tokens), past, self._images(image_pages))
 
     def vision(self) -> Bucket:
-        """The one vision bucket: an image with all its tiles."""
+        """The only vision bucket: one image with all its tiles."""
         return Bucket("vision", 1, 1, 0, self.pages_per_image)
 
     def alone(self, prompt: int, max_new: int, tiles: Sequence[int]) -> list[Bucket]:
-        """The buckets of a request that is served alone, its whole length included. `tiles`: real tiles of each image."""
+        """The buckets that a request served alone needs up to its full length. `tiles`: real tiles of each image."""
         images = sum(pages_for(count * self.tokens_per_tile, self.page_size) for count in tiles)
         buckets, done = [self.vision()] if tiles else [], 0
         while done < prompt:
@@ -90,7 +90,7 @@ class Plan:
         return buckets
 
     def chunk(self, left: int) -> int:
-        """How many of a prompt's `left` remaining tokens the next chunk takes."""
+        """The number of tokens in the next chunk of a prompt with `left` remaining tokens."""
         return min(left, self.prefill_tokens[-1])
 
     def _images(self, image_pages: int) -> int:
@@ -101,7 +101,7 @@ class Plan:
         image_pages = [0] + [n * self.pages_per_image for n in self.images]
         past = self.pages
         if not self.lengths_are_free:
-            # Only a prompt longer than the largest chunk (or one that was preempted) has earlier pages.
+            # Only a prompt longer than the largest chunk (or a preempted sequence) has earlier pages.
             chunk = self.prefill_tokens[-1]
             least = pages_for(chunk, self.page_size)
             past = (0, *(p for p in self.pages if p >= least)) if self.max_length - 1 > chunk else (0,)
@@ -110,7 +110,7 @@ class Plan:
         return [self.vision(), *prefill, *decode]
 
     def describe(self) -> str:
-        """The plan in one line, as a run prints it at its start."""
+        """The plan in one line, which a run prints at its start."""
 
         def join(sizes: Sequence[int]) -> str:
             return ",".join(map(str, sizes))
@@ -123,7 +123,7 @@ class Plan:
 
 
 def choose(need: Bucket, existing: Iterable[Bucket], cost: Callable[[Bucket], float], reuse: float) -> Bucket:
-    """The bucket that serves a step: one whose graph exists, unless it costs more than `reuse` times the exact bucket."""
+    """The bucket that runs a step: the cheapest existing one, unless it costs more than `reuse` times the exact one."""
     fitting = [bucket for bucket in existing if bucket.holds(need)]
     best = min(fitting, key=cost, default=need)
     return best if cost(best) <= reuse * cost(need) else need
@@ -136,13 +136,13 @@ def _sizes(name: str, given: Sequence[int] | None, default: tuple[int, ...], lea
     if not sizes or sizes[0] < 1:
         raise UserError(f"plan.{name}={list(given)} must hold whole numbers of at least 1.")
     if sizes[-1] < least_top:
-        raise UserError(f"plan.{name}={list(given)} must reach {least_top}, which batch and lengths ask for.")
+        raise UserError(f"plan.{name}={list(given)} must reach {least_top}, as batch and the lengths require.")
     return sizes
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The most that a run serves at once: sequences, text ids of a prompt, new tokens, images of a request."""
+    """Limits of a run: sequences in flight, ids per prompt, new tokens per request, images per request."""
 
     batch: int
     max_input: int
@@ -151,9 +151,9 @@ class Limits:
 
 
 def make_plan(choice: PlanChoice, limits: Limits, shape: ModelShape, paging: Paging, lengths_are_free: bool) -> Plan:
-    """The plan of a run: ladders over batch, tokens and pages, and pools that hold a full batch.
+    """Make the plan of a run: ladders over batch, tokens and pages, and pools that hold a full batch.
 
-    Raises UserError where a size given in the configuration can't hold what the limits allow.
+    Raises UserError where a configured size can't hold what the limits allow.
     """
     size = choice.page_size
     _check_page(size, paging)
@@ -168,16 +168,16 @@ def make_plan(choice: PlanChoice, limits: Limits, shape: ModelShape, paging: Pag
     batch = _sizes("decode_batch", choice.decode_batch, ladder(1, limits.batch), limits.batch)
     pages = _sizes("pages", choice.pages, pages_ladder(pages_per_sequence), pages_per_sequence)
     images = _sizes("images", choice.images, pages_ladder(limits.max_images), limits.max_images)
-    # Each padded token row writes to a slot of its own in these pages, so that slots are unique.
+    # Each padded token row writes to its own slot in the scratch pages, so that slots are unique.
     scratch = pages_for(max(prefill[-1], batch[-1]), size)
     if paging.counts_every_reader:
-        # Each sequence of a batch counts at least one page, a padded one too.
+        # The kernel counts at least one page per sequence of a batch, padding included.
         scratch = max(scratch, batch[-1])
     num_pages = scratch + (limits.batch * pages_per_sequence if choice.num_pages is None else choice.num_pages)
     if num_pages - scratch < pages_per_sequence:
         raise UserError(
             f"plan.num_pages={choice.num_pages} can't hold one sequence of {longest} tokens: "
-            f"it takes {pages_per_sequence} pages of {size}."
+            f"that takes {pages_per_sequence} pages of {size}."
         )
     num_images = _num_images(choice.num_images, limits, batch[-1], images[-1], paging)
     tokens_per_tile = shape.vision.tokens
@@ -210,7 +210,7 @@ def _check_page(size: int, paging: Paging) -> None:
 
 
 def _num_images(given: int | None, limits: Limits, batch: int, images: int, paging: Paging) -> int:
-    """Images in the pool. A kernel that counts every reader counts an image once for each sequence that sees it."""
+    """The number of images in the pool. Some kernels count an image once for each sequence that reads it."""
     least = batch * images if paging.counts_every_reader else limits.max_images
     count = max(limits.batch, least) if given is None else given
     if count < least:

@@ -1,4 +1,4 @@
-"""Bytes and floating-point operations of a step, from shapes alone: the floors that measurements stand beside."""
+"""Bytes and floating-point operations of a step from shapes alone: the floors that measurements are compared with."""
 
 from dataclasses import dataclass
 
@@ -7,13 +7,13 @@ from mllama_graph.model.shape import ROW_MULTIPLE, ModelShape, VisionShape
 from mllama_graph.plan.bucket import Bucket
 
 GB = 1e9
-# What one multiply-add costs beside one byte moved: the balance of a CPU of a few cores. Only orders buckets by cost.
+# Floating-point operations that take as long as moving one byte on a CPU with few cores. Only orders buckets by cost.
 FLOPS_PER_BYTE = 6
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Elements, not bytes, of a model's parts."""
+    """The parameters of each part of a model, in elements rather than bytes."""
 
     self_layers: int
     cross_layers: int
@@ -37,7 +37,7 @@ class Sizes:
 
 
 def sizes(shape: ModelShape) -> Sizes:
-    """Parameters by part. `cross_layers` leaves out the K/V projections, which only the vision graph reads."""
+    """Count parameters by part. `cross_layers` leaves out the K/V projections, which only the vision graph reads."""
     text, vision = shape.text, shape.vision
     q, kv = text.heads * text.head_width, text.kv_heads * text.head_width
     mlp = 3 * text.width * text.mlp
@@ -70,12 +70,12 @@ def sizes(shape: ModelShape) -> Sizes:
 
 
 def kv_elements(shape: ModelShape, layers: int) -> int:
-    """Key and value elements of one token over `layers` layers."""
+    """The key and value elements per token over `layers` layers."""
     return 2 * layers * shape.text.kv_heads * shape.text.head_width
 
 
 def kv_bytes(shape: ModelShape, keys: int, image_keys: int, page_width: int) -> tuple[int, int]:
-    """Bytes of the K/V of `keys` text and `image_keys` image tokens, summed over sequences, of all layers."""
+    """Bytes of text and image K/V of all layers, for `keys` text and `image_keys` image tokens over all sequences."""
     return (
         keys * kv_elements(shape, len(shape.text.self_layers)) * page_width,
         image_keys * kv_elements(shape, len(shape.text.cross_layers)) * page_width,
@@ -85,25 +85,25 @@ def kv_bytes(shape: ModelShape, keys: int, image_keys: int, page_width: int) -> 
 def step_bytes(
     shape: ModelShape, images: bool, tokens: int, image_tokens: int, weight_width: int, page_width: int
 ) -> int:
-    """Bytes that one decode step must read: weights once, and the K/V of `tokens` and `image_tokens` (summed over rows)."""
+    """Bytes that a decode step must read: weights once, and the K/V of `tokens` and `image_tokens` (over all rows)."""
     parts = sizes(shape)
     weights = parts.self_layers + parts.head + (parts.cross_layers if images else 0)
     return weights * weight_width + sum(kv_bytes(shape, tokens, image_tokens if images else 0, page_width))
 
 
 def vision_rows(vision: VisionShape) -> int:
-    """Rows of the vision tower, with those that pad a tile."""
+    """Rows of the vision encoder, including those that pad each tile."""
     return vision.max_tiles * (vision.tokens + -vision.tokens % ROW_MULTIPLE)
 
 
 def work(shape: ModelShape, page_size: int, bucket: Bucket, weight_width: int, page_width: int) -> tuple[float, float]:
-    """Bytes that all ranks together move in a step of a full bucket, and floating-point operations of its products."""
+    """Bytes that all ranks together move in a step of a full bucket, and the operations of its matrix products."""
     if bucket.phase == "vision":
         return _vision_work(shape, weight_width, page_width)
     images = bucket.image_pages > 0
     keys, image_keys = bucket.rows * bucket.pages * page_size, bucket.rows * bucket.image_pages * page_size
     if bucket.phase == "prefill":
-        # A fresh row of a prompt sees half of them, on average.
+        # The mask is causal: on average, a new token sees half of the new tokens.
         seen = bucket.tokens * (keys + bucket.tokens / 2), bucket.tokens * image_keys
         return step_work(shape, images, bucket.tokens, keys, image_keys, seen, 1, weight_width, page_width)
     return step_work(
@@ -122,8 +122,10 @@ def step_work(
     weight_width: int,
     page_width: int,
 ) -> tuple[float, float]:
-    """Bytes and operations of a step of `tokens` rows that reads `keys` and `image_keys` tokens of K/V a layer, `seen` of
-    them counted once for each row that sees them."""
+    """Bytes and operations of a step of `tokens` rows that reads the K/V of `keys` and `image_keys` tokens per layer.
+
+    `seen`: the same text and image tokens, counted once for each row that attends to them.
+    """
     text, parts = shape.text, sizes(shape)
     moved = step_bytes(shape, images, keys, image_keys, weight_width, page_width)
     moved += tokens * kv_elements(shape, len(text.self_layers)) * page_width
@@ -138,7 +140,7 @@ def _vision_work(shape: ModelShape, weight_width: int, page_width: int) -> tuple
     rows, tokens, E = vision_rows(vision), vision.max_tiles * vision.tokens, vision.width
     layers, patches = vision.layers + vision.global_layers, vision.channels * vision.patch**2 * E
     tower, late = layers * (4 * E**2 + 2 * E * vision.mlp), parts.projector + parts.cross_kv
-    # Of the positions, those that all tiles share and those of one aspect ratio.
+    # Of the position embeddings, only the one that all tiles share and that of one aspect ratio are read.
     read = tower + patches + late + vision.tokens * E * (1 + vision.max_tiles)
     moved = read * weight_width + tokens * kv_elements(shape, kept) * page_width
     return moved, 2 * rows * tower + 2 * tokens * (patches + late) + 4 * layers * rows**2 * E
@@ -146,7 +148,7 @@ def _vision_work(shape: ModelShape, weight_width: int, page_width: int) -> tuple
 
 @dataclass(frozen=True)
 class Floor:
-    """Seconds that a step of a rank takes at the least for each thing that it must do."""
+    """The least seconds of one rank's step for memory traffic, matrix products and all-reduces."""
 
     memory: float
     products: float
@@ -154,12 +156,12 @@ class Floor:
 
     @property
     def seconds(self) -> float:
-        """Reading and multiplying overlap; a sum over ranks waits for its products."""
+        """The floor of the whole step: memory traffic and products overlap, an all-reduce waits for its product."""
         return max(self.memory, self.products) + self.links
 
     @property
     def bound(self) -> str:
-        """What takes longest."""
+        """The component that takes longest."""
         return max(("memory", "products", "links"), key=lambda name: getattr(self, name))
 
 
@@ -172,7 +174,7 @@ def floor_of(
     ranks: int,
     hardware: HardwareChoice,
 ) -> Floor:
-    """The floor of a full bucket: every page is read. Launches, latencies of links and all that is no product are left out."""
+    """The floor of a full bucket: every page is read. Leaves out launches, link latency and all but products."""
     moved, flops = work(shape, page_size, bucket, weight_width, page_width)
     text, vision = shape.text, shape.vision
     if bucket.phase == "vision":
@@ -183,7 +185,7 @@ def floor_of(
             text.width,
             bucket.tokens,
         )
-    # Each rank sends 2 (n - 1) / n of a sum over n - 1 links at once (ring or mesh).
+    # In an all-reduce, each of n ranks sends 2 (n - 1) / n of the tensor over n - 1 links at once (ring or mesh).
     summed = 2 / ranks * sums * tokens * row * page_width / hardware.link_bytes_per_second if ranks > 1 else 0.0
     return Floor(moved / hardware.memory_bytes_per_second / ranks, flops / hardware.flops / ranks, summed)
 

@@ -12,7 +12,7 @@ from mllama_graph.plan.cost import GB, kv_elements, vision_rows
 
 @dataclass(frozen=True)
 class Memory:
-    """What a rank allocates, in bytes, before anything is allocated."""
+    """The bytes that a rank will allocate."""
 
     weights: int
     self_pages: int
@@ -34,18 +34,18 @@ class Memory:
 
 
 def memory(shape: ModelShape, plan: Plan, weight_width: int, compute_width: int, world: int = 1) -> Memory:
-    """Bytes of one rank of `world`: weights, pages and the largest intermediate results of any graph of the plan."""
+    """The memory of one rank of `world`: weights, pages, and the largest intermediate results of the plan's graphs."""
     text, vision, part = shape.text, shape.vision, Shard(0, world)
     mlp, vocab = part.size(text.mlp), part.size(text.vocab)
     tokens = max(plan.prefill_tokens[-1], plan.decode_batch[-1])
     prefill = tokens * (4 * text.width + 3 * mlp) * compute_width
     patches = vision_rows(vision)
     encode = patches * ((8 + len(vision.features)) * vision.width + 2 * vision.mlp + text.width) * compute_width
-    # The attention mask of the vision tower: one byte a pair, and a compute-width copy of it.
+    # The attention mask of the vision encoder: one byte per pair of rows, and a copy in the compute dtype.
     encode += patches**2 * (1 + compute_width)
     logits = plan.decode_batch[-1] * vocab * 4 * 2
     if weight_width < compute_width:
-        # A product of many rows widens its weight first; the head is the largest, and decode batches reach it.
+        # A GEMM with many rows widens its weight first. The largest is the head, with one row per decoded sequence.
         widest = max(2 * mlp, vocab if plan.decode_batch[-1] > WIDEN_ROWS else 0)
         prefill += widest * text.width * compute_width
     page = plan.page_size * compute_width
@@ -58,10 +58,11 @@ def memory(shape: ModelShape, plan: Plan, weight_width: int, compute_width: int,
 
 
 def require(needed: Memory, available: int, where: str, ranks: int = 1) -> None:
-    """Raises UserError with the sum where `ranks` ranks need more memory than there is."""
+    """Raises UserError with the breakdown where `ranks` ranks need more than `available` bytes."""
     if needed.total * ranks > available:
         of_all = f" for each of {ranks} ranks, {needed.total * ranks / GB:.2f} GB" if ranks > 1 else ""
         raise UserError(
             f"not enough memory: {needed.describe()}{of_all} needed, {max(available, 0) / GB:.2f} GB available "
-            f"({where}). Lower batch, max_input_length, max_images or plan.num_pages, use dtype=bf16, or a larger machine."
+            f"({where}). Lower batch, max_input_length, max_images or plan.num_pages, use dtype=bf16, or use a larger "
+            "machine."
         )

@@ -1,7 +1,6 @@
-"""From `Run`, what was asked, to `ResolvedRun`, what will happen: decided once, before any rank exists. No torch.
+"""Resolves a `Run` (the configuration) into a `ResolvedRun` (all decisions), once, before any rank exists. No torch.
 
-Whatever is wrong with the configuration, the model, the files or the devices is refused here, in a moment. Nothing below
-launch/ sees a `Run`.
+Errors in the configuration, the model, the files or the devices are reported here. Nothing below launch/ sees a `Run`.
 """
 
 import os
@@ -24,21 +23,21 @@ from mllama_graph.model.shape import ModelShape, differences, shape_of
 from mllama_graph.plan.buckets import Limits, Plan, make_plan
 from mllama_graph.plan.memory import Memory, memory, require
 
-# Weights that no checkpoint holds: random values, or shapes without values.
+# Values of weights= that need no checkpoint: random values, or shapes without values.
 RANDOM, META = "random", "meta"
-# Where CPU kernels come from.
+# Kinds of CPU kernels: native C++, or plain torch as the backend compiles it.
 NATIVE, PLAIN = "native", "plain"
-# Random weights stand for a checkpoint that is stored in this dtype.
+# Random weights count as a checkpoint stored in this dtype.
 RANDOM_DTYPE = "bf16"
-# Images of one request that a plan holds unless max_images says otherwise.
+# The least number of images per request that a plan holds if max_images is not given.
 DEFAULT_MAX_IMAGES = 4
-# What a process takes beside weights, pages and workspace: torch and the compiled graphs.
+# Memory of a process besides weights, pages and workspace: torch and the compiled graphs.
 PROCESS_BYTES = 400_000_000
 
 
 @dataclass(frozen=True)
 class ResolvedTask:
-    """What will happen, for any task. `asked`: the configuration as given, for result.json and manifests."""
+    """The resolved configuration of any task. `asked`: the configuration as given, for result.json and manifests."""
 
     asked: dict[str, Any]
     options: TaskOptions
@@ -55,7 +54,7 @@ class ResolvedTask:
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a request takes where it says nothing of its own."""
+    """Defaults and limits of a request's options."""
 
     max_new: int
     max_input: int
@@ -67,23 +66,23 @@ class Defaults:
 
 @dataclass(frozen=True)
 class Question:
-    """What a chat on the command line asks, or the file of requests that is served instead."""
+    """The prompt and images given on the command line, or the file of requests that is served instead."""
 
     prompt: str | None
     image: Any
     system: str | None
     requests: Path | None
-    # What a run that gives neither prompt nor image asks, as the model's configuration says.
+    # Used by a run that gives neither prompt nor image; from the model's configuration.
     default_prompt: str | None
     default_image: str | None
 
 
 @dataclass(frozen=True)
 class ResolvedRun(ResolvedTask):
-    """What will happen, for a task that needs a model: everything that ranks, graphs and tasks go by."""
+    """The resolved configuration of a task that needs a model. Ranks, graphs and tasks read only this."""
 
     model: str
-    # The released shapes that conf/model/ gives, in the form of config.json; None where the checkpoint gives them.
+    # The shapes from conf/model/, in the form of config.json; None where only the checkpoint gives them.
     model_config: dict[str, Any] | None
     # The checkpoint's files; None for random weights and for shapes alone.
     checkpoint: CheckpointFiles | None
@@ -93,7 +92,7 @@ class ResolvedRun(ResolvedTask):
     backend: str
     kernels: str
     collectives: str
-    # The compiler's options, sorted by name, and variables to set before torch is imported.
+    # The compiler's options, sorted by name, and environment variables to set before torch is imported.
     compiler_options: tuple[tuple[str, Any], ...]
     environment: tuple[tuple[str, str], ...]
     precision: Precision
@@ -106,7 +105,7 @@ class ResolvedRun(ResolvedTask):
     compile_mode: str
     reuse: float
     tp: int
-    # The name of the ranks' shared memory.
+    # The name of the ranks' shared memory segment.
     segment: str
     threads: int | None
     deterministic: bool
@@ -116,14 +115,14 @@ class ResolvedRun(ResolvedTask):
     hardware: HardwareChoice
 
     def planned(self, batch: int, images: int) -> Plan:
-        """The plan of a batch of other size, whose every request has `images` images."""
+        """The plan for another batch size, where every request has `images` images."""
         choice = replace(self.plan_choice, decode_batch=None, num_pages=None, num_images=max(batch * images, 1))
         limits = replace(self.limits, batch=batch, max_images=max(images, 1))
         return make_plan(choice, limits, self.shape, self.device.paging, self.plan.lengths_are_free)
 
 
 def resolve(run: Run, place: Place | None) -> ResolvedTask:
-    """What a checked run will do; `place` is this process's place where torchrun started it.
+    """Resolve a run that `check` has accepted. `place` is this process's place if torchrun started it.
 
     Raises UserError with the value, the rule and the remedy.
     """
@@ -208,7 +207,7 @@ def _common(run: Run, needs: str) -> dict[str, Any]:
 
 
 def _device(run: Run) -> Device:
-    """The device of device=; auto is the one that the backend compiles for, simulated where there is none."""
+    """The device of device=. auto: a device that the backend compiles for, simulated where this machine has none."""
     if run.device != "auto":
         return DEVICES[run.device]
     found = devices.detect()
@@ -219,7 +218,7 @@ def _device(run: Run) -> Device:
 
 
 def _backend(run: Run, device: Device) -> str:
-    """The compiler backend. Raises UserError for what does not go together, or is not installed."""
+    """The compiler backend. Raises UserError for options that don't fit together or a package that is not installed."""
     name, choice = run.backend.name, run.backend.torchair
     if name not in ("auto", *device.backends):
         if device.compiles_on_rank:
@@ -248,7 +247,7 @@ def _backend(run: Run, device: Device) -> str:
 
 
 def _check_ranks(run: Run, device: Device, place: Place | None, only_shapes: bool) -> None:
-    """Raises UserError where the processes or devices do not suffice for the ranks."""
+    """Raises UserError where processes or devices don't suffice for the ranks."""
     if place and place.world != run.tp:
         raise UserError(
             f"{place.world} processes were started for tp={run.tp}. Start tp processes, or set tp={place.world}."
@@ -259,7 +258,7 @@ def _check_ranks(run: Run, device: Device, place: Place | None, only_shapes: boo
 
 
 def weights_of(run: Run) -> str:
-    """Where a run's weights come from: random, meta, or a folder. Raises UserError where nothing says so."""
+    """The source of a run's weights: random, meta, or a folder. Raises UserError where none is given."""
     weights = in_package(run.model.weights) if run.weights is None else run.weights
     if weights is None:
         raise UserError("weights= is not given. Use weights=/path/to/checkpoint, or model=11b weights=random.")
@@ -278,7 +277,7 @@ def checkpoint_folder(weights: str) -> Path:
 
 
 def _model(run: Run) -> tuple[ModelShape, CheckpointFiles | None]:
-    """The model's shape, and its checkpoint unless the weights are made up.
+    """The model's shape, and its checkpoint unless weights= is random or meta.
 
     Raises UserError where weights= and model= don't fit each other, or tp= doesn't fit the model.
     """
@@ -304,15 +303,15 @@ def _model(run: Run) -> tuple[ModelShape, CheckpointFiles | None]:
 
 
 def _refuse_what_is_not_built(run: Run) -> None:
-    """Raises UserError for keys whose feature does not exist yet."""
+    """Raises UserError for options that are not implemented yet."""
     if run.quant != "none":
         raise UserError(f"quant={run.quant}: quantisation is not built yet. Use quant=none.")
 
 
 def _kernels(run: Run, device: Device, precision: Precision) -> str:
-    """native on a device that runs our C++ kernels, if it computes in fp32 and they are built or can be; plain elsewhere.
+    """native where the device runs our C++ kernels in fp32, and they are built or can be built; plain elsewhere.
 
-    Raises UserError where native ones are asked for and can't serve.
+    Raises UserError where native kernels are requested and can't run.
     """
     fits, choice = device.native and precision.compute == "fp32", run.backend.kernels
     if choice == NATIVE and not fits:
@@ -326,7 +325,7 @@ def _kernels(run: Run, device: Device, precision: Precision) -> str:
 
 
 def _collectives(run: Run, device: Device, place: Place | None) -> str:
-    """shared_memory between CPU ranks of one host, distributed elsewhere. Raises UserError where that is not possible."""
+    """shared_memory between CPU ranks of one host, else distributed. Raises UserError for a choice that can't work."""
     shared = device.native and (place is None or place.one_host)
     if run.collectives == "shared_memory" and not shared:
         raise UserError("collectives=shared_memory serves CPU ranks of one host only. Use collectives=auto.")
@@ -336,12 +335,12 @@ def _collectives(run: Run, device: Device, place: Place | None) -> str:
 
 
 def _compile_mode(run: Run) -> str:
-    """What a step does whose graph is missing; a deterministic run never serves a step uncompiled at first."""
+    """How a missing graph is handled. A deterministic run waits, so that no step ever runs uncompiled."""
     return "wait" if run.deterministic and run.plan.compile == "background" else run.plan.compile
 
 
 def require_on_host(needed: Memory, memory_gib: float | None, ranks: int) -> None:
-    """Raises UserError where this host's memory does not hold `ranks` ranks."""
+    """Raises UserError where this host's memory can't hold `ranks` ranks."""
     available, where = (
         (int(memory_gib * 2**30), f"memory_gib={memory_gib:g}") if memory_gib is not None else available_memory()
     )

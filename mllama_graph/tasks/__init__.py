@@ -1,1 +1,1 @@
-"""What a run does, by task=: each module has one `main(run)`."""
+"""The tasks that task= selects. Each task's module has a function `main(run)`."""

@@ -1,4 +1,4 @@
-"""task=bench: how fast each batch size and length is, beside what the machine allows and beside other engines."""
+"""task=bench: the speed of each batch size and length, beside the machine's limits and beside other engines."""
 
 import contextlib
 import itertools
@@ -26,13 +26,13 @@ from mllama_graph.model.weights import write_random
 from mllama_graph.plan.resolve import ResolvedRun
 from mllama_graph.tasks.options import BenchOptions
 
-# Seconds after which the threads of the engine that had its turn no longer spin.
+# Seconds before a turn, after which the threads of the previous engine no longer spin.
 REST = 0.3
 
 
 @dataclass
 class Turns:
-    """How far the measuring is. `rest`: seconds of idleness before each turn."""
+    """Progress of the measurements. `rest`: idle seconds before each turn."""
 
     progress: Progress
     total: int
@@ -40,14 +40,14 @@ class Turns:
     done: int = 0
 
     def begin(self, what: str) -> None:
-        """A turn begins."""
+        """Show that a turn begins, and rest."""
         self.progress.turns(self.done, self.total, what)
         time.sleep(self.rest)
         self.done += 1
 
 
 def main(run: ResolvedRun) -> None:
-    """Measure every case; writes the session (bench.csv, manifest.json, summary.md, plots) and prints its table."""
+    """Measure every case, write the session (bench.csv, manifest.json, summary.md, plots) and print its table."""
     options, progress, folder = run.options, Progress(), run.output_dir
     assert isinstance(options, BenchOptions)
     cases = cases_of(options)
@@ -76,7 +76,7 @@ def main(run: ResolvedRun) -> None:
 
 @contextlib.contextmanager
 def _peers(run: ResolvedRun, options: BenchOptions, engine: Engine, progress: Progress) -> Iterator[list[Peer]]:
-    """The processes of the other engines, on the same weights."""
+    """Run the processes of the other engines on the same weights; they end with the context."""
     settings, spec = options.settings(), engine.executor.rank.spec
     with tempfile.TemporaryDirectory(prefix="mllama_graph-bench-") as aside:
         folder = run.checkpoint.folder if run.checkpoint else Path(aside)
@@ -99,12 +99,13 @@ def _peers(run: ResolvedRun, options: BenchOptions, engine: Engine, progress: Pr
 def _measure(
     engine: Engine, case: Case, repetitions: int, peers: list[Peer], progress: Progress, turns: Turns
 ) -> tuple[list[Timing], list[Limits]]:
-    """One repetition that is not counted, then repetitions in which each engine takes a turn; and the limits of each.
+    """Measure a case: one uncounted repetition, then repetitions in which each engine takes a turn.
 
-    Limits are measured before and after a repetition's decode steps, since the memory's bandwidth may change at any time.
+    Returns times by engine and limits by repetition. Limits are measured before and after a repetition's decode steps,
+    since memory bandwidth may change at any time.
     """
     ours, theirs = Timing(OURS), {peer: Timing(peer.setting.name) for peer in peers}
-    # Every case and repetition has pictures of its own: none is known before its first turn.
+    # Every case and repetition has its own pictures, so that none is cached before its first turn.
     seeds = itertools.count(1000 * case.batch + 1_000_000 * case.length)
     ceilings: list[Limits] = []
     backend, device = engine.executor.rank.backend, engine.executor.rank.spec.torch_device

@@ -13,7 +13,7 @@ DAY, GB = 24 * 3600, 1e9
 
 
 def main(run: ResolvedTask) -> None:
-    """Show the entries. task.action=verify reads each whole; prune removes by task.max_age_days and task.max_gb.
+    """List the entries. task.action=verify reads each one in full; prune removes by task.max_age_days and task.max_gb.
 
     Raises UserError where verify finds an unsound entry.
     """
@@ -49,7 +49,7 @@ def main(run: ResolvedTask) -> None:
 
 
 def _must_go(options: CacheOptions, entries: list[Entry], entry: Entry) -> bool:
-    """Whether an entry is unsound, older than allowed, or beyond the size that the most recently used entries may take."""
+    """Whether an entry is unsound, unused for too long, or beyond max_gb, counted from the most recently used entry."""
     up_to_it = sum(other.bytes for other in entries[: entries.index(entry) + 1])
     aged = options.max_age_days is not None and time.time() - entry.used > options.max_age_days * DAY
     return bool(entry.fault) or aged or (options.max_gb is not None and up_to_it > options.max_gb * GB)

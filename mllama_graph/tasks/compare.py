@@ -1,4 +1,4 @@
-"""task=compare: what got faster or slower between two sessions of task=bench, beside the noise of both."""
+"""task=compare: what became faster or slower between two sessions of task=bench, given the spread of both."""
 
 from pathlib import Path
 from typing import Any
@@ -9,12 +9,12 @@ from mllama_graph.measure.session import BENCH, read_csv, read_manifest
 from mllama_graph.plan.resolve import ResolvedTask
 from mllama_graph.tasks.options import CompareOptions
 
-# name -> (column, least, most). A figure without a spread has no noise to stand beside.
+# Figure -> its columns (median, minimum, maximum); the last two are empty where no spread is recorded.
 FIGURES = {
     "first token": ("first_token_time(ms)", "first_token_ms_least", "first_token_ms_most"),
-    "first token again": ("first_token_again_ms", "", ""),
+    "same image again": ("first_token_again_ms", "", ""),
     "vision": ("vision_ms", "", ""),
-    "a decode step": ("non_first_token_time(ms)", "decode_ms_least", "decode_ms_most"),
+    "decode step": ("non_first_token_time(ms)", "decode_ms_least", "decode_ms_most"),
 }
 CASE = ("engine", "batch", "input_len", "output_len", "images")
 HEAD = (
@@ -31,14 +31,14 @@ HEAD = (
     "spread of b",
     "verdict",
 )
-# Where there is no spread, a change of less than this part is not told.
+# A relative change up to this counts as noise where no spread is recorded.
 UNMEASURED_NOISE = 0.05
 
 
 def main(run: ResolvedTask) -> None:
-    """Print and write the table, cases that both sessions have.
+    """Print and write the comparison of all cases that both sessions have.
 
-    Raises UserError where a folder is no session, hardware differs, or nothing is in both.
+    Raises UserError where a folder holds no session, hardware differs, or the sessions have no case in common.
     """
     options = run.options
     assert isinstance(options, CompareOptions)
@@ -49,8 +49,8 @@ def main(run: ResolvedTask) -> None:
     differing = _differences(*(manifest["hardware"] for manifest in manifests))
     if differing and not options.across_hardware:
         raise UserError(
-            f"the sessions are of different hardware ({'; '.join(differing)}), so that a ratio says nothing of the "
-            "engine. Use task.across_hardware=true to compare them all the same."
+            f"the sessions ran on different hardware ({'; '.join(differing)}), so their ratios don't compare the "
+            "engine alone. Use task.across_hardware=true to compare them anyway."
         )
     a, b = ({tuple(row[name] for name in CASE): row for row in read_csv(folder / BENCH)} for folder in folders)
     rows = [line for case in a if case in b for line in _lines(case, a[case], b[case])]
@@ -64,7 +64,7 @@ def main(run: ResolvedTask) -> None:
     )
     notes = [f"hardware: {line}" for line in differing] + changed
     if only := [name for name, one, other in (("a", a, b), ("b", b, a)) for case in one if case not in other]:
-        notes.append(f"cases in one session alone: {only.count('a')} in a, {only.count('b')} in b")
+        notes.append(f"cases in only one session: {only.count('a')} in a, {only.count('b')} in b")
     print(columns(HEAD, rows))
     told = {name: sum(row[-1] == name for row in rows) for name in ("faster", "slower", "within the noise")}
     counts = ", ".join(f"{count} {name}" for name, count in told.items())
@@ -110,11 +110,11 @@ def _differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
 
 
 def _lines(case: tuple[str, ...], a: dict[str, str], b: dict[str, str]) -> list[tuple[str, ...]]:
-    """A line a figure that both measured."""
+    """One table line for each figure that both sessions measured."""
     found = []
     for figure, (column, least, most) in FIGURES.items():
         before, after = (float(row.get(column) or 0) for row in (a, b))
-        # Text alone has no vision pass, and a peer no split.
+        # Text-only cases have no vision step, and peers don't report it.
         if not before or not after:
             continue
         spreads = [(float(row[least]), float(row[most])) if least and row.get(least) else None for row in (a, b)]
@@ -133,7 +133,7 @@ def _lines(case: tuple[str, ...], a: dict[str, str], b: dict[str, str]) -> list[
 
 
 def verdict(before: float, after: float, *spreads: Any) -> str:
-    """Whether a change stands out: each median must lie outside of what the other session saw, where that is known."""
+    """Judge a change: it counts if each median lies outside the other session's range, where ranges are recorded."""
     if all(spreads):
         (a_least, a_most), (b_least, b_most) = spreads
         out = (after < a_least or after > a_most) and (before < b_least or before > b_most)

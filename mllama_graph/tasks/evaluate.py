@@ -1,7 +1,7 @@
-"""task=evaluate: exact match against reference answers, per kind of question, through the engine as it serves.
+"""task=evaluate: exact match against reference answers, per kind of question.
 
-Any requests file will do whose lines have an `answer`: a string, or a list of accepted strings; `kind` groups them. Without a
-file the tiny model is asked about held-out scenes, which are written to the run's folder as such a file.
+It accepts any requests file whose lines have an `answer`: a string, or a list of accepted strings. `kind` groups the
+lines. Without a file, the tiny model is asked about held-out scenes, which are written to the run's folder as a file.
 """
 
 import json
@@ -22,14 +22,14 @@ from mllama_graph.plan.resolve import ResolvedRun
 from mllama_graph.tasks.options import EvaluateOptions
 
 ALL = "all"
-# Whether each line of a kind was answered right.
+# For each kind of question, whether each line was answered correctly.
 ByKind = dict[str, list[bool]]
 
 
 def main(run: ResolvedRun) -> None:
-    """Score every line that has an answer; writes predictions.jsonl, results.jsonl and result.json.
+    """Score every line that has an answer, and write predictions.jsonl, results.jsonl and result.json.
 
-    Raises UserError where no line has one.
+    Raises UserError where no line has an answer.
     """
     options, folder, progress = run.options, run.output_dir, Progress()
     assert isinstance(options, EvaluateOptions)
@@ -60,10 +60,10 @@ def main(run: ResolvedRun) -> None:
 
 
 def held_out_file(run: ResolvedRun, each: int, progress: Progress) -> Path:
-    """Draw scenes that training never saw, as a requests file."""
+    """Write a requests file about scenes that are not in the training data."""
     if run.model != "tiny":
         raise UserError(
-            f"task=evaluate with model={run.model} needs requests=FILE.jsonl with an answer a line; "
+            f"task=evaluate with model={run.model} needs requests=FILE.jsonl with an answer on each line; "
             "held-out scenes are for model=tiny."
         )
     from mllama_graph.tiny.heldout import write_requests
@@ -82,7 +82,7 @@ def score(
     alter: Callable[[Request], Request],
     progress: Progress,
 ) -> ByKind:
-    """Serve `asked`, which are the lines as they are or under a control, and compare with the lines' answers."""
+    """Serve `asked` (`lines`, possibly changed by a control) and compare the results with the answers in `lines`."""
     name = f"-{control.replace(' ', '-')}" if control else ""
     results = Results(folder / f"results{name}.jsonl")
     serve_lines(engine, asked, base, results, engine.executor.run.limits.batch, alter)
@@ -118,7 +118,7 @@ def score(
 
 
 def exchanged(lines: list[Line]) -> list[Line]:
-    """Each line with the images of another line that has as many: a model that looks at them must fail."""
+    """Each line with the images of another line that has as many images: a model that uses its images must fail."""
     groups: dict[int, list[int]] = defaultdict(list)
     for place, (_, given) in enumerate(lines):
         images = given.get("images") if isinstance(given, dict) else None
@@ -126,7 +126,7 @@ def exchanged(lines: list[Line]) -> list[Line]:
             groups[len(images)].append(place)
     changed: list[Line] = list(lines)
     for places in groups.values():
-        # Half a group further, so that neighbours of one kind don't exchange like for like.
+        # Shifted by half the group, since neighbouring lines may be of the same kind.
         shift = max(1, len(places) // 2)
         for at, place in enumerate(places):
             number, given = lines[place]
@@ -137,7 +137,7 @@ def exchanged(lines: list[Line]) -> list[Line]:
 
 
 def unseen(request: Request) -> Request:
-    """The same ids, image tokens included, with nothing to attend to."""
+    """The same ids, image tokens included, without images to attend to."""
     return replace(request, images=(), positions=())
 
 

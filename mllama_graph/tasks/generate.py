@@ -1,4 +1,4 @@
-"""task=generate: a chat on the command line, or a file of requests, to text."""
+"""task=generate: answers a prompt from the command line, or a file of requests."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ DEFAULT_PROMPT = {True: "Describe this image.", False: "What can you do?"}
 
 
 def main(run: ResolvedRun) -> None:
-    """Generate for requests=, or for prompt= and image=; writes results.jsonl and result.json."""
+    """Generate for requests=, or for prompt= and image=, and write results.jsonl and result.json."""
     processor, progress, question = processor_of(run), Progress(), run.question
     path = run.output_dir / "results.jsonl"
     if question.requests is None:
@@ -39,12 +39,12 @@ def main(run: ResolvedRun) -> None:
         + (f"; see {results.path}" if results.errors else "")
     )
     if results.ignored:
-        progress.say(f"fields without a meaning were ignored: {', '.join(sorted(results.ignored))}")
+        progress.say(f"unknown fields were ignored: {', '.join(sorted(results.ignored))}")
     _finish(run, engine, results, None, progress)
 
 
 def asked(question: Question) -> tuple[str, list[str]]:
-    """The prompt and images of a chat; a run that gives neither asks its model's default question."""
+    """The prompt and images of a run; a run that gives neither uses its model's default question."""
     if question.prompt is None and question.image is None and question.default_prompt is not None:
         return question.default_prompt, list_images(question.default_image)
     images = list_images(question.image)
@@ -52,7 +52,7 @@ def asked(question: Question) -> tuple[str, list[str]]:
 
 
 def answer(engine: Engine, request: Request, results: Results) -> Result:
-    """Serve one request, its text streamed to stdout."""
+    """Serve one request and stream its text to stdout."""
 
     def show(delta: Delta) -> None:
         print(delta.text, end="", flush=True)
@@ -66,7 +66,7 @@ def answer(engine: Engine, request: Request, results: Results) -> Result:
 
 
 def _finish(run: ResolvedRun, engine: Engine, results: Results, single: Result | None, progress: Progress) -> None:
-    """Print the table of figures and write result.json; again once the graphs that still compile are in the store."""
+    """Print the metrics and write result.json; write it again once graphs that are still compiling are stored."""
     results.close()
     metrics = engine.metrics(results.finished)
 
@@ -100,6 +100,6 @@ def _figures(metrics: dict[str, Any]) -> list[tuple[str, str]]:
         ("time to first token", unit("time_to_first_token_ms", "ms")),
         ("time per token", unit("time_per_output_token_ms", "ms")),
         ("tokens/s", unit("tokens_per_second")),
-        ("bytes read a step", unit("bytes_per_step", "MB (modelled)", 1e-6)),
+        ("bytes read per step", unit("bytes_per_step", "MB (modelled)", 1e-6)),
         ("GB/s", unit("gb_per_second")),
     ]

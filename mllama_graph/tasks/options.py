@@ -1,6 +1,6 @@
-"""The keys that each task has of its own (`task.KEY`), their checks, and where each task is implemented. No torch.
+"""The keys of each task (`task.KEY`), their checks, and what each task needs to run. No torch.
 
-A new task is a module here with `main(run)`, an entry of TASKS, and conf/task/NAME.yaml.
+To add a task, add a module with `main(run)` to this package, an entry to TASKS, and conf/task/NAME.yaml.
 """
 
 from dataclasses import dataclass, field, replace
@@ -14,7 +14,7 @@ from mllama_graph.inputs.images import list_images
 from mllama_graph.inputs.request_file import most_images, read_lines
 from mllama_graph.measure.peers import Setting, settings_of
 
-# Choices of torch_npu.profiler.
+# Values that torch_npu.profiler accepts.
 PROFILER_LEVELS = (0, 1, 2)
 AIC_METRICS = (
     "AiCoreNone",
@@ -27,16 +27,16 @@ AIC_METRICS = (
     "L2Cache",
     "ResourceConflictRatio",
 )
-# Weights that stand for shapes without memory.
+# The value of weights= for shapes without values.
 SHAPES_ONLY = "meta"
 
 
 @dataclass
 class GenerateOptions(TaskOptions):
-    """task=generate: a chat on the command line, or a file of requests."""
+    """task=generate: a prompt on the command line, or a file of requests."""
 
     def images_asked(self, run: Run) -> int:
-        """Images of the chat, or the most that a line of the requests file has."""
+        """The number of images of the prompt, or the most on a line of the requests file."""
         if run.requests is None:
             return len(list_images(run.image))
         return most_images(read_lines(Path(run.requests)))
@@ -56,7 +56,7 @@ class EvaluateOptions(GenerateOptions):
 
 @dataclass
 class WorkloadOptions(TaskOptions):
-    """Keys of tasks that serve synthetic requests of every batch size and length. `images`: per request, all tiles real."""
+    """Keys of tasks on synthetic requests of every batch size and length. `images`: per request, with all tiles."""
 
     batch_sizes: list[int] = field(default_factory=lambda: [1])
     lengths: list[int] = field(default_factory=lambda: [64])
@@ -79,12 +79,12 @@ class WorkloadOptions(TaskOptions):
 
 @dataclass
 class TimedOptions(WorkloadOptions):
-    """Of those, the tasks that time what they serve."""
+    """Keys of workload tasks that measure time."""
 
     def prepared(self, run: Run) -> Run:
-        """Limits that hold every case, and graphs compiled before they are timed.
+        """Raise the limits to hold every case, and have graphs compiled before they are timed.
 
-        Requests that get their first token before the others decode meanwhile, at most one token per later request.
+        A request decodes up to one more token for each request that gets its first token after it.
         """
         compile_mode = "never" if run.plan.compile == "never" else "wait"
         return replace(
@@ -98,16 +98,16 @@ class TimedOptions(WorkloadOptions):
 
 @dataclass
 class BenchOptions(TimedOptions):
-    """task=bench: first token and decode of each case. `mistralrs`: the Python of an environment that has mistralrs."""
+    """task=bench: first token and decode of each case. `mistralrs`: the Python of an environment with mistralrs."""
 
     name: str = "bench"
     repetitions: int = 3
-    # Names of other engines or of their settings, or one name.
+    # A name of another engine or of one of its settings, or a list of names.
     peers: Any = field(default_factory=list)
     mistralrs: str = ".venv/mistralrs/bin/python"
 
     def settings(self) -> list[Setting]:
-        """The settings of other engines that peers= names. Raises UserError for one that is unknown or not installed."""
+        """The settings that peers= selects. Raises UserError for an engine that is unknown or not installed."""
         return settings_of(
             self.peers if isinstance(self.peers, list) else [self.peers], Path(self.mistralrs).expanduser()
         )
@@ -120,7 +120,7 @@ class BenchOptions(TimedOptions):
 
 @dataclass
 class ProfileOptions(TimedOptions):
-    """task=profile: where the time of one batch goes. `level` and `aic_metrics` are torch_npu.profiler's."""
+    """task=profile: where the time of one batch goes. `level` and `aic_metrics` are options of torch_npu.profiler."""
 
     name: str = "profile"
     new_tokens: int = 9
@@ -147,7 +147,7 @@ class ProfileOptions(TimedOptions):
 
 @dataclass
 class RooflineOptions(WorkloadOptions):
-    """task=roofline: floors from shapes. `measured`: a session of task=bench to compare with."""
+    """task=roofline: floors computed from shapes. `measured`: a session of task=bench to compare with."""
 
     name: str = "roofline"
     new_tokens: int = 128
@@ -162,7 +162,7 @@ class RooflineOptions(WorkloadOptions):
 
 @dataclass
 class VerifyOptions(TaskOptions):
-    """task=verify: lower an NPU's graphs and check them, without a device and, unless some are given, without weights."""
+    """task=verify: lower the graphs for an NPU and check them, without a device. weights= is optional."""
 
     name: str = "verify"
 
@@ -181,7 +181,7 @@ class WarmupOptions(TaskOptions):
     name: str = "warmup"
 
     def needs(self, device: Device) -> str:
-        """The ranks, where ranks compile their own graphs; otherwise the model's shapes."""
+        """RANKS where ranks compile their own graphs; otherwise MODEL, since shapes are enough."""
         return self.RANKS if device.compiles_on_rank else self.MODEL
 
 
@@ -244,5 +244,5 @@ TASKS: dict[str, type[TaskOptions]] = {
 
 
 def _without_weights(run: Run) -> Run:
-    """Shapes alone, where no weights are given."""
+    """The run with weights=meta if no weights are given."""
     return replace(run, weights=SHAPES_ONLY) if run.weights is None and run.model.weights is None else run

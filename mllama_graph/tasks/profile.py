@@ -17,7 +17,7 @@ from mllama_graph.measure.trace import kind_of
 from mllama_graph.plan.resolve import ResolvedRun
 
 PHASES = ("vision", "prefill", "decode")
-# Rows of a table of operations in summary.md; ops.csv has all.
+# Rows of each table of operations in summary.md; ops.csv has all operations.
 SHOWN_OPS = 12
 
 Rows = list[dict[str, str]]
@@ -26,13 +26,13 @@ Tables = dict[str, tuple[tuple[str, ...], list[tuple[str, ...]]]]
 
 
 def main(run: ResolvedRun) -> None:
-    """Serve a batch twice, the second time recorded; writes rank<k>/, summary.md and result.json."""
+    """Serve a batch twice, profile the second time, and write rank<k>/, summary.md and result.json."""
     (case,), progress, folder = cases_of(run.options), Progress(), run.output_dir
     engine = start_engine(run, processor_of(run), progress)
     progress.say(
         f"profiling batch {case.batch}, {case.length} text ids, {case.images} images each, {case.new} new tokens"
     )
-    # First to have every graph loaded; then with other prompts and other images.
+    # The first batch loads every graph; the second has other prompts and images, so that images are encoded again.
     serve(engine, requests_of(engine, case, 0, 0)[0], case.new, Timing(""))
     engine.executor.profile(begin=True)
     serve(engine, requests_of(engine, case, 1, 1)[0], case.new, Timing(""))
@@ -70,8 +70,8 @@ def _write_summary(
         *uncompiled_line(uncompiled),
         *in_words(ops, parts),
         "",
-        f"Traces: {', '.join(f'rank{rank}/{TRACE}' for rank in ops)} (open them in Perfetto; the line *parts of the model* "
-        "has the named ranges). The profiler's own cost is part of every figure.",
+        f"Traces: {', '.join(f'rank{rank}/{TRACE}' for rank in ops)} (open them in Perfetto; the line "
+        "*parts of the model* has the named ranges). The profiler's own cost is part of every figure.",
     ]
     for title, (head, rows) in tables.items():
         text += ["", f"## {title}", "", *markdown(head, rows)]
@@ -91,7 +91,7 @@ def _write_summary(
 
 
 def phases(ops: Rows) -> dict[str, float]:
-    """Host milliseconds of each phase: the own times of a step's operations add up to the step."""
+    """Host milliseconds of each phase, summed over the self times of its operations."""
     return {
         phase: round(sum(float(row["ms"]) for row in ops if row["phase"] == phase and row["where"] == "host"), 3)
         for phase in PHASES
@@ -100,7 +100,7 @@ def phases(ops: Rows) -> dict[str, float]:
 
 
 def by_kind(parts: Rows) -> dict[str, dict[str, float]]:
-    """Milliseconds by phase and part, parts without the number of their layer."""
+    """Milliseconds by phase and part, summed over layers of the same kind."""
     kinds: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for row in parts:
         if row.get("phase"):
@@ -147,7 +147,7 @@ def _share(part: float, whole: Iterable[float]) -> str:
 
 
 def in_words(ops: dict[int, Rows], parts: dict[int, Rows]) -> list[str]:
-    """Where the time went, one sentence per line."""
+    """Sentences on where the time went, one per line."""
     of_phase, kinds, said = phases(ops[0]), by_kind(parts[0]), []
     whole = sum(of_phase.values())
     said.append(
@@ -157,19 +157,23 @@ def in_words(ops: dict[int, Rows], parts: dict[int, Rows]) -> list[str]:
     )
     for phase in of_phase:
         op = max((row for row in ops[0] if row["phase"] == phase), key=lambda row: float(row["ms"]))
-        line = f"In {phase} the operation that took longest is {op['op']} ({float(op['ms']):,.1f} ms in {op['calls']} calls)"
+        line = (
+            f"In {phase} the operation that took longest is {op['op']} "
+            f"({float(op['ms']):,.1f} ms in {op['calls']} calls)"
+        )
         if kinds.get(phase):
             part, ms = max(kinds[phase].items(), key=lambda item: item[1])
             line += f", the part {part} ({ms:,.1f} ms, {_share(ms, kinds[phase].values())} of its graphs)"
         said.append(line + ".")
     if missing := [phase for phase in of_phase if not kinds.get(phase)]:
         said.append(
-            f"Parts of {', '.join(missing)} are not known: the trace does not show the products of weights one by one."
+            f"Parts of {', '.join(missing)} are not known: the trace does not show every product with a weight."
         )
     if len(ops) > 1:
         sums = {rank: sum(phases(rows).values()) for rank, rows in ops.items()}
         said.append(
-            f"Ranks: from {min(sums.values()):,.1f} ms (rank {min(sums, key=lambda rank: sums[rank])}) to {max(sums.values()):,.1f} ms "
-            f"(rank {max(sums, key=lambda rank: sums[rank])}); they wait for each other in every sum."
+            f"Ranks: from {min(sums.values()):,.1f} ms (rank {min(sums, key=lambda rank: sums[rank])}) to "
+            f"{max(sums.values()):,.1f} ms (rank {max(sums, key=lambda rank: sums[rank])}); they wait for each other "
+            "in every all-reduce."
         )
     return [f"- {line}" for line in said]

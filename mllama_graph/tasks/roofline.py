@@ -1,4 +1,4 @@
-"""task=roofline: what a device allows a model at most, from shapes and the figures of conf/hardware/. No weights."""
+"""task=roofline: the floors of a model's steps on a device, from shapes and conf/hardware/. Needs no weights."""
 
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from mllama_graph.tasks.options import RooflineOptions
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 RANKS = (1, 2, 4, 8)
 MS = 1e3
-# A larger batch is limited by something else.
+# The search for the largest batch stops here, since memory is no longer what limits it.
 MOST_ROWS = 4096
 
 Row = dict[str, Any]
@@ -49,7 +49,7 @@ class Roofline:
         }
 
     def fit_row(self, ranks: int) -> Row:
-        """What a rank of `ranks` holds, and the largest batch of the run's longest requests, each with its images."""
+        """The memory of one of `ranks` ranks, and the largest batch of the longest requests, with images, that fits."""
         batch, images = self.run.limits.batch, self.options.images
         share = self._share(ranks)
 
@@ -75,12 +75,12 @@ class Roofline:
         }
 
     def step_row(self, batch: int, length: int, images: int, new_tokens: int) -> Row:
-        """A decode step of a batch, halfway through its new tokens."""
+        """The floor of a batch's decode step, halfway through its new tokens."""
         run, shape, rate = self.run, self.shape, self.hardware
         keys = batch * (length + new_tokens // 2)
         image_keys = batch * images * shape.vision.max_tiles * shape.vision.tokens
         moved, flops = step_work(shape, images > 0, batch, keys, image_keys, (keys, image_keys), batch, *self.widths)
-        # The links carry the same sums whatever the lengths.
+        # All-reduces don't depend on the lengths.
         links = floor_of(
             shape, self.plan.page_size, Bucket("decode", batch, batch, 1, int(images > 0)), *self.widths, run.tp, rate
         ).links
@@ -100,7 +100,7 @@ class Roofline:
         }
 
     def distances(self, session: Path) -> list[Row]:
-        """The decode steps of a session, beside what this device would allow.
+        """The measured decode steps of a session, beside their floors on this hardware.
 
         Raises UserError where the session measured another model.
         """
@@ -121,15 +121,15 @@ class Roofline:
                     "batch": batch,
                     "ids": length,
                     "images": images,
-                    "a decode step ms": step,
+                    "decode step ms": step,
                     "floor ms": floor,
-                    "of floor": f"{100 * floor / step:.1f} %",
+                    "floor reached": f"{100 * floor / step:.1f} %",
                 }
             )
         return rows
 
     def plots(self, folder: Path, steps: list[Row], progress: Progress) -> list[Path]:
-        """The figures; none where matplotlib is not installed."""
+        """Write the plots and return their paths; none where matplotlib is not installed."""
         if not plots.available():
             progress.say(plots.MISSING)
             return []
@@ -143,7 +143,7 @@ class Roofline:
 
         paths = [folder / f"{name}.png" for name in ("latency_by_batch", "tokens_by_batch", "bytes_split", "roofline")]
         plots.lines(paths[0], f"Floor of a decode step: {title}", "batch", "ms", over_batch("floor ms"))
-        plots.lines(paths[1], f"Most decoded tokens: {title}", "batch", "tokens/s", over_batch("tokens/s"))
+        plots.lines(paths[1], f"Upper bound of decode throughput: {title}", "batch", "tokens/s", over_batch("tokens/s"))
         first = next(iter(by_length.values()))
         plots.stacked(
             paths[2],
@@ -162,14 +162,14 @@ class Roofline:
         return paths
 
     def _share(self, ranks: int) -> float:
-        """Bytes that a rank has: the ranks of a CPU share its memory."""
+        """The memory of one rank in bytes; ranks on a CPU share its memory."""
         return self.hardware.memory_bytes / (ranks if self.hardware.device == CPU.name else 1)
 
 
 def main(run: ResolvedRun) -> None:
-    """Model and print; writes roofline.csv, summary.md, plots and result.json.
+    """Compute and print the tables, and write roofline.csv, summary.md, plots and result.json.
 
-    Raises UserError where the tables can't be made.
+    Raises UserError where task.measured= can't be compared with this model or hardware.
     """
     options, progress, folder = run.options, Progress(), run.output_dir
     assert isinstance(options, RooflineOptions)
@@ -185,17 +185,17 @@ def main(run: ResolvedRun) -> None:
     ]
     tables = {
         f"A step of each full bucket, tp={run.tp}": [model.bucket_row(bucket) for bucket in run.plan.buckets()],
-        f"Memory of a rank, batch {run.limits.batch}, up to {run.plan.max_length} tokens a sequence": [
+        f"Memory of a rank, batch {run.limits.batch}, up to {run.plan.max_length} tokens per sequence": [
             model.fit_row(ranks) for ranks in RANKS if _divides(run.shape, ranks)
         ],
-        f"Decode steps, tp={run.tp}, {options.images} images a request, halfway to {options.new_tokens} new tokens; MB of all "
-        "ranks": steps,
+        f"Decode steps, tp={run.tp}, {options.images} images per request, halfway to {options.new_tokens} new tokens; "
+        "MB of all ranks": steps,
     }
     if session:
         tables[f"Measured, beside the floors of {hardware.name}"] = model.distances(session)
     heading = (
         f"{run.model}, tp={run.tp}, on {hardware.name}: {hardware.flops / 1e12:,.2f} TFLOP/s, "
-        f"{hardware.memory_bytes_per_second / 1e9:,.1f} GB/s, {hardware.memory_bytes / 1e9:.0f} GB a rank"
+        f"{hardware.memory_bytes_per_second / 1e9:,.1f} GB/s, {hardware.memory_bytes / 1e9:.0f} GB per rank"
         f"{' (measured now)' if on_cpu else '; all modelled, nothing measured'}"
     )
     print(heading)
@@ -213,7 +213,7 @@ def main(run: ResolvedRun) -> None:
 
 
 def _same_device(folder: Path, hardware: HardwareChoice) -> None:
-    """Raises UserError where the folder holds no session, or one that was measured on another kind of device."""
+    """Raises UserError where the folder holds no session, or a session of another kind of device."""
     device = read_manifest(folder)["hardware"]["device"]
     if device != hardware.device:
         raise UserError(
@@ -223,7 +223,7 @@ def _same_device(folder: Path, hardware: HardwareChoice) -> None:
 
 
 def _measured_here(hardware: HardwareChoice, progress: Progress) -> HardwareChoice:
-    """The device's figures; a CPU's are measured."""
+    """The hardware's figures; those of a CPU are measured now."""
     if hardware.device != CPU.name:
         return hardware
     progress.say("measuring this CPU")

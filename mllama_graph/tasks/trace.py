@@ -1,6 +1,6 @@
-"""What weights=meta does: build every rank and trace every graph of the plan from shapes alone, in hardly any memory.
+"""weights=meta: builds every rank and traces every graph of the plan from shapes alone, which takes little memory.
 
-Ranks of equal shapes share their graphs, so each graph is traced once for all ranks that share it; that they do is checked.
+Ranks of equal shapes share their graphs, so each graph is traced once for all of them. The shapes are compared first.
 """
 
 import time
@@ -28,7 +28,7 @@ MB = 1e6
 
 
 def main(run: ResolvedRun) -> None:
-    """Trace, and print what each rank would hold; nothing is computed and nothing compiled."""
+    """Trace all graphs, and print what each rank would hold. Nothing is computed or compiled."""
     spec, plan, progress = backend_of(run).spec(), run.plan, Progress()
     progress.say(f"plan: {plan.describe()}")
     held = [rank_shapes(spec, Shard(rank, run.tp)) for rank in range(run.tp)]
@@ -73,7 +73,7 @@ def rank_shapes(spec: GraphSpec, shard: Shard) -> dict[str, torch.Size]:
 
 
 def traced(spec: GraphSpec, bucket: Bucket, shard: Shard) -> tuple[int, int, float]:
-    """The operations and all-reduces of a rank's graph, and the seconds that tracing it took."""
+    """The numbers of operations and all-reduces in a rank's graph, and the seconds that tracing it took."""
     torch.set_num_threads(1)
     start = time.perf_counter()
     with FakeTensorMode():
@@ -92,14 +92,14 @@ def page_bytes(spec: GraphSpec) -> int:
 
 
 def _sums(shape: ModelShape, tp: int, width: int, weights: list[int]) -> list[tuple[str, str]]:
-    """How the ranks' bytes add up to the model's."""
+    """The breakdown of the ranks' weight bytes: the model, replicated parts and padding."""
     whole, extra = elements(shape) * width, {part: (tp - 1) * n * width for part, n in replicated(shape).items()}
     padding = sum(weights) - whole - sum(extra.values())
     parts = [
         ("weights of a rank", weights[0]),
-        (f"of {tp} ranks", sum(weights)),
-        ("of the model", whole),
-        *((f"{part}, {tp - 1} more times", value) for part, value in extra.items() if tp > 1),
+        (f"weights of {tp} ranks", sum(weights)),
+        ("weights of the model", whole),
+        *((f"{part}, {tp - 1} extra copies", value) for part, value in extra.items() if tp > 1),
         ("padding of the vocabulary", padding),
     ]
     return [(name, f"{value / MB:,.1f} MB") for name, value in parts]

@@ -9,7 +9,7 @@ from mllama_graph.tasks.options import TrainTinyOptions
 
 
 def main(run: ResolvedTask) -> None:
-    """Train for task.steps steps in task.folder, or continue what is there; then export to its folder `tiny`."""
+    """Train for task.steps steps in task.folder, or continue a run there; then export to its subfolder `tiny`."""
     import torch
 
     from mllama_graph.tiny import export, train
@@ -22,7 +22,7 @@ def main(run: ResolvedTask) -> None:
         train.main(["--folder", str(folder), "--steps", str(options.steps), "--seed", str(run.seed)])
     except SystemExit as ended:
         if ended.code:
-            raise UserError(f"training ended with exit code {ended.code}; run the same command to go on.") from ended
+            raise UserError(f"training ended with exit code {ended.code}; run the same command to continue.") from ended
     export.export(torch.load(folder / "checkpoint.pt")["average"], folder / "tiny")
     write_result(run.output_dir, run.asked)
     Progress().say(f"exported to {folder / 'tiny'}; try weights={folder / 'tiny'}")

@@ -1,7 +1,8 @@
-"""task=verify: lower the graphs that an NPU would get, from shapes alone, and check them by the rules of ascend/rules.py.
+"""task=verify: lowers the graphs for an NPU from shapes alone, and checks them by the rules of ascend/rules.py.
 
-Buckets of one class differ in sizes alone. The smallest and the largest bucket of each class are lowered with all layers, and
-must be the same graph except for sizes. Every bucket, and the last rank, is lowered for a model of one layer of each kind.
+Graphs of buckets of one class differ only in sizes. The smallest and the largest bucket of each class are lowered with
+all layers, and their graphs must be equal except for sizes. Every bucket, and one bucket of each class for the last
+rank, is lowered for a model with one layer of each kind.
 """
 
 import os
@@ -27,9 +28,9 @@ from mllama_graph.plan.buckets import Plan
 from mllama_graph.plan.cost import bucket_cost, floor_of
 from mllama_graph.plan.resolve import ResolvedRun
 
-# A worker takes up to 1 GB, and lowers on one core.
+# A worker process takes up to 1 GB, and lowers on one core.
 WORKERS = 2
-# Fused operations.
+# Operations counted as fused.
 FUSED = (
     "FusedInferAttentionScore",
     "ScatterPaKvCache",
@@ -41,12 +42,12 @@ FUSED = (
     "GeluV2",
 )
 SUM = "HcomAllReduce"
-HEAD = ("graph", "lowered", "operations", "fused", "weights MB", "sums", "lint", "seconds", "modelled ms")
+HEAD = ("graph", "lowered", "operations", "fused", "weights MB", "all-reduces", "lint", "seconds", "modelled ms")
 
 
 @dataclass(frozen=True)
 class Job:
-    """The graph of a bucket and a rank, of the whole model or of one layer of each kind."""
+    """A graph to lower: its bucket and rank, for the whole model or for one layer of each kind."""
 
     bucket: Bucket
     whole: bool
@@ -55,7 +56,7 @@ class Job:
 
 @dataclass
 class Judged:
-    """What was found of a graph. findings: (rule, message). structure: the digests of ascend/structure.py."""
+    """The verdict on a graph. findings: (rule, message). structure: the digests of ascend/structure.py."""
 
     job: Job
     seconds: float
@@ -68,7 +69,7 @@ class Judged:
 
 
 def main(run: ResolvedRun) -> None:
-    """Lower, judge and print. Raises RankFailed where a graph breaks a rule."""
+    """Lower and check all graphs, and print the verdicts. Raises RankFailed where a graph breaks a rule."""
     progress, begun = Progress(), time.perf_counter()
     if run.precision.compute == "fp32":
         raise UserError("dtype=fp32: task=verify judges graphs for an NPU, which takes bf16 or fp16. Use dtype=bf16.")
@@ -100,12 +101,12 @@ def main(run: ResolvedRun) -> None:
 
 
 def kind(bucket: Bucket) -> tuple[str, bool, bool]:
-    """The class of a bucket: buckets of one class have the same graph except for sizes."""
+    """The class of a bucket. Buckets of one class have the same graph except for sizes."""
     return bucket.phase, bucket.image_pages > 0, bucket.phase == "prefill" and bucket.pages > 0
 
 
 def jobs(spec: GraphSpec, plan: Plan) -> list[Job]:
-    """What is lowered, the longest jobs first."""
+    """The graphs to lower, the longest jobs first."""
     classes: dict[tuple, list[Bucket]] = {}
     for bucket in plan.buckets():
         classes.setdefault(kind(bucket), []).append(bucket)
@@ -124,8 +125,8 @@ def jobs(spec: GraphSpec, plan: Plan) -> list[Job]:
 
 
 def lower(run: ResolvedRun, spec: GraphSpec, wanted: list[Job], progress: Progress) -> list[Judged]:
-    """Judge every graph, in processes of their own. Raises RankFailed where one of them dies."""
-    # Every process that meets the simulated device would warn that its memory is rounded up.
+    """Lower and check every graph in worker processes. Raises RankFailed where one of them dies."""
+    # Otherwise every process that uses the simulated device warns that its memory is rounded up.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     pool, judged = WorkerPool(min(WORKERS, len(CORES)), _begin, (run,)), []
     try:
@@ -176,7 +177,7 @@ def judge(spec: GraphSpec, job: Job) -> Judged:
 
 
 def all_findings(judged: list[Judged]) -> list[str]:
-    """The findings of all graphs, and where graphs of one class differ. What many graphs have in common is reported once."""
+    """The findings of all graphs, and differences within a class. A finding that many graphs share is reported once."""
     first: dict[tuple, Judged] = {}
     alike: dict[tuple[str, str], list[str]] = {}
     for found in judged:
@@ -189,7 +190,7 @@ def all_findings(judged: list[Judged]) -> list[str]:
 
 
 def difference(one: dict[str, str], other: dict[str, str]) -> list[str]:
-    """For each of two structures, the first operation that the other one lacks; none where they are equal."""
+    """For each of two structures, the first operation that the other one lacks; empty where they are equal."""
     return [
         next(told for digest, told in a.items() if digest not in b)
         for a, b in ((one, other), (other, one))
@@ -198,7 +199,7 @@ def difference(one: dict[str, str], other: dict[str, str]) -> list[str]:
 
 
 def rows(spec: GraphSpec, judged: list[Judged], hardware: HardwareChoice) -> Iterator[tuple[str, ...]]:
-    """A row per bucket. A bucket that was not lowered whole has the numbers of the graph of its class that was."""
+    """One row per bucket. A bucket lowered only in short form shows the figures of a whole graph of its class."""
     whole = {found.job.bucket: found for found in judged if found.job.whole}
     standing = {kind(bucket): found for bucket, found in whole.items()}
     for found in judged:
@@ -221,7 +222,7 @@ def rows(spec: GraphSpec, judged: list[Judged], hardware: HardwareChoice) -> Ite
 
 
 def records(judged: list[Judged]) -> list[dict[str, Any]]:
-    """The graphs, for result.json."""
+    """The records of the graphs for result.json."""
     return [
         {
             "bucket": str(found.job.bucket),
@@ -239,16 +240,16 @@ def records(judged: list[Judged]) -> list[dict[str, Any]]:
 
 
 def modelled(spec: GraphSpec, bucket: Bucket, hardware: HardwareChoice) -> float:
-    """The floor of a step in seconds."""
+    """The modelled floor of a step in seconds."""
     widths = spec.store.itemsize, spec.compute.itemsize
     return floor_of(spec.shape, spec.page_size, bucket, *widths, spec.world_size, hardware).seconds
 
 
 def ranks_line(tp: int) -> str:
-    """What is known about the ranks that were not lowered."""
+    """A line on the ranks whose graphs were not lowered."""
     if tp == 1:
         return "1 rank"
     return (
-        f"{tp} ranks: the graphs of rank 0 stand for all, which differ in weights alone; rank {tp - 1} was "
-        "compared, shortened"
+        f"{tp} ranks: the graphs of rank 0 stand for all ranks, which differ only in weights; rank {tp - 1} was "
+        "compared in short form"
     )

@@ -1,4 +1,4 @@
-"""task=warmup: compile every bucket of the plan into the graph store. Inductor needs neither weights nor their memory."""
+"""task=warmup: compiles every bucket of the plan into the graph store. With Inductor it needs no weights."""
 
 from dataclasses import asdict
 
@@ -13,7 +13,7 @@ from mllama_graph.plan.resolve import ResolvedRun
 
 
 def main(run: ResolvedRun) -> None:
-    """Compile what the store lacks. Graphs that are there stay, so that an interrupted warm-up goes on."""
+    """Compile the graphs that the store lacks. Stored graphs are kept, so an interrupted warm-up can be continued."""
     progress, buckets = Progress(), run.plan.buckets()
     if run.needs == TaskOptions.RANKS:
         _warm_ranks(run, progress)
@@ -48,7 +48,7 @@ def main(run: ResolvedRun) -> None:
 
 
 def _warm_ranks(run: ResolvedRun, progress: Progress) -> None:
-    """Have every rank compile its own graphs, over its own weights, as torchair does."""
+    """Have every rank compile its own graphs with its own weights, as torchair requires."""
     engine = start_engine(run, processor_of(run), progress)
     graphs, buckets = engine.executor.graphs, run.plan.buckets()
     _check_store(graphs.store)

@@ -1,4 +1,4 @@
-"""Other engines that are measured beside this one on the same checkpoint: their settings; process.py runs them."""
+"""Settings of the other engines (peers) that are measured on the same checkpoint; process.py runs them."""
 
 import importlib.util
 import os
@@ -14,7 +14,11 @@ TRANSFORMERS = "transformers>=5.17,<6"
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to run a peer: torch's name of its dtype; for transformers its cache, and whether decode steps are compiled."""
+    """One way to run a peer. `dtype` is torch's name.
+
+    For transformers, cache: the kind of KV cache. compiled: whether decode steps are compiled. freezing: whether
+    Inductor freezes the weights.
+    """
 
     name: str
     dtype: str
@@ -39,10 +43,10 @@ SETTINGS = (
 
 
 def settings_of(names: list[str], mistralrs: Path) -> list[Setting]:
-    """The settings that peers= names: one setting by its whole name, all settings of a peer by the peer's name.
+    """The settings that peers= selects: one setting by its full name, or all settings of a peer by the peer's name.
 
-    `mistralrs` is the Python of the environment that mistralrs is installed in. Raises UserError for a name that is
-    unknown, and for a peer that is not installed.
+    `mistralrs` is the Python interpreter of an environment with mistralrs. Raises UserError for an unknown name, and
+    for a peer that is not installed.
     """
     found: list[Setting] = []
     for peer in names:
@@ -54,8 +58,9 @@ def settings_of(names: list[str], mistralrs: Path) -> list[Setting]:
     peers = {setting.peer for setting in found}
     if "mistralrs" in peers and not os.access(mistralrs, os.X_OK):
         raise UserError(
-            f"peers=mistralrs runs in an environment of its own, and task.mistralrs={mistralrs} is no Python. Make it: "
-            f"python3 -m venv .venv/mistralrs && .venv/mistralrs/bin/pip install mistralrs=={MISTRALRS_VERSION}"
+            f"peers=mistralrs runs in its own environment, and task.mistralrs={mistralrs} is not an executable. "
+            "Create the environment: python3 -m venv .venv/mistralrs && "
+            f".venv/mistralrs/bin/pip install mistralrs=={MISTRALRS_VERSION}"
         )
     if "transformers" in peers and not importlib.util.find_spec("transformers"):
         raise UserError(

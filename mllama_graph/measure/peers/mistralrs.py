@@ -1,6 +1,6 @@
-"""A process that runs mistralrs: a case a line in, its times a line out.
+"""The program of a process that runs mistralrs: reads one case per line, and writes its times as one line.
 
-It runs in an environment that holds mistralrs and nothing of this project.
+It runs in an environment that has mistralrs and nothing of this project.
 """
 
 import json
@@ -16,8 +16,8 @@ DTYPES = {"float32": ModelDType.F32}
 
 
 def main(setting: dict[str, Any], folder: str, device: str) -> None:
-    """Load the checkpoint of a folder and serve cases till there are no more. The device is what the wheel is built for."""
-    # What the library prints, past Python, is no answer.
+    """Load the checkpoint in `folder` and serve cases until stdin ends. The installed wheel decides the device."""
+    # The library prints to stdout from native code; only answers may go to the real stdout.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     runner = Runner(
@@ -32,7 +32,7 @@ def main(setting: dict[str, Any], folder: str, device: str) -> None:
 
 
 def generate(runner: Runner, case: dict[str, Any]) -> dict[str, Any]:
-    """A greedy generation of each prompt, together; the clock read as tokens come. An image's token is `<|image|>`."""
+    """Generate greedily for all prompts together, timing each token. `<|image|>` is the image token."""
     prompts, each = len(case["ids"]), len(case["images"]) // len(case["ids"])
 
     def ask(number: int) -> list[float]:
@@ -54,7 +54,7 @@ def generate(runner: Runner, case: dict[str, Any]) -> dict[str, Any]:
         times = list(threads.map(ask, range(prompts)))
     if any(len(some) != case["new"] for some in times):
         raise RuntimeError(f"{[len(some) for some in times]} tokens came instead of {case['new']}")
-    # As of a batch: a step's token is there when the last sequence has it.
+    # As in a batch, a step is complete when the last sequence has its token.
     steps = [max(some) for some in zip(*times)]
     return {"first": steps[0] - start, "steps": [b - a for a, b in zip(steps, steps[1:])]}
 

@@ -1,6 +1,7 @@
-"""A peer in one setting: a process of its own that waits between its turns.
+"""Runs a peer in one setting, in its own process, which is idle between its turns.
 
-It runs `transformers.py` or `mistralrs.py` beside this file: a case a line in, its times a line out.
+The process runs `transformers.py` or `mistralrs.py` beside this file: it reads one case per line, and writes its times
+as one line.
 """
 
 import base64
@@ -28,7 +29,11 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Engine:
-    """What a peer's process is given: its Python, the checkpoint as it reads it (an empty folder is there to write to), images."""
+    """How to run a peer.
+
+    python: its interpreter, given task.mistralrs. checkpoint: the folder that it loads, given the checkpoint and an
+    empty folder for a converted copy. image: an image in the form that it takes.
+    """
 
     python: Callable[[Path], str]
     checkpoint: Callable[[ModelShape, Path, Path], Path]
@@ -36,7 +41,7 @@ class Engine:
 
 
 class Peer:
-    """A process that runs one setting; `run` has it serve a batch. `fault` says why it ended, if it did."""
+    """A process that runs one setting. `run` serves a batch; `fault` is the reason of a failure, else empty."""
 
     def __init__(
         self,
@@ -59,7 +64,7 @@ class Peer:
             | ({"TORCHINDUCTOR_FREEZING": "1"} if setting.freezing else {})
         )
         self._said = tempfile.TemporaryFile("w+", errors="replace")
-        # -P: the programs have the names of what they import.
+        # -P keeps this folder off the import path: its programs have the names of the packages that they import.
         self._process = subprocess.Popen(
             [
                 self._engine.python(mistralrs),
@@ -77,9 +82,10 @@ class Peer:
         )
 
     def run(self, requests: list[Request], new: int) -> dict[str, Any] | None:
-        """{"first": seconds to the first token, "steps": seconds of each later one}; None where it can't.
+        """Serve a batch. Returns {"first": seconds to the first token, "steps": seconds per later token}, or None.
 
-        Requests of equal length with equal numbers of images, their tiles as prepared; mistralrs gets pictures.
+        None means a failure, see `fault`. Requests have equal lengths and numbers of images. transformers gets prepared
+        tiles, mistralrs gets pictures.
         """
         images = [self._engine.image(tiles, self.shape) for request in requests for tiles in request.images]
         to, answers = self._process.stdin, self._process.stdout
@@ -94,7 +100,7 @@ class Peer:
         return None if self.fault else told
 
     def _last_words(self) -> str:
-        """Why the process ended: the last line that it printed."""
+        """Why the process ended: its exit code and the last line that it printed."""
         code = self._process.wait()
         self._said.seek(0)
         lines = [line.strip() for line in self._said if line.strip()]
@@ -113,7 +119,7 @@ def _tiles(tiles: TiledImage, shape: ModelShape) -> dict[str, Any]:
 
 
 def _picture(tiles: TiledImage, shape: ModelShape) -> str:
-    """The picture that the tiles are cut from, as a data: URI."""
+    """The picture that the tiles were cut from, as a data: URI."""
     rows, columns = shape.vision.aspect_ratios[tiles.aspect - 1]
     side = shape.vision.tile
     grid = tiles.data[: rows * columns].reshape(rows, columns, -1, side, side).transpose(0, 3, 1, 4, 2)
@@ -123,9 +129,9 @@ def _picture(tiles: TiledImage, shape: ModelShape) -> str:
 
 
 def _for_mistralrs(shape: ModelShape, checkpoint: Path, folder: Path) -> Path:
-    """The checkpoint as mistralrs reads it: an older config.json, and a tokenizer whose words are `t` and the id.
+    """Convert a checkpoint for mistralrs: an older config.json, and a tokenizer whose words are `t` followed by the id.
 
-    Weights are links. mistralrs takes text alone, so that ids are given as such words.
+    Weights are symbolic links. mistralrs accepts only text, so ids are passed as such words.
     """
     for file in checkpoint.glob("*.safetensors*"):
         (folder / file.name).symlink_to(file.resolve())

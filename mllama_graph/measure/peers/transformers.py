@@ -1,4 +1,4 @@
-"""A process that runs transformers in one setting: a case a line in, its times a line out."""
+"""The program of a process that runs transformers: reads one case per line, and writes its times as one line."""
 
 import base64
 import json
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from transformers import CompileConfig, MllamaForConditionalGeneration
 
-# Decode steps of a generation that compiles its graph: they trace it, and trace it again as its shapes turn out to vary.
+# Decode steps that compile a frozen graph: the first traces it, the second traces it again since shapes changed.
 COMPILING_STEPS = 2
 
 
 def main(setting: dict[str, Any], folder: str, device: str) -> None:
-    """Load the checkpoint of a folder and serve cases till there are no more."""
-    # What libraries print, past Python or not, is no answer.
+    """Load the checkpoint in `folder` and serve cases until stdin ends."""
+    # Libraries print to stdout, also from native code; only answers may go to the real stdout.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -33,9 +33,9 @@ def main(setting: dict[str, Any], folder: str, device: str) -> None:
 
 
 def generate(model: Any, setting: dict[str, Any], case: dict[str, Any]) -> dict[str, Any]:
-    """A greedy generation of the whole batch, the clock read at each step's logits; steps that compile are not told."""
+    """Generate greedily for the whole batch, timing each step. Steps that compile a frozen graph are left out."""
     if setting["freezing"]:
-        # A frozen graph holds the cache of the generation that compiled it.
+        # A frozen graph contains the KV cache of the generation that compiled it, so it can't be used again.
         torch._dynamo.reset()
     vision, ids = model.config.vision_config, torch.tensor(case["ids"])
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
