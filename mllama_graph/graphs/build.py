@@ -1,4 +1,4 @@
-"""Compilation of a step by Inductor, with less C++ for a CPU graph whose every operation is a kernel of ours.
+"""Compilation of a step by Inductor, with less C++ for a CPU graph that consists only of our kernels.
 
 The nodes of such a graph only call operators or view tensors. Inductor generates the calls, and `GraphOfCalls` puts
 native/graph.h before them instead of torch's headers and runtime: g++ takes 1.7 s per graph, compared with 10 s for

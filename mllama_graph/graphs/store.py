@@ -85,7 +85,7 @@ class GraphStore:
         return any(payload_of(folder / key) for folder in {self.folder, self._written})
 
     def find(self, key: str) -> tuple[Path | None, str | None]:
-        """(path of the payload of an intact entry or None, what is wrong with a damaged entry or None)."""
+        """Look up an entry: (path of its payload, None) if it is intact, else (None, its fault or None)."""
         fault = None
         for folder in (self._written, self.folder):
             entry = folder / key

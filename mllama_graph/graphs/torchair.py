@@ -119,7 +119,7 @@ def compile_step(step: nn.Module, name: str, inputs: list[Tensor], options: dict
     `name` is the graph's. Raises torchair's errors for what it can't lower.
     """
     run, file = _cached(step, name, options, folder)
-    # torchair warns about each of its options; conf/backend/torchair.yaml documents what matters of that.
+    # torchair warns about each of its options, which conf/backend/torchair.yaml explains: the log suffices.
     with warnings.catch_warnings(record=True) as said:
         run(*inputs)
     for warning in said:

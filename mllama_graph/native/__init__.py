@@ -24,7 +24,7 @@ from mllama_graph.native import operators
 from mllama_graph.native.operators import OPERATORS
 
 SOURCE = Path(__file__).parent
-# Flags of each library besides those of all. `kernels` and `collectives` use only torch's stable ABI.
+# Additional compiler flags of each library. `kernels` and `collectives` use only torch's stable ABI.
 LIBRARIES = {
     "kernels": ("-O3", "-DTORCH_TARGET_VERSION=0x020d000000000000"),
     "collectives": ("-O3", "-DTORCH_TARGET_VERSION=0x020d000000000000"),
@@ -187,7 +187,7 @@ def run_compiler(command: list[str], what: str) -> None:
 
 
 def _flags(name: str) -> list[str]:
-    # Products and sums are never contracted into FMAs, so that every build rounds alike.
+    # The compiler must not contract products and sums into FMAs, so that every build rounds alike.
     machine = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
     return [*LIBRARIES[name], machine, "-ffp-contract=off", "-std=c++20", "-fPIC", "-shared", "-w"]
 
