@@ -1,1 +1,1 @@
-"""What every other room may use: the configuration, errors, the machine, what a person sees. Imports no torch."""
+"""Foundations of all other packages: configuration, errors, host properties and reporting. Imports no torch."""

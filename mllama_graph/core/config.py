@@ -1,7 +1,7 @@
-"""The configuration of a run as a tree of dataclasses: what the user asked for, as Hydra fills it.
+"""The configuration of a run as a tree of dataclasses: what the user requested, as Hydra fills it.
 
-Hydra takes `Run` as the schema of conf/config.yaml, so that an unknown key or a value of the wrong type is refused before
-anything else happens. Nothing here imports torch or Hydra. plan/resolve.py turns a `Run` into a `ResolvedRun`, once.
+Hydra takes `Run` as the schema of conf/config.yaml, so that an unknown key or a value of the wrong type is rejected
+before anything else happens. Nothing here imports torch or Hydra. plan/resolve.py turns a `Run` into a `ResolvedRun`.
 """
 
 from dataclasses import dataclass, field, fields, replace
@@ -23,9 +23,10 @@ TOPOLOGIES = ("BFS", "DFS", "RDFS", "StableRDFS")
 
 @dataclass
 class ModelChoice:
-    """One option of conf/model/. `config` holds released shapes in the form of a checkpoint's config.json.
+    """One option of conf/model/. `config` holds a released model's shapes in the form of config.json.
 
-    weights, image and prompt are defaults for runs that give none; a path that begins with package: lies in this package.
+    `weights`, `image` and `prompt` are defaults for runs that give none. A path that begins with package: is relative
+    to this package's folder.
     """
 
     name: str = "custom"
@@ -53,12 +54,12 @@ class BackendChoice:
     """One option of conf/backend/."""
 
     name: str = "auto"
-    # CPU kernels: our native C++, or plain torch as the backend compiles it.
+    # CPU kernels: the native C++ ones, or plain torch compiled by the backend.
     kernels: str = "auto"
-    # Options handed to Inductor unchanged (names of torch._inductor.config).
+    # Options passed to Inductor unchanged (names from torch._inductor.config).
     inductor: dict[str, Any] = field(default_factory=dict)
     torchair: TorchairChoice = field(default_factory=TorchairChoice)
-    # Variables set before torch_npu is imported; a variable that the environment already has wins.
+    # Variables set before torch_npu is imported; a value that is already in the environment takes precedence.
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -66,7 +67,7 @@ class BackendChoice:
 class HardwareChoice:
     """One option of conf/hardware/: peak rates per second and sizes in bytes, from which latencies are modelled.
 
-    `device` is the device= that it stands for; the dtypes that are stored and computed in follow from it.
+    `device` is the matching value of device=, which decides the storage and compute dtypes.
     """
 
     name: str = ""
@@ -79,9 +80,9 @@ class HardwareChoice:
 
 @dataclass
 class TaskOptions:
-    """The keys that one task has of its own, as `task.KEY`. Each task's subclass is in tasks/options.py."""
+    """Keys that belong to one task, given as `task.KEY`. tasks/options.py has a subclass for each task."""
 
-    # What a task needs: ranks that run the model; the model's shapes and files, in one process; or neither.
+    # What a task needs: ranks that run the model; the model's shapes and files in one process; or nothing.
     RANKS: ClassVar[str] = "ranks"
     MODEL: ClassVar[str] = "model"
     NOTHING: ClassVar[str] = "nothing"
@@ -89,24 +90,24 @@ class TaskOptions:
     name: str = "generate"
 
     def needs(self, device: Device) -> str:
-        """One of RANKS, MODEL and NOTHING. Raises UserError where the task can't run on the device."""
+        """Return RANKS, MODEL or NOTHING. Raises UserError if the task can't run on the device."""
         return self.RANKS
 
     def check(self) -> None:
-        """Raises UserError for a value that no model could make right."""
+        """Raises UserError for a value that is invalid for every model."""
 
     def prepared(self, run: "Run") -> "Run":
-        """A copy of the run with the limits and defaults that this task implies; a task that implies none returns `run`."""
+        """Return a copy of `run` with the limits and defaults of this task, or `run` itself if it has none."""
         return run
 
     def images_asked(self, run: "Run") -> int:
-        """The most images that one request of the run will have, as far as that is known."""
+        """The most images in any request of the run, as far as known."""
         return 0
 
 
 @dataclass
 class PlanChoice:
-    """The bucket plan (plan/buckets.py). A null is derived from batch and the lengths."""
+    """The bucket plan (plan/buckets.py). A null value is derived from the batch size and the lengths."""
 
     page_size: int = 128
     prefill_tokens: list[int] | None = None
@@ -115,7 +116,7 @@ class PlanChoice:
     images: list[int] | None = None
     num_pages: int | None = None
     num_images: int | None = None
-    # A stored graph of a larger bucket serves a step at up to this many times the modelled cost of the exact bucket.
+    # A stored graph of a larger bucket is used if its modelled cost is at most this many times the exact bucket's.
     reuse: float = 1.25
     # What happens to a step whose graph is not in the store.
     compile: str = "background"
@@ -123,7 +124,7 @@ class PlanChoice:
 
 @dataclass
 class Run:
-    """All keys of a run. conf/config.yaml explains each of them in a line."""
+    """All keys of a run. conf/config.yaml explains each in one line."""
 
     model: ModelChoice = field(default_factory=ModelChoice)
     weights: str | None = None
@@ -139,7 +140,7 @@ class Run:
     image: Any = None
     system: str | None = None
     requests: str | None = None
-    # Short names of keys that tasks own; null leaves the task's own key alone.
+    # Short names for keys of tasks; null leaves the task's own key unchanged.
     batch_sizes: list[int] | None = None
     lengths: list[int] | None = None
     peers: Any = None
@@ -163,7 +164,7 @@ class Run:
     output_dir: str | None = None
 
 
-# Keys of tasks that users may also give at the top level, and which tasks have them.
+# Keys of tasks that are also accepted at the top level, and the error message for a task that lacks them.
 SHORT_NAMES = {
     "batch_sizes": "only task=bench, profile and roofline serve batches of given sizes. Choose one of them",
     "lengths": "only task=bench, profile and roofline serve prompts of given lengths. Choose one of them",
@@ -174,9 +175,9 @@ SHORT_NAMES = {
 
 
 def with_task_keys(run: Run) -> Run:
-    """The run with short names such as batch_sizes= moved to the keys of the task that owns them.
+    """Return the run with short names such as batch_sizes= moved to the keys of its task.
 
-    Raises UserError where the task has no such key.
+    Raises UserError if the task has no such key.
     """
     given = {name: value for name in SHORT_NAMES if (value := getattr(run, name)) is not None}
     own = {entry.name for entry in fields(run.task)}
@@ -188,19 +189,19 @@ def with_task_keys(run: Run) -> Run:
 
 
 def one_of(key: str, value: Any, choices: tuple[Any, ...]) -> None:
-    """Raises UserError where a value is not one of the choices."""
+    """Raises UserError if `value` is not one of `choices`."""
     if value not in choices:
         raise UserError(f"{key}={value} is not one of {', '.join(map(str, choices))}.")
 
 
 def at_least(key: str, value: float, least: float) -> None:
-    """Raises UserError where a value is below its least."""
+    """Raises UserError if `value` is below `least`."""
     if value < least:
         raise UserError(f"{key}={value} must be at least {least}.")
 
 
 def check(run: Run) -> None:
-    """Refuse values that no checkpoint could make right.
+    """Reject values that are invalid for every checkpoint.
 
     Raises UserError with the value, the rule and the remedy.
     """

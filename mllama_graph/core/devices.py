@@ -1,7 +1,7 @@
-"""The kinds of device that a run can be on, and what is known of each before torch is imported.
+"""The supported kinds of device, and their properties that are known before torch is imported.
 
-A new kind of device is an entry of DEVICES here and a Backend in engine/device.py; no other file decides anything by a
-device's name.
+To add a kind of device, add an entry to DEVICES here and a Backend in engine/device.py. Outside of ops/, graphs/,
+ascend/ and plan/resolve.py, no other code depends on a device's name.
 """
 
 import importlib.util
@@ -17,53 +17,53 @@ from mllama_graph.core.errors import UserError
 
 @dataclass(frozen=True)
 class Paging:
-    """Limits of a device's attention kernels on K/V pages. The defaults limit nothing."""
+    """Limits that a device's attention kernels put on K/V pages. The defaults impose none."""
 
     # A page holds a multiple of this many tokens, and at most `largest_page`.
     page_multiple: int = 1
     largest_page: int | None = None
-    # Whether the kernel counts the pages of all sequences together, shared ones once for each sequence that reads them.
+    # Whether the pool must have as many pages as all sequences read, shared pages counted once per sequence.
     counts_every_reader: bool = False
 
 
 @dataclass(frozen=True)
 class Device:
-    """One kind of device, as device= names it."""
+    """One kind of device, named by device=."""
 
     name: str
-    # Compiler backends that run on it, the default first.
+    # Compiler backends that support it, the default first.
     backends: tuple[str, ...] = ("inductor", "eager")
-    # The environment variable that selects devices, and the prefix of their files in /dev, whose names end in a number.
+    # The environment variable that selects devices, and the prefix of their numbered files in /dev.
     variable: str | None = None
     files: str = ""
-    # Whether the variable takes numbers alone; CUDA's also takes UUIDs.
+    # Whether the variable takes only numbers; CUDA's also takes UUIDs.
     numbered: bool = False
-    # A Python package without which the device can't be used, and the extra that installs it.
+    # The Python package that the device requires, and the extra that installs it.
     package: str | None = None
     extra: str = ""
-    # Ranks share the host's memory, instead of having a device's own.
+    # Ranks share the host's memory instead of having device memory.
     on_host: bool = False
-    # Executed by an interpreter on the CPU: nothing can be timed, and processes are started with stub libraries.
+    # Simulated by an interpreter on the CPU: times mean nothing, and processes are started with stub libraries.
     simulated: bool = False
-    # Each rank compiles its own graphs, over its own weights, when it loads them.
+    # Each rank compiles its own graphs, bound to its own weights, when it loads them.
     compiles_on_rank: bool = False
-    # Our C++ kernels and our shared-memory collectives run on it.
+    # The C++ kernels and the shared-memory collectives of native/ run on it.
     native: bool = False
-    # dtype=auto: dtypes stored otherwise than the checkpoint stores them, and the dtype that is computed in, if fixed.
+    # dtype=auto: checkpoint dtype -> storage dtype, where they differ; and the compute dtype, if it is fixed.
     stores: Mapping[str, str] = field(default_factory=dict)
     computes: str | None = None
     refused_dtypes: tuple[str, ...] = ()
     paging: Paging = Paging()
 
     def precision(self, dtype: str, stored: str) -> Precision:
-        """What dtype= means on this device for a checkpoint stored in `stored`."""
+        """Storage and compute dtypes of this device for dtype= and a checkpoint stored in `stored`."""
         if dtype != "auto":
             return Precision(dtype, dtype)
         kept = self.stores.get(stored, stored)
         return Precision(kept, self.computes or kept)
 
     def visible(self, environment: Mapping[str, str] = os.environ) -> list[str]:
-        """The devices that a run may use, in order. Raises UserError for a variable that makes no sense."""
+        """The devices that a run may use, in order. Raises UserError if the environment variable is invalid."""
         assert self.variable is not None, f"{self.name} has no devices to choose from"
         present = sorted(
             (path.name.removeprefix(self.files) for path in Path("/dev").glob(f"{self.files}[0-9]*")), key=int
@@ -79,7 +79,7 @@ class Device:
         return chosen
 
     def check_count(self, ranks: int, environment: Mapping[str, str] = os.environ) -> None:
-        """Raises UserError where `ranks` ranks of this host see fewer devices."""
+        """Raises UserError if fewer than `ranks` devices are visible on this host."""
         if self.variable is None:
             return
         devices = self.visible(environment)
@@ -91,7 +91,7 @@ class Device:
             )
 
     def check_package(self) -> None:
-        """Raises UserError where the package that the device needs is not installed."""
+        """Raises UserError if the Python package that the device requires is not installed."""
         if self.package and not importlib.util.find_spec(self.package):
             raise UserError(
                 f"device={self.name} needs {self.package}, which is not installed. Install it with: "
@@ -99,11 +99,11 @@ class Device:
             )
 
 
-# On a CPU weights stay as they are stored and are computed in fp32: few CPUs multiply 16-bit types faster than fp32,
-# all of them read the narrower type faster.
+# On a CPU, weights keep the checkpoint's dtype and are computed in fp32: few CPUs multiply 16-bit types faster than
+# fp32, but all of them read the narrower type faster.
 CPU = Device("cpu", on_host=True, native=True, computes="fp32")
 CUDA = Device("cuda", variable="CUDA_VISIBLE_DEVICES", files="nvidia")
-# Attention on an NPU takes 16-bit types only. Pages: docs npu_fused_infer_attention_score, for several query rows.
+# NPU attention takes only 16-bit types. Page limits: docs of npu_fused_infer_attention_score, for several query rows.
 _NPU_PAGING = Paging(page_multiple=128, largest_page=512, counts_every_reader=True)
 NPU = Device(
     "npu",
@@ -134,7 +134,7 @@ DEVICES = {device.name: device for device in (CPU, CUDA, NPU, NPU_SIM)}
 
 
 def detect() -> Device:
-    """What device=auto means on this machine: an NPU, else a CUDA device, else the CPU."""
+    """The device that device=auto selects on this machine: an NPU, else a CUDA device, else the CPU."""
     if NPU.visible({}) and importlib.util.find_spec("torch_npu"):
         return NPU
     return CUDA if CUDA.visible({}) and not metadata.version("torch").endswith("+cpu") else CPU

@@ -1,22 +1,22 @@
-"""Names and sizes of the dtypes that weights, activations and pages come in. No torch."""
+"""Names and sizes of the dtypes of weights, activations and pages. Imports no torch."""
 
 from dataclasses import dataclass
 
-# What dtype= accepts, and bytes per element of each dtype.
+# Bytes per element of each dtype, and the values that dtype= accepts.
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 DTYPES = ("auto", *BYTES)
 
-# The names that safetensors headers use, and ours.
+# Names of dtypes in safetensors headers -> names in this package.
 SAFETENSORS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 
-# A weight stored narrower than it is computed in is widened while it is read, for products of up to this many rows;
-# for more rows it is widened once, ahead of a GEMM. Read while tracing (ops/plain.py) and by the memory plan.
+# A weight whose storage dtype is narrower than the compute dtype is widened inside a product of up to this many rows;
+# for more rows it is widened once, before a GEMM. Read while tracing (ops/plain.py) and by the memory plan.
 WIDEN_ROWS = 8
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Dtypes by name. store: of the weights. compute: of activations and pages."""
+    """Dtypes by name. store: dtype of the weights. compute: dtype of activations and pages."""
 
     store: str
     compute: str

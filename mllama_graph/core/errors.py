@@ -1,16 +1,16 @@
-"""The errors that end a run with one line, and what each of them means for its exit code."""
+"""The errors that end a run with a one-line message, and their exit codes."""
 
 
 class UserError(Exception):
-    """A mistake that a user can mend: the message gives the value, the rule and the remedy. Exit code 2."""
+    """A mistake that the user can fix; the message gives the value, the rule and the remedy. Exit code 2."""
 
 
 class RankFailed(Exception):
-    """A rank's process failed; the message says which one, how, and where its stack is. Exit code 1."""
+    """A rank's process failed; the message gives the rank, the cause and where its stack trace is. Exit code 1."""
 
 
 class PeerGone(Exception):
-    """Another rank did not answer in time: it died, hangs, or has reported its own failure elsewhere. Exit code 1."""
+    """Another rank did not answer in time: it died, hangs, or has failed with an error of its own. Exit code 1."""
 
 
 class Interrupted(Exception):

@@ -1,4 +1,4 @@
-"""The machine that a run is on: cores, memory, processor, and this process's age. No torch."""
+"""Properties of the host: cores, memory and processor; and this process's age. Imports no torch."""
 
 import contextlib
 import hashlib
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
-# The cores that this process may run on, before any rank is bound to some of them.
+# The cores that this process may run on, read before a rank is pinned to some of them.
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
@@ -18,9 +18,9 @@ CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else
 def block_sigint() -> Iterator[None]:
     """Start child processes with SIGINT blocked: Ctrl-C reaches the whole process group, and their parent handles it.
 
-    Children inherit the blocked mask. Ignoring the signal instead would lose a Ctrl-C in a process with several threads:
-    any thread may take an ignored signal and drop it. A blocked one is delivered to another thread or stays pending
-    (signal(7)).
+    Children inherit the blocked mask. Ignoring the signal instead would lose a Ctrl-C in a multithreaded process: any
+    thread may receive an ignored signal and drop it, while a blocked one is delivered to another thread or stays
+    pending (signal(7)).
     """
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -30,12 +30,12 @@ def block_sigint() -> Iterator[None]:
 
 
 def raise_interrupt(signum: int, frame: object) -> None:
-    """A signal handler that ends a task as Ctrl-C does."""
+    """Signal handler that ends a task in the same way as Ctrl-C."""
     raise KeyboardInterrupt
 
 
 def available_memory() -> tuple[int, str]:
-    """Bytes of memory that are available, and the source of the figure."""
+    """Available memory in bytes, and the source of the figure."""
     try:
         fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         return int(fields["MemAvailable"].split()[0]) * 1024, "MemAvailable"
@@ -44,15 +44,15 @@ def available_memory() -> tuple[int, str]:
 
 
 def physical_memory() -> int:
-    """Bytes of memory that the machine has."""
+    """Physical memory in bytes."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @lru_cache
 def processor_name(capability: str) -> str:
-    """Model name of the CPU, a hash of its instruction-set flags, and `capability`, the vector width torch uses.
+    """Model name of the CPU, a hash of its instruction-set flags, and `capability`, the vector width that torch uses.
 
-    `capability` is torch.backends.cpu.get_cpu_capability(). What is compiled for one processor may not run on another.
+    `capability` is torch.backends.cpu.get_cpu_capability(). Code compiled for one processor may not run on another.
     """
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -65,9 +65,9 @@ def processor_name(capability: str) -> str:
 
 
 def process_age() -> float | None:
-    """Seconds since this process started, imports included; None where /proc does not tell."""
+    """Seconds since this process started, imports included; None if /proc does not provide it."""
     try:
-        # Field 22 of proc(5), counted behind the name in brackets, which may hold anything: start in ticks since boot.
+        # Field 22 of proc(5), start time in ticks since boot; counted from the last ")", as the name may hold anything.
         started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
         return time.clock_gettime(time.CLOCK_BOOTTIME) - started
     except (OSError, AttributeError, ValueError, IndexError):

@@ -1,15 +1,15 @@
-"""Folders: the package's own, and the user's graph store."""
+"""Paths of the package's folder and of the user's graph store."""
 
 import os
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
-# A path that begins so lies in the package's folder.
+# Prefix of paths that are relative to the package's folder.
 IN_PACKAGE = "package:"
 
 
 def in_package(value: str | None) -> str | None:
-    """A path as it is; one that begins with package: as a path into this package's folder."""
+    """Resolve a path that begins with package: to this package's folder; return any other path unchanged."""
     if value is None or not value.startswith(IN_PACKAGE):
         return value
     return str(PACKAGE / value.removeprefix(IN_PACKAGE))
@@ -21,5 +21,5 @@ def default_store() -> Path:
 
 
 def store_folder(graph_cache: str | None) -> Path:
-    """The graph store of graph_cache=, or the default one."""
+    """The graph store that graph_cache= names, or the default one."""
     return Path(graph_cache).expanduser().absolute() if graph_cache else default_store()

@@ -1,6 +1,6 @@
-"""Where ranks run: each rank's place among the others, its cores, and the port at which they meet. No torch.
+"""Where ranks run: each rank's number, its cores, and the rendezvous port. Imports no torch.
 
-A rank finds its place in the environment variables of torchrun, whether torchrun or our own supervisor started it.
+A rank reads its place from torchrun's environment variables, whether torchrun or the supervisor (launch/) started it.
 """
 
 import os
@@ -13,13 +13,13 @@ from mllama_graph.core.errors import UserError
 
 MASTER_PORT = 20030
 PORTS = range(20000, 20051)
-# Our own variable: the descriptor of the socket that listens at MASTER_PORT.
+# Not one of torchrun's: the file descriptor of the socket that listens at MASTER_PORT.
 LISTENING = "MLLAMA_GRAPH_MASTER_FD"
 
 
 @dataclass(frozen=True)
 class Place:
-    """One rank among `world`, and among the `local_world` of its host."""
+    """One rank's number among all `world` ranks, and among the `local_world` ranks of its host."""
 
     rank: int = 0
     world: int = 1
@@ -32,7 +32,7 @@ class Place:
         return self.local_world == self.world
 
     def environment(self) -> dict[str, str]:
-        """This place as torchrun writes it."""
+        """This place as torchrun's environment variables."""
         return {
             "RANK": str(self.rank),
             "WORLD_SIZE": str(self.world),
@@ -41,12 +41,12 @@ class Place:
         }
 
     def cores(self) -> list[int]:
-        """This rank's cores: an equal part of what the host has; all of them where there are fewer than ranks."""
+        """This rank's cores: an equal share of the host's, or all of them if there are fewer cores than ranks."""
         count = len(machine.CORES) // self.local_world
         return machine.CORES[self.local_rank * count : (self.local_rank + 1) * count] or machine.CORES
 
     def threads(self) -> int:
-        """CPU threads of this rank, so that the ranks of a host don't take more than it has."""
+        """CPU threads of this rank: an equal share of the host's cores, at least 1."""
         return max(1, len(machine.CORES) // self.local_world)
 
 
@@ -56,15 +56,15 @@ class Rendezvous:
 
     address: str
     port: int
-    # A listening socket that rank 0 inherits from the process that chose the port.
+    # File descriptor of the listening socket that rank 0 inherits from the process that chose the port.
     listening: int | None = None
-    # torchrun runs the store itself, and counts how often it has restarted the ranks.
+    # Whether torchrun's agent runs the store, and how often it has restarted the ranks.
     held_by_agent: bool = False
     restarts: int = 0
 
     @staticmethod
     def from_environment(environment: Mapping[str, str] = os.environ) -> "Rendezvous":
-        """As the variables of torchrun and of our supervisor describe it."""
+        """Read the variables that torchrun or the supervisor has set."""
         listening = environment.get(LISTENING)
         return Rendezvous(
             environment["MASTER_ADDR"],
@@ -81,9 +81,9 @@ class Rendezvous:
 
 
 def place_from(environment: Mapping[str, str]) -> Place | None:
-    """The place that torchrun or our supervisor gave this process; None for a process that was started alone.
+    """The place that torchrun or the supervisor gave this process; None for a process that was started alone.
 
-    Raises UserError for variables that make no sense together.
+    Raises UserError if the variables are no numbers or contradict each other.
     """
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if not all(name in environment for name in names):
@@ -96,17 +96,17 @@ def place_from(environment: Mapping[str, str]) -> Place | None:
         raise UserError(f"RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE must be numbers: {error}.") from error
     if not (0 <= rank < world and 0 <= local_rank < local_world <= world):
         raise UserError(
-            f"RANK={rank} WORLD_SIZE={world} LOCAL_RANK={local_rank} LOCAL_WORLD_SIZE={local_world} don't fit "
-            "each other. Start with torchrun, or without these variables."
+            f"RANK={rank} WORLD_SIZE={world} LOCAL_RANK={local_rank} LOCAL_WORLD_SIZE={local_world} contradict "
+            "each other. Start with torchrun, or unset these variables."
         )
     return Place(rank, world, local_rank, local_world)
 
 
 def bind_master_port(environment: Mapping[str, str] = os.environ) -> tuple[socket.socket, str | None]:
-    """A listening socket on this host at MASTER_PORT (20030), and None.
+    """Listen at MASTER_PORT (default 20030) of this host; returns (socket, None).
 
-    Where that port is taken: a socket at a free port of 20000 to 20050, and a line that says so. Raises UserError where
-    all of them are taken.
+    If that port is taken, the socket listens at a free port of 20000 to 20050, and the second item is a message that
+    says so. Raises UserError if all of them are taken.
     """
     given = environment.get("MASTER_PORT", str(MASTER_PORT))
     if not given.isdigit() or not 0 < int(given) < 65536:

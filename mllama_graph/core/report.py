@@ -1,4 +1,4 @@
-"""What a person sees, and what a run leaves on disk: progress, tables, result.json."""
+"""Output for the user: progress bars, tables and result.json."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ PACKAGES = ("torch", "torch_npu", "transformers", "tokenizers", "safetensors", "
 
 
 class Progress:
-    """Progress bars and lines for the reader, on stderr: stdout belongs to the answer."""
+    """Progress bars and lines for the user, on stderr: stdout is reserved for the answer."""
 
     def __init__(self, stream: TextIO | None = None):
         self._stream = stream or sys.stderr
@@ -28,23 +28,23 @@ class Progress:
         self._begun = 0.0
 
     def say(self, line: str) -> None:
-        """One line for the reader, and for run.log."""
+        """Print one line for the user, and log it to run.log."""
         log.info(line.strip())
         tqdm.write(line, file=self._stream)
 
     def weights(self, done: int, total: int) -> None:
-        """Bytes of weights loaded, of how many."""
+        """Show how many bytes of the weights are loaded."""
         self._begun = self._begun or time.perf_counter()
         self._show("weights", done, total, unit="B", unit_scale=True, unit_divisor=1000)
         if done >= total:
             self.say(f"weights: {total / 1e9:.3f} GB in {time.perf_counter() - self._begun:.1f} s")
 
     def graphs(self, done: int, total: int) -> None:
-        """Graphs compiled, of how many."""
+        """Show how many graphs are compiled."""
         self._show("graphs", done, total, unit="graph")
 
     def turns(self, done: int, total: int, what: str) -> None:
-        """Measurements taken, of how many, with the remaining time; `what` is being measured."""
+        """Show how many measurements are done, the remaining time, and `what` is being measured."""
         self._show(
             "measured",
             done,
@@ -68,7 +68,7 @@ class Progress:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that matter; None for a package that is not installed."""
+    """Versions of Python and of the main packages; None for a package that is not installed."""
 
     def version(name: str) -> str | None:
         try:
@@ -80,7 +80,7 @@ def versions() -> dict[str, str | None]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file atomically."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf8")
     aside.replace(path)
@@ -96,7 +96,7 @@ def write_result(
     text: str | None = None,
     token_ids: list[int] | None = None,
 ) -> None:
-    """The run's result.json."""
+    """Write the run's result.json."""
     write_json(
         folder / "result.json",
         {
@@ -113,7 +113,7 @@ def write_result(
 
 
 def write_failure(folder: Path, config: dict[str, Any], message: str) -> None:
-    """Mark result.json as failed; what the task has already written there is kept."""
+    """Mark result.json as failed, and keep what the task has already written there."""
     path = folder / "result.json"
     if not path.is_file():
         write_result(folder, config, status="error", error=message)
@@ -122,18 +122,18 @@ def write_failure(folder: Path, config: dict[str, Any], message: str) -> None:
 
 
 def table(rows: Sequence[tuple[str, str]]) -> str:
-    """Names and values in two aligned columns, indented."""
+    """Format names and values as two aligned, indented columns."""
     lines = tabulate(rows, tablefmt="plain", disable_numparse=True).splitlines()
     return "\n".join(f"  {line}".rstrip() for line in lines)
 
 
 def columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table with a head, each column as wide as its widest cell."""
+    """Format a table with a header row, each column as wide as its widest cell."""
     return tabulate(rows, head, tablefmt="plain", disable_numparse=True)
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table, cells unpadded."""
+    """The lines of a Markdown table, without padding in the cells."""
     return [
         f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |"
         for row in [head, ("---",) * len(head), *rows]

@@ -1,8 +1,8 @@
-"""Worker processes: a ProcessPoolExecutor in a process of its own, which is ended at once with all that it started.
+"""Worker processes: a ProcessPoolExecutor in a process of its own, which can be ended at once with all its children.
 
-The program of that process is `python -m mllama_graph.core.workers FD`. It imports what its workers need and forks them, so
-that an import is paid once; the caller's process, which may hold threads and a device, is never forked, and its main module
-is never imported again.
+That process runs `python -m mllama_graph.core.workers FD`. It imports the modules that the workers need before it forks
+them, so that each import happens once. The caller's process, which may hold threads and a device, is never forked, and
+its main module is never imported again.
 """
 
 import contextlib
@@ -28,15 +28,15 @@ from typing import Any
 from mllama_graph.core.machine import CORES
 from mllama_graph.core.paths import PACKAGE
 
-# What the caller's process does itself goes first.
+# The caller's own work has priority over the workers.
 NICENESS = 5
-# Seconds in which workers that are told to end may remove their temporary folders, and in which all processes are gone.
+# Seconds from SIGTERM to SIGKILL: for workers, which remove their temporary folders, and for the whole pool.
 GRACE_SECONDS, CLOSE_SECONDS = 2, 5
 
 
 @dataclass(frozen=True)
 class _Setup:
-    """What the workers are: how many, modules that are imported before they are forked, and a function that each calls first."""
+    """Settings of a pool. imports: modules imported before forking. begin: function that each worker calls first."""
 
     workers: int
     cores: Sequence[int]
@@ -46,10 +46,10 @@ class _Setup:
 
 
 class WorkerPool:
-    """Processes of their own that run functions, at low priority and on all cores of the machine.
+    """Processes that run functions at low priority, on all cores of the machine.
 
-    Functions and arguments are pickled. `begin` is called once in each worker; `imports` are modules that take long to
-    import; `variables` are added to the environment. The processes end when this one does, however that happens.
+    Functions and arguments are pickled. `begin` is called once in each worker; `imports` are modules that are slow to
+    import; `variables` are added to the environment. The processes end when this one does, however it ends.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class WorkerPool:
         ours, theirs = socket.socketpair()
         paths = filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")])
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **(variables or {})}
-        # A session of its own: Ctrl-C does not reach it.
+        # In a session of its own, Ctrl-C does not reach it.
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", __name__, str(theirs.fileno())],
             env=environment,
@@ -79,7 +79,7 @@ class WorkerPool:
         threading.Thread(target=self._take_results, daemon=True).start()
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> "Future[Any]":
-        """Run a function in a worker. The future raises BrokenProcessPool where any worker of the pool died."""
+        """Run a function in a worker. The future raises BrokenProcessPool if any worker of the pool died."""
         future: Future[Any] = Future()
         with self._lock:
             self._count += 1
@@ -92,7 +92,7 @@ class WorkerPool:
         return future
 
     def close(self) -> None:
-        """End the workers at once, whatever they are doing, with the processes that they have started."""
+        """End the workers and their child processes without waiting for running functions."""
         self._closed = True
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGTERM)
@@ -103,7 +103,7 @@ class WorkerPool:
         self._process.wait()
 
     def _take_results(self) -> None:
-        """In a thread: set the futures, until the processes are gone."""
+        """Thread that sets the futures' results until the processes have ended."""
         try:
             while True:
                 number, result, error = self._connection.recv()
@@ -121,11 +121,11 @@ class WorkerPool:
 
 
 def _serve(descriptor: int) -> None:
-    """Run what the caller sends, in forked workers, until the caller is gone or says to end."""
+    """Run the functions that the caller sends in forked workers, until the caller is gone or SIGTERM arrives."""
     connection = Connection(descriptor)
     setup: _Setup = connection.recv()
     os.nice(NICENESS)
-    # The caller may be a rank that is bound to a few cores.
+    # The caller may be a rank that is pinned to a few cores.
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, setup.cores)
     for name in setup.imports:
@@ -157,7 +157,7 @@ def _raise_exit(signum: int, frame: object) -> None:
 
 
 def _end_group() -> None:
-    """End the workers and what they have started: gently, so that temporary folders are removed, then at once."""
+    """End the workers and their child processes: by SIGTERM, so that they remove temporary folders, then by SIGKILL."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.killpg(0, signal.SIGTERM)
     until = time.monotonic() + GRACE_SECONDS
@@ -169,7 +169,7 @@ def _end_group() -> None:
 
 
 def _pickled(number: int, result: Any, error: BaseException | None) -> bytes:
-    """A message for the caller. An error that can't be pickled becomes its text."""
+    """Pickle a message for the caller. An error that can't be pickled is replaced by a RuntimeError with its text."""
     try:
         return pickle.dumps((number, result, error))
     except Exception:
@@ -177,14 +177,14 @@ def _pickled(number: int, result: Any, error: BaseException | None) -> bytes:
 
 
 def _begin(begin: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
-    """Set up a worker."""
+    """Initialise a worker."""
     signal.signal(signal.SIGTERM, _exit)
     if begin:
         begin(*arguments)
 
 
 def _call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    """Run a function in a worker. A worker that is told to end leaves it by an exception, which removes temporary folders."""
+    """Run a function in a worker. SIGTERM raises an exception in it, so that its temporary folders are removed."""
     try:
         signal.signal(signal.SIGTERM, _raise_exit)
         return function(*arguments)

@@ -1,1 +1,1 @@
-"""Compiled graphs: what one is, how it is compiled, stored, loaded and chosen."""
+"""Compiled graphs: specification, compilation, storage, loading and selection."""

@@ -1,6 +1,6 @@
-"""Ahead-of-time packages of Inductor: tracing a step, compiling it, and running what was compiled.
+"""Inductor's ahead-of-time packages: tracing a step, compiling it, and running the package.
 
-Weights stay outside of packages: every bucket of a run binds the same Parameters.
+Packages contain no weights: all graphs of a run bind the same Parameters.
 """
 
 from collections.abc import Callable
@@ -19,17 +19,17 @@ from mllama_graph.ops.ranks import GROUP
 from mllama_graph.ops.select import ops_for
 from mllama_graph.plan.bucket import Bucket
 
-# Runs a step's graph: the step's arguments in, logits out, or None where a step gives none.
+# Runs a step's graph: takes the step's arguments, returns logits, or None for a step without logits.
 Graph = Callable[..., Tensor | None]
 
 
 def ops_of(spec: GraphSpec) -> Ops:
-    """The operations that a spec's graphs are traced with."""
+    """The operations with which a spec's graphs are traced."""
     return ops_for(spec.device, spec.world_size, spec.collectives, spec.kernels, dict(spec.options).get("mode"))
 
 
 def trace(spec: GraphSpec, bucket: Bucket, shard: Shard | None = None) -> torch.export.ExportedProgram:
-    """A bucket's step of one rank as a whole graph with static shapes. Raises what can't be traced."""
+    """Export one rank's step of a bucket as a whole graph with static shapes. Raises the errors of torch.export."""
     weights = spec.unfilled_weights(shard or Shard(0, spec.world_size))
     inputs = arguments(bucket, spec.example(bucket), *spec.unfilled_pages())
     step = Flat(Step(bucket.phase, weights, spec.shape, ops_of(spec)), inputs)
@@ -37,13 +37,13 @@ def trace(spec: GraphSpec, bucket: Bucket, shard: Shard | None = None) -> torch.
 
 
 def compile_package(spec: GraphSpec, bucket: Bucket, path: Path) -> None:
-    """Compile a bucket's step into a package at `path`. Weights are reserved for tracing, never touched."""
-    # Imports the compiler.
+    """Compile a bucket's step into a package at `path`. Weights are allocated for tracing, but never written."""
+    # This import loads the compiler.
     from mllama_graph.graphs.build import build_package
 
-    # A package runs its loops on as many threads as it was built for; more would read past its buffers.
+    # The generated loops need the number of threads that they were built for: more would overrun their buffers.
     settings = {"cpp.threads": spec.threads} | dict(spec.options)
-    # torch.distributed's collectives are operations of torch.
+    # Whether all nodes call operators of ours: torch.distributed's collectives are torch's.
     calls = spec.kernels == "native" and (spec.world_size == 1 or spec.collectives == "shared_memory")
     build_package(trace(spec, bucket), path, settings, spec.device == "cpu", calls)
 
@@ -52,7 +52,7 @@ _stand_in: torch.distributed.ProcessGroup | None = None
 
 
 def prepare_tracing(spec: GraphSpec, folder: Path) -> None:
-    """Set up a process that traces the graphs of ranks without being a rank. `folder` holds native libraries."""
+    """Prepare a process that is not a rank to trace graphs of ranks. `folder` holds native libraries."""
     global _stand_in
     if spec.kernels == "native":
         native.declare_operators("kernels")
@@ -60,24 +60,25 @@ def prepare_tracing(spec: GraphSpec, folder: Path) -> None:
         native.load("collectives", folder)
         native.declare(spec.world_size)
     elif spec.world_size > 1 and _stand_in is None:
-        # Inductor looks the group up, if only to log its size. The registry does not keep it alive.
-        _stand_in = torch.distributed.ProcessGroup(0, spec.world_size)  # type: ignore[call-arg]  # an overload that the stub lacks
+        # Inductor looks up the group to log its size. The registry does not keep it alive.
+        # torch's stub lacks this overload.
+        _stand_in = torch.distributed.ProcessGroup(0, spec.world_size)  # type: ignore[call-arg]
         torch._C._distributed_c10d._register_process_group(GROUP, _stand_in)
 
 
 class Package:
-    """A loaded package, bound to the run's weights. Imports no compiler."""
+    """A loaded package, bound to the run's weights. Does not import the compiler."""
 
     def __init__(self, path: Path, weights: dict[str, Tensor], captured: bool = False):
-        # The third argument says that one thread runs it at a time, which capturing it in a CUDA graph needs.
+        # The third argument is run_single_threaded, which capturing the package in a CUDA graph requires.
         self._loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", captured, 1, -1)
         names = self._loader.get_constant_fqns()
-        # (constants, into the inactive buffer, all must be given, memory stays ours)
+        # (constants, use_inactive, check_full_update, user_managed)
         self._loader.load_constants({name: weights[name] for name in names}, False, True, True)
 
     @property
     def weight_names(self) -> list[str]:
-        """The weights that the package takes, by their names in `Flat`."""
+        """Names of the weights that the package takes, as in `Flat`."""
         return list(self._loader.get_constant_fqns())
 
     def __call__(self, *inputs: Any) -> Tensor | None:
@@ -86,9 +87,9 @@ class Package:
 
 
 class RankPackage:
-    """A loaded package of a CPU rank, which releases the interpreter lock while it runs, since it may wait for other ranks.
+    """A loaded package of a CPU rank, which releases the GIL while it runs, since it may wait for other ranks.
 
-    A package that waits for gloo would otherwise hold the lock that gloo's own thread needs (pytorch issue 197516).
+    A package that waits for gloo would otherwise hold the GIL that gloo's own thread needs (pytorch issue 197516).
     """
 
     def __init__(self, path: Path, weights: dict[str, Tensor], folder: Path):
@@ -104,7 +105,7 @@ class RankPackage:
 
 
 def load_package(path: Path, weights: dict[str, Tensor], spec: GraphSpec, folder: Path) -> Graph:
-    """A stored graph, ready to be called with a step's arguments. `folder` holds native libraries."""
+    """Load a stored graph, which is called with a step's arguments. `folder` holds native libraries."""
     if spec.world_size > 1 and spec.device == "cpu":
         return RankPackage(path, weights, folder)
     return Package(path, weights, captured=spec.device == "cuda")

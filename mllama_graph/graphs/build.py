@@ -1,8 +1,8 @@
-"""How Inductor compiles a step, and how little C++ that takes on a CPU whose every operation is a kernel of ours.
+"""Compilation of a step by Inductor, with less C++ for a CPU graph that consists only of our kernels.
 
-The nodes of such a graph call operators or view tensors, and do nothing else. Inductor writes the calls, and
-`GraphOfCalls` puts native/graph.h before them instead of torch's headers and runtime: 1.7 s of g++ per graph, where
-Inductor's own source takes 10. Importing this module imports the compiler.
+The nodes of such a graph only call operators or view tensors. Inductor generates the calls, and `GraphOfCalls` puts
+native/graph.h before them instead of torch's headers and runtime: g++ takes 1.7 s per graph, compared with 10 s for
+Inductor's own source. Importing this module imports the compiler.
 """
 
 import contextlib
@@ -27,17 +27,17 @@ HEADER = native.SOURCE / "graph.h"
 
 # For every graph.
 SETTINGS = {
-    # Weights stay outside, one memory for all buckets, and are never folded into a graph.
+    # Weights stay outside the graph, are shared by all buckets, and are never constant-folded.
     "aot_inductor.package_constants_in_so": False,
     "always_keep_tensor_constants": True,
-    # This pass bakes what it computes from one-element weights, the gates, into the graph.
+    # This pass would fold one-element weights (the gates) into the graph.
     "joint_graph_constant_folding": False,
 }
-# For a CPU's graphs. Inductor does not try out whether g++ knows the machine's vectors (3 s). Precompiled headers take
-# 12 s and 280 MB, which is more than they save in a run of three graphs.
+# For CPU graphs. vec_isa_ok skips Inductor's test of whether g++ supports the machine's vectors (3 s). Precompiled
+# headers take 12 s and 280 MB, which is more than they save in a run of three graphs.
 CPU_SETTINGS = {"cpp.vec_isa_ok": True, "aot_inductor.precompile_headers": False}
-# For a graph of calls. There is nothing to fuse in it. O1: without, a decode step of the tiny model takes 6 % longer, and
-# g++ half a second less.
+# For a graph of calls, which has nothing to fuse. Without O1, a decode step of the tiny model takes 6 % longer, and g++
+# 0.5 s less.
 CALLS_SETTINGS = {
     "pattern_matcher": False,
     "use_pre_grad_passes": False,
@@ -49,7 +49,7 @@ CALLS_SETTINGS = {
 
 
 class GraphOfCalls(CppWrapperCpu):
-    """Writes a graph's C++ for native/graph.h."""
+    """Generates a graph's C++ code on top of native/graph.h."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class GraphOfCalls(CppWrapperCpu):
             """)
 
     def _write_entry_point_postamble(self) -> None:
-        """Kernels that Inductor generates would be named here; there are none."""
+        """Inductor would declare its generated kernels here; a graph of calls has none."""
 
     def _codegen_aoti_model_class(self) -> None:
         graph = V.graph
@@ -85,7 +85,7 @@ class GraphOfCalls(CppWrapperCpu):
 
 @contextlib.contextmanager
 def _written_by(wrapper: type[CppWrapperCpu]) -> Iterator[None]:
-    """Have Inductor write what a CPU runs with another class than its own."""
+    """Have Inductor generate CPU code with `wrapper` instead of its own class."""
     init_backend_registration()
     before = device_codegens["cpu"]
     register_backend_for_device("cpu", before.scheduling, before.wrapper_codegen, wrapper)
@@ -98,17 +98,17 @@ def _written_by(wrapper: type[CppWrapperCpu]) -> Iterator[None]:
 def build_package(
     program: torch.export.ExportedProgram, path: Path, settings: dict[str, Any], cpu: bool, calls: bool
 ) -> None:
-    """Compile a traced step into a package at `path`. `calls`: its nodes call operators of ours or view tensors."""
+    """Compile a traced step into a package at `path`. `calls`: all nodes call our operators or view tensors."""
     settings = SETTINGS | (CPU_SETTINGS if cpu else {}) | settings
     with warnings.catch_warnings():
-        # torch's own deprecations inside export; nothing that a reader could act on.
+        # torch's own deprecations inside export, which a user can't act on.
         warnings.simplefilter("ignore", FutureWarning)
         if calls:
             try:
                 with _written_by(GraphOfCalls):
                     return _package(program, path, CALLS_SETTINGS | settings)
             except (InductorError, AttributeError) as error:
-                # A torch that writes graphs in another way than 2.13 does.
+                # Another torch version may generate different code from 2.13.
                 log.warning("a graph needs more than native/graph.h has; compiling it with torch's headers: %s", error)
         _package(program, path, settings)
 

@@ -1,7 +1,7 @@
-"""Compiling graphs into the store beside the run, in worker processes.
+"""Compilation of graphs into the store by worker processes, concurrently with the run.
 
-Workers keep the compiler out of the run: neither its imports nor its hold on the interpreter delay the steps being served.
-They hold no weights.
+Workers keep the compiler out of the run's process: neither its imports nor its use of the GIL delay steps. They hold no
+weights.
 """
 
 import os
@@ -22,15 +22,15 @@ from mllama_graph.graphs.spec import GraphSpec
 from mllama_graph.graphs.store import PACKAGE, GraphStore, bytes_of, key_of
 from mllama_graph.plan.bucket import Bucket
 
-# Compiling one graph takes up to about 1 GB with its C++ compiler.
+# Compiling one graph takes up to about 1 GB, C++ compiler included.
 MOST_WORKERS = 4
-# Imports the compiler, and is imported by workers alone.
+# Imports the compiler; only workers import it.
 BUILD = "mllama_graph.graphs.build"
 
 
 @dataclass(frozen=True)
 class Record:
-    """What became of one graph, for result.json. `source` is hit, compiled or traced."""
+    """The outcome for one graph, for result.json. `source` is hit, compiled or traced."""
 
     phase: str
     bucket: str
@@ -41,9 +41,9 @@ class Record:
 
 
 def compile_into(folder: Path, spec: GraphSpec, bucket: Bucket, expected: str) -> float:
-    """Put a bucket's graph into the store at `folder`; the seconds of compiling, 0 if another process has done it.
+    """Compile a bucket's graph into the store at `folder`; returns the seconds, 0 if another process has done it.
 
-    Raises RuntimeError where `expected`, the key that the run computed, is not the key that this process computes.
+    Raises RuntimeError if this process computes another key than `expected`, the key that the run computed.
     """
     store, fields = GraphStore(folder), key_fields(spec, bucket)
     aot.prepare_tracing(spec, folder)
@@ -61,29 +61,29 @@ def compile_into(folder: Path, spec: GraphSpec, bucket: Bucket, expected: str) -
 
 
 class GraphCompiler:
-    """Compiles buckets of one spec into the store, in the background. `say` gets lines that a person should see."""
+    """Compiles buckets of one spec into the store, in the background. `say` prints a line for the user."""
 
     def __init__(self, spec: GraphSpec, store: GraphStore, say: Callable[[str], None]):
         self.spec, self.store, self.say = spec, store, say
         self.records: list[Record] = []
         self._pool: WorkerPool | None = None
         self._jobs: dict[Future[float], Bucket] = {}
-        # Buckets whose worker may have died of them once; they are tried a second time.
+        # Buckets that were unfinished when a worker died; each is tried a second time.
         self._suspects: set[Bucket] = set()
         self._told_why = False
 
     @property
     def requested(self) -> set[Bucket]:
-        """Buckets that are being compiled, or wait for a worker."""
+        """Buckets that are being compiled or wait for a worker."""
         return set(self._jobs.values())
 
     @property
     def pending(self) -> int:
-        """Number of graphs that are not compiled yet."""
+        """Number of requested graphs that are not compiled yet."""
         return len(self._jobs)
 
     def stored(self, bucket: Bucket) -> Path | None:
-        """The bucket's graph where the store holds it whole; an altered entry is reported."""
+        """Path of the bucket's graph, or None if the store lacks it; a damaged entry is reported."""
         name = key(self.spec, bucket)
         path, fault = self.store.find(name)
         if fault:
@@ -91,12 +91,12 @@ class GraphCompiler:
         return path
 
     def compile(self, bucket: Bucket) -> bool:
-        """Have a bucket compiled, unless it is already. False where there is no C++ compiler, which is reported once."""
+        """Request a bucket's graph, at most once. Returns False if there is no C++ compiler, which is reported once."""
         if self.spec.device == "cpu" and (missing := native.missing_compiler()):
             if not self._told_why:
                 self.say(
-                    f"{missing} Steps whose graph is not in the store run uncompiled, with torch's kernels where ours are not "
-                    "built: slower."
+                    f"{missing} Steps whose graph is not in the store run uncompiled, with torch's kernels if the "
+                    "native ones are not built, which is slower."
                 )
             self._told_why = True
             return False
@@ -105,7 +105,7 @@ class GraphCompiler:
         return True
 
     def collect(self, timeout: float = 0.0) -> list[tuple[Bucket, str | None]]:
-        """(bucket, error or None) of graphs that ended since; waits up to `timeout` seconds for the first of them."""
+        """(bucket, error or None) of each graph that finished since; waits up to `timeout` seconds for the first."""
         done = wait(self._jobs, timeout, FIRST_COMPLETED).done if self._jobs else set()
         ended = [(self._jobs.pop(future), future) for future in done]
         results = [
@@ -118,7 +118,7 @@ class GraphCompiler:
         return results
 
     def close(self) -> None:
-        """Stop compiling. Entries are written whole, so that none is left half done."""
+        """Stop compiling. Entries are written atomically, so that none is left incomplete."""
         if self._pool:
             self._pool.close()
 
@@ -130,13 +130,13 @@ class GraphCompiler:
         self._jobs[future] = bucket
 
     def _take(self, bucket: Bucket, future: "Future[float]") -> str | None:
-        """Record a job's end; its error or None."""
+        """Record a finished job; returns its error or None."""
         if error := future.exception():
             text = f"{type(error).__name__}: {error}".splitlines()[0]
             self.say(f"{bucket} could not be compiled: {text}")
             return text
         seconds, name = future.result(), key(self.spec, bucket)
-        # 0 seconds: another process that needed the same graph was first.
+        # 0 seconds: another process compiled the same graph first.
         source = "compiled" if seconds else "hit"
         size = bytes_of(self.store.written / name / PACKAGE)
         self.records.append(Record(bucket.phase, str(bucket), source, round(seconds, 3), size, name))
@@ -144,9 +144,9 @@ class GraphCompiler:
         return None
 
     def _retry(self, broken: list[Bucket]) -> list[tuple[Bucket, str | None]]:
-        """After a worker died, which ends its whole pool: compile the others' buckets in a new pool.
+        """Compile unfinished buckets in a new pool, after a worker died and with it the whole pool.
 
-        Which bucket killed it is not known, so each is tried twice.
+        It is not known which bucket killed the worker, so each is tried twice.
         """
         broken += self._jobs.values()
         self._jobs = {}

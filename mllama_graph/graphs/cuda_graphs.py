@@ -1,8 +1,7 @@
 """Steps captured into CUDA graphs: a decode step is replayed as one launch.
 
-`Cuda` is all that is asked of torch.cuda, so that tests can put a stand-in there. Nothing here has ever run on a GPU:
-what is tested is which inputs are copied where, on a CPU; capture, replay, pinned copies and what happens after a
-failed capture are not.
+`Cuda` wraps all uses of torch.cuda, so that tests can replace it. Nothing here has ever run on a GPU: tests on a CPU
+cover which inputs are copied where; capture, replay, pinned copies and the state after a failed capture are not tested.
 """
 
 from collections.abc import Callable
@@ -12,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-# Runs before a capture: libraries set themselves up and allocate then, which a capture can't hold.
+# Runs before a capture: libraries initialise and allocate memory in them, which a capture can't contain.
 WARM_UPS = 3
-# Bytes at which an input begins in the buffer of inputs: what torch's own allocator keeps, and kernels expect at most.
+# Alignment of each input in the input buffer, in bytes: that of torch's allocator, and the most that kernels expect.
 ALIGNMENT = 512
 
 
 class Cuda:
-    """The device, its stream of captures, and the memory pool that all captured steps of a process share."""
+    """The device, its capture stream, and the memory pool that all captured steps of a process share."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -31,19 +30,19 @@ class Cuda:
         return torch.zeros(size, dtype=torch.uint8, device=self.device)
 
     def pinned(self, size: int) -> Tensor:
-        """`size` bytes of the host that the device copies from while the host goes on."""
+        """`size` bytes of pinned host memory, from which copies to the device are asynchronous."""
         return torch.zeros(size, dtype=torch.uint8, pin_memory=True)
 
     def on_host(self, leaf: Tensor) -> bool:
-        """Whether an input must be brought to the device."""
+        """Whether an input must be copied to the device."""
         return leaf.device.type == "cpu"
 
     def event(self) -> Any:
-        """Has record(), on the current stream, and synchronize(), which returns at once where nothing was recorded."""
+        """An event: record() on the current stream; synchronize() returns at once if nothing was recorded."""
         return torch.cuda.Event()
 
     def warm_up(self, run: Callable[[], Any]) -> None:
-        """Run on the stream that captures."""
+        """Run WARM_UPS times on the capture stream."""
         current = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -52,9 +51,9 @@ class Cuda:
         current.wait_stream(self._stream)
 
     def capture(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        """The replay of a run, and its output, which each replay overwrites.
+        """Capture a run; returns its replay and its output, which each replay overwrites.
 
-        Raises RuntimeError where the run can't be captured.
+        Raises RuntimeError if the run can't be captured.
         """
         graph = torch.cuda.CUDAGraph()
         # Other threads may call CUDA meanwhile, as NCCL's watchdog does.
@@ -68,12 +67,12 @@ def _signature(leaf: Any) -> tuple | None:
 
 
 def _aligned(leaf: Tensor) -> int:
-    """Bytes of a tensor and of the gap behind it."""
+    """Bytes of a tensor, rounded up to ALIGNMENT."""
     return -(-leaf.numel() * leaf.element_size() // ALIGNMENT) * ALIGNMENT
 
 
 def _views(buffer: Tensor, leaves: list[Tensor | None]) -> list[Tensor | None]:
-    """Tensors in `buffer`, one after another, of the shapes and types of `leaves`; None stays None."""
+    """Consecutive views of `buffer` with the shapes and dtypes of `leaves`; None stays None."""
     views: list[Tensor | None] = []
     offset = 0
     for leaf in leaves:
@@ -89,13 +88,13 @@ def _views(buffer: Tensor, leaves: list[Tensor | None]) -> list[Tensor | None]:
 class CapturedStep:
     """A step of one bucket as a CUDA graph: a call copies its first argument, replays, and returns the output.
 
-    `run` is a loaded package or an uncompiled step. `inputs` are its arguments with a `given` that does no harm: the
-    step runs WARM_UPS times on it. `given` is a tree of tensors and None, on the host or on the device; from the
-    host all its tensors go in one copy, out of pinned memory. Pages and other arguments are captured by address, as
-    are the weights inside `run`: calls pass the same objects.
+    `run` is a loaded package or an uncompiled step. `inputs` are its arguments with a harmless `given`, on which the
+    step runs WARM_UPS times. `given` is a tree of tensors and None, on the host or on the device; tensors on the host
+    are copied together, from pinned memory. Pages, other arguments and the weights inside `run` are captured by
+    address: calls must pass the same objects.
 
-    A call waits for nothing but the copy of the call before, where that still runs. The output is valid until the next
-    call of any step that shares `cuda`. Where a step can't be captured, `say` gets a line and its calls run uncaptured.
+    A call waits only for the copy of the previous call, if that is still running. The output is valid until the next
+    call of any step that shares `cuda`. If a step can't be captured, `say` gets a message and its calls run uncaptured.
     """
 
     def __init__(self, run: Callable, inputs: tuple, cuda: Cuda, say: Callable[[str], None]):
@@ -109,7 +108,7 @@ class CapturedStep:
         static = pytree.tree_unflatten(self._static, self._tree)
         self._run, self._output = lambda: run(static, *self._fixed), None
         self._copy(leaves)
-        # What fails here would fail uncaptured as well.
+        # An error here would occur without capture as well.
         cuda.warm_up(self._run)
         try:
             replay, self._output = cuda.capture(self._run)
@@ -120,17 +119,17 @@ class CapturedStep:
 
     @property
     def captured(self) -> bool:
-        """Whether calls are replays."""
+        """Whether calls replay a CUDA graph."""
         return self._replay is not None
 
     def __call__(self, given: Any, *fixed: Any) -> Any:
-        """The step's output. Raises ValueError where an input isn't what the step was captured with."""
+        """Return the step's output. Raises ValueError if an input differs from what the step was captured with."""
         leaves, tree = pytree.tree_flatten(given)
         if tree != self._tree or [_signature(leaf) for leaf in leaves] != self._signatures:
             raise ValueError(self._mismatch(given))
         if len(fixed) != len(self._fixed) or not all(map(_same, fixed, self._fixed)):
             raise ValueError(
-                "pages other than those that the step was captured with: a CUDA graph holds their "
+                "the pages are not those that the step was captured with: a CUDA graph holds their "
                 "addresses. Capture the step again."
             )
         self._copy(leaves)
@@ -160,14 +159,14 @@ class CapturedStep:
         if tree != self._tree:
             return f"inputs of another form than the step's: {tree}, not {self._tree}. Use the inputs of its bucket."
         faults = [
-            f"{pytree.keystr(path) or 'input'} is {_words(_signature(leaf))}, not {_words(signature)}"
+            f"{pytree.keystr(path) or 'input'} is {_described(_signature(leaf))}, not {_described(signature)}"
             for (path, leaf), signature in zip(paths, self._signatures)
             if _signature(leaf) != signature
         ]
         return f"{'; '.join(faults)}: a captured step takes its bucket's shapes. Pad the inputs, or use another bucket."
 
 
-def _words(signature: tuple | None) -> str:
+def _described(signature: tuple | None) -> str:
     return "None" if signature is None else f"{signature[1]} {list(signature[0])}".removeprefix("torch.")
 
 

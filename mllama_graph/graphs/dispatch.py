@@ -1,4 +1,4 @@
-"""Which graph runs a step: decided once for all ranks, from what is loaded, stored, or being compiled."""
+"""Selection of the graph that runs a step, once for all ranks, among those loaded, stored or being compiled."""
 
 import math
 import time
@@ -16,8 +16,8 @@ from mllama_graph.plan.buckets import choose
 class Graphs:
     """Selects the bucket of each step and has its graph compiled at most once.
 
-    `mode` says what a missing graph means. background: while it compiles, its steps run through a larger graph that
-    exists, else uncompiled: the same functions and results, slower. wait: the step waits. never: an error.
+    `mode` decides what happens if a graph is missing. background: while it compiles, its steps run in a larger graph
+    that exists, else uncompiled: the same functions and results, but slower. wait: the step waits. never: an error.
     `compile` tells hosts with stores of their own that a graph will be needed; `load` has every rank load a graph and
     returns when all have.
     """
@@ -47,12 +47,12 @@ class Graphs:
 
     @property
     def compiled_by_ranks(self) -> bool:
-        """Whether ranks compile their own graphs when they load them, instead of worker processes ahead of them."""
+        """Whether each rank compiles its own graphs when it loads them, instead of worker processes ahead of time."""
         return self.spec.backend == "torchair"
 
     @property
     def records(self) -> list[Record]:
-        """What became of each graph so far."""
+        """The outcome for each graph so far."""
         return self.compiler.records
 
     @property
@@ -61,14 +61,14 @@ class Graphs:
         return sorted(map(str, self._failed))
 
     def prefetch(self, need: Bucket) -> None:
-        """Have worker processes compile a graph that holds `need`, ahead of the first step that needs it."""
+        """Have worker processes compile a graph that holds `need`, before the first step that needs it."""
         if self.spec.compiles and not self.compiled_by_ranks:
             self._choose(need)
 
     def select(self, need: Bucket) -> tuple[Bucket, bool]:
-        """The bucket that runs a step needing `need`, and whether its graph is compiled and loaded.
+        """The bucket that runs a step of size `need`, and whether its graph is compiled and loaded.
 
-        Raises UserError where graphs must not be compiled and none holds the step.
+        Raises UserError if graphs must not be compiled and no stored one holds the step.
         """
         if not self.spec.compiles:
             return need, False
@@ -85,7 +85,7 @@ class Graphs:
         return need, False
 
     def drain(self, progress: Callable[[int, int], None]) -> None:
-        """Wait until nothing compiles any more; `progress` gets how many of how many graphs are done."""
+        """Wait until no graph is being compiled; `progress` is called with (graphs done, all graphs)."""
         total = self.compiler.pending
         while self.compiler.pending:
             progress(total - self.compiler.pending, total)
@@ -93,14 +93,14 @@ class Graphs:
         progress(total, total)
 
     def load_exactly(self, bucket: Bucket) -> None:
-        """Have every rank load its own graph of this bucket, or compile it. Raises UserError where it may not be compiled."""
+        """Have every rank load or compile its own graph of this bucket. Raises UserError if it may not be compiled."""
         if bucket in self._ready:
             return
         stored = bucket in self._stored and self.compiler.stored(bucket) is not None
         if not stored:
             if self.mode == "never":
                 raise UserError(
-                    f"{bucket} is not sound in the graph store, and plan.compile=never. Run task=warmup first."
+                    f"{bucket} is missing or damaged in the graph store, and plan.compile=never. Run task=warmup first."
                 )
             self.say(f"compiling {bucket}")
         start, name = time.perf_counter(), key(self.spec, bucket)
@@ -119,20 +119,20 @@ class Graphs:
         )
 
     def _select_from_ranks(self, need: Bucket) -> Bucket:
-        """The bucket that suits a need best, loaded or compiled by every rank; the step waits."""
+        """The best bucket for `need`, after every rank has loaded or compiled its graph; the step waits."""
         best = self._best(need, {*self._ready, *self._stored})
         self.load_exactly(best)
         return best
 
     def _best(self, need: Bucket, known: set[Bucket]) -> Bucket:
-        """The known bucket that suits a need, or the exact one. Raises UserError where a new graph may not be compiled."""
+        """The best known bucket for `need`, or the exact one. Raises UserError if no new graph may be compiled."""
         best = choose(need, known, self.cost, math.inf if self.mode == "never" else self.reuse)
         if best not in known and self.mode == "never":
             raise UserError(f"{best} is not in the graph store, and plan.compile=never. Run task=warmup first.")
         return best
 
     def _choose(self, need: Bucket) -> Bucket:
-        """The bucket that suits a need best; its graph is compiled where it does not exist."""
+        """The best bucket for `need`; its compilation is started if its graph does not exist."""
         known = {*self._ready, *self._stored, *self.compiler.requested, *self._failed}
         best = self._best(need, known)
         if best in known:
@@ -148,12 +148,12 @@ class Graphs:
         return best
 
     def _collect(self, timeout: float = 0.0) -> None:
-        """Take in the graphs that ended compiling."""
+        """Record the graphs whose compilation has ended."""
         for bucket, error in self.compiler.collect(timeout):
             (self._failed if error else self._stored).add(bucket)
 
     def _load(self, bucket: Bucket) -> bool:
-        """Load a stored graph; an altered entry is reported and compiled again."""
+        """Load a stored graph; a damaged entry is reported and compiled again."""
         if bucket not in self._stored:
             return False
         start, name = time.perf_counter(), key(self.spec, bucket)
@@ -161,7 +161,7 @@ class Graphs:
         path = self.compiler.stored(bucket)
         if path is None:
             if self.mode == "never":
-                raise UserError(f"graph {name} ({bucket}) is not sound, and plan.compile=never. Run task=warmup first.")
+                raise UserError(f"graph {name} ({bucket}) is damaged, and plan.compile=never. Run task=warmup first.")
             self.compiler.compile(bucket)
             while self.mode == "wait" and bucket in self.compiler.requested:
                 self._collect(timeout=1.0)

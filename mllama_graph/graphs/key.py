@@ -1,7 +1,7 @@
 """The key of a stored graph: every field that can change what the graph computes or where it can run.
 
-A package checks nothing when it is loaded, not even the CPU's instruction set: its key alone guards it. The source files
-that count are those that tracing and compiling import; they are found by following import statements.
+Loading a package checks nothing, not even the CPU's instruction set: only the key protects from a wrong one. The
+relevant source files are those that tracing and compiling import; they are found by following import statements.
 """
 
 import hashlib
@@ -21,17 +21,17 @@ from mllama_graph.graphs.spec import GraphSpec
 from mllama_graph.graphs.store import key_of
 from mllama_graph.plan.bucket import Bucket
 
-# The modules that trace a step and hand it to a compiler.
+# The modules that trace a step and pass it to a compiler.
 ENTRIES = ("graphs/aot.py", "graphs/torchair.py")
-# What is compiled into a graph and is no Python.
+# Files that are compiled into a graph and are not Python.
 COMPILED_IN = ("native/graph.h",)
-# An import statement of one module, and the names in its list. Parsing the files instead takes 0.1 s of every start.
+# An import statement of one module, and the names in its list. Parsing the files instead adds 0.1 s to every start.
 IMPORT = re.compile(r"^[ \t]*(?:from[ \t]+([\w.]+)[ \t]+import[ \t]+(\([^)]*\)|.*)|import[ \t]+([\w.]+))", re.MULTILINE)
 NAME = re.compile(r"(?:^|[(,])\s*(\w+)")
 
 
 def key_fields(spec: GraphSpec, bucket: Bucket) -> dict[str, Any]:
-    """All that can change the graph of a bucket, readable. The engine's version is not among them: its source is."""
+    """All that can change the graph of a bucket, in readable form; the hash of the source stands for its version."""
     fields: dict[str, Any] = {
         "torch": torch.__version__,
         "source": source_hash(),
@@ -48,7 +48,7 @@ def key_fields(spec: GraphSpec, bucket: Bucket) -> dict[str, Any]:
         "bucket": asdict(bucket),
         "model": asdict(spec.shape),
     }
-    # A graph takes only the pools that it reads or writes.
+    # A graph takes only the page pools that it reads or writes.
     if bucket.phase != "vision":
         fields["num_pages"] = spec.num_pages
     if bucket.image_pages:
@@ -56,12 +56,12 @@ def key_fields(spec: GraphSpec, bucket: Bucket) -> dict[str, Any]:
     if spec.world_size > 1:
         fields["collectives"] = spec.collectives
     if spec.device == "cuda":
-        # Here, since it imports Triton.
+        # Imported here, since it imports Triton.
         from mllama_graph.ops.cuda import triton_version
 
         fields["triton"] = triton_version()
     if spec.backend == "torchair":
-        # Other ranks share their graphs: they differ in weights alone.
+        # With the other backends ranks share their graphs, and differ only in weights.
         fields |= torchair.key_fields() | {"rank": spec.rank}
     return fields
 
@@ -72,7 +72,7 @@ def key(spec: GraphSpec, bucket: Bucket) -> str:
 
 
 def device_name(device: str) -> str:
-    """The device that a graph is compiled for, as exactly as it matters."""
+    """The device that a graph is compiled for, as exactly as the compiled code depends on it."""
     if device == "cpu":
         return processor_name(torch.backends.cpu.get_cpu_capability())
     if device == "cuda":
@@ -92,9 +92,9 @@ def source_hash(package: Path = PACKAGE) -> str:
 
 
 def traced_files(package: Path = PACKAGE) -> list[Path]:
-    """The entries and every file of the package that they import, directly or not, sorted.
+    """The entry modules and every file of the package that they import, directly or indirectly, sorted.
 
-    The package's own __init__.py is left out: it holds the version and names for users, which no graph depends on.
+    The package's own __init__.py is left out: it holds the version and public names, on which no graph depends.
     """
     found: set[Path] = set()
     waiting = [package / entry for entry in ENTRIES]
@@ -108,18 +108,18 @@ def traced_files(package: Path = PACKAGE) -> list[Path]:
 
 
 def _imports(file: Path) -> Iterator[str]:
-    """The dotted names that a file's import statements give, inside functions as well, whether or not they are modules."""
+    """Dotted names in a file's import statements, also inside functions; not all of them are modules."""
     for module, names, imported in IMPORT.findall(file.read_text(encoding="utf-8")):
         if imported:
             yield imported
         else:
             yield module
-            # `from package.room import module`
+            # `from package.subpackage import module`
             yield from (f"{module}.{name}" for name in NAME.findall(names))
 
 
 def _file_of(name: str, package: Path) -> Path | None:
-    """The file of a dotted name, or None where it names no module of the package."""
+    """The file of a dotted name, or None if it is not a module of the package."""
     root, *parts = name.split(".")
     if root != package.name:
         return None

@@ -1,4 +1,4 @@
-"""The graphs that one rank has loaded, and how it loads or compiles another."""
+"""The graphs that one rank has loaded, and how it loads or compiles more."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from mllama_graph.plan.bucket import Bucket
 
 
 class LoadedGraphs(ABC):
-    """What one rank can run."""
+    """The graphs that one rank can run."""
 
     def __init__(
         self,
@@ -37,19 +37,19 @@ class LoadedGraphs(ABC):
 
     @abstractmethod
     def compile(self, bucket: Bucket) -> None:
-        """Start compiling a graph that will be needed, on a host whose store lacks it."""
+        """Start compiling a graph that will be needed, if this host's store lacks it."""
 
     @abstractmethod
     def load(self, bucket: Bucket) -> None:
-        """Make a graph ready to run. Raises RuntimeError where it is neither stored nor can be compiled."""
+        """Make a graph ready to run. Raises RuntimeError if it is neither stored nor can be compiled."""
 
     @abstractmethod
     def graph(self, bucket: Bucket, compiled: bool) -> Graph:
-        """What runs a step of a bucket: its loaded graph, or the same functions uncompiled."""
+        """The callable for steps of a bucket: its loaded graph, or the same functions uncompiled."""
 
 
 class LoadedPackages(LoadedGraphs):
-    """Ahead-of-time packages, compiled by worker processes; decode steps are captured in CUDA graphs on a CUDA device."""
+    """Ahead-of-time packages, compiled by worker processes. On a CUDA device, decode steps are captured."""
 
     def __init__(
         self,
@@ -70,10 +70,10 @@ class LoadedPackages(LoadedGraphs):
         if self._compiler.stored(bucket) is None:
             self._compiler.compile(bucket)
 
-    # In the mode in which steps are executed: capturing runs the graph.
+    # Inference mode, as for steps: capturing runs the graph.
     @torch.inference_mode()
     def load(self, bucket: Bucket) -> None:
-        """Load a stored graph. A host whose store lacks it compiles it, and the run waits."""
+        """Load a stored graph. If this host's store lacks it, it is compiled while the run waits."""
         path = self._compiler.stored(bucket)
         if path is None and not self._compiler.compile(bucket):
             raise RuntimeError(f"{bucket} could not be compiled: there is no C++ compiler on this host")
@@ -93,15 +93,15 @@ class LoadedPackages(LoadedGraphs):
 
 
 class LoadedNpuGraphs(LoadedGraphs):
-    """torchair's graphs, which each rank compiles itself, over its own weights, when it loads them."""
+    """torchair's graphs. Each rank compiles its own, bound to its own weights, when it loads them."""
 
     def compile(self, bucket: Bucket) -> None:
-        """Nothing: a graph of torchair can't be compiled ahead, beside the rank."""
+        """Do nothing: torchair's graphs can't be compiled ahead of time, outside of the rank."""
 
-    # In the mode in which steps are executed: a graph is compiled for the mode in which it is called.
+    # Inference mode, as for steps: a graph is compiled for the mode in which it is called.
     @torch.inference_mode()
     def load(self, bucket: Bucket) -> None:
-        """Load this rank's graph, or compile it into the store. Raises what can't be lowered."""
+        """Load this rank's graph, or compile it into the store. Raises torchair's errors for what it can't lower."""
         name = key(self.spec, bucket)
         with self.store.lock(name):
             path, fault = self.store.find(name)

@@ -1,4 +1,4 @@
-"""What a graph is compiled for: everything but the bucket that decides it."""
+"""The specification of a graph: all that determines it except the bucket."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from mllama_graph.plan.bucket import Bucket
 class GraphSpec:
     """The model, its pages and dtypes, the compiler and the device. `options` are (name, value) pairs for the compiler.
 
-    `device` is cpu, cuda, npu or npu-sim. `rank` only matters where ranks don't share their graphs: torchair's contain it.
+    `device` is cpu, cuda, npu or npu-sim. `rank` only matters for torchair: with other backends ranks share graphs.
     """
 
     shape: ModelShape
@@ -41,7 +41,7 @@ class GraphSpec:
 
     @property
     def compiles(self) -> bool:
-        """Whether this backend compiles at all."""
+        """Whether this backend compiles graphs."""
         return self.backend != "eager"
 
     @property
@@ -51,23 +51,23 @@ class GraphSpec:
 
     @property
     def placement(self) -> Placement:
-        """An NPU's values are written on the host: outside of a graph it runs no kernel of ours."""
+        """Placement of weights and pages. An NPU's are written on the host: it runs kernels only inside graphs."""
         on_host = self.torch_device.type == "npu"
         return Placement(self.torch_device, torch.device("cpu") if on_host else self.torch_device)
 
     @property
     def shard(self) -> Shard:
-        """This rank's part of what is split over ranks."""
+        """This rank's part of the sharded axes."""
         return Shard(self.rank, self.world_size)
 
     @property
     def head_width(self) -> int:
-        """Width of a head in the pages. An NPU's attention takes multiples of 16, and a page is never copied to be padded."""
+        """Width of a head in the pages: on an NPU padded as attention needs it, so that no page is copied to pad it."""
         width = self.shape.text.head_width
         return padded_head(width) if self.backend == "torchair" else width
 
     def pages(self, allocate: Callable[[tuple[int, ...], torch.dtype], Tensor]) -> tuple[Pages, Pages]:
-        """A rank's self-attention pages and image pages, of its own heads, each from allocate(size, dtype)."""
+        """A rank's self-attention pages and image pages, for its own heads; allocate(size, dtype) makes each tensor."""
         text = self.shape.text
 
         def pool(count: int, layers: int) -> Pages:
@@ -77,18 +77,18 @@ class GraphSpec:
         return pool(self.num_pages, len(text.self_layers)), pool(self.num_image_pages, len(text.cross_layers))
 
     def unfilled_pages(self) -> tuple[Pages, Pages]:
-        """Pages of undefined contents."""
+        """Pages with undefined contents."""
         return self.pages(lambda size, dtype: torch.empty(size, dtype=dtype, device=self.torch_device))
 
     def unfilled_weights(self, shard: Shard) -> Weights:
-        """A rank's weight tree of undefined values."""
+        """A rank's weight tree with undefined values."""
         pixels = Pixels(1.0, (0.0,) * 3, (1.0,) * 3)
         return build(
             self.shape, pixels, self.store, self.placement, lambda entry, part, region: None, lambda count: None, shard
         )
 
     def example(self, bucket: Bucket) -> Any:
-        """Harmless inputs of a bucket's shapes: one image tile; token rows that are padding, in scratch slots."""
+        """Harmless inputs with a bucket's shapes: one image tile, or padding rows in scratch slots."""
         vision, device = self.shape.vision, self.torch_device
 
         def zeros(*size: int) -> Tensor:

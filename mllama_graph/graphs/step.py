@@ -14,12 +14,12 @@ from mllama_graph.model.vision import encode_image
 from mllama_graph.plan.bucket import Bucket
 
 PHASES = ("vision", "prefill", "decode")
-# Weights appear in compiled packages under their names in `Flat`.
+# Prefix of the weights in compiled packages, whose names are those in `Flat`.
 WEIGHT_PREFIX = "step.weights."
 
 
 class Step(nn.Module):
-    """One phase over the shared weight tree."""
+    """One phase of the model, with the shared weight tree."""
 
     def __init__(self, phase: str, weights: Weights, shape: ModelShape, ops: Ops):
         super().__init__()
@@ -34,7 +34,7 @@ class Step(nn.Module):
 
 
 class Flat(nn.Module):
-    """A step as a function of its input tensors alone, in tree order: the form in which packages are called."""
+    """A step as a function of only its input tensors, in tree order: the form in which packages are called."""
 
     def __init__(self, step: Step, inputs: tuple[Any, ...]):
         super().__init__()
@@ -49,7 +49,7 @@ class Flat(nn.Module):
 
 
 def arguments(bucket: Bucket, given: Any, pages: Pages, image_pages: Pages) -> tuple[Any, Pages, Pages]:
-    """A step's arguments: each phase takes only the pages that it uses."""
+    """A step's arguments, with only the pages that its phase uses."""
     return given, () if bucket.phase == "vision" else pages, image_pages if bucket.image_pages else ()
 
 

@@ -1,10 +1,10 @@
-"""The graph store: compiled graphs on disk, one entry a graph, whole or not there.
+"""The graph store: compiled graphs on disk, one entry per graph, written atomically.
 
     <folder>/<key>/{key.json, checksums.json, graph.pt2 or torchair/...}
-    <folder>/inductor/  Inductor's own cache      <folder>/native/  C++ operators, built here
+    <folder>/inductor/  Inductor's own cache      <folder>/native/  C++ operators, built on this machine
 
-The key is a hash of every field that can change a graph; key.json holds the fields, so that a person sees why two
-entries differ. An entry is written aside and renamed, so that a kill at any moment leaves none or a whole one.
+The key is a hash of every field that can change a graph; key.json holds the fields, so that a user can see why
+two entries differ. An entry is written to a temporary folder and renamed, so that a kill leaves no partial entry.
 """
 
 import contextlib
@@ -21,23 +21,23 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-# What an entry holds: Inductor's package, or the folder in which torchair keeps one graph.
+# The payload of an entry: Inductor's package, or the folder in which torchair keeps one graph.
 PACKAGE, TORCHAIR = "graph.pt2", "torchair"
 PAYLOADS = (PACKAGE, TORCHAIR)
-# Folders that hold no graph.
+# Folders in the store that are not entries.
 CACHES = ("inductor", "native")
-# What a killed process may leave: folders with this prefix, swept away once this old.
+# Prefix of temporary folders; those that a killed process left are removed after this many seconds.
 ASIDE, ASIDE_SECONDS = ".aside-", 3600
 
 
 def key_of(fields: dict[str, Any]) -> str:
-    """The name of an entry."""
+    """The key of an entry, which is its name."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:20]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What the store knows of one graph. `fault` says what is wrong with it, or is None."""
+    """One stored graph. used: time of its last use. fault: what is wrong with it, or None."""
 
     key: str
     fields: dict[str, Any]
@@ -49,8 +49,8 @@ class Entry:
 class GraphStore:
     """Compiled graphs in a folder, shared by processes.
 
-    Where the folder can't be written, what is compiled goes to a temporary one and lasts as long as the process;
-    `warning` then says so, once.
+    If the folder can't be written, new graphs go to a temporary one that lasts as long as the process, and `warning`
+    says so.
     """
 
     def __init__(self, folder: Path):
@@ -65,24 +65,27 @@ class GraphStore:
         except OSError as error:
             self._temporary = tempfile.TemporaryDirectory(prefix="mllama_graph-")
             self._written = Path(self._temporary.name)
-            self.warning = f"graph_cache={folder} can't be written ({error.strerror}); graphs last for this run only. Give another graph_cache=."
+            self.warning = (
+                f"graph_cache={folder} can't be written ({error.strerror}); graphs last for this run only. "
+                "Give another graph_cache=."
+            )
 
     @property
     def written(self) -> Path:
-        """The folder that takes new entries."""
+        """The folder for new entries."""
         return self._written
 
     @property
     def libraries(self) -> Path:
-        """The folder of native libraries: this one where it holds some, even if it can't be written."""
+        """The folder of native libraries: graph_cache= if it holds some, even if it can't be written."""
         return self.folder if (self.folder / "native").is_dir() else self._written
 
     def has(self, key: str) -> bool:
-        """Whether there is an entry of this key, not looked into."""
+        """Whether there is an entry with this key; its contents are not checked."""
         return any(payload_of(folder / key) for folder in {self.folder, self._written})
 
     def find(self, key: str) -> tuple[Path | None, str | None]:
-        """The package or folder of a sound entry, and what is wrong with an unsound one."""
+        """Look up an entry: (path of its payload, None) if it is intact, else (None, its fault or None)."""
         fault = None
         for folder in (self._written, self.folder):
             entry = folder / key
@@ -96,12 +99,12 @@ class GraphStore:
 
     @contextlib.contextmanager
     def lock(self, key: str) -> Iterator[None]:
-        """One process at a time builds an entry."""
+        """Lock an entry, so that one process at a time builds it."""
         with FileLock(self._written / f".{key}.lock"):
             yield
 
     def add(self, key: str, fields: dict[str, Any], payload: Path) -> Path:
-        """Move a package, or torchair's folder, in; an unsound entry of the same key gives way."""
+        """Move a package, or torchair's folder, into the store; replaces an entry with the same key."""
         name = TORCHAIR if payload.is_dir() else PACKAGE
         aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=self._written))
         try:
@@ -122,12 +125,12 @@ class GraphStore:
 
     @contextlib.contextmanager
     def workspace(self) -> Iterator[Path]:
-        """A folder to build in, on the store's own disk, gone afterwards."""
+        """A temporary folder to build in, on the store's own disk."""
         with tempfile.TemporaryDirectory(prefix=ASIDE, dir=self._written, ignore_cleanup_errors=True) as folder:
             yield Path(folder)
 
     def entries(self, verify: bool = False) -> list[Entry]:
-        """Every entry, last used first; `verify` reads each one whole."""
+        """All entries, the last used first; `verify` checks the checksums of each."""
         found = []
         for path in self.folder.glob("*/"):
             if path.name.startswith(".") or path.name in CACHES:
@@ -141,17 +144,17 @@ class GraphStore:
         return sorted(found, key=lambda entry: -entry.used)
 
     def remove(self, key: str) -> None:
-        """Forget an entry."""
+        """Remove an entry."""
         self._discard(self.folder / key)
 
     def _discard(self, entry: Path) -> None:
-        """Out of the way in one rename, then away: a kill leaves no half entry under its name."""
+        """Remove an entry; renamed first, so that a kill leaves no partial entry under its name."""
         aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=entry.parent))
         entry.rename(aside / "entry")
         shutil.rmtree(aside)
 
     def sweep(self) -> None:
-        """Clear what killed processes left behind, and the locks of entries that are gone."""
+        """Remove temporary folders of killed processes, and locks without an entry."""
         for path in self.folder.glob(".*.lock"):
             if not (self.folder / path.name[1:].removesuffix(".lock")).exists():
                 with contextlib.suppress(OSError, Timeout), FileLock(path, timeout=0):
@@ -163,17 +166,17 @@ class GraphStore:
 
 
 def payload_of(entry: Path) -> Path | None:
-    """What an entry holds, not looked into; None where there is nothing."""
+    """Path of an entry's payload, which is not checked; None if there is none."""
     return next((entry / name for name in PAYLOADS if (entry / name).exists()), None)
 
 
 def bytes_of(path: Path) -> int:
-    """Size of a file, or of all files of a folder."""
+    """Size of a file, or of all files in a folder."""
     return path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
 
 
 def fault_of(entry: Path) -> str | None:
-    """What is wrong with an entry on disk, or None: every file is there with its checksum."""
+    """What is wrong with an entry on disk, or None if every file is there with its checksum."""
     try:
         sums = json.loads((entry / "checksums.json").read_text())
         names = sums.items()

@@ -1,7 +1,7 @@
-"""Compiling a step with torchair for an NPU: its configuration, and its cache of one graph per folder.
+"""Compiling a step with torchair for an NPU: its configuration, and its cache with one folder per graph.
 
-torchair's cache is keyed by the text of a module, without shapes or source, and what it loads has no guards. Each graph
-therefore has a folder of its own, whose name, the graph store's key, covers everything that matters.
+torchair's cache is keyed by the text of a module, without shapes or source, and loaded graphs have no guards. Each
+graph therefore has its own folder, which is named by the graph store's key and so by everything that matters.
 """
 
 import itertools
@@ -27,15 +27,15 @@ log = logging.getLogger(__name__)
 
 _numbers = itertools.count()
 
-# Number of the fractal layout in which the matrix unit reads (torch_npu.Format.FRACTAL_NZ).
+# Format number of the fractal layout that the matrix unit reads (torch_npu.Format.FRACTAL_NZ).
 FRACTAL_NZ = 29
 
 
 def share_repeats(module: torch.fx.GraphModule, example_inputs: Any = None, config: Any = None) -> None:
-    """Keep one of several equal operations, such as the masks and casts that every layer repeats.
+    """Eliminate common subexpressions, such as the masks and casts that every layer repeats.
 
-    A pass of torchair (CompilerConfig.post_grad_custom_pre_pass): torchair has none of its own, and runs this one on a
-    functional graph.
+    A pass of torchair (CompilerConfig.post_grad_custom_pre_pass): torchair has no such pass of its own, and runs
+    this one on a functional graph.
     """
     from torch._functorch.compile_utils import fx_graph_cse
 
@@ -51,7 +51,7 @@ def compiler_config(
     static_kernel_compile: bool = False,
     **elsewhere: Any,
 ) -> Any:
-    """torchair's CompilerConfig. The arguments are those of config.TorchairChoice; `elsewhere` takes the ones used elsewhere."""
+    """torchair's CompilerConfig from the fields of config.TorchairChoice; `elsewhere` takes the other ones."""
     import torch_npu  # noqa: F401  # torchair expects its device to be registered
     import torchair
 
@@ -65,7 +65,7 @@ def compiler_config(
         experimental.topology_sorting_strategy = topology_sorting_strategy
     else:
         experimental.aclgraph._aclnn_static_shape_kernel = static_kernel_compile
-        # Pages lie still, and are too large to be copied before each replay; inputs that moved are copied all the same.
+        # Pages keep their address and are too large to copy before each replay; inputs that moved are still copied.
         config.debug.aclgraph.clone_input = False
         _write_pages_in_place()
     return config
@@ -74,7 +74,8 @@ def compiler_config(
 def _write_pages_in_place() -> None:
     """Have captured graphs write pages in place.
 
-    torchair has a list of operations that can; this one is missing from it, and would copy the whole pool twice per layer.
+    torchair has a list of operations that can. This one is missing from it, and would copy the whole pool twice per
+    layer.
     """
     from torchair._acl_concrete_graph.graph_pass import register_inplaceable_npu_op
 
@@ -82,7 +83,7 @@ def _write_pages_in_place() -> None:
 
 
 def key_fields() -> dict[str, Any]:
-    """The compilers' versions: torchair's cache is bound to a torch_npu version, GE's compiled model to a CANN version."""
+    """Versions of the compilers: torchair's cache depends on torch_npu's, GE's compiled model on CANN's."""
     from importlib.metadata import version
 
     from torch_npu.npu.utils import get_cann_version
@@ -93,8 +94,8 @@ def key_fields() -> dict[str, Any]:
 def _cached(step: nn.Module, name: str, options: dict[str, Any], folder: Path) -> tuple[Callable, Path]:
     """torchair's callable for `step.forward`, and the file in which it keeps the graph.
 
-    Every callable needs a code object of its own: torchair distinguishes graphs by code object, and deletes the cache of
-    one that it believes to see again. The function's name is part of the file's name, and equal in every process.
+    Every callable needs its own code object: torchair identifies graphs by code object, and deletes the cache of one
+    that it takes for a repetition. The function's name is part of the file's name, and the same in every process.
     """
     import torch_npu  # noqa: F401  # torchair expects its device to be registered
     import torchair
@@ -115,10 +116,10 @@ def _cached(step: nn.Module, name: str, options: dict[str, Any], folder: Path) -
 def compile_step(step: nn.Module, name: str, inputs: list[Tensor], options: dict[str, Any], folder: Path) -> Callable:
     """Compile `step.forward(*inputs)` into `folder` by running it once; returns the compiled callable.
 
-    `name` is the graph's. Raises what can't be lowered.
+    `name` is the graph's. Raises torchair's errors for what it can't lower.
     """
     run, file = _cached(step, name, options, folder)
-    # torchair warns about each of its options; conf/backend/torchair.yaml says what matters of that.
+    # torchair warns about each of its options, which conf/backend/torchair.yaml explains: the log suffices.
     with warnings.catch_warnings(record=True) as said:
         run(*inputs)
     for warning in said:
@@ -129,15 +130,15 @@ def compile_step(step: nn.Module, name: str, inputs: list[Tensor], options: dict
 
 
 def load_step(step: nn.Module, name: str, options: dict[str, Any], folder: Path) -> Callable:
-    """The callable that `compile_step` left in `folder`, loaded without tracing. Raises FileNotFoundError."""
+    """Load the callable that `compile_step` stored in `folder`, without tracing. Raises FileNotFoundError."""
     run, file = _cached(step, name, options, folder)
     if not file.is_file():
-        raise FileNotFoundError(f"{folder} does not hold the graph {name} as this torchair would keep it")
+        raise FileNotFoundError(f"{folder} does not hold the graph {name} in the file of this torchair version")
     return run
 
 
 class NpuGraph:
-    """A graph that torchair compiled for this rank's step: the weights are the module's own."""
+    """A graph that torchair compiled for this rank's step; it uses the module's own weights."""
 
     def __init__(self, run: Callable[..., Tensor | None]):
         self._run = run
@@ -156,9 +157,9 @@ def npu_graph(
     folder: Path,
     stored: bool,
 ) -> NpuGraph:
-    """A bucket's graph for the rank whose weights and pages these are: loaded from `folder`, or compiled into it.
+    """A bucket's graph for the rank with these weights and pages: loaded from `folder`, or compiled into it.
 
-    Compiling runs the graph once, on padding. `name` tells graphs apart. Raises what can't be lowered.
+    Compiling runs the graph once, on padding. `name` identifies it. Raises torchair's errors for what it can't lower.
     """
     inputs = arguments(bucket, spec.example(bucket), *pages)
     step = Flat(Step(bucket.phase, weights, spec.shape, ops), inputs)
@@ -169,7 +170,7 @@ def npu_graph(
 
 
 def cast_to_nz(weights: Weights) -> None:
-    """Convert the matrices of linear layers in place to the layout that the matrix unit reads; only an NPU can."""
+    """Convert the weights of linear layers, in place and on an NPU, to the layout that its matrix unit reads."""
     import torch_npu
 
     torch_npu.npu.config.allow_internal_format = True

@@ -1,1 +1,1 @@
-"""The model as functions over trees: tree.py (weights and inputs), text.py, vision.py, sample.py."""
+"""The model as functions of weight trees (tree.py) and inputs (inputs.py): text.py, vision.py, sample.py."""

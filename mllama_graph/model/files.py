@@ -1,7 +1,7 @@
-"""A checkpoint's files: which tensors are where, in which dtype and shape. Reads headers alone, and imports no torch.
+"""A checkpoint's files: location, dtype and shape of each tensor. Reads only headers, and imports no torch.
 
-A checkpoint is a Hugging Face folder: config.json and safetensors, in one file or in shards with an index, under the
-weight names of either transformers generation.
+A checkpoint is a Hugging Face folder with config.json and safetensors, in one file or in shards with an index. The
+weight names of both transformers generations are accepted.
 """
 
 import math
@@ -16,21 +16,21 @@ from mllama_graph.core.errors import UserError
 from mllama_graph.model.shape import ModelShape, read_json, read_optional_json, shape_of
 from mllama_graph.model.table import table
 
-# Weight names of transformers >= 4.52, and the legacy names, which released checkpoints have and the table uses.
+# Weight names of transformers >= 4.52 -> legacy names, which released checkpoints have and the table uses.
 RENAMES = (
     ("model.language_model.", "language_model.model."),
     ("lm_head.", "language_model.lm_head."),
     ("model.vision_model.", "vision_model."),
     ("model.multi_modal_projector.", "multi_modal_projector."),
 )
-# Buffers that early conversions wrote out; they are computed from config.json.
+# Buffers that early conversions saved; here they are computed from config.json.
 IGNORED_SUFFIX = "rotary_emb.inv_freq"
 
 
 class CheckpointFiles:
     """A checkpoint folder: the model's shape, and its tensors by legacy name.
 
-    Raises UserError for a folder that is no mllama checkpoint, naming the file or tensor at fault.
+    Raises UserError naming the file or tensor at fault if the folder is not an mllama checkpoint.
     """
 
     def __init__(self, folder: Path):
@@ -39,7 +39,7 @@ class CheckpointFiles:
         self._opened: dict[Path, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """What another process gets: it opens the files itself."""
+        """State without open files; the process that unpickles it opens them itself."""
         return {"folder": self.folder, "shape": self.shape, "_opened": {}}
 
     @cached_property
@@ -76,13 +76,13 @@ class CheckpointFiles:
         return self._opened[path]
 
     def _header(self, name: str) -> Any:
-        """Shape and dtype of a legacy name, from its file's header."""
+        """The header entry (shape and dtype) of a tensor, by its legacy name."""
         stored, path = self.tensors[name]
         return self._open(path).get_slice(stored)
 
     @cached_property
     def stored(self) -> str:
-        """The dtype that weights are stored in: fp32, fp16 or bf16. Raises UserError for another one."""
+        """The dtype of the stored weights: fp32, fp16 or bf16. Raises UserError for any other."""
         name = next(iter(self.tensors))
         kind = self._header(name).get_dtype()
         if kind not in SAFETENSORS:
@@ -90,7 +90,7 @@ class CheckpointFiles:
         return SAFETENSORS[kind]
 
     def verify(self) -> None:
-        """Check that every tensor of the table is there with its shape, and nothing else.
+        """Check that the checkpoint has exactly the table's tensors, each with its shape.
 
         Raises UserError naming the tensors at fault.
         """
@@ -110,7 +110,7 @@ class CheckpointFiles:
 
 
 def _fits(found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
-    """Whether a stored shape is the expected one, or has the same elements in another number of axes."""
+    """Whether a stored shape is the expected one, or has as many elements in a different number of axes."""
     return math.prod(found) == math.prod(expected) and (found == expected or len(found) != len(expected))
 
 

@@ -12,10 +12,11 @@ Pages = tuple[tuple[Tensor, Tensor], ...]
 
 
 class ImageInput(NamedTuple):
-    """Which images each row sees.
+    """The images that each row sees, i.e. attends to.
 
-    table_BJ: image pages of a sequence, image after image. fill_BJ: tokens in each page (an image rarely fills its last).
-    see_T2: the range [from, to) of table entries that a row sees; from == to for a row that sees no image.
+    table_BJ: block table of each sequence's image pages, image after image. fill_BJ: tokens in each page (the last page
+    of an image is rarely full). see_T2: the range [from, to) of table entries that a row sees; from == to if it sees
+    no image.
     """
 
     table_BJ: Tensor
@@ -24,10 +25,10 @@ class ImageInput(NamedTuple):
 
 
 class PromptInput(NamedTuple):
-    """A chunk of one sequence's prompt, padded to T rows. int32 throughout.
+    """A chunk of one sequence's prompt, padded to T rows. All tensors are int32.
 
-    slot_T: the slot that each row's K/V are written to. last_1: the row whose logits are returned. real_1: the number of
-    rows that are not padding; they come first. past_1: the number of earlier tokens, whose pages are in table_J.
+    slot_T: the slot to which each row's K/V are written. last_1: index of the row whose logits are returned. real_1:
+    number of rows that are not padding; they come first. past_1: number of earlier tokens, whose pages are in table_J.
     """
 
     ids_T: Tensor
@@ -41,9 +42,10 @@ class PromptInput(NamedTuple):
 
 
 class TokenInput(NamedTuple):
-    """The new tokens of B running sequences, T = B * q rows. len_B: tokens of each sequence, new ones included.
+    """The new tokens of B running sequences, T = B * q rows.
 
-    A padded sequence has one token. real_1: the number of the T rows that are not padding; they come first.
+    len_B: length of each sequence in tokens, including the new ones; 1 for padding. real_1: number of the T rows that
+    are not padding; they come first.
     """
 
     ids_T: Tensor
@@ -58,8 +60,8 @@ class TokenInput(NamedTuple):
 class TileInput(NamedTuple):
     """One image: all tiles of the canvas as uint8, padding tiles included.
 
-    aspect_1: aspect-ratio id, counted from 1. real_1: the number of tiles that are not padding. slot_S: the slot that each
-    token's K/V are written to.
+    aspect_1: aspect-ratio id, counted from 1. real_1: number of tiles that are not padding. slot_S: the slot to which
+    each token's K/V are written.
     """
 
     tiles_C3hw: Tensor

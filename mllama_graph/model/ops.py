@@ -1,11 +1,11 @@
-"""The seam: every operation that a backend may replace by a fused one of its own.
+"""The interface between model and backends: every operation that a backend may replace by a fused one of its own.
 
-The model in mllama_graph/model/ is written against `Ops` alone. plain.py is the truth; another implementation must
-agree with it on every test of tests/ops/. Shape letters:
+The model in mllama_graph/model/ uses only `Ops`. ops/plain.py is the reference implementation; any other one must agree
+with it on every test of tests/ops/. Shape letters:
 
     B sequences   T token rows (packed)   D model width   Q query heads   K kv heads   H head width
-    F mlp width   V vocabulary   N pages   P tokens a page   J pages a sequence
-    C tiles   N patches a tile   L tokens a tile   W rows of an image   S tokens of an image
+    F mlp width   V vocabulary   N pages   P tokens per page   J pages per sequence
+    C tiles   N patches per tile   L tokens per tile   W rows of an image   S tokens of an image
     E vision width   U vision output
 """
 
@@ -14,31 +14,31 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-# docs of npu_fused_infer_attention_score: the last axis of 16-bit queries, keys and values is a multiple of this.
+# The last axis of 16-bit queries, keys and values is a multiple of this (docs of npu_fused_infer_attention_score).
 NPU_HEAD = 16
 
 
 def padded_head(width: int) -> int:
-    """The head width that an NPU's attention, and so its pages, take for a model's."""
+    """The head width of an NPU's attention and pages for a model's head width."""
     return -(-width // NPU_HEAD) * NPU_HEAD
 
 
 @dataclass(frozen=True)
 class Ops:
-    """One callable an operation. Names ending in _ write into their arguments.
+    """One callable per operation. Names ending in _ write into their arguments.
 
     `linear` leaves have `.weight` (out, in), and `.bias` or None. `pages` is a pair of (N, P, K, H) tensors.
     """
 
-    # (these, a step's input) -> operations for that step, which may leave out what only padded rows need
+    # (ops, a step's input) -> ops for that step, which may skip padding rows
     without_padding: Callable
     # (ids_T, leaf with weight) -> x_TD
     embed: Callable
-    # (ids_T, leaf with weight and .first, the id of its first row) -> x_TD, zeros for ids that have no row in it
+    # (ids_T, leaf with weight and .first, the id of its first row) -> x_TD, zeros for ids without a row in it
     embed_held: Callable
-    # (x_...I, leaf) -> y_...O, in the dtype of x whatever the weight is stored in
+    # (x_...I, leaf) -> y_...O, in the dtype of x whatever the dtype of the weight
     linear: Callable
-    # (x_TD, weight, eps) -> y_TD: fp32 inside, cast, then times weight
+    # (x_TD, weight, eps) -> y_TD: computed in fp32, cast to the dtype of x, then times weight
     rms_norm: Callable
     # (x_TD, y_TD or None, weight, eps) -> (norm(x + y), x + y)
     add_rms_norm: Callable
@@ -46,21 +46,21 @@ class Ops:
     layer_norm: Callable
     # (position_T, inv_freq_h) -> (cos_TH, sin_TH) in fp32
     rope_angles: Callable
-    # (x_TQH, (cos_TH, sin_TH)) -> x_TQH rotated by halves
+    # (x_TQH, (cos_TH, sin_TH)) -> x_TQH rotated, the first half of H paired with the second
     rope: Callable
-    # (gate and up side by side: h_T2F) -> h_TF
+    # (h_T2F: gate, then up) -> silu(gate) * up as h_TF
     swiglu: Callable
     # exact (erf) gelu
     gelu: Callable
     # (see_T2 of an ImageInput) -> which rows see an image, in the form that this backend's `gated` takes
     sees_image: Callable
-    # (y_TD, gate_1, what sees_image returned) -> tanh(gate) * y, zeros for rows that see no image
+    # (y_TD, gate_1, result of sees_image) -> tanh(gate) * y, zeros for rows that see no image
     gated: Callable
     # (x_WE, y_WE, bias_E or None, gate_1 or None) -> x + tanh(gate) * (y + bias)
     add_gated: Callable
-    # (x_TD, at_1) -> x_1D, the row of that number
+    # (x_TD, at_1) -> x_1D, the row with that index
     take_row: Callable
-    # (uint8 tiles_C3hw, real_1, scale, mean_311, std_311, dtype) -> x_C3hw, zeros where tiles are padding
+    # (uint8 tiles_C3hw, real_1, scale, mean_311, std_311, dtype) -> x_C3hw, zeros in padding tiles
     normalise: Callable
     # (x_C3hw, weight_E3pp) -> patches_CNE
     patch_embed: Callable
@@ -68,13 +68,13 @@ class Ops:
     add_tile_embedding: Callable
     # (patches_CNE, class_E, position_LE, table, aspect_1, gate_1) -> x_CLE: class token first, positions added
     add_positions: Callable
-    # (x_CLE, real_1, multiple) -> (x_WE, pad_W): each tile's rows filled up with zeros, and which rows are padding
+    # (x_CLE, real_1, multiple) -> (x_WE, pad_W): each tile's rows padded with zeros, and which rows are padding
     pad_rows: Callable
-    # (x_WE, kept list of x_WE, tiles, tokens) -> x_SU: a tile's first tokens, features of kept layers behind them
+    # (x_WE, kept list of x_WE, tiles, tokens) -> x_SU: each tile's first tokens, each followed by its kept features
     join_features: Callable
     # (k_TKH, v_TKH, pages, slot_T): writes row t to slot slot_T[t]; slots are unique
     write_pages_: Callable
-    # (q_TQH, k_TKH, v_TKH, pages, table_J or None, past_1): causal over the fresh rows, and past_1 earlier tokens
+    # (q_TQH, k_TKH, v_TKH, pages, table_J or None, past_1): causal over the new rows, and past_1 earlier tokens
     attend_prompt: Callable
     # (q_TQH, pages, table_BJ, len_B): T = B * q; row i of a sequence sees its first len - q + 1 + i tokens
     attend_pages: Callable
@@ -82,7 +82,7 @@ class Ops:
     attend_image: Callable
     # (q_SAH, k_SAH, v_SAH, pad_S): all rows see all rows, but padding does not see padding
     attend_tiles: Callable
-    # sums over ranks
+    # sum over ranks
     all_reduce: Callable[[Tensor], Tensor]
-    # stacks over ranks: x -> (world, *x.shape)
+    # stack over ranks: x -> (world, *x.shape)
     all_gather: Callable[[Tensor], Tensor]

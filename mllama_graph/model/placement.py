@@ -1,4 +1,4 @@
-"""Memory for what every step reads from begin to end: weights and pages, on the device that reads them."""
+"""Memory for the tensors that every step reads: weights and pages, on the device that reads them."""
 
 import ctypes
 import mmap
@@ -12,9 +12,9 @@ HUGE_PAGE = 1 << 21
 
 @dataclass(frozen=True)
 class Placement:
-    """Where tensors live. Values are written on `filled_on` and then moved to `device`, where those differ.
+    """Devices of tensors: values are written on `filled_on` and then moved to `device`, if those differ.
 
-    They differ for devices that can't run a kernel outside of a compiled graph.
+    They differ for a device that can't run kernels outside of compiled graphs.
     """
 
     device: torch.device
@@ -22,22 +22,22 @@ class Placement:
 
     @staticmethod
     def at(device: torch.device) -> "Placement":
-        """Values are written where they stay."""
+        """A placement whose values are written on `device` itself."""
         return Placement(device, device)
 
     def allocate(self, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Uninitialised memory to write values to.
+        """Uninitialised memory to be filled with values.
 
-        On a host it is in huge pages where the system grants them: reads are 3 to 5 % faster than from pages of 4 KiB.
+        On a host it uses huge pages if the system grants them: reads are 3 to 5 % faster than from pages of 4 KiB.
         """
         whole = torch.empty(size, dtype=dtype, device=self.filled_on)
-        # A fake tensor of a trace has no memory.
+        # A fake tensor (while tracing) has no memory.
         if whole.is_cpu and type(whole) is Tensor:
             _advise_huge_pages(whole)
         return whole
 
     def settle(self, filled: Tensor) -> Tensor:
-        """What `allocate` gave, with its values, on the device."""
+        """Move a filled tensor from `allocate` to the device."""
         return filled.to(self.device)
 
     def zeros(self, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -46,7 +46,7 @@ class Placement:
 
 
 def _advise_huge_pages(whole: Tensor) -> None:
-    """Ask for huge pages in the part of a tensor's memory that is made of whole pages. A refusal costs nothing."""
+    """Request huge pages for the page-aligned part of a tensor's memory. A refusal is harmless."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return
     start = -(-whole.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE

@@ -1,9 +1,9 @@
-"""From logits to ids. No random state: the noise of a draw is an input, so a sample depends on nothing but its own row.
+"""Sampling of ids from logits. The noise is an input, not random state, so that a sample depends only on its own row.
 
-    B rows   V the ids of this rank   k candidates   N those that all ranks offer
+    B rows   V ids of this rank   k candidates   N candidates of all ranks
 
-A rank has the logits of its own ids. It offers its best ones, the ranks exchange them, and every rank goes on with the
-same candidates. Only a draw from the whole distribution (no top_k) needs all logits.
+Each rank has the logits of its part of the vocabulary. The ranks exchange their largest logits, and all continue with
+the same candidates. Only sampling from the whole distribution (no top_k) needs all logits.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ Gather = Callable[[Tensor], Tensor]
 
 
 def own_ids(logits_BV: Tensor, first: int, vocab: int) -> Tensor:
-    """Logits in fp32, -inf where padding stands for ids from `vocab` on. `first` is the id of column 0."""
+    """Logits in fp32, -inf in padding columns, whose ids are `vocab` or more. `first` is the id of column 0."""
     logits_BV = logits_BV.float()
     held = max(0, vocab - first)
     if held < logits_BV.shape[-1]:
@@ -26,8 +26,10 @@ def own_ids(logits_BV: Tensor, first: int, vocab: int) -> Tensor:
 
 
 def candidates(logits_BV: Tensor, k: int, first: int, gather: Gather) -> tuple[Tensor, Tensor]:
-    """The k largest logits of all ranks (fewer where there are not so many), the lowest id first among equals, and
-    their ids: (B, k) each. `logits_BV` are own_ids'; `gather` stacks over ranks."""
+    """The k largest logits of all ranks and their ids, (B, k) each; fewer than k if there are not as many.
+
+    Among equal logits, the lowest id comes first. `logits_BV` is the result of own_ids; `gather` stacks over ranks.
+    """
     value_Bk, column_Bk = _largest(logits_BV, k)
     value_BN, id_BN = (gather(x).movedim(0, 1).flatten(1) for x in (value_Bk, (column_Bk + first).int()))
     value_Bk, column_Bk = _largest(value_BN, k)
@@ -42,18 +44,18 @@ def _largest(value_BV: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def total(logits_BV: Tensor, gather: Gather) -> Tensor:
-    """Logarithm of the sum of all ranks' exponentials, (B): a logit less it is the id's log-probability."""
+    """Log-sum-exp of the logits of all ranks, (B). The log-probability of an id is its logit minus this."""
     return gather(logits_BV.logsumexp(-1)).logsumexp(0)
 
 
 def draw(value_Bk: Tensor, temperature_B: Tensor, top_k_B: Tensor, top_p_B: Tensor, noise_B: Tensor) -> Tensor:
     """The chosen candidate of each row, (B): inverts the cumulative distribution at `noise_B` in [0, 1).
 
-    temperature 0 is greedy; top_k 0 keeps all; top_p keeps the smallest set of candidates that reaches it, after
-    temperature and top_k, the first always included.
+    The candidates are sorted in descending order. temperature 0 is greedy; top_k 0 keeps all; top_p keeps the smallest
+    set of candidates whose probability, after temperature and top_k, reaches it, and always the first one.
     """
     scale_B1 = torch.where(temperature_B > 0, temperature_B, 1.0)[:, None]
-    # From the largest down, so that a tiny temperature drives the others to -inf, never the largest to inf.
+    # Relative to the largest, so that a tiny temperature drives the others to -inf, and never the largest to inf.
     ranked_Bk = (value_Bk - value_Bk[:, :1]) / scale_B1
     rank_k = torch.arange(ranked_Bk.shape[-1], device=ranked_Bk.device)
     kept_Bk = (top_k_B[:, None] == 0) | (rank_k < top_k_B[:, None])
@@ -62,6 +64,6 @@ def draw(value_Bk: Tensor, temperature_B: Tensor, top_k_B: Tensor, top_p_B: Tens
     p_Bk = torch.where((before_Bk < top_p_B[:, None]) | (rank_k == 0), p_Bk, 0.0)
     reach_Bk = p_Bk.cumsum(dim=-1)
     target_B1 = noise_B[:, None] * reach_Bk[:, -1:]
-    # The last candidate of positive weight catches a target that rounding put past the end.
+    # If rounding puts the target past the end, the last candidate with a positive probability is taken.
     rank_B = torch.minimum((reach_Bk <= target_B1).sum(-1), (p_Bk > 0).sum(-1) - 1)
     return torch.where(temperature_B > 0, rank_B, 0)

@@ -10,13 +10,13 @@ from mllama_graph.core.errors import UserError
 
 # Rows of a tile in the vision tower are padded to a multiple of this.
 ROW_MULTIPLE = 8
-# Frequencies beyond these need tables of their own; no released mllama uses them.
+# The other RoPE types need frequency tables; no released mllama model uses them.
 ROPE_TYPES = ("default", "linear", "llama3")
 
 
 @dataclass(frozen=True)
 class RopeShape:
-    """Rotary position embedding: base and the scaling of its frequencies."""
+    """Rotary position embedding: base and frequency scaling."""
 
     theta: float = 500000.0
     type: str = "default"
@@ -49,7 +49,7 @@ class TextShape:
 
 @dataclass(frozen=True)
 class VisionShape:
-    """The vision tower. `features` lists the local layers whose inputs join the output; `tile` is in pixels."""
+    """The vision tower. `features`: local layers whose inputs are joined to the output. `tile`: side in pixels."""
 
     width: int
     heads: int
@@ -66,7 +66,7 @@ class VisionShape:
 
     @property
     def tokens(self) -> int:
-        """Tokens a tile: its patches and the class token."""
+        """Tokens per tile: its patches and the class token."""
         return (self.tile // self.patch) ** 2 + 1
 
     @property
@@ -76,7 +76,7 @@ class VisionShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Everything about a model that decides a graph's shape."""
+    """The sizes of a model that determine the shapes of its graphs."""
 
     text: TextShape
     vision: VisionShape
@@ -89,11 +89,11 @@ class ModelShape:
 
     @property
     def group(self) -> int:
-        """Query heads that share a key-value head."""
+        """Query heads per KV head."""
         return self.text.heads // self.text.kv_heads
 
     def check_ranks(self, tp: int) -> None:
-        """Raises UserError where `tp` ranks can't have equal parts of every kind of head."""
+        """Raises UserError if `tp` does not divide the number of heads of every kind."""
         heads = {"query": self.text.heads, "key-value": self.text.kv_heads, "vision": self.vision.heads}
         if any(count % tp for count in heads.values()):
             common = gcd(*heads.values())
@@ -105,7 +105,7 @@ class ModelShape:
 
 
 def _rope(text: dict[str, Any]) -> RopeShape:
-    """Either `rope_parameters` (new) or `rope_theta` beside `rope_scaling` (legacy)."""
+    """Read `rope_parameters` (new), or `rope_theta` and `rope_scaling` (legacy)."""
     given = dict(text.get("rope_scaling") or {}) | dict(text.get("rope_parameters") or {})
     kind = given.get("rope_type", given.get("type", "default"))
     if kind not in ROPE_TYPES:
@@ -130,10 +130,10 @@ def _square(value: Any, name: str) -> int:
 
 
 def shape_of(config: dict[str, Any]) -> ModelShape:
-    """ModelShape of a config.json.
+    """The ModelShape of a config.json.
 
-    Defaults are those of the released 11B model, as in transformers' MllamaConfig.
-    Raises UserError for another kind of model or a shape that mllama can't have.
+    Defaults are those of the released 11B model, as in transformers' MllamaConfig. Raises UserError for another model
+    type or a shape that mllama can't have.
     """
     if config.get("model_type") != "mllama":
         raise UserError(f"config.json has model_type={config.get('model_type')!r}; only 'mllama' is supported.")
@@ -195,7 +195,7 @@ def _vision(vision: dict[str, Any]) -> VisionShape:
 
 
 def supported_aspect_ratios(max_tiles: int) -> list[tuple[int, int]]:
-    """Every (height, width) in tiles that `max_tiles` allow, in the order of the aspect-ratio ids (1-based)."""
+    """All (height, width) of at most `max_tiles` tiles, in the order of the aspect-ratio ids (1-based)."""
     sides = range(1, max_tiles + 1)
     return [(h, w) for h in sides for w in sides if h * w <= max_tiles]
 
@@ -216,17 +216,17 @@ def _check_shape(shape: ModelShape) -> None:
     if vision.width % vision.heads or vision.tile % vision.patch:
         raise UserError(
             f"vision width {vision.width} / heads {vision.heads} and tile {vision.tile} / patch {vision.patch} "
-            "must be whole (config.json)."
+            "must be whole numbers (config.json)."
         )
 
 
 def read_optional_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file, or None where there is no such file. Raises UserError as `read_json` does."""
+    """The JSON object in a file, or None if there is no such file. Raises UserError as `read_json` does."""
     return read_json(path) if path.is_file() else None
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises UserError naming the file where it is missing or is no JSON object."""
+    """The JSON object in a file. Raises UserError naming the file if it is missing or holds no JSON object."""
     if not path.is_file():
         raise UserError(f"{path} is missing. weights= needs a Hugging Face checkpoint folder.")
     try:
@@ -239,7 +239,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def differences(expected: ModelShape, found: ModelShape) -> list[str]:
-    """Fields in which two shapes differ, one readable line each."""
+    """Fields in which two shapes differ, one line each."""
 
     def walk(a: dict, b: dict, path: str) -> list[str]:
         lines = []

@@ -1,7 +1,7 @@
-"""The checkpoint table: every tensor's name, place, shape, shard axis and random init. Integers and strings only.
+"""The checkpoint table: every tensor's name, path, shape, shard axis and random init. Integers and strings only.
 
-Sharding follows Megatron-LM: the first product of a block is split by its outputs (axis 0), the second by its inputs
-(axis 1), so that one sum over ranks ends each. Embedding and head are split by vocabulary.
+Sharding follows Megatron-LM: the first linear layer of a block is split by outputs (axis 0), the second by inputs
+(axis 1), so that an attention or MLP block ends with one all-reduce. Embedding and head are split by vocabulary.
 """
 
 from collections.abc import Iterator
@@ -13,17 +13,17 @@ from mllama_graph.model.shape import ModelShape, VisionShape
 
 @dataclass(frozen=True)
 class Shard:
-    """One rank's part of every sharded axis: `world` equal parts, the last ones padded where they don't divide it."""
+    """One rank's part of every sharded axis: one of `world` equal parts, the last of which may be padded."""
 
     rank: int = 0
     world: int = 1
 
     def size(self, whole: int) -> int:
-        """Length of a rank's part, padding included."""
+        """Length of a rank's part of an axis of length `whole`, padding included."""
         return -(-whole // self.world)
 
     def bounds(self, whole: int) -> tuple[int, int]:
-        """The part that is not padding, as [start, stop) of the whole axis."""
+        """The part without padding, as [start, stop) of the whole axis."""
         size = self.size(whole)
         return min(self.rank * size, whole), min((self.rank + 1) * size, whole)
 
@@ -35,9 +35,9 @@ WHOLE = Shard()
 class Entry:
     """One tensor of a checkpoint.
 
-    name: legacy Hugging Face name. path: its Parameter in the weight tree; entries that share a path are stacked along
-    axis 0 in table order. shape: whole shape. shard: the axis that tensor parallelism splits, or None.
-    init: how random weights draw it.
+    name: legacy Hugging Face name. path: its Parameter in the weight tree; entries with the same path are stacked along
+    axis 0 in table order. shape: shape of the whole tensor. shard: the axis that tensor parallelism splits, or None.
+    init: kind of random initialisation.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Entry:
     init: str
 
     def local(self, shard: Shard) -> tuple[int, ...]:
-        """A rank's shape, padding included."""
+        """Shape of a rank's part, padding included."""
         return tuple(shard.size(n) if axis == self.shard else n for axis, n in enumerate(self.shape))
 
     def region(self, shard: Shard) -> tuple[slice, ...]:
@@ -162,11 +162,11 @@ def _vision_block(name: str, path: str, vision: VisionShape) -> Iterator[Entry]:
 
 
 def elements(shape: ModelShape, shard: Shard = WHOLE) -> int:
-    """Parameters that a rank holds, padding included."""
+    """Number of parameters that a rank holds, padding included."""
     return sum(prod(entry.local(shard)) for entry in table(shape))
 
 
-# What every rank holds whole, by what it is: small, or read once an image.
+# Parts of the model that every rank holds whole, by `Entry.init`. They are small, or read once per image.
 REPLICATED = {
     "norm": "norms",
     "bias": "biases",
@@ -177,7 +177,7 @@ REPLICATED = {
 
 
 def replicated(shape: ModelShape) -> dict[str, int]:
-    """Parameters that every rank holds whole, by part of the model."""
+    """Number of parameters that every rank holds whole, by part of the model."""
     parts: dict[str, int] = {}
     for entry in table(shape):
         if entry.shard is None:

@@ -2,8 +2,8 @@
 
     B sequences   T token rows   D model width   Q query heads   K kv heads   H head width   F mlp width   V vocabulary
 
-A block hands on the residual stream x_TD and the part y_TD that is still to be added to it, so that the addition and
-the next norm are one operation.
+A block returns the residual stream x_TD and the update y_TD that is not yet added to it, so that the addition and the
+next norm are one fused operation.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]], Tensor]
 
 
 def mlp(w: TextLayer, h_TD: Tensor, ops: Ops) -> Tensor:
-    """SwiGLU, gate and up fused; one all-reduce."""
+    """SwiGLU MLP, gate and up projection fused; one all-reduce."""
     h_TF = ops.swiglu(ops.linear(h_TD, w.gate_up))
     return ops.all_reduce(ops.linear(h_TF, w.down))
 
@@ -55,7 +55,7 @@ def self_block(
     shape: ModelShape,
     ops: Ops,
 ) -> tuple[Tensor, Tensor]:
-    """A layer that attends to text; (x_TD, y_TD) in and out."""
+    """A self-attention layer; (x_TD, y_TD) in and out."""
     h_TD, x_TD = ops.add_rms_norm(x_TD, y_TD, w.attention_norm, shape.text.eps)
     y_TD = self_attention(w, h_TD, angles, pages, attend, shape.text.head_width, ops)
     h_TD, x_TD = ops.add_rms_norm(x_TD, y_TD, w.mlp_norm, shape.text.eps)
@@ -71,9 +71,9 @@ def cross_block(
     shape: ModelShape,
     ops: Ops,
 ) -> tuple[Tensor, Tensor]:
-    """Attention to images, each part behind its tanh gate.
+    """A cross-attention layer; attention and MLP are each scaled by a tanh gate.
 
-    A row that sees no image passes unchanged, attention and MLP alike: Meta multiplies both by the row mask
+    A row that sees no image is unchanged by attention and MLP: Meta multiplies both by the row mask
     (llama_models/llama3/multimodal/model.py, CrossAttentionTransformerBlock).
     """
     T = x_TD.shape[0]
@@ -98,7 +98,7 @@ def trunk(
     shape: ModelShape,
     ops: Ops,
 ) -> tuple[Tensor, Tensor | None]:
-    """All layers. Without `image` the cross layers are left out: the lean graph, equal where no row sees an image."""
+    """All layers. Without `image` the cross-attention layers are left out: equivalent if no row sees an image."""
     angles = ops.rope_angles(position_T, w.inv_freq)
     x_TD, y_TD = ops.embed(ids_T, w.embed).to(pages[0][0].dtype), None
     next_pages, next_image_pages = iter(pages), iter(image_pages)
@@ -111,7 +111,7 @@ def trunk(
 
 
 def logits(w: TextWeights, x_TD: Tensor, y_TD: Tensor | None, shape: ModelShape, ops: Ops) -> Tensor:
-    """The final norm and the head, of whatever rows are given."""
+    """The final norm and the head, applied to the given rows."""
     h_TD, _ = ops.add_rms_norm(x_TD, y_TD, w.norm, shape.text.eps)
     return ops.linear(h_TD, w.head)
 
@@ -119,7 +119,7 @@ def logits(w: TextWeights, x_TD: Tensor, y_TD: Tensor | None, shape: ModelShape,
 def prefill(
     w: TextWeights, given: PromptInput, pages: Pages, image_pages: Pages, shape: ModelShape, ops: Ops
 ) -> Tensor:
-    """Writes a chunk's K/V into its slots; logits_1V of row `last_1`."""
+    """Write a chunk's K/V into its slots; return logits_1V of row `last_1`."""
     ops = ops.without_padding(ops, given)
 
     def attend(q_TQH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cache: tuple[Tensor, Tensor]) -> Tensor:
@@ -133,7 +133,7 @@ def prefill(
 
 
 def decode(w: TextWeights, given: TokenInput, pages: Pages, image_pages: Pages, shape: ModelShape, ops: Ops) -> Tensor:
-    """Writes the fresh tokens' K/V into their slots; logits_TV of every row."""
+    """Write the new tokens' K/V into their slots; return logits_TV of every row."""
     ops = ops.without_padding(ops, given)
 
     def attend(q_TQH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cache: tuple[Tensor, Tensor]) -> Tensor:

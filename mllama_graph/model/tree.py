@@ -1,7 +1,7 @@
 """The weight tree: what each layer holds, and how a rank's tree is built from the checkpoint table.
 
-The nodes are modules without a forward: compilers want Parameters on modules, the math is in text.py and vision.py.
-Every linear layer goes through `Ops.linear`, whatever format its weight is stored in.
+The nodes are modules without a forward: compilers expect Parameters on modules, and the math is in text.py and
+vision.py. Every linear layer goes through `Ops.linear`, whatever the format of its weight.
 """
 
 import math
@@ -30,7 +30,7 @@ class Linear(nn.Module):
 
 
 class Embedding(Linear):
-    """A rank's rows of the embedding table. `first`: the id of its first row, int32; a tensor, so that ranks share graphs."""
+    """A rank's rows of the embedding table. first: id of its first row, int32, a tensor so that ranks share graphs."""
 
     first: Tensor
 
@@ -43,7 +43,7 @@ class LayerNorm(nn.Module):
 
 
 class TextLayer(nn.Module):
-    """What both kinds of language-model layer hold. gate_up: gate and up projection stacked."""
+    """Parameters that both kinds of language-model layer have. gate_up: gate and up projections stacked."""
 
     attention_norm: nn.Parameter
     mlp_norm: nn.Parameter
@@ -54,7 +54,7 @@ class TextLayer(nn.Module):
 
 
 class SelfLayer(TextLayer):
-    """A layer that attends to text. qkv: query, key and value projections stacked."""
+    """A self-attention layer. qkv: query, key and value projections stacked."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class SelfLayer(TextLayer):
 
 
 class CrossLayer(TextLayer):
-    """A layer that attends to images. kv, k_norm: used by the vision graph, which writes an image's K/V pages."""
+    """A cross-attention layer. kv, k_norm: used by the vision graph, which writes an image's K/V pages."""
 
     q_norm: nn.Parameter
     k_norm: nn.Parameter
@@ -88,7 +88,7 @@ class TextWeights(nn.Module):
 
 
 class VisionLayer(nn.Module):
-    """A layer of the vision tower; only global layers have gates. fc2_bias: added once, after the sum over ranks."""
+    """A layer of the vision tower; only global layers have gates. fc2_bias: added once, after the all-reduce."""
 
     fc2_bias: nn.Parameter
     attention_gate: nn.Parameter | None
@@ -103,7 +103,7 @@ class VisionLayer(nn.Module):
 
 
 class VisionWeights(nn.Module):
-    """The vision tower. pixel_*: the normalisation of pixels, as buffers of the graph."""
+    """The vision tower. pixel_*: constants of the normalisation of pixels, as buffers."""
 
     patch: nn.Parameter
     class_token: nn.Parameter
@@ -137,20 +137,20 @@ class Weights(nn.Module):
 
 
 def matrices(root: nn.Module) -> list[nn.Parameter]:
-    """The weights of linear layers, which a backend may lay out as its kernels read them: only `Ops.linear` reads them."""
+    """The weights of linear layers. Only `Ops.linear` reads them, so that a backend may choose their layout."""
     return [module.weight for module in root.modules() if type(module) is Linear]
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """How uint8 pixels become the model's input, per channel: (x * scale - mean) / std."""
+    """Normalisation of uint8 pixels per channel: (x * scale - mean) / std."""
 
     scale: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
 
-# Fills one entry's part of a Parameter: (entry, destination, the region of the whole tensor that it takes).
+# Fills one entry's part of a Parameter: (entry, destination, region of the whole tensor to write to it).
 Fill = Callable[[Entry, Tensor, tuple[slice, ...]], None]
 
 
@@ -163,9 +163,9 @@ def build(
     progress: Callable[[int], None],
     shard: Shard = WHOLE,
 ) -> Weights:
-    """A rank's weight tree: Parameters at the table's paths, filled by `fill`, padding by zeros.
+    """Build a rank's weight tree: Parameters at the table's paths, filled by `fill`, with zeros as padding.
 
-    `progress` gets the number of bytes filled since its last call.
+    `progress` is called with the number of bytes filled since its last call.
     """
     root = Weights(shape)
     groups: dict[str, list[Entry]] = {}
@@ -191,7 +191,7 @@ def build(
 
 
 def _fill_padded(entry: Entry, part: Tensor, region: tuple[slice, ...], fill: Fill) -> None:
-    """Fill what the region covers, and zero the rest."""
+    """Fill the region of `part` that is not padding, and zero the rest."""
     for axis, taken in enumerate(region):
         size = taken.stop - taken.start
         part.narrow(axis, size, part.shape[axis] - size).zero_()

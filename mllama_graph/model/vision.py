@@ -1,6 +1,6 @@
 """The vision tower and the projector, up to the image's K/V in every cross-attention layer.
 
-C tiles   N patches a tile   L tokens a tile (class token first)   R rows a tile (L padded to a multiple of 8)
+C tiles   N patches per tile   L tokens per tile (class token first)   R rows per tile (L padded to a multiple of 8)
 S token rows of the image (C * L)   W all rows (C * R)   E vision width   A vision heads   H head width
 U vision output   D model width   K kv heads
 """
@@ -13,12 +13,12 @@ from mllama_graph.model.ops import Ops
 from mllama_graph.model.shape import ROW_MULTIPLE, ModelShape
 from mllama_graph.model.tree import CrossLayer, VisionLayer, VisionWeights, Weights
 
-# Both are fixed, whatever norm_eps says (transformers modeling_mllama.py, MllamaVisionModel).
+# eps of norm_before and norm_after: fixed, whatever norm_eps is (transformers modeling_mllama.py, MllamaVisionModel).
 OUTER_NORM_EPS = 1e-5
 
 
 def block(w: VisionLayer, x_WE: Tensor, pad_W: Tensor, head_width: int, eps: float, ops: Ops) -> Tensor:
-    """A vision layer. Only global layers have gates."""
+    """A layer of the vision tower. Only global layers have gates."""
     W = x_WE.shape[0]
     h_WE = ops.layer_norm(x_WE, w.attention_norm, eps)
     q, k, v = ops.linear(h_WE, w.qkv).chunk(3, dim=-1)
@@ -27,13 +27,13 @@ def block(w: VisionLayer, x_WE: Tensor, pad_W: Tensor, head_width: int, eps: flo
     y_WE = ops.all_reduce(ops.linear(out_WAH.reshape(W, -1), w.o))
     x_WE = ops.add_gated(x_WE, y_WE, None, w.attention_gate)
     h_WE = ops.layer_norm(x_WE, w.mlp_norm, eps)
-    # fc2's bias is added after the reduction: once, not once a rank.
+    # fc2's bias is added after the all-reduce: once, not once per rank.
     y_WE = ops.all_reduce(ops.linear(ops.gelu(ops.linear(h_WE, w.fc1)), w.fc2))
     return ops.add_gated(x_WE, y_WE, w.fc2_bias, w.mlp_gate)
 
 
 def embed_tiles(w: VisionWeights, given: TileInput, dtype: torch.dtype, ops: Ops) -> Tensor:
-    """Patches with their tile's embedding, class token first, positions added: (C, L, E) before any layer."""
+    """Patches plus tile embeddings and positions, class token first: (C, L, E), the input of norm_before."""
     x_C3hw = ops.normalise(given.tiles_C3hw, given.real_1, w.pixel_scale, w.pixel_mean, w.pixel_std, dtype)
     x_CNE = ops.patch_embed(x_C3hw, w.patch)
     x_CNE = ops.add_tile_embedding(x_CNE, w.pre_tile, given.aspect_1, w.pre_tile_gate)
@@ -41,10 +41,10 @@ def embed_tiles(w: VisionWeights, given: TileInput, dtype: torch.dtype, ops: Ops
 
 
 def encode(w: VisionWeights, given: TileInput, dtype: torch.dtype, shape: ModelShape, ops: Ops) -> Tensor:
-    """Features of one image, (S, U): the tower's output and the *inputs* of the listed local layers.
+    """Features of one image, (S, U): the tower's output and the *inputs* of the local layers in `features`.
 
     Meta keeps a layer's input (llama_models/llama3/multimodal/model.py, VisionEncoder); the extra features interleave
-    as (dim, layer). All tiles are encoded, padding ones too: real patches attend to them.
+    as (dim, layer). All tiles are encoded, including padding: real patches attend to them.
     """
     vision = shape.vision
     x_CLE = ops.layer_norm(embed_tiles(w, given, dtype, ops), w.norm_before, OUTER_NORM_EPS)
@@ -67,9 +67,9 @@ def encode(w: VisionWeights, given: TileInput, dtype: torch.dtype, shape: ModelS
 
 
 def encode_image(w: Weights, given: TileInput, image_pages: Pages, shape: ModelShape, ops: Ops) -> None:
-    """Encodes an image and writes its K and V into the pages of every cross-attention layer.
+    """Encode an image and write its K and V into the pages of every cross-attention layer.
 
-    Keys are normalised before they are kept; they carry no position, so that every request may share them.
+    Keys are normalised before they are written. They carry no position, so that all requests can share them.
     """
     dtype = image_pages[0][0].dtype
     x_SD = ops.linear(encode(w.vision, given, dtype, shape, ops), w.projector)

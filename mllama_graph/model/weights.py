@@ -1,7 +1,7 @@
-"""Where weights come from: a checkpoint's memory-mapped files, or random values of every magnitude that matters.
+"""Sources of weights: a checkpoint's memory-mapped files, or random values.
 
-Files are copied block by block into place, so that no second copy of the weights ever exists and a rank reads only what
-it holds.
+Files are copied block by block into the Parameters, so that no second copy of the weights exists and a rank reads only
+its own part.
 """
 
 import json
@@ -19,35 +19,35 @@ from mllama_graph.model.shape import ModelShape
 from mllama_graph.model.table import WHOLE, Entry, table
 from mllama_graph.model.tree import Fill
 
-# Random values repeat with this prime period: fast to make, and no two rows of a matrix line up.
+# Random values repeat with this prime period: fast to generate, and no two rows of a matrix are aligned.
 RANDOM_PERIOD = 4_194_301
-# About how many bytes of a file are mapped into memory at once: the memory that loading takes beside the weights.
+# Approximate bytes of a file mapped into memory at once: the memory that loading needs besides the weights.
 BLOCK_BYTES = 64 << 20
 
 
 def from_checkpoint(files: CheckpointFiles) -> Fill:
-    """Copies regions of a checkpoint's tensors, converted to the destination's dtype."""
+    """A Fill that copies regions of a checkpoint's tensors, converted to the destination's dtype."""
 
     def fill(entry: Entry, part: Tensor, region: tuple[slice, ...]) -> None:
         stored, path = files.tensors[entry.name]
         starts = range(region[0].start, region[0].stop, count := _rows(part))
         for first, block in zip(starts, part.split(count)):
-            # Mapped anew for each block: closing the file releases the pages that were read.
+            # Mapped again for each block: closing the file releases the pages that were read.
             with safe_open(path, framework="pt") as file:
                 lazy = file.get_slice(stored)
                 if tuple(lazy.get_shape()) == entry.shape:
                     block.copy_(lazy[slice(first, first + len(block)), *region[1:]])
                 else:
-                    # The same elements in another number of axes: only tensors that are never split.
+                    # As many elements in a different number of axes: only tensors that are never split.
                     block.copy_(lazy[...].view(entry.shape)[first : first + len(block)])
 
     return fill
 
 
 def random_fill(shape: ModelShape, seed: int, dtype: torch.dtype) -> Fill:
-    """Random weights with open gates, uneven norms, and biases and positions that are not zero.
+    """A Fill of random weights with open gates, uneven norms, and nonzero biases and positions.
 
-    An element's value depends on its place in the whole model, so that ranks hold parts of the same model.
+    An element's value depends on its position in the whole model, so that all ranks hold parts of the same model.
     """
     generator = torch.Generator().manual_seed(seed)
     entries = table(shape)
@@ -75,7 +75,7 @@ def random_fill(shape: ModelShape, seed: int, dtype: torch.dtype) -> Fill:
 
 
 def write_random(shape: ModelShape, config: dict[str, Any], seed: int, dtype: torch.dtype, folder: Path) -> None:
-    """Write the checkpoint that weights=random stands for, as a Hugging Face folder; `config` is its config.json."""
+    """Write the checkpoint that weights=random stands for, as a Hugging Face folder with `config` as config.json."""
     fill, tensors = random_fill(shape, seed, dtype), {}
     for entry in table(shape):
         tensors[entry.name] = torch.empty(entry.shape, dtype=dtype)
@@ -88,5 +88,5 @@ def write_random(shape: ModelShape, config: dict[str, Any], seed: int, dtype: to
 
 
 def _rows(part: Tensor) -> int:
-    """Rows of a tensor that make a block."""
+    """Rows of a tensor per block of BLOCK_BYTES."""
     return max(1, BLOCK_BYTES // (math.prod(part.shape[1:]) * part.element_size()))

@@ -1,12 +1,12 @@
-"""C++ operators: a CPU's kernels, collectives of ranks on one CPU host, and a runner of packages that frees the interpreter.
+"""C++ operators: CPU kernels, collectives of ranks on one CPU host, and a runner of packages that releases the GIL.
 
-A library is built by the machine's own compiler when it is first needed, once, into the folder of the graph store:
+A library is built once, by the machine's own compiler, when it is first needed, into the folder of the graph store:
 
     <folder>/native/<key>/<compiler>.so
 
-Where there is no compiler, a library that another one has built is used.
+If there is no compiler, a library that another compiler built is used.
 
-Importing this module imports no torch: the process that supervises the ranks only unlinks.
+Importing this module imports no torch: the process that supervises the ranks only calls unlink.
 """
 
 import atexit
@@ -24,7 +24,7 @@ from mllama_graph.native import operators
 from mllama_graph.native.operators import OPERATORS
 
 SOURCE = Path(__file__).parent
-# Flags beside those that all libraries share. `kernels` and `collectives` use torch's stable ABI alone.
+# Additional compiler flags of each library. `kernels` and `collectives` use only torch's stable ABI.
 LIBRARIES = {
     "kernels": ("-O3", "-DTORCH_TARGET_VERSION=0x020d000000000000"),
     "collectives": ("-O3", "-DTORCH_TARGET_VERSION=0x020d000000000000"),
@@ -37,14 +37,14 @@ _declared: set[str] = set()
 
 
 class BuildError(RuntimeError):
-    """A library could not be built; one line that says why and what to do."""
+    """A library could not be built; the message is one line with the reason and the remedy."""
 
 
 def load(name: str, folder: Path) -> None:
-    """Make the operators of a library available as torch.ops.mllama_graph.*, with what tracing needs to know of them.
+    """Make the operators of a library available as torch.ops.mllama_graph.*, with what tracing needs of them.
 
-    `name` is one of LIBRARIES; `folder` is the graph store's. Loading twice is loading once. Where the folder
-    can't be written the library lasts as long as the process. Raises BuildError.
+    `name` is one of LIBRARIES; `folder` is the graph store's. A second call does nothing. If the folder can't be
+    written, the library lasts as long as the process. Raises BuildError.
     """
     import torch
 
@@ -56,9 +56,9 @@ def load(name: str, folder: Path) -> None:
 
 
 def declare_operators(name: str) -> None:
-    """Tell torch what the operators of a library take, and what shapes they return: all that tracing needs.
+    """Register the schemas and fake implementations of a library's operators, which is all that tracing needs.
 
-    Those of `kernels` can be declared before the library is built, so that graphs are traced meanwhile.
+    Those of `kernels` can be registered before the library is built, so that graphs are traced meanwhile.
     """
     import torch
 
@@ -72,40 +72,40 @@ def declare_operators(name: str) -> None:
 
 
 def attach(name: str, rank: int, world: int, timeout: float, slot_bytes: int = 1 << 20) -> None:
-    """Join the ranks that share the memory segment `name`; every rank calls it once, rank 0 creates the segment.
+    """Join the ranks that share the memory segment `name`; every rank calls it once, and rank 0 creates the segment.
 
     `timeout` is the longest wait for a peer in seconds, here and in every collective. The segment takes
-    2 x world x slot_bytes of /dev/shm; its name is gone as soon as all ranks have joined. Raises RuntimeError: rank 0
-    did not come, /dev/shm is full, the segment is another world's.
+    2 x world x slot_bytes of /dev/shm; its name is removed as soon as all ranks have joined. Raises RuntimeError if
+    rank 0 did not create it in time, /dev/shm is full, or it was created for another world or slot size.
     """
     _operators("collectives").attach(name, rank, world, timeout, slot_bytes)
     declare(world)
 
 
 def detach() -> None:
-    """Leave the group, if in one."""
+    """Leave the group of ranks, if attached to one."""
     _operators("collectives").detach()
 
 
 def declare(world: int) -> None:
-    """Say how many ranks there are where collectives are traced without being in a group."""
+    """Set the number of ranks, to trace collectives without being attached to a group."""
     operators.world = world
 
 
 def unlink(name: str) -> None:
-    """Remove a segment's name, if it is still there: for the process that outlives the ranks. Needs no torch."""
-    # Where Linux keeps what shm_open makes.
+    """Remove a segment's name, if it still exists: for the process that outlives the ranks. Needs no torch."""
+    # The folder in which Linux keeps the segments of shm_open.
     with contextlib.suppress(FileNotFoundError):
         os.unlink(Path("/dev/shm") / name)
 
 
 def last_error() -> str:
-    """What the last failed collective of this process said, or "": a package raises without the text."""
+    """The error of the last failed collective of this process, or "": an error raised by a package lacks the text."""
     return _operators("collectives").last_error()
 
 
 def build(name: str, folder: Path) -> Path:
-    """The library's file, built if it is not there yet. Processes that need it at once build it once."""
+    """The library's file, built if it does not exist. Concurrent processes build it only once."""
     from filelock import FileLock
 
     if missing_compiler() and (found := built(name, folder)):
@@ -119,7 +119,7 @@ def build(name: str, folder: Path) -> Path:
         library.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(library.parent / ".lock"):
             if not library.is_file():
-                # The lock is ours: what lies aside was left by builders that were killed.
+                # Under the lock, temporary files can only be those of killed builders.
                 for left in library.parent.glob(f"{ASIDE}*"):
                     left.unlink()
                 _compile(name, compiler, library)
@@ -132,12 +132,12 @@ def build(name: str, folder: Path) -> Path:
 
 
 def built(name: str, folder: Path) -> Path | None:
-    """The library's file that some compiler has left in the folder, or None."""
+    """The library's file in the folder, built by whichever compiler, or None."""
     return next(_home(name, folder).glob("*.so"), None)
 
 
 def _compile(name: str, compiler: str, library: Path) -> None:
-    """Build aside and rename: a kill leaves no half library under its name."""
+    """Build to a temporary file and rename it, so that a kill leaves no partial library."""
     descriptor, aside = tempfile.mkstemp(prefix=ASIDE, dir=library.parent)
     os.close(descriptor)
     try:
@@ -149,7 +149,7 @@ def _compile(name: str, compiler: str, library: Path) -> None:
 
 
 def find_compiler() -> str:
-    """The C++ compiler: CXX, a program without arguments as Inductor takes it, else g++. Raises BuildError where there is none."""
+    """The C++ compiler: CXX, without arguments as Inductor needs it, else g++. Raises BuildError if there is none."""
     command = os.environ.get("CXX") or "g++"
     found = shutil.which(command)
     if found is None:
@@ -161,7 +161,7 @@ def find_compiler() -> str:
 
 
 def missing_compiler() -> str | None:
-    """Why no library, and no graph, could be built here; None where they could."""
+    """The reason why no library or graph can be built here; None if they can."""
     try:
         find_compiler()
         return None
@@ -170,12 +170,12 @@ def missing_compiler() -> str | None:
 
 
 def compiler_version(compiler: str) -> str:
-    """What a compiler says of itself: part of the key of all that it builds."""
+    """The output of --version of a compiler: part of the key of all that it builds."""
     return subprocess.run([compiler, "--version"], capture_output=True, text=True, errors="replace").stdout
 
 
 def run_compiler(command: list[str], what: str) -> None:
-    """Run it. Raises BuildError, which begins with `what` ("x.cpp does") and gives its first error."""
+    """Run a compiler. Raises BuildError, which begins with `what` ("x.cpp does") and gives the first error."""
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode:
         lines = [line.strip() for line in done.stderr.splitlines()] or ["no message"]
@@ -187,7 +187,7 @@ def run_compiler(command: list[str], what: str) -> None:
 
 
 def _flags(name: str) -> list[str]:
-    # Products are never fused into sums: every build rounds alike.
+    # The compiler must not contract products and sums into FMAs, so that every build rounds alike.
     machine = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
     return [*LIBRARIES[name], machine, "-ffp-contract=off", "-std=c++20", "-fPIC", "-shared", "-w"]
 
@@ -210,7 +210,7 @@ def _command(name: str, compiler: str) -> list[str]:
 
 
 def _home(name: str, folder: Path) -> Path:
-    """Where a library lies, whose key is whatever but the compiler can change it: it holds the machine's instructions, so the CPU too."""
+    """The folder of a library. Its key covers all but the compiler: sources, torch, flags and the CPU."""
     import torch
 
     from mllama_graph.core.machine import processor_name

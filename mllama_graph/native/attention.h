@@ -1,4 +1,4 @@
-// Attention: of few rows over pages, and of many rows over pages, prompts and tiles.
+// Attention of few rows over pages (decode), and of many rows over pages, prompts and tiles.
 
 #pragma once
 
@@ -14,13 +14,13 @@ namespace {
 
 // ---- Attention over pages ----
 
-// Tokens that a thread takes at a time. Those whose keys are worked through before their values, at most, and the bytes
-// of their keys: both lie in the second-level cache. Each is one stream so, as memory is read fastest.
+// kSplit: tokens per task of a thread. kTokens and kBlockBytes: the most tokens of a block, and bytes of their keys.
+// All keys of a block are read before its values, as memory delivers one stream fastest, and both fit in L2.
 constexpr int64_t kSplit = 256, kBlockBytes = 1 << 18;
 constexpr int kTokens = 64;
-// Up to so many rows of a sequence read its pages each for itself.
+// Up to this many rows of a sequence, each row reads the pages separately.
 constexpr int64_t kFewRows = 4;
-// Query heads that are scored together at most, and tokens that are with so many: their sums fill the registers.
+// The most query heads scored together, and tokens scored together by number of heads: their sums fill the registers.
 constexpr int kHeads = 4;
 constexpr int kScored[kHeads + 1] = {0, 8, kRegisters / 4, kRegisters / 8, kRegisters / 8};
 
@@ -29,7 +29,7 @@ struct Heads {
   int64_t group() const { return queries / keys; }
 };
 
-// What one query row makes of some tokens: for each of its heads the largest score, the sum of the weights and the
+// Partial softmax of one query row over some tokens: for each head the largest score, the sum of the weights and the
 // weighted sum of the values.
 struct Partial {
   float* largest;
@@ -37,12 +37,13 @@ struct Partial {
   float* values;
 };
 
-// Calls for a vector at `next`, a line a time.
-inline void call_for(const float* next, int64_t column) {
+// Prefetches the vector at `next` into L2, once per cache line.
+inline void prefetch(const float* next, int64_t column) {
   if (column * sizeof(float) % kLine == 0) __builtin_prefetch(next, 0, 2);
 }
 
-// The products of `tokens` keys, O at a time, with G queries over `width` columns, lane by lane: sums[query][token].
+// Dot products of `tokens` keys, O at a time, with G queries over `width` columns: sums[query][token], whose lanes are
+// still to be summed.
 template <int O, int G>
 inline void score(const float* k, int64_t stride, const float* q, int64_t q_stride, int64_t width, int tokens,
                   const float* next, Vector (*sums)[kTokens]) {
@@ -55,7 +56,7 @@ inline void score(const float* k, int64_t stride, const float* q, int64_t q_stri
 #pragma GCC unroll 8
       for (int o = 0; o < kCount; o++) {
         key[o] = load(k + (token + o) * stride + i);
-        call_for(next + (token + o) * width + i, i);
+        prefetch(next + (token + o) * width + i, i);
       }
 #pragma GCC unroll 4
       for (int g = 0; g < G; g++) {
@@ -72,7 +73,7 @@ inline void score(const float* k, int64_t stride, const float* q, int64_t q_stri
   while (token < tokens) some(std::integral_constant<int, 1>{});
 }
 
-// Adds to V vectors of columns of G rows the weighted values of `tokens` tokens.
+// Adds the weighted values of `tokens` tokens to G rows, in V vectors of columns.
 template <int G, int V>
 inline void add_values(const float (*weights)[kTokens], const float* v, int64_t stride, int tokens, const float* next,
                        float* to, int64_t width) {
@@ -86,7 +87,7 @@ inline void add_values(const float (*weights)[kTokens], const float* v, int64_t 
 #pragma GCC unroll 8
     for (int c = 0; c < V; c++) {
       const Vector value = load(v + i * stride + c * kLanes);
-      call_for(next + i * width + c * kLanes, c * kLanes);
+      prefetch(next + i * width + c * kLanes, c * kLanes);
 #pragma GCC unroll 4
       for (int g = 0; g < G; g++) sum[g][c] = multiply_add(weight[g], value, sum[g][c]);
     }
@@ -95,7 +96,7 @@ inline void add_values(const float (*weights)[kTokens], const float* v, int64_t 
     for (int c = 0; c < V; c++) store(to + g * width + c * kLanes, sum[g][c]);
 }
 
-// The same for the columns from h on to `whole`, V vectors at a time, then fewer.
+// add_values for columns h to whole - 1, V vectors at a time, then fewer.
 template <int G, int V>
 inline void add_columns(const float (*weights)[kTokens], const float* v, int64_t stride, int tokens, const float* next,
                         float* to, int64_t width, int64_t whole, int64_t& h) {
@@ -104,14 +105,14 @@ inline void add_columns(const float (*weights)[kTokens], const float* v, int64_t
   if constexpr (V > 1) add_columns<G, V - 1>(weights, v, stride, tokens, next, to, width, whole, h);
 }
 
-// The weights that G queries give to `tokens` tokens, at most kTokens, whose keys lie at k; what `out` holds shrinks to
-// the largest score.
+// Softmax weights of G queries for `tokens` tokens, at most kTokens, with keys at k. Rescales `out` to the new largest
+// score.
 template <int G>
 void weigh_tokens(const float* q, const float* k, int tokens, const float* next, const Heads& heads, float scale,
                   Partial out, float (*weights)[kTokens]) {
   const int64_t stride = heads.keys * heads.width, whole = heads.width / kLanes * kLanes;
   Vector sums[G][kTokens];
-  // Whole vectors of tokens; what is beyond `tokens` weighs nothing.
+  // Rounded up to whole vectors of tokens; those beyond `tokens` get the weight 0.
   const int held = (tokens + kLanes - 1) / kLanes * kLanes;
   for (int g = 0; g < G; g++) std::fill(sums[g] + tokens, sums[g] + held, Vector{});
   score<kScored[G], G>(k, stride, q, heads.width, whole, tokens, next, sums);
@@ -124,7 +125,7 @@ void weigh_tokens(const float* q, const float* k, int tokens, const float* next,
     std::fill(weight + tokens, weight + held, -std::numeric_limits<float>::infinity());
     Vector most = load(weight);
     for (int i = kLanes; i < held; i += kLanes) most = most > load(weight + i) ? most : load(weight + i);
-    // Scales are positive.
+    // Scaling the largest score suffices, since scales are positive.
     const float before = out.largest[g], largest = std::max(before, largest_of(most) * scale);
     if (largest > before) {
       const float shrink = exponential(splat(before - largest))[0];
@@ -142,7 +143,7 @@ void weigh_tokens(const float* q, const float* k, int tokens, const float* next,
   }
 }
 
-// Adds to `to`, of G queries, the weighted values of the same tokens, which lie at v.
+// Adds the weighted values of the same tokens, which are at v, to `to` for G queries.
 template <int G>
 void add_tokens(const float (*weights)[kTokens], const float* v, int tokens, const float* next, const Heads& heads,
                 float* to) {
@@ -155,7 +156,7 @@ void add_tokens(const float (*weights)[kTokens], const float* v, int tokens, con
         to[g * heads.width + h] = std::fma(weights[g][i], v[i * stride + h], to[g * heads.width + h]);
 }
 
-// Calls f(how many, the first, their key head) for all query heads, at most kHeads at a time.
+// Calls f(number of query heads, first query head, their kv head) for all query heads, at most kHeads at a time.
 template <class F>
 inline void query_heads(const Heads& heads, const F& f) {
   for (int64_t head = 0; head < heads.keys; head++) {
@@ -171,18 +172,18 @@ inline void query_heads(const Heads& heads, const F& f) {
   }
 }
 
-// Tokens of one query row, within a page; `next` is the page that is read after it.
+// Tokens that a query row sees in one page; `next` is the page that is read after it.
 struct Piece {
   int64_t page, tokens, next;
 };
 
-// Some pieces of one row, a thread's work; its partial result has the number of the task.
+// Pieces of one row, which one thread processes. Partial results are indexed by task.
 struct Task {
   int64_t row;
   std::vector<Piece> pieces;
 };
 
-// q (T, Q, H) against the tokens that `seen(row, entry)` counts in entry `entry` of the row's table (B, J).
+// Attention of q (T, Q, H): a row sees the first seen(row, j) tokens of entry j of its block table, in table (B, J).
 template <class Seen>
 Tensor attend(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages, const Tensor& table, double scale,
               const Seen& seen) {
@@ -212,7 +213,7 @@ Tensor attend(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages, con
   }
   first_task[rows] = static_cast<int64_t>(tasks.size());
 
-  // A task's partial result: the largest scores, the sums, the values.
+  // Layout of a task's partial result: the largest scores, the sums, the values.
   const int64_t width = heads.queries * (heads.width + 2), token = heads.keys * heads.width;
   const int64_t fit = kBlockBytes / (token * sizeof(float));
   const int64_t block = std::clamp<int64_t>(fit / kLanes * kLanes, kLanes, kTokens);
@@ -232,8 +233,8 @@ Tensor attend(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages, con
           const int some = static_cast<int>(std::min<int64_t>(block, piece.tokens - i));
           const int64_t at = (piece.page * page + i) * token;
           const int64_t next = i + some < piece.tokens ? at + some * token : piece.next * page * token;
-          // Keys of all heads, then their values. Meanwhile each head calls for as many floats of what comes next, the
-          // values or the next tokens' keys, as it reads itself, in the order of memory.
+          // Keys of all heads, then their values. Meanwhile each head prefetches as many floats as it reads of what is
+          // read next (the values, or the next block's keys), in the order of memory.
           query_heads(heads, [&](auto queries, int64_t query, int64_t head) {
             const int64_t h = head * heads.width, at_query = query * heads.width;
             weigh_tokens<queries>(row + at_query, keys + at + h, some, values + at + h * some, heads,
@@ -265,21 +266,21 @@ Tensor attend(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages, con
         sum += part.sum[head] * factor;
         for (int64_t h = 0; h < heads.width; h++) result[h] += part.values[head * heads.width + h] * factor;
       }
-      // A row that sees nothing keeps zeros.
+      // A row that sees no token keeps zeros.
       for (int64_t h = 0; h < heads.width && sum > 0; h++) result[h] /= sum;
     }
   }
   return y;
 }
 
-// ---- Products of matrices ----
+// ---- Matrix products ----
 //
-// The second factor stays in a cache, in panels of up to 3 vectors.
+// The second factor stays in cache, in panels of up to 3 vectors.
 
-// Rows whose sums with 1, 2 and 3 vectors fill the registers.
+// Rows per tile for panels of 1, 2 and 3 vectors: their sums fill the registers.
 constexpr int kRows[] = {0, kRegisters / 2, kRegisters * 3 / 8, kRegisters / 4};
 
-// Calls f(rows, vectors, first vector) for each panel, `rows` being as many as leave the registers enough for the sums.
+// Calls f(rows, vectors, first vector) for each panel; `rows` is the number of rows per tile, from kRows.
 template <class F>
 inline void panels(int64_t columns, const F& f) {
   for (int64_t left = columns / kLanes, v = 0; left > 0;) {
@@ -293,8 +294,7 @@ inline void panels(int64_t columns, const F& f) {
   }
 }
 
-// c = a b, added to what c holds unless `fresh`, for R rows and a panel of V vectors, whose rows follow each other in
-// b.
+// c = a b if `fresh`, else c += a b, for R rows and a panel of V vectors, whose rows are contiguous in b.
 template <int R, int V, bool fresh>
 inline void multiply_tile(const float* a, int64_t a_stride, const float* b, int64_t depth, float* c, int64_t c_stride) {
   Vector sum[R][V];
@@ -311,7 +311,7 @@ inline void multiply_tile(const float* a, int64_t a_stride, const float* b, int6
     for (int v = 0; v < V; v++) store(c + r * c_stride + v * kLanes, sum[r][v]);
 }
 
-// The same for c (rows, columns), a (rows, depth) and b (depth, columns) in panels; columns are a multiple of kLanes.
+// multiply_tile for c (rows, columns), a (rows, depth), b (depth, columns) in panels; columns a multiple of kLanes.
 template <bool fresh>
 void multiply_matrix(const float* a, int64_t a_stride, const float* b, float* c, int64_t c_stride, int64_t rows,
                      int64_t columns, int64_t depth) {
@@ -329,10 +329,10 @@ void multiply_matrix(const float* a, int64_t a_stride, const float* b, float* c,
 
 // ---- Attention of many rows ----
 
-// Query rows (of all heads that share a key head) and tokens that are worked through at a time: whole tiles.
+// Query rows (of all heads that share a kv head) and tokens per block: whole tiles.
 constexpr int64_t kQueries = 72, kKeys = 96;
 
-// The tokens that a set of rows attends to, in order: where the first head's key and value of each lie.
+// The tokens that a set of rows attends to, in order: pointers to the key and the value of each token's first head.
 struct Tokens {
   std::vector<const float*> keys, values;
   void add(const float* k, const float* v) {
@@ -341,12 +341,12 @@ struct Tokens {
   }
 };
 
-// A query row sees the tokens from `first` to before `last`.
+// A query row sees the tokens [first, last).
 struct Seen {
   int64_t first, last;
 };
 
-// Keys and values in blocks of kKeys tokens, in panels as products take them. The last block repeats its last token.
+// Keys and values in blocks of kKeys tokens, in panels for multiply_matrix. The last block repeats its last token.
 struct Blocks {
   int64_t count, width, wide;
   std::unique_ptr<float[]> keys, values;  // (heads, count, width by kKeys), (heads, count, kKeys by wide)
@@ -387,8 +387,8 @@ struct Blocks {
   }
 };
 
-// Makes weights of `held` scores of a row, of which the first `begin` and those from `end` on are not seen; the sum of
-// the weights. `top` is the largest score so far, and after it.
+// Turns kKeys scores of a row into weights, 0 outside [begin, end), and returns the sum of the weights. Updates `top`,
+// the largest score so far.
 inline float weigh(float* w, int64_t begin, int64_t end, float& top) {
   constexpr float kUnseen = -std::numeric_limits<float>::infinity();
   std::fill(w, w + begin, kUnseen);
@@ -408,7 +408,8 @@ inline float weigh(float* w, int64_t begin, int64_t end, float& top) {
   return total(part);
 }
 
-// q (T, Q, H) against `tokens`, of which row t sees seen[t]. A row that sees none gets zeros. Scores are powers of two.
+// Attention of q (T, Q, H) over `tokens`, of which row t sees seen[t]; zeros for a row that sees none. Weights are
+// computed as powers of two.
 void attend_rows(const float* q, float* out, int64_t rows, const Heads& heads, const Tokens& tokens,
                  const std::vector<Seen>& seen, float scale) {
   const int64_t G = heads.group(), H = heads.width, tasks = (rows * G + kQueries - 1) / kQueries;
@@ -433,7 +434,7 @@ void attend_rows(const float* q, float* out, int64_t rows, const Heads& heads, c
       std::fill(top.begin(), top.end(), -std::numeric_limits<float>::infinity());
       std::fill(sum.begin(), sum.end(), 0.0f);
       std::fill(sum_of_values.begin(), sum_of_values.end(), 0.0f);
-      // Blocks begin at multiples of kKeys, whatever rows there are.
+      // Blocks begin at multiples of kKeys whatever the rows, so that sums have the same order in each batch.
       for (int64_t block = first / kKeys; block * kKeys < std::min(last, count); block++) {
         const int64_t start = block * kKeys, held = std::min(kKeys, count - start);
         const int64_t at = (head * blocks.count + block) * kKeys;
@@ -475,7 +476,7 @@ Tensor attend_rows(const Tensor& q, int64_t key_heads, const Tokens& tokens, con
   return y;
 }
 
-// Row t sees `past` tokens of the table's pages, none without a table, and the first t + 1 rows of k and v. Rows from
+// Row t sees `past` tokens in the table's pages (none without a table) and the first t + 1 rows of k and v. Rows from
 // `real` on get zeros.
 Tensor attend_prompt(Tensor q, Tensor given_k, Tensor given_v, Tensor k_pages, Tensor v_pages,
                      std::optional<Tensor> table, Tensor past, std::optional<Tensor> real, double scale) {

@@ -1,22 +1,22 @@
 // Collectives among the tensor-parallel ranks of one host, through POSIX shared memory.
 //
-// Every rank is a process. One segment holds, for each rank, a desk (what it has published) and two slots (the data):
+// Every rank is a process. One segment holds, for each rank, a state (what it has published) and two slots (the data):
 //
-//     Header | Desk of rank 0, 1, ... | slots of rank 0: even, odd | slots of rank 1: even, odd | ...
+//     Header | State of rank 0, 1, ... | slots of rank 0: even, odd | slots of rank 1: even, odd | ...
 //
-// A message is cut into pieces of at most one slot. Pieces are numbered 1, 2, 3, ... through the life of a group and
-// every rank works through the same ones. A rank copies piece s into its slot of parity s % 2, publishes the number s,
+// A message is split into pieces of at most one slot. Pieces are numbered 1, 2, 3, ... over the lifetime of a group,
+// and every rank processes the same ones. A rank copies piece s into its slot of parity s % 2, publishes the number s,
 // waits until every rank has published s, and reads the slots of all.
 //
-// Why no slot is overwritten while a peer still reads it: a rank writes the slot of piece s again for piece s + 2, and
-// begins that after it ended piece s + 1, for which it saw every rank publish s + 1; a rank publishes s + 1 only after
-// it has read all that it needs of piece s. The same holds for the calls that the desks describe, which alternate
-// likewise. A rank is therefore at most one piece ahead of any other.
+// No slot is overwritten while a peer still reads it: a rank writes the slot of piece s again for piece s + 2, which it
+// begins after every rank has published s + 1, and a rank publishes s + 1 only after it has read all that it needs of
+// piece s. The same holds for the calls in the states, which alternate in the same way. A rank is therefore at most one
+// piece ahead of any other.
 //
-// Sums are formed in the order rank 0, 1, 2, ... element by element in fp32 and rounded once, by whichever rank forms
-// them: all ranks hold the same bits, run after run, wherever a message is cut.
+// Sums are computed element by element in fp32, in the order rank 0, 1, 2, ..., and rounded once, whichever rank
+// computes them. They are therefore bitwise identical on all ranks, in every run, and however a message is split.
 //
-// Built on torch's stable ABI: no libtorch_python, no ATen headers, about 3 s.
+// Built on torch's stable ABI: no libtorch_python, no ATen headers, compiled in about 3 s.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -52,7 +52,7 @@ using torch::stable::Tensor;
 
 constexpr int kMostRanks = 64;
 constexpr uint64_t kLayout = 0x6d6c6c616d610001;  // changes with the layout of the segment
-constexpr size_t kLine = 128;                     // no two ranks write to one pair of cache lines
+constexpr size_t kLine = 128;                     // no two ranks write to the same pair of cache lines
 constexpr size_t kPage = 4096;
 
 // Up to this many bytes every rank sums everything (one wait); above it each rank sums its part and the parts are
@@ -60,7 +60,7 @@ constexpr size_t kPage = 4096;
 // 256 KB one phase is mostly 10 to 100 us faster, at 512 KB they are equal, at 16 MB two phases take 0.6 of the time.
 constexpr size_t kOnePhaseBytes = 256 << 10;
 
-// How a wait goes on: look again at once, then let others run, then sleep.
+// Stages of a wait: spin kPauses times, then yield for kYieldSeconds, then sleep between checks.
 constexpr int kPauses = 200;
 constexpr double kYieldSeconds = 0.003;
 constexpr int kSleepMicroseconds = 50;
@@ -70,7 +70,7 @@ static_assert(std::atomic<uint64_t>::is_always_lock_free, "atomics between proce
 
 enum class Kind : uint32_t { all_reduce = 1, all_gather = 2 };
 
-// One call as every rank must make it.
+// Description of a collective call, which must be the same on every rank.
 struct Call {
   uint64_t bytes;
   Kind kind;
@@ -81,8 +81,8 @@ struct Call {
   }
 };
 
-struct alignas(kLine) Desk {
-  std::atomic<uint64_t> published;  // the last piece whose data lie in this rank's slot
+struct alignas(kLine) State {
+  std::atomic<uint64_t> published;  // the last piece whose data are in this rank's slot
   Call calls[2];                    // the call that a piece belongs to, by parity of the piece
   alignas(kLine) std::atomic<uint64_t> summed;  // the last piece of which this rank has summed its part
 };
@@ -95,7 +95,7 @@ struct alignas(kLine) Header {
   int64_t creator;  // process id
   std::atomic<uint32_t> joined[kMostRanks];
   std::atomic<uint32_t> joined_count;
-  // The first failure of the group, for the ranks that still wait or come late.
+  // The first failure of the group, for ranks that are still waiting or arrive later.
   std::atomic<uint32_t> failure;
   int32_t failed_rank;
   char reason[1024];
@@ -125,7 +125,7 @@ std::string seconds_text(double seconds) {
   return text;
 }
 
-// The text of the last error of this process: a package's C interface hands no text on.
+// The text of the last error of this process: a package's C interface does not pass it on.
 std::mutex error_lock;
 std::string error_text;
 
@@ -142,7 +142,7 @@ std::string last_error() {
   return error_text;
 }
 
-// out = sum over ranks, in rank order. A block of sums stays in the nearest cache.
+// out = sum over ranks, in rank order. A block of sums stays in L1.
 template <class T>
 void sum_in_rank_order(const std::vector<const char*>& sources, size_t first, size_t count, T* __restrict out) {
   constexpr size_t kBlock = 1024;
@@ -161,7 +161,7 @@ void sum_in_rank_order(const std::vector<const char*>& sources, size_t first, si
   }
 }
 
-// This process's place in a group of ranks.
+// This process's membership in a group of ranks.
 class Group {
  public:
   int world() const { return world_; }
@@ -176,7 +176,7 @@ class Group {
     if (slot_bytes < 1) fail("slot_bytes=" + std::to_string(slot_bytes) + " must be positive");
     name_ = name, rank_ = static_cast<int>(rank), world_ = static_cast<int>(world), timeout_ = timeout;
     slot_bytes_ = round_up(static_cast<size_t>(slot_bytes), kLine);
-    bytes_ = round_up(sizeof(Header) + sizeof(Desk) * world_, kPage) + 2 * slot_bytes_ * world_;
+    bytes_ = round_up(sizeof(Header) + sizeof(State) * world_, kPage) + 2 * slot_bytes_ * world_;
     piece_ = calls_ = 0;
     if (rank_ == 0) {
       create();
@@ -184,7 +184,7 @@ class Group {
       join();
     }
     header().joined[rank_].store(1);
-    // The last to join removes the name: from here on nothing is left behind, however the ranks end.
+    // The last rank to join removes the name, so that nothing is left behind, however the ranks end.
     if (header().joined_count.fetch_add(1) + 1 == static_cast<uint32_t>(world_)) shm_unlink(("/" + name_).c_str());
   }
 
@@ -199,7 +199,7 @@ class Group {
     const char* input = reinterpret_cast<const char*>(x);
     const size_t most = slot_bytes_ / sizeof(T);
     size_t done = 0;
-    do {  // a call without elements still meets the others, so that one that differs is found
+    do {  // also without elements, so that a call that differs between ranks is detected
       const size_t n = std::min(most, count - done);
       const char* piece = input + done * sizeof(T);
       if (n * sizeof(T) <= kOnePhaseBytes || world_ == 1) {
@@ -212,7 +212,7 @@ class Group {
     } while (done < count);
   }
 
-  // out holds `world` times `bytes`.
+  // `out` holds `world` times `bytes` bytes.
   void all_gather(const char* x, char* out, size_t bytes) {
     size_t done = 0;
     do {
@@ -224,7 +224,7 @@ class Group {
     } while (done < bytes);
   }
 
-  // What every rank must do next; called once before the pieces of a message.
+  // Starts a call, once before the pieces of its message.
   void begin(Call call) {
     if (!base_) fail("no group of ranks: attach first");
     calls_++;
@@ -236,31 +236,31 @@ class Group {
 
  private:
   Header& header() { return *reinterpret_cast<Header*>(base_); }
-  Desk& desk(int rank) { return reinterpret_cast<Desk*>(base_ + sizeof(Header))[rank]; }
+  State& state(int rank) { return reinterpret_cast<State*>(base_ + sizeof(Header))[rank]; }
   char* slot(int rank) { return base_ + bytes_ - 2 * slot_bytes_ * world_ + (2 * rank + piece_ % 2) * slot_bytes_; }
 
-  // Publish a piece, less the bytes from skip_first to skip_last, and wait for the others' of the same call.
+  // Publishes a piece without the bytes [skip_first, skip_last), and waits for the other ranks' pieces.
   void exchange(const char* piece, size_t bytes, size_t skip_first, size_t skip_last) {
     piece_++;
     if (world_ > 1) {
       std::memcpy(slot(rank_), piece, skip_first);
       std::memcpy(slot(rank_) + skip_last, piece + skip_last, bytes - skip_last);
     }
-    desk(rank_).calls[piece_ % 2] = call_;
-    desk(rank_).published.store(piece_, std::memory_order_release);
-    wait_for_all(&Desk::published);
+    state(rank_).calls[piece_ % 2] = call_;
+    state(rank_).published.store(piece_, std::memory_order_release);
+    wait_for_all(&State::published);
     for (int r = 0; r < world_; r++)
-      if (!(desk(r).calls[piece_ % 2] == desk(0).calls[piece_ % 2])) fail_group(difference(r));
+      if (!(state(r).calls[piece_ % 2] == state(0).calls[piece_ % 2])) fail_group(difference(r));
   }
 
-  // Where each rank's piece lies; a rank's own where it came from.
+  // Pointers to each rank's piece; for this rank, to its input.
   std::vector<const char*> sources(const char* own) {
     std::vector<const char*> found(world_);
     for (int r = 0; r < world_; r++) found[r] = r == rank_ ? own : slot(r);
     return found;
   }
 
-  // Rank r sums part r and leaves the sum in its own slot, where no other rank reads part r before that.
+  // Rank r sums part r and writes the sum to its own slot, where no other rank reads part r before that.
   template <class T>
   void sum_in_parts(const char* piece, size_t count, T* out) {
     const size_t part = round_up((count + world_ - 1) / world_, kLine / sizeof(T));
@@ -268,20 +268,20 @@ class Group {
     exchange(piece, count * sizeof(T), first(rank_) * sizeof(T), first(rank_ + 1) * sizeof(T));
     T* sum = reinterpret_cast<T*>(slot(rank_)) + first(rank_);
     sum_in_rank_order<T>(sources(piece), first(rank_), first(rank_ + 1) - first(rank_), sum);
-    desk(rank_).summed.store(piece_, std::memory_order_release);
-    wait_for_all(&Desk::summed);
+    state(rank_).summed.store(piece_, std::memory_order_release);
+    wait_for_all(&State::summed);
     for (int r = 0; r < world_; r++) {
       const T* part_of_r = reinterpret_cast<const T*>(slot(r)) + first(r);
       std::memcpy(out + first(r), part_of_r, (first(r + 1) - first(r)) * sizeof(T));
     }
   }
 
-  // Return when every rank's counter has reached this piece.
-  void wait_for_all(std::atomic<uint64_t> Desk::*counter) {
+  // Waits until every rank's counter has reached this piece.
+  void wait_for_all(std::atomic<uint64_t> State::*counter) {
     int pauses = 0;
     double start = 0;
     for (int r = 0; r < world_; r++) {
-      while ((desk(r).*counter).load(std::memory_order_acquire) < piece_) {
+      while ((state(r).*counter).load(std::memory_order_acquire) < piece_) {
         if (pauses < kPauses) {
           pauses++;
           pause();
@@ -300,22 +300,22 @@ class Group {
   }
 
   // "rank 3 did not arrive at an all-reduce within 60 s"
-  std::string absence(std::atomic<uint64_t> Desk::*counter) {
+  std::string absence(std::atomic<uint64_t> State::*counter) {
     std::string ranks;
     int absent = 0;
     for (int r = 0; r < world_; r++) {
-      if ((desk(r).*counter).load(std::memory_order_acquire) >= piece_) continue;
+      if ((state(r).*counter).load(std::memory_order_acquire) >= piece_) continue;
       ranks += (absent++ ? ", " : "") + std::to_string(r);
     }
     return std::string(absent > 1 ? "ranks " : "rank ") + ranks + " did not " +
-           (counter == &Desk::published ? "arrive at" : "finish") + " an " + name_of(call_.kind) + " within " +
+           (counter == &State::published ? "arrive at" : "finish") + " an " + name_of(call_.kind) + " within " +
            seconds_text(timeout_) + " (call " + std::to_string(calls_) + ")";
   }
 
   std::string difference(int rank) {
     return "ranks disagree at call " + std::to_string(calls_) + ": rank 0 makes " +
-           described(desk(0).calls[piece_ % 2]) + ", rank " + std::to_string(rank) + " " +
-           described(desk(rank).calls[piece_ % 2]);
+           described(state(0).calls[piece_ % 2]) + ", rank " + std::to_string(rank) + " " +
+           described(state(rank).calls[piece_ % 2]);
   }
 
   static std::string name_of(Kind kind) { return kind == Kind::all_reduce ? "all-reduce" : "all-gather"; }
@@ -325,7 +325,7 @@ class Group {
            std::to_string(call.dtype) + ")";
   }
 
-  // A group that failed once is out of step for good: tell the others why.
+  // After one failure the ranks of a group can't synchronise again: record the reason for the others.
   [[noreturn]] void fail_group(const std::string& text) {
     uint32_t none = kNone;
     if (header().failure.compare_exchange_strong(none, kBeingWritten)) {
@@ -349,7 +349,7 @@ class Group {
     shm_unlink(path.c_str());
     const int file = shm_open(path.c_str(), O_RDWR | O_CREAT | O_EXCL, 0600);
     if (file < 0) fail("can't create shared memory " + name_ + ": " + std::strerror(errno));
-    // Reserved now: a full /dev/shm would otherwise end the process at its first touch.
+    // Reserved now: with a full /dev/shm, the first write would otherwise kill the process.
     const int error = posix_fallocate(file, 0, static_cast<off_t>(bytes_));
     if (error) {
       close(file);
@@ -359,14 +359,14 @@ class Group {
     }
     map(file);
     new (base_) Header{};
-    for (int r = 0; r < world_; r++) new (&desk(r)) Desk{};
+    for (int r = 0; r < world_; r++) new (&state(r)) State{};
     header().world = world_;
     header().slot_bytes = slot_bytes_;
     header().creator = getpid();
     header().layout.store(kLayout, std::memory_order_release);
   }
 
-  // Open the segment that rank 0 makes, which may come later than this rank.
+  // Opens the segment that rank 0 creates, possibly later than this rank starts.
   void join() {
     const double start = now();
     std::string obstacle = "rank 0 did not create it";
@@ -378,14 +378,14 @@ class Group {
     }
   }
 
-  // Whether the segment is there, whole and alive; a short or abandoned one is left alone, rank 0 will replace it.
+  // Maps the segment if it is complete and its creator is alive; rank 0 will replace an incomplete or abandoned one.
   bool joined_now(std::string& obstacle) {
     const int file = shm_open(("/" + name_).c_str(), O_RDWR, 0);
     if (file < 0) {
       if (errno != ENOENT) obstacle = std::strerror(errno);
       return false;
     }
-    // The header alone at first: how long the rest is depends on what it says.
+    // Only the header at first: it tells the size of the rest.
     struct stat status;
     Header* found = nullptr;
     if (fstat(file, &status) == 0 && static_cast<size_t>(status.st_size) >= sizeof(Header)) {

@@ -1,10 +1,10 @@
-// What stands before the code that Inductor writes for a graph whose every node calls an operator or views a tensor:
-// the handles and checks which that code names, and the functions by which torch's loader of packages finds, binds and
-// runs it.
+// Prefix of the code that Inductor generates for a graph whose nodes only call operators or view tensors: the handles
+// and checks that this code uses, and the functions by which torch's package loader finds, binds and runs the graph.
 //
 // The functions of torch's C interface (torch/csrc/inductor/aoti_torch/c/shim.h) are declared here, and those of a
-// package (torch/csrc/inductor/aoti_runtime/interface.h) are written here, because torch's own headers and runtime
-// would take 7 of the 8 seconds in which a graph is compiled. Weights are always the caller's, and nothing is folded.
+// package (torch/csrc/inductor/aoti_runtime/interface.h) are defined here, because torch's own headers and runtime
+// would take 7 of the 8 seconds in which a graph is compiled. Weights always belong to the caller, and no constants are
+// folded.
 
 #include <array>
 #include <cstdint>
@@ -37,7 +37,7 @@ namespace torch::aot_inductor {
 
 [[noreturn]] inline void fail(const char* text) { throw std::runtime_error(text); }
 
-// A tensor, let go of at the end of its scope.
+// Owns a tensor handle, which it deletes at the end of its scope.
 class RAIIAtenTensorHandle {
  public:
   RAIIAtenTensorHandle(AtenTensorHandle handle) : handle_(handle) {}
@@ -76,7 +76,7 @@ struct Constant {
   const char *name, *original;
 };
 
-// A graph as the loader holds it. What is static about it is defined behind the code that Inductor writes.
+// The graph object of the loader. Its static members are defined after the code that Inductor generates.
 struct Graph {
   static const size_t outputs;
   static const std::vector<Constant> constants;
@@ -107,7 +107,7 @@ struct NoGrad {
 
 static thread_local std::string last_error;
 
-// 0, or 1 where f throws.
+// Returns 0, or 1 if f throws.
 template <class F>
 int32_t attempt(const F& f) {
   try {

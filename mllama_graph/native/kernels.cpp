@@ -1,12 +1,12 @@
-// Kernels of a CPU's steps: every operation of the contract (mllama_graph/model/ops.py) that a step takes.
+// CPU kernels: all operations of Ops (mllama_graph/model/ops.py) that a step uses.
 //
-// Decode steps are bound by memory: a weight or a key is read once from memory, whatever number of rows use it, and
-// widened on the way where it is stored in 16 bits.
+// Decode steps are memory-bound: a weight is read from memory once, whatever the number of rows, and a key once for all
+// query heads that share it. Weights stored in 16 bits are widened in registers.
 //
-// Sums are formed in one order, whatever the number of rows, of threads and of the padding around them: a row's product
-// has the same bits alone, in a batch and in a prompt's chunk.
+// The order of summation depends neither on the number of rows nor on threads or padding: a row's result is bitwise
+// identical alone, in a batch and in a prompt's chunk.
 //
-// Built on torch's stable ABI; threads are those of torch. What operations take and return is said in __init__.py.
+// Built on torch's stable ABI, with torch's threads. operators.py declares what the operators take and return.
 
 #include "attention.h"
 #include "linear.h"

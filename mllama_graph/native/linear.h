@@ -1,8 +1,8 @@
-// Products of rows with a weight.
+// Linear layers: products of rows with a weight.
 //
-// Few rows wait for the weight (O, I), which is read once, from its begin to its end, as memory is read fastest. It
-// lies in panels of kPanel vectors of outputs: what they have of the first input, then of the next, then the next
-// panel. The last one holds what is left.
+// With few rows, the time is that of reading the weight (O, I), which is read once and in sequence, as memory is read
+// fastest. It is stored in panels of kPanel vectors of outputs: a panel has these outputs' weights for the first input,
+// then for the next input, and so on. The last panel has the remaining outputs.
 
 #pragma once
 
@@ -17,12 +17,12 @@ namespace {
 constexpr int kPanel = 3;
 constexpr int64_t kColumns = kPanel * kLanes;
 
-// bf16 lies by pairs of inputs, an element of each in 32 bits, so that one load and one instruction for each part widen
-// both; an odd last input lies alone.
+// bf16 weights are interleaved by pairs of inputs, one element of each in 32 bits, so that one load and one instruction
+// per input widen both; an odd last input is stored alone.
 template <class W>
 constexpr int kPaired = std::is_same_v<W, BFloat16> ? 2 : 1;
 
-// A vector of one of kPaired inputs that lie together.
+// Loads the vector of one of kPaired interleaved inputs.
 template <int part, class W>
 inline Vector load_part(const W* inputs) {
   if constexpr (kPaired<W> == 1) return load(inputs);
@@ -31,11 +31,11 @@ inline Vector load_part(const W* inputs) {
   return reinterpret_cast<Vector>(part == 0 ? pairs << 16 : pairs & static_cast<int32_t>(0xffff0000));
 }
 
-// add_products with one of kPaired inputs that lie together.
+// add_products for one of kPaired interleaved inputs.
 template <int part, int R, int V, class W>
 [[gnu::always_inline]] inline void add_input(Vector (&sum)[R][V], const float* a, int64_t a_stride, const W* b) {
-  // Where no registers are left to keep pairs in they are loaded again: the compiler is not to know that they are the
-  // same.
+  // If no registers are left to keep the pairs in, they are loaded again: this hides from the compiler that they are
+  // the same.
   if constexpr (part && R > 1 && R * V + 2 * V + 2 > kRegisters) asm("" : "+r"(b));
   Vector column[V];
 #pragma GCC unroll 8
@@ -43,18 +43,18 @@ template <int part, int R, int V, class W>
   add_products(sum, a + part, a_stride, column);
 }
 
-// Up to so many rows, a panel is read once for all of them: their sums fill the registers. The mask of pairs takes one,
-// too.
+// Up to this many rows, a panel is read once for all of them: their sums fill the registers, of which the mask of pairs
+// takes one.
 template <class W>
 constexpr int kOnce = kRegisters == 32 ? 8 : kPaired<W> == 2 ? 3 : 4;
 
-// As measured: where what is wanted next waits (__builtin_prefetch's locality), the first-level cache or the
-// second-level one; and how many bytes on it is where a panel is read once.
-constexpr int kWaits = kRegisters == 32 ? 3 : 2;
+// Fastest as measured: the locality of __builtin_prefetch (3: into L1, 2: into L2), and how many bytes ahead to
+// prefetch if a panel is read once.
+constexpr int kLocality = kRegisters == 32 ? 3 : 2;
 constexpr int64_t kAhead = 4096;
 
-// c += a b for R rows of a and the first V vectors of a panel of `width` columns, which has `depth` rows. What is
-// wanted next is called for on the way, `pace` elements at a time.
+// c += a b for R rows of a and the first V vectors of a panel of `width` columns, which has `depth` rows. Meanwhile
+// prefetches from `next` on, which advances by `pace` elements per step.
 template <int R, int V, class W>
 [[gnu::noinline]] void stream_tile(const float* a, int64_t a_stride, const W* b, int64_t width, int64_t depth, float* c,
                                    int64_t c_stride, const W* next, int64_t pace) {
@@ -65,7 +65,7 @@ template <int R, int V, class W>
   for (; depth >= kPaired<W>; depth -= kPaired<W>, a += kPaired<W>, b += kPaired<W> * width, next += pace) {
 #pragma GCC unroll 4
     for (int64_t byte = 0; byte < kColumns * kPaired<W> * static_cast<int64_t>(sizeof(W)); byte += kLine)
-      __builtin_prefetch(next + byte / sizeof(W), 0, kWaits);
+      __builtin_prefetch(next + byte / sizeof(W), 0, kLocality);
     add_input<0, R, V>(sum, a, a_stride, b);
     if constexpr (kPaired<W> == 2) add_input<1, R, V>(sum, a, a_stride, b);
   }
@@ -78,7 +78,7 @@ template <int R, int V, class W>
     for (int v = 0; v < V; v++) store(c + r * c_stride + v * kLanes, sum[r][v]);
 }
 
-// The same for `rows` rows, at most R, and a panel.
+// stream_tile for `rows` rows, at most R.
 template <int R, int V, class W>
 void stream_rows(const float* a, int64_t a_stride, const W* b, int64_t width, int64_t depth, float* c, int64_t c_stride,
                  int64_t rows, const W* next, int64_t pace) {
@@ -86,8 +86,8 @@ void stream_rows(const float* a, int64_t a_stride, const W* b, int64_t width, in
   if constexpr (R > 1) stream_rows<R - 1, V>(a, a_stride, b, width, depth, c, c_stride, rows, next, pace);
 }
 
-// The same for any number of rows, in tiles that are as even as they can be. What is next in memory is called for
-// meanwhile: what follows b or, where b is read once, what is kAhead bytes on.
+// stream_tile for any number of rows, in tiles of heights as even as possible. Prefetches what follows b in memory or,
+// if b is read once, what is kAhead bytes ahead.
 template <int V, class W>
 void stream(const float* a, int64_t a_stride, const W* b, int64_t width, int64_t depth, float* c, int64_t c_stride,
             int64_t rows) {
@@ -100,20 +100,20 @@ void stream(const float* a, int64_t a_stride, const W* b, int64_t width, int64_t
   }
 }
 
-// Inputs of a panel that are worked through at a time by more rows than it is read once for: they stay in the
-// first-level cache. Rows that are worked through at a time: theirs stay in the second-level one.
+// kDeep: inputs of a panel per pass of more than kOnce rows, so that they stay in L1. kTall: rows per task, so that
+// theirs stay in L2.
 constexpr int64_t kDeep = 256, kTall = 48;
-// Bytes of a weight that are worth a thread.
+// Minimum bytes of a weight per thread.
 constexpr int64_t kGrainBytes = 1 << 16;
 
-// Where a panel of `width` outputs has that of input i.
+// Index of the weight of `output` for input i in a panel of `width` outputs.
 template <class W>
 inline int64_t place(int64_t i, int64_t output, int64_t inputs, int64_t width) {
   const bool paired = kPaired<W> == 2 && i < inputs / 2 * 2;
   return paired ? (i / 2 * width + output) * 2 + i % 2 : i * width + output;
 }
 
-// The rows of a weight (O, I) become panels, in place; the last one holds what is left.
+// Converts the rows of a weight (O, I) to panels, in place.
 template <class W>
 void lay_out(const Tensor& weight) {
   const int64_t outputs = weight.size(0), inputs = weight.size(1);
@@ -148,7 +148,7 @@ void add_vectors(const float* x, const W* w, int64_t inputs, int64_t width, floa
     stream<V>(x + i, inputs, w + i * width, width, std::min(deep, inputs - i), y, stride, rows);
 }
 
-// y += x w' for a panel of `width` outputs, of which the last ones may fill no vector.
+// y += x w' for a panel of `width` outputs, the last of which may not fill a vector.
 template <class W>
 void add_panel(const float* x, const W* w, int64_t inputs, int64_t width, float* y, int64_t stride, int64_t rows) {
   static_assert(kPanel == 3);
@@ -163,7 +163,7 @@ void add_panel(const float* x, const W* w, int64_t inputs, int64_t width, float*
         y[t * stride + o] = std::fma(x[t * inputs + i], widen(w[place<W>(i, o, inputs, width)]), y[t * stride + o]);
 }
 
-// The first `rows` rows of y.
+// Computes the first `rows` rows of y.
 template <class W>
 void linear_of(const Tensor& x, const Tensor& weight, const Tensor* bias, const Tensor& y, int64_t rows) {
   const int64_t outputs = weight.size(0), inputs = weight.size(1);
@@ -172,7 +172,7 @@ void linear_of(const Tensor& x, const Tensor& weight, const Tensor* bias, const 
   const auto* from = static_cast<const float*>(x.const_data_ptr());
   auto* to = static_cast<float*>(y.mutable_data_ptr());
   const int64_t panels = (outputs + kColumns - 1) / kColumns, blocks = (rows + kTall - 1) / kTall;
-  // Many rows take longer than what they read.
+  // Many rows take longer than reading their weight.
   const int64_t bytes = kColumns * inputs * sizeof(W) * (1 + rows / 16);
   const int64_t grain = kGrainBytes / std::max<int64_t>(1, bytes) + 1;
   torch::stable::parallel_for(0, blocks * panels, grain, [&](int64_t first, int64_t last) {

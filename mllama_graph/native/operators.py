@@ -1,6 +1,6 @@
-"""What the C++ operators take and return, and what tracing needs to know of them: the shapes of their results.
+"""Schemas of the C++ operators, and fake implementations, which give tracing the shapes of their results.
 
-The operators of `kernels` are declared here and implemented in C++. Those of the other libraries declare themselves.
+The operators of `kernels` are declared here and implemented in C++. The other libraries declare their own.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    # Imported where it is used: the command line asks for libraries before torch is there.
+    # Imported only where it is used: the command line uses this module before torch is imported.
     from torch import Tensor
 
     Maybe = Tensor | None
 
-# How many ranks exchange, where collectives are traced.
+# Number of ranks, while collectives are traced.
 world: int | None = None
 
 
@@ -85,8 +85,8 @@ def _join_features(x: Tensor, kept: list[Tensor], tiles: int, tokens: int) -> Te
     return x.new_empty((tiles * tokens, x.shape[1] * (1 + len(kept))))
 
 
-# Library -> operator -> (schema, or None where the library declares it itself; result shapes from fake tensors).
-# `real` counts the rows that are no padding: the others are not read, and become zeros. Weights, biases, gates and
+# Library -> operator -> (schema, or None if the library declares it itself; fake implementation). `real` is the number
+# of rows that are not padding: padding rows are not read, and their results are zeros. Weights, biases, gates and
 # tables may be stored in 16 bits.
 OPERATORS: dict[str, dict[str, tuple[str | None, Callable[..., Any]]]] = {
     "kernels": {

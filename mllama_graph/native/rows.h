@@ -1,7 +1,7 @@
-// What is done to each row by itself: norms, rotations, gates, and moving rows from and to tables.
+// Row-wise operations: norms, rotations, gates, and copies of rows from and to tables.
 //
-// A row is worked through from its first element, a vector at a time, whatever rows lie beside it: its result has the
-// same bits alone, in a batch and in a chunk.
+// A row is processed from its first element, a vector at a time, independently of other rows: its result is bitwise
+// identical alone, in a batch and in a chunk.
 
 #pragma once
 
@@ -15,9 +15,9 @@
 
 namespace {
 
-// ---- Vectors that a row's end may cut short ----
+// ---- Vectors at the end of a row, which may be incomplete ----
 
-// The first `some` elements; zeros behind them.
+// Loads the first `some` elements, followed by zeros.
 inline Vector load(const float* from, int64_t some) {
   if (some >= kLanes) return load(from);
   float part[kLanes] = {};
@@ -30,7 +30,7 @@ inline void store(float* to, Vector x, int64_t some) {
   std::memcpy(to, &x, some * sizeof(float));
 }
 
-// Calls f(i, how many elements are left) for each vector of a row.
+// Calls f(i, number of elements left) for each vector of a row.
 template <class F>
 inline void for_vectors(int64_t width, const F& f) {
   for (int64_t i = 0; i < width; i += kLanes) f(i, width - i);
@@ -38,7 +38,7 @@ inline void for_vectors(int64_t width, const F& f) {
 
 // ---- Norms ----
 
-// y = x / rms(x) times the weight.
+// y = x / rms(x) * weight
 inline void rms_norm_row(const float* x, const float* weight, float eps, int64_t width, float* y) {
   Vector squares{};
   for_vectors(width, [&](int64_t i, int64_t left) {
@@ -51,7 +51,7 @@ inline void rms_norm_row(const float* x, const float* weight, float eps, int64_t
   });
 }
 
-// The norm of each run of as many elements as the weight has.
+// The norms of x along its last axis.
 Tensor rms_norm(Tensor given, Tensor weight, double eps, std::optional<Tensor> real) {
   const Rows x(given);
   const int64_t width = weight.numel();
@@ -87,14 +87,14 @@ std::tuple<Tensor, Tensor> add_rms_norm(Tensor given_x, Tensor given_y, Tensor w
   return {normed, sum};
 }
 
-// (x - mean) / deviation, times the weight, plus the bias.
+// y = (x - mean) / deviation * weight + bias
 inline void layer_norm_row(const float* x, const float* weight, const float* bias, float eps, int64_t width, float* y) {
   Vector sum{}, squares{};
   for_vectors(width, [&](int64_t i, int64_t left) { sum += load(x + i, left); });
   const float mean = total(sum) / static_cast<float>(width);
   for_vectors(width, [&](int64_t i, int64_t left) {
     const Vector off = load(x + i, left) - mean;
-    // What fills up the last vector is no element.
+    // Padding of the last vector must not be counted.
     if (left >= kLanes) squares = multiply_add(off, off, squares);
     else for (int64_t lane = 0; lane < left; lane++) squares[lane] = std::fma(off[lane], off[lane], squares[lane]);
   });
@@ -120,7 +120,7 @@ Tensor layer_norm(Tensor given, Tensor weight, Tensor bias, double eps) {
 
 // ---- Rotations ----
 
-// Cosines and sines (T, H) of position times frequency, those of the h frequencies twice.
+// Cosines and sines (T, H) of position times frequency, for both halves of H.
 std::tuple<Tensor, Tensor> rope_angles(Tensor position, Tensor inv_freq) {
   const int64_t rows = position.size(0), half = inv_freq.size(0);
   const int32_t* positions = integers(position);
@@ -139,7 +139,7 @@ std::tuple<Tensor, Tensor> rope_angles(Tensor position, Tensor inv_freq) {
   return {cosine, sine};
 }
 
-// Each head of a row turned by the row's angles, its first half paired with the second.
+// Rotates each head of a row by the row's angles, its first half paired with the second.
 Tensor rope(Tensor given, Tensor cosine, Tensor sine, std::optional<Tensor> real) {
   const Rows x(given);
   const int64_t width = given.size(2), half = width / 2;
@@ -186,7 +186,7 @@ Tensor gelu(Tensor given) {
   return y;
 }
 
-// gate / (1 + e^-gate) times up; a row has its gates first.
+// gate / (1 + e^-gate) * up; a row has its gates first.
 Tensor swiglu(Tensor given, std::optional<Tensor> real) {
   const Rows h(given);
   const int64_t width = h.width / 2;
@@ -195,7 +195,7 @@ Tensor swiglu(Tensor given, std::optional<Tensor> real) {
   for_real_rows(y, real, [&](int64_t t, float* to) {
     for_vectors(width, [&](int64_t i, int64_t left) {
       const Vector gate = load(h.row(t) + i, left);
-      // e^88 is finite.
+      // Clamped so that the power is finite, as e^88 is.
       const Vector power = exponential(gate > -88.0f ? -gate : splat(88.0f));
       store(to + i, gate / (1.0f + power) * load(h.row(t) + width + i, left), left);
     });
@@ -205,7 +205,7 @@ Tensor swiglu(Tensor given, std::optional<Tensor> real) {
 
 float tanh_of(const Tensor& gate) { return std::tanh(widened(gate, 0, 1)[0]); }
 
-// y times tanh(gate); zeros for a row t with see[t] = (from, to) of which to is not larger.
+// y * tanh(gate); zeros for a row t whose range [from, to) in see[t] is empty.
 Tensor gated(Tensor given, Tensor gate, Tensor see) {
   const Rows y(given);
   const int32_t* sees = integers(see);
@@ -219,7 +219,7 @@ Tensor gated(Tensor given, Tensor gate, Tensor see) {
   return z;
 }
 
-// x + tanh(gate) (y + bias), without a gate and without a bias where there is none.
+// x + tanh(gate) * (y + bias); gate and bias are optional.
 Tensor add_gated(Tensor given_x, Tensor given_y, std::optional<Tensor> bias, std::optional<Tensor> gate) {
   const Rows x(given_x), y(given_y);
   if (y.count != x.count || y.width != x.width || (bias && bias->numel() != x.width))
@@ -238,7 +238,7 @@ Tensor add_gated(Tensor given_x, Tensor given_y, std::optional<Tensor> bias, std
 
 // ---- Rows from and to tables ----
 
-// Rows of a table (V, D), widened. A table that begins at id `first` is a part of one: ids that it does not hold get
+// Rows of a table (V, D), widened. With `first`, the table is a part that begins at that id, and ids outside of it get
 // zeros.
 Tensor embed(Tensor id, Tensor weight, std::optional<Tensor> first, std::optional<Tensor> real) {
   const int32_t *ids = integers(id), from = first ? *integers(*first) : 0;
@@ -254,7 +254,7 @@ Tensor embed(Tensor id, Tensor weight, std::optional<Tensor> first, std::optiona
   return y;
 }
 
-// The one row of x whose number is given.
+// The row of x with index `at`.
 Tensor take_row(Tensor given, Tensor at) {
   const Rows x(given);
   const int64_t t = *integers(at);
@@ -264,7 +264,7 @@ Tensor take_row(Tensor given, Tensor at) {
   return y;
 }
 
-// Row t of k and v becomes slot[t] of their pages (N, P, K, H), slots counted over all pages; padding is not written.
+// Writes row t of k and v to slot[t] of their pages (N, P, K, H), an index over all pages; padding is not written.
 void write_pages_(Tensor given_k, Tensor given_v, Tensor k_pages, Tensor v_pages, Tensor slot,
                   std::optional<Tensor> real) {
   const Rows k(given_k), v(given_v);

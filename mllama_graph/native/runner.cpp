@@ -1,8 +1,8 @@
-// Runs ahead-of-time packages through the dispatcher, which frees the interpreter for the time of the call.
+// Runs ahead-of-time packages through the dispatcher, which releases the GIL during the call.
 //
 // None of torch's own Python classes does (AOTIModelPackageLoader.run and boxed_run, AOTIModelContainerRunnerCpu.run):
-// they keep the interpreter's lock until the package returns. A package that waits for a gloo collective then never
-// returns where gloo's thread needs that lock to let go of a tensor, and no other thread of the process runs meanwhile.
+// they hold the GIL until the package returns. A package that waits for a gloo collective then never returns if gloo's
+// thread needs the GIL to release a tensor, and no other Python thread of the process runs meanwhile.
 
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/library.h>
@@ -38,7 +38,7 @@ int64_t load_package(const std::string& path, int64_t device_index) {
   return last_handle;
 }
 
-// The memory is freed when the last run that is under way returns.
+// The memory is freed when the last run in progress returns.
 void unload_package(int64_t handle) {
   find(handle);
   std::lock_guard<std::mutex> guard(lock);
@@ -47,7 +47,7 @@ void unload_package(int64_t handle) {
 
 std::vector<std::string> constant_names(int64_t handle) { return find(handle)->get_constant_fqns(); }
 
-// Bind a package to tensors outside it, all that it asks for: their memory is used as it is and stays the caller's.
+// Binds all constants of a package to the caller's tensors, whose memory is used without a copy.
 void load_constants(int64_t handle, const std::vector<std::string>& names, const std::vector<at::Tensor>& values) {
   TORCH_CHECK(names.size() == values.size(), names.size(), " names of constants, but ", values.size(), " tensors");
   std::unordered_map<std::string, at::Tensor> constants;
@@ -61,12 +61,12 @@ std::vector<at::Tensor> run_package(int64_t handle, std::vector<at::Tensor> inpu
 
 }  // namespace
 
-// One kernel for all devices: a call reaches the package as it would from Python.
+// One implementation for all devices: a call reaches the package as it would from Python.
 TORCH_LIBRARY_FRAGMENT(mllama_graph, library) {
   library.def("load_package(str path, int device_index) -> int", &load_package);
   library.def("unload_package(int handle) -> ()", &unload_package);
   library.def("constant_names(int handle) -> str[]", &constant_names);
   library.def("load_constants(int handle, str[] names, Tensor[] values) -> ()", &load_constants);
-  // Inputs may be written: pages are.
+  // Inputs may be written, as pages are.
   library.def("run_package(int handle, Tensor(a!)[] inputs) -> Tensor[]", &run_package);
 }

@@ -1,4 +1,4 @@
-// What kernels take: tensors of torch's stable ABI, their rows, and weights in the type they are stored in.
+// Inputs of kernels: tensors of torch's stable ABI, their rows, and weights in their storage dtype.
 
 #pragma once
 
@@ -25,8 +25,8 @@ using torch::stable::Tensor;
 
 [[noreturn]] void fail(const std::string& text) { throw std::runtime_error(text); }
 
-// A new tensor on the CPU. torch::stable::new_empty and contiguous look their operators up by name in each call: that
-// takes a microsecond, as long as what is done to one row.
+// A new tensor on the CPU. torch::stable::new_empty and contiguous look up their operators by name in each call, which
+// takes a microsecond: as long as the work on one row.
 Tensor allocated(torch::headeronly::IntHeaderOnlyArrayRef sizes, int32_t dtype = aoti_torch_dtype_float32()) {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t axis = sizes.size(); axis-- > 1;) strides[axis - 1] = strides[axis] * sizes[axis];
@@ -52,12 +52,12 @@ const int32_t* integers(const Tensor& x) {
 
 float* results(const Tensor& y) { return static_cast<float*>(y.mutable_data_ptr()); }
 
-// How many of `rows` rows are no padding.
+// How many of `rows` rows are not padding.
 int64_t real_of(int64_t rows, const std::optional<Tensor>& real) {
   return real ? std::clamp<int64_t>(*static_cast<const int32_t*>(real->const_data_ptr()), 0, rows) : rows;
 }
 
-// Writes `count` elements of a weight from element `first` on, widened.
+// Copies `count` elements of a weight from element `first` on, widened to float32.
 void widen_elements(const Tensor& weight, int64_t first, int64_t count, float* to) {
   const auto copy = [&](const auto* from) {
     for (int64_t i = 0; i < count; i++) to[i] = widen(from[first + i]);
@@ -81,8 +81,7 @@ std::vector<float> widened(const Tensor& weight, int64_t first, int64_t count) {
 
 std::vector<float> widened(const Tensor& weight) { return widened(weight, 0, weight.numel()); }
 
-// The rows of a tensor along its first axis, `width` elements each; those of a part of a wider tensor are `stride`
-// apart.
+// The rows of a tensor along its first axis, `width` elements each, `stride` elements apart.
 struct Rows {
   Tensor held;
   const float* data;
@@ -104,10 +103,9 @@ struct Rows {
   const float* row(int64_t t) const { return data + t * stride; }
 };
 
-// ---- Functions as the dispatcher calls them: arguments on a stack, and results in their place ----
+// ---- Boxed functions for the dispatcher: arguments on a stack, replaced by the results ----
 //
-// What TORCH_BOX does, without the tuples and checks that make it a sixth of the time in which this library is
-// compiled.
+// Like TORCH_BOX, but without the tuples and checks that take a sixth of the time of compiling this library.
 
 template <class R, class... A, size_t... I>
 void call(R (*f)(A...), StableIValue* stack, std::index_sequence<I...>) {
@@ -125,7 +123,7 @@ void call(R (*f)(A...), StableIValue* stack, std::index_sequence<I...>) {
 
 template <class R, class... A>
 void call(R (*f)(A...), StableIValue* stack, uint64_t arguments) {
-  if (arguments != sizeof...(A)) fail("an operator's schema has not as many arguments as its kernel takes");
+  if (arguments != sizeof...(A)) fail("an operator's schema and its kernel have different numbers of arguments");
   call(f, stack, std::index_sequence_for<A...>{});
 }
 
@@ -134,12 +132,12 @@ void boxed(StableIValue* stack, uint64_t arguments, uint64_t) {
   call(f, stack, arguments);
 }
 
-// ---- Rows in threads ----
+// ---- Rows in parallel ----
 
-// Elements that are worth a thread.
+// Minimum elements per thread.
 constexpr int64_t kGrain = 1 << 14;
 
-// Calls f with each of `rows` rows of `width` elements, in threads where it is worth them.
+// Calls f with each of `rows` rows of `width` elements, in parallel if there are enough of them.
 template <class F>
 void for_rows(int64_t rows, int64_t width, const F& f) {
   torch::stable::parallel_for(0, rows, kGrain / std::max<int64_t>(1, width) + 1, [&](int64_t first, int64_t last) {
@@ -147,7 +145,7 @@ void for_rows(int64_t rows, int64_t width, const F& f) {
   });
 }
 
-// Calls f with each of the rows that are no padding, and writes zeros to the others of y.
+// Calls f with each row that is not padding, and writes zeros to the padding rows of y.
 template <class F>
 void for_real_rows(const Tensor& y, const std::optional<Tensor>& real, const F& f) {
   const int64_t rows = y.size(0), width = rows ? y.numel() / rows : 0, some = real_of(rows, real);

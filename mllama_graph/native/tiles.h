@@ -1,6 +1,6 @@
-// From an image's tiles to the rows of the vision tower, and from its layers to features.
+// Operations of the vision tower: from an image's tiles to rows, and from layers to features.
 //
-//     C tiles   N patches a tile   L tokens a tile   R rows a tile   W = C * R   E width
+//     C tiles   N patches per tile   L tokens per tile   R rows per tile   W = C * R   E width
 
 #pragma once
 
@@ -17,7 +17,7 @@
 
 namespace {
 
-// (x scale - mean) / deviation of uint8 tiles (C, 3, h, w); zeros from tile `real` on.
+// (x * scale - mean) / deviation of uint8 tiles (C, 3, h, w); zeros from tile `real` on.
 Tensor normalise(Tensor tiles, Tensor real, Tensor scale, Tensor mean, Tensor deviation) {
   const int64_t colours = tiles.size(1), planes = tiles.size(0) * colours, pixels = tiles.size(2) * tiles.size(3);
   if (tiles.scalar_type() != ScalarType::Byte || !tiles.is_contiguous() || mean.numel() != colours ||
@@ -36,7 +36,7 @@ Tensor normalise(Tensor tiles, Tensor real, Tensor scale, Tensor mean, Tensor de
   return x;
 }
 
-// A weight (E, depth) as the second factor of multiply_matrix: its columns in panels, filled up with zeros to whole
+// A weight (E, depth) as the second factor of multiply_matrix: its columns in panels, padded with zeros to whole
 // vectors.
 std::vector<float> patch_panels(const Tensor& weight) {
   const int64_t E = weight.size(0), depth = weight.numel() / E, wide = (E + kLanes - 1) / kLanes * kLanes;
@@ -51,8 +51,8 @@ std::vector<float> patch_panels(const Tensor& weight) {
   return b;
 }
 
-// Tiles (C, 3, h, w) cut into patches and projected by a weight (E, 3, p, p): (C, N, E). A thread takes a line of
-// patches at a time.
+// Cuts tiles (C, 3, h, w) into patches and projects them by a weight (E, 3, p, p): (C, N, E). A task of a thread is one
+// line of patches.
 Tensor patch_embed(Tensor x, Tensor weight) {
   const int64_t C = x.size(0), colours = x.size(1), h = x.size(2), w = x.size(3);
   const int64_t E = weight.size(0), p = weight.size(3);
@@ -77,12 +77,12 @@ Tensor patch_embed(Tensor x, Tensor weight) {
   return y;
 }
 
-// The embeddings of all tiles of an image, in a table of aspect ratios (A, C * rows * E).
+// The embeddings of an image's tiles: the row of its aspect ratio in a table (A, C * rows * E).
 std::vector<float> of_aspect(const Tensor& table, const Tensor& aspect) {
   return widened(table, *integers(aspect) * table.size(1), table.size(1));
 }
 
-// x (C, R, E) plus each tile's embedding behind its tanh gate.
+// x (C, R, E) + tanh(gate) * each tile's embedding.
 Tensor add_tile_embedding(Tensor given, Tensor table, Tensor aspect, Tensor gate) {
   const float *x = floats(given), factor = tanh_of(gate);
   const int64_t C = given.size(0), R = given.size(1), E = given.size(2);
@@ -98,8 +98,8 @@ Tensor add_tile_embedding(Tensor given, Tensor table, Tensor aspect, Tensor gate
   return y;
 }
 
-// `first` before the patches x (C, N, E) of each tile, plus (1 - tanh(gate)) position (L, E) and tanh(gate) of the
-// tile's own (A, C * L * E).
+// Puts `first` before the patches x (C, N, E) of each tile, and adds (1 - tanh(gate)) * position (L, E) + tanh(gate) *
+// the tile's own positions, from a table (A, C * L * E).
 Tensor add_positions(Tensor given, Tensor first, Tensor position, Tensor table, Tensor aspect, Tensor gate) {
   const float *x = floats(given), factor = tanh_of(gate);
   const int64_t C = given.size(0), L = given.size(1) + 1, E = given.size(2);
@@ -119,8 +119,8 @@ Tensor add_positions(Tensor given, Tensor first, Tensor position, Tensor table, 
   return y;
 }
 
-// The L rows of each tile x (C, L, E), then zeros up to a multiple; and which rows are padding, those from tile `real`
-// on among them.
+// Pads the L rows of each tile of x (C, L, E) with zeros to a multiple. Also returns which rows are padding, including
+// all rows from tile `real` on.
 std::tuple<Tensor, Tensor> pad_rows(Tensor given, Tensor real, int64_t multiple) {
   const float* x = floats(given);
   const int64_t C = given.size(0), L = given.size(1), E = given.size(2), R = (L + multiple - 1) / multiple * multiple;
@@ -138,8 +138,8 @@ std::tuple<Tensor, Tensor> pad_rows(Tensor given, Tensor real, int64_t multiple)
   return {y, pad};
 }
 
-// The first `tokens` rows of each tile of x (W, E), and behind each row element 0 of that row of everything kept, then
-// element 1 ...
+// The first `tokens` rows of each tile of x (W, E), each followed by element 0 of that row of every kept tensor, then
+// element 1, ...
 Tensor join_features(Tensor given, std::vector<Tensor> kept, int64_t tiles, int64_t tokens) {
   const float* x = floats(given);
   const int64_t R = given.size(0) / tiles, E = given.size(1), count = static_cast<int64_t>(kept.size());

@@ -1,5 +1,5 @@
-// Vectors of floats: the compiler's own (GCC and Clang), as wide as the machine's; loads that widen; e and 2 to each
-// lane.
+// Vectors of floats (vector extension of GCC and Clang) in the machine's width, loads that widen, and the exponentials
+// e^x and 2^x.
 
 #pragma once
 
@@ -24,7 +24,7 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;
 #endif
 
-// Registers for vectors.
+// Number of vector registers.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kRegisters = 32;
 #else
@@ -42,7 +42,7 @@ struct Float16 {
   uint16_t bits;
 };
 
-// Bytes that memory gives at a time.
+// Bytes of a cache line.
 constexpr int64_t kLine = 64;
 
 // ---- Loads that widen ----
@@ -69,7 +69,7 @@ inline Vector load(const float* from) {
 }
 
 inline Vector load(const BFloat16* from) {
-  // Named where they exist: compilers widen by halves.
+  // Explicit instructions where they exist: compilers widen in two halves.
 #if defined(__AVX512F__)
   const auto wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
   return reinterpret_cast<Vector>(_mm512_slli_epi32(wide, 16));
@@ -106,7 +106,7 @@ inline Vector splat(float x) {
 #endif
 }
 
-// Keeps x in a register: compilers would load it again for each of its uses.
+// Keeps x in a register: compilers would load it again for each use.
 inline void keep(Vector& x) {
 #if defined(__x86_64__)
   asm("" : "+x"(x));
@@ -115,7 +115,7 @@ inline void keep(Vector& x) {
 #endif
 }
 
-// a * b + c, rounded once where the machine can. Named, since compilers fuse or not as they see fit.
+// a * b + c, rounded once if the machine has FMA. Explicit, since compilers may or may not fuse.
 inline Vector multiply_add(Vector a, Vector b, Vector c) {
 #if defined(__AVX512F__)
   return reinterpret_cast<Vector>(_mm512_fmadd_ps(a, b, c));
@@ -186,7 +186,7 @@ inline float largest_of(Vector x) {
 
 // ---- Products ----
 
-// Adds to R by V sums the products of R elements of a with V vectors.
+// Adds the products of R elements of a with V vectors to R by V sums.
 template <int R, int V>
 [[gnu::always_inline]] inline void add_products(Vector (&sum)[R][V], const float* a, int64_t a_stride,
                                                 Vector (&column)[V]) {
@@ -202,7 +202,7 @@ template <int R, int V>
 
 // ---- Functions of vectors ----
 
-// e to each lane, to 2 units in the last place; what is below 1e-37 is 0.
+// e^x, accurate to 2 units in the last place; results below 1e-37 are 0.
 inline Vector exponential(Vector x) {
   constexpr float kMagic = 12582912.0f;  // adding it rounds to a whole number
   const Integers tiny = x < -87.0f;
@@ -217,7 +217,7 @@ inline Vector exponential(Vector x) {
   return reinterpret_cast<Vector>(bits & ~tiny);
 }
 
-// 2 to each lane, none of which is positive, to 2 units in the last place; what is below 2^-126 is 0.
+// 2^x for x <= 0, accurate to 2 units in the last place; results below 2^-126 are 0.
 inline Vector power_of_two(Vector x) {
   constexpr float kMagic = 12582912.0f;  // adding it rounds to a whole number, which the low bits then hold
   const Integers tiny = x < -126.0f;

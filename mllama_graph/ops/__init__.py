@@ -1,1 +1,1 @@
-"""The seam between the model and a device: contract.py says what an op does, the other files do it."""
+"""Implementations of the operations that model/ops.py defines, one file per kind of device."""

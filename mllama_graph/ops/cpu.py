@@ -1,8 +1,8 @@
 """The operations on a CPU that computes in fp32: C++ kernels, all of them.
 
-The kernels are in mllama_graph/native/: `native.load("kernels", folder)` comes before the first use, and for tracing
-`native.declare_operators("kernels")` suffices. Every length is data there, and so is the number of rows: a step costs
-what its tokens cost, whatever the bucket holds. Inductor has nothing to generate but calls, which compile in seconds.
+The kernels are in mllama_graph/native/. Call `native.load("kernels", folder)` before the first use; for tracing,
+`native.declare_operators("kernels")` suffices. Lengths and the number of rows are read at run time, so that the cost of
+a step depends on its tokens and not on its bucket. Inductor generates only calls, which compile in seconds.
 """
 
 from dataclasses import replace
@@ -20,7 +20,7 @@ kernels = torch.ops.mllama_graph
 
 
 def lay_out(weights: Weights) -> None:
-    """Lay the matrices of linear layers out as the kernel reads them, in place: outputs side by side, as many as a vector has."""
+    """Convert the weights of linear layers, in place, to the panels that their kernel reads (native/linear.h)."""
     for weight in matrices(weights):
         kernels.lay_out_(weight)
 
@@ -34,7 +34,7 @@ def embed_held(ids_T: Tensor, leaf: Embedding, real_1: Tensor | None = None) -> 
 
 
 def linear(x: Tensor, leaf: Linear, real_1: Tensor | None = None) -> Tensor:
-    """Of a weight that `lay_out` has laid out."""
+    """Takes a weight that `lay_out` has converted."""
     return kernels.linear(x, leaf.weight, leaf.bias, real_1)
 
 
@@ -71,7 +71,7 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def sees_image(see_T2: Tensor) -> Tensor:
-    """The kernel compares the two itself."""
+    """The kernel of `gated` compares the two bounds itself."""
     return see_T2
 
 
@@ -144,8 +144,8 @@ def attend_tiles(q_SAH: Tensor, k_SAH: Tensor, v_SAH: Tensor, pad_S: Tensor) -> 
     return kernels.attend_tiles(q_SAH, k_SAH, v_SAH, pad_S, q_SAH.shape[-1] ** -0.5)
 
 
-# The operations that can be told how many rows are no padding. The others cost a padded row next to nothing: it sees no
-# image, and one token of the pages.
+# Operations that take the number of rows that are not padding. In the others a padding row costs almost nothing: it
+# sees no image, and one token of the pages.
 SKIP_PADDING = ("embed", "linear", "rms_norm", "add_rms_norm", "rope", "swiglu", "write_pages_", "attend_prompt")
 
 

@@ -1,15 +1,15 @@
 """The operations on a CUDA device: plain.py's, with paged attention of decode steps in Triton kernels.
 
-Inductor compiles the rest, and SDPA serves prompts and images. The kernels are registered with `triton_op`, so that
-ahead-of-time packages hold them compiled and need no Python. Shape letters of the kernels, beside the contract's:
+Inductor compiles the rest, with SDPA for prompts and tiles. The kernels are registered with `triton_op`, so that
+ahead-of-time packages contain them compiled and need no Python. Shape letters in addition to those of model/ops.py:
 
-    R fresh rows a sequence   G query heads a kv head   S splits   M = R * G, the queries of one kv head
+    R new rows per sequence   G query heads per kv head   S splits   M = R * G, the queries of one kv head
 
-`_partial` is flash-decoding: a program takes one sequence, one kv head and a share of the keys that the sequence has,
-S shares of equal size. A share holds whole tiles of keys, so that short sequences leave the last programs without work.
-`_combine` weighs the S partial results by their softmax sums. Lengths are data on the device and read there.
+`_partial` is flash-decoding: a program handles one sequence, one kv head and one of S equal shares of the sequence's
+keys. A share consists of whole tiles of keys, so that the last programs of a short sequence have no work. `_combine`
+merges the S partial results, weighted by their softmax sums. The kernels read lengths from device memory.
 
-Run by Triton's interpreter and compiled for sm_80 and sm_90, on hosts without a GPU; never run on one.
+Run by Triton's interpreter and compiled for sm_80 and sm_90 on hosts without a GPU; never run on a GPU.
 """
 
 from dataclasses import replace
@@ -33,22 +33,22 @@ except ImportError:  # torch's CPU wheels come without it
     triton, tl = None, SimpleNamespace(constexpr=None)
 
 LOG2_E = 1.4426950408889634
-# The least side of a tensor-core tile in tl.dot.
+# Minimum side of a tensor-core tile in tl.dot.
 DOT = 16
 # Bytes of one tile of keys: two tiles (K and V) in two stages take 64 KiB of a multiprocessor's shared memory.
 TILE_BYTES = 16384
-# Queries of a kv head up to which one program holds them all; SDPA takes more.
+# Most queries of a kv head that one program holds; SDPA handles more.
 MOST_QUERIES = 64
-# Programs a multiprocessor: one computes while another waits for memory.
+# Programs per multiprocessor: one computes while another waits for memory.
 PROGRAMS = 2
-# Keys that are worth a program, and splits that `_combine` holds in registers.
+# Minimum keys per program, and the most splits that `_combine` holds in registers.
 LEAST_KEYS, MOST_SPLITS = 128, 64
 
 
 def splits(sequences: int, kv_heads: int, keys: int, multiprocessors: int) -> int:
-    """Shares into which the keys of a sequence are cut: enough programs to fill a device, none for a handful of keys.
+    """Number of shares into which the keys of a sequence are split: enough to fill a device, but no tiny shares.
 
-    `keys` is the most that a bucket holds; the count depends on shapes alone, so that a graph can be captured.
+    `keys` is the most that a bucket holds; the number depends only on shapes, so that a graph can be captured.
     """
     to_fill = -(-PROGRAMS * multiprocessors // (sequences * kv_heads))
     return max(1, min(to_fill, keys // LEAST_KEYS, MOST_SPLITS))
@@ -89,8 +89,8 @@ def _partial(
 ):
     """Attention over one share of keys: partial (B, K, S, M, H), and lse (B, K, S, M) in base 2.
 
-    Where a row sees no key of its share, lse is -inf and nothing is written to partial.
-    IMAGE says which of len (B) and fill (B, J), see (T, 2) are read. SCALE holds log2(e).
+    If a row sees no key of the share, its lse is -inf and its partial result is not written. With IMAGE, fill (B, J)
+    and see (T, 2) are read, otherwise len (B). SCALE includes log2(e).
     """
     b, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     m_M, h_H = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_H)
@@ -133,7 +133,7 @@ def _partial(
         seen_MN = held_N[None, :] & (n_N[None, :] >= from_M[:, None]) & (n_N[None, :] < to_M[:, None])
         score_MN = tl.where(seen_MN, score_MN, float("-inf"))
         higher_M = tl.maximum(top_M, tl.max(score_MN, axis=1))
-        # A row that has seen no key yet: exponents are taken from 0, as -inf - -inf is not a number.
+        # 0 for a row that has seen no key yet, as -inf - -inf is NaN.
         base_M = tl.where(higher_M == float("-inf"), 0.0, higher_M)
         weight_MN = tl.exp2(score_MN - base_M[:, None])
         shrink_M = tl.exp2(top_M - base_M)
@@ -166,13 +166,13 @@ def _combine(
     BLOCK_S: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """out (T, Q, H) from the splits' partial results; zeros where a row sees nothing."""
+    """out (T, Q, H) from the splits' partial results; zeros for a row that sees no key."""
     t, query = tl.program_id(0), tl.program_id(1)
     s_S, h_H = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_H)
     m = (t % R) * G + query % G
     at_S = ((t // R * K + query // G) * S + s_S) * (R * G) + m
     lse_S = tl.load(lse_ptr + at_S, mask=s_S < S, other=float("-inf"))
-    # Splits that saw no key have written nothing.
+    # Splits that saw no key have not written their partial result.
     seen_S = lse_S > float("-inf")
     top = tl.max(lse_S, axis=0)
     weight_S = tl.exp2(lse_S - tl.where(top == float("-inf"), 0.0, top))
@@ -203,7 +203,7 @@ def _attend(
     count: int,
     image: bool,
 ) -> Tensor:
-    """Both kernels over `count` splits. What `image` leaves unread may be any tensor of int32."""
+    """Run both kernels over `count` splits. Inputs that `image` leaves unread may be any int32 tensor."""
     (T, Q, H), (_, P, K, _), (B, J) = q_TQH.shape, k_pages.shape, table_BJ.shape
     R, G = T // B, Q // K
     block_h = max(DOT, _power_of_2(H))
@@ -235,7 +235,7 @@ def _attend(
         BLOCK_N=block_n,
         IMAGE=image,
         num_stages=2,
-        # Products of fp32 don't use tensor cores: 4 warps run out of registers.
+        # fp32 products don't use tensor cores and need more registers than 4 warps have.
         num_warps=4 if item == 2 else 8,
     )
     wrap_triton(_combine)[(T, Q)](
@@ -258,7 +258,7 @@ def _attend(
 def attend_pages_split(
     q_TQH: Tensor, k_pages: Tensor, v_pages: Tensor, table_BJ: Tensor, len_B: Tensor, count: int
 ) -> Tensor:
-    """`attend_pages` of the contract over `count` splits. Pages and the rest are contiguous, the rest int32."""
+    """`attend_pages` of model/ops.py over `count` splits. All but q are contiguous; all but q and pages are int32."""
     return _attend(q_TQH, k_pages, v_pages, table_BJ, len_B, len_B, len_B, count, False)
 
 
@@ -266,15 +266,15 @@ def attend_pages_split(
 def attend_image_split(
     q_TQH: Tensor, k_pages: Tensor, v_pages: Tensor, table_BJ: Tensor, fill_BJ: Tensor, see_T2: Tensor, count: int
 ) -> Tensor:
-    """`attend_image` of the contract over `count` splits; zeros for a row that sees no key.
+    """`attend_image` of model/ops.py over `count` splits; zeros for a row that sees no key.
 
-    Pages and the rest are contiguous, the rest int32.
+    All but q are contiguous; all but q and pages are int32.
     """
     return _attend(q_TQH, k_pages, v_pages, table_BJ, fill_BJ, fill_BJ, see_T2, count, True)
 
 
-def _few(q_TQH: Tensor, pages: Pages, table_BJ: Tensor) -> bool:
-    """Whether the queries of a kv head are few enough for one program."""
+def _fits_one_program(q_TQH: Tensor, pages: Pages, table_BJ: Tensor) -> bool:
+    """Whether one program can hold all queries of a kv head."""
     return q_TQH.shape[0] // table_BJ.shape[0] * (q_TQH.shape[1] // pages[0].shape[2]) <= MOST_QUERIES
 
 
@@ -284,30 +284,30 @@ def _splits(pages: Pages, table_BJ: Tensor) -> int:
 
 
 def attend_pages(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, len_B: Tensor) -> Tensor:
-    if not _few(q_TQH, pages, table_BJ):
+    if not _fits_one_program(q_TQH, pages, table_BJ):
         return plain.attend_pages(q_TQH, pages, table_BJ, len_B)
     return attend_pages_split(q_TQH, *pages, table_BJ, len_B, _splits(pages, table_BJ))
 
 
 def attend_image(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, fill_BJ: Tensor, see_T2: Tensor) -> Tensor:
-    if not _few(q_TQH, pages, table_BJ):
+    if not _fits_one_program(q_TQH, pages, table_BJ):
         return plain.attend_image(q_TQH, pages, table_BJ, fill_BJ, see_T2)
     return attend_image_split(q_TQH, *pages, table_BJ, fill_BJ, see_T2, _splits(pages, table_BJ))
 
 
 def triton_version() -> str | None:
-    """Part of a graph's key: the kernels are compiled into it."""
+    """Triton's version, part of a graph's key since the kernels are compiled into the graph; None without Triton."""
     return None if triton is None else triton.__version__
 
 
 def cuda_ops(world: int) -> Ops:
-    """The operations of one of `world` ranks on CUDA devices; collectives are torch.distributed's, which become NCCL's.
+    """The operations of one of `world` ranks on CUDA devices; collectives are torch.distributed's, which map to NCCL's.
 
-    Raises ImportError where Triton isn't installed.
+    Raises ImportError if Triton isn't installed.
     """
     if triton is None:
         raise ImportError(
-            "device=cuda needs Triton, which torch's CUDA wheels bring and its CPU wheels don't. "
+            "device=cuda needs Triton, which torch's CUDA wheels include and its CPU wheels don't. "
             "Install a CUDA wheel of torch, or the triton package."
         )
     return replace(ranked(world, "distributed"), attend_pages=attend_pages, attend_image=attend_image)

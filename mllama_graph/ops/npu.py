@@ -1,24 +1,24 @@
-"""The operations on an NPU: torch_npu's fused ones where they exist, plain.py's where the compiler has its own.
+"""The operations on an NPU: torch_npu's fused ones where they exist, plain.py's for the rest.
 
-The model's operations of torch_npu are called here alone; lowering.py compiles and casts weights with it, rank.py and
-profiler.py start it. Written to be traced by torchair into a graph of the graph engine (GE), with every length a tensor:
-a Python integer would be baked into the graph. Sources, in the torch_npu 2.13.0 package unless said
-otherwise: "docs" is `_op_plugin_docs.py` under the operation's name, "converter" is `dynamo/torchair`.
+No other file calls torch_npu's operations for the model. torchair traces these functions into graphs of the graph
+engine (GE), with every length a tensor: a Python integer would become a constant of the graph. Sources, in the
+torch_npu 2.13.0 package unless stated otherwise: "docs" is `_op_plugin_docs.py` under the operation's name, "converter"
+is `dynamo/torchair`.
 
-    page size 128        docs of npu_fused_infer_attention_score: recommended for one query row, the least for several
-    pages (N, P, K, H)   docs of npu_scatter_pa_kv_cache, second form; read as (N, P, K * H), the one paged layout that
-                         the same page takes for queries in BSH (docs of npu_fused_infer_attention_score)
-    head width           a multiple of 16 (the same docs, 16-bit types); others are padded with zeros, which no score
-                         or output sees. Pages are allocated that wide: a page is never copied to be padded.
-    sparse_mode 0        masks of our own, or none; without a mask every row sees all of its sequence
-    sparse_mode 3        causal from the lower right corner, with the fixed mask of 2048 x 2048
-    inner_precise 0      high precision; no row is ever wholly masked, so rows need no correction (modes 2 and 3)
-    weights (out, in)    as the checkpoint has them: npu_linear hands them to MatMul with a flag, where F.linear puts a
-                         Transpose of the weight into every step (converters custom/npu_linear.py, aten/t.py)
-    gelu                 npu_gelu, GeluV2: the converter of F.gelu drops `approximate` and emits Gelu, one operation for
-                         both forms (converters custom/npu_gelu.py, aten/gelu.py)
+    page size 128        docs of npu_fused_infer_attention_score: recommended for one query row, the minimum for several
+    pages (N, P, K, H)   docs of npu_scatter_pa_kv_cache, second form; read as (N, P, K * H), the only layout of the
+                         same pages that queries in BSH allow (docs of npu_fused_infer_attention_score)
+    head width           a multiple of 16 (same docs, 16-bit types); other widths are padded with zeros, which change no
+                         score or output. Pages are allocated with the padded width, so that none is copied to pad it.
+    sparse_mode 0        with an explicit mask, or without a mask: then every row sees its whole sequence
+    sparse_mode 3        causal, aligned to the lower right corner, with the fixed mask of 2048 x 2048
+    inner_precise 0      high precision; no row is fully masked, so that no row correction (modes 2 and 3) is needed
+    weights (out, in)    as in the checkpoint: npu_linear passes them to MatMul with a transpose flag, while F.linear
+                         adds a Transpose of the weight to every step (converters custom/npu_linear.py, aten/t.py)
+    gelu                 npu_gelu, GeluV2: the converter of F.gelu drops `approximate` and emits Gelu for both forms
+                         (converters custom/npu_gelu.py, aten/gelu.py)
 
-What layers have in common (masks, casts) is written once a layer here and computed once a graph: see lowering.py.
+Masks and casts that layers share are traced once per layer and computed once per graph (torchair.py, share_repeats).
 """
 
 from dataclasses import replace
@@ -42,12 +42,12 @@ CAUSAL = 3
 
 
 def _widen(x: Tensor, width: int) -> Tensor:
-    """x with zeros behind its last axis, up to `width`."""
+    """Pad the last axis of x with zeros to `width`."""
     return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
 
 
 def linear(x: Tensor, leaf: Linear) -> Tensor:
-    # The weight has the dtype of x: MatMul takes no other (IR MatMul).
+    # The weight has the dtype of x: MatMul accepts no other (IR MatMul).
     y = torch_npu.npu_linear(x.flatten(0, -2), leaf.weight, leaf.bias)
     return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -69,7 +69,7 @@ def add_rms_norm(x_TD: Tensor, y_TD: Tensor | None, weight: Tensor, eps: float) 
 
 
 def rope(x_TQH: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    # Rows are the S of BSND, with cos and sin in 1S1D: the docs of npu_rotary_mul allow fewer than 1000 for B and N.
+    # Rows take the S axis of BSND, with cos and sin in 1S1D: B and N must be below 1000 (docs of npu_rotary_mul).
     T, _, H = x_TQH.shape
     cos_1T1H, sin_1T1H = (a.to(x_TQH.dtype).view(1, T, 1, H) for a in angles)
     return torch_npu.npu_rotary_mul(x_TQH[None], cos_1T1H, sin_1T1H).view(x_TQH.shape)
@@ -80,8 +80,8 @@ def swiglu(h_TF: Tensor) -> Tensor:
 
 
 def write_pages_(k_TKH: Tensor, v_TKH: Tensor, pages: Pages, slot_T: Tensor) -> None:
-    # docs: all four of one dtype, "Norm" for pages in their natural order. Given the pages themselves, not a view: the
-    # compiler copies the whole pool for a view of it.
+    # docs: all four tensors have one dtype; "Norm" is for pages in their natural order. The argument is the pages
+    # themselves and not a view of them, for which the compiler would copy the whole pool.
     dtype, width = pages[0].dtype, pages[0].shape[-1]
     torch_npu.npu_scatter_pa_kv_cache(
         _widen(k_TKH.to(dtype), width), _widen(v_TKH.to(dtype), width), *pages, slot_T, cache_mode="Norm"
@@ -100,14 +100,14 @@ def _attention(
     sparse_mode: int = 0,
     **paged: Any,
 ) -> Tensor:
-    """Fused attention, (B * R, Q, head_width). k and v are (B, L, K, H), or pages (N, P, K, H) with `block_table`.
+    """Fused attention -> (B * R, Q, head_width). k and v are (B, L, K, H), or pages (N, P, K, H) with `block_table`.
 
-    torchair's form of the operation takes lengths as tensors, in graphs of GE alone; torch_npu's takes integers.
+    torchair's form of the operation takes lengths as tensors, only in graphs of GE; torch_npu's takes integers.
     """
     B, R, Q, H = q_BRQH.shape
     fused = torch_npu.npu_fused_infer_attention_score if captured else torchair.ops.npu_fused_infer_attention_score
     out_BRQH, _ = fused(
-        # BSH: rows lie as the linear layers have them, and pages need no transpose.
+        # BSH: rows keep the layout of the linear layers, and pages need no transpose.
         q_BRQH.reshape(B, R, Q * H),
         k.flatten(2),
         v.flatten(2),
@@ -124,7 +124,7 @@ def _attention(
 
 
 def causal_mask(device: torch.device) -> Tensor:
-    """The fixed mask of the causal modes: 1 above the diagonal is what a row must not see."""
+    """The fixed mask of the causal modes: true above the diagonal, for the keys that a row must not see."""
     row = torch.arange(MASK_SIDE, dtype=torch.int32, device=device)
     return row[None, :] > row[:, None]
 
@@ -145,7 +145,7 @@ def attend_prompt(
         return _attention(
             q_1TQH, k_1LKH, v_1LKH, H, kv_heads=K, mask=causal_mask(q_TQH.device), sparse_mode=CAUSAL, captured=captured
         )
-    # Earlier pages end anywhere, fresh rows begin after the last of them: they are gathered, and masked by length.
+    # Earlier tokens may end inside a page, and the new rows follow the last page: gather the pages and mask by length.
     past_k, past_v = (data.index_select(0, table_J).flatten(0, 1)[None].to(q_TQH.dtype) for data in pages)
     row_T = torch.arange(T, dtype=torch.int32, device=q_TQH.device)
     column_L = torch.arange(past_k.shape[1], dtype=torch.int32, device=q_TQH.device)
@@ -164,7 +164,7 @@ def attend_prompt(
 def attend_pages(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, len_B: Tensor) -> Tensor:
     B, H, (_, P, K, width) = table_BJ.shape[0], q_TQH.shape[-1], pages[0].shape
     q_BRQH = _widen(q_TQH, width).view(B, -1, q_TQH.shape[1], width)
-    # One row sees all of its sequence; of several, the last does.
+    # A single row sees its whole sequence; of several rows, only the last does.
     causal = q_BRQH.shape[1] > 1
     return _attention(
         q_BRQH,
@@ -181,8 +181,10 @@ def attend_pages(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, len_B: Tensor) -
 
 
 def attend_pages_captured(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, len_B: Tensor) -> Tensor:
-    """The same for kernels that are captured once: lengths are numbers there, the table's whole width for every
-    sequence, and a mask made of len_B hides what is behind its end."""
+    """`attend_pages` for captured kernels, whose lengths are constants: the whole width of the block table.
+
+    A mask computed from len_B hides the keys behind a sequence's end.
+    """
     (B, J), H, (_, P, K, width) = table_BJ.shape, q_TQH.shape[-1], pages[0].shape
     q_BRQH = _widen(q_TQH, width).view(B, -1, q_TQH.shape[1], width)
     R, device = q_BRQH.shape[1], q_TQH.device
@@ -213,10 +215,10 @@ def attend_image(
     from_BR1, to_BR1 = see_T2.view(B, R, 2).split(1, dim=-1)
     hidden_BRJ = (entry_J < from_BR1) | (entry_J >= to_BR1)
     empty_BJP = column_P >= fill_BJ[:, :, None]
-    # A row that sees no image is dropped by the caller; seeing every key, it is not wholly masked.
+    # The caller discards rows that see no image; they see every key here, so that no row is fully masked.
     sees_BR1 = to_BR1 > from_BR1
     unseen_BRL = (hidden_BRJ[..., None] | empty_BJP[:, None]).view(B, R, J * P) & sees_BR1
-    # Pages behind the last used entry are not read; a row without images has one, whatever it holds.
+    # Pages after the last used entry are not read. A sequence without images reads one page, whatever it holds.
     used_B = (fill_BJ > 0).sum(-1, dtype=torch.int32).clamp(min=1)
     return _attention(
         q_BRQH,
@@ -241,9 +243,9 @@ def attend_tiles(q_SAH: Tensor, k_SAH: Tensor, v_SAH: Tensor, pad_S: Tensor, cap
 
 
 def npu_ops(world: int, mode: str = "max-autotune") -> Ops:
-    """The operations of one of `world` ranks; collectives are torch.distributed's, which become HCCL's.
+    """The operations of one of `world` ranks; collectives are torch.distributed's, which map to HCCL's.
 
-    `mode` is torchair's: max-autotune for graphs of GE, npugraph_ex for kernels that are captured.
+    `mode` is torchair's: max-autotune for graphs of GE, npugraph_ex for captured kernels.
     """
     ops = replace(
         ranked(world, "distributed"),

@@ -1,4 +1,4 @@
-"""The operations in pure torch: the truth that other backends are held to, and what Inductor compiles."""
+"""The operations in pure torch: the reference for other backends, and what Inductor compiles."""
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +13,12 @@ Pages = tuple[Tensor, Tensor]
 
 
 def embed(ids_T: Tensor, leaf: Embedding) -> Tensor:
-    """Rows of the table: ids_T -> x_TD."""
+    """Look up rows of the embedding table: ids_T -> x_TD."""
     return F.embedding(ids_T, leaf.weight)
 
 
 def embed_held(ids_T: Tensor, leaf: Embedding) -> Tensor:
-    """The same of a rank that holds only the rows from leaf.first on: zeros for ids of other ranks."""
+    """`embed` for a rank that holds only the rows from leaf.first on: zeros for ids of other ranks."""
     row_T = ids_T - leaf.first
     held_T = (row_T >= 0) & (row_T < leaf.weight.shape[0])
     x_TD = F.embedding(torch.where(held_T, row_T, 0), leaf.weight)
@@ -26,10 +26,10 @@ def embed_held(ids_T: Tensor, leaf: Embedding) -> Tensor:
 
 
 def linear(x: Tensor, leaf: Linear) -> Tensor:
-    """A weight stored narrower than it is computed in is widened.
+    """x @ weight.T + bias in the dtype of x; a weight of another dtype is converted.
 
-    For a few rows that is a fused multiply and sum, one pass over the weight under Inductor; for more, widening it once
-    and a GEMM are worth the 10 bytes moved a weight instead of 2.
+    For a few rows this is a fused multiply and sum, one pass over the weight under Inductor. For more rows, converting
+    the weight once and a GEMM are faster, although they move 10 bytes per weight instead of 2.
     """
     weight: Tensor = leaf.weight
     if weight.dtype != x.dtype:
@@ -59,21 +59,21 @@ def layer_norm(x: Tensor, leaf: LayerNorm, eps: float) -> Tensor:
 
 
 def rope_angles(position_T: Tensor, inv_freq_h: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine (T, H) in fp32 of position times frequency (radians a token), the half axis repeated."""
+    """Cosine and sine (T, H) in fp32 of position times frequency (radians per token), for both halves of H."""
     angle_Th = position_T.float()[:, None] * inv_freq_h
     angle_TH = torch.cat((angle_Th, angle_Th), dim=-1)
     return angle_TH.cos(), angle_TH.sin()
 
 
 def rope(x_TQH: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """Queries or keys turned by their angles, the first half of H paired with the second."""
+    """Rotate queries or keys by their angles, the first half of H paired with the second."""
     cos_T1H, sin_T1H = (a.to(x_TQH.dtype)[:, None, :] for a in angles)
     low, high = x_TQH.chunk(2, dim=-1)
     return x_TQH * cos_T1H + torch.cat((-high, low), dim=-1) * sin_T1H
 
 
 def swiglu(h_TF: Tensor) -> Tensor:
-    """silu(gate) * up: h_T2F with both side by side -> h_TF."""
+    """silu(gate) * up: h_T2F (gate, then up) -> h_TF."""
     gate_TF, up_TF = h_TF.chunk(2, dim=-1)
     return F.silu(gate_TF) * up_TF
 
@@ -84,51 +84,51 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def sees_image(see_T2: Tensor) -> Tensor:
-    """Which rows see an image, as `gated` takes them: sees_T1."""
+    """Which rows see an image, in the form that `gated` takes: sees_T1."""
     return see_T2[:, 1:] > see_T2[:, :1]
 
 
 def gated(y_TD: Tensor, gate_1: Tensor, sees_T1: Tensor) -> Tensor:
-    """y behind its tanh gate, zeros for a row that sees no image."""
+    """y * tanh(gate), and zeros for a row that sees no image."""
     y_TD = y_TD * gate_1.to(y_TD.dtype).tanh()
     return torch.where(sees_T1, y_TD, 0)
 
 
 def add_gated(x_WE: Tensor, y_WE: Tensor, bias_E: Tensor | None, gate_1: Tensor | None) -> Tensor:
-    """The residual sum x + y with y, and its bias, behind its tanh gate; bias and gate may be missing."""
+    """The residual sum x + tanh(gate) * (y + bias); bias and gate may be None."""
     if bias_E is not None:
         y_WE = y_WE + bias_E.to(x_WE.dtype)
     return x_WE + (y_WE if gate_1 is None else y_WE * gate_1.to(y_WE.dtype).tanh())
 
 
 def take_row(x_TD: Tensor, at_1: Tensor) -> Tensor:
-    """The row x_1D whose number is at_1."""
+    """The row x_1D with index at_1."""
     return x_TD.index_select(0, at_1)
 
 
 def normalise(
     tiles_C3hw: Tensor, real_1: Tensor, scale: Tensor, mean_311: Tensor, std_311: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """uint8 to (x * scale - mean) / std; padding tiles are exactly zero after it."""
+    """(x * scale - mean) / std of uint8 pixels; padding tiles become exactly zero."""
     x_C3hw = (tiles_C3hw.float() * scale - mean_311) / std_311
-    # Of real_1's dtype: the NPU's comparison takes no mixed ones, and its compiler does not convert.
+    # In the dtype of real_1: the NPU's comparison takes no mixed dtypes, and its compiler adds no cast.
     real_C = torch.arange(tiles_C3hw.shape[0], dtype=real_1.dtype, device=tiles_C3hw.device) < real_1
     return torch.where(real_C[:, None, None, None], x_C3hw, 0.0).to(dtype)
 
 
 def patch_embed(x_C3hw: Tensor, weight: Tensor) -> Tensor:
-    """Tiles (C, 3, height, width in pixels) cut into patches and projected: -> (C, N, E), no bias."""
+    """Cut tiles (C, 3, height, width in pixels) into patches and project them: -> (C, N, E), no bias."""
     patches = F.conv2d(x_C3hw, weight.to(x_C3hw.dtype), stride=weight.shape[-1])
     return patches.flatten(2).transpose(1, 2)
 
 
 def _tile_rows(table: Tensor, aspect_1: Tensor, tiles: int, rows: int, width: int, dtype: torch.dtype) -> Tensor:
-    """The row of an aspect ratio in an embedding table, as (tiles, rows, width)."""
+    """An aspect ratio's row of an embedding table, as (tiles, rows, width)."""
     return table.index_select(0, aspect_1).view(tiles, rows, width).to(dtype)
 
 
 def add_tile_embedding(x_CRE: Tensor, table: Tensor, aspect_1: Tensor, gate_1: Tensor) -> Tensor:
-    """Rows of each tile, plus the tile's embedding in an image of this aspect ratio behind its tanh gate."""
+    """Add tanh(gate) * the tile's embedding for this aspect ratio to the rows of each tile."""
     C, _, E = x_CRE.shape
     return x_CRE + _tile_rows(table, aspect_1, C, 1, E, x_CRE.dtype) * gate_1.to(x_CRE.dtype).tanh()
 
@@ -136,9 +136,9 @@ def add_tile_embedding(x_CRE: Tensor, table: Tensor, aspect_1: Tensor, gate_1: T
 def add_positions(
     x_CNE: Tensor, class_E: Tensor, position_LE: Tensor, table: Tensor, aspect_1: Tensor, gate_1: Tensor
 ) -> Tensor:
-    """The class token before each tile's patches, plus positions -> (C, L, E).
+    """Put the class token before each tile's patches and add positions -> (C, L, E).
 
-    (1 - tanh(gate)) times those that all tiles share, and tanh(gate) times the tile's own in an image of this aspect.
+    Positions are (1 - tanh(gate)) * those that all tiles share + tanh(gate) * the tile's own for this aspect ratio.
     """
     (C, N, E), dtype = x_CNE.shape, x_CNE.dtype
     class_C1E = class_E.to(dtype).expand(C, 1, -1)
@@ -148,7 +148,7 @@ def add_positions(
 
 
 def pad_rows(x_CLE: Tensor, real_1: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
-    """Each tile's rows filled up with zeros to a multiple, and which rows are padding: (x_WE, pad_W).
+    """Pad each tile's rows with zeros to a multiple; returns (x_WE, pad_W), pad_W being true for padding rows.
 
     All rows of a padding tile are padding.
     """
@@ -161,7 +161,7 @@ def pad_rows(x_CLE: Tensor, real_1: Tensor, multiple: int) -> tuple[Tensor, Tens
 
 
 def join_features(x_WE: Tensor, kept: list[Tensor], tiles: int, tokens: int) -> Tensor:
-    """The first `tokens` rows of each tile; behind each, what layers kept of it, as (dim, layer): (S, U)."""
+    """The first `tokens` rows of each tile, each followed by its kept features as (dim, layer): (S, U)."""
     parts = [x_WE]
     if kept:
         parts.append(torch.stack(kept, dim=-1).flatten(1))
@@ -170,7 +170,7 @@ def join_features(x_WE: Tensor, kept: list[Tensor], tiles: int, tokens: int) -> 
 
 
 def write_pages_(k_TKH: Tensor, v_TKH: Tensor, pages: Pages, slot_T: Tensor) -> None:
-    """Write row t of K and V to slot slot_T[t], counted in tokens over all pages; slots are unique."""
+    """Write row t of K and V to slot slot_T[t], an index of tokens over all pages; slots are unique."""
     page_size = pages[0].shape[1]
     where = (slot_T // page_size, slot_T % page_size)
     pages[0].index_put_(where, k_TKH.to(pages[0].dtype))
@@ -188,7 +188,7 @@ def _gather(pages: Pages, table: Tensor) -> Pages:
 
 
 def _attend(q_BRQH: Tensor, k_BLKH: Tensor, v_BLKH: Tensor, mask_BRL: Tensor) -> Tensor:
-    """Grouped-query attention of R rows a sequence over L keys; the groups are folded into the rows."""
+    """Grouped-query attention of R rows per sequence over L keys; the heads of a group are folded into the rows."""
     B, R, Q, H = q_BRQH.shape
     K = k_BLKH.shape[2]
     group = Q // K
@@ -201,7 +201,7 @@ def _attend(q_BRQH: Tensor, k_BLKH: Tensor, v_BLKH: Tensor, mask_BRL: Tensor) ->
 def attend_prompt(
     q_TQH: Tensor, k_TKH: Tensor, v_TKH: Tensor, pages: Pages, table_J: Tensor | None, past_1: Tensor
 ) -> Tensor:
-    """Causal attention of T fresh rows over themselves and `past_1` tokens in the pages of table_J -> (T, Q, H)."""
+    """Causal attention of T new rows over themselves and `past_1` tokens in the pages of table_J -> (T, Q, H)."""
     row_T = torch.arange(q_TQH.shape[0], device=q_TQH.device)
     mask_TL = row_T[None, :] <= row_T[:, None]
     k_LKH, v_LKH = k_TKH, v_TKH
@@ -214,7 +214,7 @@ def attend_prompt(
 
 
 def attend_pages(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, len_B: Tensor) -> Tensor:
-    """Attention over pages, R = T / B rows a sequence: row i sees the first len - R + 1 + i tokens -> (T, Q, H)."""
+    """Attention over pages, R = T / B rows per sequence: row i sees the first len - R + 1 + i tokens -> (T, Q, H)."""
     B = table_BJ.shape[0]
     q_BRQH = q_TQH.view(B, -1, *q_TQH.shape[1:])
     R = q_BRQH.shape[1]
@@ -228,7 +228,7 @@ def attend_pages(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, len_B: Tensor) -
 def attend_image(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, fill_BJ: Tensor, see_T2: Tensor) -> Tensor:
     """Cross-attention over image pages: row t sees the table entries see[0] .. see[1] - 1, each up to its fill.
 
-    Returns (T, Q, H); a row that sees no entry gets a finite value that means nothing.
+    Returns (T, Q, H); the result of a row that sees no entry is finite but meaningless.
     """
     B, J = table_BJ.shape
     P = pages[0].shape[1]
@@ -240,7 +240,7 @@ def attend_image(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, fill_BJ: Tensor,
     see_BR2 = see_T2.view(B, R, 2)
     seen_BRJ = (entry_J >= see_BR2[..., :1]) & (entry_J < see_BR2[..., 1:])
     mask_BRL = (seen_BRJ[..., None] & filled_BJP[:, None]).view(B, R, J * P)
-    # A row that sees no image is dropped by the caller; seeing every key keeps its softmax finite.
+    # The caller discards rows that see no image; seeing every key keeps their softmax finite.
     blind_BR1 = see_BR2[..., 1:] <= see_BR2[..., :1]
     return _attend(q_BRQH, k_BLKH.to(q_TQH.dtype), v_BLKH.to(q_TQH.dtype), mask_BRL | blind_BR1)
 
@@ -252,20 +252,20 @@ def attend_tiles(q_SAH: Tensor, k_SAH: Tensor, v_SAH: Tensor, pad_S: Tensor) -> 
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_SS)[0].transpose(0, 1)
 
 
-def _as_they_are(ops: Ops, given: PromptInput | TokenInput) -> Ops:
+def _with_padding(ops: Ops, given: PromptInput | TokenInput) -> Ops:
     return ops
 
 
-def _sum_of_one(x: Tensor) -> Tensor:
+def _single_rank_sum(x: Tensor) -> Tensor:
     return x
 
 
-def _stack_of_one(x: Tensor) -> Tensor:
+def _single_rank_stack(x: Tensor) -> Tensor:
     return x[None]
 
 
 PLAIN = Ops(
-    without_padding=_as_they_are,
+    without_padding=_with_padding,
     embed=embed,
     embed_held=embed_held,
     linear=linear,
@@ -291,6 +291,6 @@ PLAIN = Ops(
     attend_pages=attend_pages,
     attend_image=attend_image,
     attend_tiles=attend_tiles,
-    all_reduce=_sum_of_one,
-    all_gather=_stack_of_one,
+    all_reduce=_single_rank_sum,
+    all_gather=_single_rank_stack,
 )

@@ -1,4 +1,4 @@
-"""The operations of a tensor-parallel rank: plain.py's on its own part, and what ranks say to each other."""
+"""The operations of a tensor-parallel rank: a device's own on the rank's shard, and collectives."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,12 +15,12 @@ from mllama_graph.ops.plain import PLAIN
 COLLECTIVES = ("shared_memory", "distributed")
 # The name under which the process group is registered; graphs hold it as a string.
 GROUP = GroupName("tensor_parallel")
-# The same ranks, for tensors of the host where the device is an NPU.
+# The same ranks, for tensors on the host if the device is an NPU.
 HOST_GROUP = GroupName("tensor_parallel_host")
 
 
 def ranked(world: int, collectives: str, base: Ops = PLAIN) -> Ops:
-    """The operations of one of `world` ranks. The same for all of them, so that they share their graphs."""
+    """The operations of one of `world` ranks: the same for all of them, so that ranks share their graphs."""
     if world == 1:
         return base
     shared = collectives == "shared_memory"
@@ -28,7 +28,7 @@ def ranked(world: int, collectives: str, base: Ops = PLAIN) -> Ops:
     all_gather = _shared_all_gather if shared else gather_in(GROUP, world)
 
     def embed(ids_T: Tensor, leaf: Embedding, **padding: Tensor) -> Tensor:
-        """Each rank looks up the ids whose rows it holds; the sum has all of them, unrounded: the others add zeros."""
+        """Each rank looks up the ids whose rows it holds. The all-reduce is exact: the other ranks add zeros."""
         return all_reduce(base.embed_held(ids_T, leaf, **padding))
 
     return replace(base, embed=embed, all_reduce=all_reduce, all_gather=all_gather)

@@ -1,4 +1,4 @@
-"""Which implementation of the operations a device's graphs are traced with."""
+"""Selection of the operations with which a device's graphs are traced."""
 
 from mllama_graph.model.ops import Ops
 from mllama_graph.ops.cpu import CPU
@@ -9,9 +9,9 @@ from mllama_graph.ops.ranks import ranked
 def ops_for(device: str, world: int, collectives: str, kernels: str, mode: str | None = None) -> Ops:
     """The operations of one of `world` ranks on a device: cpu, cuda, npu or npu-sim.
 
-    `collectives` and `kernels` are those of the run; `mode` is torchair's. Raises ImportError where a package is missing.
+    `collectives` and `kernels` are those of the run; `mode` is torchair's. Raises ImportError if a package is missing.
     """
-    # Triton and torch_npu are imported where their device is used, alone.
+    # Triton and torch_npu are imported only if their device is used.
     if device == "cuda":
         from mllama_graph.ops.cuda import cuda_ops
 
