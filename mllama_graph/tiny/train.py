@@ -16,8 +16,10 @@ import socket
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,7 +30,6 @@ from mllama_graph.core.report import write_json
 from mllama_graph.tiny.heads import Heads, asked_loss, comparing_loss, pointing_loss
 from mllama_graph.tiny.initial import start
 from mllama_graph.tiny.model import Mllama, Shape
-from mllama_graph.tiny.optimizer import Muon
 from mllama_graph.tiny.pool import Pool
 from mllama_graph.tiny.samples import IGNORE, Batch, Mix, digit_tokens, training_batch
 
@@ -37,9 +38,9 @@ ANSWERING = Mix(pages=5, readouts=0, scenes=11, questions=7, pairs=4, talks=2)
 # At the end the vision tower rests: more steps for the text.
 TALKING = Mix(pages=0, readouts=0, scenes=14, questions=7, pairs=2, talks=1)
 POOL = (900, 150)  # at the most: single scenes and pairs of scenes seen ahead
-MUON_RATE, ADAM_RATE = 0.016, 1.5e-3
-# Queries and keys of the local vision layers start as neighbour heads; at the full rate 300 steps wash that out.
-NEIGHBOUR_RATE = 0.1 * MUON_RATE
+# Peak learning rate and weight decay by kind of parameter. Query and key weights of the local vision layers are
+# initialized to attend to a neighboring patch; at the rate of the other hidden weights they lose that within 300 steps.
+RATES = {"hidden": (0.016, 0.02), "neighbor": (0.0016, 0.0), "table": (1.5e-3, 0.02), "vector": (4.5e-3, 0.0)}
 # The answer loss is a mean over tokens of which one in ten decides anything.
 ANSWER_WEIGHT, DIGIT_WEIGHT = 10.0, 4.0  # the second: of a digit beside any other token
 PATCH_WEIGHT, READOUT_WEIGHT, POINTING_WEIGHT, ASKED_WEIGHT = 2.0, 0.5, 0.4, 0.7
@@ -77,37 +78,35 @@ class Trainer:
         return [p for p in (*self.model.parameters(), *self.heads.parameters()) if p.requires_grad]
 
 
+def optimizer_kind(name: str, p: torch.nn.Parameter) -> str:
+    """The row of RATES for a parameter: the 2-D weights of layers go to Muon, all others to AdamW."""
+    if p.dim() != 2 or "layers." not in name:
+        return "vector" if p.dim() == 1 else "table"
+    neighbor = "vision_model.transformer" in name and ("q_proj" in name or "k_proj" in name)
+    return "neighbor" if neighbor else "hidden"
+
+
 def build(seed: int) -> Trainer:
-    """A fresh model with its optimisers; each of their groups knows its `full` rate and whether it is of `vision`."""
+    """A new model with its optimizers; each parameter group has its peak rate `full` and a flag `vision`."""
     model = Mllama(Shape())
     start(model, seed)
     heads = Heads(model.s)
-    hidden, rest = [], []
+    parameters: dict[tuple[str, bool], list[torch.nn.Parameter]] = defaultdict(list)
     for name, p in (*model.named_parameters(), *heads.named_parameters()):
         vision = name.startswith(("model.vision_model", "patch", "side"))
-        matrix = p.dim() == 2 and "layers." in name
-        neighbour = "vision_model.transformer" in name and ("q_proj" in name or "k_proj" in name)
-        (hidden if matrix else rest).append((p, vision, neighbour if matrix else p.dim() > 1))
+        parameters[optimizer_kind(name, p), vision].append(p)
 
-    def groups(chosen: list, full: dict[bool, float], decay: dict[bool, float]) -> list[dict]:
+    def groups(*kinds: str) -> list[dict[str, Any]]:
         return [
-            dict(
-                params=[p for p, v, k in chosen if (v, k) == (vision, kind)],
-                lr=full[kind],
-                full=full[kind],
-                weight_decay=decay[kind],
-                vision=vision,
-            )
-            for vision, kind in sorted({(v, k) for _, v, k in chosen})
+            dict(params=params, lr=RATES[kind][0], full=RATES[kind][0], weight_decay=RATES[kind][1], vision=vision)
+            for (kind, vision), params in parameters.items()
+            if kind in kinds
         ]
 
-    optimizers = [
-        torch.optim.AdamW(
-            groups(rest, {True: ADAM_RATE, False: 3 * ADAM_RATE}, {True: 0.02, False: 0.0}),
-            betas=(0.9, 0.98),
-            fused=True,
-        ),
-        Muon(groups(hidden, {False: MUON_RATE, True: NEIGHBOUR_RATE}, {False: 0.02, True: 0.0}), MUON_RATE, 0.95, 0.02),
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups("table", "vector"), betas=(0.9, 0.98), fused=True),
+        # "original" multiplies the rate by sqrt(max(1, rows / columns)).
+        torch.optim.Muon(groups("hidden", "neighbor"), momentum=0.95, ns_steps=5, adjust_lr_fn="original"),
     ]
     average = {k: v.detach().clone() for k, v in model.state_dict().items()}
     token_weights = torch.ones(model.lm_head.out_features)
@@ -309,7 +308,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def settle(args: argparse.Namespace) -> None:
-    """Write what decides the run to run.json. Raises UserError where the folder holds a run that another one decided."""
+    """Write the options of the run to run.json.
+
+    Raises UserError if the folder holds a run with other options.
+    """
     wanted = {name: getattr(args, name) for name in ("steps", "seeing", "decay", "talking", "seed", "world")}
     args.folder.mkdir(parents=True, exist_ok=True)
     path = args.folder / "run.json"
