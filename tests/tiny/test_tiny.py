@@ -15,7 +15,8 @@ from PIL import Image
 from mllama_graph.tiny.evaluate import answers_right
 from mllama_graph.tiny.export import checkpoint_name
 from mllama_graph.tiny.heldout import held_out, write_requests
-from mllama_graph.tiny.model import Mllama, Shape
+from mllama_graph.tiny.layers import Shape
+from mllama_graph.tiny.model import Mllama
 from mllama_graph.tiny.samples import Group, make_batch
 from mllama_graph.tiny.scenes import SEEN, UNSEEN
 

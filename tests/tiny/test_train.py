@@ -38,10 +38,10 @@ def test_a_run_that_goes_on_has_the_weights_of_one_that_was_never_stopped(tmp_pa
 
 
 def test_a_folder_goes_on_only_with_the_run_that_it_holds(tmp_path):
-    train.settle(train.parse(["--folder", str(tmp_path), "--steps", "4"]))
-    train.settle(train.parse(["--folder", str(tmp_path), "--steps", "4"]))
+    train.record_options(train.parse(["--folder", str(tmp_path), "--steps", "4"]))
+    train.record_options(train.parse(["--folder", str(tmp_path), "--steps", "4"]))
     with pytest.raises(UserError, match="'steps': 4"):
-        train.settle(train.parse(["--folder", str(tmp_path), "--steps", "5"]))
+        train.record_options(train.parse(["--folder", str(tmp_path), "--steps", "5"]))
 
 
 def test_the_training_task_ends_with_the_moving_average_as_a_checkpoint(tmp_path):
