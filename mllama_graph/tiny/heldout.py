@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mllama_graph.tiny.questions import KINDS, LANGUAGES, Question, ask, ask_text, ask_two, name
 from mllama_graph.tiny.samples import Group, draw_pairs
-from mllama_graph.tiny.scenes import COLORS, SEEN, SHAPES, UNSEEN, Scene, draw_number, draw_scene
+from mllama_graph.tiny.scenes import COLORS, PAIRS, SEEN, SHAPES, UNSEEN, Scene, draw_number, draw_scene, random_number
 
 # Classes of answers within a kind that occur equally often.
 VARIETIES = {
@@ -20,7 +20,6 @@ VARIETIES = {
     "absent": ("color", "pair"),
     "color": tuple(COLORS),
 }
-EVERY_PAIR = tuple((c, s) for c in COLORS for s in SHAPES)
 UNSEEN_KINDS = tuple(k for k in KINDS if not k.startswith("digits") and k != "text")
 
 
@@ -28,7 +27,7 @@ def held_out_pairs(rng: random.Random, count: int, unseen: bool) -> list[tuple[s
     """(colour, shape) pairs for one scene; with `unseen`, at least one of them never occurs in training."""
     if not unseen:
         return draw_pairs(rng, count, SEEN)
-    pairs = draw_pairs(rng, count, EVERY_PAIR)
+    pairs = draw_pairs(rng, count, PAIRS)
     if count and not any(p in UNSEEN for p in pairs):
         new = rng.choice([p for p in UNSEEN if p not in pairs])
         pairs = [new if p == pairs[0] else p for p in pairs] if rng.random() < 0.3 else [new, *pairs[1:]]
@@ -40,9 +39,7 @@ def draw_for(kind: str, variety: str, rng: random.Random, unseen: bool) -> list[
     if kind == "text":
         return []
     if kind.startswith("digits"):
-        n = int(kind[-1])
-        first = rng.choice("0123456789" if n == 1 else "123456789")
-        return [draw_number(rng, first + "".join(rng.choice("0123456789") for _ in range(n - 1)))]
+        return [draw_number(rng, random_number(rng, int(kind[-1])))]
     if kind == "two":
         return [draw_scene(rng, held_out_pairs(rng, rng.randint(1, 2), unseen)) for _ in range(2)]
     if kind == "count":
@@ -67,7 +64,7 @@ def asked_shape(question: Question) -> str:
 
 def held_out_group(kind: str, variety: str, language: str, rng: random.Random, unseen: bool) -> Group:
     """One question of this kind and answer class, with its scenes."""
-    allowed = frozenset(EVERY_PAIR if unseen else SEEN)
+    allowed = frozenset(PAIRS if unseen else SEEN)
     while True:
         scenes = draw_for(kind, variety, rng, unseen)
         for _ in range(6):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mllama_graph.tiny.questions import ZH_COLORS, ZH_SHAPES, plural
-from mllama_graph.tiny.scenes import COLORS, SHAPES, Scene
+from mllama_graph.tiny.scenes import COLORS, PAIRS, SHAPES, Scene
 from mllama_graph.tiny.text import TextBatch
 from mllama_graph.tiny.tiling import GRID, MAX_TILES, PATCH, PATCHES, TILE, choose_canvas, fit_size
 from mllama_graph.tiny.tokenizer import encode
@@ -23,7 +23,6 @@ SLOTS, DIGIT_SLOTS = 4, 3  # of the readout head: shapes from left to right, dig
 # (first) image token; whether the first image shows such a shape, and how many; if it shows exactly one, its side and
 # its rank from the left and from the top, else IGNORE.
 ASKED = ("row", "start", "image", "present", "count", "side", "left", "top")
-PAIRS = tuple((c, s) for c in COLORS for s in SHAPES)
 PRESENCE = len(PAIRS) + len(SHAPES) + len(COLORS)
 
 

@@ -17,21 +17,8 @@ ZH_SHAPES = dict(zip(SHAPES, ("圆形", "方形", "三角形", "星形", "十字
 COUNT_WORDS = {"en": ("no", "one", "two", "three", "four"), "zh": ("没有", "有一个", "有两个", "有三个", "有四个")}
 
 LANGUAGES = ("en", "zh")
-KINDS = (
-    "what1",
-    "what2",
-    "what3",
-    "color",
-    "present",
-    "absent",
-    "count",
-    "position",
-    "two",
-    "digits1",
-    "digits2",
-    "digits3",
-    "text",
-)
+KINDS: tuple[str, ...] = ("what1", "what2", "what3", "color", "present", "absent", "count", "position", "two")
+KINDS += ("digits1", "digits2", "digits3", "text")
 
 SMALL_TALK = (
     ("Hello!", "Hello! Show me a picture."),

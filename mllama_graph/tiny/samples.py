@@ -20,7 +20,7 @@ from mllama_graph.tiny.labels import (
     readout_label,
 )
 from mllama_graph.tiny.questions import LANGUAGES, Question, ask, ask_text, ask_two
-from mllama_graph.tiny.scenes import SEEN, Scene, draw_number, draw_page, draw_scene
+from mllama_graph.tiny.scenes import SEEN, Scene, draw_number, draw_page, draw_scene, random_number
 from mllama_graph.tiny.text import TextBatch
 from mllama_graph.tiny.tiling import tile_image
 from mllama_graph.tiny.tokenizer import EOT, IMAGE, encode, render_prompt
@@ -92,17 +92,12 @@ def draw_pairs(rng: random.Random, count: int, allowed: tuple[tuple[str, str], .
     return pairs
 
 
-def random_number(rng: random.Random) -> str:
-    """One to three digits without a leading zero."""
-    length = rng.choices((1, 2, 3), (2, 3, 5))[0]
-    first = rng.choice("0123456789" if length == 1 else "123456789")
-    return first + "".join(rng.choice("0123456789") for _ in range(length - 1))
-
-
 def random_scene(rng: random.Random) -> Scene:
     """A scene with a number or with zero to four shapes."""
     count = rng.choices((-1, 0, 1, 2, 3, 4), (75, 4, 7, 22, 22, 22))[0]
-    return draw_number(rng, random_number(rng)) if count < 0 else draw_scene(rng, draw_pairs(rng, count, SEEN))
+    if count < 0:
+        return draw_number(rng, random_number(rng, rng.choices((1, 2, 3), (2, 3, 5))[0]))
+    return draw_scene(rng, draw_pairs(rng, count, SEEN))
 
 
 def question_group(rng: random.Random, wanted: int, scene: Scene) -> Group:

@@ -26,7 +26,8 @@ COLORS = {
 }
 # One pair per shape that never occurs in a training image, question or answer.
 UNSEEN = (("orange", "circle"), ("green", "square"), ("purple", "triangle"), ("blue", "star"), ("red", "cross"))
-SEEN = tuple((c, s) for c in COLORS for s in SHAPES if (c, s) not in UNSEEN)
+PAIRS = tuple((c, s) for c in COLORS for s in SHAPES)
+SEEN = tuple(p for p in PAIRS if p not in UNSEEN)
 
 SMALLEST_RADIUS = 7.0  # canvas pixels: a shape two patches wide
 LARGEST_RADIUS = (42.0, 26.0, 21.0, 18.0)  # canvas pixels, by number of shapes
@@ -146,20 +147,9 @@ def outline_points(shape: str, x: float, y: float, r: float, tilt: float, squeez
         corners = [(q * math.sin(i * math.pi / 5), -q * math.cos(i * math.pi / 5)) for i, q in enumerate(radii)]
     else:
         a = 0.34
-        corners = [
-            (-a, -1),
-            (a, -1),
-            (a, -a),
-            (1, -a),
-            (1, a),
-            (a, a),
-            (a, 1),
-            (-a, 1),
-            (-a, a),
-            (-1, a),
-            (-1, -a),
-            (-a, -a),
-        ]
+        corners = [(-a, -1), (a, -1), (a, -a)]
+        for _ in range(3):
+            corners += [(-v, u) for u, v in corners[-3:]]  # the previous arm, rotated by 90 degrees
     cos, sin = math.cos(tilt) * r, math.sin(tilt) * r
     return [(x + (u * cos - v * sin) * squeeze, y + u * sin + v * cos) for u, v in corners]
 
@@ -258,6 +248,12 @@ def render_number(
         ink = ink.rotate(angle, Resampling.BILINEAR, expand=True)
         mask = mask.rotate(angle, Resampling.NEAREST, expand=True)
     return ink, mask, centers
+
+
+def random_number(rng: random.Random, length: int) -> str:
+    """A number of `length` digits without a leading zero."""
+    first = rng.choice("0123456789" if length == 1 else "123456789")
+    return first + "".join(rng.choice("0123456789") for _ in range(length - 1))
 
 
 def draw_number(rng: random.Random, number: str) -> Scene:

@@ -37,112 +37,23 @@ CHAT_TEMPLATE = (
 )
 
 # Chinese has no spaces. The tokenizer is trained on single words, so that no merge joins a colour and a shape: unseen
-# pairs must consist of tokens that training shows.
+# pairs must consist of tokens that training shows. Words are separated by "|".
 ZH_WORDS = (
-    *ZH_COLORS.values(),
-    *ZH_SHAPES.values(),
-    "图形",
-    "一个",
-    "两个",
-    "三个",
-    "四个",
-    "没有",
-    "有",
-    "我看到",
-    "我没看到",
-    "我什么也没看到",
-    "所以",
-    "和",
-    "、",
-    "，",
-    "。",
-    "？",
-    "是什么颜色",
-    "的",
-    "是",
-    "吗",
-    "有多少个",
-    "哪个在",
-    "在",
-    "左边",
-    "右边",
-    "上面",
-    "下面",
-    "中间",
-    "哪张图里有",
-    "第",
-    "一",
-    "二",
-    "张图里有",
-    "数字是",
-    "写的是什么数字",
-    "读出数字",
-    "这是什么数字",
-    "图里有什么",
-    "你看到了什么",
-    "描述这张图",
+    "图形|一个|两个|三个|四个|没有|有|我看到|我没看到|我什么也没看到|所以|和|、|，|。|？|是什么颜色|的|是|吗|"
+    "有多少个|哪个在|在|左边|右边|上面|下面|中间|哪张图里有|第|一|二|张图里有|数字是|写的是什么数字|读出数字|"
+    "这是什么数字|图里有什么|你看到了什么|描述这张图"
 )
 EN_WORDS = (
-    "I",
-    " see",
-    " nothing",
-    " a",
-    " an",
-    ",",
-    " and",
-    ".",
-    " so",
-    " there",
-    " are",
-    " is",
-    " no",
-    " one",
-    " two",
-    " three",
-    " four",
-    "?",
-    "What",
-    " color",
-    " colour",
-    " the",
-    "The",
-    "I don't",
-    " don't",
-    " How",
-    "How",
-    " many",
-    " shape",
-    " shapes",
-    "Is",
-    " in",
-    " on",
-    " of",
-    " left",
-    " right",
-    " middle",
-    " above",
-    " below",
-    "Which",
-    " or",
-    "Yes",
-    "No",
-    " picture",
-    " has",
-    " first",
-    " second",
-    " number",
-    "Read",
-    "Describe",
-    " this",
-    " written",
-    " do",
-    " you",
+    "I| see| nothing| a| an|,| and|.| so| there| are| is| no| one| two| three| four|?|What| color| colour| the|The|"
+    "I don't| don't| How|How| many| shape| shapes|Is| in| on| of| left| right| middle| above| below|Which| or|Yes|No|"
+    " picture| has| first| second| number|Read|Describe| this| written| do| you"
 )
 
 
 def training_words() -> list[str]:
     """The words of all questions and answers, repeated until each becomes one token."""
-    words = list(ZH_WORDS) + list(EN_WORDS) + ["user", "assistant", "system", "\n\n"]
+    words = [*ZH_COLORS.values(), *ZH_SHAPES.values(), *ZH_WORDS.split("|"), *EN_WORDS.split("|")]
+    words += ["user", "assistant", "system", "\n\n"]
     words += [" " + w for w in (*COLORS, *SHAPES, *map(plural, SHAPES))]
     talk = [t for pair in SMALL_TALK for t in pair] + list(NO_PICTURE.values())
     talk += [w for ws in WHAT.values() for w in ws]

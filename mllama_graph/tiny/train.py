@@ -43,7 +43,7 @@ POOL = (900, 150)  # at most: single scenes and pairs of scenes with precomputed
 # Peak learning rate and weight decay by kind of parameter. Query and key weights of the local vision layers are
 # initialised to attend to a neighbouring patch; at the rate of the other hidden weights they lose it within 300 steps.
 RATES = {"hidden": (0.016, 0.02), "neighbour": (0.0016, 0.0), "table": (1.5e-3, 0.02), "vector": (4.5e-3, 0.0)}
-# The answer loss is a mean over tokens, of which only one in ten depends on the image.
+# The answer loss is a mean over tokens, of which only one in ten decides whether an answer is right.
 ANSWER_WEIGHT, DIGIT_WEIGHT = 10.0, 4.0  # DIGIT_WEIGHT: of a digit relative to any other token
 PATCH_WEIGHT, READOUT_WEIGHT, POINTING_WEIGHT, ASKED_WEIGHT = 2.0, 0.5, 0.4, 0.7
 WARM_UP, FLOOR = 80, 0.01  # of the learning rate: steps, fraction of the peak
