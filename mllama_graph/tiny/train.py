@@ -89,7 +89,7 @@ def optimizer_kind(name: str, p: torch.nn.Parameter) -> str:
 
 
 def build(seed: int) -> Trainer:
-    """A new model with its optimizers; each parameter group has its peak rate `full` and a flag `vision`."""
+    """A new model with its optimizers; each parameter group has its `peak` rate and a flag `vision`."""
     model = Mllama(Shape())
     initialise(model, seed)
     heads = Heads(model.s)
@@ -100,7 +100,7 @@ def build(seed: int) -> Trainer:
 
     def groups(*kinds: str) -> list[dict[str, Any]]:
         return [
-            dict(params=params, lr=RATES[kind][0], full=RATES[kind][0], weight_decay=RATES[kind][1], vision=vision)
+            dict(params=params, lr=RATES[kind][0], peak=RATES[kind][0], weight_decay=RATES[kind][1], vision=vision)
             for (kind, vision), params in parameters.items()
             if kind in kinds
         ]
@@ -181,7 +181,7 @@ def all_reduce_gradients(trainer: Trainer, world: int) -> None:
 
 
 def rate_factor(step: int, left: float, decay: float) -> float:
-    """Linear warm-up, constant, then linear to FLOOR over the last `decay` of the run; `left` is what is left of it."""
+    """Linear warm-up, constant, then linear to FLOOR over the last `decay` of the run, of which `left` remains."""
     return min(1.0, (step + 1) / WARM_UP) * min(1.0, max(FLOOR, left / decay))
 
 
@@ -190,7 +190,7 @@ def update(trainer: Trainer, vision_factor: float, text_factor: float) -> float:
     norm = torch.nn.utils.clip_grad_norm_(trainer.parameters, CLIP)
     for optimizer in trainer.optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["full"] * (vision_factor if group["vision"] else text_factor)
+            group["lr"] = group["peak"] * (vision_factor if group["vision"] else text_factor)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     keep = min(AVERAGE_DECAY, 1 - 1 / (1 + 0.1 * trainer.progress.step))
