@@ -1,7 +1,7 @@
-"""Exact match per question kind on held-out scenes, with controls, by the training code.
+"""Exact match of the training model on held-out scenes per kind of question, with controls.
 
-An answer is right when the greedy choice is right at each of its tokens, the end included. The weights are the moving
-average, rounded to bfloat16 as they are exported.
+An answer is right if greedy decoding gives each of its tokens and the end-of-turn token. The weights are the moving
+average, rounded to bfloat16 as in the exported checkpoint.
 """
 
 from __future__ import annotations
@@ -17,35 +17,42 @@ import torch
 from torch import Tensor
 
 from mllama_graph.tiny.heldout import held_out
-from mllama_graph.tiny.model import Mllama, Shape
+from mllama_graph.tiny.layers import Shape
+from mllama_graph.tiny.model import Mllama
 from mllama_graph.tiny.questions import KINDS, Question
-from mllama_graph.tiny.samples import Batch, Group, make_batch, tokenizer
+from mllama_graph.tiny.samples import Batch, Group, make_batch
+from mllama_graph.tiny.tokenizer import tokenizer
 
 
 def shuffled(batch: Batch, features: Tensor) -> Tensor:
-    """Every question sees the picture of another one of its batch."""
-    single = batch.text.single[0]
+    """Features in another order: every question sees the image of another group of its batch."""
+    single = batch.packed.text.single[0]
     rest = torch.arange(single, len(features))
     return features[torch.cat([torch.arange(single).roll(7), rest.roll(6)])]
 
 
 @torch.no_grad()
 def answers_right(model: Mllama, batch: Batch, control: str) -> list[tuple[Question, bool, list[int]]]:
-    """For each question: whether greedy decoding gives its first answer, and the tokens chosen at its rows."""
+    """Each question, whether greedy decoding gives its first answer, and the tokens chosen at its rows.
+
+    `control` is empty, "shuffled" (images exchanged) or "no cross-attention" (images hidden).
+    """
     features = None
     if len(batch.tiles) and control != "no cross-attention":
-        features = model.see(batch.tiles, batch.ratio_I, batch.tiles_I)
+        features = model.encode_images(batch.tiles, batch.ratio_I, batch.tiles_I)
         if control == "shuffled":
             features = shuffled(batch, features)
-    tiles_I = batch.tiles_I
-    last, _ = model.read(batch.text, features, tiles_I)
-    chosen = model.lm_head(last).argmax(-1)
-    return [(q, bool((chosen[a:b] == batch.targets_T[a:b]).all()), chosen[a:b].tolist()) for q, a, b in batch.spans]
+    packed = batch.packed
+    chosen = model.lm_head(model.forward_text(packed.text, features, batch.tiles_I).last).argmax(-1)
+    return [(q, bool((chosen[a:b] == packed.targets_T[a:b]).all()), chosen[a:b].tolist()) for q, a, b in packed.spans]
 
 
-def score(model: Mllama, groups: list[Group], control: str = "") -> tuple[dict[str, float], list]:
-    """Exact match in % by kind, by language and overall; and the wrong answers."""
-    right, wrong = defaultdict(list), []
+def score(
+    model: Mllama, groups: list[Group], control: str = ""
+) -> tuple[dict[str, float], list[tuple[Question, list[int]]]]:
+    """Exact match in % by kind, by language and overall; and the questions with a wrong answer, with its tokens."""
+    right: dict[str, list[bool]] = defaultdict(list)
+    wrong = []
     order = sorted(range(len(groups)), key=lambda i: (len(groups[i].scenes), i * 7919 % 1009))
     for start in range(0, len(order), 40):
         batch = make_batch([groups[i] for i in order[start : start + 40]], [], random.Random(start))
@@ -61,23 +68,23 @@ def score(model: Mllama, groups: list[Group], control: str = "") -> tuple[dict[s
 
 
 def load_weights(path: Path, which: str) -> Mllama:
-    """The weights (`average` or `model`) of a training checkpoint, rounded to bfloat16, in float32."""
+    """A model with the weights `average` or `model` of a training checkpoint, rounded to bfloat16, in float32."""
     model = Mllama(Shape())
     model.load_state_dict({k: v.bfloat16().float() for k, v in torch.load(path)[which].items()})
     return model.eval()
 
 
 def main(argv: list[str]) -> None:
-    """Print the table of one checkpoint, and some of its wrong answers."""
+    """Print exact match of a checkpoint, and some of its wrong answers."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--each", type=int, default=40, help="questions of each kind")
+    parser.add_argument("--each", type=int, default=40, help="questions per kind")
     parser.add_argument(
-        "--controls", action="store_true", help="also images shuffled, cross-attention off, unseen pairs"
+        "--controls", action="store_true", help="also score unseen pairs, shuffled images and no cross-attention"
     )
-    parser.add_argument("--wrong", type=int, default=12, help="wrong answers to show")
-    parser.add_argument("--raw", action="store_true", help="the last weights instead of their moving average")
-    parser.add_argument("--json", type=Path, help="where the figures go")
+    parser.add_argument("--wrong", type=int, default=12, help="number of wrong answers to print")
+    parser.add_argument("--raw", action="store_true", help="use the last weights instead of their moving average")
+    parser.add_argument("--json", type=Path, help="file for the results")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     model = load_weights(args.checkpoint, "model" if args.raw else "average")

@@ -1,4 +1,4 @@
-"""Write a training checkpoint as an mllama checkpoint folder in the released format."""
+"""Export a training checkpoint as an mllama checkpoint folder in the released format."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from mllama_graph.core.report import write_json
-from mllama_graph.tiny.model import Shape
+from mllama_graph.tiny.layers import Shape
 from mllama_graph.tiny.tiling import CLIP_MEAN, CLIP_STD, MAX_TILES, TILE
 from mllama_graph.tiny.tokenizer import (
     BOS,
@@ -23,20 +24,20 @@ from mllama_graph.tiny.tokenizer import (
     IMAGE,
     PAD,
     VOCABULARY,
-    build_tokenizer,
+    encode,
+    tokenizer,
 )
 
 MAX_POSITIONS = 1024
 
 
 def token_ids() -> dict[str, int]:
-    """The ids of the special tokens that the configuration files name."""
-    tokenizer = build_tokenizer()
-    return {t: tokenizer.token_to_id(t) for t in (BOS, EOT, END_OF_TEXT, EOM, PAD, IMAGE)}
+    """Ids of the special tokens that the configuration files name."""
+    return {t: encode(t)[0] for t in (BOS, EOT, END_OF_TEXT, EOM, PAD, IMAGE)}
 
 
-def model_config(s: Shape) -> dict:
-    """config.json with the released checkpoint's fields."""
+def model_config(s: Shape) -> dict[str, Any]:
+    """The content of config.json, with the fields of a released checkpoint."""
     ids, v = token_ids(), s.vision
     text = dict(
         model_type="mllama_text_model",
@@ -91,7 +92,7 @@ def model_config(s: Shape) -> dict:
 
 
 def checkpoint_name(name: str) -> str:
-    """The released checkpoints' name of a weight."""
+    """The name of a weight in the released checkpoints."""
     for ours, theirs in (
         ("model.vision_model.", "vision_model."),
         ("model.multi_modal_projector.", "multi_modal_projector."),
@@ -100,13 +101,12 @@ def checkpoint_name(name: str) -> str:
     ):
         if name.startswith(ours):
             return theirs + name[len(ours) :]
-    raise ValueError(f"{name} is no weight of this model")
+    raise ValueError(f"{name} is not a weight of this model.")
 
 
 def write_tokenizer(folder: Path) -> None:
-    """tokenizer.json, tokenizer_config.json with the chat template, special_tokens_map.json."""
-    tokenizer = build_tokenizer()
-    tokenizer.save(str(folder / "tokenizer.json"))
+    """Write tokenizer.json, tokenizer_config.json, special_tokens_map.json and chat_template.json."""
+    tokenizer().save(str(folder / "tokenizer.json"))
     added = {
         str(i): dict(
             content=t.content,
@@ -116,7 +116,7 @@ def write_tokenizer(folder: Path) -> None:
             single_word=t.single_word,
             special=t.special,
         )
-        for i, t in sorted(tokenizer.get_added_tokens_decoder().items())
+        for i, t in sorted(tokenizer().get_added_tokens_decoder().items())
     }
     named = dict(bos_token=BOS, eos_token=EOT, pad_token=PAD)
     write_json(folder / "special_tokens_map.json", named)
@@ -136,7 +136,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def write_processing(folder: Path) -> None:
-    """preprocessor_config.json and generation_config.json."""
+    """Write preprocessor_config.json and generation_config.json."""
     write_json(
         folder / "preprocessor_config.json",
         dict(
@@ -169,7 +169,7 @@ def write_processing(folder: Path) -> None:
 
 
 def export(weights: dict[str, torch.Tensor], folder: Path) -> None:
-    """Replace `folder` by a checkpoint of these weights, rounded to bfloat16."""
+    """Write a checkpoint of these weights, rounded to bfloat16; replaces `folder`."""
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -187,10 +187,10 @@ def export(weights: dict[str, torch.Tensor], folder: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Export the moving average of a training checkpoint."""
+    """Export the moving average of the weights of a training checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="checkpoint.pt of a training run")
-    parser.add_argument("folder", type=Path, help="where the checkpoint folder goes")
+    parser.add_argument("folder", type=Path, help="folder to write")
     args = parser.parse_args(argv)
     export(torch.load(args.checkpoint)["average"], args.folder)
     size = sum(p.stat().st_size for p in args.folder.iterdir())

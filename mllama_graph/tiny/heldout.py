@@ -1,4 +1,4 @@
-"""Held-out scenes: seeds that training never draws, every kind, language and class of answer in turn."""
+"""Held-out questions: scenes of seeds that training never draws, balanced over kinds, languages and answers."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 from mllama_graph.tiny.questions import KINDS, LANGUAGES, Question, ask, ask_text, ask_two, name
 from mllama_graph.tiny.samples import Group, draw_pairs
-from mllama_graph.tiny.scenes import COLORS, SEEN, SHAPES, UNSEEN, Scene, draw_number, draw_scene
+from mllama_graph.tiny.scenes import COLORS, PAIRS, SEEN, SHAPES, UNSEEN, Scene, draw_number, draw_scene, random_number
 
-# Classes of answers inside a kind that must come up equally often.
+# Classes of answers within a kind that occur equally often.
 VARIETIES = {
     "count": ("0", "1", "2", "3", "4"),
     "position": tuple(d + w for d in ("left", "right", "above", "below") for w in "01"),
@@ -20,15 +20,14 @@ VARIETIES = {
     "absent": ("color", "pair"),
     "color": tuple(COLORS),
 }
-EVERY_PAIR = tuple((c, s) for c in COLORS for s in SHAPES)
 UNSEEN_KINDS = tuple(k for k in KINDS if not k.startswith("digits") and k != "text")
 
 
 def held_out_pairs(rng: random.Random, count: int, unseen: bool) -> list[tuple[str, str]]:
-    """Pairs for one scene; with `unseen`, at least one that training never showed."""
+    """(colour, shape) pairs for one scene; with `unseen`, at least one of them never occurs in training."""
     if not unseen:
         return draw_pairs(rng, count, SEEN)
-    pairs = draw_pairs(rng, count, EVERY_PAIR)
+    pairs = draw_pairs(rng, count, PAIRS)
     if count and not any(p in UNSEEN for p in pairs):
         new = rng.choice([p for p in UNSEEN if p not in pairs])
         pairs = [new if p == pairs[0] else p for p in pairs] if rng.random() < 0.3 else [new, *pairs[1:]]
@@ -36,13 +35,11 @@ def held_out_pairs(rng: random.Random, count: int, unseen: bool) -> list[tuple[s
 
 
 def draw_for(kind: str, variety: str, rng: random.Random, unseen: bool) -> list[Scene]:
-    """Scenes on which a question of this kind is likely to be possible."""
+    """Scenes about which a question of this kind and class is likely to be possible."""
     if kind == "text":
         return []
     if kind.startswith("digits"):
-        n = int(kind[-1])
-        first = rng.choice("0123456789" if n == 1 else "123456789")
-        return [draw_number(rng, first + "".join(rng.choice("0123456789") for _ in range(n - 1)))]
+        return [draw_number(rng, random_number(rng, int(kind[-1])))]
     if kind == "two":
         return [draw_scene(rng, held_out_pairs(rng, rng.randint(1, 2), unseen)) for _ in range(2)]
     if kind == "count":
@@ -52,7 +49,7 @@ def draw_for(kind: str, variety: str, rng: random.Random, unseen: bool) -> list[
 
 
 def names_unseen(question: Question, scenes: list[Scene]) -> bool:
-    """Whether the answer, or the thing asked for, is a composition that training never showed."""
+    """Whether the answer or the thing that the question names is a pair that never occurs in training."""
     if question.kind == "absent":
         return True
     if question.kind == "color":
@@ -61,20 +58,21 @@ def names_unseen(question: Question, scenes: list[Scene]) -> bool:
 
 
 def asked_shape(question: Question) -> str:
-    """The shape named in a colour question."""
+    """The shape that a colour question names."""
     return next(s for s in SHAPES if name("", s, question.language) in question.text)
 
 
 def held_out_group(kind: str, variety: str, language: str, rng: random.Random, unseen: bool) -> Group:
-    """One question of exactly this kind and answer class, with its scenes."""
-    allowed = frozenset(EVERY_PAIR if unseen else SEEN)
+    """One question of this kind and answer class, with its scenes."""
+    allowed = frozenset(PAIRS if unseen else SEEN)
     while True:
         scenes = draw_for(kind, variety, rng, unseen)
         for _ in range(6):
+            q: Question | None
             if kind == "text":
                 q = ask_text(rng)
             elif kind == "two":
-                q = ask_two(tuple(scenes), rng, language)
+                q = ask_two(scenes, rng, language)
             else:
                 q = ask(kind.rstrip("123"), scenes[0], rng, language, allowed)
             if q and q.kind == kind and (kind == "text" or q.language == language) and variety in ("", q.variety):
@@ -83,7 +81,7 @@ def held_out_group(kind: str, variety: str, language: str, rng: random.Random, u
 
 
 def held_out(each: int, unseen: bool) -> Iterator[Group]:
-    """`each` questions of every kind, the same every time; languages and answer classes come up in turn."""
+    """`each` questions of every kind, deterministic; languages and answer classes alternate."""
     for kind in UNSEEN_KINDS if unseen else KINDS:
         classes = VARIETIES.get(kind, ("",))
         if unseen and kind == "color":
@@ -94,9 +92,9 @@ def held_out(each: int, unseen: bool) -> Iterator[Group]:
 
 
 def write_requests(folder: Path, each: int) -> Path:
-    """A requests file of held-out questions with their answers, `each` a kind, its pictures beside it.
+    """Write a requests file of `each` held-out questions per kind with their answers, and their images beside it.
 
-    Kinds named `new ...` ask about compositions of colour and shape that training never showed.
+    Kinds named `new ...` ask about (colour, shape) pairs that never occur in training. Returns the file's path.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "requests.jsonl"

@@ -1,7 +1,7 @@
-"""Starting weights that already know where things are: a few minutes of training saved.
+"""Initial weights that encode positions, which saves a few minutes of training.
 
-The first 16 vision dimensions carry each patch's place on the whole canvas as sines and cosines, for all aspect ratios;
-each head of a local layer looks at one neighbouring patch through them. All of it is trained on from there.
+The first 16 dimensions of the vision states hold sines and cosines of each patch's position on the canvas, for all
+aspect ratios. Each head of a local layer uses them to attend to one neighbouring patch. All weights stay trainable.
 """
 
 from __future__ import annotations
@@ -11,23 +11,24 @@ import math
 import torch
 from torch import Tensor
 
-from mllama_graph.tiny.model import Mllama, VisionModel
+from mllama_graph.tiny.model import Mllama
 from mllama_graph.tiny.tiling import GRID, MAX_TILES, PATCH, PATCHES, RATIOS
+from mllama_graph.tiny.vision import VisionModel
 
-PLACE_DIMS = 16
-RATES = torch.tensor([1.6, 0.9, 0.5, 0.28])  # radians a patch: the last does not wrap on the widest canvas
+POSITION_DIMS = 16
+RATES = torch.tensor([1.6, 0.9, 0.5, 0.28])  # radians per patch; the last does not wrap on the widest canvas
 NEAR = ((0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (-1, -1), (1, -1), (-1, 1))
 FAR = tuple((2 * y, 2 * x) for y, x in NEAR)
 
 
-def place_code(y: Tensor, x: Tensor) -> Tensor:
-    """[..., 16]: sin y, cos y, sin x, cos x, four rates each."""
+def position_code(y: Tensor, x: Tensor) -> Tensor:
+    """[..., 16]: sin y, cos y, sin x, cos x, at four rates each."""
     return torch.cat([f(v[..., None] * RATES) for v in (y.float(), x.float()) for f in (torch.sin, torch.cos)], -1)
 
 
 def shift_matrix(dy: int, dx: int) -> Tensor:
-    """[16, 16]: takes a place's code to the code of the place (dy, dx) further."""
-    m, n = torch.zeros(PLACE_DIMS, PLACE_DIMS), len(RATES)
+    """[16, 16]: maps the code of a position to the code of the position (dy, dx) patches further."""
+    m, n = torch.zeros(POSITION_DIMS, POSITION_DIMS), len(RATES)
     for axis, offset in enumerate((dy, dx)):
         for i, rate in enumerate(RATES):
             s, c = 2 * n * axis + i, 2 * n * axis + n + i
@@ -37,7 +38,7 @@ def shift_matrix(dy: int, dx: int) -> Tensor:
 
 
 def cosine_filters(count: int) -> Tensor:
-    """[count, 3, PATCH, PATCH]: the lowest two-dimensional cosines, alternating between the colour channels."""
+    """[count, 3, PATCH, PATCH]: 2-D cosines in order of frequency, alternating between the colour channels."""
     t = (torch.arange(PATCH) + 0.5) / PATCH
     basis = torch.stack([torch.cos(math.pi * k * t) * math.sqrt((1 if k == 0 else 2) / PATCH) for k in range(PATCH)])
     order = sorted(((u, v) for u in range(PATCH) for v in range(PATCH)), key=lambda p: (p[0] + p[1], max(p)))
@@ -48,15 +49,15 @@ def cosine_filters(count: int) -> Tensor:
     return filters
 
 
-def start_vision(vision: VisionModel) -> None:
-    """Place codes, cosine filters, neighbour heads."""
+def initialise_vision(vision: VisionModel) -> None:
+    """Set position codes, cosine filters, and local heads that attend to neighbouring patches."""
     width = vision.class_embedding.shape[0]
     vision.class_embedding.normal_(0, 0.3)
-    vision.class_embedding[:PLACE_DIMS] = 0
+    vision.class_embedding[:POSITION_DIMS] = 0
     weight = vision.patch_embedding.weight
-    weight.copy_(torch.cat([torch.zeros(PLACE_DIMS, *weight.shape[1:]), cosine_filters(width - PLACE_DIMS)]))
-    mixing = torch.linalg.qr(torch.randn(width - PLACE_DIMS, width - PLACE_DIMS)).Q
-    weight[PLACE_DIMS:] = (mixing @ weight[PLACE_DIMS:].flatten(1)).view_as(weight[PLACE_DIMS:])
+    weight.copy_(torch.cat([torch.zeros(POSITION_DIMS, *weight.shape[1:]), cosine_filters(width - POSITION_DIMS)]))
+    mixing = torch.linalg.qr(torch.randn(width - POSITION_DIMS, width - POSITION_DIMS)).Q
+    weight[POSITION_DIMS:] = (mixing @ weight[POSITION_DIMS:].flatten(1)).view_as(weight[POSITION_DIMS:])
 
     position = vision.gated_positional_embedding
     position.gate.fill_(math.atanh(0.5))
@@ -66,37 +67,34 @@ def start_vision(vision: VisionModel) -> None:
     for ratio_id, (down, across) in enumerate(RATIOS, 1):
         for t in range(down * across):
             y, x = cell // GRID + GRID * (t // across), cell % GRID + GRID * (t % across)
-            tiles[ratio_id, t, 1:, :PLACE_DIMS] = 1.4 * place_code(y, x)  # times the gate: 0.7
+            tiles[ratio_id, t, 1:, :POSITION_DIMS] = 1.4 * position_code(y, x)  # times the gate: 0.7
     position.tile_embedding.weight.copy_(tiles.flatten(1))
     for tile in (vision.pre_tile_positional_embedding, vision.post_tile_positional_embedding):
         tile.gate.fill_(math.atanh(0.3))
         tile.embedding.weight.normal_(0, 0.05)
 
-    for index, layer in enumerate(vision.transformer.layers):
+    for index, layer in enumerate(vision.local_layers):
         attn = layer.self_attn
         offsets = FAR if index == 2 else NEAR
         head = width // attn.heads
         for h in range(attn.heads):
-            rows = slice(h * head, h * head + PLACE_DIMS)
+            rows = slice(h * head, h * head + POSITION_DIMS)
             shift = shift_matrix(*offsets[h % 8])
-            for projection, matrix in ((attn.q_proj, shift), (attn.k_proj, torch.eye(PLACE_DIMS))):
+            for projection, matrix in ((attn.q_proj, shift), (attn.k_proj, torch.eye(POSITION_DIMS))):
                 projection.weight[rows] *= 0.15
-                projection.weight[rows, :PLACE_DIMS] += 2.0 * matrix
-        # Neighbours must weigh about as much as the patch itself, or shapes are learned late.
+                projection.weight[rows, :POSITION_DIMS] += 2.0 * matrix
+        # The output of attention must be about as large as the residual, or shapes are learned late.
         attn.o_proj.weight.normal_(0, 1.2 * width**-0.5)
-    for layer in vision.global_transformer.layers:
-        layer.gate_attn.fill_(1.0)
-        layer.gate_ffn.fill_(1.0)
-    for layer in (*vision.transformer.layers, *vision.global_transformer.layers):
-        layer.self_attn.v_proj.weight[:, :PLACE_DIMS] *= 0.1
-        layer.mlp.fc1.weight[:, :PLACE_DIMS] *= 0.2
-        layer.self_attn.o_proj.weight[:PLACE_DIMS] *= 0.1
-        layer.mlp.fc2.weight[:PLACE_DIMS] *= 0.1
+    for layer in (*vision.local_layers, *vision.global_layers):
+        layer.self_attn.v_proj.weight[:, :POSITION_DIMS] *= 0.1
+        layer.mlp.fc1.weight[:, :POSITION_DIMS] *= 0.2
+        layer.self_attn.o_proj.weight[:POSITION_DIMS] *= 0.1
+        layer.mlp.fc2.weight[:POSITION_DIMS] *= 0.1
 
 
 @torch.no_grad()
-def start(model: Mllama, seed: int) -> None:
-    """Fill every weight of a new model."""
+def initialise(model: Mllama, seed: int) -> None:
+    """Initialise every weight of a new model."""
     torch.manual_seed(seed)
     s = model.s
     depth = {"vision_model": s.vision.layers + s.vision.global_layers, "language_model": s.layers}
@@ -104,7 +102,7 @@ def start(model: Mllama, seed: int) -> None:
         if p.dim() == 2 and ("proj" in name or ".fc" in name):
             scale = p.shape[1] ** -0.5
             if name.endswith(("o_proj.weight", "down_proj.weight", "fc2.weight")):
-                scale *= (depth["vision_model" if "vision_model" in name else "language_model"]) ** -0.5
+                scale *= depth["vision_model" if "vision_model" in name else "language_model"] ** -0.5
             p.normal_(0, scale)
         elif name.endswith("embed_tokens.weight"):
             p.normal_(0, 0.5)
@@ -116,4 +114,4 @@ def start(model: Mllama, seed: int) -> None:
             p.fill_(math.atanh(0.5))
         elif name.endswith("q_norm.weight"):
             p.fill_(1.5)
-    start_vision(model.model.vision_model)
+    initialise_vision(model.model.vision_model)

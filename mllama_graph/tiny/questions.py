@@ -1,7 +1,7 @@
-"""Questions about scenes and their whole-sentence answers, in English and Chinese.
+"""Questions about scenes with answers in whole sentences, in English and Chinese.
 
-Every answer follows from the picture alone, so exact match is a fair measure. Counting answers first say what is
-there: the model counts over its own words.
+Every answer follows from the image alone, so that exact match is a fair measure. Answers that give a count first list
+the shapes, so that the model can count its own words.
 """
 
 from __future__ import annotations
@@ -17,21 +17,8 @@ ZH_SHAPES = dict(zip(SHAPES, ("圆形", "方形", "三角形", "星形", "十字
 COUNT_WORDS = {"en": ("no", "one", "two", "three", "four"), "zh": ("没有", "有一个", "有两个", "有三个", "有四个")}
 
 LANGUAGES = ("en", "zh")
-KINDS = (
-    "what1",
-    "what2",
-    "what3",
-    "color",
-    "present",
-    "absent",
-    "count",
-    "position",
-    "two",
-    "digits1",
-    "digits2",
-    "digits3",
-    "text",
-)
+KINDS: tuple[str, ...] = ("what1", "what2", "what3", "color", "present", "absent", "count", "position", "two")
+KINDS += ("digits1", "digits2", "digits3", "text")
 
 SMALL_TALK = (
     ("Hello!", "Hello! Show me a picture."),
@@ -59,13 +46,13 @@ NO_PICTURE = {"en": "There is no picture.", "zh": "没有图片。"}
 
 @dataclass(frozen=True)
 class Question:
-    """One question; `answers` holds every accepted answer, the first is the one to train on."""
+    """One question; `answers` holds every accepted answer; training uses the first."""
 
     kind: str
     language: str
     text: str
     answers: tuple[str, ...]
-    variety: str = ""  # the answer's class inside its kind, to balance evaluation sets
+    variety: str = ""  # the class of the answer within its kind, to balance evaluation sets
 
 
 def article(words: str) -> str:
@@ -74,25 +61,25 @@ def article(words: str) -> str:
 
 
 def plural(shape: str) -> str:
-    """The plural of an English shape's name."""
+    """The plural of the English name of a shape."""
     return shape + ("es" if shape.endswith("s") else "s")
 
 
 def name(color: str, shape: str, language: str) -> str:
-    """A thing's name; an empty colour or shape is left out."""
+    """The name of a coloured shape; an empty colour or shape is left out."""
     if language == "en":
         return f"{color} {shape or 'shape'}".strip()
     return (ZH_COLORS[color] if color else "") + (ZH_SHAPES[shape] if shape else "图形")
 
 
 def join(parts: list[str], language: str) -> str:
-    """'a, b and c'."""
+    """'a, b and c' in the given language."""
     comma, last = (", ", " and ") if language == "en" else ("、", "和")
     return parts[0] if len(parts) == 1 else comma.join(parts[:-1]) + last + parts[-1]
 
 
 def listing(shapes: list[Shape], language: str) -> str:
-    """'I see a red circle and a blue star', from left to right."""
+    """'I see a red circle and a blue star', in the order given."""
     if not shapes:
         return "I see nothing" if language == "en" else "我什么也没看到"
     if language == "en":
@@ -107,7 +94,7 @@ WHAT = {
 
 
 def ask_what(scene: Scene, rng: random.Random, language: str) -> Question | None:
-    """What is in the picture: one to three different shapes, or a number."""
+    """What is in the picture, if it shows one to three different (colour, shape) pairs."""
     pairs = [s.pair for s in scene.shapes]
     if not 1 <= len(pairs) <= 3 or len(set(pairs)) < len(pairs):
         return None
@@ -116,7 +103,7 @@ def ask_what(scene: Scene, rng: random.Random, language: str) -> Question | None
 
 
 def ask_digits(scene: Scene, rng: random.Random, language: str) -> Question | None:
-    """What number is written."""
+    """What number is written, if there is one."""
     if not scene.number:
         return None
     if language == "en":
@@ -129,14 +116,14 @@ def ask_digits(scene: Scene, rng: random.Random, language: str) -> Question | No
 
 
 def color_question(rng: random.Random, shape: str, language: str) -> str:
-    """What colour a shape has, in one of its spellings."""
+    """The text of a question about the colour of a shape."""
     if language == "en":
         return rng.choice((f"What color is the {shape}?", f"What colour is the {shape}?"))
     return f"{ZH_SHAPES[shape]}是什么颜色？"
 
 
 def ask_color(scene: Scene, rng: random.Random, language: str) -> Question | None:
-    """What colour a shape has, when there is one of it."""
+    """What colour a shape has, if the scene shows a shape exactly once."""
     names = [s.shape for s in scene.shapes]
     single = [s for s in scene.shapes if names.count(s.shape) == 1]
     if not single:
@@ -147,12 +134,12 @@ def ask_color(scene: Scene, rng: random.Random, language: str) -> Question | Non
 
 
 def presence_question(color: str, shape: str, language: str) -> str:
-    """Whether such a thing is there."""
+    """The text of a question whether a coloured shape is there."""
     return f"Is there {article(name(color, shape, 'en'))}?" if language == "en" else f"有{name(color, shape, 'zh')}吗？"
 
 
 def ask_present(scene: Scene, rng: random.Random, language: str) -> Question | None:
-    """Is there such a thing: there is one, clearly on the left, in the middle or on the right."""
+    """Whether a coloured shape is there, where one is clearly on the left, in the middle or on the right."""
     pairs, width = [s.pair for s in scene.shapes], scene.image.width
     places = [(s, s.x / width) for s in scene.shapes if pairs.count(s.pair) == 1]
     clear = [(s, x) for s, x in places if x < 0.36 or 0.44 < x < 0.56 or x > 0.64]
@@ -170,12 +157,11 @@ def ask_present(scene: Scene, rng: random.Random, language: str) -> Question | N
 
 
 def ask_absent(scene: Scene, rng: random.Random, language: str, allowed: frozenset) -> Question | None:
-    """The thing asked for is not there; often its colour or its shape is."""
+    """A question about a coloured shape that is not there; often its colour or its shape is."""
     if scene.number:
         return None
     if rng.random() < 0.4:
-        missing = [s for s in SHAPES if s not in {q.shape for q in scene.shapes}]
-        shape = rng.choice(missing)
+        shape = rng.choice([s for s in SHAPES if s not in {q.shape for q in scene.shapes}])
         answer = f"I don't see {article(shape)}." if language == "en" else f"我没看到{ZH_SHAPES[shape]}。"
         return Question("absent", language, color_question(rng, shape, language), (answer,), "color")
     seen = {s.pair for s in scene.shapes}
@@ -188,7 +174,7 @@ def ask_absent(scene: Scene, rng: random.Random, language: str, allowed: frozens
 
 
 def count_question(scene: Scene, color: str, shape: str, language: str) -> Question:
-    """How many (colour, shape) there are; an empty colour or shape matches all."""
+    """How many shapes match `color` and `shape`; an empty string matches all."""
     n = sum((not color or s.color == color) and (not shape or s.shape == shape) for s in scene.shapes)
     thing = name(color, shape, language)
     if language == "en":
@@ -200,12 +186,12 @@ def count_question(scene: Scene, color: str, shape: str, language: str) -> Quest
     return Question("count", language, text, (answer,), str(n))
 
 
-# How often the counts 0 to 4 are asked, where the scene has them: rare ones more.
+# Weights with which the counts 0 to 4 are drawn among those of a scene: higher for rare ones.
 COUNT_WEIGHTS = (0.5, 0.55, 1.2, 3.0, 5.0)
 
 
 def ask_count(scene: Scene, rng: random.Random, language: str, allowed: frozenset) -> Question | None:
-    """How many shapes, circles, red shapes or red circles there are."""
+    """How many shapes, shapes of one kind, of one colour, or of both there are."""
     if scene.number:
         return None
     options = [("", "")] + [("", s) for s in SHAPES] + [(c, "") for c in COLORS] + sorted(allowed)
@@ -228,7 +214,7 @@ DIRECTIONS = {
 
 
 def ask_position(scene: Scene, rng: random.Random, language: str) -> Question | None:
-    """Which of two things is on the left, on the right, above or below."""
+    """Which of two coloured shapes is on the left, on the right, above or below."""
     pairs, names = [s.pair for s in scene.shapes], [s.shape for s in scene.shapes]
     usable = [s for s in scene.shapes if pairs.count(s.pair) == 1]
     if len(usable) < 2:
@@ -251,8 +237,8 @@ def ask_position(scene: Scene, rng: random.Random, language: str) -> Question | 
     return Question("position", language, text, (answer,), direction + str(int(a_wins)))
 
 
-def ask_two(scenes: tuple[Scene, Scene], rng: random.Random, language: str) -> Question | None:
-    """Which of two pictures holds a thing that exactly one of them holds."""
+def ask_two(scenes: list[Scene], rng: random.Random, language: str) -> Question | None:
+    """Which of two images shows a coloured shape that only one of them shows."""
     holder = rng.randrange(2)
     mine, theirs = scenes[holder].shapes, scenes[1 - holder].shapes
     other_pairs, other_shapes = {s.pair for s in theirs}, {s.shape for s in theirs}
@@ -271,7 +257,7 @@ def ask_two(scenes: tuple[Scene, Scene], rng: random.Random, language: str) -> Q
 
 
 def ask_text(rng: random.Random) -> Question:
-    """Small talk, or a question about a picture that was not given."""
+    """Small talk, or a question about an image that is missing."""
     if rng.random() < 0.7:
         text, answer = rng.choice(SMALL_TALK)
         return Question("text", "en" if text.isascii() else "zh", text, (answer,))
@@ -295,9 +281,9 @@ def ask_text(rng: random.Random) -> Question:
 
 
 def ask(kind: str, scene: Scene, rng: random.Random, language: str, allowed: frozenset) -> Question | None:
-    """A question of this kind about one scene, or None when the scene does not allow it.
+    """A question of this kind about a scene, or None if the scene does not allow one.
 
-    `allowed` holds the (colour, shape) pairs that may be named although they are absent.
+    `allowed` has the (colour, shape) pairs that a question may name although the scene does not show them.
     """
     if kind in ("absent", "count"):
         return {"absent": ask_absent, "count": ask_count}[kind](scene, rng, language, allowed)

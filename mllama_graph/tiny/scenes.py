@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.Image import Resampling
 
 from mllama_graph.tiny.tiling import TILE, canvas_scale
 
 SHAPES = ("circle", "square", "triangle", "star", "cross")
-# Each colour is a mixture of the paints that common paint programs offer under its name.
+# RGB values of each colour in common paint programs; a scene mixes two of them.
 COLORS = {
     "red": ((255, 0, 0), (237, 28, 36), (200, 20, 30)),
     "orange": ((255, 127, 39), (255, 140, 0), (255, 165, 0)),
@@ -23,13 +24,14 @@ COLORS = {
     "purple": ((128, 0, 128), (163, 73, 164), (130, 40, 190)),
     "black": ((0, 0, 0), (20, 20, 20), (40, 40, 40)),
 }
-# One colour for each shape that no training picture, question or answer ever shows together.
+# One pair per shape that never occurs in a training image, question or answer.
 UNSEEN = (("orange", "circle"), ("green", "square"), ("purple", "triangle"), ("blue", "star"), ("red", "cross"))
-SEEN = tuple((c, s) for c in COLORS for s in SHAPES if (c, s) not in UNSEEN)
+PAIRS = tuple((c, s) for c in COLORS for s in SHAPES)
+SEEN = tuple(p for p in PAIRS if p not in UNSEEN)
 
 SMALLEST_RADIUS = 7.0  # canvas pixels: a shape two patches wide
 LARGEST_RADIUS = (42.0, 26.0, 21.0, 18.0)  # canvas pixels, by number of shapes
-GAP = 7.0  # canvas pixels between two centres along x, so that "from left to right" is never in doubt
+GAP = 7.0  # canvas pixels between two centres along x, so that "from left to right" is never ambiguous
 
 
 @dataclass
@@ -44,13 +46,13 @@ class Shape:
 
     @property
     def pair(self) -> tuple[str, str]:
-        """Its composition: (colour, shape)."""
+        """(colour, shape)."""
         return self.color, self.shape
 
 
 @dataclass
 class Glyph:
-    """What the dense labels know of one drawn thing: class (a shape or a digit), colour, centre."""
+    """A drawn shape or digit, as the patch labels need it; its centre in image pixels."""
 
     label: str
     color: str
@@ -60,17 +62,17 @@ class Glyph:
 
 @dataclass
 class Scene:
-    """A picture, its shapes from left to right, its number, and a mask that holds i + 1 where glyph i was drawn."""
+    """An image and what it shows."""
 
     image: Image.Image
-    shapes: list[Shape]
-    number: str = ""
-    glyphs: list[Glyph] = field(default_factory=list)
-    mask: Image.Image | None = None
+    shapes: list[Shape]  # from left to right; empty on dense pages
+    number: str  # empty if there is none
+    glyphs: list[Glyph]
+    mask: Image.Image  # i + 1 where glyph i was drawn, else 0
 
 
 def random_size(rng: random.Random) -> tuple[int, int]:
-    """Picture width and height: tiny ones (one tile) up to large ones, aspect ratios 1:4 to 4:1."""
+    """Width and height of an image in pixels: from half a tile to 1000, with aspect ratios from 1:4 to 4:1."""
     if rng.random() < 0.12:
         return rng.randint(TILE // 2, TILE), rng.randint(TILE // 2, TILE)
     long_side = math.exp(rng.uniform(math.log(52), math.log(330 if rng.random() < 0.93 else 1000)))
@@ -81,20 +83,21 @@ def random_size(rng: random.Random) -> tuple[int, int]:
 
 
 def paint(rng: random.Random, color: str) -> tuple[int, int, int]:
-    """A random paint that goes by this colour's name."""
+    """A random RGB value of this colour."""
     a, b = rng.choices(COLORS[color], k=2)
     t = rng.random()
-    return tuple(max(0, min(255, round(u * t + v * (1 - t) + rng.uniform(-14, 14)))) for u, v in zip(a, b))
+    red, green, blue = (max(0, min(255, round(u * t + v * (1 - t) + rng.uniform(-14, 14)))) for u, v in zip(a, b))
+    return red, green, blue
 
 
 @lru_cache(maxsize=1)
 def noise_bank() -> np.ndarray:
-    """Gaussian noise to crop from, drawn once: [1200, 1200, 3] float32."""
+    """Gaussian noise from which `add_noise` crops: [1200, 1200, 3] float32."""
     return np.random.default_rng(0).standard_normal((1200, 1200, 3), dtype=np.float32)
 
 
 def draw_background(rng: random.Random, size: tuple[int, int], dark: bool) -> Image.Image:
-    """Plain, tinted, graded or ruled paper."""
+    """An image of plain, tinted, graded or ruled paper."""
     style = rng.random()
     if dark:
         base = tuple(rng.randint(18, 62) for _ in range(3))
@@ -121,7 +124,7 @@ def draw_background(rng: random.Random, size: tuple[int, int], dark: bool) -> Im
 
 
 def add_noise(rng: random.Random, image: Image.Image, dark: bool) -> Image.Image:
-    """Half of the pictures get pixel noise, a standard deviation of up to 16 levels (8 on a dark ground)."""
+    """Add pixel noise to half of the images, of a standard deviation up to 16 levels (8 on a dark background)."""
     if rng.random() < 0.5:
         return image
     width, height = image.size
@@ -132,7 +135,7 @@ def add_noise(rng: random.Random, image: Image.Image, dark: bool) -> Image.Image
 
 
 def outline_points(shape: str, x: float, y: float, r: float, tilt: float, squeeze: float) -> list[tuple[float, float]]:
-    """Corners of a shape of radius r, turned by `tilt` radians, its width scaled by `squeeze`."""
+    """Corners of a shape of radius r, rotated by `tilt` radians, with its width scaled by `squeeze`."""
     if shape == "circle":
         corners = [(math.sin(i * math.pi / 20), math.cos(i * math.pi / 20)) for i in range(40)]
     elif shape == "square":
@@ -144,20 +147,9 @@ def outline_points(shape: str, x: float, y: float, r: float, tilt: float, squeez
         corners = [(q * math.sin(i * math.pi / 5), -q * math.cos(i * math.pi / 5)) for i, q in enumerate(radii)]
     else:
         a = 0.34
-        corners = [
-            (-a, -1),
-            (a, -1),
-            (a, -a),
-            (1, -a),
-            (1, a),
-            (a, a),
-            (a, 1),
-            (-a, 1),
-            (-a, a),
-            (-1, a),
-            (-1, -a),
-            (-a, -a),
-        ]
+        corners = [(-a, -1), (a, -1), (a, -a)]
+        for _ in range(3):
+            corners += [(-v, u) for u, v in corners[-3:]]  # the previous arm, rotated by 90 degrees
     cos, sin = math.cos(tilt) * r, math.sin(tilt) * r
     return [(x + (u * cos - v * sin) * squeeze, y + u * sin + v * cos) for u, v in corners]
 
@@ -165,7 +157,7 @@ def outline_points(shape: str, x: float, y: float, r: float, tilt: float, squeez
 def draw_shape(
     rng: random.Random, pen: ImageDraw.ImageDraw, mask: ImageDraw.ImageDraw, shape: Shape, mark: int, scale: float
 ) -> None:
-    """Draw filled, outlined, or filled with a dark rim; the mask gets the filled form."""
+    """Draw a shape filled, outlined, or filled with a dark outline; fill it with `mark` in the mask."""
     tilt = rng.uniform(-0.16, 0.16) if rng.random() < 0.5 else 0.0
     points = outline_points(shape.shape, shape.x, shape.y, shape.radius, tilt, rng.uniform(0.86, 1.14))
     color, style = paint(rng, shape.color), rng.random()
@@ -183,7 +175,7 @@ def draw_shape(
 
 
 def place_shapes(rng: random.Random, size: tuple[int, int], shapes: list[Shape]) -> bool:
-    """Give every shape a radius and a free place; False when they do not fit."""
+    """Set a random radius and position of every shape, without overlap. Returns False if they do not fit."""
     scale = canvas_scale(*size)
     width, height = size[0] * scale, size[1] * scale
     largest = min(0.44 * min(width, height), LARGEST_RADIUS[len(shapes) - 1])
@@ -207,7 +199,7 @@ def place_shapes(rng: random.Random, size: tuple[int, int], shapes: list[Shape])
 
 
 def draw_scene(rng: random.Random, pairs: list[tuple[str, str]]) -> Scene:
-    """A picture of these (colour, shape) pairs at random places; an empty list gives an empty picture."""
+    """A scene with these (colour, shape) pairs at random positions."""
     shapes = [Shape(*p) for p in pairs]
     size = random_size(rng)
     while shapes and not place_shapes(rng, size, shapes):
@@ -226,14 +218,16 @@ def draw_scene(rng: random.Random, pairs: list[tuple[str, str]]) -> Scene:
 
 @lru_cache(maxsize=128)
 def digit_font(size: int) -> ImageFont.FreeTypeFont:
-    """The scalable typeface that ships inside Pillow."""
-    return ImageFont.load_default(size)
+    """The scalable typeface that ships with Pillow."""
+    font = ImageFont.load_default(size)
+    assert isinstance(font, ImageFont.FreeTypeFont)
+    return font
 
 
 def render_number(
     rng: random.Random, number: str, height: int, mark: int
 ) -> tuple[Image.Image, Image.Image, list[float]]:
-    """Ink and label mask of a number about `height` pixels high, and the digits' centres as fractions of its width."""
+    """Ink and label mask of a number about `height` pixels high, and the centres of its digits as fractions."""
     font = digit_font(max(8, round(height / 0.72 / 4) * 4))
     bold = round(font.size * rng.choice((0, 0, 0.02, 0.04)))
     space = font.size * rng.uniform(0.0, 0.14)
@@ -248,16 +242,22 @@ def render_number(
         mask_pen.rectangle((edges[i], 0, edges[i + 1] - space, size[1]), fill=mark + i)
     centers = [(a + b) / 2 / size[0] for a, b in zip(edges, edges[1:])]
     final = max(3, round(size[0] * height / size[1] * rng.uniform(0.85, 1.2))), max(5, height)
-    ink, mask = ink.resize(final, Image.BILINEAR), mask.resize(final, Image.NEAREST)
+    ink, mask = ink.resize(final, Resampling.BILINEAR), mask.resize(final, Resampling.NEAREST)
     if rng.random() < 0.4:
         angle = rng.uniform(-7, 7)
-        ink = ink.rotate(angle, Image.BILINEAR, expand=True)
-        mask = mask.rotate(angle, Image.NEAREST, expand=True)
+        ink = ink.rotate(angle, Resampling.BILINEAR, expand=True)
+        mask = mask.rotate(angle, Resampling.NEAREST, expand=True)
     return ink, mask, centers
 
 
+def random_number(rng: random.Random, length: int) -> str:
+    """A number of `length` digits without a leading zero."""
+    first = rng.choice("0123456789" if length == 1 else "123456789")
+    return first + "".join(rng.choice("0123456789") for _ in range(length - 1))
+
+
 def draw_number(rng: random.Random, number: str) -> Scene:
-    """A picture of a written number, at least 15 canvas pixels high."""
+    """A scene with a number, at least 15 canvas pixels high."""
     while True:
         size = random_size(rng)
         scale = canvas_scale(*size)
@@ -269,7 +269,7 @@ def draw_number(rng: random.Random, number: str) -> Scene:
     fit = min(1.0, 0.97 * size[0] / ink.width, 0.97 * size[1] / ink.height)
     if fit < 1:
         smaller = max(1, int(ink.width * fit)), max(1, int(ink.height * fit))
-        ink, mask_part = ink.resize(smaller, Image.BILINEAR), mask_part.resize(smaller, Image.NEAREST)
+        ink, mask_part = (ink.resize(smaller, Resampling.BILINEAR), mask_part.resize(smaller, Resampling.NEAREST))
     x, y = rng.randint(0, size[0] - ink.width), rng.randint(0, size[1] - ink.height)
     dark = rng.random() < 0.2
     color = rng.choice([c for c in COLORS if not (dark and c == "black")])
@@ -281,8 +281,8 @@ def draw_number(rng: random.Random, number: str) -> Scene:
 
 
 def draw_page(rng: random.Random) -> Scene:
-    """A page crowded with shapes and digits, or with numbers in small print: some twenty labels, for the patch head."""
-    length = rng.choice((1, 1, 2, 3))  # digits of a number; pages of single digits have shapes among them
+    """A dense page for the patch head: some twenty shapes and digits, or numbers in small print."""
+    length = rng.choice((1, 1, 2, 3))  # digits per number; pages of single digits also hold shapes
     while True:
         size = random_size(rng)
         scale = canvas_scale(*size)
@@ -292,7 +292,7 @@ def draw_page(rng: random.Random) -> Scene:
     image, mask = draw_background(rng, size, dark), Image.new("L", size, 0)
     pen, mask_pen = ImageDraw.Draw(image), ImageDraw.Draw(mask)
     glyphs: list[Glyph] = []
-    # Canvas pixels; a digit is some 0.7 of its height wide.
+    # In canvas pixels. A digit is about 0.7 times as wide as high.
     cell = 17 + min(rng.expovariate(1 / 4 if length == 1 else 1 / 2), 30)
     columns = max(1, int(size[0] * scale / (cell * (0.3 + 0.7 * length))))
     rows = max(1, int(size[1] * scale / cell))

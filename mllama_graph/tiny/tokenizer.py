@@ -1,6 +1,8 @@
-"""Byte-level BPE with the Llama 3 special tokens, and a minimal chat template with images."""
+"""Byte-level BPE tokenizer with the special tokens of Llama 3, and a minimal chat template with images."""
 
 from __future__ import annotations
+
+from functools import lru_cache
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -16,7 +18,7 @@ SPLIT = (
 BOS, END_OF_TEXT, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>"
 START_HEADER, END_HEADER, EOM, EOT = "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>"
 PYTHON_TAG, IMAGE = "<|python_tag|>", "<|image|>"
-# <|image|> stays last: it has an embedding row and no logit, as in the released checkpoints.
+# <|image|> is last because it has an embedding row but no logit, as in the released checkpoints.
 SPECIAL_TOKENS = (BOS, END_OF_TEXT, PAD, START_HEADER, END_HEADER, EOM, EOT, PYTHON_TAG, IMAGE)
 VOCABULARY = BASE_VOCABULARY + len(SPECIAL_TOKENS) - 1
 
@@ -34,113 +36,24 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"
 )
 
-# Chinese has no spaces: trained on words rather than sentences, no merge can cross from one word into the next,
-# so a colour and a shape never melt into one token (unseen pairs must stay spellable from seen tokens).
+# Chinese has no spaces. The tokenizer is trained on single words, so that no merge joins a colour and a shape: unseen
+# pairs must consist of tokens that training shows. Words are separated by "|".
 ZH_WORDS = (
-    *ZH_COLORS.values(),
-    *ZH_SHAPES.values(),
-    "图形",
-    "一个",
-    "两个",
-    "三个",
-    "四个",
-    "没有",
-    "有",
-    "我看到",
-    "我没看到",
-    "我什么也没看到",
-    "所以",
-    "和",
-    "、",
-    "，",
-    "。",
-    "？",
-    "是什么颜色",
-    "的",
-    "是",
-    "吗",
-    "有多少个",
-    "哪个在",
-    "在",
-    "左边",
-    "右边",
-    "上面",
-    "下面",
-    "中间",
-    "哪张图里有",
-    "第",
-    "一",
-    "二",
-    "张图里有",
-    "数字是",
-    "写的是什么数字",
-    "读出数字",
-    "这是什么数字",
-    "图里有什么",
-    "你看到了什么",
-    "描述这张图",
+    "图形|一个|两个|三个|四个|没有|有|我看到|我没看到|我什么也没看到|所以|和|、|，|。|？|是什么颜色|的|是|吗|"
+    "有多少个|哪个在|在|左边|右边|上面|下面|中间|哪张图里有|第|一|二|张图里有|数字是|写的是什么数字|读出数字|"
+    "这是什么数字|图里有什么|你看到了什么|描述这张图"
 )
 EN_WORDS = (
-    "I",
-    " see",
-    " nothing",
-    " a",
-    " an",
-    ",",
-    " and",
-    ".",
-    " so",
-    " there",
-    " are",
-    " is",
-    " no",
-    " one",
-    " two",
-    " three",
-    " four",
-    "?",
-    "What",
-    " color",
-    " colour",
-    " the",
-    "The",
-    "I don't",
-    " don't",
-    " How",
-    "How",
-    " many",
-    " shape",
-    " shapes",
-    "Is",
-    " in",
-    " on",
-    " of",
-    " left",
-    " right",
-    " middle",
-    " above",
-    " below",
-    "Which",
-    " or",
-    "Yes",
-    "No",
-    " picture",
-    " has",
-    " first",
-    " second",
-    " number",
-    "Read",
-    "Describe",
-    " this",
-    " written",
-    " do",
-    " you",
+    "I| see| nothing| a| an|,| and|.| so| there| are| is| no| one| two| three| four|?|What| color| colour| the|The|"
+    "I don't| don't| How|How| many| shape| shapes|Is| in| on| of| left| right| middle| above| below|Which| or|Yes|No|"
+    " picture| has| first| second| number|Read|Describe| this| written| do| you"
 )
 
 
 def training_words() -> list[str]:
-    """The words of all questions and answers, each repeated so that it becomes one token."""
-    words = list(ZH_WORDS) + list(EN_WORDS) + ["user", "assistant", "system", "\n\n"]
+    """The words of all questions and answers, repeated until each becomes one token."""
+    words = [*ZH_COLORS.values(), *ZH_SHAPES.values(), *ZH_WORDS.split("|"), *EN_WORDS.split("|")]
+    words += ["user", "assistant", "system", "\n\n"]
     words += [" " + w for w in (*COLORS, *SHAPES, *map(plural, SHAPES))]
     talk = [t for pair in SMALL_TALK for t in pair] + list(NO_PICTURE.values())
     talk += [w for ws in WHAT.values() for w in ws]
@@ -148,28 +61,40 @@ def training_words() -> list[str]:
 
 
 def build_tokenizer() -> Tokenizer:
-    """Train the tokenizer; the result is the same every time."""
-    tokenizer = Tokenizer(models.BPE())
+    """Train the tokenizer; the result is deterministic."""
+    bpe = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(SPLIT), "isolated")
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_])
-    tokenizer.decoder = decoders.ByteLevel()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_])
+    bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=BASE_VOCABULARY,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         special_tokens=[],
         show_progress=False,
     )
-    tokenizer.train_from_iterator(training_words(), trainer)
-    # A fixed table size whatever the number of merges found, so that ids of special tokens never move.
-    for i in range(BASE_VOCABULARY - tokenizer.get_vocab_size()):
-        tokenizer.add_tokens([AddedToken(f"<|reserved_{i}|>", normalized=False)])
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
-    return tokenizer
+    bpe.train_from_iterator(training_words(), trainer)
+    # Fill the vocabulary to a fixed size, so that the ids of special tokens do not depend on the number of merges.
+    for i in range(BASE_VOCABULARY - bpe.get_vocab_size()):
+        bpe.add_tokens([AddedToken(f"<|reserved_{i}|>", normalized=False)])
+    bpe.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
+    return bpe
+
+
+@lru_cache(maxsize=1)
+def tokenizer() -> Tokenizer:
+    """The tiny model's tokenizer, trained once per process."""
+    return build_tokenizer()
+
+
+@lru_cache(maxsize=50_000)
+def encode(text: str) -> tuple[int, ...]:
+    """Token ids of a text that may contain special tokens; adds none."""
+    return tuple(tokenizer().encode(text, add_special_tokens=False).ids)
 
 
 def render_prompt(question: str, images: int, system: str = "") -> str:
-    """The chat template's text for one user turn with its images first."""
+    """Apply the chat template to one user turn that starts with its images."""
     head = f"{START_HEADER}system{END_HEADER}\n\n{system}{EOT}" if system else ""
     user = f"{START_HEADER}user{END_HEADER}\n\n{IMAGE * images}{question}{EOT}"
     return f"{BOS}{head}{user}{START_HEADER}assistant{END_HEADER}\n\n"

@@ -1,9 +1,10 @@
-"""Train the tiny model: one or more one-thread processes, resumable, progress on screen and in curve.jsonl.
+"""Train the tiny model in one or more single-threaded processes: `python -m mllama_graph.tiny.train --folder FOLDER`.
 
-First the vision tower and the cross-attention learn to read scenes (dense pages and the read-out head), then the whole
-model learns to answer, then the vision tower rests and the text alone goes on over features seen ahead. The learning
-rate falls linearly before the vision tower rests, and before the end for the text. What a step does depends on the
-seed and its number alone. Start it with `python -m mllama_graph.tiny.train --folder runs/NAME`.
+Training has three stages. In `seeing`, the vision encoder and cross-attention learn to read scenes from dense pages and
+the readout head. In `answering`, the whole model learns to answer questions. In `talking`, the vision encoder is frozen
+and the language model trains on precomputed features. The learning rate of the vision encoder falls linearly before it
+is frozen, that of the language model before the end. A run can be resumed: a step depends on nothing but the state of
+the run, the seed and the number of the step. Progress goes to stdout and to curve.jsonl.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import socket
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,42 +29,42 @@ import torch.nn.functional as F
 from mllama_graph.core.errors import UserError
 from mllama_graph.core.report import write_json
 from mllama_graph.tiny.heads import Heads, asked_loss, comparing_loss, pointing_loss
-from mllama_graph.tiny.initial import start
-from mllama_graph.tiny.model import Mllama, Shape
-from mllama_graph.tiny.optimizer import Muon
+from mllama_graph.tiny.initial import initialise
+from mllama_graph.tiny.labels import IGNORE, digit_tokens
+from mllama_graph.tiny.layers import Shape
+from mllama_graph.tiny.model import Mllama
 from mllama_graph.tiny.pool import Pool
-from mllama_graph.tiny.samples import IGNORE, Batch, Mix, digit_tokens, training_batch
+from mllama_graph.tiny.samples import Batch, Mix, random_batch
 
 SEEING = Mix(pages=14, readouts=7, scenes=0, questions=0, pairs=0, talks=0)
 ANSWERING = Mix(pages=5, readouts=0, scenes=11, questions=7, pairs=4, talks=2)
-# At the end the vision tower rests: more steps for the text.
 TALKING = Mix(pages=0, readouts=0, scenes=14, questions=7, pairs=2, talks=1)
-POOL = (900, 150)  # at the most: single scenes and pairs of scenes seen ahead
-MUON_RATE, ADAM_RATE = 0.016, 1.5e-3
-# Queries and keys of the local vision layers start as neighbour heads; at the full rate 300 steps wash that out.
-NEIGHBOUR_RATE = 0.1 * MUON_RATE
-# The answer loss is a mean over tokens of which one in ten decides anything.
-ANSWER_WEIGHT, DIGIT_WEIGHT = 10.0, 4.0  # the second: of a digit beside any other token
+POOL = (900, 150)  # at most: single scenes and pairs of scenes with precomputed features
+# Peak learning rate and weight decay by kind of parameter. Query and key weights of the local vision layers are
+# initialised to attend to a neighbouring patch; at the rate of the other hidden weights they lose it within 300 steps.
+RATES = {"hidden": (0.016, 0.02), "neighbour": (0.0016, 0.0), "table": (1.5e-3, 0.02), "vector": (4.5e-3, 0.0)}
+# The answer loss is a mean over tokens, of which only one in ten decides whether an answer is right.
+ANSWER_WEIGHT, DIGIT_WEIGHT = 10.0, 4.0  # DIGIT_WEIGHT: of a digit relative to any other token
 PATCH_WEIGHT, READOUT_WEIGHT, POINTING_WEIGHT, ASKED_WEIGHT = 2.0, 0.5, 0.4, 0.7
-WARM_UP, FLOOR = 80, 0.01
-CLIP = 1.0
-AVERAGE_KEEP = 0.98  # of the moving average: about 50 steps; 500 lagged far behind in a run this short
+WARM_UP, FLOOR = 80, 0.01  # of the learning rate: steps, fraction of the peak
+CLIP = 1.0  # gradient norm
+AVERAGE_DECAY = 0.98  # of the moving average of the weights, over about 50 steps; 500 lag too far behind
 
 
 @dataclass
 class Progress:
-    """Where a run stands; saved with every checkpoint."""
+    """Progress of a run, saved with every checkpoint."""
 
     step: int = 0
-    elapsed: float = 0.0  # seconds, over all restarts
-    cpu: float = 0.0  # processor seconds of process 0
+    elapsed: float = 0.0  # seconds, without the time between restarts
+    cpu: float = 0.0  # CPU seconds of process 0
     images: int = 0
     questions: int = 0
 
 
 @dataclass
 class Trainer:
-    """Model, heads, optimisers and the moving average of the weights."""
+    """The state of a run: model, auxiliary heads, optimizers and the moving average of the weights."""
 
     model: Mllama
     heads: Heads
@@ -69,45 +72,43 @@ class Trainer:
     average: dict[str, torch.Tensor]
     token_weights: torch.Tensor
     progress: Progress = field(default_factory=Progress)
-    pool: Pool | None = None
+    pool: Pool | None = None  # built at the first step of `talking`
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
-        """What is still being trained."""
+        """The parameters that are not frozen."""
         return [p for p in (*self.model.parameters(), *self.heads.parameters()) if p.requires_grad]
 
 
+def optimizer_kind(name: str, p: torch.nn.Parameter) -> str:
+    """The row of RATES for a parameter: the 2-D weights of layers go to Muon, all others to AdamW."""
+    if p.dim() != 2 or "layers." not in name:
+        return "vector" if p.dim() == 1 else "table"
+    neighbour = "vision_model.transformer" in name and ("q_proj" in name or "k_proj" in name)
+    return "neighbour" if neighbour else "hidden"
+
+
 def build(seed: int) -> Trainer:
-    """A fresh model with its optimisers; each of their groups knows its `full` rate and whether it is of `vision`."""
+    """A new model with its optimizers; each parameter group has its `peak` rate and a flag `vision`."""
     model = Mllama(Shape())
-    start(model, seed)
+    initialise(model, seed)
     heads = Heads(model.s)
-    hidden, rest = [], []
+    parameters: dict[tuple[str, bool], list[torch.nn.Parameter]] = defaultdict(list)
     for name, p in (*model.named_parameters(), *heads.named_parameters()):
         vision = name.startswith(("model.vision_model", "patch", "side"))
-        matrix = p.dim() == 2 and "layers." in name
-        neighbour = "vision_model.transformer" in name and ("q_proj" in name or "k_proj" in name)
-        (hidden if matrix else rest).append((p, vision, neighbour if matrix else p.dim() > 1))
+        parameters[optimizer_kind(name, p), vision].append(p)
 
-    def groups(chosen: list, full: dict[bool, float], decay: dict[bool, float]) -> list[dict]:
+    def groups(*kinds: str) -> list[dict[str, Any]]:
         return [
-            dict(
-                params=[p for p, v, k in chosen if (v, k) == (vision, kind)],
-                lr=full[kind],
-                full=full[kind],
-                weight_decay=decay[kind],
-                vision=vision,
-            )
-            for vision, kind in sorted({(v, k) for _, v, k in chosen})
+            dict(params=params, lr=RATES[kind][0], peak=RATES[kind][0], weight_decay=RATES[kind][1], vision=vision)
+            for (kind, vision), params in parameters.items()
+            if kind in kinds
         ]
 
-    optimizers = [
-        torch.optim.AdamW(
-            groups(rest, {True: ADAM_RATE, False: 3 * ADAM_RATE}, {True: 0.02, False: 0.0}),
-            betas=(0.9, 0.98),
-            fused=True,
-        ),
-        Muon(groups(hidden, {False: MUON_RATE, True: NEIGHBOUR_RATE}, {False: 0.02, True: 0.0}), MUON_RATE, 0.95, 0.02),
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups("table", "vector"), betas=(0.9, 0.98), fused=True),
+        # "original" multiplies the rate by sqrt(max(1, rows / columns)).
+        torch.optim.Muon(groups("hidden", "neighbour"), momentum=0.95, ns_steps=5, adjust_lr_fn="original"),
     ]
     average = {k: v.detach().clone() for k, v in model.state_dict().items()}
     token_weights = torch.ones(model.lm_head.out_features)
@@ -116,36 +117,37 @@ def build(seed: int) -> Trainer:
 
 
 def freeze_vision(trainer: Trainer) -> None:
-    """Settle the vision tower at its moving average: steps that train the text alone cost half."""
+    """Set the vision encoder to its moving average and freeze it."""
     vision = trainer.model.model.vision_model
-    settled = {k.removeprefix("model.vision_model."): v for k, v in trainer.average.items() if "vision_model" in k}
-    vision.load_state_dict(settled)
+    prefix = "model.vision_model."
+    vision.load_state_dict({k.removeprefix(prefix): v for k, v in trainer.average.items() if k.startswith(prefix)})
     vision.requires_grad_(False)
     trainer.heads.patch.requires_grad_(False)
     trainer.heads.side.requires_grad_(False)
 
 
 def losses(trainer: Trainer, batch: Batch, features: torch.Tensor | None) -> tuple[torch.Tensor, dict[str, float]]:
-    """The training loss and the figures to show; given features stand for the pictures."""
+    """The training loss and the figures of the curve; `features`, if given, replace the vision encoder's output."""
+    model, heads, s = trainer.model, trainer.heads, trainer.model.s
+    zero = torch.zeros(())
     with torch.autocast("cpu", torch.bfloat16):
-        patch, accuracy = torch.zeros(()), [0.0] * 5
+        patch, accuracy = zero, [0.0] * 5
         if features is None:
-            features = trainer.model.see(batch.tiles, batch.ratio_I, batch.tiles_I)
-            patch, accuracy = trainer.heads.patch_loss(features, batch)
-        last, states = trainer.model.read(batch.text, features, batch.tiles_I)
-        readout, read_right = trainer.heads.readout_loss(states, batch)
-        pointing = comparing = asked = torch.zeros(())
-        hit = compared = 0.0
-        if len(batch.named_rows):
+            features = model.encode_images(batch.tiles, batch.ratio_I, batch.tiles_I)
+            patch, accuracy = heads.patch_loss(features, batch)
+        out = model.forward_text(batch.packed.text, features, batch.tiles_I)
+        readout, read_right = heads.readout_loss(out.states, batch)
+        pointing, hit, comparing, compared, asked = zero, 0.0, zero, 0.0, zero
+        if len(batch.pointing.rows):
             with torch.autocast("cpu", enabled=False):
-                pointing, hit = pointing_loss(trainer.model, batch)
-                comparing, compared = comparing_loss(trainer.model, batch)
-                asked = asked_loss(trainer.heads, states, batch)
-        rows = batch.targets_T != IGNORE
-        answer = torch.zeros(())
+                pointing, hit = pointing_loss(s, out.scores, batch)
+                comparing, compared = comparing_loss(s, out.scores, batch)
+                asked = asked_loss(heads, out.states, batch)
+        targets = batch.packed.targets_T
+        rows = targets != IGNORE
+        answer = zero
         if rows.any():
-            logits = trainer.model.lm_head(last[rows]).float()
-            answer = F.cross_entropy(logits, batch.targets_T[rows], trainer.token_weights)
+            answer = F.cross_entropy(model.lm_head(out.last[rows]).float(), targets[rows], trainer.token_weights)
     figures = dict(
         answer=answer.item(),
         patch=patch.item(),
@@ -156,40 +158,42 @@ def losses(trainer: Trainer, batch: Batch, features: torch.Tensor | None) -> tup
         comparing=comparing.item(),
         compared=compared,
         asked=asked.item(),
+        **dict(zip(("p_class", "p_color", "p_left", "p_top", "p_side"), accuracy)),
     )
-    figures |= dict(zip(("p_class", "p_color", "p_left", "p_top", "p_side"), accuracy))
-    guides = POINTING_WEIGHT * (pointing + comparing) + ASKED_WEIGHT * asked
-    return ANSWER_WEIGHT * answer + PATCH_WEIGHT * patch + READOUT_WEIGHT * readout + guides, figures
+    auxiliary = POINTING_WEIGHT * (pointing + comparing) + ASKED_WEIGHT * asked
+    return ANSWER_WEIGHT * answer + PATCH_WEIGHT * patch + READOUT_WEIGHT * readout + auxiliary, figures
 
 
-def synchronise(trainer: Trainer, world: int) -> None:
-    """Average the gradients over the processes."""
+def all_reduce_gradients(trainer: Trainer, world: int) -> None:
+    """Average the gradients over the processes; parameters without one get zeros."""
+    gradients = []
     for p in trainer.parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
+        gradients.append(p.grad)
     if world == 1:
         return
-    flat = torch.cat([p.grad.flatten() for p in trainer.parameters])
+    flat = torch.cat([g.flatten() for g in gradients])
     dist.all_reduce(flat)
     flat /= world
-    for p, g in zip(trainer.parameters, flat.split([p.numel() for p in trainer.parameters])):
-        p.grad.copy_(g.view_as(p))
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients])):
+        gradient.copy_(mean.view_as(gradient))
 
 
 def rate_factor(step: int, left: float, decay: float) -> float:
-    """Warm-up, constant, then linear to FLOOR while what is `left` of the run falls from `decay` to nothing."""
+    """Linear warm-up, constant, then linear to FLOOR over the last `decay` of the run, of which `left` remains."""
     return min(1.0, (step + 1) / WARM_UP) * min(1.0, max(FLOOR, left / decay))
 
 
 def update(trainer: Trainer, vision_factor: float, text_factor: float) -> float:
-    """One optimiser step and one step of the moving average; returns the gradient norm."""
+    """Step the optimizers and the moving average. Returns the gradient norm before clipping."""
     norm = torch.nn.utils.clip_grad_norm_(trainer.parameters, CLIP)
     for optimizer in trainer.optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["full"] * (vision_factor if group["vision"] else text_factor)
+            group["lr"] = group["peak"] * (vision_factor if group["vision"] else text_factor)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    keep = min(AVERAGE_KEEP, 1 - 1 / (1 + 0.1 * trainer.progress.step))
+    keep = min(AVERAGE_DECAY, 1 - 1 / (1 + 0.1 * trainer.progress.step))
     with torch.no_grad():
         for k, v in trainer.model.state_dict().items():
             trainer.average[k].lerp_(v, 1 - keep)
@@ -197,7 +201,7 @@ def update(trainer: Trainer, vision_factor: float, text_factor: float) -> float:
 
 
 def save(trainer: Trainer, path: Path) -> None:
-    """Write a checkpoint; a kill never leaves half a file."""
+    """Write a checkpoint atomically."""
     state = dict(
         model=trainer.model.state_dict(),
         heads=trainer.heads.state_dict(),
@@ -210,7 +214,7 @@ def save(trainer: Trainer, path: Path) -> None:
 
 
 def load(trainer: Trainer, path: Path) -> None:
-    """Continue from a checkpoint."""
+    """Load a checkpoint that `save` wrote."""
     state = torch.load(path)
     trainer.model.load_state_dict(state["model"])
     trainer.heads.load_state_dict(state["heads"])
@@ -221,7 +225,7 @@ def load(trainer: Trainer, path: Path) -> None:
 
 
 def train_step(args: argparse.Namespace, trainer: Trainer) -> dict[str, float]:
-    """One step: what it draws and at what rate depends on args.seed, args.rank and the step's number alone."""
+    """One training step. Its batch and learning rates depend only on the options and the number of the step."""
     p = trainer.progress
     rng, done = random.Random(f"train {args.seed} {args.rank} {p.step}"), p.step / args.steps
     features = None
@@ -232,20 +236,20 @@ def train_step(args: argparse.Namespace, trainer: Trainer) -> dict[str, float]:
             trainer.pool = Pool(trainer.model, f"pool {args.seed} {args.rank}", singles, pairs, p.step)
         batch, features = trainer.pool.batch(TALKING, p.step, rng)
     else:
-        batch = training_batch(SEEING if done < args.seeing else ANSWERING, rng)
+        batch = random_batch(SEEING if done < args.seeing else ANSWERING, rng)
     loss, figures = losses(trainer, batch, features)
     loss.backward()
-    synchronise(trainer, args.world)
-    factors = [rate_factor(p.step, end - done, args.decay) for end in (args.talking, 1.0)]
-    figures |= dict(norm=update(trainer, *factors), vision_rate=factors[0], rate=factors[1])
+    all_reduce_gradients(trainer, args.world)
+    vision, text = (rate_factor(p.step, end - done, args.decay) for end in (args.talking, 1.0))
+    figures |= dict(norm=update(trainer, vision, text), vision_rate=vision, rate=text)
     p.step += 1
     p.images += len(batch.tiles_I) * args.world
-    p.questions += len(batch.spans) * args.world
+    p.questions += len(batch.packed.spans) * args.world
     return figures
 
 
 def report(args: argparse.Namespace, trainer: Trainer, recent: list[dict[str, float]], seconds: float) -> None:
-    """One line on screen, one in the curve; `recent` are the steps of the last `seconds`."""
+    """Print a line and append one to curve.jsonl; `recent` has the figures of the steps of the last `seconds`."""
     p = trainer.progress
     means = {k: round(sum(r[k] for r in recent) / len(recent), 4) for k in recent[0]}
     left = seconds / len(recent) * (args.steps - p.step) / 60
@@ -269,7 +273,7 @@ def report(args: argparse.Namespace, trainer: Trainer, recent: list[dict[str, fl
 
 
 def train(args: argparse.Namespace) -> None:
-    """Run one process of the training until it is finished."""
+    """Run one process until training is finished."""
     torch.set_num_threads(1)
     if args.world > 1:
         os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(args.port))
@@ -277,7 +281,8 @@ def train(args: argparse.Namespace) -> None:
     trainer, path = build(args.seed), args.folder / "checkpoint.pt"
     if path.exists():
         load(trainer, path)
-    p, recent, shown, saved = trainer.progress, [], time.time(), time.time()
+    p, shown, saved = trainer.progress, time.time(), time.time()
+    recent: list[dict[str, float]] = []
     began, began_cpu = time.time() - p.elapsed, time.process_time() - p.cpu
     while p.step < args.steps:
         recent.append(train_step(args, trainer))
@@ -296,20 +301,23 @@ def train(args: argparse.Namespace) -> None:
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, required=True, help="checkpoint and curve; an existing run is continued")
-    parser.add_argument("--steps", type=int, default=8000, help="length of the run")
-    parser.add_argument("--seeing", type=float, default=0.15, help="part of the run before the first question")
-    parser.add_argument("--decay", type=float, default=0.3, help="part of the run in which the learning rate falls")
-    parser.add_argument("--talking", type=float, default=0.75, help="part of the run before the vision tower rests")
+    parser.add_argument("--folder", type=Path, required=True, help="folder of the run; an existing run is resumed")
+    parser.add_argument("--steps", type=int, default=8000, help="training steps")
+    parser.add_argument("--seeing", type=float, default=0.15, help="end of the first stage as a fraction of the run")
+    parser.add_argument("--decay", type=float, default=0.3, help="fraction of the run in which a learning rate falls")
+    parser.add_argument("--talking", type=float, default=0.75, help="start of the last stage as a fraction of the run")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--world", type=int, default=2, help="processes of one thread each")
+    parser.add_argument("--world", type=int, default=2, help="number of single-threaded processes")
     parser.add_argument("--rank", type=int, default=-1, help="set by the parent process")
     parser.add_argument("--port", type=int, default=0, help="set by the parent process")
     return parser.parse_args(argv)
 
 
-def settle(args: argparse.Namespace) -> None:
-    """Write what decides the run to run.json. Raises UserError where the folder holds a run that another one decided."""
+def record_options(args: argparse.Namespace) -> None:
+    """Write the options of the run to run.json.
+
+    Raises UserError if the folder holds a run with other options.
+    """
     wanted = {name: getattr(args, name) for name in ("steps", "seeing", "decay", "talking", "seed", "world")}
     args.folder.mkdir(parents=True, exist_ok=True)
     path = args.folder / "run.json"
@@ -321,11 +329,11 @@ def settle(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Start one process for each rank and wait, or be one of them."""
+    """Start one process per rank and wait for them; with --rank, run that rank."""
     args = parse(argv)
     if args.rank >= 0:
         return train(args)
-    settle(args)
+    record_options(args)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""The shipped model: its checkpoint, equal answers of engine and training code, and that it looks at its images."""
+"""The committed checkpoint: its format, its answers in the engine and in the training code, and its accuracy."""
 
 import json
 import random
@@ -15,7 +15,8 @@ from PIL import Image
 from mllama_graph.tiny.evaluate import answers_right
 from mllama_graph.tiny.export import checkpoint_name
 from mllama_graph.tiny.heldout import held_out, write_requests
-from mllama_graph.tiny.model import Mllama, Shape
+from mllama_graph.tiny.layers import Shape
+from mllama_graph.tiny.model import Mllama
 from mllama_graph.tiny.samples import Group, make_batch
 from mllama_graph.tiny.scenes import SEEN, UNSEEN
 
@@ -25,7 +26,7 @@ FOLDER = ROOT / "mllama_graph" / "tiny" / "checkpoint"
 
 @pytest.fixture(scope="module")
 def trained():
-    """The training code's model with the shipped weights, computed in fp32."""
+    """The training model with the committed weights, in float32."""
     from safetensors.torch import load_file
 
     stored = load_file(FOLDER / "model.safetensors")
@@ -34,7 +35,7 @@ def trained():
     return model.eval()
 
 
-def test_the_checkpoint_has_the_released_files_and_no_more_than_8_mb():
+def test_the_checkpoint_has_the_files_of_a_released_one_and_at_most_8_mb():
     names = {path.name for path in FOLDER.iterdir()}
     assert {
         "config.json",
@@ -48,7 +49,7 @@ def test_the_checkpoint_has_the_released_files_and_no_more_than_8_mb():
 
 
 def test_the_engine_answers_as_the_corrected_transformers_model_does(tmp_path):
-    # fp32 on both sides of the same bf16 weights; the answers' margins are far above rounding.
+    # Both compute in float32 from the same bfloat16 weights; the margins of the answers are far above rounding errors.
     oracle, engine = Oracle(FOLDER), start(FOLDER, batch=4, max_input_length=200, max_output_length=64)
     path = write_requests(tmp_path, 1)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -70,25 +71,25 @@ def test_the_engine_answers_as_the_training_code_does(trained, tmp_path):
     groups = [*held_out(3, False), *held_out(3, True)]
     with torch.no_grad():
         for group, line in zip(groups, lines, strict=True):
-            # answers_right checks that each token of an answer, the end included, is the model's greedy choice.
-            said = replace(group.questions[0], answers=(results[line["id"]].text,))
-            batch = make_batch([Group(group.scenes, [said])], [], random.Random(0))
+            # The training code checks that each token of the answer, with the end-of-turn token, is its greedy choice.
+            answered = replace(group.questions[0], answers=(results[line["id"]].text,))
+            batch = make_batch([Group(group.scenes, [answered])], [], random.Random(0))
             assert answers_right(trained, batch, "")[0][1], line
 
 
-def test_held_out_scenes_are_the_same_every_time_and_name_their_kind(tmp_path):
+def test_held_out_scenes_are_deterministic_and_name_their_kind(tmp_path):
     first, second = (write_requests(tmp_path / name, 2).read_text() for name in "ab")
     assert first == second and UNSEEN and not set(UNSEEN) & set(SEEN)
     kinds = {json.loads(line)["kind"] for line in first.splitlines()}
     assert {"what1", "what3", "count", "position", "two", "digits3", "text", "absent", "new what1"} <= kinds
 
 
-def test_more_than_a_hundred_scenes_are_answered_and_the_controls_fall(tmp_path):
+def test_accuracy_on_held_out_scenes_is_high_and_falls_without_the_right_images(tmp_path):
     done = run(tmp_path / "out", "model=tiny", "task=evaluate", "task.each=5", "batch=8", "backend=eager")
     assert done.code == 0, done.err
     assert len((tmp_path / "out" / "predictions.jsonl").read_text().splitlines()) >= 100
     scores = done.result()["metrics"]["exact_match"]
-    # README has the figures of 40 scenes per kind; with 110 scenes they differ by a few points.
+    # docs/tiny-model.md has the figures of 40 scenes per kind; those of 110 scenes differ by a few points.
     assert scores["right %"]["all"] >= FLOOR
     for control in ("images exchanged", "images unseen"):
         assert scores[control]["all"] <= scores["right %"]["all"] - 25, control

@@ -1,4 +1,4 @@
-"""Training: a step depends only on the seed and its number, and a run ends with a checkpoint that can be served."""
+"""Training: resumed runs equal unbroken ones, and the training task exports a checkpoint."""
 
 import json
 from dataclasses import asdict
@@ -15,16 +15,16 @@ from mllama_graph.tiny.samples import Mix
 
 
 def weights(trainer):
-    """Every learned tensor that the next step depends on."""
+    """Every trained tensor that the next step depends on."""
     return [*trainer.model.state_dict().values(), *trainer.heads.state_dict().values(), *trainer.average.values()]
 
 
-def test_a_resumed_run_has_the_weights_of_an_uninterrupted_one(tmp_path, monkeypatch):
-    # Small batches with samples of every kind, so that all state that steps carry over is used.
+def test_a_resumed_run_has_the_weights_of_an_unbroken_one(tmp_path, monkeypatch):
+    # Small batches: at most two of each kind.
     for name in ("SEEING", "ANSWERING", "TALKING"):
         few = {kind: min(count, 2) for kind, count in asdict(getattr(train, name)).items()}
         monkeypatch.setattr(train, name, Mix(**few))
-    # One step of dense pages, one of answers, two on features computed in advance.
+    # One step of dense pages, one of answers, two on precomputed features.
     args = train.parse(["--folder", str(tmp_path), "--steps", "4", "--talking", "0.5", "--world", "1", "--rank", "0"])
     unbroken, path = train.build(0), tmp_path / "checkpoint.pt"
     train.save(unbroken, path)
@@ -37,14 +37,14 @@ def test_a_resumed_run_has_the_weights_of_an_uninterrupted_one(tmp_path, monkeyp
         assert all(torch.equal(a, b) for a, b in zip(weights(unbroken), weights(stopped), strict=True)), step
 
 
-def test_a_folder_can_only_resume_its_own_run(tmp_path):
-    train.settle(train.parse(["--folder", str(tmp_path), "--steps", "4"]))
-    train.settle(train.parse(["--folder", str(tmp_path), "--steps", "4"]))
+def test_a_folder_resumes_only_a_run_with_the_same_options(tmp_path):
+    train.record_options(train.parse(["--folder", str(tmp_path), "--steps", "4"]))
+    train.record_options(train.parse(["--folder", str(tmp_path), "--steps", "4"]))
     with pytest.raises(UserError, match="'steps': 4"):
-        train.settle(train.parse(["--folder", str(tmp_path), "--steps", "5"]))
+        train.record_options(train.parse(["--folder", str(tmp_path), "--steps", "5"]))
 
 
-def test_the_training_task_ends_with_the_moving_average_as_a_checkpoint(tmp_path):
+def test_the_training_task_exports_the_moving_average(tmp_path):
     done = run(tmp_path / "out", "task=train_tiny", "task.steps=2", f"task.folder={tmp_path / 'training'}")
     assert done.code == 0, done.err
     stored = load_file(tmp_path / "training" / "tiny" / "model.safetensors")
