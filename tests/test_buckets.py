@@ -152,7 +152,7 @@ def test_a_bucket_that_holds_another_never_costs_less(a, b):
         ({"decode_batch": [1, 2]}, r"plan.decode_batch=\[1, 2\] must reach 4"),
         ({"pages": [1]}, r"plan.pages=\[1\] must reach 2"),
         ({"images": [1, 2]}, r"plan.images=\[1, 2\] must reach 3"),
-        ({"num_pages": 1}, "plan.num_pages=1 can't hold one sequence of 250 tokens: it takes 2 pages of 128"),
+        ({"num_pages": 1}, "plan.num_pages=1 can't hold one sequence of 250 tokens: that takes 2 pages of 128"),
         ({"num_images": 2}, "plan.num_images=2 must be at least the 3 images"),
     ],
 )
