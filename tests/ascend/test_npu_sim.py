@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -179,9 +180,10 @@ def test_a_graph_that_breaks_a_rule_ends_verify_with_code_1_and_the_line_of_the_
     broken = tmp_path / "project"
     shutil.copytree(ROOT, broken, ignore=shutil.ignore_patterns(".git", ".venv*", "outputs", "__pycache__"))
     source = broken / "mllama_graph" / "ops" / "npu.py"
-    right = "actual_seq_lengths_kv=len_B.long(), captured=False)"
-    assert source.read_text().count(right) == 1
-    source.write_text(source.read_text().replace(right, "actual_seq_lengths_kv=[5] * B, captured=True)"))
+    right = re.compile(r"actual_seq_lengths_kv=len_B\.long\(\),(\s+)captured=False")
+    changed, count = right.subn(r"actual_seq_lengths_kv=[5] * B,\1captured=True", source.read_text())
+    assert count == 1
+    source.write_text(changed)
     command = [
         sys.executable,
         str(broken / "run.py"),
