@@ -14,12 +14,13 @@ from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
 from mllama_graph.core.errors import UserError
 from mllama_graph.engine.device import TORCH_DTYPES
+from mllama_graph.model.fields import Fields
 from mllama_graph.model.files import CheckpointFiles
 from mllama_graph.model.shape import _rope, shape_of
 from mllama_graph.model.table import WHOLE, Shard, elements, replicated, table
 from mllama_graph.model.tree import Pixels, build, inverse_frequencies
 from mllama_graph.model.weights import from_checkpoint, random_fill
-from mllama_graph.plan.resolve import checkpoint_folder
+from mllama_graph.plan.checkpoint import checkpoint_folder
 
 PIXELS = Pixels(1 / 255, (0.5,) * 3, (0.25,) * 3)
 
@@ -208,7 +209,7 @@ def test_inverse_frequencies_are_hugging_faces(scaling, head_width):
         hidden_size=4 * head_width, num_attention_heads=4, num_key_value_heads=4, rope_parameters=dict(given)
     )
     theirs = hf.MllamaRotaryEmbedding(config).inv_freq
-    ours = inverse_frequencies(_rope({"rope_parameters": given}), head_width)
+    ours = inverse_frequencies(_rope(Fields({"rope_parameters": given}, "config.json")), head_width)
     # One or two roundings in fp32.
     torch.testing.assert_close(ours, theirs, rtol=3e-7, atol=0)
     assert ours.dtype == torch.float32 and ours.shape == (head_width // 2,)
