@@ -144,10 +144,9 @@ class Adapter:
             a, b = (parts.get(f"lora_{'embedding_' if embedding else ''}{side}") for side in "AB")
             if a is None or b is None:
                 raise UserError(f"{self.path}: {module} has lora_{'A' if b is None else 'B'} without the other factor.")
-            # A module that was saved whole as well (an embedding that training resized) is the base of the factors.
-            if weight in changes:
-                raise UserError(f"{self.path} both replaces and adapts {module}. {MERGE_WITH_PEFT}")
-            changes[weight] = Change(module, scale, None, a, b, embedding, parts.get("lora_magnitude_vector"))
+            # peft saves an adapted embedding or head whole as well, in case training resized it.
+            saved = changes[weight].replacement if weight in changes else None
+            changes[weight] = Change(module, scale, saved, a, b, embedding, parts.get("lora_magnitude_vector"))
             if self._config.flag("use_dora", False) and changes[weight].magnitude is None:
                 raise UserError(f"{self.path}: {module} has no lora_magnitude_vector, which use_dora needs.")
             if added := parts.get("lora_B.bias"):
@@ -196,16 +195,16 @@ class Adapter:
 
     def _wanted(self, change: Change, shape: tuple[int, ...], name: str) -> list[tuple[str, tuple[int, ...]]]:
         """The shapes that a change's tensors must have for a weight of a given shape."""
-        if change.replacement or change.added:
-            return [(change.replacement or change.added or "", shape)]
-        assert change.a and change.b, "a change replaces, adds or multiplies"
+        whole = [(key, shape) for key in (change.replacement, change.added) if key]
+        if not change.a or not change.b:
+            return whole
         if len(shape) < 2:
             raise UserError(f"adapter={self.folder} adapts {change.module}, which has no matrix. {MERGE_WITH_PEFT}")
         if change.magnitude and change.embedding:
             raise UserError(f"adapter={self.folder} has DoRA on the embedding {change.module}. {MERGE_WITH_PEFT}")
         rank = int(self._of_pattern("rank_pattern", change.module, self._config.number("r", 8)))
         into, out = (shape[:1], shape[1:]) if change.embedding else (shape[1:], shape[:1])
-        wanted: list[tuple[str, tuple[int, ...]]] = [(change.a, (rank, *into)), (change.b, (*out, rank))]
+        wanted = [*whole, (change.a, (rank, *into)), (change.b, (*out, rank))]
         return [*wanted, (change.magnitude, shape[:1])] if change.magnitude else wanted
 
     def _trained_on(self) -> str:

@@ -40,17 +40,18 @@ def _merged_block(
 ) -> Tensor:
     """A region of the merged weight in fp32."""
     adapter, first = changes[0]
-    if first.replacement:
-        return _read(adapter, first.replacement).view(entry.shape)[region]
     # DoRA divides by the norm of whole rows.
     inner = tuple(slice(0, n) for n in entry.shape[1:]) if first.magnitude else region[1:]
     taken = (region[0], *inner)
     value = torch.empty([part.stop - part.start for part in taken], dtype=torch.float32, device=device)
-    fill(entry, value, taken)
+    if first.replacement:
+        value.copy_(_read(adapter, first.replacement, taken))
+    else:
+        fill(entry, value, taken)
     for adapter, change in changes:
         if change.added:
             value += _read(adapter, change.added)[taken[0]].to(value) * (change.scale * adapter.weight)
-        else:
+        elif change.a:
             value += _product(adapter, change, entry, taken, device).view_as(value)
     if first.magnitude:
         rows = value.flatten(1)
@@ -69,8 +70,8 @@ def _product(adapter: Adapter, change: Change, entry: Entry, region: Region, dev
     return (b[region[0]] @ a[:, columns]) * (change.scale * adapter.weight)
 
 
-def _read(adapter: Adapter, name: str) -> Tensor:
-    """A tensor of an adapter's file."""
+def _read(adapter: Adapter, name: str, region: Region | None = None) -> Tensor:
+    """A region of a tensor of an adapter's file, or the whole."""
     if adapter.path.suffix == ".bin":
-        return read_pth(PthFile(adapter.path), name)
-    return read_safetensors(adapter.path, name)
+        return read_pth(PthFile(adapter.path), name)[region or ...]
+    return read_safetensors(adapter.path, name, region)

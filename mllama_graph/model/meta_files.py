@@ -105,7 +105,8 @@ class MetaFiles(CheckpointFiles):
         self.folder, self.adapters = folder, tuple(adapters)
         # In a Hugging Face repository Meta's files lie in original/, beneath config.json.
         configs = [folder / "config.json", *([folder.parent / "config.json"] if folder.name == "original" else [])]
-        self.config = next((found for path in configs if (found := read_optional_json(path))), None) or self._config()
+        given = [found for path in configs if (found := read_optional_json(path))]
+        self.config: dict[str, Any] = given[0] if given else self._config()
         shape = shape_of(self.config, str(folder / "params.json"))
         rows = shape.text.vocab + self._size(LEARNABLE, 0)
         self.shape: ModelShape = replace(shape, embeddings=rows)
@@ -255,7 +256,7 @@ class MetaFiles(CheckpointFiles):
         text = self.shape.text
         expected.append(Entry(LEARNABLE, "", (self.shape.embeddings - text.vocab, text.width), 0, "embed"))
         shapes = {entry.name: entry.shape for entry in expected}
-        found = {}
+        found: dict[str, tuple[int, ...]] = {}
         for name, tensor in self.shards[0].tensors.items():
             split = name in shapes and self.axis(name, shapes[name]) is not None
             found |= {name: shapes[name] if split else tensor.shape} if name not in IGNORED else {}
