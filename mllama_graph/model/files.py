@@ -153,11 +153,11 @@ class CheckpointFiles:
         return SAFETENSORS[counts.most_common(1)[0][0]] if counts else "fp32"
 
     def verify(self) -> None:
-        """Check that the checkpoint has the table's tensors, each with its shape, and that the adapters fit them.
+        """Check that the checkpoint has the table's tensors, each with its shape and dtype, and that the adapters fit.
 
         Raises UserError naming the tensors at fault.
         """
-        entries = table(self.shape)
+        entries, _ = table(self.shape), self.stored
         verify_tensors(self.folder, entries, {name: self.stored_shape(name) for name in self.tensors})
         for adapter in self.adapters:
             adapter.verify(entries, self.shape)

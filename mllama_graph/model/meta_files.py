@@ -247,11 +247,11 @@ class MetaFiles(CheckpointFiles):
         return SAFETENSORS[self.shards[0].tensors[EMBEDDING].kind]
 
     def verify(self) -> None:
-        """Check that the files have the table's tensors, each with its shape, and that the adapters fit them.
+        """Check that the files have the table's tensors, each with its shape and dtype, and that the adapters fit.
 
         Raises UserError naming the tensors at fault, by Meta's names.
         """
-        entries = table(self.shape)
+        entries, _ = table(self.shape), self.stored
         expected = [replace(entry, name=self.source(entry.name), shape=self.meta_shape(entry)) for entry in entries]
         text = self.shape.text
         expected.append(Entry(LEARNABLE, "", (self.shape.embeddings - text.vocab, text.width), 0, "embed"))
