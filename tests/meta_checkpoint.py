@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 # Meta's vision tower has sizes that params.json does not say: 16 heads, five layers that join the output.
 META = replace(
     SPECS["base"],
-    hidden=128, heads=4, kv_heads=2, mlp=256, layers=10, cross_layers=[3, 8], text_vocab=400,
+    hidden=128, heads=4, kv_heads=2, mlp=256, layers=10, cross_layers=[3, 8], text_vocab=600,
     vision_hidden=64, vision_heads=16, vision_mlp=256, vision_layers=32, global_layers=8,
     intermediate=[3, 7, 15, 23, 30], tile_size=28, patch_size=14, max_tiles=4, seed=31,
 )  # fmt: skip

@@ -1,15 +1,22 @@
 """Meta's own format: every weight equals that of the Hugging Face checkpoint it was made from."""
 
+import base64
 import json
 import pickle
 
 import pytest
 import torch
-from checkpoints import model_config
-from meta_checkpoint import META, write_meta
+from checkpoints import image_config, model_config, rename, write_weights
+from engines import start, tokens_of
+from meta_checkpoint import META, write_meta, write_tokenizer_model
+from PIL import Image
+from tokenizer_files import write_json, write_tokenizer
+from tokenizers import Tokenizer
+from transformers.convert_slow_tokenizer import TikTokenConverter
 from trees import grouped, joined, parameter, same_as_state, tree
 
 from mllama_graph.core.errors import UserError
+from mllama_graph.inputs.tiktoken import SPECIAL_TOKENS, tokenizer_of
 from mllama_graph.model.meta_files import MetaFiles, open_checkpoint
 from mllama_graph.model.shape import shape_of
 from mllama_graph.model.table import Shard
@@ -96,3 +103,76 @@ def test_nothing_in_a_file_is_executed(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="holds more than tensors: .*open"):
         tree(tmp_path)
     assert not (tmp_path / "executed").exists()
+
+
+# ---- tokenizer.model
+
+# Meta's tokenizer has 256 special tokens; the rest of the vocabulary are byte-level tokens.
+TOKENS = META.vocab - 256
+TEXTS = [
+    "What is this?",
+    "Compare the two images: 1234567 and  more\n\n",
+    "图里有什么？ 🙂 naïve\r\n\t end",
+    "",
+    "I'LL we've",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer_model(tmp_path_factory):
+    """(tokenizer.model, the byte-level tokenizer that it lists)."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(folder, TOKENS, None)
+    trained = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    write_tokenizer_model(trained, folder, TOKENS)
+    return folder / "tokenizer.model", trained
+
+
+class Converter(TikTokenConverter):
+    """transformers' conversion, without the package tiktoken, which only reads the file."""
+
+    @staticmethod
+    def load_tiktoken_bpe(path):
+        lines = (line.split() for line in open(path))
+        return {base64.b64decode(token): int(rank) for token, rank in lines}
+
+
+def test_a_converted_tokenizer_encodes_as_the_original_and_as_transformers_conversion(tokenizer_model):
+    path, trained = tokenizer_model
+    ours, theirs = tokenizer_of(path), Converter(vocab_file=str(path)).converted()
+    for text in TEXTS:
+        ids = ours.encode(text, add_special_tokens=False).ids
+        assert (
+            ids
+            == theirs.encode(text, add_special_tokens=False).ids
+            == trained.encode(text, add_special_tokens=False).ids
+        )
+        assert ours.decode(ids) == text
+    for place, token in enumerate(SPECIAL_TOKENS):
+        assert ours.encode(f"{token}a", add_special_tokens=False).ids[0] == TOKENS + place
+    assert ours.token_to_id("<|image|>") == META.vocab
+
+
+@pytest.mark.parametrize("content", ["AA== x\n", "!!! 0\n", "AA== 0\n", "one two three\n", "AA== 0\nAQ== 0\n"])
+def test_a_damaged_tokenizer_model_is_named(tmp_path, content):
+    (tmp_path / "tokenizer.model").write_text(content)
+    with pytest.raises(UserError, match="tokenizer.model (can't be read: line 1|is damaged)"):
+        tokenizer_of(tmp_path / "tokenizer.model")
+
+
+def test_metas_folder_gives_hugging_faces_tokens(tokenizer_model, tmp_path):
+    weights, meta, hf = write_meta(tmp_path / "meta", shards=2), tmp_path / "meta", tmp_path / "hf"
+    (meta / "tokenizer.model").write_bytes(tokenizer_model[0].read_bytes())
+    hf.mkdir()
+    write_json(hf / "config.json", model_config(META))
+    write_json(hf / "preprocessor_config.json", image_config(META))
+    write_weights(hf, {rename(name, "legacy"): value for name, value in weights.items()}, 1)
+    tokenizer_of(tokenizer_model[0]).save(str(hf / "tokenizer.json"))
+    Image.effect_noise((60, 40), 90).convert("RGB").save(tmp_path / "noise.png")
+    lines = [
+        {"id": "text", "prompt": "What is this?"},
+        {"id": "image", "prompt": "What do you see?", "images": [str(tmp_path / "noise.png")]},
+    ]
+    lines = [line | {"ignore_eos": True, "max_new_tokens": 12} for line in lines]
+    found = tokens_of(start(meta), lines)
+    assert found == tokens_of(start(hf), lines) and all(len(set(ids)) > 2 for ids in found.values())
