@@ -9,6 +9,9 @@ from mllama_graph.core.errors import UserError
 # The first bytes of the small text file that Git leaves in place of a large file (Git LFS specification, version 1).
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
+# The largest size that any field can have: an int32.
+MOST = 2**31 - 1
+
 
 def refuse_lfs_pointer(path: Path) -> None:
     """Raises UserError if the file is a Git LFS pointer instead of the content it stands for."""
@@ -40,8 +43,8 @@ class Fields:
             raise self.fault(name, "an object")
         return Fields(value or {}, f"{self.where}: {name}")
 
-    def integer(self, name: str, default: int, least: int | None = None) -> int:
-        """A whole number; 128.0 counts as one."""
+    def integer(self, name: str, default: int, least: int | None = None, most: int = MOST) -> int:
+        """A whole number from `least` to `most`; 128.0 counts as one."""
         if name not in self.values:
             return default
         value = self.values[name]
@@ -51,6 +54,8 @@ class Fields:
             raise self.fault(name, "a whole number")
         if least is not None and value < least:
             raise self.fault(name, f"at least {least}")
+        if value > most:
+            raise self.fault(name, f"at most {most}")
         return value
 
     def number(self, name: str, default: float) -> float:

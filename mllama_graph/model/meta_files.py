@@ -21,7 +21,7 @@ from mllama_graph.model.adapter import Adapter
 from mllama_graph.model.fields import Fields
 from mllama_graph.model.files import CheckpointFiles, verify_tensors
 from mllama_graph.model.pth import PthFile
-from mllama_graph.model.shape import ModelShape, read_json, read_optional_json, shape_of
+from mllama_graph.model.shape import MOST_LAYERS, ModelShape, read_json, read_optional_json, shape_of
 from mllama_graph.model.table import Entry, table
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ SCALED_ROPE = {
     "original_max_position_embeddings": 8192,
 }
 POSITIONS = 131072
+CROSS_LAYERS = "vision_num_cross_attention_layers"
 # Parts of legacy names -> parts of Meta's names, after the layer's own.
 TEXT_PARTS = {
     "input_layernorm": "attention_norm",
@@ -143,9 +144,9 @@ class MetaFiles(CheckpointFiles):
         path = self.folder / "params.json"
         given = Fields(read_json(path), str(path))
         params = given.within("model") if given.has("model") else given
-        layers, cross = params.integer("n_layers", 32, 1), params.integer("vision_num_cross_attention_layers", -1)
+        layers, cross = params.integer("n_layers", 32, 1, MOST_LAYERS), params.integer(CROSS_LAYERS, -1)
         if cross < 1:
-            raise UserError(f"{path} has no vision_num_cross_attention_layers: it is no Llama 3.2 Vision checkpoint.")
+            raise UserError(f"{path} has no {CROSS_LAYERS}: it is no Llama 3.2 Vision checkpoint.")
         heads = params.integer("n_heads", 32, 1)
         width = self._size(f"{ENCODER}.class_embedding", 0, split=False)
         depth, global_depth = (

@@ -13,6 +13,8 @@ from mllama_graph.model.fields import Fields, refuse_lfs_pointer
 ROW_MULTIPLE = 8
 # Rows of the embedding beyond the vocabulary, in checkpoints whose embedding was not resized.
 EXTRA_EMBEDDINGS = 8
+# Far above every model: a count beyond these is a mistake, and would take minutes and memory to find out.
+MOST_LAYERS, MOST_TILES = 10_000, 100
 # The other RoPE types need frequency tables; no released mllama model uses them.
 ROPE_TYPES = ("default", "linear", "llama3")
 
@@ -158,7 +160,7 @@ def shape_of(config: dict[str, Any], where: str = "config.json") -> ModelShape:
 def _text(text: Fields) -> TextShape:
     width = text.integer("hidden_size", 4096, least=1)
     heads = text.integer("num_attention_heads", 32, least=1)
-    layers = text.integer("num_hidden_layers", 40, least=1)
+    layers = text.integer("num_hidden_layers", 40, least=1, most=MOST_LAYERS)
     cross = text.integers("cross_attention_layers")
     cross = [3, 8, 13, 18, 23, 28, 33, 38] if cross is None else cross
     if any(i < 0 for i in cross):
@@ -180,7 +182,7 @@ def _text(text: Fields) -> TextShape:
 
 
 def _vision(vision: Fields) -> VisionShape:
-    max_tiles = vision.integer("max_num_tiles", 4, least=1)
+    max_tiles = vision.integer("max_num_tiles", 4, least=1, most=MOST_TILES)
     ratios = vision.values.get("supported_aspect_ratios") or supported_aspect_ratios(max_tiles)
     if not isinstance(ratios, list) or not all(_is_ratio(ratio) for ratio in ratios):
         raise vision.fault("supported_aspect_ratios", "a list of [height, width] in tiles")
@@ -189,8 +191,8 @@ def _vision(vision: Fields) -> VisionShape:
     return VisionShape(
         width=vision.integer("hidden_size", 1280, least=1),
         heads=vision.integer(heads, 16, least=1),
-        layers=vision.integer("num_hidden_layers", 32, least=1),
-        global_layers=vision.integer("num_global_layers", 8, least=0),
+        layers=vision.integer("num_hidden_layers", 32, least=1, most=MOST_LAYERS),
+        global_layers=vision.integer("num_global_layers", 8, least=0, most=MOST_LAYERS),
         mlp=vision.integer("intermediate_size", 5120, least=1),
         patch=_square(vision, "patch_size", 14),
         tile=_square(vision, "image_size", 448),
