@@ -80,7 +80,7 @@ def _peers(run: ResolvedRun, options: BenchOptions, engine: Engine, progress: Pr
     """Run the processes of the other engines on the same weights; they end with the context."""
     settings, spec = options.settings(), engine.executor.rank.spec
     if settings and run.checkpoint and run.checkpoint.adapters:
-        raise UserError("peers= and adapter=: the other engines load the base model. Save the merged model, or drop one.")
+        raise UserError("peers= and adapter=: the other engines load the base model. Drop one of them.")
     with tempfile.TemporaryDirectory(prefix="mllama_graph-bench-") as aside:
         folder = run.checkpoint.folder if run.checkpoint else Path(aside)
         if settings and run.checkpoint is None:
