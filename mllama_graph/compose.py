@@ -27,6 +27,7 @@ LITERAL_KEYS = (
     "system",
     "requests",
     "weights",
+    "adapter",
     "a",
     "b",
     "task.a",

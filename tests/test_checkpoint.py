@@ -6,48 +6,22 @@ from dataclasses import replace
 
 import pytest
 import torch
-from checkpoints import DTYPES, LLAMA3_SCALING, SPECS, model_config, random_weights, rename, write_checkpoint
+from checkpoints import DTYPES, LLAMA3_SCALING, SPECS, model_config, write_checkpoint
 from engines import CPU
 from safetensors.torch import load_file, save_file
 from transformers.models.mllama import modeling_mllama as hf
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
+from trees import PIXELS, grouped, ignore, joined, parameter, stacked, tree
 
 from mllama_graph.core.errors import UserError
 from mllama_graph.engine.device import TORCH_DTYPES
+from mllama_graph.model.fields import Fields
 from mllama_graph.model.files import CheckpointFiles
 from mllama_graph.model.shape import _rope, shape_of
-from mllama_graph.model.table import WHOLE, Shard, elements, replicated, table
-from mllama_graph.model.tree import Pixels, build, inverse_frequencies
+from mllama_graph.model.table import Shard, elements, replicated
+from mllama_graph.model.tree import build, inverse_frequencies
 from mllama_graph.model.weights import from_checkpoint, random_fill
-from mllama_graph.plan.resolve import checkpoint_folder
-
-PIXELS = Pixels(1 / 255, (0.5,) * 3, (0.25,) * 3)
-
-
-def ignore(count):
-    """A progress callback that does nothing."""
-
-
-def tree(folder, dtype=torch.float32, shard=WHOLE):
-    checkpoint = CheckpointFiles(folder)
-    checkpoint.verify()
-    return build(checkpoint.shape, PIXELS, dtype, CPU, from_checkpoint(checkpoint), ignore, shard)
-
-
-def parameter(root, path):
-    for part in path.split("."):
-        root = root[int(part)] if part.isdigit() else getattr(root, part)
-    return root
-
-
-def stacked(spec) -> dict[str, torch.Tensor]:
-    """The expected tensor at each path of the weight tree, found by the table's legacy names."""
-    weights = {rename(name, "legacy"): value for name, value in random_weights(spec).items()}
-    paths: dict[str, list[torch.Tensor]] = {}
-    for entry in table(shape_of(model_config(spec))):
-        paths.setdefault(entry.path, []).append(weights.pop(entry.name).view(entry.shape))
-    assert not weights, "tensors that the table does not name"
-    return {path: torch.cat(parts) for path, parts in paths.items()}
+from mllama_graph.plan.checkpoint import checkpoint_folder
 
 
 @pytest.fixture
@@ -208,7 +182,7 @@ def test_inverse_frequencies_are_hugging_faces(scaling, head_width):
         hidden_size=4 * head_width, num_attention_heads=4, num_key_value_heads=4, rope_parameters=dict(given)
     )
     theirs = hf.MllamaRotaryEmbedding(config).inv_freq
-    ours = inverse_frequencies(_rope({"rope_parameters": given}), head_width)
+    ours = inverse_frequencies(_rope(Fields({"rope_parameters": given}, "config.json")), head_width)
     # One or two roundings in fp32.
     torch.testing.assert_close(ours, theirs, rtol=3e-7, atol=0)
     assert ours.dtype == torch.float32 and ours.shape == (head_width // 2,)
@@ -240,23 +214,6 @@ def test_progress_adds_up_to_the_bytes_of_the_tree(checkpoint):
 # ---- shards
 
 
-def joined(parts: list[torch.Tensor], entries, world: int) -> torch.Tensor:
-    """A Parameter reassembled from the ranks' shards by Megatron's rule: each stacked tensor is sharded by itself."""
-    sizes = [entry.local(Shard(0, world))[0] for entry in entries]
-    pieces = [part.split(sizes) for part in parts]
-    whole = []
-    for n, entry in enumerate(entries):
-        if entry.shard is None:
-            assert all(torch.equal(piece[n], pieces[0][n]) for piece in pieces)
-            whole.append(pieces[0][n])
-            continue
-        padded = torch.cat([piece[n] for piece in pieces], entry.shard)
-        size = entry.shape[entry.shard]
-        assert not padded.narrow(entry.shard, size, padded.shape[entry.shard] - size).any(), "padding is not zero"
-        whole.append(padded.narrow(entry.shard, 0, size))
-    return torch.cat(whole)
-
-
 @pytest.mark.parametrize("source", ["checkpoint", "random"])
 @pytest.mark.parametrize("world", [2, 3, 4])
 @pytest.mark.parametrize("name", ["base", "wide"])
@@ -271,10 +228,7 @@ def test_the_shards_of_all_ranks_join_to_the_whole_model(name, world, source, ch
         )
     )
     whole, parts = make(Shard()), [make(Shard(rank, world)) for rank in range(world)]
-    groups = {}
-    for entry in table(shape):
-        groups.setdefault(entry.path, []).append(entry)
-    for path, entries in groups.items():
+    for path, entries in grouped(shape).items():
         assert torch.equal(joined([parameter(part, path) for part in parts], entries, world), parameter(whole, path)), (
             path
         )

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from engines import GRAPH_PLAN, GRAPH_SPEC, start
+from safetensors.torch import save_file
 
 from mllama_graph.core.paths import PACKAGE
 from mllama_graph.graphs import key as keys
@@ -188,3 +189,12 @@ def test_a_new_file_counts_once_it_is_imported(package):
 def test_the_source_hash_ignores_files_that_shape_no_graph(package, name):
     # __init__.py holds the version.
     assert not changed(package, name, lambda text: text + "# changed\n")
+
+
+def test_an_adapter_leaves_the_key_as_it_is(key, tmp_path):
+    # Weights are not in graphs, so that a fine-tune is served by the graphs of its base.
+    weight = "base_model.model.model.language_model.layers.0.self_attn.q_proj"
+    factors = {f"{weight}.lora_A.weight": torch.ones(2, 192), f"{weight}.lora_B.weight": torch.ones(192, 2)}
+    save_file(factors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
+    assert key(adapter=str(tmp_path)) == key()

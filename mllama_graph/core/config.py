@@ -128,6 +128,7 @@ class Run:
 
     model: ModelChoice = field(default_factory=ModelChoice)
     weights: str | None = None
+    adapter: Any = None
     tp: int = 1
     batch: int = 1
     dtype: str = "auto"

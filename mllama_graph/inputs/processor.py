@@ -12,7 +12,8 @@ from mllama_graph.inputs.chat import ChatTemplate, read_message, template_source
 from mllama_graph.inputs.detokenizer import Detokenizer
 from mllama_graph.inputs.images import Source, error_text, list_images, open_image, shorten, tile_image
 from mllama_graph.inputs.request import Request, Sampling, read_options
-from mllama_graph.model.shape import ModelShape, read_json, read_optional_json
+from mllama_graph.inputs.tiktoken import tokenizer_of
+from mllama_graph.model.shape import ModelShape, read_optional_json
 
 # CLIP's normalisation, which every released checkpoint uses (llama_models image_transform.py).
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -41,6 +42,9 @@ class CheckpointTokenizer:
 
     def __init__(self, folder: Path):
         path = folder / "tokenizer.json"
+        if not path.is_file() and (folder / "tokenizer.model").is_file():
+            self.tokenizer = tokenizer_of(folder / "tokenizer.model")
+            return
         if not path.is_file():
             raise UserError(f"{path} is missing. Copy tokenizer.json into the checkpoint folder.")
         try:
@@ -87,14 +91,15 @@ class Processor:
 
     def __init__(self, folder: Path | None, shape: ModelShape, max_new: int, max_input: int, sampling: Sampling):
         self.shape, self.max_new, self.max_input, self.sampling = shape, max_new, max_input, sampling
-        config = read_json(folder / "config.json") if folder else {}
+        config = _optional(folder, "config.json")
         generation = _optional(folder, "generation_config.json")
         tokenizer_config = _optional(folder, "tokenizer_config.json")
         self.codec: TextCodec = CheckpointTokenizer(folder) if folder else BytesAsIds()
         self._image_config = _image_config(folder, shape) if folder else {}
         text_config = config.get("text_config") or {}
         eos = generation.get("eos_token_id", text_config.get("eos_token_id"))
-        self.eos = frozenset([eos] if isinstance(eos, int) else eos or [])
+        ends = [self.codec.token_to_id(token) for token in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")]
+        self.eos = frozenset([eos] if isinstance(eos, int) else eos or [id for id in ends if id is not None])
         bos_token = _token_text(tokenizer_config.get("bos_token")) or "<|begin_of_text|>"
         bos = self.codec.token_to_id(bos_token)
         self.bos: int | None = text_config.get("bos_token_id") if bos is None else bos

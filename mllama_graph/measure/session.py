@@ -19,7 +19,7 @@ MANIFEST, BENCH = "manifest.json", "bench.csv"
 # The device recorded for figures that are modelled rather than measured.
 MODELLED = "modelled"
 # Keys that only name files and folders of this run; manifests leave them out.
-PLACES = ("output_dir", "graph_cache", "weights", "requests", "image", "mistralrs", "folder", "measured")
+PLACES = ("output_dir", "graph_cache", "weights", "adapter", "requests", "image", "mistralrs", "folder", "measured")
 
 
 def write_manifest(folder: Path, config: dict[str, Any], device: str, capability: str, accelerator: str | None) -> None:

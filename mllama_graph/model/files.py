@@ -1,10 +1,15 @@
 """A checkpoint's files: location, dtype and shape of each tensor. Reads only headers, and imports no torch.
 
 A checkpoint is a Hugging Face folder with config.json and safetensors, in one file or in shards with an index. The
-weight names of both transformers generations are accepted.
+weight names of both transformers generations are accepted, and those of MLX. meta_files.py reads Meta's own format.
 """
 
+import logging
 import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,49 +18,72 @@ from safetensors import SafetensorError, safe_open
 
 from mllama_graph.core.dtypes import SAFETENSORS
 from mllama_graph.core.errors import UserError
+from mllama_graph.model import foreign
+from mllama_graph.model.adapter import Adapter
+from mllama_graph.model.fields import Fields, refuse_lfs_pointer
+from mllama_graph.model.names import legacy_name
 from mllama_graph.model.shape import ModelShape, read_json, read_optional_json, shape_of
-from mllama_graph.model.table import table
+from mllama_graph.model.table import Entry, table
 
-# Weight names of transformers >= 4.52 -> legacy names, which released checkpoints have and the table uses.
-RENAMES = (
-    ("model.language_model.", "language_model.model."),
-    ("lm_head.", "language_model.lm_head."),
-    ("model.vision_model.", "vision_model."),
-    ("model.multi_modal_projector.", "multi_modal_projector."),
-)
+log = logging.getLogger(__name__)
+
 # Buffers that early conversions saved; here they are computed from config.json.
 IGNORED_SUFFIX = "rotary_emb.inv_freq"
+EMBEDDING, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
+PATCH = "vision_model.patch_embedding.weight"
+INDEX, WHOLE_FILE = "model.safetensors.index.json", "model.safetensors"
+# Safetensors files that lie beside a model's and don't belong to it: Meta's or Mistral's own, and adapters.
+OTHER_FILES = ("consolidated", "adapter_model", "optimizer", "._")
+SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
 
 
 class CheckpointFiles:
-    """A checkpoint folder: the model's shape, and its tensors by legacy name.
+    """A checkpoint folder: the model's shape, its tensors by legacy name, and the adapters to merge into them.
 
     Raises UserError naming the file or tensor at fault if the folder is not an mllama checkpoint.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.shape: ModelShape = shape_of(read_json(folder / "config.json"))
+    def __init__(self, folder: Path, adapters: Sequence[Adapter] = ()):
+        self.folder, self.adapters = folder, tuple(adapters)
         self._opened: dict[Path, Any] = {}
+        if not (folder / "config.json").is_file():
+            raise UserError(foreign.explain_missing_config(folder))
+        self.config = read_json(folder / "config.json")
+        foreign.refuse_quantised(folder, self.config)
+        self.shape: ModelShape = self._with_embeddings(shape_of(self.config, str(folder / "config.json")))
 
     def __getstate__(self) -> dict[str, Any]:
         """State without open files; the process that unpickles it opens them itself."""
-        return {"folder": self.folder, "shape": self.shape, "_opened": {}}
+        return self.__dict__ | {"_opened": {}}
+
+    def _with_embeddings(self, shape: ModelShape) -> ModelShape:
+        """The shape with as many embeddings as the file has, since fine-tuning may have resized them.
+
+        Rows beyond the head's are allowed; `verify` refuses fewer.
+        """
+        found = self.stored_shape(EMBEDDING) if EMBEDDING in self.tensors else ()
+        rows = found[0] if len(found) == 2 else 0
+        return replace(shape, embeddings=rows) if rows >= max(shape.text.vocab, shape.image_token + 1) else shape
+
+    @cached_property
+    def paths(self) -> list[Path]:
+        """The files that hold the model. As in transformers, one whole file comes before an index."""
+        if (self.folder / WHOLE_FILE).is_file():
+            return [self.folder / WHOLE_FILE]
+        index = read_optional_json(self.folder / INDEX)
+        if index is not None:
+            return sorted({self.folder / file for file in _weight_map(index, self.folder / INDEX).values()})
+        paths = [path for path in sorted(self.folder.glob("*.safetensors")) if not path.name.startswith(OTHER_FILES)]
+        if not paths:
+            raise UserError(foreign.explain_missing_weights(self.folder))
+        _refuse_missing_shards(paths)
+        return paths
 
     @cached_property
     def tensors(self) -> dict[str, tuple[str, Path]]:
         """Legacy tensor name -> (name in the file, file)."""
-        index = read_optional_json(self.folder / "model.safetensors.index.json")
-        if index is None:
-            paths = sorted(self.folder.glob("*.safetensors"))
-        elif isinstance(index.get("weight_map"), dict):
-            paths = sorted({self.folder / file for file in index["weight_map"].values()})
-        else:
-            raise UserError(f"{self.folder / 'model.safetensors.index.json'} has no weight_map object.")
-        if not paths:
-            raise UserError(f"{self.folder} holds no .safetensors file. Convert the checkpoint to safetensors.")
         found: dict[str, tuple[str, Path]] = {}
-        for path in paths:
+        for path in self.paths:
             names: list[str] = self._open(path).keys()
             for name in names:
                 legacy = legacy_name(name)
@@ -63,16 +91,30 @@ class CheckpointFiles:
                     raise UserError(f"{name} is in {found[legacy][1].name} and again in {path.name}.")
                 if not legacy.endswith(IGNORED_SUFFIX):
                     found[legacy] = (name, path)
+        foreign.refuse_quantised_names(self.folder, found)
+        if HEAD not in found and EMBEDDING in found and self._tied:
+            found[HEAD] = found[EMBEDDING]
         return found
+
+    @property
+    def _tied(self) -> bool:
+        """Whether config.json says that the head is the embedding. Where a head is stored, transformers uses that."""
+        given = Fields(self.config, str(self.folder / "config.json"))
+        return given.flag("tie_word_embeddings", False) or given.within("text_config").flag(
+            "tie_word_embeddings", False
+        )
 
     def _open(self, path: Path) -> Any:
         if path not in self._opened:
             if not path.is_file():
-                raise UserError(f"{path} is named in the index but missing.")
+                raise UserError(
+                    f"{path} is named in the index but missing. Download it, or delete {INDEX} if that is out of date."
+                )
             try:
                 self._opened[path] = safe_open(path, framework="np")
             except (SafetensorError, OSError) as error:
-                raise UserError(f"{path} can't be read as safetensors: {error}.") from error
+                refuse_lfs_pointer(path)
+                raise UserError(f"{path} can't be read as safetensors: {error}. Download it again.") from error
         return self._opened[path]
 
     def _header(self, name: str) -> Any:
@@ -80,33 +122,74 @@ class CheckpointFiles:
         stored, path = self.tensors[name]
         return self._open(path).get_slice(stored)
 
+    def stored_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, by its legacy name; of a tied head, that of the rows of the embedding it uses."""
+        found = tuple(self._header(name).get_shape())
+        if name == HEAD and self.tensors[name] == self.tensors.get(EMBEDDING):
+            return (min(self.shape.text.vocab, found[0]), *found[1:])
+        return (found[0], found[3], found[1], found[2]) if self.is_mlx_patch(name) and len(found) == 4 else found
+
+    def is_mlx_patch(self, name: str) -> bool:
+        """Whether a tensor is the patch embedding as MLX stores it: channels last, (E, patch, patch, channels)."""
+        if name != PATCH:
+            return False
+        stored, path = self.tensors[name]
+        return "vision_tower" in stored or (self._open(path).metadata() or {}).get("format") == "mlx"
+
+    def kind(self, name: str) -> str:
+        """The dtype of a tensor as in safetensors headers, by its legacy name."""
+        kind: str = self._header(name).get_dtype()
+        return kind
+
     @cached_property
     def stored(self) -> str:
-        """The dtype of the stored weights: fp32, fp16 or bf16. Raises UserError for any other."""
-        name = next(iter(self.tensors))
-        kind = self._header(name).get_dtype()
-        if kind not in SAFETENSORS:
-            raise UserError(f"{name} is stored as {kind}; supported are {', '.join(SAFETENSORS)}.")
-        return SAFETENSORS[kind]
+        """The dtype of most of the weights: fp32, fp16 or bf16. Raises UserError where a tensor has any other."""
+        counts: Counter[str] = Counter()
+        for name in self.tensors:
+            kind = self.kind(name)
+            if kind not in SAFETENSORS:
+                raise UserError(foreign.explain_dtype(self.folder, name, kind))
+            counts[kind] += math.prod(self.stored_shape(name))
+        return SAFETENSORS[counts.most_common(1)[0][0]] if counts else "fp32"
 
     def verify(self) -> None:
-        """Check that the checkpoint has exactly the table's tensors, each with its shape.
+        """Check that the checkpoint has the table's tensors, each with its shape and dtype, and that the adapters fit.
 
         Raises UserError naming the tensors at fault.
         """
-        expected = {entry.name: entry for entry in table(self.shape)}
-        missing = [name for name in expected if name not in self.tensors]
-        extra = [name for name in self.tensors if name not in expected]
-        shapes = [(name, tuple(self._header(name).get_shape())) for name in expected if name in self.tensors]
-        wrong = [
-            f"{name} is {list(found)}, expected {list(expected[name].shape)}"
-            for name, found in shapes
-            if not _fits(found, expected[name].shape)
-        ]
-        for fault, names in (("missing", missing), ("unexpected", extra), ("of the wrong shape", wrong)):
-            if names:
-                more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-                raise UserError(f"{self.folder}: {len(names)} tensors {fault}: {'; '.join(names[:5])}{more}.")
+        entries, _ = table(self.shape), self.stored
+        verify_tensors(self.folder, entries, {name: self.stored_shape(name) for name in self.tensors})
+        for adapter in self.adapters:
+            adapter.verify(entries, self.shape)
+
+
+def verify_tensors(folder: Path, entries: Sequence[Entry], found: dict[str, tuple[int, ...]]) -> None:
+    """Raises UserError naming the tensors that are missing, unexpected or of the wrong shape.
+
+    Layers beyond those of config.json are ignored, as in transformers: a trimmed model may keep their weights.
+    """
+    expected = {entry.name: entry for entry in entries}
+    known = {_without_layer(name) for name in expected}
+    extra = [name for name in found if name not in expected]
+    unused = [name for name in extra if _without_layer(name) in known and _without_layer(name) != name]
+    if unused:
+        log.info("%d tensors belong to layers that config.json does not have, and are ignored", len(unused))
+    missing = [name for name in expected if name not in found]
+    wrong = [
+        f"{name} is {list(found[name])}, expected {list(entry.shape)}"
+        for name, entry in expected.items()
+        if name in found and not _fits(found[name], entry.shape)
+    ]
+    unexpected = [name for name in extra if name not in unused]
+    for fault, names in (("missing", missing), ("unexpected", unexpected), ("of the wrong shape", wrong)):
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            raise UserError(f"{folder}: {len(names)} tensors {fault}: {'; '.join(names[:5])}{more}.")
+
+
+def _without_layer(name: str) -> str:
+    """A tensor's name with * in place of its layer."""
+    return re.sub(r"\.layers\.\d+\.", ".layers.*.", name)
 
 
 def _fits(found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
@@ -114,9 +197,26 @@ def _fits(found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
     return math.prod(found) == math.prod(expected) and (found == expected or len(found) != len(expected))
 
 
-def legacy_name(name: str) -> str:
-    """The legacy form of a tensor's name."""
-    for new, legacy in RENAMES:
-        if name.startswith(new):
-            return legacy + name[len(new) :]
-    return name
+def _weight_map(index: dict[str, Any], path: Path) -> dict[str, str]:
+    """The index's map of tensors to files. Raises UserError where it is not one."""
+    found = index.get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise UserError(f"{path} has no weight_map object, which names the file of each tensor.")
+    for name, file in found.items():
+        if not isinstance(file, str) or not file:
+            raise Fields(found, f"{path}: weight_map").fault(name, "a file name")
+    return found
+
+
+def _refuse_missing_shards(paths: Sequence[Path]) -> None:
+    """Raises UserError where the names of shards without an index say that some are missing, or mix two sets."""
+    shards: dict[tuple[str, int], set[int]] = {}
+    for path in paths:
+        if found := SHARD.fullmatch(path.name):
+            shards.setdefault((found[1], int(found[3])), set()).add(int(found[2]))
+    for (name, count), there in shards.items():
+        if missing := sorted(set(range(1, count + 1)) - there):
+            raise UserError(
+                f"{paths[0].parent} lacks {len(missing)} of {count} shards, the first of them "
+                f"{name}-{missing[0]:05d}-of-{count:05d}.safetensors. Download them."
+            )

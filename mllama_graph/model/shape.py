@@ -7,9 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from mllama_graph.core.errors import UserError
+from mllama_graph.model.fields import Fields, refuse_lfs_pointer
 
 # Rows of a tile in the vision tower are padded to a multiple of this.
 ROW_MULTIPLE = 8
+# Rows of the embedding beyond the vocabulary, in checkpoints whose embedding was not resized.
+EXTRA_EMBEDDINGS = 8
+# Far above every model: a count beyond these is a mistake, and would take minutes and memory to find out.
+MOST_LAYERS, MOST_TILES = 10_000, 100
 # The other RoPE types need frequency tables; no released mllama model uses them.
 ROPE_TYPES = ("default", "linear", "llama3")
 
@@ -76,16 +81,16 @@ class VisionShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a model that determine the shapes of its graphs."""
+    """The sizes of a model that determine the shapes of its graphs.
+
+    embeddings: rows of the embedding. Released models have 8 rows more than the vocabulary, of which the first is
+    `<|image|>`; fine-tuning on new tokens resizes it.
+    """
 
     text: TextShape
     vision: VisionShape
     image_token: int
-
-    @property
-    def embeddings(self) -> int:
-        """Rows of the embedding: the vocabulary and 8 more, of which the first is `<|image|>`."""
-        return self.text.vocab + 8
+    embeddings: int
 
     @property
     def group(self) -> int:
@@ -104,93 +109,104 @@ class ModelShape:
             )
 
 
-def _rope(text: dict[str, Any]) -> RopeShape:
+def _rope(text: Fields) -> RopeShape:
     """Read `rope_parameters` (new), or `rope_theta` and `rope_scaling` (legacy)."""
-    given = dict(text.get("rope_scaling") or {}) | dict(text.get("rope_parameters") or {})
-    kind = given.get("rope_type", given.get("type", "default"))
+    legacy, new = text.within("rope_scaling"), text.within("rope_parameters")
+    given = Fields(legacy.values | new.values, (new if new.values else legacy).where)
+    kind = given.text("rope_type", given.text("type", "default"))
     if kind not in ROPE_TYPES:
-        raise UserError(f"rope type {kind!r} in config.json is not supported. Supported: {', '.join(ROPE_TYPES)}.")
+        raise given.fault("rope_type" if "rope_type" in given.values else "type", f"one of {', '.join(ROPE_TYPES)}")
     defaults = RopeShape()
     return RopeShape(
-        theta=float(given.get("rope_theta", text.get("rope_theta", defaults.theta))),
+        theta=given.number("rope_theta", text.number("rope_theta", defaults.theta)),
         type=kind,
-        factor=float(given.get("factor", 1.0)),
-        low_freq_factor=float(given.get("low_freq_factor", defaults.low_freq_factor)),
-        high_freq_factor=float(given.get("high_freq_factor", defaults.high_freq_factor)),
-        original_positions=int(given.get("original_max_position_embeddings", defaults.original_positions)),
+        factor=given.number("factor", 1.0),
+        low_freq_factor=given.number("low_freq_factor", defaults.low_freq_factor),
+        high_freq_factor=given.number("high_freq_factor", defaults.high_freq_factor),
+        original_positions=given.integer("original_max_position_embeddings", defaults.original_positions),
     )
 
 
-def _square(value: Any, name: str) -> int:
-    if isinstance(value, (list, tuple)):
-        if len(set(value)) != 1:
-            raise UserError(f"{name}={list(value)} in config.json is not square; mllama tiles are square.")
-        value = value[0]
-    return int(value)
+def _square(part: Fields, name: str, default: int) -> int:
+    """The side of a square, given as a number or as two equal ones."""
+    if not isinstance(part.values.get(name), list):
+        return part.integer(name, default, least=1)
+    sides = part.integers(name)
+    if not sides or len(set(sides)) != 1 or sides[0] < 1:
+        raise part.fault(name, "one side, or two equal ones, since mllama's tiles are square")
+    return sides[0]
 
 
-def shape_of(config: dict[str, Any]) -> ModelShape:
+def shape_of(config: dict[str, Any], where: str = "config.json") -> ModelShape:
     """The ModelShape of a config.json.
 
     Defaults are those of the released 11B model, as in transformers' MllamaConfig. Raises UserError for another model
-    type or a shape that mllama can't have.
+    type, for a field of a wrong type, or a shape that mllama can't have. `where` names the file in errors.
     """
     if config.get("model_type") != "mllama":
-        raise UserError(f"config.json has model_type={config.get('model_type')!r}; only 'mllama' is supported.")
-    try:
-        return _shape_of(config)
-    except (TypeError, ValueError, ZeroDivisionError, AttributeError, KeyError) as error:
-        raise UserError(f"config.json does not describe a model: {error}.") from error
-
-
-def _shape_of(config: dict[str, Any]) -> ModelShape:
-    text, vision = dict(config.get("text_config") or {}), dict(config.get("vision_config") or {})
-    for part, name, expected in ((text, "hidden_act", "silu"), (vision, "hidden_act", "gelu")):
-        if part.get(name, expected) != expected:
-            raise UserError(f"{name}={part[name]!r} in config.json is not supported; mllama uses {expected!r}.")
-    width, heads = int(text.get("hidden_size", 4096)), int(text.get("num_attention_heads", 32))
-    layers = int(text.get("num_hidden_layers", 40))
-    cross = text.get("cross_attention_layers")
-    cross = (3, 8, 13, 18, 23, 28, 33, 38) if cross is None else tuple(sorted(int(i) for i in cross))
-    head_width = int(text.get("head_dim") or width // heads)
-    shape = ModelShape(
-        text=TextShape(
-            vocab=int(text.get("vocab_size", 128256)),
-            width=width,
-            layers=layers,
-            heads=heads,
-            kv_heads=int(text.get("num_key_value_heads", 8)),
-            head_width=head_width,
-            mlp=int(text.get("intermediate_size", 14336)),
-            cross_layers=cross,
-            eps=float(text.get("rms_norm_eps", 1e-5)),
-            positions=int(text.get("max_position_embeddings", 131072)),
-            rope=_rope(text),
-        ),
-        vision=_vision(vision),
-        image_token=int(config.get("image_token_index", config.get("image_token_id", 128256))),
-    )
-    _check_shape(shape)
+        raise UserError(f"{where} has model_type={config.get('model_type')!r}; only 'mllama' is supported.")
+    given = Fields(config, where)
+    text, vision = given.within("text_config"), given.within("vision_config")
+    for part, expected in ((text, "silu"), (vision, "gelu")):
+        if part.text("hidden_act", expected) != expected:
+            raise part.fault("hidden_act", f"{expected!r}, which mllama uses")
+    token = "image_token_index" if "image_token_index" in config else "image_token_id"
+    read = _text(text)
+    shape = ModelShape(read, _vision(vision), given.integer(token, 128256, least=0), read.vocab + EXTRA_EMBEDDINGS)
+    _check_shape(shape, where)
     return shape
 
 
-def _vision(vision: dict[str, Any]) -> VisionShape:
-    max_tiles = int(vision.get("max_num_tiles", 4))
-    ratios = vision.get("supported_aspect_ratios") or supported_aspect_ratios(max_tiles)
-    features = vision.get("intermediate_layers_indices")
+def _text(text: Fields) -> TextShape:
+    width = text.integer("hidden_size", 4096, least=1)
+    heads = text.integer("num_attention_heads", 32, least=1)
+    layers = text.integer("num_hidden_layers", 40, least=1, most=MOST_LAYERS)
+    cross = text.integers("cross_attention_layers")
+    cross = [3, 8, 13, 18, 23, 28, 33, 38] if cross is None else cross
+    if any(i < 0 for i in cross):
+        raise text.fault("cross_attention_layers", "a list of layers, counted from 0")
+    return TextShape(
+        vocab=text.integer("vocab_size", 128256, least=1),
+        width=width,
+        layers=layers,
+        heads=heads,
+        kv_heads=text.integer("num_key_value_heads", 8, least=1),
+        head_width=text.integer("head_dim", 0, least=1) if text.has("head_dim") else width // heads,
+        mlp=text.integer("intermediate_size", 14336, least=1),
+        # A model whose last layers were cut off keeps their indices; transformers ignores them, too.
+        cross_layers=tuple(sorted({i for i in cross if i < layers})),
+        eps=text.number("rms_norm_eps", 1e-5),
+        positions=text.integer("max_position_embeddings", 131072, least=1),
+        rope=_rope(text),
+    )
+
+
+def _vision(vision: Fields) -> VisionShape:
+    max_tiles = vision.integer("max_num_tiles", 4, least=1, most=MOST_TILES)
+    ratios = vision.values.get("supported_aspect_ratios") or supported_aspect_ratios(max_tiles)
+    if not isinstance(ratios, list) or not all(_is_ratio(ratio) for ratio in ratios):
+        raise vision.fault("supported_aspect_ratios", "a list of [height, width] in tiles")
+    features = vision.integers("intermediate_layers_indices")
+    heads = "attention_heads" if "attention_heads" in vision.values else "num_attention_heads"
     return VisionShape(
-        width=int(vision.get("hidden_size", 1280)),
-        heads=int(vision.get("attention_heads", vision.get("num_attention_heads", 16))),
-        layers=int(vision.get("num_hidden_layers", 32)),
-        global_layers=int(vision.get("num_global_layers", 8)),
-        mlp=int(vision.get("intermediate_size", 5120)),
-        patch=_square(vision.get("patch_size", 14), "patch_size"),
-        tile=_square(vision.get("image_size", 448), "image_size"),
+        width=vision.integer("hidden_size", 1280, least=1),
+        heads=vision.integer(heads, 16, least=1),
+        layers=vision.integer("num_hidden_layers", 32, least=1, most=MOST_LAYERS),
+        global_layers=vision.integer("num_global_layers", 8, least=0, most=MOST_LAYERS),
+        mlp=vision.integer("intermediate_size", 5120, least=1),
+        patch=_square(vision, "patch_size", 14),
+        tile=_square(vision, "image_size", 448),
         max_tiles=max_tiles,
-        channels=int(vision.get("num_channels", 3)),
-        features=tuple(int(i) for i in ([3, 7, 15, 23, 30] if features is None else features)),
-        aspect_ratios=tuple((int(h), int(w)) for h, w in ratios),
-        eps=float(vision.get("norm_eps", 1e-5)),
+        channels=vision.integer("num_channels", 3, least=1),
+        features=tuple([3, 7, 15, 23, 30] if features is None else features),
+        aspect_ratios=tuple((height, width) for height, width in ratios),
+        eps=vision.number("norm_eps", 1e-5),
+    )
+
+
+def _is_ratio(value: Any) -> bool:
+    return (
+        isinstance(value, (list, tuple)) and len(value) == 2 and all(type(side) is int and side > 0 for side in value)
     )
 
 
@@ -200,23 +216,20 @@ def supported_aspect_ratios(max_tiles: int) -> list[tuple[int, int]]:
     return [(h, w) for h in sides for w in sides if h * w <= max_tiles]
 
 
-def _check_shape(shape: ModelShape) -> None:
+def _check_shape(shape: ModelShape, where: str) -> None:
     text, vision = shape.text, shape.vision
-    for name, value in (asdict(text) | asdict(vision)).items():
-        if isinstance(value, int) and value < (0 if name == "global_layers" else 1):
-            raise UserError(f"{name} is {value} in config.json; it must be at least 1.")
     if text.heads % text.kv_heads:
-        raise UserError(f"{text.kv_heads} kv heads do not divide {text.heads} query heads (config.json).")
-    if text.head_width % 2:
-        raise UserError(f"head_dim {text.head_width} is odd; rotary embedding needs an even one (config.json).")
-    if any(not 0 <= i < text.layers for i in text.cross_layers):
-        raise UserError(f"cross_attention_layers {list(text.cross_layers)} go beyond the {text.layers} layers.")
+        raise UserError(f"{where}: {text.kv_heads} kv heads do not divide {text.heads} query heads.")
+    if text.head_width % 2 or not text.head_width:
+        raise UserError(f"{where}: head_dim {text.head_width} is not even; rotary embedding needs pairs.")
     if any(not 0 <= i < vision.layers for i in vision.features):
-        raise UserError(f"intermediate_layers_indices {list(vision.features)} go beyond the {vision.layers} layers.")
+        raise UserError(
+            f"{where}: intermediate_layers_indices {list(vision.features)} go beyond the {vision.layers} layers."
+        )
     if vision.width % vision.heads or vision.tile % vision.patch:
         raise UserError(
-            f"vision width {vision.width} / heads {vision.heads} and tile {vision.tile} / patch {vision.patch} "
-            "must be whole numbers (config.json)."
+            f"{where}: vision width {vision.width} / heads {vision.heads} and tile {vision.tile} / patch "
+            f"{vision.patch} must be whole numbers."
         )
 
 
@@ -230,8 +243,13 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path} is missing. weights= needs a Hugging Face checkpoint folder.")
     try:
-        value = json.loads(path.read_text(encoding="utf8"))
-    except (ValueError, OSError) as error:
+        # Editors on Windows begin UTF-8 files with a byte order mark.
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not valid JSON: byte {error.start} is not UTF-8. Save it as UTF-8.") from error
+    except (ValueError, OSError, RecursionError) as error:
+        if path.is_file():
+            refuse_lfs_pointer(path)
         raise UserError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a {type(value).__name__}, not a JSON object.")

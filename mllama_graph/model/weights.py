@@ -6,42 +6,55 @@ its own part.
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mllama_graph.model.files import CheckpointFiles
+from mllama_graph.model.merge import merged
+from mllama_graph.model.meta_files import MetaFiles
+from mllama_graph.model.meta_weights import reader
+from mllama_graph.model.reading import Region, block_rows, read_safetensors
 from mllama_graph.model.shape import ModelShape
 from mllama_graph.model.table import WHOLE, Entry, table
 from mllama_graph.model.tree import Fill
 
 # Random values repeat with this prime period: fast to generate, and no two rows of a matrix are aligned.
 RANDOM_PERIOD = 4_194_301
-# Approximate bytes of a file mapped into memory at once: the memory that loading needs besides the weights.
-BLOCK_BYTES = 64 << 20
 
 
 def from_checkpoint(files: CheckpointFiles) -> Fill:
-    """A Fill that copies regions of a checkpoint's tensors, converted to the destination's dtype."""
+    """A Fill that copies regions of a checkpoint's tensors, converted to the destination's dtype.
 
-    def fill(entry: Entry, part: Tensor, region: tuple[slice, ...]) -> None:
-        stored, path = files.tensors[entry.name]
-        starts = range(region[0].start, region[0].stop, count := _rows(part))
+    The checkpoint's adapters are merged into them.
+    """
+    read = reader(files) if isinstance(files, MetaFiles) else _reader(files)
+
+    def fill(entry: Entry, part: Tensor, region: Region) -> None:
+        starts = range(region[0].start, region[0].stop, count := block_rows(part))
         for first, block in zip(starts, part.split(count)):
-            # Mapped again for each block: closing the file releases the pages that were read.
-            with safe_open(path, framework="pt") as file:
-                lazy = file.get_slice(stored)
-                if tuple(lazy.get_shape()) == entry.shape:
-                    block.copy_(lazy[slice(first, first + len(block)), *region[1:]])
-                else:
-                    # As many elements in a different number of axes: only tensors that are never split.
-                    block.copy_(lazy[...].view(entry.shape)[first : first + len(block)])
+            block.copy_(read(entry, (slice(first, first + len(block)), *region[1:])))
 
-    return fill
+    return merged(fill, files.adapters)
+
+
+def _reader(files: CheckpointFiles) -> Callable[[Entry, Region], Tensor]:
+    """Reads a region of an entry from safetensors."""
+
+    def read(entry: Entry, region: Region) -> Tensor:
+        stored, path = files.tensors[entry.name]
+        if files.is_mlx_patch(entry.name):
+            return read_safetensors(path, stored).permute(0, 3, 1, 2)[region]
+        if len(files.stored_shape(entry.name)) == len(entry.shape):
+            return read_safetensors(path, stored, region)
+        # As many elements in a different number of axes: only tensors that are never split.
+        return read_safetensors(path, stored).view(entry.shape)[region]
+
+    return read
 
 
 def random_fill(shape: ModelShape, seed: int, dtype: torch.dtype) -> Fill:
@@ -66,7 +79,7 @@ def random_fill(shape: ModelShape, seed: int, dtype: torch.dtype) -> Fill:
         width = math.prod(part.shape[1:])
         first = region[1].start * (row // entry.shape[1]) if len(region) > 1 else 0
         at = (starts[entry.name] + torch.arange(region[0].start, region[0].stop) * row + first) % RANDOM_PERIOD
-        for block, begins in zip(part.split(_rows(part)), at.split(_rows(part))):
+        for block, begins in zip(part.split(block_rows(part)), at.split(block_rows(part))):
             block.copy_(noise.unfold(0, width, 1)[begins].view(block.shape))
         std = scale[entry.init] if entry.init in scale else row**-0.5
         part.mul_(std).add_(shift.get(entry.init, 0.0))
@@ -85,8 +98,3 @@ def write_random(shape: ModelShape, config: dict[str, Any], seed: int, dtype: to
     text = {"pad_token_id": 0} | config["text_config"]
     vision = {"vision_output_dim": shape.vision.out_width} | config["vision_config"]
     (folder / "config.json").write_text(json.dumps(config | {"text_config": text, "vision_config": vision}))
-
-
-def _rows(part: Tensor) -> int:
-    """Rows of a tensor per block of BLOCK_BYTES."""
-    return max(1, BLOCK_BYTES // (math.prod(part.shape[1:]) * part.element_size()))

@@ -19,12 +19,11 @@ from mllama_graph.core.machine import available_memory
 from mllama_graph.core.paths import in_package, store_folder
 from mllama_graph.core.place import Place
 from mllama_graph.model.files import CheckpointFiles
-from mllama_graph.model.shape import ModelShape, differences, shape_of
+from mllama_graph.model.shape import ModelShape
 from mllama_graph.plan.buckets import Limits, Plan, make_plan
+from mllama_graph.plan.checkpoint import META, model_of, weights_of
 from mllama_graph.plan.memory import Memory, memory, require
 
-# Values of weights= that need no checkpoint: random values, or shapes without values.
-RANDOM, META = "random", "meta"
 # Kinds of CPU kernels: native C++, or plain torch as the backend compiles it.
 NATIVE, PLAIN = "native", "plain"
 # Random weights count as a checkpoint stored in this dtype.
@@ -132,7 +131,7 @@ def resolve(run: Run, place: Place | None) -> ResolvedTask:
     if needs == TaskOptions.NOTHING:
         return ResolvedTask(**_common(run, needs))
     backend = _backend(run, device)
-    shape, checkpoint = _model(run)
+    shape, checkpoint = model_of(run)
     _refuse_what_is_not_built(run)
     only_shapes = weights_of(run) == META
     if needs == TaskOptions.RANKS:
@@ -255,51 +254,6 @@ def _check_ranks(run: Run, device: Device, place: Place | None, only_shapes: boo
     if only_shapes and device.compiles_on_rank:
         raise UserError(f"weights=meta on {device.name}: graphs are lowered without weights by task=verify.")
     device.check_count(place.local_world if place else run.tp)
-
-
-def weights_of(run: Run) -> str:
-    """The source of a run's weights: random, meta, or a folder. Raises UserError where none is given."""
-    weights = in_package(run.model.weights) if run.weights is None else run.weights
-    if weights is None:
-        raise UserError("weights= is not given. Use weights=/path/to/checkpoint, or model=11b weights=random.")
-    return weights
-
-
-def checkpoint_folder(weights: str) -> Path:
-    """The folder of a checkpoint. Raises UserError where there is none."""
-    folder = Path(weights).expanduser()
-    if not folder.is_dir():
-        raise UserError(
-            f"weights={folder} is not a folder. Give a Hugging Face checkpoint folder, or "
-            "weights=random to run on random weights."
-        )
-    return folder
-
-
-def _model(run: Run) -> tuple[ModelShape, CheckpointFiles | None]:
-    """The model's shape, and its checkpoint unless weights= is random or meta.
-
-    Raises UserError where weights= and model= don't fit each other, or tp= doesn't fit the model.
-    """
-    expected = shape_of({"model_type": "mllama", **run.model.config}) if run.model.config else None
-    weights, checkpoint = weights_of(run), None
-    if weights in (RANDOM, META):
-        if expected is None:
-            raise UserError(
-                f"model={run.model.name} takes its shapes from a checkpoint, which weights={weights} lacks. "
-                "Use model=11b or model=90b."
-            )
-        shape = expected
-    else:
-        checkpoint = CheckpointFiles(checkpoint_folder(weights))
-        shape = checkpoint.shape
-        if expected and (differing := differences(expected, shape)):
-            raise UserError(
-                f"{weights} is not model={run.model.name}: {'; '.join(differing[:4])}"
-                f"{' ...' if len(differing) > 4 else ''}. Use model=custom."
-            )
-    shape.check_ranks(run.tp)
-    return shape, checkpoint
 
 
 def _refuse_what_is_not_built(run: Run) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from mllama_graph.core.errors import UserError
 from mllama_graph.core.report import Progress, columns, write_result
 from mllama_graph.engine.engine import Engine
 from mllama_graph.engine.start import processor_of, start_engine
@@ -78,6 +79,8 @@ def main(run: ResolvedRun) -> None:
 def _peers(run: ResolvedRun, options: BenchOptions, engine: Engine, progress: Progress) -> Iterator[list[Peer]]:
     """Run the processes of the other engines on the same weights; they end with the context."""
     settings, spec = options.settings(), engine.executor.rank.spec
+    if settings and run.checkpoint and run.checkpoint.adapters:
+        raise UserError("peers= and adapter=: the other engines load the base model. Drop one of them.")
     with tempfile.TemporaryDirectory(prefix="mllama_graph-bench-") as aside:
         folder = run.checkpoint.folder if run.checkpoint else Path(aside)
         if settings and run.checkpoint is None:
