@@ -38,7 +38,7 @@ def read_image_settings(folder: Path, processor_config: Settings, shape: ModelSh
             note=f"{settings.path} is missing: pictures are normalised with CLIP's mean and deviation."
         )
     for name in ("do_resize", "do_pad"):
-        if not settings.flag(name, True):
+        if not _flag(settings, name):
             raise settings.wrong(name, "must be true: mllama's tiles need it, and transformers refuses it too")
     resample = settings.value("resample")
     if resample is not None and (type(resample) is not int or resample not in FILTERS):
@@ -54,18 +54,27 @@ def read_image_settings(folder: Path, processor_config: Settings, shape: ModelSh
             f"{settings.path.name} cuts up to {tiles} tiles of {tile} px, config.json says "
             f"{shape.vision.max_tiles} of {shape.vision.tile} px. The two files belong to different models."
         )
+    normalised, rescaled = _flag(settings, "do_normalize"), _flag(settings, "do_rescale")
+    needed = ("image_mean", "image_std") * normalised + ("rescale_factor",) * rescaled
+    for name in needed:
+        if name in settings and settings.value(name) is None:
+            raise settings.wrong(name, "must be a number, as transformers asks too; remove the field for its default")
     mean, std = (settings.vector(name, CHANNELS, HALF) for name in ("image_mean", "image_std"))
     if not all(std):
         raise settings.wrong("image_std", "must not be 0: pixels are divided by it")
     scale = settings.number("rescale_factor", 1 / 255)
-    normalised = settings.flag("do_normalize", True)
-    missing = [name for name in ("image_mean", "image_std") if normalised and settings.value(name) is None]
+    missing = [name for name in needed[:2] if normalised and name not in settings]
     return ImageSettings(
-        scale if settings.flag("do_rescale", True) else 1.0,
+        scale if rescaled else 1.0,
         mean if normalised else (0.0,) * CHANNELS,
         std if normalised else (1.0,) * CHANNELS,
         f"{settings.path} gives no {' and no '.join(missing)}: 0.5 is used, as in transformers." if missing else "",
     )
+
+
+def _flag(settings: Settings, name: str) -> bool:
+    """A step of the image processor: on where the field is absent, and off where it is null, as in transformers."""
+    return settings.flag(name, name not in settings)
 
 
 def _tile(settings: Settings, default: int) -> int:

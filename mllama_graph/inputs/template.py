@@ -86,7 +86,7 @@ class ChatTemplate:
 
         Raises UserError where the template refuses the messages, or does not show the message to continue.
         """
-        messages = [self._shaped(_with_reasoning(message), options) for message in messages]
+        messages = self._shaped([_with_reasoning(message) for message in messages], options)
         if not options.continue_final_message:
             return self._render(messages, options)
         messages[-1], text = _marked(messages[-1], options.continue_final_message)
@@ -111,39 +111,34 @@ class ChatTemplate:
 
     # ---- forms of content
 
-    def _shaped(self, message: Message, options: ChatOptions) -> Message:
-        """A message with its content as the template takes it, and its role by a name that the template knows."""
-        role = message["role"]
-        if role == "developer" and role not in self._source:
-            message, role = {**message, "role": "system"}, "system"
-        content = message.get("content")
-        if content is None:
-            return message
-        form = self._forms.get(role)
-        if form is None and (options.tools or options.documents or options.variables):
-            # The template may fail without the variables that this request brings.
-            form = self._form(role, self._form("user", None, options), options)
-        if form == "text" and isinstance(content, list):
-            return {**message, "content": as_text(content)}
-        if form == "parts" and isinstance(content, str):
-            return {**message, "content": [{"type": "text", "text": content}]}
-        return message
+    def _shaped(self, messages: Sequence[Message], options: ChatOptions) -> list[Message]:
+        """Messages with their content as the template takes it, and their roles by names that the template knows."""
+        if "developer" not in self._source:
+            messages = [m | {"role": "system"} if m["role"] == "developer" else m for m in messages]
+        if options.tools is None and options.documents is None and not options.variables:
+            forms = self._plain_forms
+        else:
+            # A template may take another form beside tools, and may fail without the variables that a request brings.
+            forms = self._forms({message["role"] for message in messages}, options)
+        return [_in_form(message, forms[message["role"]]) for message in messages]
 
     @cached_property
-    def _forms(self) -> dict[str, str | None]:
+    def _plain_forms(self) -> dict[str, str | None]:
+        """The forms of requests that bring messages only."""
+        return self._forms({"user", "system", "developer", "assistant", "tool", "ipython"}, ChatOptions())
+
+    def _forms(self, roles: set[str], options: ChatOptions) -> dict[str, str | None]:
         """The form of content by role: "text", "parts", "both", or None where probing can't tell."""
-        options = ChatOptions()
         user = self._form("user", None, options)
-        roles = ("system", "developer", "assistant", "tool", "ipython")
-        return {"user": user} | {role: self._form(role, user, options) for role in roles}
+        return {role: user if role == "user" else self._form(role, user, options) for role in roles}
 
     def _form(self, role: str, user: str | None, options: ChatOptions) -> str | None:
         """Find the form of a role's content by rendering it in both forms; templates differ between roles."""
         texts = self._probe(role, TEXT, user, options)
         parts = self._probe(role, [{"type": "text", "text": TEXT, "beside": BESIDE}], user, options)
         takes_text = TEXT in texts
-        # A template that prints the whole list, fields and all, takes it for something else.
-        takes_parts = TEXT in parts and not (BESIDE in parts and takes_text)
+        # A template that takes the list for a string prints Python's form of it, with all fields.
+        takes_parts = TEXT in parts and not (f"'{BESIDE}'" in parts and takes_text)
         return {(True, True): "both", (True, False): "text", (False, True): "parts"}.get((takes_text, takes_parts))
 
     def _probe(self, role: str, content: Any, user: str | None, options: ChatOptions) -> str:
@@ -161,6 +156,15 @@ class ChatTemplate:
             return self._render(chats.get(role, [probed, asked]), options)
         except UserError:
             return ""
+
+
+def _in_form(message: Message, form: str | None) -> Message:
+    content = message.get("content")
+    if form == "text" and isinstance(content, list):
+        return {**message, "content": as_text(content)}
+    if form == "parts" and isinstance(content, str):
+        return {**message, "content": [{"type": "text", "text": content}]}
+    return message
 
 
 def as_text(content: Sequence[Mapping[str, Any]]) -> str:

@@ -231,7 +231,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is missing. weights= needs a Hugging Face checkpoint folder.")
     try:
         value = json.loads(path.read_text(encoding="utf8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a {type(value).__name__}, not a JSON object.")
