@@ -83,6 +83,11 @@ class Spec:
     def eos_ids(self) -> list[int]:
         return [self.special_id(token) for token in ([self.eos] if isinstance(self.eos, str) else self.eos)]
 
+    @property
+    def end_ids(self) -> set[int]:
+        """The ids that end a text: `eos_ids`, and the ends of a turn and of a message that the tokenizer has."""
+        return {*self.eos_ids, self.special_id("<|eot_id|>"), self.special_id("<|eom_id|>")}
+
 
 # Patches per tile, CLS included: 17, 26, 37 or 50. A square grid never gives a multiple of 8, because
 # n * n + 1 is 1, 2 or 5 modulo 8, so that the vision tower always has padding rows.

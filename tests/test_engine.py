@@ -68,7 +68,7 @@ def difference(result, logprobs, spec, ignore_eos) -> str | None:
             or abs(reported["top_logprobs"][-1] - logprobs[step].topk(3).values[-1]) > LOGPROB
         ):
             return f"step {step}: log-probabilities off by {off:.1e}"
-    if not ignore_eos and any(id in spec.eos_ids for id in result.token_ids[:-1]):
+    if not ignore_eos and any(id in spec.end_ids for id in result.token_ids[:-1]):
         return "goes on after EOS"
     return None
 
@@ -86,7 +86,7 @@ def test_every_request_in_one_batch_gives_the_oracles_tokens_and_log_probabiliti
             result, oracle(name).top_logprobs(list(ids), result.token_ids, images), spec, line.get("ignore_eos")
         ):
             faults[line["id"]] = fault
-        ended = result.token_ids[-1] in spec.eos_ids and not line.get("ignore_eos")
+        ended = result.token_ids[-1] in spec.end_ids and not line.get("ignore_eos")
         assert ended or len(result.token_ids) == line["max_new_tokens"]
         assert result.finish_reason == ("stop" if ended else "length")
         assert result.prompt_tokens == len(ids)

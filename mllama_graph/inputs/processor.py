@@ -2,123 +2,80 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
-
-from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
+from typing import Any
 
 from mllama_graph.core.errors import UserError
-from mllama_graph.inputs.chat import ChatTemplate, read_message, template_source, texts
+from mllama_graph.inputs.chat import TEMPLATE_FIELDS, read_chat_options, read_messages, texts
 from mllama_graph.inputs.detokenizer import Detokenizer
+from mllama_graph.inputs.image_settings import ImageSettings, read_image_settings
 from mllama_graph.inputs.images import Source, error_text, list_images, open_image, shorten, tile_image
 from mllama_graph.inputs.request import Request, Sampling, read_options
-from mllama_graph.inputs.tiktoken import tokenizer_of
-from mllama_graph.model.shape import ModelShape, read_optional_json
-
-# CLIP's normalisation, which every released checkpoint uses (llama_models image_transform.py).
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-IMAGE = "<|image|>"
-
-
-class TextCodec(Protocol):
-    """Converts text to ids and ids to text."""
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text. Special tokens written in the text are recognised."""
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, without special tokens."""
-
-    def token_to_id(self, token: str) -> int | None:
-        """The id of a token, or None."""
-
-    def detokenizer(self, stops: Sequence[str]) -> Detokenizer:
-        """A detokenizer for one request's generated ids."""
-
-
-class CheckpointTokenizer:
-    """A checkpoint's tokenizer.json. Raises UserError where it is missing or damaged."""
-
-    def __init__(self, folder: Path):
-        path = folder / "tokenizer.json"
-        if not path.is_file() and (folder / "tokenizer.model").is_file():
-            self.tokenizer = tokenizer_of(folder / "tokenizer.model")
-            return
-        if not path.is_file():
-            raise UserError(f"{path} is missing. Copy tokenizer.json into the checkpoint folder.")
-        try:
-            self.tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises bare Exception
-            raise UserError(f"{path} can't be read: {error}.") from error
-
-    def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
-
-    def token_to_id(self, token: str) -> int | None:
-        return self.tokenizer.token_to_id(token)
-
-    def detokenizer(self, stops: Sequence[str]) -> Detokenizer:
-        stream = DecodeStream(skip_special_tokens=True)
-        return Detokenizer(lambda id: stream.step(self.tokenizer, id), self.decode, stops)
-
-
-class BytesAsIds:
-    """Replaces the tokenizer where there is no checkpoint (weights=random): encodes bytes, and decodes ids as <id>."""
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode())
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return "".join(f"<{id}>" for id in ids)
-
-    def token_to_id(self, token: str) -> int | None:
-        return None
-
-    def detokenizer(self, stops: Sequence[str]) -> Detokenizer:
-        return Detokenizer(lambda id: f"<{id}>", self.decode, stops)
+from mllama_graph.inputs.settings import Settings, describe
+from mllama_graph.inputs.template import DEFAULT, IMAGE, TOOL_USE, ChatOptions, ChatTemplate, find_templates
+from mllama_graph.inputs.tokenizer import (
+    BOS,
+    BytesAsIds,
+    CheckpointTokenizer,
+    TextCodec,
+    beyond,
+    end_ids,
+    special_tokens,
+)
+from mllama_graph.model.shape import ModelShape
 
 
 class Processor:
     """Tokenizer, chat template and image preparation of one checkpoint; `folder` is None where there is none.
 
-    max_new, sampling: defaults for requests that don't set them. max_input: the most ids in a prompt.
-    Raises UserError for files that are missing or don't fit the model.
+    max_new, sampling: defaults for requests that don't set them. max_input: the most ids in a prompt. `notes`: lines
+    that the user should read at the start of a run. Raises UserError for files that are missing, damaged or don't fit
+    the model.
     """
 
     def __init__(self, folder: Path | None, shape: ModelShape, max_new: int, max_input: int, sampling: Sampling):
         self.shape, self.max_new, self.max_input, self.sampling = shape, max_new, max_input, sampling
-        config = _optional(folder, "config.json")
-        generation = _optional(folder, "generation_config.json")
-        tokenizer_config = _optional(folder, "tokenizer_config.json")
-        self.codec: TextCodec = CheckpointTokenizer(folder) if folder else BytesAsIds()
-        self._image_config = _image_config(folder, shape) if folder else {}
-        text_config = config.get("text_config") or {}
-        eos = generation.get("eos_token_id", text_config.get("eos_token_id"))
-        ends = [self.codec.token_to_id(token) for token in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")]
-        self.eos = frozenset([eos] if isinstance(eos, int) else eos or [id for id in ends if id is not None])
-        bos_token = _token_text(tokenizer_config.get("bos_token")) or "<|begin_of_text|>"
-        bos = self.codec.token_to_id(bos_token)
-        self.bos: int | None = text_config.get("bos_token_id") if bos is None else bos
-        tokens = {
-            name: _token_text(value)
-            for name, value in tokenizer_config.items()
-            if name.endswith("_token") and _token_text(value) is not None
+        self.codec: TextCodec = BytesAsIds()
+        self.eos: frozenset[int] = frozenset()
+        self.bos: int | None = None
+        self.images = ImageSettings()
+        self.notes: list[str] = []
+        self._templates: dict[str, ChatTemplate] = {}
+        if folder is not None:
+            self._load(folder)
+
+    def _load(self, folder: Path) -> None:
+        self.codec = CheckpointTokenizer(folder)
+        tokenizer_config = Settings(folder / "tokenizer_config.json")
+        processor_config = Settings(folder / "processor_config.json")
+        self.images = read_image_settings(folder, processor_config, self.shape)
+        tokens = special_tokens(folder, tokenizer_config)
+        self.bos = self._first_id(folder, tokens.get("bos_token", BOS))
+        self.eos = end_ids(folder, self.codec, tokens.get("eos_token"), self.shape.text.vocab)
+        templates, note = find_templates(folder, processor_config, tokenizer_config)
+        self._templates = {
+            name: ChatTemplate(source, tokens) for name, source in templates.items() if name in (DEFAULT, TOOL_USE)
         }
-        source = template_source(folder, tokenizer_config) if folder else None
-        self.template = ChatTemplate(source, tokens | {"bos_token": bos_token}) if source else None
+        unending = (
+            ""
+            if self.eos
+            else f"{folder} names no end-of-sequence token (generation_config.json, config.json, "
+            "tokenizer_config.json): texts end only at max_new_tokens or a stop string."
+        )
+        notes = (note, unending, self.images.note, beyond(self.codec, self.shape.image_token, self.shape.embeddings))
+        self.notes = [note for note in notes if note]
+
+    def _first_id(self, folder: Path, token: str) -> int | None:
+        """The id that begins a text without a chat template."""
+        id = self.codec.token_to_id(token)
+        text = Settings(folder / "config.json").object("text_config")
+        if id is not None or text is None:
+            return id
+        return next(iter(text.ids("bos_token_id")), None)
 
     @property
     def pixels(self) -> tuple[float, tuple[float, ...], tuple[float, ...]]:
         """(scale, mean, std) of the pixel normalisation in the checkpoint's image processor configuration."""
-        config = self._image_config
-        scale = float(config.get("rescale_factor", 1 / 255))
-        if config.get("do_normalize") is False:
-            return scale, (0.0,) * 3, (1.0,) * 3
-        return scale, tuple(config.get("image_mean", CLIP_MEAN)), tuple(config.get("image_std", CLIP_STD))
+        return self.images.scale, self.images.mean, self.images.std
 
     def chat(
         self, id: Any, prompt: str, images: Sequence[Source] = (), system: str | None = None, **options: Any
@@ -138,33 +95,38 @@ class Processor:
             raise UserError(
                 f"a request needs exactly one of messages, prompt, input_ids; this has {', '.join(kinds) or 'none'}."
             )
-        sources: list[Source]
+        sources: list[Source] = []
+        options = read_chat_options(given)
         if kinds == ["messages"]:
             if given.get("images"):
                 raise UserError("images beside messages: put them into the messages as image parts.")
-            ids, sources = self._messages(given["messages"])
+            ids = self._messages(read_messages(given["messages"], sources), len(sources), options, given)
         else:
             sources = _image_list(given.get("images"))
-            ids = self._prompt(given["prompt"], sources) if kinds == ["prompt"] else self._ids(given["input_ids"])
+            if kinds == ["prompt"]:
+                ids = self._messages(_as_message(given["prompt"], len(sources)), len(sources), options, given)
+            else:
+                ids = self._ids(given["input_ids"], given)
         positions = tuple(at for at, id in enumerate(ids) if id == self.shape.image_token)
         if len(positions) != len(sources):
             raise UserError(f"{len(positions)} {IMAGE} tokens for {len(sources)} images; each image needs one token.")
+        self._check_ids(ids, "input_ids holds" if kinds == ["input_ids"] else "the prompt holds")
         if len(ids) > self.max_input:
             raise UserError(
                 f"the prompt has {len(ids)} ids, max_input_length={self.max_input}. "
                 f"Shorten it or raise max_input_length."
             )
-        options = read_options(given, self.max_new, self.sampling)
+        limits = read_options(given, self.max_new, self.sampling)
         images = tuple(tile_image(open_image(_resolve(source, base)), self.shape.vision) for source in sources)
         return Request(
             given.get("id"),
             tuple(ids),
             images,
             positions,
-            options.max_new,
-            options.sampling,
-            options.stop,
-            options.ignore_eos,
+            limits.max_new,
+            limits.sampling,
+            limits.stop,
+            limits.ignore_eos,
         )
 
     def text(self, ids: Sequence[int]) -> str:
@@ -175,65 +137,62 @@ class Processor:
         """A detokenizer for one request's generated ids."""
         return self.codec.detokenizer(stops)
 
-    def _ids(self, given: Any) -> list[int]:
+    def _ids(self, given: Any, request: dict[str, Any]) -> list[int]:
         if not isinstance(given, list) or not all(type(id) is int for id in given):
             raise UserError("input_ids must be a list of whole numbers.")
         if not given:
             raise UserError("the request is empty: input_ids has no ids.")
-        if wrong := [id for id in given if not 0 <= id < self.shape.embeddings]:
-            raise UserError(f"input_ids holds {wrong[0]}; ids run from 0 to {self.shape.embeddings - 1}.")
+        _refuse_template_fields(request, "input_ids are used as given")
         return given
 
-    def _prompt(self, prompt: Any, sources: Sequence[Source]) -> list[int]:
-        if not isinstance(prompt, str):
-            raise UserError(f"prompt must be a string, not {type(prompt).__name__}.")
-        if not prompt.strip():
-            raise UserError("the request is empty: prompt has no text.")
-        if self.template is None:
-            return self._without_template(prompt, len(sources))
-        content = [{"type": "image"}] * len(sources) + [{"type": "text", "text": prompt}]
-        return self.codec.encode(self.template.render([{"role": "user", "content": content}]))
-
-    def _messages(self, messages: Any) -> tuple[list[int], list[Source]]:
-        if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
-            raise UserError("the request is empty: messages must be a list of at least one message object.")
-        sources: list[Source] = []
-        plain = [read_message(message, sources) for message in messages]
-        written = [text for message in plain for text in texts(message["content"])]
-        if not any(text.strip() for text in written):
-            raise UserError("the request is empty: its messages hold no text.")
-        if self.template is None:
-            return self._without_template("\n".join(written), len(sources)), sources
-        return self.codec.encode(self.template.render(plain)), sources
-
-    def _without_template(self, text: str, images: int) -> list[int]:
-        """The ids for a checkpoint without a chat template: BOS, image tokens, text."""
+    def _messages(
+        self, messages: list[dict[str, Any]], images: int, options: ChatOptions, request: dict[str, Any]
+    ) -> list[int]:
+        """The ids of messages in the form of chat templates."""
+        template = self._templates.get(DEFAULT)
+        if options.tools is not None:
+            template = self._templates.get(TOOL_USE, template)
+        if template is not None:
+            if images:
+                self._check_image_token()
+            return self.codec.encode(template.prompt(messages, options))
+        _refuse_template_fields(request, "this checkpoint has no chat template")
+        if any(message.get("tool_calls") for message in messages):
+            raise UserError("messages hold tool_calls; this checkpoint has no chat template that could show them.")
+        text = "\n".join(text for message in messages for text in texts(message.get("content")))
         start = [] if self.bos is None else [self.bos]
         return start + [self.shape.image_token] * images + self.codec.encode(text)
 
+    def _check_ids(self, ids: Sequence[int], what: str) -> None:
+        """Refuse ids without a row in the embedding, wherever they come from."""
+        last = self.shape.embeddings - 1
+        wrong = next((id for id in ids if not 0 <= id <= last), None)
+        if wrong is not None:
+            token = f" ({self.codec.added[wrong][0]})" if wrong in self.codec.added else ""
+            raise UserError(f"{what} {describe(wrong)}{token}; ids run from 0 to {last}.")
 
-def _optional(folder: Path | None, name: str) -> dict[str, Any]:
-    """A JSON file of the checkpoint; empty where the file does not exist."""
-    return (read_optional_json(folder / name) or {}) if folder else {}
+    def _check_image_token(self) -> None:
+        id = self.codec.token_to_id(IMAGE)
+        if id != self.shape.image_token:
+            has = f"has no token {IMAGE}" if id is None else f"gives {IMAGE} the id {id}"
+            raise UserError(
+                f"the checkpoint's tokenizer.json {has}; pictures need it with the id {self.shape.image_token} "
+                "(image_token_index in config.json). Use the tokenizer that belongs to the model."
+            )
 
 
-def _token_text(value: Any) -> str | None:
-    return value.get("content") if isinstance(value, dict) else value
+def _as_message(prompt: Any, images: int) -> list[dict[str, Any]]:
+    """A prompt as one user message, with its images before its text."""
+    if not isinstance(prompt, str):
+        raise UserError(f"prompt must be a string, not {type(prompt).__name__}.")
+    if not prompt.strip() and not images:
+        raise UserError("the request is empty: prompt has no text.")
+    return [{"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": prompt}]}]
 
 
-def _image_config(folder: Path, shape: ModelShape) -> dict[str, Any]:
-    """preprocessor_config.json, or the image part of processor_config.json, which newer transformers write."""
-    config = read_optional_json(folder / "preprocessor_config.json")
-    if config is None:
-        config = _optional(folder, "processor_config.json").get("image_processor") or {}
-    tile = (config.get("size") or {}).get("height", shape.vision.tile)
-    tiles = config.get("max_image_tiles", shape.vision.max_tiles)
-    if (tile, tiles) != (shape.vision.tile, shape.vision.max_tiles):
-        raise UserError(
-            f"preprocessor_config.json cuts up to {tiles} tiles of {tile} px, config.json says "
-            f"{shape.vision.max_tiles} of {shape.vision.tile} px. The two files belong to different models."
-        )
-    return config
+def _refuse_template_fields(request: dict[str, Any], why: str) -> None:
+    if fields := [name for name in TEMPLATE_FIELDS if request.get(name)]:
+        raise UserError(f"{', '.join(fields)} can't be used: {why}.")
 
 
 def _image_list(given: Any) -> list[Source]:
