@@ -15,7 +15,7 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mllama_graph.core.errors import UserError
-from mllama_graph.inputs.images import Source
+from mllama_graph.inputs.image_sources import Source, part_source
 from mllama_graph.model.shape import read_optional_json
 
 ROLES = ("system", "user", "assistant", "tool", "ipython")
@@ -84,20 +84,11 @@ def read_message(message: dict[str, Any], sources: list[Source]) -> dict[str, An
         if kind == "text" and isinstance(part.get("text"), str):
             parts.append({"type": "text", "text": part["text"]})
         elif kind in IMAGE_PARTS:
-            sources.append(_source(part))
+            sources.append(part_source(part, len(sources) + 1))
             parts.append({"type": "image"})
         else:
             raise UserError(f"message part {str(part)[:80]} is neither a text nor an image part.")
     return {**message, "content": parts}
-
-
-def _source(part: dict[str, Any]) -> Source:
-    """The source of an image part: a path, a data: URI, bytes or a PIL image."""
-    value = next((part[key] for key in ("image_url", "image", "url", "path") if part.get(key)), None)
-    value = value.get("url") if isinstance(value, dict) else value
-    if not isinstance(value, Source):
-        raise UserError("an image part needs its file path or data: URI in image_url.url.")
-    return value
 
 
 def texts(content: Any) -> list[str]:

@@ -10,7 +10,8 @@ from tokenizers.decoders import DecodeStream
 from mllama_graph.core.errors import UserError
 from mllama_graph.inputs.chat import ChatTemplate, read_message, template_source, texts
 from mllama_graph.inputs.detokenizer import Detokenizer
-from mllama_graph.inputs.images import Source, error_text, list_images, open_image, shorten, tile_image
+from mllama_graph.inputs.image_sources import Source, request_images
+from mllama_graph.inputs.images import prepare_images
 from mllama_graph.inputs.request import Request, Sampling, read_options
 from mllama_graph.model.shape import ModelShape, read_json, read_optional_json
 
@@ -124,7 +125,7 @@ class Processor:
         return self.request({"id": id, "messages": [*messages, {"role": "user", "content": content}], **options})
 
     def request(self, given: dict[str, Any], base: Path = Path(".")) -> Request:
-        """Prepare a request from a line of a requests file. Relative image paths are also looked up in `base`.
+        """Prepare a request from a line of a requests file. Relative image paths are looked up in `base` first.
 
         Raises UserError for a request that is not valid.
         """
@@ -139,7 +140,7 @@ class Processor:
                 raise UserError("images beside messages: put them into the messages as image parts.")
             ids, sources = self._messages(given["messages"])
         else:
-            sources = _image_list(given.get("images"))
+            sources = request_images(given.get("images"), base)
             ids = self._prompt(given["prompt"], sources) if kinds == ["prompt"] else self._ids(given["input_ids"])
         positions = tuple(at for at, id in enumerate(ids) if id == self.shape.image_token)
         if len(positions) != len(sources):
@@ -150,7 +151,7 @@ class Processor:
                 f"Shorten it or raise max_input_length."
             )
         options = read_options(given, self.max_new, self.sampling)
-        images = tuple(tile_image(open_image(_resolve(source, base)), self.shape.vision) for source in sources)
+        images = prepare_images(sources, base, self.shape.vision)
         return Request(
             given.get("id"),
             tuple(ids),
@@ -229,29 +230,3 @@ def _image_config(folder: Path, shape: ModelShape) -> dict[str, Any]:
             f"{shape.vision.max_tiles} of {shape.vision.tile} px. The two files belong to different models."
         )
     return config
-
-
-def _image_list(given: Any) -> list[Source]:
-    if isinstance(given, list) and all(isinstance(source, Source) for source in given):
-        return given
-    if given is None or isinstance(given, str):
-        return [*list_images(given)]
-    if isinstance(given, Source):
-        return [given]
-    raise UserError("images must be a list of file paths or data: URIs.")
-
-
-def _resolve(source: Source, base: Path) -> Source:
-    """A path as given, or within `base` if it exists only there; other sources unchanged."""
-    if not isinstance(source, (str, Path)):
-        return source
-    source = str(source)
-    if source.startswith("data:"):
-        return source
-    if source.startswith(("http://", "https://")):
-        raise UserError(f"image {shorten(source)} is a web address; give a file path or a data: URI.")
-    path = source.removeprefix("file://")
-    try:
-        return str(base / path) if not Path(path).exists() and (base / path).exists() else path
-    except (OSError, ValueError) as error:
-        raise UserError(f"image {shorten(source)} can't be opened: {error_text(error)}.") from error

@@ -1,0 +1,122 @@
+"""Decodes pictures behind one boundary: whatever goes wrong with one becomes a UserError that names it."""
+
+import io
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from PIL import Image, TiffTags, UnidentifiedImageError
+
+from mllama_graph.core.errors import UserError
+from mllama_graph.inputs.image_colours import to_rgb
+from mllama_graph.inputs.image_formats import formats, unknown
+from mllama_graph.inputs.image_sources import Source, shorten
+
+# The most pixels of one picture, checked before they are decoded: 512 MB of memory. The largest that phones and
+# cameras commonly write have 108 million.
+MAX_PIXELS = 128_000_000
+_TOO_MANY = f"more than the {MAX_PIXELS // 10**6} million that are decoded. Scale it down."
+
+_ORIENTATION = 0x0112
+# How to turn a picture upright, by its EXIF orientation.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@contextmanager
+def naming(number: int, source: Source) -> Iterator[None]:
+    """Turns every failure inside into UserError("picture N (source) can't be read: why") and silences warnings."""
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of damaged metadata and large pictures; what matters of that is an error here.
+            warnings.simplefilter("ignore")
+            yield
+    except Exception as error:
+        raise UserError(f"picture {number} ({shorten(source)}) can't be read: {_reason(error)}") from error
+
+
+def decode(given: bytes | Image.Image) -> Image.Image:
+    """Decode a picture to RGB: upright by its EXIF orientation, the first frame of an animation.
+
+    Of a PIL image, the current frame. Raises UserError with the reason, or what Pillow raises.
+    """
+    if isinstance(given, Image.Image):
+        return _decoded(given)
+    if given[4:11] == b"ftypavi":
+        # The item holds metadata that Pillow would rewrite, and fail on odd tags. What turns an AVIF is its irot box.
+        given = re.sub(rb"(infe.{8})Exif", rb"\1free", given, flags=re.DOTALL)
+    try:
+        opened = Image.open(io.BytesIO(given), formats=formats())
+    except UnidentifiedImageError as error:
+        raise UserError(f"{unknown(given)}.") from error
+    with opened as image:
+        if image.format == "TIFF":
+            _drop_metadata(image)
+        if image.format == "PNG":
+            _scale_key(image)
+        return _decoded(image)
+
+
+def _decoded(image: Image.Image) -> Image.Image:
+    if image.width * image.height > MAX_PIXELS:
+        raise UserError(f"it has {image.width} x {image.height} pixels, {_TOO_MANY}")
+    image.load()
+    orientation = _orientation(image)
+    image = to_rgb(image)
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation of a loaded picture; 1, upright, where it has none that can be read.
+
+    No other tag is read and none is written: Pillow's exif_transpose rewrites the whole block, which fails where any
+    tag is of another type than the standard's.
+    """
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # damaged metadata is no reason to refuse a picture, and viewers don't either
+        return 1
+
+
+def _drop_metadata(image: Image.Image) -> None:
+    """Remove the metadata of a TIFF that Pillow would decode while it loads the pixels, and fail on odd tags."""
+    if not isinstance(image.info.get("xmp"), bytes):
+        image.info.pop("xmp", None)
+    exif = image.getexif()
+    for tag in TiffTags.TAGS_V2_GROUPS:
+        if tag in exif:
+            del exif[tag]
+
+
+def _scale_key(image: Image.Image) -> None:
+    """Scale the transparent colour of a PNG to 8 bits, as Pillow scales the pixels but not the colour."""
+    key, args = image.info.get("transparency"), image.tile[0].args if image.tile else None
+    raw = args if isinstance(args, str) else ""
+    if isinstance(key, int) and raw in ("L;2", "L;4"):
+        image.info["transparency"] = key * (255 // (2 ** int(raw[-1]) - 1))
+    if isinstance(key, tuple) and raw == "RGB;16B":
+        image.info["transparency"] = tuple(value >> 8 for value in key)
+
+
+def _reason(error: Exception) -> str:
+    """An exception as one sentence, without the paths and addresses of objects that some texts hold."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return "there is not enough memory to decode it. Scale it down."
+    if isinstance(error, Image.DecompressionBombError):
+        return f"it has {_TOO_MANY}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}."
+    text = re.sub(r"<[^<>]* at 0x[0-9a-fA-F]+>|0x[0-9a-fA-F]{8,}", "an object", str(error))
+    text = " ".join(text.split())[:200].rstrip(".")
+    kind = "" if isinstance(error, (OSError, SyntaxError)) and text else f"{type(error).__name__}: "
+    return f"decoding failed: {kind}{text or 'the data is damaged'}."
