@@ -5,6 +5,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 from PIL import Image, TiffTags, UnidentifiedImageError
 
@@ -19,6 +20,8 @@ MAX_PIXELS = 128_000_000
 _TOO_MANY = f"more than the {MAX_PIXELS // 10**6} million that are decoded. Scale it down."
 
 _ORIENTATION = 0x0112
+# Bytes of the whole-number types BYTE, SHORT (the standard's) and LONG.
+_WHOLE = {1: 1, 3: 2, 4: 4}
 # How to turn a picture upright, by its EXIF orientation.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -78,12 +81,31 @@ def _orientation(image: Image.Image) -> int:
     """The EXIF orientation of a loaded picture; 1, upright, where it has none that can be read.
 
     No other tag is read and none is written: Pillow's exif_transpose rewrites the whole block, which fails where any
-    tag is of another type than the standard's.
+    tag is of another type than the standard's, and its reader stops at a tag that lies outside of the block.
     """
+    block = image.info.get("exif")
+    if isinstance(block, bytes):
+        return _exif_orientation(re.sub(rb"^(Exif\x00\x00)+", b"", block))
     try:
-        return int(image.getexif().get(_ORIENTATION, 1))
+        value = image.getexif().get(_ORIENTATION)  # EXIF as text in a PNG, or XMP
     except Exception:  # damaged metadata is no reason to refuse a picture, and viewers don't either
         return 1
+    return value if isinstance(value, int) else 1
+
+
+def _exif_orientation(block: bytes) -> int:
+    """The orientation in the first directory of a TIFF structure, which EXIF is (Exif 2.32, 4.6.2)."""
+    order: Literal["little", "big"] = "little" if block.startswith(b"II") else "big"
+
+    def number(at: int, size: int) -> int:
+        return int.from_bytes(block[at : at + size], order)
+
+    start = number(4, 4)
+    for at in range(start + 2, min(start + 2 + 12 * number(start, 2), len(block)), 12):
+        tag, kind = number(at, 2), number(at + 2, 2)
+        if tag == _ORIENTATION and kind in _WHOLE:
+            return number(at + 8, _WHOLE[kind])
+    return 1
 
 
 def _drop_metadata(image: Image.Image) -> None:
