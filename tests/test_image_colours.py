@@ -6,7 +6,7 @@ import struct
 import numpy as np
 import pytest
 from pictures import encoded, open_image, png, tiff
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, PngImagePlugin
 from request_cases import random_image
 
 from mllama_graph.core.errors import UserError
@@ -202,3 +202,13 @@ def test_lab_is_shown_in_srgb():
     )
     # A step of L*a*b* in 8 bits is several steps of sRGB where colours are dark or saturated.
     assert np.abs(pixels(encoded(image, "tiff")).astype(int) - COLOUR).mean() <= 2
+
+
+def test_long_texts_in_a_png_are_no_part_of_the_picture():
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text("workflow", "x" * (2 << 20), zip=True)
+    texts.add_itxt("prompt", "y" * (2 << 20), zip=True)
+    data = encoded(Image.fromarray(COLOUR), pnginfo=texts)
+    with pytest.raises(ValueError, match="too large"):
+        Image.open(io.BytesIO(data))
+    assert np.array_equal(pixels(data), COLOUR)

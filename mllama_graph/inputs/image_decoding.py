@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-from PIL import Image, TiffTags, UnidentifiedImageError
+from PIL import Image, ImageFile, TiffTags, UnidentifiedImageError
 
 from mllama_graph.core.errors import UserError
 from mllama_graph.inputs.image_colours import to_rgb
@@ -19,6 +19,7 @@ from mllama_graph.inputs.image_sources import Source, shorten
 MAX_PIXELS = 128_000_000
 _TOO_MANY = f"more than the {MAX_PIXELS // 10**6} million that are decoded. Scale it down."
 
+_PNG = b"\x89PNG\r\n\x1a\n"
 _ORIENTATION = 0x0112
 # Bytes of the whole-number types BYTE, SHORT (the standard's) and LONG.
 _WHOLE = {1: 1, 3: 2, 4: 4}
@@ -53,6 +54,8 @@ def decode(given: bytes | Image.Image) -> Image.Image:
     """
     if isinstance(given, Image.Image):
         return _decoded(given)
+    if given.startswith(_PNG):
+        given = _without_texts(given)
     if given[4:11] == b"ftypavi":
         # The item holds metadata that Pillow would rewrite, and fail on odd tags. What turns an AVIF is its irot box.
         given = re.sub(rb"(infe.{8})Exif", rb"\1free", given, flags=re.DOTALL)
@@ -78,19 +81,13 @@ def _decoded(image: Image.Image) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation of a loaded picture; 1, upright, where it has none that can be read.
+    """The EXIF orientation of a loaded picture; 1, upright, where it has none.
 
     No other tag is read and none is written: Pillow's exif_transpose rewrites the whole block, which fails where any
     tag is of another type than the standard's, and its reader stops at a tag that lies outside of the block.
     """
     block = image.info.get("exif")
-    if isinstance(block, bytes):
-        return _exif_orientation(re.sub(rb"^(Exif\x00\x00)+", b"", block))
-    try:
-        value = image.getexif().get(_ORIENTATION)  # EXIF as text in a PNG, or XMP
-    except Exception:  # damaged metadata is no reason to refuse a picture, and viewers don't either
-        return 1
-    return value if isinstance(value, int) else 1
+    return _exif_orientation(re.sub(rb"^(Exif\x00\x00)+", b"", block)) if isinstance(block, bytes) else 1
 
 
 def _exif_orientation(block: bytes) -> int:
@@ -109,16 +106,32 @@ def _exif_orientation(block: bytes) -> int:
 
 
 def _drop_metadata(image: Image.Image) -> None:
-    """Remove the metadata of a TIFF that Pillow would decode while it loads the pixels, and fail on odd tags."""
-    if not isinstance(image.info.get("xmp"), bytes):
-        image.info.pop("xmp", None)
+    """Remove the metadata of a TIFF that Pillow would decode while it loads the pixels, and fail on odd tags.
+
+    The orientation stays: Pillow turns a TIFF upright while it loads.
+    """
+    image.info.pop("xmp", None)
     exif = image.getexif()
     for tag in TiffTags.TAGS_V2_GROUPS:
         if tag in exif:
             del exif[tag]
 
 
-def _scale_key(image: Image.Image) -> None:
+def _without_texts(data: bytes) -> bytes:
+    """A PNG without its text chunks: Pillow decompresses them, and refuses pictures where they are long.
+
+    Image generators write their workflows there, of several megabytes.
+    """
+    at, kept = len(_PNG), [_PNG]
+    while at < len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        if data[at + 4 : at + 8] not in (b"tEXt", b"zTXt", b"iTXt"):
+            kept.append(data[at:end])
+        at = end
+    return b"".join(kept)
+
+
+def _scale_key(image: ImageFile.ImageFile) -> None:
     """Scale the transparent colour of a PNG to 8 bits, as Pillow scales the pixels but not the colour."""
     key, args = image.info.get("transparency"), image.tile[0].args if image.tile else None
     raw = args if isinstance(args, str) else ""
