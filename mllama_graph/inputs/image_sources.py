@@ -173,7 +173,7 @@ def _missing(text: str, base: Path) -> str:
         _file_uri(text)
     if not text.strip():
         return "it is an empty text; give a file path or a data: URI."
-    if base == _HERE or scheme == "file" or text.startswith(("/", "~")):
+    if base.absolute() == Path.cwd() or scheme == "file" or text.startswith(("/", "~")):
         return "the file does not exist."
     return f"the file does not exist, neither in {shorten(base)} nor in {Path.cwd()}."
 
