@@ -79,6 +79,7 @@ def test_a_broken_picture_is_named_with_its_number_and_reason(content, tmp_path)
         ("a\0b.png", r"picture 1 \(a\\x00b.png\).*does not exist"),
         ("a\nb.png", r"picture 1 \(a\\nb.png\).*does not exist"),
         ("~nobody-of-that-name/a.png", "does not exist"),
+        ("~a\0b/a.png", "does not exist"),
     ],
     ids=lambda value: str(value)[:30],
 )

@@ -166,6 +166,15 @@ def test_a_folder_without_pictures_is_refused(tmp_path):
         list_images(str(tmp_path))
 
 
+def test_a_folder_that_may_not_be_read_says_so(tmp_path, monkeypatch):
+    def refuse(*_args):
+        raise PermissionError(13, "Permission denied", str(tmp_path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)  # root may read every folder
+    with pytest.raises(UserError, match="can't be read: Permission denied"):
+        list_images(str(tmp_path))
+
+
 def test_a_requests_images_are_a_list_of_sources_or_of_image_parts():
     assert request_images(None) == [] and request_images("a.png,b.png") == ["a.png", "b.png"]
     assert request_images(["a,b.png", Path("c"), PNG, {"url": "d.png"}]) == ["a,b.png", Path("c"), PNG, "d.png"]

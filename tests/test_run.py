@@ -161,7 +161,7 @@ def test_bad_lines_get_an_error_each_and_the_others_their_results_in_order(check
         "wrong option": ({"prompt": "x", "temperature": "hot"}, "temperature"),
         "overflow": ({"prompt": "x", "temperature": 1, "top_k": 2**70}, "top_k"),
         "long name": ({"prompt": "x", "images": ["n" * 5000]}, "picture 1 .nnn"),
-        "null in name": ({"prompt": "x", "images": ["a\0b"]}, "image a"),
+        "null in name": ({"prompt": "x", "images": ["a\0b"]}, "picture 1 .a"),
         "bad uri": ({"prompt": "x", "images": ["data:image/png;base64,!"]}, "base64"),
         "list as id": ({"prompt": "x", "images": {"a": 1}}, "images must be"),
     }

@@ -53,8 +53,11 @@ def list_images(given: object, base: Path = _HERE) -> list[str]:
         raise UserError(f"a {type(given).__name__} is no picture: give a file, a comma-separated list or a folder.")
     text = str(given)
     path = _locate(text, base)
-    if path is not None and path.is_dir():
-        return _pictures(path, text)
+    try:
+        if path is not None and path.is_dir():
+            return _pictures(path, text)
+    except OSError as error:
+        raise UserError(f"{shorten(text)} can't be read: {error.strerror}.") from error
     if path is not None or (_scheme(text) == "data" and not _is_base64_uri(text)):
         return [text]
     if re.fullmatch(r"\s*\[.*\]\s*", text, re.DOTALL):
@@ -188,7 +191,7 @@ def _locate(text: str, base: Path) -> Path | None:
     for name in filter(None, names):
         try:
             path = Path(name).expanduser()
-        except RuntimeError:  # no such user
+        except (RuntimeError, ValueError):  # no such user
             path = Path(name)
         for candidate in (base / path, path):
             if _exists(candidate):
