@@ -108,6 +108,10 @@ def test_a_wrong_tag_of_exif_neither_refuses_nor_turns_a_picture():
         assert np.array_equal(np.asarray(open_image(encoded(PICTURE, exif=block))), turned)
         data = tiff(np.asarray(PICTURE), short(0x0112, 6), tag, photometric=2)
         assert np.array_equal(np.asarray(open_image(data)), turned)
+    # A resolution without a value, which Pillow asks for when it opens a JPEG.
+    block = fields(short(0x0112, 6), (0x011A, 3, 0, b""), short(0x0128, 2))
+    for exif in (block, fields(short(0x0112, 6), (0x011A, 5, 0, b""), short(0x0128, 2))):
+        assert open_image(encoded(PICTURE, "jpeg", exif=b"Exif\0\0" + exif)).size == (30, 40)
     for block in (b"", b"junk", b"Exif\0\0", fields((0x0112, 2, 2, b"6\0")), fields(short(0x0112, 9))):
         assert is_picture(encoded(PICTURE, exif=block))
 

@@ -20,6 +20,7 @@ MAX_PIXELS = 128_000_000
 _TOO_MANY = f"more than the {MAX_PIXELS // 10**6} million that are decoded. Scale it down."
 
 _PNG = b"\x89PNG\r\n\x1a\n"
+_JPEG = b"\xff\xd8\xff"
 _ORIENTATION = 0x0112
 # Bytes of the whole-number types BYTE, SHORT (the standard's) and LONG.
 _WHOLE = {1: 1, 3: 2, 4: 4}
@@ -54,6 +55,9 @@ def decode(given: bytes | Image.Image) -> Image.Image:
     """
     if isinstance(given, Image.Image):
         return _decoded(given)
+    exif = b""
+    if given.startswith(_JPEG):
+        given, exif = _take_exif(given)
     if given.startswith(_PNG):
         given = _without_texts(given)
     if given[4:11] == b"ftypavi":
@@ -68,30 +72,27 @@ def decode(given: bytes | Image.Image) -> Image.Image:
             _drop_metadata(image)
         if image.format == "PNG":
             _scale_key(image)
-        return _decoded(image)
+        return _decoded(image, exif)
 
 
-def _decoded(image: Image.Image) -> Image.Image:
+def _decoded(image: Image.Image, exif: bytes = b"") -> Image.Image:
     if image.width * image.height > MAX_PIXELS:
         raise UserError(f"it has {image.width} x {image.height} pixels, {_TOO_MANY}")
     image.load()
-    orientation = _orientation(image)
+    orientation = _orientation(exif or image.info.get("exif"))
     image = to_rgb(image)
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
-def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation of a loaded picture; 1, upright, where it has none.
+def _orientation(exif: object) -> int:
+    """The orientation in the first directory of an EXIF block, a TIFF structure; 1, upright, where it has none.
 
     No other tag is read and none is written: Pillow's exif_transpose rewrites the whole block, which fails where any
     tag is of another type than the standard's, and its reader stops at a tag that lies outside of the block.
     """
-    block = image.info.get("exif")
-    return _exif_orientation(re.sub(rb"^(Exif\x00\x00)+", b"", block)) if isinstance(block, bytes) else 1
-
-
-def _exif_orientation(block: bytes) -> int:
-    """The orientation in the first directory of a TIFF structure, which EXIF is (Exif 2.32, 4.6.2)."""
+    if not isinstance(exif, bytes):
+        return 1
+    block = re.sub(rb"^(Exif\x00\x00)+", b"", exif)
     order: Literal["little", "big"] = "little" if block.startswith(b"II") else "big"
 
     def number(at: int, size: int) -> int:
@@ -115,6 +116,24 @@ def _drop_metadata(image: Image.Image) -> None:
     for tag in TiffTags.TAGS_V2_GROUPS:
         if tag in exif:
             del exif[tag]
+
+
+def _take_exif(data: bytes) -> tuple[bytes, bytes]:
+    """(a JPEG whose EXIF Pillow does not recognise, the EXIF block).
+
+    Pillow reads the resolution in it when it opens a JPEG, and refuses the picture where that is an empty list.
+    """
+    at, exif, hidden = len(_JPEG) - 1, b"", bytearray(data)
+    while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] not in (b"\xda", b""):
+        if data[at + 1] == 0xFF:  # padding
+            at += 1
+            continue
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        if data[at + 1] == 0xE1 and data[at + 4 : at + 10] == b"Exif\x00\x00":
+            exif = exif or data[at + 10 : end]
+            hidden[at + 4 : at + 8] = b"none"
+        at = end
+    return (bytes(hidden), exif) if exif else (data, exif)
 
 
 def _without_texts(data: bytes) -> bytes:
