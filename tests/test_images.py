@@ -1,19 +1,16 @@
-"""Images against transformers' MllamaImageProcessorPil, and every way to pass an image, valid or broken."""
-
-import base64
-import io
+"""Tiles against transformers' MllamaImageProcessorPil."""
 
 import numpy as np
 import pytest
 from checkpoints import SPECS, image_config, model_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pictures import data_uri, open_image
 from PIL import Image
 from request_cases import IMAGES, random_image, write_images
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
-from mllama_graph.core.errors import UserError
-from mllama_graph.inputs.images import list_images, open_image, tile_image
+from mllama_graph.inputs.images import prepare_images, tile_image
 from mllama_graph.model.shape import shape_of
 
 # fp32 roundings of (x * scale - mean) / std.
@@ -36,12 +33,6 @@ def compare(image, spec):
 def image_rgb(image):
     """The image after encoding to a data URI and reading it back."""
     return open_image(data_uri(image))
-
-
-def data_uri(image, form="png"):
-    body = io.BytesIO()
-    image.save(body, form)
-    return f"data:image/{form};base64," + base64.b64encode(body.getvalue()).decode()
 
 
 SIDES = st.one_of(st.integers(1, 40), st.integers(1, 400), st.sampled_from([32, 56, 57, 64, 112, 168, 224, 1000]))
@@ -99,65 +90,9 @@ def test_the_key_depends_on_the_image_and_not_on_its_source(tmp_path):
     assert black[0].data.tobytes() == black[1].data.tobytes() and black[0].key != black[1].key
 
 
-# ---- what a user gives
-
-
-def test_list_images_takes_a_file_a_comma_list_a_folder_or_a_list(tmp_path):
-    for name in ("b.png", "a.JPG", "c,d.webp", "notes.txt"):
-        (tmp_path / name).write_bytes(b"")
-    folder = str(tmp_path)
-    assert list_images(None) == list_images("") == []
-    assert list_images("x.png") == ["x.png"]
-    assert list_images("x.png, y.png,") == ["x.png", "y.png"]
-    assert list_images(folder) == [f"{folder}/{name}" for name in ("a.JPG", "b.png", "c,d.webp")]
-    assert list_images(f"{folder}/c,d.webp") == [f"{folder}/c,d.webp"], "a comma in the name of a file that exists"
-    assert list_images(["x,y.png", "z.png"]) == ["x,y.png", "z.png"]
-
-
-@pytest.mark.parametrize("side", [1, 100])
-def test_list_images_keeps_a_data_uri_whole_however_long(side):
-    uri = data_uri(random_image(side, side, "RGB", np.random.default_rng(0)))
-    assert list_images(uri) == [uri]
-
-
-def test_a_folder_without_pictures_is_refused(tmp_path):
-    with pytest.raises(UserError, match="folder without pictures"):
-        list_images(str(tmp_path))
-
-
-PNG = base64.b64decode(data_uri(random_image(40, 40, "RGB", np.random.default_rng(0))).split(",")[1])
-BROKEN = {
-    "empty": b"",
-    "text": b"this is no image",
-    "half": PNG[: len(PNG) // 2],
-    "header only": PNG[:20],
-    "flipped": PNG[:60] + bytes(b ^ 255 for b in PNG[60:80]) + PNG[80:],
-}
-
-
-@pytest.mark.parametrize("content", BROKEN)
-@pytest.mark.parametrize("way", ["file", "uri"])
-def test_a_broken_image_is_named(content, way, tmp_path):
-    path = tmp_path / "broken.png"
-    path.write_bytes(BROKEN[content])
-    source = str(path) if way == "file" else "data:image/png;base64," + base64.b64encode(BROKEN[content]).decode()
-    with pytest.raises(UserError, match="broken.png" if way == "file" else "image data:image/png"):
-        open_image(source)
-
-
-@pytest.mark.parametrize(
-    "source, message",
-    [
-        ("nowhere.png", "nowhere.png does not exist"),
-        (".", "does not exist"),
-        ("data:image/png,abc", "without ;base64"),
-        ("data:image/png;base64,a_b=c!", "not valid base64"),
-        ("data:image/png;base64,AAA", "not valid base64"),
-        ("x" * 5000 + ".png", "image xxx"),
-        ("a\0b.png", "image a"),
-    ],
-)
-def test_an_invalid_source_is_named_in_a_short_message(source, message):
-    with pytest.raises(UserError, match=message) as error:
-        open_image(source)
-    assert len(str(error.value)) < 400
+def test_the_pictures_of_a_request_are_tiled_in_their_order(tmp_path):
+    vision = shape_of(model_config(SPECS["base"])).vision
+    images = [random_image(70, 50, "RGB", np.random.default_rng(n)) for n in range(3)]
+    images[0].save(tmp_path / "beside.png")
+    tiled = prepare_images(["beside.png", data_uri(images[1]), images[2]], tmp_path, vision)
+    assert [image.key for image in tiled] == [tile_image(image, vision).key for image in images]

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mllama_graph.core.errors import UserError
-from mllama_graph.inputs.images import Source
+from mllama_graph.inputs.image_sources import Source, part_source
 from mllama_graph.inputs.settings import describe
 from mllama_graph.inputs.template import ChatOptions
 
@@ -44,7 +44,7 @@ def read_message(message: dict[str, Any], sources: list[Source], where: str = "m
 def _part(part: Any, sources: list[Source], where: str) -> dict[str, Any]:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind in IMAGE_PARTS:
-        sources.append(_source(part))
+        sources.append(part_source(part, len(sources) + 1))
         return {"type": "image"}
     name = "refusal" if kind == "refusal" else "text"
     if kind not in (*TEXT_PARTS, "refusal"):
@@ -76,15 +76,6 @@ def _called(call: dict[str, Any], where: str) -> dict[str, Any]:
         except (ValueError, RecursionError) as error:
             raise UserError(f"{where}.function.arguments is not valid JSON: {str(error)[:100]}.") from error
     return {"function": {**function, "arguments": arguments}} if "arguments" in function else {}
-
-
-def _source(part: dict[str, Any]) -> Source:
-    """The source of an image part: a path, a data: URI, bytes or a PIL image."""
-    value = next((part[key] for key in ("image_url", "image", "url", "path") if part.get(key)), None)
-    value = value.get("url") if isinstance(value, dict) else value
-    if not isinstance(value, Source):
-        raise UserError("an image part needs its file path or data: URI in image_url.url.")
-    return value
 
 
 def read_messages(given: Any, sources: list[Source]) -> list[dict[str, Any]]:

@@ -1,28 +1,20 @@
-"""Loads images and cuts them into uint8 tiles. Uses Pillow and numpy only.
+"""Prepares pictures for the model: cuts them into uint8 tiles. Uses Pillow and numpy only.
 
 The tiles equal those of transformers' MllamaImageProcessorPil before normalisation, which the vision graph does.
 """
 
-import base64
-import binascii
 import hashlib
-import io
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-from mllama_graph.core.errors import UserError
+from mllama_graph.inputs.image_decoding import decode, naming
+from mllama_graph.inputs.image_sources import Source, read_source
 from mllama_graph.model.shape import VisionShape
-
-# An image as users give it: a file path or data: URI, a Path, the bytes of an encoded file, or a decoded image.
-Source = str | Path | bytes | Image.Image
-
-# Files of a folder that count as pictures; Pillow decodes all of these formats.
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
 
 @dataclass(frozen=True)
@@ -43,56 +35,16 @@ class TiledImage:
         return self.data.shape[0]
 
 
-def open_image(source: Source) -> Image.Image:
-    """Decode an image to RGB, rotated upright by its EXIF data, with transparency composited on white.
+def prepare_images(sources: Sequence[Source], base: Path, vision: VisionShape) -> tuple[TiledImage, ...]:
+    """Read, decode and tile the pictures of a request. Relative paths are looked up in `base` first.
 
-    Raises UserError naming the source.
+    Raises UserError "picture N (source) can't be read: why", whatever is wrong with one.
     """
-    shown = shorten(str(source)) if isinstance(source, (str, Path)) else "given as bytes"
-    try:
-        if isinstance(source, Image.Image):
-            return to_rgb(ImageOps.exif_transpose(source))
-        with Image.open(_stream(source, shown)) as image:
-            return to_rgb(ImageOps.exif_transpose(image))
-    except binascii.Error as error:
-        raise UserError(f"image {shown} is not valid base64: {error}.") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"image {shown} can't be decoded: {error_text(error)}.") from error
-
-
-def _stream(source: str | Path | bytes, shown: str) -> io.BytesIO | Path:
-    """The file or buffer of an encoded image. Raises UserError where there is none."""
-    if isinstance(source, bytes):
-        return io.BytesIO(source)
-    if isinstance(source, str) and source.startswith("data:"):
-        head, _, body = source.partition(",")
-        if not head.endswith(";base64"):
-            raise UserError(f"image {shown} is a data: URI without ;base64.")
-        return io.BytesIO(base64.b64decode(body, validate=True))
-    path = Path(source)
-    if not path.is_file():
-        raise UserError(f"image {shown} does not exist.")
-    return path
-
-
-def shorten(source: str) -> str:
-    """A source as messages show it: relative to the current folder, and cut in the middle to at most 80 characters."""
-    source = source.removeprefix(f"{Path.cwd()}/")
-    return source if len(source) <= 80 else source[:30] + "..." + source[-47:]
-
-
-def error_text(error: Exception) -> str:
-    """An exception's message, without the path that OSError repeats."""
-    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode to RGB, with transparency composited on white."""
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+    images = []
+    for number, source in enumerate(sources, start=1):
+        with naming(number, source):
+            images.append(tile_image(decode(read_source(source, base)), vision))
+    return tuple(images)
 
 
 def canvas(height: int, width: int, vision: VisionShape) -> tuple[int, int]:
@@ -129,35 +81,3 @@ def tile_image(image: Image.Image, vision: VisionShape) -> TiledImage:
     aspect = vision.aspect_ratios.index((rows, columns)) + 1
     digest = hashlib.sha256(bytes([aspect]) + data.tobytes()).hexdigest()
     return TiledImage(data, aspect, digest)
-
-
-def list_images(given: object) -> list[str]:
-    """The images that `image=` gives: a file, a comma-separated list, a list, or a folder (all its pictures, sorted).
-
-    Raises UserError for a folder without pictures.
-    """
-    if given is None or given == "":
-        return []
-    if isinstance(given, str):
-        path = Path(given)
-        if given.startswith("data:"):
-            return [given]
-        if _exists(path.is_dir):
-            found = sorted(str(entry) for entry in path.iterdir() if entry.suffix.lower() in SUFFIXES)
-            if not found:
-                raise UserError(f"image={given} is a folder without pictures ({', '.join(sorted(SUFFIXES))}).")
-            return found
-        if "," not in given or _exists(path.is_file):
-            return [given]
-        return [part.strip() for part in given.split(",") if part.strip()]
-    if isinstance(given, (list, tuple)):
-        return [str(part) for part in given]
-    raise UserError(f"image={given!r} must be a file, a comma-separated list or a folder.")
-
-
-def _exists(test: Callable[[], bool]) -> bool:
-    """The result of a path test; false for strings that can't be a path, such as a name that is too long."""
-    try:
-        return test()
-    except (OSError, ValueError):
-        return False

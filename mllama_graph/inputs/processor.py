@@ -8,7 +8,8 @@ from mllama_graph.core.errors import UserError
 from mllama_graph.inputs.chat import TEMPLATE_FIELDS, read_chat_options, read_messages, texts
 from mllama_graph.inputs.detokenizer import Detokenizer
 from mllama_graph.inputs.image_settings import ImageSettings, read_image_settings
-from mllama_graph.inputs.images import Source, error_text, list_images, open_image, shorten, tile_image
+from mllama_graph.inputs.image_sources import Source, request_images
+from mllama_graph.inputs.images import prepare_images
 from mllama_graph.inputs.request import Request, Sampling, read_options
 from mllama_graph.inputs.settings import Settings, describe
 from mllama_graph.inputs.template import DEFAULT, IMAGE, TOOL_USE, ChatOptions, ChatTemplate, find_templates
@@ -86,7 +87,7 @@ class Processor:
         return self.request({"id": id, "messages": [*messages, {"role": "user", "content": content}], **options})
 
     def request(self, given: dict[str, Any], base: Path = Path(".")) -> Request:
-        """Prepare a request from a line of a requests file. Relative image paths are also looked up in `base`.
+        """Prepare a request from a line of a requests file. Relative image paths are looked up in `base` first.
 
         Raises UserError for a request that is not valid.
         """
@@ -102,7 +103,7 @@ class Processor:
                 raise UserError("images beside messages: put them into the messages as image parts.")
             ids = self._messages(read_messages(given["messages"], sources), len(sources), options, given)
         else:
-            sources = _image_list(given.get("images"))
+            sources = request_images(given.get("images"), base)
             if kinds == ["prompt"]:
                 ids = self._messages(_as_message(given["prompt"], len(sources)), len(sources), options, given)
             else:
@@ -117,7 +118,7 @@ class Processor:
                 f"Shorten it or raise max_input_length."
             )
         limits = read_options(given, self.max_new, self.sampling)
-        images = tuple(tile_image(open_image(_resolve(source, base)), self.shape.vision) for source in sources)
+        images = prepare_images(sources, base, self.shape.vision)
         return Request(
             given.get("id"),
             tuple(ids),
@@ -193,29 +194,3 @@ def _as_message(prompt: Any, images: int) -> list[dict[str, Any]]:
 def _refuse_template_fields(request: dict[str, Any], why: str) -> None:
     if fields := [name for name in TEMPLATE_FIELDS if request.get(name)]:
         raise UserError(f"{', '.join(fields)} can't be used: {why}.")
-
-
-def _image_list(given: Any) -> list[Source]:
-    if isinstance(given, list) and all(isinstance(source, Source) for source in given):
-        return given
-    if given is None or isinstance(given, str):
-        return [*list_images(given)]
-    if isinstance(given, Source):
-        return [given]
-    raise UserError("images must be a list of file paths or data: URIs.")
-
-
-def _resolve(source: Source, base: Path) -> Source:
-    """A path as given, or within `base` if it exists only there; other sources unchanged."""
-    if not isinstance(source, (str, Path)):
-        return source
-    source = str(source)
-    if source.startswith("data:"):
-        return source
-    if source.startswith(("http://", "https://")):
-        raise UserError(f"image {shorten(source)} is a web address; give a file path or a data: URI.")
-    path = source.removeprefix("file://")
-    try:
-        return str(base / path) if not Path(path).exists() and (base / path).exists() else path
-    except (OSError, ValueError) as error:
-        raise UserError(f"image {shorten(source)} can't be opened: {error_text(error)}.") from error

@@ -8,7 +8,7 @@ from mllama_graph.engine.offline import Results, serve_lines
 from mllama_graph.engine.results import Delta, Result
 from mllama_graph.engine.scheduler import Scheduler
 from mllama_graph.engine.start import processor_of, start_engine
-from mllama_graph.inputs.images import list_images, shorten
+from mllama_graph.inputs.image_sources import list_images, shorten
 from mllama_graph.inputs.request import Request
 from mllama_graph.inputs.request_file import read_lines
 from mllama_graph.plan.resolve import Question, ResolvedRun

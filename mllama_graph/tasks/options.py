@@ -10,7 +10,7 @@ from typing import Any
 from mllama_graph.core.config import Run, TaskOptions, at_least, one_of
 from mllama_graph.core.devices import Device
 from mllama_graph.core.errors import UserError
-from mllama_graph.inputs.images import list_images
+from mllama_graph.inputs.image_sources import list_images
 from mllama_graph.inputs.request_file import most_images, read_lines
 from mllama_graph.measure.peers import Setting, settings_of
 
