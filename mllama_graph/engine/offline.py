@@ -46,7 +46,8 @@ def serve(
                 except BaseException as error:
                     if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
                         raise
-                    log.info("request %d", place, exc_info=not isinstance(error, UserError))
+                    if not isinstance(error, UserError):
+                        log.info("request %d can't be prepared", place, exc_info=True)
                     failed = Result.failed(place, message_of(error))
                     # A variable of the traceback may be a decoded image.
                     del error
