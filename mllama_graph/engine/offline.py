@@ -38,6 +38,7 @@ def serve(
                     more = False
                     break
                 place, prepare = entry
+                refused = None
                 try:
                     request = prepare()
                     if request is not None:
@@ -48,10 +49,10 @@ def serve(
                         raise
                     if not isinstance(error, UserError):
                         log.info("request %d can't be prepared", place, exc_info=True)
-                    failed = Result.failed(place, message_of(error))
-                    # A variable of the traceback may be a decoded image.
-                    del error
-                    yield place, Delta(place, None, "", failed)
+                    refused = message_of(error)
+                # Outside of the handler, whose traceback may hold a decoded image.
+                if refused is not None:
+                    yield place, Delta(place, None, "", Result.failed(place, refused))
             for number, delta in engine.deltas_of(list(places)) if places else ():
                 yield places[number], delta
                 if delta.result:

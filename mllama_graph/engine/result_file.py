@@ -61,7 +61,7 @@ class Results:
                     if "error" not in given:
                         entry = (id_key(given["id"]), given.get("line_hash"), begin)
                         self._index.execute("INSERT INTO earlier VALUES (?, ?, ?)", entry)
-                except (ValueError, TypeError, KeyError, RecursionError, sqlite3.Error):
+                except (ValueError, TypeError, KeyError, OverflowError, RecursionError, sqlite3.Error):
                     # Not a result: `close` leaves it out.
                     pass
                 begin += len(line)

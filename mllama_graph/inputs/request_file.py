@@ -171,7 +171,7 @@ def most_images(lines: Iterable[Line]) -> int:
 
 def is_stream(requests: str) -> bool:
     """Whether `requests` is stdin (-), a pipe or a device, which can be read only once, and only by one process."""
-    if requests == STDIN or requests.startswith(("/dev/", "/proc/")):
+    if requests in (STDIN, "/dev/stdin") or requests.startswith(("/dev/fd/", "/proc/")):
         return True
     path = Path(requests).expanduser()
     try:
