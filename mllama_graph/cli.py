@@ -24,15 +24,16 @@ from omegaconf import DictConfig, OmegaConf
 
 from mllama_graph.compose import COMPOSING_ERRORS, CONF, CONFIG, HYDRA_VERSION, explain, literal, register_schemas
 from mllama_graph.core.config import Run, TaskOptions, check, with_task_keys
-from mllama_graph.core.errors import Interrupted, PeerGone, RankFailed, UserError
+from mllama_graph.core.errors import Interrupted, OutputClosed, PeerGone, RankFailed, UserError
 from mllama_graph.core.place import place_from
-from mllama_graph.core.report import write_failure
+from mllama_graph.core.report import output_closed, silence, write_failure
 from mllama_graph.launch.launch import join, launch
 from mllama_graph.measure.sweep import standing, write_summary
 from mllama_graph.plan.resolve import ResolvedRun, ResolvedTask, resolve
 
 # Exit code 2: an error that the user can correct.
-EXIT_CODES = {UserError: 2, Interrupted: 130}
+# 141: 128 + SIGPIPE, as a shell reports a program that this signal has ended.
+EXIT_CODES: dict[type[Exception], int] = {UserError: 2, Interrupted: 130, OutputClosed: 141}
 
 log = logging.getLogger("mllama_graph")
 # Exit codes of the jobs that failed in this process.
@@ -47,7 +48,23 @@ class JobFailed(Exception):
 
 
 def main() -> int:
-    """Run the command line and return the exit code: 0, 2 for a user's error, 130 after an interrupt, else 1."""
+    """Run the command line and return the exit code.
+
+    0; 2 for a user's error; 130 after an interrupt; 141 if the output was closed; else 1.
+    """
+    try:
+        code = _main()
+        if sys.stdout:
+            sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        if not output_closed():
+            raise
+        silence()
+        return EXIT_CODES[OutputClosed]
+
+
+def _main() -> int:
     try:
         place = place_from(os.environ)
     except UserError as error:
@@ -76,6 +93,8 @@ def main() -> int:
     except COMPOSING_ERRORS as error:
         print(f"error: {explain(error)}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        raise
     except OSError as error:
         print(
             f"error: {error.filename}: {error.strerror}. The run's folder must be writable (hydra.run.dir).",
@@ -104,6 +123,9 @@ def job(config: DictConfig) -> None:
         log.exception("the run ended early")
         _fail(run, folder, str(error), EXIT_CODES.get(type(error), 1))
     except Exception as error:
+        if isinstance(error, OutputClosed) or (isinstance(error, BrokenPipeError) and output_closed()):
+            _end_quietly(run, folder)
+            return
         log.exception("internal error")
         _fail(run, folder, f"internal error: {type(error).__name__}: {error} (stack in {folder / 'run.log'})", 1)
     finally:
@@ -143,6 +165,16 @@ def _fail(run: Run, folder: Path, message: str, exit_code: int) -> None:
     print(f"error: {message}", file=sys.stderr)
     write_failure(folder, asdict(run), message)
     failures.append(exit_code)
+
+
+def _end_quietly(run: Run, folder: Path) -> None:
+    """End a run whose output nobody reads any more."""
+    silence()
+    log.info("the reader of the output has ended")
+    # The task may have written its result before its last output.
+    if not (folder / "result.json").exists():
+        write_failure(folder, asdict(run), "the reader of the output has ended")
+    failures.append(EXIT_CODES[OutputClosed])
 
 
 def _raise_on_interrupt() -> None:

@@ -141,6 +141,7 @@ class Run:
     image: Any = None
     system: str | None = None
     requests: str | None = None
+    resume: bool = False
     # Short names for keys of tasks; null leaves the task's own key unchanged.
     batch_sizes: list[int] | None = None
     lengths: list[int] | None = None
@@ -216,6 +217,8 @@ def check(run: Run) -> None:
     one_of("backend.torchair.mode", run.backend.torchair.mode, TORCHAIR_MODES)
     one_of("backend.torchair.weight_format", run.backend.torchair.weight_format, WEIGHT_FORMATS)
     one_of("backend.torchair.topology_sorting_strategy", run.backend.torchair.topology_sorting_strategy, TOPOLOGIES)
+    if run.resume and (run.requests is None or run.task.name != "generate"):
+        raise UserError("resume=true goes on with a requests file of task=generate. Give requests=, or leave it out.")
     for key in ("tp", "batch", "max_input_length", "max_output_length"):
         at_least(key, getattr(run, key), 1)
     at_least("temperature", run.temperature, 0)

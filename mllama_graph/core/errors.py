@@ -1,4 +1,9 @@
-"""The errors that end a run with a one-line message, and their exit codes."""
+"""The errors that end a run with a one-line message, and their exit codes; the error message of one request."""
+
+import re
+
+# The longest message of a request's error, in characters.
+MESSAGE_LENGTH = 400
 
 
 class UserError(Exception):
@@ -15,3 +20,23 @@ class PeerGone(Exception):
 
 class Interrupted(Exception):
     """The run was stopped from outside (Ctrl-C, SIGTERM); finished requests are kept. Exit code 130."""
+
+
+class OutputClosed(Exception):
+    """The reader of stdout or stderr has ended (`| head`); finished requests are kept. Exit code 141, no message."""
+
+
+def message_of(error: BaseException) -> str:
+    """The message of a request's error: one line of valid text, of limited length and without object addresses."""
+    text = str(error) if isinstance(error, UserError) else _explain(error)
+    text = re.sub(r"( object)? at 0x[0-9a-fA-F]+", "", text).encode("utf8", "replace").decode()
+    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return text if len(text) <= MESSAGE_LENGTH else text[: MESSAGE_LENGTH - 60] + " ... " + text[-55:]
+
+
+def _explain(error: BaseException) -> str:
+    if isinstance(error, RecursionError):
+        return "the request is nested too deeply."
+    if isinstance(error, MemoryError):
+        return "there is not enough memory to prepare the request."
+    return f"the request can't be prepared: {type(error).__name__}: {error}."

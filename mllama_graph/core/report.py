@@ -2,8 +2,10 @@
 
 import json
 import logging
+import math
 import os
 import platform
+import select
 import sys
 import time
 from collections.abc import Sequence
@@ -79,10 +81,42 @@ def versions() -> dict[str, str | None]:
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
+def strict_json(value: Any, indent: int | None = None) -> str:
+    """JSON by its standard, which has no NaN and no infinity: a number that is not finite becomes null."""
+    try:
+        return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return [_finite(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def output_closed() -> bool:
+    """Whether the reader of stdout or stderr has ended, so that a BrokenPipeError is not another pipe's."""
+    poll = select.poll()
+    for descriptor in (1, 2):
+        poll.register(descriptor, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def silence() -> None:
+    """Send further output nowhere: at its exit, Python would report that it can't write what is still buffered."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        os.dup2(nowhere, descriptor)
+    os.close(nowhere)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf8")
+    aside.write_text(strict_json(value, indent=2) + "\n", encoding="utf8")
     aside.replace(path)
 
 

@@ -77,10 +77,21 @@ def _int32(values: Sequence[int] | Ints, device: torch.device) -> torch.Tensor:
 
 
 def _table(lists: Sequence[Ints], rows: int, width: int) -> Ints:
-    """Arrays as rows of a table, padded with page 0, which can always be read."""
+    """Arrays as rows of a table, padded with 0."""
     table = np.zeros((rows, width), dtype=np.int32)
     for index, values in enumerate(lists):
         table[index, : len(values)] = values
+    return table
+
+
+def _block_table(lists: Sequence[Ints], rows: int, width: int) -> Ints:
+    """Page numbers as rows of a table, padded with the row's own first page, or page 0 where it has none.
+
+    Padding is masked, but 0 * NaN is NaN: a page of another sequence that holds NaN would spoil the row.
+    """
+    table = _table(lists, rows, width)
+    for index, values in enumerate(lists):
+        table[index, len(values) :] = values[0] if len(values) else 0
     return table
 
 
@@ -95,7 +106,7 @@ def _image(
     if bucket.image_pages == 0:
         return None
     return ImageInput(
-        table_BJ=_int32(_table([one.image_pages for one in known], sequences, bucket.image_pages), device),
+        table_BJ=_int32(_block_table([one.image_pages for one in known], sequences, bucket.image_pages), device),
         fill_BJ=_int32(_table([one.image_fill for one in known], sequences, bucket.image_pages), device),
         see_T2=_int32(_table([np.asarray(span, np.int32) for span in see], tokens, 2), device),
     )
@@ -119,7 +130,7 @@ def prompt_input(row: Row, known: Known, bucket: Bucket, plan: Plan, device: tor
         last_1=_int32([new - 1], device),
         real_1=_int32([new], device),
         past_1=_int32([row.start], device),
-        table_J=_int32(_table([earlier], 1, bucket.pages)[0], device) if bucket.pages else None,
+        table_J=_int32(_block_table([earlier], 1, bucket.pages)[0], device) if bucket.pages else None,
         image=_image([known], _see(row), 1, T, bucket, device),
     )
 
@@ -137,7 +148,8 @@ def token_input(
         slot_T=_int32(row_slots + list(range(padding)), device),
         real_1=_int32([len(rows)], device),
         table_BJ=_int32(
-            _table([one.pages[: row.used_pages] for row, one in zip(rows, known)], bucket.rows, bucket.pages), device
+            _block_table([one.pages[: row.used_pages] for row, one in zip(rows, known)], bucket.rows, bucket.pages),
+            device,
         ),
         len_B=_int32([row.start + 1 for row in rows] + [1] * padding, device),
         image=_image(known, [_see(row)[0] for row in rows], bucket.rows, bucket.tokens, bucket, device),

@@ -10,11 +10,17 @@ from mllama_graph.core.report import Progress
 from mllama_graph.engine.executor import Executor
 from mllama_graph.engine.results import Delta, Result
 from mllama_graph.engine.scheduler import Scheduler, Sequence
-from mllama_graph.engine.stats import Stats
-from mllama_graph.engine.steps import DecodeStep, Step, Token
+from mllama_graph.engine.stats import Stats, Totals
+from mllama_graph.engine.steps import NOT_FINITE, DecodeStep, Step, Token
 from mllama_graph.inputs.detokenizer import Detokenizer
 from mllama_graph.inputs.processor import Processor
 from mllama_graph.inputs.request import Request
+
+# The error of a request whose logits are NaN or infinite at its new token number `step`, counted from 1.
+NOT_FINITE_ERROR = (
+    "logits are not finite at step {step}: the checkpoint holds weights that are not finite, or a value left the range "
+    "of its dtype. Check the checkpoint, or use dtype=fp32."
+)
 
 
 @dataclass
@@ -109,7 +115,7 @@ class Engine:
             for delta in self.step():
                 on_delta(delta)
 
-    def metrics(self, finished: list[Result]) -> dict[str, Any]:
+    def metrics(self, finished: Totals) -> dict[str, Any]:
         """The run's metrics for result.json."""
         return self.stats.metrics(finished, self.scheduler.preemptions)
 
@@ -141,6 +147,10 @@ class Engine:
         if self.stats.start_to_first_token is None:
             self.stats.start_to_first_token = process_age()
         request = state.request
+        if token.id == NOT_FINITE:
+            self._end(sequence)
+            error = NOT_FINITE_ERROR.format(step=len(sequence.generated))
+            return Delta(request.id, None, "", Result.failed(request.id, error))
         if request.sampling.logprobs is not None:
             state.logprobs.append(
                 {
@@ -156,9 +166,12 @@ class Engine:
             return Delta(request.id, token.id, text)
         reason = "stop" if ended or state.text.stopped else "length"
         text += state.text.flush()
+        self._end(sequence)
+        return Delta(request.id, token.id, text, self._result(state, reason, now))
+
+    def _end(self, sequence: Sequence) -> None:
         self.scheduler.finish(sequence)
         del self._running[sequence.id]
-        return Delta(request.id, token.id, text, self._result(state, reason, now))
 
     def _result(self, state: _Running, reason: str, now: float) -> Result:
         request, ids = state.request, list(state.sequence.generated)

@@ -1,5 +1,6 @@
 """Offline batches: serves a requests file and writes results.jsonl, one result per request even where some fail."""
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator
@@ -7,64 +8,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mllama_graph.core.errors import UserError
+from mllama_graph.core.errors import UserError, message_of
 from mllama_graph.engine.engine import Engine
+from mllama_graph.engine.result_file import MOST_IGNORED, Results
 from mllama_graph.engine.results import Delta, Result
 from mllama_graph.inputs.request import FIELDS, Request
-from mllama_graph.inputs.request_file import Line
+from mllama_graph.inputs.request_file import DEPTH, Line, parse, too_deep
 
 log = logging.getLogger(__name__)
 
 
-class Results:
-    """Writes results.jsonl: a line as each request finishes, so that an interrupt loses none; sorted at the end."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        # Results by their request's index in the input.
-        self.by_place: dict[int, Result] = {}
-        # Unknown fields, which may be misspelt.
-        self.ignored: set[str] = set()
-        self._file = path.open("w", encoding="utf8")
-
-    @property
-    def finished(self) -> list[Result]:
-        """The results of requests that were served, in the order in which they finished."""
-        return [result for result in self.by_place.values() if result.error is None]
-
-    @property
-    def errors(self) -> int:
-        """The number of requests that could not be served."""
-        return len(self.by_place) - len(self.finished)
-
-    def add(self, place: int, result: Result) -> None:
-        """Add and write the result of the request with index `place` in the input."""
-        self.by_place[place] = result
-        self._file.write(_json(result) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Rewrite the file with its lines in the order of the input."""
-        self._file.close()
-        aside = self.path.with_name(".results.jsonl")
-        aside.write_text(
-            "".join(_json(self.by_place[place]) + "\n" for place in sorted(self.by_place)), encoding="utf8"
-        )
-        aside.replace(self.path)
-
-
-def _json(result: Result) -> str:
-    return json.dumps(result.line(), ensure_ascii=False)
-
-
 def serve(
-    engine: Engine, requests: Iterable[tuple[int, Callable[[], Request]]], most: int
+    engine: Engine, requests: Iterable[tuple[int, Callable[[], Request | None]]], most: int
 ) -> Iterator[tuple[int, Delta]]:
     """Serve requests, each given by its index and a function that prepares it. Yields (index, delta).
 
     At most `most` requests are in the engine at a time, and each is prepared only when it is submitted, so that few
-    images are in memory. A request that raises UserError gets a failed result. Closing the iterator aborts unfinished
-    requests.
+    images are in memory. Whatever a request raises becomes its failed result; a request that is None is left out.
+    Closing the iterator aborts unfinished requests.
     """
     coming, more = iter(requests), True
     # Indices of the requests that are in the engine, by the engine's numbers.
@@ -77,10 +38,21 @@ def serve(
                     more = False
                     break
                 place, prepare = entry
+                refused = None
                 try:
-                    places[engine.submit(prepare())] = place
-                except UserError as error:
-                    yield place, Delta(place, None, "", Result.failed(place, str(error)))
+                    request = prepare()
+                    if request is not None:
+                        places[engine.submit(request)] = place
+                # The one boundary between a request and all others. A panic of tokenizers is no Exception.
+                except BaseException as error:
+                    if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
+                        raise
+                    if not isinstance(error, UserError):
+                        log.info("request %d can't be prepared", place, exc_info=True)
+                    refused = message_of(error)
+                # Outside of the handler, whose traceback may hold a decoded image.
+                if refused is not None:
+                    yield place, Delta(place, None, "", Result.failed(place, refused))
             for number, delta in engine.deltas_of(list(places)) if places else ():
                 yield places[number], delta
                 if delta.result:
@@ -92,38 +64,55 @@ def serve(
 
 def serve_lines(
     engine: Engine,
-    lines: list[Line],
+    lines: Iterable[Line],
     base: Path,
     results: Results,
     batch: int,
     alter: Callable[[Request], Request] = lambda request: request,
-) -> None:
-    """Serve every line of a requests file. `alter` may replace a request before it is submitted."""
-    ids = [_id_of(line) for line in lines]
-    seen: set[str] = set()
+) -> int:
+    """Serve every line of a requests file and return their number; lines are read as they are needed.
 
-    def prepare(place: int) -> Request:
-        _, given = lines[place]
-        if isinstance(given, str):
-            raise UserError(given)
-        results.ignored |= given.keys() - FIELDS
-        name = json.dumps(ids[place], sort_keys=True)
-        if name in seen:
-            raise UserError(f"id {name} is used by an earlier line; ids must differ.")
-        seen.add(name)
+    `alter` may replace a request before it is submitted.
+    """
+    # (id, hash of the line) of the lines in progress, by their index.
+    known: dict[int, tuple[Any, str | None]] = {}
+    count = 0
+
+    def prepare(place: int, line: Line) -> Request | None:
+        digest = line_hash(line)
+        known[place] = line[0], digest
+        given = parse(line)
+        id = given.get("id")
+        if id is None or too_deep(id):
+            id = line[0]
+        known[place] = id, digest
+        if too_deep(given):
+            raise UserError(f"line {line[0]} is nested more than {DEPTH} levels deep.")
+        if given.get("id") is not None and not results.claim(id):
+            raise UserError(f"id {json.dumps(id)} is used by an earlier line; ids must differ.")
+        if digest and results.keep(place, id, digest):
+            del known[place]
+            return None
+        if len(results.ignored) < MOST_IGNORED:
+            results.ignored |= given.keys() - FIELDS
         return alter(engine.processor.request({**given, "id": place}, base))
 
-    coming = ((place, partial(prepare, place)) for place in range(len(lines)))
-    for place, delta in serve(engine, coming, 2 * batch):
+    def coming() -> Iterator[tuple[int, Callable[[], Request | None]]]:
+        nonlocal count
+        for place, line in enumerate(lines):
+            count += 1
+            yield place, partial(prepare, place, line)
+
+    for place, delta in serve(engine, coming(), 2 * batch):
         if delta.result:
-            delta.result.id = ids[place]
+            delta.result.id, digest = known.pop(place)
             if delta.result.error:
-                log.info("request %s: %s", ids[place], delta.result.error)
-            results.add(place, delta.result)
+                log.info("request %s: %s", str(delta.result.id)[:80], delta.result.error)
+            results.add(place, delta.result, digest)
+    return count
 
 
-def _id_of(line: Line) -> Any:
-    """The id that a line gives, or else its line number."""
-    number, given = line
-    id = given.get("id") if isinstance(given, dict) else None
-    return number if id is None else id
+def line_hash(line: Line) -> str | None:
+    """A hash of a line's bytes without surrounding blanks; None for a line that a task has changed."""
+    given = line[1]
+    return hashlib.blake2b(given.strip(), digest_size=8).hexdigest() if isinstance(given, bytes) else None

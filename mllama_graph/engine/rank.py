@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import time
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,7 @@ from mllama_graph.engine import batch
 from mllama_graph.engine.device import backend_of
 from mllama_graph.engine.profiler import Profiler
 from mllama_graph.engine.sampler import Sampler
-from mllama_graph.engine.steps import PrefillStep, Row, Step, Token, VisionStep
+from mllama_graph.engine.steps import NOT_FINITE, PrefillStep, Row, Step, Token, VisionStep
 from mllama_graph.graphs.aot import Graph
 from mllama_graph.graphs.cuda_graphs import CapturedStep
 from mllama_graph.graphs.step import arguments
@@ -117,6 +118,8 @@ class Rank:
                 return graph(*arguments(bucket, given, *self._pages()))
 
         if isinstance(step, VisionStep):
+            # The image does not fill its last page, where another image's values may lie that are not finite.
+            _clear(self.image_pages, step.pages[-1:])
             call(batch.tile_input(step, self.shape, self.plan, device))
             return []
         if isinstance(step, PrefillStep):
@@ -139,8 +142,18 @@ class Rank:
                 [self.sequences[row].sampling for row in rows],
                 [row.start + len(row.ids) for row in rows],
             )
+        for row, token in zip(rows, tokens, strict=True):
+            if token.id == NOT_FINITE:
+                # A masked key still contributes with weight 0 (see __init__), so the next owner needs clean pages.
+                _clear(self.pages, self.sequences[row].pages.tolist())
         self.sample_seconds += time.perf_counter() - start
         return tokens
+
+
+def _clear(pages: Pages, numbers: Sequence[int]) -> None:
+    """Fill the pages with these numbers with zeros."""
+    for data in (data for layer in pages for data in layer):
+        data[list(numbers)] = 0
 
 
 def make_deterministic(deterministic: bool) -> None:

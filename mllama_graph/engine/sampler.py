@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mllama_graph.engine.steps import Token
+from mllama_graph.engine.steps import NOT_FINITE, Token
 from mllama_graph.inputs.request import Sampling
 from mllama_graph.model import sample
 from mllama_graph.model.sample import Gather
@@ -27,6 +27,8 @@ class Sampler:
     def tokens(self, logits_BV: Tensor, sampling: Sequence[Sampling], positions: Sequence[int]) -> list[Token]:
         """Sample a token for each row, with log-probabilities where its options request them.
 
+        A row with logits that are not finite gets the token NOT_FINITE; the other rows are not affected.
+
         `positions`: the positions of the sampled tokens.
         """
         logits_BV = sample.own_ids(logits_BV, self._first, self._vocab)
@@ -34,14 +36,17 @@ class Sampler:
         at_B = torch.zeros(len(sampling), dtype=torch.long, device=logits_BV.device)
         if any(s.temperature > 0 for s in sampling):
             at_B = self._draw(value_Bk, sampling, positions)
-        ids = id_Bk.gather(-1, at_B[:, None])[:, 0].tolist()
+        failed_B = value_Bk[:, 0].isnan()
+        # A draw from NaN may give any index.
+        at_B = at_B.masked_fill(failed_B, 0)
+        ids = id_Bk.gather(-1, at_B[:, None])[:, 0].masked_fill(failed_B, NOT_FINITE).tolist()
         if all(s.logprobs is None for s in sampling):
             return [Token(id) for id in ids]
         logp_Bk = value_Bk - sample.total(logits_BV, self._gather)[:, None]
         own, top_ids, top = logp_Bk.gather(-1, at_B[:, None])[:, 0].tolist(), id_Bk.tolist(), logp_Bk.tolist()
         return [
             Token(ids[i])
-            if s.logprobs is None
+            if s.logprobs is None or ids[i] == NOT_FINITE
             else Token(ids[i], own[i], tuple(top_ids[i][: s.logprobs]), tuple(top[i][: s.logprobs]))
             for i, s in enumerate(sampling)
         ]

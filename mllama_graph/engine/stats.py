@@ -1,6 +1,5 @@
 """Sums over the steps of a run, and the metrics computed from them."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +7,29 @@ from mllama_graph.engine.results import Result
 from mllama_graph.engine.steps import DecodeStep, PrefillStep, Step, VisionStep
 from mllama_graph.model.shape import ModelShape
 from mllama_graph.plan.cost import step_bytes
+
+
+@dataclass
+class Totals:
+    """Sums over the requests that were served. Times are in milliseconds; `timed`: requests with a time per token."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    image_tokens: int = 0
+    new_tokens: int = 0
+    first_token_ms: float = 0.0
+    per_token_ms: float = 0.0
+    timed: int = 0
+
+    def add(self, result: Result) -> None:
+        """Add the result of a request that was served."""
+        self.requests += 1
+        self.prompt_tokens += result.prompt_tokens
+        self.image_tokens += result.image_tokens
+        self.new_tokens += len(result.token_ids)
+        self.first_token_ms += result.time_to_first_token_ms
+        if result.time_per_output_token_ms is not None:
+            self.per_token_ms, self.timed = self.per_token_ms + result.time_per_output_token_ms, self.timed + 1
 
 
 @dataclass
@@ -38,18 +60,17 @@ class Stats:
             tokens = sum(row.start + 1 for row in step.rows)
             self.decode_bytes += step_bytes(shape, image_tokens > 0, tokens, image_tokens, *widths)
 
-    def metrics(self, finished: Sequence[Result], preemptions: int) -> dict[str, Any]:
+    def metrics(self, finished: Totals, preemptions: int) -> dict[str, Any]:
         """The metrics for result.json: sums over requests, means over steps. Bytes are modelled, times measured."""
         steps = self.decode_steps
-        per_token = [r.time_per_output_token_ms for r in finished if r.time_per_output_token_ms is not None]
         return {
-            "requests": len(finished),
-            "prompt_tokens": sum(r.prompt_tokens for r in finished),
-            "image_tokens": sum(r.image_tokens for r in finished),
-            "new_tokens": sum(len(r.token_ids) for r in finished),
+            "requests": finished.requests,
+            "prompt_tokens": finished.prompt_tokens,
+            "image_tokens": finished.image_tokens,
+            "new_tokens": finished.new_tokens,
             "start_to_first_token_s": self.start_to_first_token and round(self.start_to_first_token, 2),
-            "time_to_first_token_ms": _mean([result.time_to_first_token_ms for result in finished]),
-            "time_per_output_token_ms": _mean(per_token),
+            "time_to_first_token_ms": _mean(finished.first_token_ms, finished.requests),
+            "time_per_output_token_ms": _mean(finished.per_token_ms, finished.timed),
             "tokens_per_second": round(self.decode_rows / self.decode_seconds, 3) if steps else None,
             "bytes_per_step": round(self.decode_bytes / steps) if steps else None,
             "gb_per_second": round(self.decode_bytes / self.decode_seconds / 1e9, 3) if steps else None,
@@ -63,5 +84,5 @@ class Stats:
         }
 
 
-def _mean(values: Sequence[float]) -> float | None:
-    return round(sum(values) / len(values), 3) if values else None
+def _mean(total: float, count: int) -> float | None:
+    return round(total / count, 3) if count else None

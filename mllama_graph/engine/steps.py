@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from mllama_graph.inputs.images import TiledImage
 from mllama_graph.inputs.request import Sampling
 
+# The id of a token that could not be sampled, since a logit of its row is NaN or infinite.
+NOT_FINITE = -1
+
 
 @dataclass(frozen=True)
 class Token:
-    """A sampled id, and log-probabilities of the raw logits where they were requested."""
+    """A sampled id or NOT_FINITE, and log-probabilities of the raw logits where they were requested."""
 
     id: int
     logprob: float | None = None

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mllama_graph.core.errors import UserError
 from mllama_graph.engine.engine import Engine
+from mllama_graph.engine.results import Delta
 from mllama_graph.inputs.images import TiledImage, tile_image
 from mllama_graph.inputs.request import Request
 from mllama_graph.measure.timing import Case, Timing
@@ -54,7 +56,7 @@ def serve(
     vision, prefill, sample = stats.vision_seconds, stats.prefill_seconds, rank.sample_seconds
     numbers, without = [engine.submit(request) for request in requests], {request.id for request in requests}
     while without:
-        without -= {delta.id for delta in engine.step()}
+        without -= {delta.id for delta in _step(engine)}
     timing.first.append(time.perf_counter() - start)
     timing.vision.append(stats.vision_seconds - vision)
     timing.prefill.append(stats.prefill_seconds - prefill)
@@ -63,9 +65,18 @@ def serve(
     steps = []
     for _ in range(new - 1):
         start = time.perf_counter()
-        engine.step()
+        _step(engine)
         steps.append(time.perf_counter() - start)
     timing.steps += steps
     timing.whole.append(timing.first[-1] + sum(steps))
     for number in numbers:
         engine.abort(number)
+
+
+def _step(engine: Engine) -> list[Delta]:
+    """Run one step. Raises UserError where a request failed, since the others alone would be timed from then on."""
+    deltas = engine.step()
+    for delta in deltas:
+        if delta.result and delta.result.error:
+            raise UserError(delta.result.error)
+    return deltas

@@ -11,8 +11,9 @@ import pickle
 import signal
 import sys
 
-from mllama_graph.core.errors import Interrupted, PeerGone, RankFailed, UserError
+from mllama_graph.core.errors import Interrupted, OutputClosed, PeerGone, RankFailed, UserError
 from mllama_graph.core.place import Place, Rendezvous, place_from
+from mllama_graph.core.report import silence
 from mllama_graph.launch.environment import log_to
 from mllama_graph.launch.launch import run_here, work
 from mllama_graph.launch.processes import Assignment
@@ -45,6 +46,9 @@ def main() -> None:
         kind, message = "user", str(error)
     except Interrupted as error:
         kind, message = "interrupted", str(error)
+    except OutputClosed as error:
+        kind, message = "closed", str(error)
+        silence()
     except PeerGone as error:
         kind, message = "peer", f"{who}{error} {stack}"
     except RankFailed as error:

@@ -9,9 +9,10 @@ import sys
 from collections.abc import Callable
 
 from mllama_graph.core.config import TaskOptions
-from mllama_graph.core.errors import Interrupted, UserError
+from mllama_graph.core.errors import Interrupted, OutputClosed, UserError
 from mllama_graph.core.machine import raise_interrupt
 from mllama_graph.core.place import Place, Rendezvous, place_from
+from mllama_graph.core.report import output_closed
 from mllama_graph.launch.environment import log_to, prepare_environment, simulate_npu
 from mllama_graph.launch.supervisor import Supervisor
 from mllama_graph.plan.resolve import ResolvedRun, ResolvedTask
@@ -50,7 +51,7 @@ def launch(run: ResolvedTask, entry: str, fresh: bool) -> None:
 def run_here(run: ResolvedTask, entry: str, place: Place) -> None:
     """Run a task in this process, as rank 0.
 
-    Raises UserError, or Interrupted if a signal stopped it.
+    Raises UserError, Interrupted if a signal stopped it, or OutputClosed.
     """
     prepare_environment(run, place)
     signal.signal(signal.SIGTERM, raise_interrupt)
@@ -62,6 +63,10 @@ def run_here(run: ResolvedTask, entry: str, place: Place) -> None:
         raise Interrupted(
             f"interrupted; finished requests are in {finished}." if finished.exists() else "interrupted."
         ) from error
+    except BrokenPipeError as error:
+        if output_closed():
+            raise OutputClosed("the reader of the output has ended.") from error
+        raise
 
 
 def _imported(entry: str) -> Callable[[ResolvedTask], None]:

@@ -14,7 +14,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import IO
 
-from mllama_graph.core.errors import Interrupted, RankFailed, UserError
+from mllama_graph.core.errors import Interrupted, OutputClosed, RankFailed, UserError
 from mllama_graph.core.machine import block_sigint
 from mllama_graph.core.paths import PACKAGE
 from mllama_graph.core.place import Place, Rendezvous, bind_master_port
@@ -27,6 +27,7 @@ TELL_SECONDS, END_SECONDS = 1.0, 5.0
 FAILURES: dict[str, type[Exception]] = {
     "user": UserError,
     "interrupted": Interrupted,
+    "closed": OutputClosed,
     "failed": RankFailed,
     "peer": RankFailed,
 }

@@ -15,9 +15,15 @@ Gather = Callable[[Tensor], Tensor]
 
 
 def own_ids(logits_BV: Tensor, first: int, vocab: int) -> Tensor:
-    """Logits in fp32, -inf in padding columns, whose ids are `vocab` or more. `first` is the id of column 0."""
+    """Logits in fp32, -inf in padding columns, whose ids are `vocab` or more. `first` is the id of column 0.
+
+    In a row with a logit that is NaN or infinite, column 0 becomes NaN, in place where the logits are in fp32: the
+    candidates of such a row begin with NaN on every rank, without an exchange of its own.
+    """
     logits_BV = logits_BV.float()
     held = max(0, vocab - first)
+    # 0 times the sum is 0 unless a summand is not finite. A sum costs a thirtieth of the search for the largest logit.
+    logits_BV[:, 0] += logits_BV[:, :held].sum(-1) * 0
     if held < logits_BV.shape[-1]:
         logits_BV = logits_BV.index_fill(
             -1, torch.arange(held, logits_BV.shape[-1], device=logits_BV.device), -torch.inf
@@ -28,7 +34,8 @@ def own_ids(logits_BV: Tensor, first: int, vocab: int) -> Tensor:
 def candidates(logits_BV: Tensor, k: int, first: int, gather: Gather) -> tuple[Tensor, Tensor]:
     """The k largest logits of all ranks and their ids, (B, k) each; fewer than k if there are not as many.
 
-    Among equal logits, the lowest id comes first. `logits_BV` is the result of own_ids; `gather` stacks over ranks.
+    Among equal logits, the lowest id comes first; NaN counts as the largest. `logits_BV` is the result of own_ids;
+    `gather` stacks over ranks.
     """
     value_Bk, column_Bk = _largest(logits_BV, k)
     value_BN, id_BN = (gather(x).movedim(0, 1).flatten(1) for x in (value_Bk, (column_Bk + first).int()))

@@ -71,6 +71,7 @@ class Question:
     image: Any
     system: str | None
     requests: Path | None
+    resume: bool
     # Used by a run that gives neither prompt nor image; from the model's configuration.
     default_prompt: str | None
     default_image: str | None
@@ -187,6 +188,7 @@ def resolve(run: Run, place: Place | None) -> ResolvedTask:
             run.image,
             run.system,
             Path(run.requests).expanduser() if run.requests else None,
+            run.resume,
             run.model.prompt,
             in_package(run.model.image),
         ),

@@ -14,10 +14,12 @@ from typing import Any
 from mllama_graph.core.errors import UserError
 from mllama_graph.core.report import Progress, columns, write_result
 from mllama_graph.engine.engine import Engine
-from mllama_graph.engine.offline import Results, serve_lines
+from mllama_graph.engine.offline import serve_lines
+from mllama_graph.engine.result_file import Results
 from mllama_graph.engine.start import processor_of, start_engine
+from mllama_graph.engine.stats import Totals
 from mllama_graph.inputs.request import Request
-from mllama_graph.inputs.request_file import Line, read_lines
+from mllama_graph.inputs.request_file import Line, parsed, read_lines
 from mllama_graph.plan.resolve import ResolvedRun
 from mllama_graph.tasks.options import EvaluateOptions
 
@@ -34,7 +36,7 @@ def main(run: ResolvedRun) -> None:
     options, folder, progress = run.options, run.output_dir, Progress()
     assert isinstance(options, EvaluateOptions)
     path = run.question.requests or held_out_file(run, options.each, progress)
-    lines = list(read_lines(path))
+    lines = list(map(parsed, read_lines(path)))
     if not any(isinstance(given, dict) and "answer" in given for _, given in lines):
         raise UserError(f"requests={path} has no line with an answer: a string, or a list of accepted ones.")
     engine = start_engine(run, processor_of(run), progress)
@@ -45,7 +47,7 @@ def main(run: ResolvedRun) -> None:
         return score(engine, lines, asked, path.parent, folder, control, alter, progress)
 
     scores = {"right %": scored("", lines)}
-    metrics = engine.metrics([])
+    metrics = engine.metrics(Totals())
     if options.controls:
         scores["images exchanged"] = scored("images exchanged", exchanged(lines))
         scores["images unseen"] = scored("images unseen", lines, unseen)
@@ -88,13 +90,17 @@ def score(
     serve_lines(engine, asked, base, results, engine.executor.run.limits.batch, alter)
     results.close()
     by_kind: ByKind = defaultdict(list)
-    with (folder / f"predictions{name}.jsonl").open("w", encoding="utf8") as file:
-        for place, (number, given) in enumerate(lines):
+    with (
+        results.path.open(encoding="utf8") as served,
+        (folder / f"predictions{name}.jsonl").open("w", encoding="utf8") as file,
+    ):
+        for (number, given), line in zip(lines, served, strict=True):
             if not isinstance(given, dict) or "answer" not in given:
                 continue
-            result = results.by_place[place]
+            result = json.loads(line)
+            prediction = None if "error" in result else result["text"]
             accepted = given["answer"] if isinstance(given["answer"], list) else [given["answer"]]
-            right = result.error is None and result.text.strip() in [str(answer).strip() for answer in accepted]
+            right = prediction is not None and prediction.strip() in [str(answer).strip() for answer in accepted]
             by_kind[str(given.get("kind", "-"))].append(right)
             by_kind[ALL].append(right)
             file.write(
@@ -103,7 +109,7 @@ def score(
                         "id": given.get("id", number),
                         "kind": given.get("kind"),
                         "answer": accepted,
-                        "prediction": result.text if result.error is None else None,
+                        "prediction": prediction,
                         "right": right,
                     },
                     ensure_ascii=False,

@@ -2,9 +2,11 @@
 
 from typing import Any
 
+from mllama_graph.core.errors import UserError
 from mllama_graph.core.report import Progress, table, write_result
 from mllama_graph.engine.engine import Engine
-from mllama_graph.engine.offline import Results, serve_lines
+from mllama_graph.engine.offline import serve_lines
+from mllama_graph.engine.result_file import Results
 from mllama_graph.engine.results import Delta, Result
 from mllama_graph.engine.scheduler import Scheduler
 from mllama_graph.engine.start import processor_of, start_engine
@@ -17,7 +19,10 @@ DEFAULT_PROMPT = {True: "Describe this image.", False: "What can you do?"}
 
 
 def main(run: ResolvedRun) -> None:
-    """Generate for requests=, or for prompt= and image=, and write results.jsonl and result.json."""
+    """Generate for requests=, or for prompt= and image=, and write results.jsonl and result.json.
+
+    Raises UserError for a prompt that can't be answered.
+    """
     processor, progress, question = processor_of(run), Progress(), run.question
     path = run.output_dir / "results.jsonl"
     if question.requests is None:
@@ -28,18 +33,26 @@ def main(run: ResolvedRun) -> None:
         engine = start_engine(run, processor, progress, first)
         progress.say(" ".join([*map(shorten, images), prompt]))
         results = Results(path)
-        _finish(run, engine, results, answer(engine, request, results), progress)
+        result = answer(engine, request, results)
+        _finish(run, engine, results, result, progress)
+        if result.error:
+            raise UserError(result.error)
         return
-    lines = list(read_lines(question.requests))
+    # A file that can't be read is refused before weights are loaded.
+    next(read_lines(question.requests))
     engine = start_engine(run, processor, progress)
-    results = Results(path)
-    serve_lines(engine, lines, question.requests.parent, results, run.limits.batch)
+    if question.resume and not path.exists():
+        progress.say(f"resume=true: there is no {path}, so every line is served. hydra.run.dir= chooses the folder.")
+    results = Results(path, question.resume)
+    lines = read_lines(question.requests)
+    count = serve_lines(engine, lines, question.requests.parent, results, run.limits.batch)
     progress.say(
-        f"{len(results.finished)} of {len(lines)} requests finished, {results.errors} refused"
+        f"{results.totals.requests + results.kept} of {count} requests finished, {results.errors} refused"
         + (f"; see {results.path}" if results.errors else "")
+        + (f"; {results.kept} results were kept from the run before" if results.kept else "")
     )
     if results.ignored:
-        progress.say(f"unknown fields were ignored: {', '.join(sorted(results.ignored))}")
+        progress.say(f"unknown fields were ignored: {', '.join(map(_shown, sorted(results.ignored)))}")
     _finish(run, engine, results, None, progress)
 
 
@@ -54,21 +67,28 @@ def asked(question: Question) -> tuple[str, list[str]]:
 def answer(engine: Engine, request: Request, results: Results) -> Result:
     """Serve one request and stream its text to stdout."""
 
+    found: list[Result] = []
+
     def show(delta: Delta) -> None:
         print(delta.text, end="", flush=True)
         if delta.result:
             results.add(0, delta.result)
+            found.append(delta.result)
 
     engine.submit(request)
     engine.run(show)
     print(flush=True)
-    return results.by_place[0]
+    return found[0]
+
+
+def _shown(field: str) -> str:
+    return field[:40] if field.isprintable() else repr(field[:40])
 
 
 def _finish(run: ResolvedRun, engine: Engine, results: Results, single: Result | None, progress: Progress) -> None:
     """Print the metrics and write result.json; write it again once graphs that are still compiling are stored."""
     results.close()
-    metrics = engine.metrics(results.finished)
+    metrics = engine.metrics(results.totals)
 
     def write() -> None:
         write_result(
@@ -81,7 +101,7 @@ def _finish(run: ResolvedRun, engine: Engine, results: Results, single: Result |
         )
 
     write()
-    if results.finished:
+    if results.totals.requests:
         print("\n" + table(_figures(metrics)), flush=True)
     engine.close(progress)
     write()

@@ -11,7 +11,7 @@ from mllama_graph.core.config import Run, TaskOptions, at_least, one_of
 from mllama_graph.core.devices import Device
 from mllama_graph.core.errors import UserError
 from mllama_graph.inputs.image_sources import list_images
-from mllama_graph.inputs.request_file import most_images, read_lines
+from mllama_graph.inputs.request_file import is_stream, most_images, read_lines, spool
 from mllama_graph.measure.peers import Setting, settings_of
 
 # Values that torch_npu.profiler accepts.
@@ -34,6 +34,13 @@ SHAPES_ONLY = "meta"
 @dataclass
 class GenerateOptions(TaskOptions):
     """task=generate: a prompt on the command line, or a file of requests."""
+
+    def prepared(self, run: Run) -> Run:
+        """Copy requests from stdin or a pipe to a file: they are read twice, and by the process of rank 0."""
+        if run.requests is None or not is_stream(run.requests):
+            return run
+        assert run.output_dir is not None, "set by the command line"
+        return replace(run, requests=str(spool(run.requests, Path(run.output_dir))))
 
     def images_asked(self, run: Run) -> int:
         """The number of images of the prompt, or the most on a line of the requests file."""
@@ -95,6 +102,14 @@ class TimedOptions(WorkloadOptions):
             plan=replace(run.plan, compile=compile_mode),
         )
 
+    def needs(self, device: Device) -> str:
+        if device.simulated:
+            raise UserError(
+                f"task={self.name} on a simulated NPU would time the interpreter. Use backend=inductor, or an NPU; "
+                "task=verify and task=roofline model an NPU's times."
+            )
+        return self.RANKS
+
 
 @dataclass
 class BenchOptions(TimedOptions):
@@ -135,14 +150,6 @@ class ProfileOptions(TimedOptions):
             raise UserError(
                 "task=profile records one batch: give one of batch_sizes= and one of lengths=, or sweep with -m."
             )
-
-    def needs(self, device: Device) -> str:
-        if device.simulated:
-            raise UserError(
-                "task=profile on a simulated NPU would time the interpreter. Use backend=inductor, or an NPU; "
-                "task=verify and task=roofline model an NPU's times."
-            )
-        return self.RANKS
 
 
 @dataclass

@@ -167,3 +167,16 @@ def test_noise_depends_only_on_seed_and_position():
     assert len(set(values.values())) == len(values), "two positions or seeds share a draw"
     assert all(noise(*key) == value for key, value in values.items())
     assert noise(1, 23) != noise(12, 3)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("k", [1, 3, V])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_every_rank_sees_the_row_whose_logits_are_not_finite(value, k, world):
+    sound = torch.arange(V, dtype=torch.float32).expand(V, V)
+    spoilt = torch.where(torch.eye(V, dtype=torch.bool), value, sound)
+    rows = torch.stack((sound, spoilt), dim=1).flatten(0, 1)
+    want = candidates(sound.clone(), k, world)
+    for (value_Bk, id_Bk, _), (value_Ck, id_Ck, _) in zip(candidates(rows, k, world), want):
+        assert value_Bk[1::2, 0].isnan().all()
+        assert torch.equal(value_Bk[::2], value_Ck) and torch.equal(id_Bk[::2], id_Ck)
