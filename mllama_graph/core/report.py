@@ -81,12 +81,19 @@ def versions() -> dict[str, str | None]:
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
+_LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
+
+
 def strict_json(value: Any, indent: int | None = None) -> str:
-    """JSON by its standard, which has no NaN and no infinity: a number that is not finite becomes null."""
+    """JSON by its standard, which has no NaN and no infinity: a number that is not finite becomes null.
+
+    Unicode's line ends are escaped, since many readers of JSON lines split at them too.
+    """
     try:
-        return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
     except ValueError:
-        return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    return text if text.isascii() else text.translate(_LINE_ENDS)
 
 
 def _finite(value: Any) -> Any:
