@@ -111,7 +111,7 @@ def test_compiled_graphs_and_two_ranks_fail_in_the_same_way(checkpoint, warm, tm
         f"requests={written(tmp_path / 'requests.jsonl', lines)}",
         "backend=eager",
         "batch=3",
-        "tp=2",
+        "tp=3",
     )
     by_id = {line["id"]: line for line in done["lines"]}
     assert {id: line["error"] for id, line in by_id.items() if "error" in line} == failed
