@@ -96,7 +96,7 @@ def test_an_image_that_is_not_finite_spoils_only_its_own_requests(checkpoint, re
     assert tokens_of(engine, [other]) == {"grey_26": expected["grey_26"]}
 
 
-def test_compiled_graphs_and_two_ranks_fail_in_the_same_way(checkpoint, warm, tmp_path):
+def test_compiled_graphs_and_three_ranks_fail_in_the_same_way(checkpoint, warm, tmp_path):
     folder = with_row(checkpoint(GRAPH_SPEC), tmp_path / "checkpoint", 7, torch.nan)
     lines = [{**line, "input_ids": [7 if id == 7 else 3 for id in line["input_ids"]][:20]} for line in bad_lines(7)]
     lines.append({"id": "sound", "input_ids": [1, 2, 3], "max_new_tokens": 4, "logprobs": 1})
