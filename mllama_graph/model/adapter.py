@@ -19,7 +19,7 @@ from mllama_graph.core.errors import UserError
 from mllama_graph.model.fields import Fields, refuse_lfs_pointer
 from mllama_graph.model.names import legacy_name
 from mllama_graph.model.pth import PthFile
-from mllama_graph.model.shape import ModelShape, read_json
+from mllama_graph.model.shape import ModelShape
 from mllama_graph.model.table import Entry
 
 PREFIX = "base_model.model."
@@ -78,10 +78,9 @@ class Adapter:
             raise UserError(
                 f"adapter={folder} has no adapter_config.json. Give the folder that peft's save_pretrained wrote."
             )
-        config = read_json(folder / "adapter_config.json")
-        self._config = Fields(config, str(folder / "adapter_config.json"))
+        self._config = Fields.of(folder / "adapter_config.json")
         self._refuse_other_kinds()
-        self.base = config.get("base_model_name_or_path")
+        self.base = self._config.values.get("base_model_name_or_path")
         self.path = self._file()
         self._shapes = self._headers()
         self.changes = self._changes()

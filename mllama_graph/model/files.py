@@ -20,9 +20,9 @@ from mllama_graph.core.dtypes import SAFETENSORS
 from mllama_graph.core.errors import UserError
 from mllama_graph.model import foreign
 from mllama_graph.model.adapter import Adapter
-from mllama_graph.model.fields import Fields, refuse_lfs_pointer
+from mllama_graph.model.fields import Fields, read_json, refuse_lfs_pointer
 from mllama_graph.model.names import legacy_name
-from mllama_graph.model.shape import ModelShape, read_json, read_optional_json, shape_of
+from mllama_graph.model.shape import ModelShape, shape_of
 from mllama_graph.model.table import Entry, table
 
 log = logging.getLogger(__name__)
@@ -70,9 +70,8 @@ class CheckpointFiles:
         """The files that hold the model. As in transformers, one whole file comes before an index."""
         if (self.folder / WHOLE_FILE).is_file():
             return [self.folder / WHOLE_FILE]
-        index = read_optional_json(self.folder / INDEX)
-        if index is not None:
-            return sorted({self.folder / file for file in _weight_map(index, self.folder / INDEX).values()})
+        if (self.folder / INDEX).is_file():
+            return sorted({self.folder / file for file in _weight_map(self.folder / INDEX).values()})
         paths = [path for path in sorted(self.folder.glob("*.safetensors")) if not path.name.startswith(OTHER_FILES)]
         if not paths:
             raise UserError(foreign.explain_missing_weights(self.folder))
@@ -100,9 +99,7 @@ class CheckpointFiles:
     def _tied(self) -> bool:
         """Whether config.json says that the head is the embedding. Where a head is stored, transformers uses that."""
         given = Fields(self.config, str(self.folder / "config.json"))
-        return given.flag("tie_word_embeddings", False) or given.within("text_config").flag(
-            "tie_word_embeddings", False
-        )
+        return any(part.flag("tie_word_embeddings", False) for part in (given, given.within("text_config")))
 
     def _open(self, path: Path) -> Any:
         if path not in self._opened:
@@ -197,15 +194,15 @@ def _fits(found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
     return math.prod(found) == math.prod(expected) and (found == expected or len(found) != len(expected))
 
 
-def _weight_map(index: dict[str, Any], path: Path) -> dict[str, str]:
-    """The index's map of tensors to files. Raises UserError where it is not one."""
-    found = index.get("weight_map")
-    if not isinstance(found, dict) or not found:
+def _weight_map(path: Path) -> dict[str, str]:
+    """An index's map of tensors to files. Raises UserError where it is not one."""
+    found = Fields.of(path).within("weight_map")
+    if not found.values:
         raise UserError(f"{path} has no weight_map object, which names the file of each tensor.")
-    for name, file in found.items():
+    for name, file in found.values.items():
         if not isinstance(file, str) or not file:
-            raise Fields(found, f"{path}: weight_map").fault(name, "a file name")
-    return found
+            raise found.fault(name, "a file name")
+    return found.values
 
 
 def _refuse_missing_shards(paths: Sequence[Path]) -> None:

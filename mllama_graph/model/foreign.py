@@ -6,7 +6,7 @@ from typing import Any
 
 from mllama_graph.core.dtypes import SAFETENSORS
 from mllama_graph.core.errors import UserError
-from mllama_graph.model.shape import read_json
+from mllama_graph.model.fields import read_json
 
 # Ends of the names of tensors that belong to a quantised weight, and the formats that write them.
 QUANTISED = {
