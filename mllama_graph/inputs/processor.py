@@ -11,7 +11,8 @@ from mllama_graph.inputs.image_settings import ImageSettings, read_image_setting
 from mllama_graph.inputs.image_sources import Source, request_images
 from mllama_graph.inputs.images import prepare_images
 from mllama_graph.inputs.request import Request, Sampling, read_options
-from mllama_graph.inputs.template import DEFAULT, IMAGE, TOOL_USE, ChatOptions, ChatTemplate, find_templates
+from mllama_graph.inputs.template import DEFAULT, TOOL_USE, ChatOptions, ChatTemplate, find_templates
+from mllama_graph.inputs.tiktoken import IMAGE
 from mllama_graph.inputs.tokenizer import (
     BOS,
     BytesAsIds,

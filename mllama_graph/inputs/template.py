@@ -20,9 +20,9 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mllama_graph.core.errors import UserError
+from mllama_graph.inputs.tiktoken import IMAGE
 from mllama_graph.model.fields import Fields
 
-IMAGE = "<|image|>"
 # Where transformers looks for templates, besides the files of `EXTRA`: its processor first, then its tokenizer.
 PLACES = ("processor_config.json", "chat_template.json", "chat_template.jinja", "tokenizer_config.json")
 EXTRA = "additional_chat_templates"

@@ -14,13 +14,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from mllama_graph.core.dtypes import SAFETENSORS
 from mllama_graph.core.errors import UserError
 from mllama_graph.model import foreign
 from mllama_graph.model.adapter import Adapter
-from mllama_graph.model.fields import Fields, read_json, refuse_lfs_pointer
+from mllama_graph.model.fields import Fields, read_json
 from mllama_graph.model.names import legacy_name
 from mllama_graph.model.shape import ModelShape, shape_of
 from mllama_graph.model.table import Entry, table
@@ -107,11 +105,7 @@ class CheckpointFiles:
                 raise UserError(
                     f"{path} is named in the index but missing. Download it, or delete {INDEX} if that is out of date."
                 )
-            try:
-                self._opened[path] = safe_open(path, framework="np")
-            except (SafetensorError, OSError) as error:
-                refuse_lfs_pointer(path)
-                raise UserError(f"{path} can't be read as safetensors: {error}. Download it again.") from error
+            self._opened[path] = foreign.open_safetensors(path)
         return self._opened[path]
 
     def _header(self, name: str) -> Any:
