@@ -9,14 +9,8 @@ from transformers import MllamaConfig
 from transformers.models.mllama.image_processing_pil_mllama import get_all_supported_aspect_ratios
 
 from mllama_graph.core.errors import UserError
-from mllama_graph.model.shape import (
-    RopeShape,
-    differences,
-    read_json,
-    read_optional_json,
-    shape_of,
-    supported_aspect_ratios,
-)
+from mllama_graph.model.fields import Fields, read_json
+from mllama_graph.model.shape import RopeShape, differences, shape_of, supported_aspect_ratios
 
 BASE = model_config(SPECS["base"])
 
@@ -150,7 +144,7 @@ def test_a_broken_json_file_is_named(content, tmp_path):
 
 
 def test_an_absent_file_is_an_error_only_where_it_is_needed(tmp_path):
-    assert read_optional_json(tmp_path / "generation_config.json") is None
+    assert Fields.of(tmp_path / "generation_config.json").values == {}
     with pytest.raises(UserError, match="config.json is missing"):
         read_json(tmp_path / "config.json")
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from mllama_graph.core.errors import UserError
 from mllama_graph.inputs.image_sources import Source, part_source
-from mllama_graph.inputs.settings import describe
 from mllama_graph.inputs.template import ChatOptions
+from mllama_graph.model.fields import describe
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "ipython")
 TEXT_PARTS = ("text", "input_text", "output_text")

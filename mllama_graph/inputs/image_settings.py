@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mllama_graph.core.errors import UserError
-from mllama_graph.inputs.settings import Settings
-from mllama_graph.model.shape import ModelShape
+from mllama_graph.model.fields import Fields
+from mllama_graph.model.shape import ModelShape, square_side
 
 # CLIP's normalisation, which every released checkpoint uses (llama_models image_transform.py).
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -14,7 +14,6 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
 CHANNELS = 3
 BILINEAR = 2
-FILTERS = {0: "nearest", 1: "lanczos", BILINEAR: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 
 
 @dataclass(frozen=True)
@@ -27,73 +26,45 @@ class ImageSettings:
     note: str = ""
 
 
-def read_image_settings(folder: Path, processor_config: Settings, shape: ModelShape) -> ImageSettings:
+def read_image_settings(folder: Path, processor_config: Fields, shape: ModelShape) -> ImageSettings:
     """Read the image processor's part of processor_config.json, or else preprocessor_config.json, as transformers does.
 
     Raises UserError for settings that the engine can't follow, and for tiles that are not those of config.json.
     """
-    settings = processor_config.object("image_processor") or Settings(folder / "preprocessor_config.json")
-    if not settings.found:
-        return ImageSettings(
-            note=f"{settings.path} is missing: pictures are normalised with CLIP's mean and deviation."
-        )
+    given, path = processor_config.within("image_processor"), folder / "preprocessor_config.json"
+    if not processor_config.has("image_processor"):
+        if not path.is_file():
+            return ImageSettings(note=f"{path} is missing: pictures are normalised with CLIP's mean and deviation.")
+        given = Fields.of(path)
     for name in ("do_resize", "do_pad"):
-        if not _flag(settings, name):
-            raise settings.wrong(name, "must be true: mllama's tiles need it, and transformers refuses it too")
-    resample = settings.value("resample")
-    if resample is not None and (type(resample) is not int or resample not in FILTERS):
-        raise settings.wrong("resample", f"must be one of Pillow's filters, 0 to {max(FILTERS)}")
-    if resample not in (None, BILINEAR):
-        raise settings.wrong(
-            "resample", f"({FILTERS[resample]}) must be 2: the engine resizes bilinearly, as mllama does"
-        )
-    tile = _tile(settings, shape.vision.tile)
-    tiles = settings.count("max_image_tiles", shape.vision.max_tiles)
+        if not given.flag(name, True):
+            raise given.fault(name, "true: mllama's tiles need it, and transformers refuses it too")
+    if given.values.get("resample", BILINEAR) != BILINEAR:
+        raise given.fault("resample", f"{BILINEAR}: the engine resizes bilinearly, as mllama does")
+    tile = _tile(given, shape.vision.tile)
+    tiles = given.integer("max_image_tiles", shape.vision.max_tiles, least=1)
     if (tile, tiles) != (shape.vision.tile, shape.vision.max_tiles):
         raise UserError(
-            f"{settings.path.name} cuts up to {tiles} tiles of {tile} px, config.json says "
+            f"{given.where} cuts up to {tiles} tiles of {tile} px, config.json says "
             f"{shape.vision.max_tiles} of {shape.vision.tile} px. The two files belong to different models."
         )
-    normalised, rescaled = _flag(settings, "do_normalize"), _flag(settings, "do_rescale")
-    needed = ("image_mean", "image_std") * normalised + ("rescale_factor",) * rescaled
-    for name in needed:
-        if name in settings and settings.value(name) is None:
-            raise settings.wrong(name, "must be a number, as transformers asks too; remove the field for its default")
-    mean, std = (settings.vector(name, CHANNELS, HALF) for name in ("image_mean", "image_std"))
+    scale = given.number("rescale_factor", 1 / 255) if given.flag("do_rescale", True) else 1.0
+    if not given.flag("do_normalize", True):
+        return ImageSettings(scale, (0.0,) * CHANNELS, (1.0,) * CHANNELS)
+    mean, std = (given.numbers(name, CHANNELS, HALF) for name in ("image_mean", "image_std"))
     if not all(std):
-        raise settings.wrong("image_std", "must not be 0: pixels are divided by it")
-    scale = settings.number("rescale_factor", 1 / 255)
-    missing = [name for name in needed[:2] if normalised and name not in settings]
-    return ImageSettings(
-        scale if rescaled else 1.0,
-        mean if normalised else (0.0,) * CHANNELS,
-        std if normalised else (1.0,) * CHANNELS,
-        f"{settings.path} gives no {' and no '.join(missing)}: 0.5 is used, as in transformers." if missing else "",
-    )
+        raise given.fault("image_std", "other than 0: pixels are divided by it")
+    missing = " and no ".join(name for name in ("image_mean", "image_std") if name not in given.values)
+    note = f"{given.where} gives no {missing}: 0.5 is used, as in transformers." if missing else ""
+    return ImageSettings(scale, mean, std, note)
 
 
-def _flag(settings: Settings, name: str) -> bool:
-    """A step of the image processor: on where the field is absent, and off where it is null, as in transformers."""
-    return settings.flag(name, name not in settings)
-
-
-def _tile(settings: Settings, default: int) -> int:
+def _tile(given: Fields, default: int) -> int:
     """The side of a tile in pixels. `size` is a number, [height, width], or {"height": ..., "width": ...}."""
-    size = settings.value("size")
-    if isinstance(size, dict):
-        inner = settings.object("size")
-        assert inner is not None
-        given = {name for name in size if inner.value(name) is not None}
-        if given != {"height", "width"}:
-            names = ", ".join(sorted(map(str, given)))[:80] or "nothing"
-            raise settings.wrong("size", f"gives {names}, but must give height and width: mllama's tiles are square")
-        sides = [inner.count(name, default) for name in ("height", "width")]
-    elif isinstance(size, list):
-        if len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
-            raise settings.wrong("size", "must be a number of pixels, or an object with height and width")
-        sides = size
-    else:
-        sides = [settings.count("size", default)]
-    if len(set(sides)) != 1:
-        raise settings.wrong("size", f"gives {sides[0]} x {sides[1]} px, but mllama's tiles are square")
-    return sides[0]
+    size = given.values.get("size")
+    if not isinstance(size, dict):
+        return square_side(given, "size", default)
+    named = {name: side for name, side in size.items() if side is not None}
+    if set(named) != {"height", "width"} or size["height"] != size["width"]:
+        raise given.fault("size", "one number, or height and width that are equal, since mllama's tiles are square")
+    return given.within("size").integer("height", default, least=1)

@@ -11,8 +11,8 @@ from mllama_graph.inputs.image_settings import ImageSettings, read_image_setting
 from mllama_graph.inputs.image_sources import Source, request_images
 from mllama_graph.inputs.images import prepare_images
 from mllama_graph.inputs.request import Request, Sampling, read_options
-from mllama_graph.inputs.settings import Settings, describe
-from mllama_graph.inputs.template import DEFAULT, IMAGE, TOOL_USE, ChatOptions, ChatTemplate, find_templates
+from mllama_graph.inputs.template import DEFAULT, TOOL_USE, ChatOptions, ChatTemplate, find_templates
+from mllama_graph.inputs.tiktoken import IMAGE
 from mllama_graph.inputs.tokenizer import (
     BOS,
     BytesAsIds,
@@ -22,6 +22,7 @@ from mllama_graph.inputs.tokenizer import (
     end_ids,
     special_tokens,
 )
+from mllama_graph.model.fields import Fields, describe
 from mllama_graph.model.shape import ModelShape
 
 
@@ -46,8 +47,8 @@ class Processor:
 
     def _load(self, folder: Path) -> None:
         self.codec = CheckpointTokenizer(folder)
-        tokenizer_config = Settings(folder / "tokenizer_config.json")
-        processor_config = Settings(folder / "processor_config.json")
+        tokenizer_config = Fields.of(folder / "tokenizer_config.json")
+        processor_config = Fields.of(folder / "processor_config.json")
         self.images = read_image_settings(folder, processor_config, self.shape)
         tokens = special_tokens(folder, tokenizer_config)
         self.bos = self._first_id(folder, tokens.get("bos_token", BOS))
@@ -68,10 +69,9 @@ class Processor:
     def _first_id(self, folder: Path, token: str) -> int | None:
         """The id that begins a text without a chat template."""
         id = self.codec.token_to_id(token)
-        text = Settings(folder / "config.json").object("text_config")
-        if id is not None or text is None:
+        if id is not None:
             return id
-        return next(iter(text.ids("bos_token_id")), None)
+        return next(iter(Fields.of(folder / "config.json").within("text_config").ids("bos_token_id")), None)
 
     @property
     def pixels(self) -> tuple[float, tuple[float, ...], tuple[float, ...]]:

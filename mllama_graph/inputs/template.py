@@ -20,9 +20,9 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mllama_graph.core.errors import UserError
-from mllama_graph.inputs.settings import Settings
+from mllama_graph.inputs.tiktoken import IMAGE
+from mllama_graph.model.fields import Fields
 
-IMAGE = "<|image|>"
 # Where transformers looks for templates, besides the files of `EXTRA`: its processor first, then its tokenizer.
 PLACES = ("processor_config.json", "chat_template.json", "chat_template.jinja", "tokenizer_config.json")
 EXTRA = "additional_chat_templates"
@@ -225,7 +225,7 @@ def _reason(error: Exception) -> str:
 # ---- files
 
 
-def find_templates(folder: Path, processor_config: Settings, tokenizer_config: Settings) -> tuple[dict[str, str], str]:
+def find_templates(folder: Path, processor_config: Fields, tokenizer_config: Fields) -> tuple[dict[str, str], str]:
     """A checkpoint's chat templates by name, and what the user should know of them, or "".
 
     Of several places, the first of `PLACES` counts, as in transformers' processors. Raises UserError for files that
@@ -238,7 +238,7 @@ def find_templates(folder: Path, processor_config: Settings, tokenizer_config: S
         elif place.endswith("_config.json"):
             found[place] = _named(processor_config if place.startswith("processor") else tokenizer_config)
         else:
-            found[place] = _named(Settings(folder / place))
+            found[place] = _named(Fields.of(folder / place))
     used = [place for place in PLACES if found[place]]
     if not used:
         return {}, (
@@ -258,16 +258,16 @@ def find_templates(folder: Path, processor_config: Settings, tokenizer_config: S
     return templates, note
 
 
-def _named(settings: Settings) -> dict[str, str]:
+def _named(given: Fields) -> dict[str, str]:
     """The templates in a file's chat_template: a string, {name: template}, or [{"name": ..., "template": ...}]."""
-    value = settings.value("chat_template")
+    value = given.values.get("chat_template")
     if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
         value = {entry.get("name"): entry.get("template") for entry in value}
     if value is None or isinstance(value, str):
         return {DEFAULT: value} if value else {}
     if isinstance(value, dict) and all(isinstance(text, str) for entry in value.items() for text in entry):
         return value
-    raise settings.wrong("chat_template", "must be a template, or templates with their names")
+    raise given.fault("chat_template", "a template, or templates with their names")
 
 
 def _jinja_files(folder: Path) -> dict[str, str]:

@@ -10,8 +10,8 @@ from tokenizers.decoders import DecodeStream
 
 from mllama_graph.core.errors import UserError
 from mllama_graph.inputs.detokenizer import Detokenizer
-from mllama_graph.inputs.settings import Settings
 from mllama_graph.inputs.tiktoken import tokenizer_of
+from mllama_graph.model.fields import Fields
 
 # The names of special tokens that transformers gives to chat templates (PreTrainedTokenizerBase).
 TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -97,21 +97,21 @@ class BytesAsIds:
         return Detokenizer(lambda id: f"<{id}>", self.decode, stops)
 
 
-def special_tokens(folder: Path, tokenizer_config: Settings) -> dict[str, str]:
+def special_tokens(folder: Path, tokenizer_config: Fields) -> dict[str, str]:
     """The special tokens that chat templates may refer to, by name, as transformers reads them.
 
     special_tokens_map.json counts only where tokenizer_config.json has no added_tokens_decoder, which newer files have.
     A checkpoint that says nothing of bos_token gets Llama 3's.
     """
     sources = [tokenizer_config]
-    if tokenizer_config.value("added_tokens_decoder") is None:
-        sources.append(Settings(folder / "special_tokens_map.json"))
+    if not tokenizer_config.has("added_tokens_decoder"):
+        sources.append(Fields.of(folder / "special_tokens_map.json"))
     tokens: dict[str, str] = {}
     for source in sources:
         for name in TOKEN_NAMES:
             if (text := source.token(name)) is not None:
                 tokens[name] = text
-    if not any("bos_token" in source for source in sources):
+    if not any("bos_token" in source.values for source in sources):
         tokens["bos_token"] = BOS
     return tokens
 
@@ -121,9 +121,9 @@ def end_ids(folder: Path, codec: TextCodec, eos_token: str | None, outputs: int)
 
     outputs: the size of the vocabulary that the model generates; other ids never come.
     """
-    config = Settings(folder / "config.json")
-    sources = [Settings(folder / "generation_config.json"), config, config.object("text_config")]
-    ids = {id for source in sources if source for id in source.ids("eos_token_id")}
+    config = Fields.of(folder / "config.json")
+    sources = [Fields.of(folder / "generation_config.json"), config, config.within("text_config")]
+    ids = {id for source in sources for id in source.ids("eos_token_id")}
     if eos_token is not None and (id := codec.token_to_id(eos_token)) is not None:
         ids.add(id)
     ids |= {id for id, (text, special) in codec.added.items() if special and text in ENDS}

@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from mllama_graph.core.dtypes import SAFETENSORS
 from mllama_graph.core.errors import UserError
-from mllama_graph.model.fields import Fields, refuse_lfs_pointer
+from mllama_graph.model.fields import Fields
+from mllama_graph.model.foreign import open_safetensors
 from mllama_graph.model.names import legacy_name
 from mllama_graph.model.pth import PthFile
-from mllama_graph.model.shape import ModelShape, read_json
+from mllama_graph.model.shape import ModelShape
 from mllama_graph.model.table import Entry
 
 PREFIX = "base_model.model."
@@ -78,10 +77,9 @@ class Adapter:
             raise UserError(
                 f"adapter={folder} has no adapter_config.json. Give the folder that peft's save_pretrained wrote."
             )
-        config = read_json(folder / "adapter_config.json")
-        self._config = Fields(config, str(folder / "adapter_config.json"))
+        self._config = Fields.of(folder / "adapter_config.json")
         self._refuse_other_kinds()
-        self.base = config.get("base_model_name_or_path")
+        self.base = self._config.values.get("base_model_name_or_path")
         self.path = self._file()
         self._shapes = self._headers()
         self.changes = self._changes()
@@ -111,13 +109,9 @@ class Adapter:
         if self.path.suffix == ".bin":
             stored = {name: (tensor.kind, tensor.shape) for name, tensor in PthFile(self.path).tensors.items()}
         else:
-            try:
-                with safe_open(self.path, framework="np") as file:
-                    parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, not a dict
-                    stored = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
-            except (SafetensorError, OSError) as error:
-                refuse_lfs_pointer(self.path)
-                raise UserError(f"{self.path} can't be read as safetensors: {error}. Download it again.") from error
+            with open_safetensors(self.path) as file:
+                parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, not a dict
+                stored = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
         for name, (kind, _) in stored.items():
             if kind not in SAFETENSORS:
                 raise UserError(f"{self.path}: {name} is stored as {kind}; supported are {', '.join(SAFETENSORS)}.")

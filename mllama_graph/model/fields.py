@@ -1,6 +1,7 @@
-"""Reads the fields of a JSON object by type. Errors name the file and the field."""
+"""Reads a checkpoint's JSON files, and their fields by type. Errors name the file and the field. No torch."""
 
-import math
+import json
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 # The largest size that any field can have: an int32.
 MOST = 2**31 - 1
+# The bound of all other numbers: they are used in fp32.
+LARGEST = 1e30
 
 
 def refuse_lfs_pointer(path: Path) -> None:
@@ -23,6 +26,24 @@ def refuse_lfs_pointer(path: Path) -> None:
             )
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises UserError naming the file if it is missing or holds no JSON object."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing. weights= needs a Hugging Face checkpoint folder.")
+    try:
+        # Editors on Windows begin UTF-8 files with a byte order mark.
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not valid JSON: byte {error.start} is not UTF-8. Save it as UTF-8.") from error
+    except (ValueError, OSError, RecursionError) as error:
+        if path.is_file():
+            refuse_lfs_pointer(path)
+        raise UserError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a {type(value).__name__}, not a JSON object.")
+    return value
+
+
 class Fields:
     """A JSON object of a configuration file. `where`: the file, and the path of the object inside of it.
 
@@ -32,9 +53,14 @@ class Fields:
     def __init__(self, values: dict[str, Any], where: str):
         self.values, self.where = values, where
 
+    @classmethod
+    def of(cls, path: Path) -> "Fields":
+        """The fields of a file; none where there is no such file."""
+        return cls(read_json(path) if path.is_file() else {}, str(path))
+
     def fault(self, name: str, rule: str) -> UserError:
         """The error for a field that breaks a rule."""
-        return UserError(f"{self.where}: {name} is {_shown(self.values.get(name))}; it must be {rule}.")
+        return UserError(f"{self.where}: {name} is {describe(self.values.get(name))}; it must be {rule}.")
 
     def within(self, name: str) -> "Fields":
         """The object in a field; empty where it is absent or null."""
@@ -63,10 +89,19 @@ class Fields:
         if name not in self.values:
             return default
         value = self.values[name]
-        # A whole number of several hundred digits has no float.
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 1e300 or math.isnan(value):
+        if not _is_number(value):
             raise self.fault(name, "a finite number")
         return float(value)
+
+    def numbers(self, name: str, size: int, default: tuple[float, ...]) -> tuple[float, ...]:
+        """A list of `size` finite numbers, or one number for all of them."""
+        if name not in self.values:
+            return default
+        value = self.values[name]
+        found = value if isinstance(value, list) else [value] * size
+        if len(found) != size or not all(map(_is_number, found)):
+            raise self.fault(name, f"a finite number or a list of {size}")
+        return tuple(map(float, found))
 
     def flag(self, name: str, default: bool) -> bool:
         """true or false; null counts as false."""
@@ -87,20 +122,47 @@ class Fields:
         value = self.values.get(name)
         if value is None:
             return None
-        if not isinstance(value, list) or any(isinstance(i, bool) or not isinstance(i, int) for i in value):
+        if not isinstance(value, list) or any(type(i) is not int for i in value):
             raise self.fault(name, "a list of whole numbers")
         return value
+
+    def ids(self, name: str) -> frozenset[int]:
+        """A token id or a list of them; empty where it is absent or null."""
+        value = self.values.get(name)
+        found = value if isinstance(value, list) else [] if value is None else [value]
+        if any(type(id) is not int for id in found):
+            raise self.fault(name, "a token id or a list of token ids")
+        return frozenset(found)
+
+    def token(self, name: str) -> str | None:
+        """A token's text, given as a string or as an object with its `content`; None where it is absent or null."""
+        value = self.values.get(name)
+        text = value.get("content") if isinstance(value, dict) else value
+        if value is not None and not isinstance(text, str):
+            raise self.fault(name, "a token: a string, or an object with content")
+        return text
 
     def has(self, name: str) -> bool:
         """Whether the field is there and not null."""
         return self.values.get(name) is not None
 
 
-def _shown(value: Any) -> str:
-    """A value as JSON writes it, shortened."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, int) and abs(value) > 10**40:
-        return "a number of more than 40 digits"
-    text = repr(value)
+def _is_number(value: Any) -> bool:
+    # NaN is not below any number.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST
+
+
+def describe(value: Any) -> str:
+    """A value as errors show it: as JSON writes it, on one line, and shortened without reading all of it."""
+    text = _Short().repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+class _Short(reprlib.Repr):
+    def repr1(self, x: Any, level: int) -> str:
+        if x is None or isinstance(x, bool):
+            return json.dumps(x)
+        # Python refuses to write a number of more than 4300 digits.
+        if isinstance(x, int) and abs(x) >= 10**20:
+            return "a number of more than 20 digits"
+        return super().repr1(x, level) if isinstance(x, (str, int, float, list, dict)) else f"a {type(x).__name__}"

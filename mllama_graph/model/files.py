@@ -14,15 +14,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from mllama_graph.core.dtypes import SAFETENSORS
 from mllama_graph.core.errors import UserError
 from mllama_graph.model import foreign
 from mllama_graph.model.adapter import Adapter
-from mllama_graph.model.fields import Fields, refuse_lfs_pointer
+from mllama_graph.model.fields import Fields, read_json
 from mllama_graph.model.names import legacy_name
-from mllama_graph.model.shape import ModelShape, read_json, read_optional_json, shape_of
+from mllama_graph.model.shape import ModelShape, shape_of
 from mllama_graph.model.table import Entry, table
 
 log = logging.getLogger(__name__)
@@ -70,9 +68,8 @@ class CheckpointFiles:
         """The files that hold the model. As in transformers, one whole file comes before an index."""
         if (self.folder / WHOLE_FILE).is_file():
             return [self.folder / WHOLE_FILE]
-        index = read_optional_json(self.folder / INDEX)
-        if index is not None:
-            return sorted({self.folder / file for file in _weight_map(index, self.folder / INDEX).values()})
+        if (self.folder / INDEX).is_file():
+            return sorted({self.folder / file for file in _weight_map(self.folder / INDEX).values()})
         paths = [path for path in sorted(self.folder.glob("*.safetensors")) if not path.name.startswith(OTHER_FILES)]
         if not paths:
             raise UserError(foreign.explain_missing_weights(self.folder))
@@ -100,9 +97,7 @@ class CheckpointFiles:
     def _tied(self) -> bool:
         """Whether config.json says that the head is the embedding. Where a head is stored, transformers uses that."""
         given = Fields(self.config, str(self.folder / "config.json"))
-        return given.flag("tie_word_embeddings", False) or given.within("text_config").flag(
-            "tie_word_embeddings", False
-        )
+        return any(part.flag("tie_word_embeddings", False) for part in (given, given.within("text_config")))
 
     def _open(self, path: Path) -> Any:
         if path not in self._opened:
@@ -110,11 +105,7 @@ class CheckpointFiles:
                 raise UserError(
                     f"{path} is named in the index but missing. Download it, or delete {INDEX} if that is out of date."
                 )
-            try:
-                self._opened[path] = safe_open(path, framework="np")
-            except (SafetensorError, OSError) as error:
-                refuse_lfs_pointer(path)
-                raise UserError(f"{path} can't be read as safetensors: {error}. Download it again.") from error
+            self._opened[path] = foreign.open_safetensors(path)
         return self._opened[path]
 
     def _header(self, name: str) -> Any:
@@ -197,15 +188,15 @@ def _fits(found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
     return math.prod(found) == math.prod(expected) and (found == expected or len(found) != len(expected))
 
 
-def _weight_map(index: dict[str, Any], path: Path) -> dict[str, str]:
-    """The index's map of tensors to files. Raises UserError where it is not one."""
-    found = index.get("weight_map")
-    if not isinstance(found, dict) or not found:
+def _weight_map(path: Path) -> dict[str, str]:
+    """An index's map of tensors to files. Raises UserError where it is not one."""
+    found = Fields.of(path).within("weight_map")
+    if not found.values:
         raise UserError(f"{path} has no weight_map object, which names the file of each tensor.")
-    for name, file in found.items():
+    for name, file in found.values.items():
         if not isinstance(file, str) or not file:
-            raise Fields(found, f"{path}: weight_map").fault(name, "a file name")
-    return found
+            raise found.fault(name, "a file name")
+    return found.values
 
 
 def _refuse_missing_shards(paths: Sequence[Path]) -> None:

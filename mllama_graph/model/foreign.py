@@ -4,9 +4,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from mllama_graph.core.dtypes import SAFETENSORS
 from mllama_graph.core.errors import UserError
-from mllama_graph.model.shape import read_json
+from mllama_graph.model.fields import read_json, refuse_lfs_pointer
 
 # Ends of the names of tensors that belong to a quantised weight, and the formats that write them.
 QUANTISED = {
@@ -25,6 +27,15 @@ QUANTISED = {
     ".scales": "MLX, GPTQ or AWQ",
 }
 NOT_READ_YET = "Quantised checkpoints are not read yet: use the model's weights in fp32, fp16 or bf16."
+
+
+def open_safetensors(path: Path) -> Any:
+    """A file opened to read its header. Raises UserError where it is not in the format."""
+    try:
+        return safe_open(path, framework="np")
+    except (SafetensorError, OSError) as error:
+        refuse_lfs_pointer(path)
+        raise UserError(f"{path} can't be read as safetensors: {error}. Download it again.") from error
 
 
 def explain_missing_config(folder: Path) -> str:

@@ -21,7 +21,7 @@ from mllama_graph.model.adapter import Adapter
 from mllama_graph.model.fields import Fields
 from mllama_graph.model.files import CheckpointFiles, verify_tensors
 from mllama_graph.model.pth import PthFile
-from mllama_graph.model.shape import MOST_LAYERS, ModelShape, read_json, read_optional_json, shape_of
+from mllama_graph.model.shape import MOST_LAYERS, ModelShape, shape_of
 from mllama_graph.model.table import Entry, table
 
 log = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ class MetaFiles(CheckpointFiles):
         self.folder, self.adapters = folder, tuple(adapters)
         # In a Hugging Face repository Meta's files lie in original/, beneath config.json.
         configs = [folder / "config.json", *([folder.parent / "config.json"] if folder.name == "original" else [])]
-        given = [found for path in configs if (found := read_optional_json(path))]
+        given = [found for path in configs if (found := Fields.of(path).values)]
         self.config: dict[str, Any] = given[0] if given else self._config()
         shape = shape_of(self.config, str(folder / "params.json"))
         rows = shape.text.vocab + self._size(LEARNABLE, 0)
@@ -142,7 +142,7 @@ class MetaFiles(CheckpointFiles):
     def _config(self) -> dict[str, Any]:
         """The content of a config.json for params.json and the sizes of the tensors."""
         path = self.folder / "params.json"
-        given = Fields(read_json(path), str(path))
+        given = Fields.of(path)
         params = given.within("model") if given.has("model") else given
         layers, cross = params.integer("n_layers", 32, 1, MOST_LAYERS), params.integer(CROSS_LAYERS, -1)
         if cross < 1:

@@ -1,13 +1,11 @@
 """The sizes of an mllama model, read from a checkpoint's config.json. Integers and floats only."""
 
-import json
 from dataclasses import asdict, dataclass
 from math import gcd
-from pathlib import Path
 from typing import Any
 
 from mllama_graph.core.errors import UserError
-from mllama_graph.model.fields import Fields, refuse_lfs_pointer
+from mllama_graph.model.fields import Fields
 
 # Rows of a tile in the vision tower are padded to a multiple of this.
 ROW_MULTIPLE = 8
@@ -127,12 +125,12 @@ def _rope(text: Fields) -> RopeShape:
     )
 
 
-def _square(part: Fields, name: str, default: int) -> int:
-    """The side of a square, given as a number or as two equal ones."""
+def square_side(part: Fields, name: str, default: int) -> int:
+    """The side of a square in pixels, given as a number or as two equal ones."""
     if not isinstance(part.values.get(name), list):
         return part.integer(name, default, least=1)
     sides = part.integers(name)
-    if not sides or len(set(sides)) != 1 or sides[0] < 1:
+    if not sides or len(sides) != 2 or sides[0] != sides[1] or sides[0] < 1:
         raise part.fault(name, "one side, or two equal ones, since mllama's tiles are square")
     return sides[0]
 
@@ -194,8 +192,8 @@ def _vision(vision: Fields) -> VisionShape:
         layers=vision.integer("num_hidden_layers", 32, least=1, most=MOST_LAYERS),
         global_layers=vision.integer("num_global_layers", 8, least=0, most=MOST_LAYERS),
         mlp=vision.integer("intermediate_size", 5120, least=1),
-        patch=_square(vision, "patch_size", 14),
-        tile=_square(vision, "image_size", 448),
+        patch=square_side(vision, "patch_size", 14),
+        tile=square_side(vision, "image_size", 448),
         max_tiles=max_tiles,
         channels=vision.integer("num_channels", 3, least=1),
         features=tuple([3, 7, 15, 23, 30] if features is None else features),
@@ -231,29 +229,6 @@ def _check_shape(shape: ModelShape, where: str) -> None:
             f"{where}: vision width {vision.width} / heads {vision.heads} and tile {vision.tile} / patch "
             f"{vision.patch} must be whole numbers."
         )
-
-
-def read_optional_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file, or None if there is no such file. Raises UserError as `read_json` does."""
-    return read_json(path) if path.is_file() else None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises UserError naming the file if it is missing or holds no JSON object."""
-    if not path.is_file():
-        raise UserError(f"{path} is missing. weights= needs a Hugging Face checkpoint folder.")
-    try:
-        # Editors on Windows begin UTF-8 files with a byte order mark.
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not valid JSON: byte {error.start} is not UTF-8. Save it as UTF-8.") from error
-    except (ValueError, OSError, RecursionError) as error:
-        if path.is_file():
-            refuse_lfs_pointer(path)
-        raise UserError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a {type(value).__name__}, not a JSON object.")
-    return value
 
 
 def differences(expected: ModelShape, found: ModelShape) -> list[str]:
