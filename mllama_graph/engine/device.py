@@ -11,7 +11,7 @@ import os
 import resource
 import signal
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,11 @@ class Backend(ABC):
         """The rank's graphs, none of them loaded yet."""
         return self.loaded(spec, weights, pages, ops, store, say)
 
+    def clear(self, pages: Pages, numbers: Sequence[int]) -> None:
+        """Fill the pages with these numbers with zeros."""
+        for data in (data for layer in pages for data in layer):
+            data[list(numbers)] = 0
+
     def logits(self, logits_BV: Tensor) -> Tensor:
         """The logits on the device that samples them."""
         return logits_BV
@@ -227,6 +232,13 @@ class NpuBackend(Backend):
 
     def gather(self, ops: Ops) -> Gather:
         return gather_in(HOST_GROUP, self.place.world) if self.place.world > 1 else ops.all_gather
+
+    def clear(self, pages: Pages, numbers: Sequence[int]) -> None:
+        # Copies from the host, since kernels outside of a graph would be launched one by one.
+        for data in (data for layer in pages for data in layer):
+            zeros = torch.zeros_like(data[0], device="cpu")
+            for number in numbers:
+                data[number].copy_(zeros)
 
     def logits(self, logits_BV: Tensor) -> Tensor:
         return logits_BV.cpu()

@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import time
-from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -119,7 +118,7 @@ class Rank:
 
         if isinstance(step, VisionStep):
             # The image does not fill its last page, where another image's values may lie that are not finite.
-            _clear(self.image_pages, step.pages[-1:])
+            self.backend.clear(self.image_pages, step.pages[-1:])
             call(batch.tile_input(step, self.shape, self.plan, device))
             return []
         if isinstance(step, PrefillStep):
@@ -145,15 +144,9 @@ class Rank:
         for row, token in zip(rows, tokens, strict=True):
             if token.id == NOT_FINITE:
                 # A masked key still contributes with weight 0 (see __init__), so the next owner needs clean pages.
-                _clear(self.pages, self.sequences[row].pages.tolist())
+                self.backend.clear(self.pages, self.sequences[row].pages.tolist())
         self.sample_seconds += time.perf_counter() - start
         return tokens
-
-
-def _clear(pages: Pages, numbers: Sequence[int]) -> None:
-    """Fill the pages with these numbers with zeros."""
-    for data in (data for layer in pages for data in layer):
-        data[list(numbers)] = 0
 
 
 def make_deterministic(deterministic: bool) -> None:

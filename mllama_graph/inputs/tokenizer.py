@@ -16,8 +16,10 @@ from mllama_graph.model.fields import Fields
 # The names of special tokens that transformers gives to chat templates (PreTrainedTokenizerBase).
 TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 BOS = "<|begin_of_text|>"
-# Llama 3's ends of a text, a turn and a message, which not every configuration file names.
-ENDS = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")
+# Llama 3's ends of a turn and of a message, which not every configuration file names.
+ENDS = ("<|eot_id|>", "<|eom_id|>")
+# The end of a text, which Meta's own format names nowhere.
+TEXT_END = "<|end_of_text|>"
 
 
 class TextCodec(Protocol):
@@ -126,7 +128,8 @@ def end_ids(folder: Path, codec: TextCodec, eos_token: str | None, outputs: int)
     ids = {id for source in sources for id in source.ids("eos_token_id")}
     if eos_token is not None and (id := codec.token_to_id(eos_token)) is not None:
         ids.add(id)
-    ids |= {id for id, (text, special) in codec.added.items() if special and text in ENDS}
+    ends = ENDS if (folder / "config.json").is_file() else (TEXT_END, *ENDS)
+    ids |= {id for id, (text, special) in codec.added.items() if special and text in ends}
     return frozenset(id for id in ids if 0 <= id < outputs)
 
 
