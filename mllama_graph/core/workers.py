@@ -1,8 +1,8 @@
-"""Worker processes: a ProcessPoolExecutor in a process of its own, which can be ended at once with all its children.
+"""Worker processes: a ProcessPoolExecutor in a separate process, which can be ended at once with all its children.
 
-That process runs `python -m mllama_graph.core.workers FD`. It imports the modules that the workers need before it forks
-them, so that each import happens once. The caller's process, which may hold threads and a device, is never forked, and
-its main module is never imported again.
+The separate process runs `python -m mllama_graph.core.workers FD`. It imports the modules that the workers need and
+then forks the workers, so that each module is imported once. The caller's process is never forked, since it may have
+threads and an open device. Its main module is not imported a second time.
 """
 
 import contextlib
@@ -30,13 +30,13 @@ from mllama_graph.core.paths import PACKAGE
 
 # The caller's own work has priority over the workers.
 NICENESS = 5
-# Seconds from SIGTERM to SIGKILL: for workers, which remove their temporary folders, and for the whole pool.
+# Seconds from SIGTERM to SIGKILL: for the workers, which need them to remove temporary folders, and for the whole pool.
 GRACE_SECONDS, CLOSE_SECONDS = 2, 5
 
 
 @dataclass(frozen=True)
 class _Setup:
-    """Settings of a pool. imports: modules imported before forking. begin: function that each worker calls first."""
+    """Settings of a pool. imports: modules to import before forking. begin, arguments: each worker's first call."""
 
     workers: int
     cores: Sequence[int]
@@ -48,8 +48,9 @@ class _Setup:
 class WorkerPool:
     """Processes that run functions at low priority, on all cores of the machine.
 
-    Functions and arguments are pickled. `begin` is called once in each worker; `imports` are modules that are slow to
-    import; `variables` are added to the environment. The processes end when this one does, however it ends.
+    Functions and arguments are pickled. `begin` is called with `arguments` once in each worker. `imports`: modules to
+    import once for all workers, since they are slow to import. `variables`: added to the workers' environment. The
+    workers end when this process does, however it ends.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class WorkerPool:
         ours, theirs = socket.socketpair()
         paths = filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")])
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **(variables or {})}
-        # In a session of its own, Ctrl-C does not reach it.
+        # It gets its own session, so that Ctrl-C does not reach it.
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", __name__, str(theirs.fileno())],
             env=environment,
@@ -103,7 +104,7 @@ class WorkerPool:
         self._process.wait()
 
     def _take_results(self) -> None:
-        """Thread that sets the futures' results until the processes have ended."""
+        """Body of a thread: sets the results of futures until the worker processes have ended."""
         try:
             while True:
                 number, result, error = self._connection.recv()
@@ -121,11 +122,11 @@ class WorkerPool:
 
 
 def _serve(descriptor: int) -> None:
-    """Run the functions that the caller sends in forked workers, until the caller is gone or SIGTERM arrives."""
+    """Take functions from the caller and run them in forked workers, until the caller is gone or SIGTERM arrives."""
     connection = Connection(descriptor)
     setup: _Setup = connection.recv()
     os.nice(NICENESS)
-    # The caller may be a rank that is pinned to a few cores.
+    # If the caller is a rank that is pinned to a few cores, this process has inherited that.
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, setup.cores)
     for name in setup.imports:
@@ -157,7 +158,7 @@ def _raise_exit(signum: int, frame: object) -> None:
 
 
 def _end_group() -> None:
-    """End the workers and their child processes: by SIGTERM, so that they remove temporary folders, then by SIGKILL."""
+    """End the workers, their children and this process: first SIGTERM, so that they can clean up, then SIGKILL."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.killpg(0, signal.SIGTERM)
     until = time.monotonic() + GRACE_SECONDS
@@ -184,7 +185,7 @@ def _begin(begin: Callable[..., None] | None, arguments: tuple[Any, ...]) -> Non
 
 
 def _call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    """Run a function in a worker. SIGTERM raises an exception in it, so that its temporary folders are removed."""
+    """Run a function in a worker. SIGTERM raises SystemExit inside it, so that it removes its temporary folders."""
     try:
         signal.signal(signal.SIGTERM, _raise_exit)
         return function(*arguments)

@@ -1,4 +1,4 @@
-"""One rank: its shard of the weights, its pages and graphs, and the execution of steps. Integers in, ids out."""
+"""One rank: its shard of the weights, its pages and its graphs. It executes steps: integers in, token ids out."""
 
 import contextlib
 import ctypes
@@ -31,9 +31,10 @@ from mllama_graph.plan.resolve import ResolvedRun
 
 
 class Rank:
-    """Weights, pages and graphs on one device. Building a rank joins the others, so all ranks must be built together.
+    """Weights, pages and graphs on one device.
 
-    Raises UserError where the device is missing or a library can't be built.
+    The constructor waits for the other ranks, so all ranks must be constructed at the same time. Raises UserError if
+    the device is missing or a library can't be built.
     """
 
     def __init__(
@@ -54,14 +55,14 @@ class Rank:
         self.collectives = self.backend.join(store, graphs.libraries, progress.say)
         self.ops = self.backend.ops(spec)
         self.weights = self._load(pixels, progress)
-        # Zeros, since a masked key still contributes with weight 0, and 0 * NaN is NaN.
+        # Pages start as zeros: attention multiplies the values of masked keys by 0, and 0 * NaN is NaN.
         self.pages, self.image_pages = spec.pages(self.backend.placement(spec).zeros)
         self.graphs = self.backend.load_graphs(
             spec, self.weights, (self.pages, self.image_pages), self.ops, graphs, progress.say
         )
         self.sampler = Sampler(run.shape.text.vocab, spec.shard, self.backend.gather(self.ops))
         self.sequences = batch.Sequences()
-        # Seconds spent sampling. On an asynchronous device they include the wait for the logits.
+        # Seconds spent on sampling. On an asynchronous device, they include waiting for the graph to finish.
         self.sample_seconds = 0.0
         self.profiler: Profiler | None = None
 
@@ -83,9 +84,9 @@ class Rank:
 
     @torch.inference_mode()
     def execute(self, step: Step, bucket: Bucket, compiled: bool) -> list[Token]:
-        """Run one step in a bucket. Returns a token for each row that gets one, the same on every rank.
+        """Run one step with the graph of a bucket. Returns the sampled tokens, which are the same on every rank.
 
-        Raises PeerGone where another rank does not take part.
+        Raises PeerGone if another rank does not take part.
         """
         self.sequences.update(step)
         try:
@@ -117,14 +118,14 @@ class Rank:
                 return graph(*arguments(bucket, given, *self._pages()))
 
         if isinstance(step, VisionStep):
-            # The image does not fill its last page, where another image's values may lie that are not finite.
+            # The image may not fill its last page; the rest could hold non-finite values of an earlier image.
             self.backend.clear(self.image_pages, step.pages[-1:])
             call(batch.tile_input(step, self.shape, self.plan, device))
             return []
         if isinstance(step, PrefillStep):
             logits = call(batch.prompt_input(step.row, self.sequences[step.row], bucket, self.plan, device))
             return self._sample(logits, (step.row,)) if step.sample else []
-        # A captured step copies its inputs to the device itself, in one copy.
+        # A captured step takes inputs on the CPU, since it copies them all to the device at once.
         device = torch.device("cpu") if isinstance(graph, CapturedStep) else device
         logits = call(batch.token_input(step.rows, self.sequences, bucket, self.plan, device))
         return self._sample(logits, step.rows)
@@ -143,20 +144,20 @@ class Rank:
             )
         for row, token in zip(rows, tokens, strict=True):
             if token.id == NOT_FINITE:
-                # A masked key still contributes with weight 0 (see __init__), so the next owner needs clean pages.
+                # Values of masked keys must be finite (see __init__), so the pages are cleared for their next owner.
                 self.backend.clear(self.pages, self.sequences[row].pages.tolist())
         self.sample_seconds += time.perf_counter() - start
         return tokens
 
 
 def make_deterministic(deterministic: bool) -> None:
-    """Make torch use deterministic algorithms where it has them. launch/environment.py sets environment variables."""
-    # torch.use_deterministic_algorithms would import Inductor to set an option that loaded packages don't use.
+    """Switch torch's deterministic algorithms on or off. Environment variables are set in launch/environment.py."""
+    # torch.use_deterministic_algorithms would import Inductor, only to set an option that loaded graphs don't use.
     torch._C._set_deterministic_algorithms(deterministic, warn_only=True)
     torch._C._set_deterministic_fill_uninitialized_memory(False)
 
 
 def _return_freed_memory() -> None:
-    """Return freed heap pages to the system, where the C library can (glibc)."""
+    """Return freed heap memory to the operating system, if the C library can do that (glibc)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,4 +1,4 @@
-"""results.jsonl: written as requests finish, sorted at the end, and continued by a later run (resume=true)."""
+"""The file results.jsonl: written as requests finish, sorted at the end; a later run can continue it (resume=true)."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from mllama_graph.core.report import strict_json
 from mllama_graph.engine.results import Result
 from mllama_graph.engine.stats import Totals
 
-# Unknown fields of requests that are named to the user.
+# How many of the requests' unknown fields are named to the user.
 MOST_IGNORED = 20
 
 
@@ -21,20 +21,20 @@ def id_key(id: Any) -> bytes:
 
 
 class Results:
-    """Writes results.jsonl: a line as each request finishes, so that an interrupt loses none; sorted at the end.
+    """Writes results.jsonl. Each result is written as soon as its request finishes, so that an interrupt loses none.
 
-    With `resume`, the results of an earlier run in the file are kept for the lines that `keep` finds there.
-    Memory doesn't grow with the number of lines: ids and places in the file are in a temporary SQLite database.
+    With `resume`, the results that an earlier run left in the file can be kept, see `keep`. `close` sorts the file.
+    Memory doesn't grow with the number of lines: ids and offsets in the file are in a temporary SQLite database.
     """
 
     def __init__(self, path: Path, resume: bool = False):
         self.path = path
         self.totals = Totals()
-        # Requests that could not be served, and results of an earlier run.
+        # Numbers of requests that could not be served, and of results kept from an earlier run.
         self.errors, self.kept = 0, 0
-        # Unknown fields, which may be misspelt.
+        # Fields of requests that the engine does not know; they may be misspelt.
         self.ignored: set[str] = set()
-        # An empty name is a temporary database, which SQLite writes to disk only where it outgrows its cache.
+        # An empty name stands for a temporary database, which SQLite writes to disk only if it outgrows its cache.
         self._index = sqlite3.connect("")
         self._index.executescript(
             "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;"
@@ -50,7 +50,7 @@ class Results:
         self._file.seek(self._end)
 
     def _read_earlier(self) -> int:
-        """Index the results of an earlier run, except for errors. Returns where the last complete line ends."""
+        """Index the results of an earlier run, except errors. Returns the offset of the last complete line's end."""
         begin = 0
         with self.path.open("rb") as file:
             for line in file:
@@ -62,19 +62,19 @@ class Results:
                         entry = (id_key(given["id"]), given.get("line_hash"), begin)
                         self._index.execute("INSERT INTO earlier VALUES (?, ?, ?)", entry)
                 except (ValueError, TypeError, KeyError, OverflowError, RecursionError, sqlite3.Error):
-                    # Not a result: `close` leaves it out.
+                    # The line is not a result: `close` leaves it out of the sorted file.
                     pass
                 begin += len(line)
         return begin
 
     def claim(self, id: Any) -> bool:
-        """Whether no earlier line of the requests file has this id."""
+        """Record an id of the requests file. Returns False if an earlier line has it."""
         return self._index.execute("INSERT OR IGNORE INTO ids VALUES (?)", (id_key(id),)).rowcount == 1
 
     def keep(self, place: int, id: Any, line_hash: str) -> bool:
-        """Keep an earlier run's result of the request with index `place`; False if there is none.
+        """Keep the result that an earlier run wrote for the request with index `place`. Returns False if there is none.
 
-        It must have the request's id and, unless something else than this engine wrote it, the hash of its line.
+        The result must have the request's id and the hash of its line; if it has no hash, the id is enough.
         """
         if self._sorted and not self.kept:
             return False
@@ -90,7 +90,7 @@ class Results:
         return True
 
     def add(self, place: int, result: Result, line_hash: str | None = None) -> None:
-        """Add and write the result of the request with index `place` in the input."""
+        """Write the result of the request with index `place` in the input, and add it to the totals."""
         fields = result.line() | ({"line_hash": line_hash} if line_hash else {})
         written = (strict_json(fields) + "\n").encode()
         self._file.write(written)
@@ -108,7 +108,7 @@ class Results:
         self._last_place = place
 
     def close(self) -> None:
-        """Put the lines of the file in the order of the input, without what an earlier run left besides them."""
+        """Sort the results into the order of the input, and remove lines of an earlier run that were not kept."""
         self._file.close()
         if not self._sorted:
             aside = self.path.with_name(".results.jsonl")

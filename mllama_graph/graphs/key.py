@@ -1,7 +1,8 @@
 """The key of a stored graph: every field that can change what the graph computes or where it can run.
 
-Loading a package checks nothing, not even the CPU's instruction set: only the key protects from a wrong one. The
-relevant source files are those that tracing and compiling import; they are found by following import statements.
+torch checks nothing when it loads a stored graph, not even the CPU's instruction set, so only the key prevents loading
+a wrong one. The key includes a hash of the source files that tracing and compiling import; these files are found by
+following import statements.
 """
 
 import hashlib
@@ -23,15 +24,15 @@ from mllama_graph.plan.bucket import Bucket
 
 # The modules that trace a step and pass it to a compiler.
 ENTRIES = ("graphs/aot.py", "graphs/torchair.py")
-# Files that are compiled into a graph and are not Python.
+# Source files other than Python that are compiled into a graph.
 COMPILED_IN = ("native/graph.h",)
-# An import statement of one module, and the names in its list. Parsing the files instead adds 0.1 s to every start.
+# IMPORT finds an import statement, NAME the names that it imports. Python's parser would add 0.1 s to every start.
 IMPORT = re.compile(r"^[ \t]*(?:from[ \t]+([\w.]+)[ \t]+import[ \t]+(\([^)]*\)|.*)|import[ \t]+([\w.]+))", re.MULTILINE)
 NAME = re.compile(r"(?:^|[(,])\s*(\w+)")
 
 
 def key_fields(spec: GraphSpec, bucket: Bucket) -> dict[str, Any]:
-    """All that can change the graph of a bucket, in readable form; the hash of the source stands for its version."""
+    """Everything that can change the graph of a bucket, in readable form. "source" stands for the code's version."""
     fields: dict[str, Any] = {
         "torch": torch.__version__,
         "source": source_hash(),
@@ -48,7 +49,7 @@ def key_fields(spec: GraphSpec, bucket: Bucket) -> dict[str, Any]:
         "bucket": asdict(bucket),
         "model": asdict(spec.shape),
     }
-    # A graph takes only the page pools that it reads or writes.
+    # The size of a page pool matters only to graphs that read or write the pool.
     if bucket.phase != "vision":
         fields["num_pages"] = spec.num_pages
     if bucket.image_pages:
@@ -56,12 +57,12 @@ def key_fields(spec: GraphSpec, bucket: Bucket) -> dict[str, Any]:
     if spec.world_size > 1:
         fields["collectives"] = spec.collectives
     if spec.device == "cuda":
-        # Imported here, since it imports Triton.
+        # Imported only here, since this module imports Triton.
         from mllama_graph.ops.cuda import triton_version
 
         fields["triton"] = triton_version()
     if spec.backend == "torchair":
-        # With the other backends ranks share their graphs, and differ only in weights.
+        # Each rank has its own graph. With the other backends, all ranks share one, since they differ only in weights.
         fields |= torchair.key_fields() | {"rank": spec.rank}
     return fields
 
@@ -72,7 +73,7 @@ def key(spec: GraphSpec, bucket: Bucket) -> str:
 
 
 def device_name(device: str) -> str:
-    """The device that a graph is compiled for, as exactly as the compiled code depends on it."""
+    """The name of the device that a graph is compiled for, with every detail on which the compiled code depends."""
     if device == "cpu":
         return processor_name(torch.backends.cpu.get_cpu_capability())
     if device == "cuda":
@@ -108,7 +109,7 @@ def traced_files(package: Path = PACKAGE) -> list[Path]:
 
 
 def _imports(file: Path) -> Iterator[str]:
-    """Dotted names in a file's import statements, also inside functions; not all of them are modules."""
+    """Dotted names in a file's import statements, including those inside functions. Some are not modules."""
     for module, names, imported in IMPORT.findall(file.read_text(encoding="utf-8")):
         if imported:
             yield imported

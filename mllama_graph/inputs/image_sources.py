@@ -1,4 +1,4 @@
-"""Where pictures come from: paths, file: and data: URIs, bytes, folders and lists of them."""
+"""The sources of pictures: paths, file: and data: URIs, bytes, folders, and lists of these."""
 
 import binascii
 import os
@@ -13,10 +13,10 @@ from PIL import Image
 from mllama_graph.core.errors import UserError
 from mllama_graph.inputs.image_formats import is_base64, suffixes
 
-# A picture as users give it: a file path, a file: or data: URI, a Path, an encoded file's bytes, or a decoded picture.
+# A picture as users give it: a path or a file: or data: URI as text, a Path, the bytes of a file, or a decoded picture.
 Source = str | Path | bytes | Image.Image
 
-# The most bytes of one encoded picture; an uncompressed TIFF of 85 megapixels fits.
+# The most bytes of one encoded picture: enough for an uncompressed TIFF of 85 megapixels.
 MAX_BYTES = 256 << 20
 
 _HERE = Path(".")
@@ -26,7 +26,7 @@ _URL_SAFE = str.maketrans("-_", "+/")
 
 
 def shorten(source: object) -> str:
-    """A source as messages show it: one line, relative to the working directory, at most 80 characters."""
+    """A source as error messages show it: in one line, shortened to about 80 characters, paths relative if possible."""
     if isinstance(source, Image.Image):
         return "a PIL image"
     if isinstance(source, bytes):
@@ -40,9 +40,9 @@ def shorten(source: object) -> str:
 
 
 def list_images(given: object, base: Path = _HERE) -> list[str]:
-    """The pictures that one value names: a file, a URI, a list with commas, or a folder (all its pictures, sorted).
+    """The pictures that a value names: a file, a URI, a comma-separated list, or a folder (all its pictures, sorted).
 
-    A list may stand in brackets and its items in quotes. Relative paths are looked up in `base` first.
+    A list may be enclosed in brackets, and its items in quotes. Relative paths are looked up in `base` first.
     Raises UserError for a folder without pictures.
     """
     if given is None or given == "":
@@ -66,7 +66,7 @@ def list_images(given: object, base: Path = _HERE) -> list[str]:
 
 
 def _pictures(folder: Path, text: str) -> list[str]:
-    # Hidden files are no pictures of the user's: macOS puts a file ._a.jpg beside a.jpg on foreign disks.
+    # Hidden files are not the user's pictures: on disks of other systems, macOS adds a file ._a.jpg to each a.jpg.
     known = suffixes()
     found = sorted(
         str(entry)
@@ -79,7 +79,7 @@ def _pictures(folder: Path, text: str) -> list[str]:
 
 
 def _items(text: str) -> list[str]:
-    """The items of a list with commas. A base64 data: URI, which holds one comma itself, is one item."""
+    """The items of a comma-separated list. The comma inside a base64 data: URI does not separate items."""
     items: list[str] = []
     for found in _ITEM.finditer(text):
         item = found[1] or found[2] or found[3] or ""
@@ -91,7 +91,7 @@ def _items(text: str) -> list[str]:
 
 
 def request_images(given: Any, base: Path = _HERE) -> list[Source]:
-    """The pictures of a request's `images`: a list, or one value as `list_images` takes it.
+    """The pictures in a request's field `images`: a list of sources, or one value that `list_images` accepts.
 
     Raises UserError for anything else.
     """
@@ -111,9 +111,9 @@ def request_images(given: Any, base: Path = _HERE) -> list[Source]:
 
 
 def part_source(part: dict[str, Any], number: int) -> Source:
-    """The source of a message's image part, the request's picture `number`.
+    """The source that an image part of a message gives. `number`: the picture's number in the request, for errors.
 
-    Raises UserError where the part has none.
+    Raises UserError if the part gives none.
     """
     value = next((part[key] for key in ("image_url", "image", "url", "path") if part.get(key) is not None), None)
     value = value.get("url") if isinstance(value, dict) else value
@@ -128,9 +128,9 @@ def part_source(part: dict[str, Any], number: int) -> Source:
 
 
 def read_source(source: Source, base: Path = _HERE) -> bytes | Image.Image:
-    """The encoded bytes of a source, or the decoded picture that it is. Relative paths are looked up in `base` first.
+    """The encoded bytes of a source; a decoded picture is returned as it is.
 
-    Raises UserError with the reason, OSError where a file can't be read.
+    Relative paths are looked up in `base` first. Raises UserError with the reason, or OSError if a file can't be read.
     """
     if isinstance(source, Image.Image):
         return source
@@ -164,7 +164,7 @@ def _file(text: str, base: Path) -> bytes:
 
 
 def _missing(text: str, base: Path) -> str:
-    """What is wrong with a text that names no file."""
+    """The reason, for an error message, why a text names no file."""
     scheme = _scheme(text)
     if scheme in ("http", "https"):
         return "it is a web address, and nothing is fetched. Download it and give its path, or give a data: URI."
@@ -185,7 +185,7 @@ def _locate(text: str, base: Path) -> Path | None:
     """The existing file or folder that a path or file: URI names, in `base` or else in the working directory."""
     names = [text]
     if _scheme(text) == "file":
-        # A # or ? should be written %23 or %3F in a URI; a file whose name holds one as it is comes first.
+        # A URI should write # and ? as %23 and %3F. If it doesn't, a file whose name contains them is tried first.
         with suppress(UserError):
             names += [_file_uri(text, whole=True), _file_uri(text)]
     for name in filter(None, names):
@@ -204,16 +204,16 @@ def _exists(path: Path) -> bool:
     try:
         path.stat()
     except PermissionError:
-        return True  # reading it tells the reason
+        return True  # opening it will give the reason
     except (OSError, ValueError):
         return False
     return True
 
 
 def _file_uri(uri: str, whole: bool = False) -> str:
-    """The path of a file: URI (RFC 8089), without query and fragment unless `whole`.
+    """The path in a file: URI (RFC 8089). Query and fragment are cut off, unless `whole`.
 
-    Raises UserError for a file of another machine.
+    Raises UserError if the URI names another machine.
     """
     rest = uri.strip()[len("file:") :]
     if rest.startswith("//"):
@@ -233,7 +233,7 @@ def _is_base64_uri(uri: str) -> bool:
 
 
 def _data(uri: str) -> bytes:
-    """The bytes of a data: URI (RFC 2397). Base64 may be wrapped, URL-safe, percent-encoded or without padding."""
+    """The bytes of a data: URI (RFC 2397). Base64 may be in lines, URL-safe, percent-encoded or unpadded."""
     head, comma, body = uri.partition(",")
     if not comma:
         raise UserError("a data: URI needs a comma before its data: data:image/png;base64,...")

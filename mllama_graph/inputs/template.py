@@ -1,7 +1,7 @@
-"""Finds a checkpoint's chat template and renders it as transformers does. No torch.
+"""Finds a checkpoint's chat template and renders it as transformers does. Does not import torch.
 
-jinja2 runs the template, as it does in transformers; importing transformers itself would more than double the time of a
-warm start.
+Templates are run by jinja2, as in transformers. transformers itself is not used, since importing it would more than
+double the time of a warm start.
 """
 
 import json
@@ -23,15 +23,17 @@ from mllama_graph.core.errors import UserError
 from mllama_graph.inputs.tiktoken import IMAGE
 from mllama_graph.model.fields import Fields
 
-# Where transformers looks for templates, besides the files of `EXTRA`: its processor first, then its tokenizer.
+# Where transformers looks for templates, in its order: three files of the processor, then the tokenizer's. The folder
+# `EXTRA` holds further templates, which belong to chat_template.jinja.
 PLACES = ("processor_config.json", "chat_template.json", "chat_template.jinja", "tokenizer_config.json")
 EXTRA = "additional_chat_templates"
 DEFAULT, TOOL_USE = "default", "tool_use"
-# Names of a message's reasoning; templates read one of the first two.
+# The fields in which messages carry reasoning; templates read one of the first two.
 REASONING = ("reasoning_content", "thinking", "reasoning")
-# Marks the end of a message to continue. Its last character, a space, is lost where a template trims the message.
+# Put after the text of a message to continue, to find where the text ends in the prompt. If the mark's final space is
+# missing there, the template trims messages.
 END_MARK = "<END-OF-THE-MESSAGE-TO-CONTINUE> "
-# What a probe writes into a message's text, and beside its text part.
+# What a probe puts into a message: its text, and the value of a further field in its text part.
 TEXT, BESIDE = "probed text", "probed-field"
 
 Message = dict[str, Any]
@@ -39,10 +41,10 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """What a request gives to the chat template besides its messages; the arguments of apply_chat_template.
+    """What a request gives to the chat template besides messages; named as the arguments of apply_chat_template.
 
-    variables: chat_template_kwargs, which replace special tokens of the same name. continue_final_message: the name of
-    the last message's field that the answer continues, or "" to start a new message.
+    variables: chat_template_kwargs; they override special tokens of the same name. continue_final_message: the field of
+    the last message (such as "content") whose text the answer continues, or "" to start a new message.
     """
 
     tools: list[dict[str, Any]] | None = None
@@ -53,7 +55,7 @@ class ChatOptions:
 
 
 class _Generation(Extension):
-    """{% generation %}...{% endgeneration %} marks the assistant's words for training; here it renders its body."""
+    """{% generation %}...{% endgeneration %} marks the assistant's text for training; here it renders just its body."""
 
     tags = {"generation"}
 
@@ -63,7 +65,7 @@ class _Generation(Extension):
 
 
 class ChatTemplate:
-    """A chat template. `tokens`: the special tokens that it may refer to, such as bos_token.
+    """A chat template. `tokens`: the special tokens that it can use, by name, such as bos_token.
 
     Raises UserError for a template that is not valid.
     """
@@ -82,9 +84,9 @@ class ChatTemplate:
             raise UserError(f"the checkpoint's chat template is not valid: {_reason(error)}.") from error
 
     def prompt(self, messages: Sequence[Message], options: ChatOptions) -> str:
-        """Render a chat as a prompt, each content in the form that the template takes.
+        """Render a chat as a prompt. Content is converted to the form (string or parts) that the template takes.
 
-        Raises UserError where the template refuses the messages, or does not show the message to continue.
+        Raises UserError if the template refuses the messages, or leaves out the text that the answer must continue.
         """
         messages = self._shaped([_with_reasoning(message) for message in messages], options)
         if not options.continue_final_message:
@@ -112,37 +114,37 @@ class ChatTemplate:
     # ---- forms of content
 
     def _shaped(self, messages: Sequence[Message], options: ChatOptions) -> list[Message]:
-        """Messages with their content as the template takes it, and their roles by names that the template knows."""
+        """The messages with content in the form that the template takes, and with roles that the template knows."""
         if "developer" not in self._source:
             messages = [m | {"role": "system"} if m["role"] == "developer" else m for m in messages]
         if options.tools is None and options.documents is None and not options.variables:
             forms = self._plain_forms
         else:
-            # A template may take another form beside tools, and may fail without the variables that a request brings.
+            # With tools, a template may take another form than without; and it may need the request's variables to run.
             forms = self._forms({message["role"] for message in messages}, options)
         return [_in_form(message, forms[message["role"]]) for message in messages]
 
     @cached_property
     def _plain_forms(self) -> dict[str, str | None]:
-        """The forms of requests that bring messages only."""
+        """The forms for requests that give the template nothing but messages."""
         return self._forms({"user", "system", "developer", "assistant", "tool", "ipython"}, ChatOptions())
 
     def _forms(self, roles: set[str], options: ChatOptions) -> dict[str, str | None]:
-        """The form of content by role: "text", "parts", "both", or None where probing can't tell."""
+        """The form of content that each role takes: "text", "parts", "both", or None if probing can't tell."""
         user = self._form("user", None, options)
         return {role: user if role == "user" else self._form(role, user, options) for role in roles}
 
     def _form(self, role: str, user: str | None, options: ChatOptions) -> str | None:
-        """Find the form of a role's content by rendering it in both forms; templates differ between roles."""
+        """Find the form that one role takes by rendering a probe in each form. `user`: the form of the role user."""
         texts = self._probe(role, TEXT, user, options)
         parts = self._probe(role, [{"type": "text", "text": TEXT, "beside": BESIDE}], user, options)
         takes_text = TEXT in texts
-        # A template that takes the list for a string prints Python's form of it, with all fields.
+        # A template that expects a string prints the list as Python shows it, with all fields of the part.
         takes_parts = TEXT in parts and not (f"'{BESIDE}'" in parts and takes_text)
         return {(True, True): "both", (True, False): "text", (False, True): "parts"}.get((takes_text, takes_parts))
 
     def _probe(self, role: str, content: Any, user: str | None, options: ChatOptions) -> str:
-        """A rendering of a chat whose message of this role has this content; empty where the template refuses."""
+        """Render a chat that has a message with this role and content; "" if the template refuses it."""
         asked = {"role": "user", "content": [{"type": "text", "text": "hi"}] if user == "parts" else "hi"}
         probed = {"role": role, "content": content}
         call = {"type": "function", "id": "call_0", "function": {"name": "probe", "arguments": {}}}
@@ -168,7 +170,7 @@ def _in_form(message: Message, form: str | None) -> Message:
 
 
 def as_text(content: Sequence[Mapping[str, Any]]) -> str:
-    """Parts as one string: images as <|image|> in their places, and a new line between texts that follow each other."""
+    """Join parts into one string: each image becomes <|image|>, and two texts in a row are separated by a newline."""
     pieces, previous = [], None
     for part in content:
         if part["type"] == previous == "text":
@@ -179,10 +181,10 @@ def as_text(content: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _marked(message: Message, name: str) -> tuple[Message, str]:
-    """The last message with END_MARK after its text, and that text. `name`: the field that holds the text."""
+    """The message with END_MARK after its text, and the text without it. `name`: the field that holds the text."""
     value = message.get(name)
     if isinstance(value, str):
-        # Reasoning is given under several names; whichever the template reads must carry the mark.
+        # The same reasoning is in several fields; all must carry the mark, since the template may read any of them.
         names = [other for other in REASONING if message.get(other) == value] if name in REASONING else [name]
         return {**message, **dict.fromkeys(names, value + END_MARK)}, value
     parts = value if isinstance(value, list) else []
@@ -194,7 +196,7 @@ def _marked(message: Message, name: str) -> tuple[Message, str]:
 
 
 def _with_reasoning(message: Message) -> Message:
-    """A message whose reasoning, if it has any, is found under both names that templates read."""
+    """The message; if it has reasoning, under both names that templates read."""
     reasoning = next((message[name] for name in REASONING if message.get(name) is not None), None)
     if reasoning is None:
         return message
@@ -208,7 +210,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """The filter tojson: without the escapes for HTML of jinja2's own."""
+    """The filter tojson. jinja2's own would escape characters for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -217,7 +219,7 @@ def _raise(message: str) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """An exception's message on one line, without addresses of objects."""
+    """An exception's message in one line, without memory addresses."""
     text = re.sub(r" at 0x[0-9a-fA-F]+", "", " ".join(str(error).split())) or type(error).__name__
     return text[:300].rstrip(".")
 
@@ -226,9 +228,9 @@ def _reason(error: Exception) -> str:
 
 
 def find_templates(folder: Path, processor_config: Fields, tokenizer_config: Fields) -> tuple[dict[str, str], str]:
-    """A checkpoint's chat templates by name, and what the user should know of them, or "".
+    """A checkpoint's chat templates by name, and a note for the user ("" if there is nothing to say).
 
-    Of several places, the first of `PLACES` counts, as in transformers' processors. Raises UserError for files that
+    The first of `PLACES` that holds templates is used, as in transformers' processors. Raises UserError for files that
     can't be read.
     """
     found: dict[str, dict[str, str]] = {}
@@ -259,7 +261,7 @@ def find_templates(folder: Path, processor_config: Fields, tokenizer_config: Fie
 
 
 def _named(given: Fields) -> dict[str, str]:
-    """The templates in a file's chat_template: a string, {name: template}, or [{"name": ..., "template": ...}]."""
+    """Templates by name in the field chat_template: a string, {name: template}, or [{"name": ..., "template": ...}]."""
     value = given.values.get("chat_template")
     if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
         value = {entry.get("name"): entry.get("template") for entry in value}
@@ -271,7 +273,7 @@ def _named(given: Fields) -> dict[str, str]:
 
 
 def _jinja_files(folder: Path) -> dict[str, str]:
-    """The templates that are files of their own."""
+    """Templates by name that are stored as .jinja files."""
     paths = {path.stem: path for path in sorted((folder / EXTRA).glob("*.jinja"))}
     if (folder / "chat_template.jinja").is_file():
         paths[DEFAULT] = folder / "chat_template.jinja"

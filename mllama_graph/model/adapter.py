@@ -1,7 +1,8 @@
-"""A PEFT adapter folder: which weights it changes, and how. Reads only headers, and imports no torch.
+"""PEFT adapters: which weights they change, and how. Reads only the headers of files, and does not import torch.
 
-The format is that of peft's `save_pretrained`: adapter_config.json, and adapter_model.safetensors or .bin with the
-tensors of each module under its name in the model, after `base_model.model.`. merge.py adds them to the weights.
+An adapter is a folder that peft's `save_pretrained` wrote: adapter_config.json, and adapter_model.safetensors or .bin.
+A tensor's name is `base_model.model.`, the module's name in the model, and the part (see LORA). merge.py adds the
+adapter to the weights.
 """
 
 import contextlib
@@ -22,14 +23,14 @@ from mllama_graph.model.shape import ModelShape
 from mllama_graph.model.table import Entry
 
 PREFIX = "base_model.model."
-# module.lora_A.weight; older versions of peft keep the adapter's name in between.
+# A name such as module.lora_A.weight; older versions of peft put the adapter's name before .weight.
 LORA = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(?:\.(?!weight$|bias$)[^.]+)?(?:\.(?P<leaf>weight|bias))?"
 )
-# Wrappers in the names of tensors that replace the model's own: modules_to_save, and biases of adapted modules.
+# What peft inserts into the names of tensors that replace the model's own (modules_to_save, biases of adapted modules).
 WRAPPER = re.compile(r"\.(?:base_layer|modules_to_save(?:\.(?!weight$|bias$)[^.]+)?)(?=\.|$)")
-# Keys of adapter_config.json that change what the adapter computes, and that are not read.
+# Keys of adapter_config.json that change what the adapter computes in ways that this module does not support.
 NOT_READ = (
     "alora_invocation_tokens",
     "arrow_config",
@@ -41,18 +42,18 @@ NOT_READ = (
     "use_bdlora",
     "use_qalora",
 )
-# Initialisations that subtract the adapter's first values from the base model, so that it fits no other weights.
+# Initialisations that also change the base model's weights: the adapter does not fit the original ones.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 MERGE_WITH_PEFT = "Merge it with peft (merge_and_unload), save the model, and give that as weights=."
 
 
 @dataclass(frozen=True)
 class Change:
-    """What an adapter does to one weight. Fields are names of tensors in its file.
+    """What an adapter does to one weight. replacement, a, b, magnitude and added are names of tensors in its file.
 
-    replacement: the new value. a, b: low-rank factors whose product times `scale` is added. magnitude: DoRA's norm of
-    each row after that. added: a bias that is added, times `scale`. embedding: the factors are those of an embedding,
-    transposed. module: the changed module, for errors.
+    replacement: the new value. a, b: low-rank factors; their product times `scale` is added. magnitude: the norms that
+    DoRA gives to the rows after that. added: a bias; `scale` times it is added. embedding: the module is an embedding,
+    and a and b are stored transposed. module: the changed module, for errors.
     """
 
     module: str
@@ -66,9 +67,9 @@ class Change:
 
 
 class Adapter:
-    """An adapter folder and the weight that its changes are multiplied by. `changes`: legacy tensor name -> Change.
+    """An adapter. `weight`: a factor for all that it adds. `changes`: legacy tensor name -> Change.
 
-    Raises UserError where the folder is no LoRA adapter, or one of a kind that is not read.
+    Raises UserError if the folder is not a LoRA adapter, or is of a kind that is not supported.
     """
 
     def __init__(self, folder: Path, weight: float = 1.0):
@@ -105,7 +106,7 @@ class Adapter:
         raise UserError(f"adapter={self.folder} has no adapter_model.safetensors. Download it, or save it with peft.")
 
     def _headers(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each tensor of the file. Raises UserError for a file that can't be read, or a wrong dtype."""
+        """The shape of each tensor of the file. Raises UserError for an unreadable file or a wrong dtype."""
         if self.path.suffix == ".bin":
             stored = {name: (tensor.kind, tensor.shape) for name, tensor in PthFile(self.path).tensors.items()}
         else:
@@ -138,7 +139,7 @@ class Adapter:
             a, b = (parts.get(f"lora_{'embedding_' if embedding else ''}{side}") for side in "AB")
             if a is None or b is None:
                 raise UserError(f"{self.path}: {module} has lora_{'A' if b is None else 'B'} without the other factor.")
-            # peft saves an adapted embedding or head whole as well, in case training resized it.
+            # For an adapted embedding or head, peft saves the whole weight too, in case training resized it.
             saved = changes[weight].replacement if weight in changes else None
             changes[weight] = Change(module, scale, saved, a, b, embedding, parts.get("lora_magnitude_vector"))
             if self._config.flag("use_dora", False) and changes[weight].magnitude is None:
@@ -148,7 +149,7 @@ class Adapter:
         return changes
 
     def _scale(self, module: str) -> float:
-        """Factor of a module's product: alpha / r, or alpha / sqrt(r) with rslora; both may be set by module name."""
+        """The scale of a module: alpha / r, or alpha / sqrt(r) with rslora. Patterns may set alpha and r per module."""
         config = self._config
         rank = self._of_pattern("rank_pattern", module, config.number("r", 8))
         alpha = self._of_pattern("alpha_pattern", module, config.number("lora_alpha", 8))
@@ -157,7 +158,7 @@ class Adapter:
         return alpha / (math.sqrt(rank) if config.flag("use_rslora", False) else rank)
 
     def _of_pattern(self, name: str, module: str, default: float) -> float:
-        """The value of the first pattern that matches the end of the module's name, as in peft."""
+        """The value of the first pattern in the table `name` that matches the end of the module's name, as in peft."""
         patterns = self._config.within(name)
         for pattern in patterns.values:
             try:
@@ -168,7 +169,7 @@ class Adapter:
         return default
 
     def verify(self, entries: Sequence[Entry], shape: ModelShape) -> None:
-        """Raises UserError naming the module and shape where the adapter does not fit the model."""
+        """Raises UserError, with the module and shape, if the adapter does not fit the model."""
         expected = {entry.name: entry for entry in entries}
         biases = {name for name in self.changes if name.endswith(".bias") and name not in expected}
         unknown = sorted({change.module for name, change in self.changes.items() if name not in expected})
@@ -188,7 +189,7 @@ class Adapter:
                     )
 
     def _wanted(self, change: Change, shape: tuple[int, ...], name: str) -> list[tuple[str, tuple[int, ...]]]:
-        """The shapes that a change's tensors must have for a weight of a given shape."""
+        """(key, required shape) of each tensor of a change. `name`, `shape`: the weight that it changes."""
         whole = [(key, shape) for key in (change.replacement, change.added) if key]
         if not change.a or not change.b:
             return whole
@@ -207,14 +208,15 @@ class Adapter:
 
 
 def _equal(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    """Whether shapes are equal up to axes of length 1, which the factors of a convolution have."""
+    """Whether shapes are equal apart from axes of length 1, which the factors of a convolution have."""
     return tuple(n for n in found if n != 1) == tuple(n for n in wanted if n != 1)
 
 
 def read_adapters(given: Any) -> list[Adapter]:
-    """The adapters of adapter=: a folder, or several as a comma-separated list, each PATH or PATH:WEIGHT.
+    """The adapters that adapter= names: one, or a comma-separated list, each as PATH or PATH:WEIGHT.
 
-    Raises UserError where a folder is missing, or two adapters can't be merged into the same weight.
+    Raises UserError if a folder is missing, if an adapter that replaces weights has a WEIGHT other than 1, or if two
+    adapters can't be merged into the same weight.
     """
     if given is None:
         return []
@@ -239,12 +241,12 @@ def read_adapters(given: Any) -> list[Adapter]:
 
 
 def _split(given: str) -> list[str]:
-    """The items of a comma-separated list, unless the whole is one folder."""
+    """The items of a comma-separated list. The name of an existing folder is one item, even if it has commas."""
     return [given] if Path(given).expanduser().is_dir() else [item for item in given.split(",") if item.strip()]
 
 
 def _adapter(item: str) -> Adapter:
-    """The adapter of PATH or PATH:WEIGHT."""
+    """The adapter that PATH or PATH:WEIGHT names."""
     folder, weight = Path(item).expanduser(), 1.0
     if not folder.is_dir():
         path, colon, number = item.rpartition(":")
