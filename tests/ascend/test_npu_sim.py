@@ -8,9 +8,8 @@ import subprocess
 import sys
 
 import pytest
-from commands import kept
+from commands import ROOT, assert_kept, interrupted, kept, run
 from engines import serve, start
-from run_command import ROOT, assert_kept, interrupted, run
 from test_engine import few
 from test_ranks import wrong
 from test_stubs import needs_torch_npu
