@@ -129,7 +129,7 @@ def test_a_picture_beyond_the_pixel_limit_is_refused_before_it_is_decoded():
         tracemalloc.start()
         with (
             warnings.catch_warnings(),
-            pytest.raises(UserError, match="more than the 128 million that are decoded. Scale"),
+            pytest.raises(UserError, match="more than the 128 million pixels that are decoded. Scale"),
         ):
             warnings.simplefilter("error")
             open_image(bomb)

@@ -17,7 +17,7 @@ from mllama_graph.inputs.image_sources import Source, shorten
 # The most pixels of one picture, checked before they are decoded: 512 MB of memory. The largest that phones and
 # cameras commonly write have 108 million.
 MAX_PIXELS = 128_000_000
-_TOO_MANY = f"more than the {MAX_PIXELS // 10**6} million that are decoded. Scale it down."
+_TOO_MANY = f"more than the {MAX_PIXELS // 10**6} million pixels that are decoded. Scale it down."
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8\xff"
