@@ -28,7 +28,6 @@ from mllama_graph.engine.collectives import Alone, Collectives, Distributed, Sha
 from mllama_graph.graphs.aot import ops_of
 from mllama_graph.graphs.loaded import LoadedGraphs, LoadedNpuGraphs, LoadedPackages
 from mllama_graph.graphs.spec import GraphSpec
-from mllama_graph.graphs.store import GraphStore
 from mllama_graph.model.inputs import Pages
 from mllama_graph.model.ops import Ops
 from mllama_graph.model.placement import Placement
@@ -111,18 +110,6 @@ class Backend(ABC):
     def gather(self, ops: Ops) -> Gather:
         """The all-gather with which samplers exchange candidates."""
         return ops.all_gather
-
-    def load_graphs(
-        self,
-        spec: GraphSpec,
-        weights: Weights,
-        pages: tuple[Pages, Pages],
-        ops: Ops,
-        store: GraphStore,
-        say: Callable[[str], None],
-    ) -> LoadedGraphs:
-        """The rank's graphs, none of them loaded yet."""
-        return self.loaded(spec, weights, pages, ops, store, say)
 
     def clear(self, pages: Pages, numbers: Sequence[int]) -> None:
         """Fill the pages with these numbers with zeros."""

@@ -57,7 +57,7 @@ class Rank:
         self.weights = self._load(pixels, progress)
         # Pages start as zeros: attention multiplies the values of masked keys by 0, and 0 * NaN is NaN.
         self.pages, self.image_pages = spec.pages(self.backend.placement(spec).zeros)
-        self.graphs = self.backend.load_graphs(
+        self.graphs = self.backend.loaded(
             spec, self.weights, (self.pages, self.image_pages), self.ops, graphs, progress.say
         )
         self.sampler = Sampler(run.shape.text.vocab, spec.shard, self.backend.gather(self.ops))
