@@ -13,7 +13,9 @@ from mllama_graph.core.errors import UserError
 
 BACKENDS = ("auto", "inductor", "torchair", "eager")
 COMPILE_MODES = ("background", "wait", "never")
-QUANTS = ("none", "w8a16", "w8a8", "kv8")
+QUANTS = ("none", "w8a16", "w8a8", "w4a16", "fp8")
+QUANT_GROUPS = (32, 64, 128)
+QUANT_PARTS = ("text", "head", "vision", "projector")
 COLLECTIVES = ("auto", "shared_memory", "distributed")
 KERNELS = ("auto", "native", "plain")
 TORCHAIR_MODES = ("max-autotune", "npugraph_ex")
@@ -133,6 +135,8 @@ class Run:
     batch: int = 1
     dtype: str = "auto"
     quant: str = "none"
+    quant_group: int = 128
+    quant_parts: list[str] = field(default_factory=lambda: ["text"])
     backend: BackendChoice = field(default_factory=BackendChoice)
     device: str = "auto"
     task: TaskOptions = field(default_factory=TaskOptions)
@@ -211,6 +215,9 @@ def check(run: Run) -> None:
     one_of("device", run.device, ("auto", *DEVICES))
     one_of("backend", run.backend.name, BACKENDS)
     one_of("quant", run.quant, QUANTS)
+    one_of("quant_group", run.quant_group, QUANT_GROUPS)
+    for part in run.quant_parts:
+        one_of("quant_parts", part, QUANT_PARTS)
     one_of("plan.compile", run.plan.compile, COMPILE_MODES)
     one_of("backend.kernels", run.backend.kernels, KERNELS)
     one_of("collectives", run.collectives, COLLECTIVES)

@@ -20,8 +20,3 @@ class Precision:
 
     store: str
     compute: str
-
-    @property
-    def widths(self) -> tuple[int, int]:
-        """Bytes per element of the weights, and of activations and pages."""
-        return BYTES[self.store], BYTES[self.compute]

@@ -82,6 +82,7 @@ class Backend(ABC):
             run.deterministic,
             run.compiler_options,
             self.place.rank,
+            run.storage.formats,
         )
 
     def prepare(self, spec: GraphSpec, libraries: Path, say: Callable[[str], None]) -> None:

@@ -102,7 +102,7 @@ class Engine:
             time.perf_counter() - start,
             self._image_tokens(step),
             self.executor.run.shape,
-            self.executor.run.precision.widths,
+            self.executor.run.storage,
         )
         moved = self.scheduler.commit(tuple(token.id for token in tokens))
         return [

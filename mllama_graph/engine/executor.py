@@ -45,12 +45,12 @@ class Executor:
         store = meet(place, rendezvous) if rendezvous else None
         self._workers = Workers(place, rendezvous, store, run.timeout, check)
         self._workers.send(Start(run, pixels))
-        graph_store, weight_width = GraphStore(run.store_folder), run.precision.widths[0]
+        graph_store = GraphStore(run.store_folder)
         self.graphs = Graphs(
             backend_of(run, place).spec(),
             graph_store,
             self.plan.buckets(),
-            cost=lambda bucket: bucket_cost(run.shape, self.plan.page_size, bucket, weight_width),
+            cost=lambda bucket: bucket_cost(run.shape, self.plan.page_size, bucket, run.storage),
             reuse=run.reuse,
             mode=run.compile_mode,
             say=progress.say,

@@ -23,9 +23,8 @@ from mllama_graph.graphs.step import arguments
 from mllama_graph.graphs.store import GraphStore
 from mllama_graph.measure.trace import GRAPH, SAMPLE
 from mllama_graph.model.inputs import Pages
-from mllama_graph.model.table import Shard, elements
 from mllama_graph.model.tree import Pixels, Weights, build
-from mllama_graph.model.weights import from_checkpoint, random_fill
+from mllama_graph.model.weights import from_checkpoint, quantising, random_fill
 from mllama_graph.plan.bucket import Bucket
 from mllama_graph.plan.resolve import ResolvedRun
 
@@ -69,7 +68,7 @@ class Rank:
     def _load(self, pixels: Pixels, progress: Progress) -> Weights:
         """Load this rank's weights from the checkpoint, or fill them with random values."""
         run, spec = self.run, self.spec
-        whole, done = elements(self.shape, Shard(self.place.rank, self.place.world)) * spec.store.itemsize, 0
+        whole, done = run.memory.weights, 0
 
         def report(count: int) -> None:
             nonlocal done
@@ -77,7 +76,8 @@ class Rank:
             progress.weights(done, whole)
 
         fill = from_checkpoint(run.checkpoint) if run.checkpoint else random_fill(run.shape, run.seed, spec.store)
-        weights = build(run.shape, pixels, spec.store, self.backend.placement(spec), fill, report, spec.shard)
+        placement, formats = self.backend.placement(spec), spec.formats
+        weights = build(run.shape, pixels, spec.store, placement, fill, report, spec.shard, formats, quantising(fill))
         _return_freed_memory()
         self.backend.lay_out(weights, spec)
         return weights

@@ -5,6 +5,7 @@ from typing import Any
 
 from mllama_graph.engine.results import Result
 from mllama_graph.engine.steps import DecodeStep, PrefillStep, Step, VisionStep
+from mllama_graph.model.formats import Storage
 from mllama_graph.model.shape import ModelShape
 from mllama_graph.plan.cost import step_bytes
 
@@ -47,8 +48,8 @@ class Stats:
     # Seconds from the start of the process to its first token; None before that.
     start_to_first_token: float | None = None
 
-    def count(self, step: Step, seconds: float, image_tokens: int, shape: ModelShape, widths: tuple[int, int]) -> None:
-        """Add a step. `image_tokens`: attended to, summed over rows. `widths`: bytes per weight and per activation."""
+    def count(self, step: Step, seconds: float, image_tokens: int, shape: ModelShape, storage: Storage) -> None:
+        """Add a step. `image_tokens`: attended to, summed over rows. `storage`: of weights and pages."""
         if isinstance(step, VisionStep):
             self.vision_steps, self.vision_seconds = self.vision_steps + 1, self.vision_seconds + seconds
         elif isinstance(step, PrefillStep):
@@ -58,7 +59,7 @@ class Stats:
             self.decode_rows += len(step.rows)
             self.decode_seconds += seconds
             tokens = sum(row.start + 1 for row in step.rows)
-            self.decode_bytes += step_bytes(shape, image_tokens > 0, tokens, image_tokens, *widths)
+            self.decode_bytes += step_bytes(shape, image_tokens > 0, tokens, image_tokens, storage)
 
     def metrics(self, finished: Totals, preemptions: int) -> dict[str, Any]:
         """The metrics for result.json: sums over requests, means over steps. Bytes are modelled, times measured."""

@@ -49,6 +49,8 @@ def key_fields(spec: GraphSpec, bucket: Bucket) -> dict[str, Any]:
         "bucket": asdict(bucket),
         "model": asdict(spec.shape),
     }
+    if spec.formats:
+        fields["formats"] = {path: asdict(form) for path, form in spec.formats}
     # The size of a page pool matters only to graphs that read or write the pool.
     if bucket.phase != "vision":
         fields["num_pages"] = spec.num_pages

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mllama_graph.model.formats import Formats, Storage
 from mllama_graph.model.inputs import ImageInput, Pages, PromptInput, TileInput, TokenInput
 from mllama_graph.model.ops import padded_head
 from mllama_graph.model.placement import Placement
@@ -38,11 +39,17 @@ class GraphSpec:
     deterministic: bool = False
     options: tuple[tuple[str, Any], ...] = ()
     rank: int = 0
+    formats: Formats = ()
 
     @property
     def compiles(self) -> bool:
         """Whether this backend compiles graphs."""
         return self.backend != "eager"
+
+    @property
+    def storage(self) -> Storage:
+        """Bytes of what weights and pages are stored in."""
+        return Storage(self.store.itemsize, self.compute.itemsize, self.compute.itemsize, self.formats)
 
     @property
     def torch_device(self) -> torch.device:
@@ -84,7 +91,15 @@ class GraphSpec:
         """A rank's weight tree with undefined values."""
         pixels = Pixels(1.0, (0.0,) * 3, (1.0,) * 3)
         return build(
-            self.shape, pixels, self.store, self.placement, lambda entry, part, region: None, lambda count: None, shard
+            self.shape,
+            pixels,
+            self.store,
+            self.placement,
+            lambda entry, part, region: None,
+            lambda count: None,
+            shard,
+            self.formats,
+            lambda entry, form, parts, region: None,
         )
 
     def example(self, bucket: Bucket) -> Any:

@@ -20,7 +20,7 @@ from mllama_graph.graphs.spec import GraphSpec
 from mllama_graph.graphs.step import Flat, Step, arguments, tensors
 from mllama_graph.model.inputs import Pages
 from mllama_graph.model.ops import Ops
-from mllama_graph.model.tree import Weights, matrices
+from mllama_graph.model.tree import Weights, linears
 from mllama_graph.plan.bucket import Bucket
 
 log = logging.getLogger(__name__)
@@ -174,5 +174,5 @@ def cast_to_nz(weights: Weights) -> None:
     import torch_npu
 
     torch_npu.npu.config.allow_internal_format = True
-    for weight in matrices(weights):
-        weight.data = torch_npu.npu_format_cast(weight.data, FRACTAL_NZ)
+    for linear in linears(weights):
+        linear.weight.data = torch_npu.npu_format_cast(linear.weight.data, FRACTAL_NZ)

@@ -7,6 +7,7 @@ from typing import Any
 
 from mllama_graph.measure.limits import Limits
 from mllama_graph.measure.timing import Case, Timing
+from mllama_graph.model.formats import Storage
 from mllama_graph.model.shape import ModelShape
 from mllama_graph.plan.buckets import Plan
 from mllama_graph.plan.cost import kv_bytes, sizes, step_work, work
@@ -29,14 +30,14 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Measured:
-    """The model under measurement. widths: bytes per weight and per activation. planned: modelled bytes of a rank.
+    """The model under measurement. storage: what weights and pages are stored in. planned: modelled bytes of a rank.
 
     most: returns the measured peak of rank 0's process in bytes.
     """
 
     shape: ModelShape
     plan: Plan
-    widths: tuple[int, int]
+    storage: Storage
     planned: int
     most: Callable[[], int]
 
@@ -55,7 +56,7 @@ def row_of(on: Measured, case: Case, timing: Timing, ceilings: Sequence[Limits])
     image_tokens = case.images * on.shape.vision.max_tiles * on.shape.vision.tokens
     keys, image_keys = case.batch * (case.length + case.new // 2), case.batch * image_tokens
     moved, flops = step_work(
-        on.shape, case.images > 0, case.batch, keys, image_keys, (keys, image_keys), case.batch, *on.widths
+        on.shape, case.images > 0, case.batch, keys, image_keys, (keys, image_keys), case.batch, on.storage
     )
     ceiling, steps = middle(ceilings), _median_steps(timing, len(ceilings))
     whole, first, step = statistics.median(timing.whole), _median_ms(timing.first), _median_ms(timing.steps)
@@ -67,7 +68,7 @@ def row_of(on: Measured, case: Case, timing: Timing, ceilings: Sequence[Limits])
         return round(statistics.median(bound(c) / s for c, s in zip(ceilings, steps)), 4)
 
     first_floor = _first_floor(on, case, image_tokens, ceiling)
-    self_kv, image_kv = kv_bytes(on.shape, keys, image_keys, on.widths[1])
+    self_kv, image_kv = kv_bytes(on.shape, keys, image_keys, on.storage)
     ours = timing.who == OURS
     seed = (
         case.batch,
@@ -100,7 +101,7 @@ def row_of(on: Measured, case: Case, timing: Timing, ceilings: Sequence[Limits])
         "flops_of_limit": share(lambda limits: flops / limits.flops),
         "decode_bytes": round(moved),
         "decode_flops": round(flops),
-        "weight_bytes": sizes(on.shape).total * on.widths[0],
+        "weight_bytes": sizes(on.shape, on.storage).total,
         "self_kv_bytes": self_kv,
         "image_kv_bytes": image_kv,
         "planned_bytes": on.planned if ours else "",
@@ -128,7 +129,7 @@ def _median_steps(timing: Timing, repetitions: int) -> list[float]:
 def _first_floor(on: Measured, case: Case, image_tokens: int, ceiling: Limits) -> float:
     """The floor of a batch's first tokens in seconds: the prefill of each prompt and the encoding of each image."""
     seen = case.length * case.length / 2, case.length * image_tokens
-    moved, flops = step_work(on.shape, case.images > 0, case.length, case.length, image_tokens, seen, 1, *on.widths)
+    moved, flops = step_work(on.shape, case.images > 0, case.length, case.length, image_tokens, seen, 1, on.storage)
     prompt = max(moved / ceiling.bytes_per_second, flops / ceiling.flops)
-    encode = work(on.shape, on.plan.page_size, on.plan.vision(), *on.widths)[1] / ceiling.flops
+    encode = work(on.shape, on.plan.page_size, on.plan.vision(), on.storage)[1] / ceiling.flops
     return case.batch * (prompt + case.images * encode)

@@ -12,21 +12,34 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from mllama_graph.model.formats import Format, Formats
 from mllama_graph.model.placement import Placement
 from mllama_graph.model.shape import ModelShape, RopeShape
 from mllama_graph.model.table import WHOLE, Entry, Shard, table
 
 
 class Linear(nn.Module):
-    """Parameters of a linear layer: weight (out, in), bias (out,) or None; scale of a quantised weight, or None."""
+    """Parameters of a linear layer: weight (out, in), bias (out,) or None.
+
+    Of a quantised layer: `format` and its other parts (`Format.parts`), each or None. splits_inputs: whether a rank
+    holds only some of the inputs.
+    """
 
     weight: nn.Parameter
     bias: nn.Parameter | None
+    scale: nn.Parameter | None
+    shift: nn.Parameter | None
+    order: nn.Parameter | None
+    codebook: nn.Parameter | None
+    input_scale: nn.Parameter | None
+    input_zero: nn.Parameter | None
 
     def __init__(self) -> None:
         super().__init__()
-        self.scale: Tensor | None = None
-        self.register_parameter("bias", None)
+        self.format: Format | None = None
+        self.splits_inputs = False
+        for name in ("bias", "scale", "shift", "order", "codebook", "input_scale", "input_zero"):
+            self.register_parameter(name, None)
 
 
 class Embedding(Linear):
@@ -136,9 +149,9 @@ class Weights(nn.Module):
         self.text, self.vision, self.projector = TextWeights(shape), VisionWeights(shape), Linear()
 
 
-def matrices(root: nn.Module) -> list[nn.Parameter]:
-    """The weights of linear layers. Only `Ops.linear` reads them, so that a backend may choose their layout."""
-    return [module.weight for module in root.modules() if type(module) is Linear]
+def linears(root: nn.Module) -> list[Linear]:
+    """The linear layers. Only `Ops.linear` reads their weights, so that a backend may choose the layout of these."""
+    return [module for module in root.modules() if type(module) is Linear]
 
 
 @dataclass(frozen=True)
@@ -152,6 +165,13 @@ class Pixels:
 
 # Fills one entry's part of a Parameter: (entry, destination, region of the whole tensor to write to it).
 Fill = Callable[[Entry, Tensor, tuple[slice, ...]], None]
+# Fills one entry's rows of a quantised leaf: (entry, format, parts of the leaf by name, region of the whole weight).
+FillQuantised = Callable[[Entry, Format, dict[str, Tensor], tuple[slice, ...]], None]
+
+
+def unquantised(entry: Entry, form: Format, parts: dict[str, Tensor], region: tuple[slice, ...]) -> None:
+    """The FillQuantised of a tree without quantised leaves."""
+    raise AssertionError("formats need a source of codes")
 
 
 def build(
@@ -162,21 +182,30 @@ def build(
     fill: Fill,
     progress: Callable[[int], None],
     shard: Shard = WHOLE,
+    formats: Formats = (),
+    fill_quantised: FillQuantised = unquantised,
 ) -> Weights:
     """Build a rank's weight tree: Parameters at the table's paths, filled by `fill`, with zeros as padding.
 
-    `progress` is called with the number of bytes filled since its last call.
+    The leaves of `formats` are filled by `fill_quantised`. `progress` is called with the number of bytes filled since
+    its last call.
     """
-    root = Weights(shape)
+    root, quantised = Weights(shape), dict(formats)
     groups: dict[str, list[Entry]] = {}
     for entry in table(shape):
         groups.setdefault(entry.path, []).append(entry)
     for path, entries in groups.items():
+        node, _, leaf = path.rpartition(".")
+        if leaf == "weight" and node in quantised:
+            linear = root.get_submodule(node)
+            assert isinstance(linear, Linear)
+            _build_quantised(linear, entries, quantised[node], placement, fill_quantised, shard)
+            progress(sum(part.numel() * part.element_size() for part in linear.parameters()))
+            continue
         parts = [entry.local(shard) for entry in entries]
         whole = placement.allocate((sum(part[0] for part in parts), *parts[0][1:]), dtype)
         for entry, part in zip(entries, whole.split([part[0] for part in parts]), strict=True):
             _fill_padded(entry, part, entry.region(shard), fill)
-        node, _, leaf = path.rpartition(".")
         parameter = nn.Parameter(placement.settle(whole), requires_grad=False)
         root.get_submodule(node).register_parameter(leaf, parameter)
         progress(whole.numel() * whole.element_size())
@@ -188,6 +217,29 @@ def build(
         value = torch.tensor(getattr(pixels, name)).to(placement.device)
         root.vision.register_buffer(f"pixel_{name}", value if name == "scale" else value[:, None, None])
     return root
+
+
+def _build_quantised(
+    linear: Linear, entries: list[Entry], form: Format, placement: Placement, fill: FillQuantised, shard: Shard
+) -> None:
+    """Set a leaf's format and Parameters. Each entry has its own rows; parts without rows are those of the first."""
+    linear.format, linear.splits_inputs = form, entries[0].shard == 1 and shard.world > 1
+    rows, inputs = [entry.local(shard)[0] for entry in entries], entries[0].local(shard)[1]
+    layout = form.parts(sum(rows), inputs)
+    whole = {name: placement.allocate(part.shape, getattr(torch, part.dtype)) for name, part in layout.items()}
+    at = 0
+    for entry, count in zip(entries, rows, strict=True):
+        region = entry.region(shard)
+        real = region[0].stop - region[0].start
+        held = {name: part if part.dim() == 1 else part[at : at + real] for name, part in whole.items()}
+        if real:
+            fill(entry, form, held, region)
+        for part in whole.values():
+            if part.dim() == 2:
+                part[at + real : at + count].zero_()
+        at += count
+    for name, part in whole.items():
+        linear.register_parameter(name, nn.Parameter(placement.settle(part), requires_grad=False))
 
 
 def _fill_padded(entry: Entry, part: Tensor, region: tuple[slice, ...], fill: Fill) -> None:

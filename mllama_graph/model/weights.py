@@ -14,17 +14,21 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mllama_graph.model.codes import Codes, pack, quantise
 from mllama_graph.model.files import CheckpointFiles
+from mllama_graph.model.formats import Format
 from mllama_graph.model.merge import merged
 from mllama_graph.model.meta_files import MetaFiles
 from mllama_graph.model.meta_weights import reader
 from mllama_graph.model.reading import Region, block_rows, read_safetensors
 from mllama_graph.model.shape import ModelShape
 from mllama_graph.model.table import WHOLE, Entry, table
-from mllama_graph.model.tree import Fill
+from mllama_graph.model.tree import Fill, FillQuantised
 
 # Random values repeat with this prime period: fast to generate, and no two rows of a matrix are aligned.
 RANDOM_PERIOD = 4_194_301
+# Elements that are quantised at once: the fp32 values and what is computed from them stay in a few hundred MB.
+QUANTISED_BLOCK = 1 << 22
 
 
 def from_checkpoint(files: CheckpointFiles) -> Fill:
@@ -55,6 +59,34 @@ def _reader(files: CheckpointFiles) -> Callable[[Entry, Region], Tensor]:
         return read_safetensors(path, stored).view(entry.shape)[region]
 
     return read
+
+
+def quantising(fill: Fill) -> FillQuantised:
+    """A FillQuantised that quantises what `fill` gives, a block of rows at a time. Scales are those of whole rows."""
+
+    def fill_quantised(entry: Entry, form: Format, parts: dict[str, Tensor], region: Region) -> None:
+        rows, inputs = region[0], entry.shape[1]
+        block = torch.empty((min(rows.stop - rows.start, QUANTISED_BLOCK // inputs + 1), inputs))
+        for first in range(rows.start, rows.stop, len(block)):
+            last = min(first + len(block), rows.stop)
+            part = block[: last - first]
+            fill(entry, part, (slice(first, last), slice(0, inputs)))
+            write_codes(parts, form, quantise(part, form), first - rows.start, region[1])
+
+    return fill_quantised
+
+
+def write_codes(parts: dict[str, Tensor], form: Format, found: Codes, at: int, columns: slice) -> None:
+    """Write codes of whole rows to the parts of a leaf, from its row `at` on, taking only some of their columns."""
+    rows, inputs = slice(at, at + len(found.codes)), found.codes.shape[1]
+    groups = slice(*(end * form.groups(inputs) // inputs for end in (columns.start, columns.stop)))
+    parts["weight"][rows].copy_(pack(found.codes[:, columns], form))
+    for name in ("scale", "shift"):
+        if name in parts:
+            parts[name][rows].copy_(getattr(found, name)[:, groups] if form.group else getattr(found, name))
+    for name in ("order", "codebook", "input_scale", "input_zero"):
+        if name in parts:
+            parts[name].copy_(getattr(found, name))
 
 
 def random_fill(shape: ModelShape, seed: int, dtype: torch.dtype) -> Fill:

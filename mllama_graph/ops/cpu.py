@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mllama_graph.model.inputs import PromptInput, TokenInput
 from mllama_graph.model.ops import Ops
-from mllama_graph.model.tree import Embedding, LayerNorm, Linear, Weights, matrices
+from mllama_graph.model.tree import Embedding, LayerNorm, Linear, Weights, linears
 from mllama_graph.ops.plain import PLAIN, Pages
 
 kernels = torch.ops.mllama_graph
@@ -21,8 +21,8 @@ kernels = torch.ops.mllama_graph
 
 def lay_out(weights: Weights) -> None:
     """Convert the weights of linear layers, in place, to the panels that their kernel reads (native/linear.h)."""
-    for weight in matrices(weights):
-        kernels.lay_out_(weight)
+    for leaf in linears(weights):
+        kernels.lay_out_(leaf.weight)
 
 
 def embed(ids_T: Tensor, leaf: Embedding, real_1: Tensor | None = None) -> Tensor:

@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mllama_graph.core.dtypes import WIDEN_ROWS
+from mllama_graph.model.codes import Codes, rounded_rows, unpack, values
+from mllama_graph.model.formats import DYNAMIC, FLOAT, MOST
 from mllama_graph.model.inputs import PromptInput, TokenInput
 from mllama_graph.model.ops import Ops
 from mllama_graph.model.tree import Embedding, LayerNorm, Linear
@@ -25,12 +27,16 @@ def embed_held(ids_T: Tensor, leaf: Embedding) -> Tensor:
     return torch.where(held_T[:, None], x_TD, 0)
 
 
-def linear(x: Tensor, leaf: Linear) -> Tensor:
+def linear(x: Tensor, leaf: Linear, largest: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias in the dtype of x; a weight of another dtype is converted.
+
+    largest: see `quantised_linear`.
 
     For a few rows this is a fused multiply and sum, one pass over the weight under Inductor. For more rows, converting
     the weight once and a GEMM are faster, although they move 10 bytes per weight instead of 2.
     """
+    if leaf.format:
+        return quantised_linear(x, leaf, largest)
     weight: Tensor = leaf.weight
     if weight.dtype != x.dtype:
         if x.dim() == 2 and x.shape[0] <= WIDEN_ROWS and torch.compiler.is_compiling():
@@ -38,6 +44,30 @@ def linear(x: Tensor, leaf: Linear) -> Tensor:
             return y if leaf.bias is None else y + leaf.bias
         weight = weight.to(x.dtype)
     return F.linear(x, weight, None if leaf.bias is None else leaf.bias.to(x.dtype))
+
+
+def quantised_linear(x: Tensor, leaf: Linear, largest: Tensor | None = None) -> Tensor:
+    """`linear` with a quantised weight, whose values are computed first.
+
+    largest: where a rank has a part of each row, the largest absolute value (world, ..., 1) of each rank's part.
+    """
+    assert leaf.format and leaf.scale is not None
+    form, dtype = leaf.format, x.dtype
+    codes = Codes(unpack(leaf.weight, form), leaf.scale, leaf.shift, codebook=leaf.codebook)
+    if leaf.order is not None:
+        x = x.index_select(-1, leaf.order)
+    if form.activations == FLOAT:
+        y = F.linear(x, values(codes, form).to(dtype))
+    else:
+        # Products of codes are whole numbers, which fp64 adds exactly.
+        if form.activations == DYNAMIC:
+            rounded, scale = rounded_rows(x.float(), largest)
+        else:
+            assert leaf.input_scale is not None and leaf.input_zero is not None
+            scale = leaf.input_scale
+            rounded = ((x.float() / scale).round() + leaf.input_zero).clamp(-MOST - 1, MOST) - leaf.input_zero
+        y = (F.linear(rounded.double(), leaf.weight.double()).float() * scale * leaf.scale[:, 0]).to(dtype)
+    return y if leaf.bias is None else y + leaf.bias.to(dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

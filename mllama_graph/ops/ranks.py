@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.distributed.distributed_c10d import GroupName
 
+from mllama_graph.model.formats import DYNAMIC
 from mllama_graph.model.ops import Ops
-from mllama_graph.model.tree import Embedding
+from mllama_graph.model.tree import Embedding, Linear
 from mllama_graph.ops.plain import PLAIN
 
 # shared_memory: mllama_graph/native, ranks of one CPU host. distributed: torch.distributed's functional collectives.
@@ -31,7 +32,13 @@ def ranked(world: int, collectives: str, base: Ops = PLAIN) -> Ops:
         """Each rank looks up the ids whose rows it holds. The all-reduce is exact: the other ranks add zeros."""
         return all_reduce(base.embed_held(ids_T, leaf, **padding))
 
-    return replace(base, embed=embed, all_reduce=all_reduce, all_gather=all_gather)
+    def linear(x: Tensor, leaf: Linear, **padding: Tensor) -> Tensor:
+        """Where each rank has a part of a row, its int8 codes need the largest value of the whole row."""
+        if leaf.splits_inputs and leaf.format and leaf.format.activations == DYNAMIC:
+            return base.linear(x, leaf, largest=all_gather(x.abs().amax(-1, keepdim=True)), **padding)
+        return base.linear(x, leaf, **padding)
+
+    return replace(base, embed=embed, linear=linear, all_reduce=all_reduce, all_gather=all_gather)
 
 
 def _shared_all_reduce(x: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
 """Bytes and floating-point operations of a step from shapes alone: the floors that measurements are compared with."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import lru_cache
 
 from mllama_graph.core.config import HardwareChoice
+from mllama_graph.model.formats import Storage, stored_bytes
 from mllama_graph.model.shape import ROW_MULTIPLE, ModelShape, VisionShape
 from mllama_graph.plan.bucket import Bucket
 
@@ -13,60 +15,44 @@ FLOPS_PER_BYTE = 6
 
 @dataclass(frozen=True)
 class Sizes:
-    """The parameters of each part of a model, in elements rather than bytes."""
+    """Sizes of a model's parts. `cross_layers` leaves out the K/V projections, which only the vision graph reads."""
 
-    self_layers: int
-    cross_layers: int
-    head: int
-    embedding: int
-    cross_kv: int
-    vision: int
-    projector: int
+    self_layers: int = 0
+    cross_layers: int = 0
+    head: int = 0
+    embedding: int = 0
+    cross_kv: int = 0
+    vision: int = 0
+    projector: int = 0
 
     @property
     def total(self) -> int:
-        return (
-            self.self_layers
-            + self.cross_layers
-            + self.head
-            + self.embedding
-            + self.cross_kv
-            + self.vision
-            + self.projector
-        )
+        return sum(asdict(self).values())
 
 
-def sizes(shape: ModelShape) -> Sizes:
-    """Count parameters by part. `cross_layers` leaves out the K/V projections, which only the vision graph reads."""
-    text, vision = shape.text, shape.vision
-    q, kv = text.heads * text.head_width, text.kv_heads * text.head_width
-    mlp = 3 * text.width * text.mlp
-    attention = 2 * text.width * q
-    self_layer = attention + 2 * text.width * kv + mlp + 2 * text.width
-    cross_layer = attention + mlp + 2 * text.width + text.head_width + 2
-    block = 4 * vision.width**2 + 2 * vision.width * vision.mlp + 5 * vision.width + vision.mlp
-    ratios = len(vision.aspect_ratios) + 1
-    embeddings = (
-        vision.tokens * vision.width * (1 + ratios * vision.max_tiles)
-        + 2 * ratios * vision.max_tiles * vision.width
-        + 3
-    )
-    patches = vision.channels * vision.patch**2 * vision.width + vision.width
-    return Sizes(
-        self_layers=len(text.self_layers) * self_layer,
-        cross_layers=len(text.cross_layers) * cross_layer,
-        head=text.vocab * text.width + text.width,
-        embedding=shape.embeddings * text.width,
-        cross_kv=len(text.cross_layers) * (2 * text.width * kv + text.head_width),
-        vision=(
-            (vision.layers + vision.global_layers) * block
-            + 2 * vision.global_layers
-            + embeddings
-            + patches
-            + 4 * vision.width
-        ),
-        projector=vision.out_width * text.width + text.width,
-    )
+# Storage of one byte an element, so that bytes are elements; and of an unquantised model in fp32.
+ELEMENTS, FP32 = Storage(1, 1, 1), Storage(4, 4, 4)
+
+
+@lru_cache
+def sizes(shape: ModelShape, storage: Storage = ELEMENTS) -> Sizes:
+    """The bytes of each part of a model; by default, its parameters."""
+    parts = dict.fromkeys(asdict(Sizes()), 0)
+    for path, size in stored_bytes(shape, storage).items():
+        parts[_part_of(path, shape)] += size
+    return Sizes(**parts)
+
+
+def _part_of(path: str, shape: ModelShape) -> str:
+    """The part of a model that a path of the weight tree belongs to."""
+    first, *rest = path.split(".")
+    if first != "text":
+        return first
+    if rest[0] != "layers":
+        return {"embed": "embedding"}.get(rest[0], "head")
+    if int(rest[1]) not in shape.text.cross_layers:
+        return "self_layers"
+    return "cross_kv" if rest[2] in ("kv", "k_norm") else "cross_layers"
 
 
 def kv_elements(shape: ModelShape, layers: int) -> int:
@@ -74,21 +60,19 @@ def kv_elements(shape: ModelShape, layers: int) -> int:
     return 2 * layers * shape.text.kv_heads * shape.text.head_width
 
 
-def kv_bytes(shape: ModelShape, keys: int, image_keys: int, page_width: int) -> tuple[int, int]:
+def kv_bytes(shape: ModelShape, keys: int, image_keys: int, storage: Storage) -> tuple[int, int]:
     """Bytes of text and image K/V of all layers, for `keys` text and `image_keys` image tokens over all sequences."""
     return (
-        keys * kv_elements(shape, len(shape.text.self_layers)) * page_width,
-        image_keys * kv_elements(shape, len(shape.text.cross_layers)) * page_width,
+        round(keys * kv_elements(shape, len(shape.text.self_layers)) * storage.page),
+        round(image_keys * kv_elements(shape, len(shape.text.cross_layers)) * storage.page),
     )
 
 
-def step_bytes(
-    shape: ModelShape, images: bool, tokens: int, image_tokens: int, weight_width: int, page_width: int
-) -> int:
+def step_bytes(shape: ModelShape, images: bool, tokens: int, image_tokens: int, storage: Storage) -> int:
     """Bytes that a decode step must read: weights once, and the K/V of `tokens` and `image_tokens` (over all rows)."""
-    parts = sizes(shape)
+    parts = sizes(shape, storage)
     weights = parts.self_layers + parts.head + (parts.cross_layers if images else 0)
-    return weights * weight_width + sum(kv_bytes(shape, tokens, image_tokens if images else 0, page_width))
+    return weights + sum(kv_bytes(shape, tokens, image_tokens if images else 0, storage))
 
 
 def vision_rows(vision: VisionShape) -> int:
@@ -96,19 +80,17 @@ def vision_rows(vision: VisionShape) -> int:
     return vision.max_tiles * (vision.tokens + -vision.tokens % ROW_MULTIPLE)
 
 
-def work(shape: ModelShape, page_size: int, bucket: Bucket, weight_width: int, page_width: int) -> tuple[float, float]:
+def work(shape: ModelShape, page_size: int, bucket: Bucket, storage: Storage) -> tuple[float, float]:
     """Bytes that all ranks together move in a step of a full bucket, and the operations of its matrix products."""
     if bucket.phase == "vision":
-        return _vision_work(shape, weight_width, page_width)
+        return _vision_work(shape, storage)
     images = bucket.image_pages > 0
     keys, image_keys = bucket.rows * bucket.pages * page_size, bucket.rows * bucket.image_pages * page_size
     if bucket.phase == "prefill":
         # The mask is causal: on average, a new token sees half of the new tokens.
         seen = bucket.tokens * (keys + bucket.tokens / 2), bucket.tokens * image_keys
-        return step_work(shape, images, bucket.tokens, keys, image_keys, seen, 1, weight_width, page_width)
-    return step_work(
-        shape, images, bucket.tokens, keys, image_keys, (keys, image_keys), bucket.tokens, weight_width, page_width
-    )
+        return step_work(shape, images, bucket.tokens, keys, image_keys, seen, 1, storage)
+    return step_work(shape, images, bucket.tokens, keys, image_keys, (keys, image_keys), bucket.tokens, storage)
 
 
 def step_work(
@@ -119,30 +101,30 @@ def step_work(
     image_keys: int,
     seen: tuple[float, float],
     rows_of_logits: int,
-    weight_width: int,
-    page_width: int,
+    storage: Storage,
 ) -> tuple[float, float]:
     """Bytes and operations of a step of `tokens` rows that reads the K/V of `keys` and `image_keys` tokens per layer.
 
     `seen`: the same text and image tokens, counted once for each row that attends to them.
     """
     text, parts = shape.text, sizes(shape)
-    moved = step_bytes(shape, images, keys, image_keys, weight_width, page_width)
-    moved += tokens * kv_elements(shape, len(text.self_layers)) * page_width
+    moved = float(step_bytes(shape, images, keys, image_keys, storage))
+    moved += tokens * kv_elements(shape, len(text.self_layers)) * storage.page
     attended = seen[0] * len(text.self_layers) + seen[1] * len(text.cross_layers)
     dense = parts.self_layers + (parts.cross_layers if images else 0)
     flops = 2 * tokens * dense + 4 * attended * text.heads * text.head_width
     return moved, flops + 2 * parts.head * rows_of_logits
 
 
-def _vision_work(shape: ModelShape, weight_width: int, page_width: int) -> tuple[float, float]:
-    vision, parts, kept = shape.vision, sizes(shape), len(shape.text.cross_layers)
+def _vision_work(shape: ModelShape, storage: Storage) -> tuple[float, float]:
+    vision, parts, held, kept = shape.vision, sizes(shape), sizes(shape, storage), len(shape.text.cross_layers)
     rows, tokens, E = vision_rows(vision), vision.max_tiles * vision.tokens, vision.width
     layers, patches = vision.layers + vision.global_layers, vision.channels * vision.patch**2 * E
     tower, late = layers * (4 * E**2 + 2 * E * vision.mlp), parts.projector + parts.cross_kv
     # Of the position embeddings, only the one that all tiles share and that of one aspect ratio are read.
-    read = tower + patches + late + vision.tokens * E * (1 + vision.max_tiles)
-    moved = read * weight_width + tokens * kv_elements(shape, kept) * page_width
+    read = tower + patches + vision.tokens * E * (1 + vision.max_tiles)
+    moved = read * held.vision / parts.vision + held.projector + held.cross_kv
+    moved += tokens * kv_elements(shape, kept) * storage.page
     return moved, 2 * rows * tower + 2 * tokens * (patches + late) + 4 * layers * rows**2 * E
 
 
@@ -166,16 +148,10 @@ class Floor:
 
 
 def floor_of(
-    shape: ModelShape,
-    page_size: int,
-    bucket: Bucket,
-    weight_width: int,
-    page_width: int,
-    ranks: int,
-    hardware: HardwareChoice,
+    shape: ModelShape, page_size: int, bucket: Bucket, storage: Storage, ranks: int, hardware: HardwareChoice
 ) -> Floor:
     """The floor of a full bucket: every page is read. Leaves out launches, link latency and all but products."""
-    moved, flops = work(shape, page_size, bucket, weight_width, page_width)
+    moved, flops = work(shape, page_size, bucket, storage)
     text, vision = shape.text, shape.vision
     if bucket.phase == "vision":
         sums, row, tokens = 2 * (vision.layers + vision.global_layers), vision.width, vision_rows(vision)
@@ -186,18 +162,18 @@ def floor_of(
             bucket.tokens,
         )
     # In an all-reduce, each of n ranks sends 2 (n - 1) / n of the tensor over n - 1 links at once (ring or mesh).
-    summed = 2 / ranks * sums * tokens * row * page_width / hardware.link_bytes_per_second if ranks > 1 else 0.0
+    summed = 2 / ranks * sums * tokens * row * storage.compute / hardware.link_bytes_per_second if ranks > 1 else 0.0
     return Floor(moved / hardware.memory_bytes_per_second / ranks, flops / hardware.flops / ranks, summed)
 
 
-def bucket_cost(shape: ModelShape, page_size: int, bucket: Bucket, weight_width: int = 4) -> float:
+def bucket_cost(shape: ModelShape, page_size: int, bucket: Bucket, storage: Storage = FP32) -> float:
     """A relative cost of a bucket: the larger of its bytes and its scaled operations. Only orders buckets."""
     if bucket.phase == "vision":
         return 1.0
     images = bucket.image_pages > 0
     keys = bucket.rows * bucket.pages * page_size
     image_keys = bucket.rows * bucket.image_pages * page_size
-    read = step_bytes(shape, images, keys, image_keys, weight_width, 4)
+    read = step_bytes(shape, images, keys, image_keys, storage)
     parts = sizes(shape)
     dense = parts.self_layers + (parts.cross_layers if images else 0)
     attended = (

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from mllama_graph.core.dtypes import WIDEN_ROWS
 from mllama_graph.core.errors import UserError
+from mllama_graph.model.formats import Storage, stored_bytes
 from mllama_graph.model.shape import ModelShape
-from mllama_graph.model.table import Shard, elements
+from mllama_graph.model.table import Shard
 from mllama_graph.plan.buckets import Plan
 from mllama_graph.plan.cost import GB, kv_elements, vision_rows
 
@@ -33,9 +34,9 @@ class Memory:
         return " + ".join(f"{name} {value / GB:.2f}" for name, value in parts) + f" = {self.total / GB:.2f} GB"
 
 
-def memory(shape: ModelShape, plan: Plan, weight_width: int, compute_width: int, world: int = 1) -> Memory:
+def memory(shape: ModelShape, plan: Plan, storage: Storage, world: int = 1) -> Memory:
     """The memory of one rank of `world`: weights, pages, and the largest intermediate results of the plan's graphs."""
-    text, vision, part = shape.text, shape.vision, Shard(0, world)
+    text, vision, part, compute_width = shape.text, shape.vision, Shard(0, world), storage.compute
     mlp, vocab = part.size(text.mlp), part.size(text.vocab)
     tokens = max(plan.prefill_tokens[-1], plan.decode_batch[-1])
     prefill = tokens * (4 * text.width + 3 * mlp) * compute_width
@@ -44,15 +45,15 @@ def memory(shape: ModelShape, plan: Plan, weight_width: int, compute_width: int,
     # The attention mask of the vision encoder: one byte per pair of rows, and a copy in the compute dtype.
     encode += patches**2 * (1 + compute_width)
     logits = plan.decode_batch[-1] * vocab * 4 * 2
-    if weight_width < compute_width:
+    if storage.weight < compute_width or storage.formats:
         # A GEMM with many rows widens its weight first. The largest is the head, with one row per decoded sequence.
         widest = max(2 * mlp, vocab if plan.decode_batch[-1] > WIDEN_ROWS else 0)
         prefill += widest * text.width * compute_width
-    page = plan.page_size * compute_width
+    page = plan.page_size * storage.page
     return Memory(
-        weights=elements(shape, part) * weight_width,
-        self_pages=plan.num_pages * page * kv_elements(shape, len(text.self_layers)) // world,
-        image_pages=plan.num_image_pages * page * kv_elements(shape, len(text.cross_layers)) // world,
+        weights=sum(stored_bytes(shape, storage, part).values()),
+        self_pages=round(plan.num_pages * page * kv_elements(shape, len(text.self_layers)) / world),
+        image_pages=round(plan.num_image_pages * page * kv_elements(shape, len(text.cross_layers)) / world),
         workspace=max(prefill, encode) + logits,
     )
 

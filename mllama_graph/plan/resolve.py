@@ -13,12 +13,13 @@ from mllama_graph import native
 from mllama_graph.core import devices
 from mllama_graph.core.config import HardwareChoice, PlanChoice, Run, TaskOptions
 from mllama_graph.core.devices import CPU, DEVICES, Device
-from mllama_graph.core.dtypes import Precision
+from mllama_graph.core.dtypes import BYTES, Precision
 from mllama_graph.core.errors import UserError
 from mllama_graph.core.machine import available_memory
 from mllama_graph.core.paths import in_package, store_folder
 from mllama_graph.core.place import Place
 from mllama_graph.model.files import CheckpointFiles
+from mllama_graph.model.formats import Storage, chosen
 from mllama_graph.model.shape import ModelShape
 from mllama_graph.plan.buckets import Limits, Plan, make_plan
 from mllama_graph.plan.checkpoint import META, model_of, weights_of
@@ -96,6 +97,8 @@ class ResolvedRun(ResolvedTask):
     compiler_options: tuple[tuple[str, Any], ...]
     environment: tuple[tuple[str, str], ...]
     precision: Precision
+    # Bytes of what is stored in it, and the formats of quantised layers.
+    storage: Storage
     limits: Limits
     plan_choice: PlanChoice
     plan: Plan
@@ -133,7 +136,6 @@ def resolve(run: Run, place: Place | None) -> ResolvedTask:
         return ResolvedTask(**_common(run, needs))
     backend = _backend(run, device)
     shape, checkpoint = model_of(run)
-    _refuse_what_is_not_built(run)
     only_shapes = weights_of(run) == META
     if needs == TaskOptions.RANKS:
         _check_ranks(run, device, place, only_shapes)
@@ -146,7 +148,9 @@ def resolve(run: Run, place: Place | None) -> ResolvedTask:
         run.max_images or max(DEFAULT_MAX_IMAGES, run.task.images_asked(run)),
     )
     plan = make_plan(run.plan, limits, shape, device.paging, kernels == NATIVE)
-    needed = memory(shape, plan, *precision.widths, run.tp)
+    formats = chosen(run.quant, run.quant_group, run.quant_parts, shape, run.tp)
+    storage = Storage(BYTES[precision.store], BYTES[precision.compute], BYTES[precision.compute], formats)
+    needed = memory(shape, plan, storage, run.tp)
     if needs == TaskOptions.RANKS and not only_shapes:
         if device.on_host:
             require_on_host(needed, run.memory_gib, place.local_world if place else run.tp)
@@ -169,6 +173,7 @@ def resolve(run: Run, place: Place | None) -> ResolvedTask:
         compiler_options=tuple(sorted(options.items())),
         environment=tuple(run.backend.environment.items()) if on_torchair else (),
         precision=precision,
+        storage=storage,
         limits=limits,
         plan_choice=run.plan,
         plan=plan,
@@ -256,12 +261,6 @@ def _check_ranks(run: Run, device: Device, place: Place | None, only_shapes: boo
     if only_shapes and device.compiles_on_rank:
         raise UserError(f"weights=meta on {device.name}: graphs are lowered without weights by task=verify.")
     device.check_count(place.local_world if place else run.tp)
-
-
-def _refuse_what_is_not_built(run: Run) -> None:
-    """Raises UserError for options that are not implemented yet."""
-    if run.quant != "none":
-        raise UserError(f"quant={run.quant}: quantisation is not built yet. Use quant=none.")
 
 
 def _kernels(run: Run, device: Device, precision: Precision) -> str:

@@ -54,7 +54,7 @@ def main(run: ResolvedRun) -> None:
     cases = cases_of(options)
     engine = start_engine(run, processor_of(run), progress)
     rank = engine.executor.rank
-    on = Measured(run.shape, run.plan, run.precision.widths, run.memory.total, rank.backend.most_bytes)
+    on = Measured(run.shape, run.plan, run.storage, run.memory.total, rank.backend.most_bytes)
     with _peers(run, options, engine, progress) as peers:
         rows, found = [], []
         total = len(cases) * (options.repetitions + 1) * (1 + len(peers))

@@ -8,11 +8,13 @@ import torch
 
 from mllama_graph.core.config import HardwareChoice
 from mllama_graph.core.devices import CPU, DEVICES
+from mllama_graph.core.dtypes import BYTES
 from mllama_graph.core.errors import UserError
 from mllama_graph.core.machine import available_memory
 from mllama_graph.core.report import Progress, columns, markdown, write_result
 from mllama_graph.measure import limits, plots
 from mllama_graph.measure.session import BENCH, MODELLED, read_csv, read_manifest, write_csv, write_manifest
+from mllama_graph.model.formats import Storage
 from mllama_graph.model.shape import ModelShape
 from mllama_graph.plan.bucket import Bucket
 from mllama_graph.plan.cost import GB, Floor, floor_of, kv_bytes, sizes, step_work, work
@@ -30,17 +32,19 @@ Row = dict[str, Any]
 
 
 class Roofline:
-    """The tables of one model on one kind of hardware. `widths`: bytes per weight and per activation."""
+    """The tables of one model on one kind of hardware. `storage`: as that hardware would store it."""
 
     def __init__(self, run: ResolvedRun, options: RooflineOptions, hardware: HardwareChoice):
         self.run, self.options, self.hardware, self.shape, self.plan = run, options, hardware, run.shape, run.plan
         stored = run.checkpoint.stored if run.checkpoint else RANDOM_DTYPE
-        self.widths = DEVICES[hardware.device].precision(run.asked["dtype"], stored).widths
+        precision = DEVICES[hardware.device].precision(run.asked["dtype"], stored)
+        width = BYTES[precision.compute]
+        self.storage = Storage(BYTES[precision.store], width, width, run.storage.formats)
 
     def bucket_row(self, bucket: Bucket) -> Row:
         """The floor of a full bucket, per rank."""
-        moved, flops = work(self.shape, self.plan.page_size, bucket, *self.widths)
-        floor = floor_of(self.shape, self.plan.page_size, bucket, *self.widths, self.run.tp, self.hardware)
+        moved, flops = work(self.shape, self.plan.page_size, bucket, self.storage)
+        floor = floor_of(self.shape, self.plan.page_size, bucket, self.storage, self.run.tp, self.hardware)
         return {
             "bucket": str(bucket),
             "MB": round(moved / self.run.tp / 1e6, 1),
@@ -54,7 +58,7 @@ class Roofline:
         share = self._share(ranks)
 
         def needed(batch: int) -> Memory:
-            return memory(self.shape, self.run.planned(batch, images), *self.widths, ranks)
+            return memory(self.shape, self.run.planned(batch, images), self.storage, ranks)
 
         low, high = 0, 1
         while high <= MOST_ROWS and needed(high).total <= share:
@@ -79,22 +83,22 @@ class Roofline:
         run, shape, rate = self.run, self.shape, self.hardware
         keys = batch * (length + new_tokens // 2)
         image_keys = batch * images * shape.vision.max_tiles * shape.vision.tokens
-        moved, flops = step_work(shape, images > 0, batch, keys, image_keys, (keys, image_keys), batch, *self.widths)
+        moved, flops = step_work(shape, images > 0, batch, keys, image_keys, (keys, image_keys), batch, self.storage)
         # All-reduces don't depend on the lengths.
         links = floor_of(
-            shape, self.plan.page_size, Bucket("decode", batch, batch, 1, int(images > 0)), *self.widths, run.tp, rate
+            shape, self.plan.page_size, Bucket("decode", batch, batch, 1, int(images > 0)), self.storage, run.tp, rate
         ).links
         floor = Floor(moved / rate.memory_bytes_per_second / run.tp, flops / rate.flops / run.tp, links)
-        parts, (self_kv, image_kv) = sizes(shape), kv_bytes(shape, keys, image_keys, self.widths[1])
+        parts, (self_kv, image_kv) = sizes(shape, self.storage), kv_bytes(shape, keys, image_keys, self.storage)
         read = parts.self_layers + parts.head + parts.cross_layers * (images > 0)
-        held = parts.total * self.widths[0] + self_kv + image_kv
+        held = parts.total + self_kv + image_kv
         return {
             "batch": batch,
             "ids": length,
             **_times(floor),
             "tokens/s": round(batch / floor.seconds, 1),
             "fits": "yes" if held / run.tp <= self._share(run.tp) else "no",
-            "weights MB": round(read * self.widths[0] / 1e6, 1),
+            "weights MB": round(read / 1e6, 1),
             "self K/V MB": round(self_kv / 1e6, 1),
             "image K/V MB": round(image_kv / 1e6, 1),
         }
@@ -154,7 +158,7 @@ class Roofline:
         )
         points = {}
         for bucket in self.plan.buckets():
-            moved, flops = work(self.shape, self.plan.page_size, bucket, *self.widths)
+            moved, flops = work(self.shape, self.plan.page_size, bucket, self.storage)
             points[str(bucket)] = flops / moved
         plots.roofline(
             paths[3], f"Roofline of a rank: {title}", self.hardware.memory_bytes_per_second, self.hardware.flops, points

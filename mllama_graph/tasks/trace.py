@@ -46,9 +46,8 @@ def main(run: ResolvedRun) -> None:
     finally:
         pool.close()
     print(columns(("graph", "operations", "all-reduces", "seconds"), rows))
-    width = spec.store.itemsize
-    weights = [sum(size.numel() for size in shapes.values()) * width for shapes in held]
-    print("\n" + table(_sums(run.shape, run.tp, width, weights)), flush=True)
+    weights = [sum(size.numel() for size in shapes.values()) * spec.store.itemsize for shapes in held]
+    print("\n" + table(_sums(run.shape, run.tp, spec.store.itemsize, weights)), flush=True)
     share = f"{run.tp} ranks of equal shapes share their graphs" if len(kinds) == 1 else f"{len(kinds)} kinds of rank"
     progress.say(f"\n{share}; {len(records)} traced")
     write_result(
@@ -58,8 +57,8 @@ def main(run: ResolvedRun) -> None:
         metrics={
             "graphs": len(records),
             "rank_weight_bytes": weights,
-            "model_weight_bytes": elements(run.shape) * width,
-            "replicated_bytes": {part: count * width for part, count in replicated(run.shape).items()},
+            "model_weight_bytes": elements(run.shape) * spec.store.itemsize,
+            "replicated_bytes": {part: count * spec.store.itemsize for part, count in replicated(run.shape).items()},
             "rank_page_bytes": page_bytes(spec),
         },
     )

@@ -241,8 +241,7 @@ def records(judged: list[Judged]) -> list[dict[str, Any]]:
 
 def modelled(spec: GraphSpec, bucket: Bucket, hardware: HardwareChoice) -> float:
     """The modelled floor of a step in seconds."""
-    widths = spec.store.itemsize, spec.compute.itemsize
-    return floor_of(spec.shape, spec.page_size, bucket, *widths, spec.world_size, hardware).seconds
+    return floor_of(spec.shape, spec.page_size, bucket, spec.storage, spec.world_size, hardware).seconds
 
 
 def ranks_line(tp: int) -> str:
