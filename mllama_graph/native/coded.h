@@ -43,7 +43,9 @@ template <int R, int V, class D>
   const D table = decoder;
   for (int64_t g = 0; g < groups; g++, scale += width, shift += shift ? width : 0) {
     Vector sum[R][V];
+#pragma GCC unroll 8
     for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
       for (int v = 0; v < V; v++) sum[r][v] = scaled ? Vector{} : load(c + r * c_stride + v * kLanes);
     for (int64_t i = 0; i < group; i += D::kInputs, a += D::kInputs, words += width) {
       const char* next = reinterpret_cast<const char*>(words) + ahead;
@@ -63,7 +65,10 @@ template <int R, int V, class D>
         (add.template operator()<input>(), ...);
       }(std::make_index_sequence<D::kInputs>{});
     }
+    // Unrolled, so that the sums stay in registers.
+#pragma GCC unroll 8
     for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
       for (int v = 0; v < V; v++) {
         float* to = c + r * c_stride + v * kLanes;
         Vector y = sum[r][v];

@@ -69,7 +69,10 @@ template <int R, int V>
       for (int v = 0; v < V; v++) sum[r][v] = add_bytes(sum[r][v], row, column[v]);
     }
   }
+  // Unrolled, so that the sums stay in registers.
+#pragma GCC unroll 8
   for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
     for (int v = 0; v < V; v++) {
       const Vector whole = to_floats(sum[r][v] - codes[v] * added);
       store(y + r * y_stride + v * kLanes, whole * row_scale[r] * load(scale + v * kLanes));

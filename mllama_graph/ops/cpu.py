@@ -21,7 +21,7 @@ kernels = torch.ops.mllama_graph
 
 
 def lay_out(weights: Weights) -> None:
-    """Convert the weights of linear layers, in place, to the panels that their kernel reads (native/linear.h, codes.h)."""
+    """Convert the weights of linear layers, in place, to the panels that their kernel reads (native/panels.h)."""
     for leaf in linears(weights):
         if leaf.format is None:
             kernels.lay_out_(leaf.weight)
