@@ -1,4 +1,4 @@
-// Linear layers with a quantised weight and rows in fp32.
+// Linear layers with a quantised weight and rows in fp32, for codes and machines that integers.h does not serve.
 //
 // A group's products with codes are summed first; the sum is then multiplied by the group's scale, and the shift by the
 // sum of the row's inputs. With few rows, codes are decoded in registers; with more, into a block that stays in cache.
@@ -11,6 +11,7 @@
 
 #include "codes.h"
 #include "panels.h"
+#include "outputs.h"
 #include "tensors.h"
 
 namespace {
@@ -51,7 +52,7 @@ template <int R, int V, class D>
       const char* next = reinterpret_cast<const char*>(words) + ahead;
 #pragma GCC unroll 4
       for (int64_t byte = 0; byte < kColumns * static_cast<int64_t>(sizeof(*words)); byte += kLine)
-        __builtin_prefetch(next + byte, 0, kLocality);
+        __builtin_prefetch(next + byte, 0, kLocality<R>);
       typename D::Loaded loaded[V];
 #pragma GCC unroll 8
       for (int v = 0; v < V; v++) loaded[v] = table.load(words + v * kLanes);
@@ -209,26 +210,6 @@ std::vector<float> sorted_rows(const float* x, int64_t rows, int64_t inputs, con
   return sorted;
 }
 
-// Adds a bias in the storage dtype of weights to rows of y.
-template <class B>
-void add_bias(float* y, const Tensor& bias, int64_t rows) {
-  const auto* b = static_cast<const B*>(bias.const_data_ptr());
-  const int64_t outputs = bias.numel();
-  for_rows(rows, outputs, [&](int64_t t) {
-    for (int64_t o = 0; o < outputs; o++) y[t * outputs + o] += widen(b[o]);
-  });
-}
-
-void add_bias(float* y, const std::optional<Tensor>& bias, int64_t rows) {
-  if (!bias) return;
-  switch (bias->scalar_type()) {
-    case ScalarType::Float: return add_bias<float>(y, *bias, rows);
-    case ScalarType::BFloat16: return add_bias<BFloat16>(y, *bias, rows);
-    case ScalarType::Half: return add_bias<Float16>(y, *bias, rows);
-    default: fail("a bias is of float32, bfloat16 or float16");
-  }
-}
-
 template <class D>
 void coded_of(const D& decoder, const float* x, const Coded<typename D::Word>& w, const float* sums, float* y,
               int64_t rows) {
@@ -244,51 +225,6 @@ void coded_of(const D& decoder, const float* x, const Coded<typename D::Word>& w
                   y + row * w.outputs + at, tall, block);
     }
   });
-}
-
-// The result of a linear layer for rows of x: (..., O), zeros from row `some` on.
-Tensor allocated_rows(const Tensor& x, int64_t outputs, int64_t some) {
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  sizes.back() = outputs;
-  Tensor y = allocated(sizes);
-  std::fill(results(y) + some * outputs, results(y) + y.numel(), 0.0f);
-  return y;
-}
-
-// y = x w' + bias: x (..., I) fp32; w in panels of words: int8, E4M3, or two codes of 4 bits in each byte, which index
-// `table` or else count from -8; scale and shift (O, G) in panels. order: the input of each column of w.
-Tensor linear_coded(Tensor given, Tensor weight, Tensor scale, std::optional<Tensor> shift, std::optional<Tensor> order,
-                    std::optional<Tensor> table, std::optional<Tensor> bias, std::optional<Tensor> real) {
-  const Tensor x = packed(given);
-  const bool halves = weight.scalar_type() == ScalarType::Byte;
-  const int64_t inputs = x.size(x.dim() - 1), outputs = weight.size(0), groups = scale.size(1);
-  const int64_t rows = inputs ? x.numel() / inputs : 0, some = real_of(rows, real);
-  if (x.scalar_type() != ScalarType::Float || weight.dim() != 2 || !weight.is_contiguous() ||
-      weight.size(1) * (halves ? 2 : 1) != inputs || scale.size(0) != outputs || !groups || inputs % groups ||
-      (halves && inputs / groups % Table::kInputs))
-    fail("linear_coded takes x (..., I) in float32, a contiguous weight of codes (O, I) and scales (O, G)");
-  Tensor y = allocated_rows(x, outputs, some);
-  const float* from = floats(x);
-  std::vector<float> sorted, sums;
-  if (order) {
-    sorted = sorted_rows(from, some, inputs, integers(*order));
-    from = sorted.data();
-  }
-  if (shift) sums = group_sums(from, some, inputs, inputs / groups);
-  const auto run = [&](const auto& decoder) {
-    using Word = typename std::decay_t<decltype(decoder)>::Word;
-    const Coded<Word> w{static_cast<const Word*>(weight.const_data_ptr()), floats(scale),
-                        shift ? floats(*shift) : nullptr, inputs, outputs, inputs / groups};
-    coded_of(decoder, from, w, sums.data(), results(y), some);
-  };
-  switch (weight.scalar_type()) {
-    case ScalarType::Char: run(Int8{}); break;
-    case ScalarType::Float8_e4m3fn: run(Fp8{}); break;
-    case ScalarType::Byte: table ? run(Table(floats(*table))) : run(Int4{}); break;
-    default: fail("linear_coded takes weights of int8, float8_e4m3fn and uint8");
-  }
-  add_bias(results(y), bias, some);
-  return y;
 }
 
 }  // namespace

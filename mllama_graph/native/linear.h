@@ -46,7 +46,7 @@ template <int R, int V, class W>
   for (; depth >= kPaired<W>; depth -= kPaired<W>, a += kPaired<W>, b += kPaired<W> * width, next += pace) {
 #pragma GCC unroll 4
     for (int64_t byte = 0; byte < kColumns * kPaired<W> * static_cast<int64_t>(sizeof(W)); byte += kLine)
-      __builtin_prefetch(next + byte / sizeof(W), 0, kLocality);
+      __builtin_prefetch(next + byte / sizeof(W), 0, kLocality<R>);
     add_input<0, R, V>(sum, a, a_stride, b);
     if constexpr (kPaired<W> == 2) add_input<1, R, V>(sum, a, a_stride, b);
   }

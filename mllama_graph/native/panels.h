@@ -22,9 +22,16 @@ constexpr int64_t kColumns = kPanel * kLanes;
 template <class W>
 constexpr int kPaired = std::is_same_v<W, BFloat16> ? 2 : 1;
 
-// Fastest as measured: the locality of __builtin_prefetch (3: into L1, 2: into L2), and how many bytes ahead to
-// prefetch if a panel is read once.
-constexpr int kLocality = kRegisters == 32 ? 3 : 2;
+#if defined(__CLZERO__)  // an instruction that only AMD's processors have
+constexpr bool kAmd = true;
+#else
+constexpr bool kAmd = false;
+#endif
+// Fastest as measured: the locality of __builtin_prefetch (3: into L1, 2: into L2) for a tile of R rows, and how many
+// bytes ahead to prefetch if a panel is read once. On Zen 4, L2 instead of L1 reads a weight 12 % faster for one row, and
+// 5 % slower for eight.
+template <int R>
+constexpr int kLocality = kRegisters == 16 || (kAmd && R <= 2) ? 2 : 3;
 constexpr int64_t kAhead = 4096;
 
 // kDeep: inputs of a panel per pass of more than kOnce rows, so that they stay in L1. kTall: rows per task, so that

@@ -26,11 +26,10 @@ def lay_out(weights: Weights) -> None:
         if leaf.format is None:
             kernels.lay_out_(leaf.weight)
             continue
-        words = leaf.format.bits == 4 or leaf.format.activations != FLOAT
-        kernels.lay_out_words_(leaf.weight, 4 if words else 1)
+        kernels.lay_out_codes_(leaf.weight, leaf.format.activations != FLOAT)
         for of_groups in (leaf.scale, leaf.shift):
             if of_groups is not None:
-                kernels.lay_out_words_(of_groups, 4)
+                kernels.lay_out_(of_groups)
 
 
 def embed(ids_T: Tensor, leaf: Embedding, real_1: Tensor | None = None) -> Tensor:
