@@ -35,7 +35,7 @@ from mllama_graph.core.errors import UserError
             ["weights=random", "model=11b", "collectives=mpi"],
             "collectives=mpi is not one of auto, shared_memory, distributed",
         ),
-        (["quant=w8a8"], "quant=w8a8"),
+        (["quant=int3"], "quant=int3 is not one of none, w8a16, w8a8, w4a16, fp8"),
         (
             ["device=npu"],
             "device=npu needs torch_npu, which is not installed. Install it|needs 1 npu devices; this machine shows 0",

@@ -42,13 +42,15 @@ def embed_held(ids_T: Tensor, leaf: Embedding, real_1: Tensor | None = None) -> 
 
 def linear(x: Tensor, leaf: Linear, real_1: Tensor | None = None, largest: Tensor | None = None) -> Tensor:
     """Takes a weight that `lay_out` has converted. largest: see `quantised_linear` of plain.py."""
-    form, scale = leaf.format, leaf.scale
+    form = leaf.format
     if form and form.activations != FLOAT:
         return kernels.linear_integers(
-            x, leaf.weight, scale, leaf.input_scale, leaf.input_zero, largest, leaf.bias, real_1
+            x, leaf.weight, leaf.scale, leaf.input_scale, leaf.input_zero, largest, leaf.bias, real_1
         )
     if form:
-        return kernels.linear_coded(x, leaf.weight, scale, leaf.shift, leaf.order, leaf.codebook, leaf.bias, real_1)
+        return kernels.linear_coded(
+            x, leaf.weight, leaf.scale, leaf.shift, leaf.order, leaf.codebook, leaf.bias, real_1
+        )
     return kernels.linear(x, leaf.weight, leaf.bias, real_1)
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from trees import linear_leaf
 
 from mllama_graph import native
 from mllama_graph.model.codes import Codes, pack, quantise, rounded_rows, values
@@ -52,13 +53,9 @@ def leaf_of(form: Format, outputs: int, inputs: int, bias: bool) -> tuple[Linear
     wide = values(found, form).double()
     if found.order is not None:
         wide[:, found.order.long()] = wide.clone()
-    leaf = Linear()
-    leaf.format = form
-    parts = vars(found) | {"weight": pack(codes, form).clone(), "bias": torch.randn(outputs) if bias else None}
-    for name in ("weight", "scale", "shift", "order", "codebook", "input_scale", "input_zero", "bias"):
-        if parts[name] is not None:
-            setattr(leaf, name, torch.nn.Parameter(parts[name].clone(), requires_grad=False))
-    return leaf, wide
+    parts = {name: value for name, value in vars(found).items() if name != "codes"}
+    packed = pack(codes, form).clone()
+    return linear_leaf(packed, torch.randn(outputs) if bias else None, format=form, **parts), wide
 
 
 def in_panels(leaf: Linear) -> Linear:
