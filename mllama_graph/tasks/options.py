@@ -29,6 +29,8 @@ AIC_METRICS = (
 )
 # The value of weights= for shapes without values.
 SHAPES_ONLY = "meta"
+# Values of task.against: the run's weights without quantisation, or no comparison.
+UNQUANTISED, NOTHING = "unquantised", "none"
 
 
 @dataclass
@@ -51,11 +53,15 @@ class GenerateOptions(TaskOptions):
 
 @dataclass
 class EvaluateOptions(GenerateOptions):
-    """task=evaluate: exact match against reference answers. `each`: held-out scenes per kind of question."""
+    """task=evaluate: exact match against reference answers, and agreement with another model.
+
+    `each`: held-out scenes per kind of question. `against`: the other model, as UNQUANTISED, NOTHING or a folder.
+    """
 
     name: str = "evaluate"
     each: int = 40
     controls: bool = True
+    against: str = UNQUANTISED
 
     def images_asked(self, run: Run) -> int:
         return 0 if run.requests is None else super().images_asked(run)
