@@ -34,6 +34,7 @@ LITERAL_KEYS = (
     "task.b",
     "task.measured",
     "task.folder",
+    "task.against",
 )
 # Launchers of conf/hydra/launcher/ and of the plugins that they need.
 LAUNCHERS = ("parallel", "slurm", "joblib", "submitit_local", "submitit_slurm")

@@ -61,7 +61,7 @@ def _reader(files: CheckpointFiles) -> Callable[[Entry, Region], Tensor]:
     return read
 
 
-def quantising(fill: Fill) -> FillQuantised:
+def quantising(fill: Fill, scale_dtype: torch.dtype = torch.float32) -> FillQuantised:
     """A FillQuantised that quantises what `fill` gives, a block of rows at a time. Scales are those of whole rows."""
 
     def fill_quantised(entry: Entry, form: Format, parts: dict[str, Tensor], region: Region) -> None:
@@ -71,7 +71,7 @@ def quantising(fill: Fill) -> FillQuantised:
             last = min(first + len(block), rows.stop)
             part = block[: last - first]
             fill(entry, part, (slice(first, last), slice(0, inputs)))
-            write_codes(parts, form, quantise(part, form), first - rows.start, region[1])
+            write_codes(parts, form, quantise(part, form, scale_dtype), first - rows.start, region[1])
 
     return fill_quantised
 
@@ -126,7 +126,11 @@ def write_random(shape: ModelShape, config: dict[str, Any], seed: int, dtype: to
         tensors[entry.name] = torch.empty(entry.shape, dtype=dtype)
         fill(entry, tensors[entry.name], entry.region(WHOLE))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    # Keys for which transformers would otherwise assume the released models' values.
+    (folder / "config.json").write_text(json.dumps(whole_config(shape, config)))
+
+
+def whole_config(shape: ModelShape, config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json with the keys for which transformers would otherwise assume the released models' values."""
     text = {"pad_token_id": 0} | config["text_config"]
     vision = {"vision_output_dim": shape.vision.out_width} | config["vision_config"]
-    (folder / "config.json").write_text(json.dumps(config | {"text_config": text, "vision_config": vision}))
+    return config | {"text_config": text, "vision_config": vision}

@@ -200,6 +200,15 @@ def resolve(run: Run, place: Place | None) -> ResolvedTask:
     )
 
 
+def on_other_weights(run: ResolvedRun, checkpoint: CheckpointFiles | None) -> ResolvedRun:
+    """The run on unquantised weights of the same shape. Raises UserError where this host's memory can't hold them."""
+    storage = replace(run.storage, formats=())
+    needed = memory(run.shape, run.plan, storage, run.tp)
+    if run.device.on_host:
+        require_on_host(needed, run.memory_gib, run.tp)
+    return replace(run, checkpoint=checkpoint, storage=storage, memory=needed)
+
+
 def _common(run: Run, needs: str) -> dict[str, Any]:
     assert run.output_dir is not None, "set by the command line"
     return {
