@@ -28,6 +28,8 @@ from mllama_graph.engine.collectives import Alone, Collectives, Distributed, Sha
 from mllama_graph.graphs.aot import ops_of
 from mllama_graph.graphs.loaded import LoadedGraphs, LoadedNpuGraphs, LoadedPackages
 from mllama_graph.graphs.spec import GraphSpec
+from mllama_graph.model.codes import Codes, quantise
+from mllama_graph.model.formats import Format
 from mllama_graph.model.inputs import Pages
 from mllama_graph.model.ops import Ops
 from mllama_graph.model.placement import Placement
@@ -35,7 +37,7 @@ from mllama_graph.model.sample import Gather
 from mllama_graph.model.tree import Weights
 from mllama_graph.ops import cpu
 from mllama_graph.ops.ranks import HOST_GROUP, gather_in
-from mllama_graph.plan.resolve import ResolvedRun
+from mllama_graph.plan.resolve import NATIVE, ResolvedRun
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +101,10 @@ class Backend(ABC):
 
     def lay_out(self, weights: Weights, spec: GraphSpec) -> None:
         """Convert weights in place to the layout that the device's kernels read."""
+
+    def rounded(self, rows_OI: Tensor, form: Format) -> Codes:
+        """Quantise whole rows of a weight, fp32 on the host, while it is loaded."""
+        return quantise(rows_OI, form)
 
     def join(self, store: dist.Store | None, libraries: Path, say: Callable[[str], None]) -> Collectives:
         """Join the other ranks, waiting up to the run's timeout. Raises UserError where a library can't be built."""
@@ -164,6 +170,9 @@ class CpuBackend(Backend):
     def lay_out(self, weights: Weights, spec: GraphSpec) -> None:
         if spec.kernels == "native":
             cpu.lay_out(weights)
+
+    def rounded(self, rows_OI: Tensor, form: Format) -> Codes:
+        return cpu.rounded(rows_OI, form) if self.run.kernels == NATIVE else quantise(rows_OI, form)
 
 
 class CudaBackend(Backend):

@@ -76,8 +76,8 @@ class Rank:
             progress.weights(done, whole)
 
         fill = from_checkpoint(run.checkpoint) if run.checkpoint else random_fill(run.shape, run.seed, spec.store)
-        placement, formats = self.backend.placement(spec), spec.formats
-        weights = build(run.shape, pixels, spec.store, placement, fill, report, spec.shard, formats, quantising(fill))
+        placement, codes = self.backend.placement(spec), quantising(fill, self.backend.rounded)
+        weights = build(run.shape, pixels, spec.store, placement, fill, report, spec.shard, spec.formats, codes)
         _return_freed_memory()
         self.backend.lay_out(weights, spec)
         return weights

@@ -61,8 +61,11 @@ def _reader(files: CheckpointFiles) -> Callable[[Entry, Region], Tensor]:
     return read
 
 
-def quantising(fill: Fill, scale_dtype: torch.dtype = torch.float32) -> FillQuantised:
-    """A FillQuantised that quantises what `fill` gives, a block of rows at a time. Scales are those of whole rows."""
+def quantising(fill: Fill, rounded: Callable[[Tensor, Format], Codes] = quantise) -> FillQuantised:
+    """A FillQuantised that quantises what `fill` gives, a block of rows at a time. Scales are those of whole rows.
+
+    rounded: `quantise`, or an equal of it.
+    """
 
     def fill_quantised(entry: Entry, form: Format, parts: dict[str, Tensor], region: Region) -> None:
         rows, inputs = region[0], entry.shape[1]
@@ -71,7 +74,7 @@ def quantising(fill: Fill, scale_dtype: torch.dtype = torch.float32) -> FillQuan
             last = min(first + len(block), rows.stop)
             part = block[: last - first]
             fill(entry, part, (slice(first, last), slice(0, inputs)))
-            write_codes(parts, form, quantise(part, form, scale_dtype), first - rows.start, region[1])
+            write_codes(parts, form, rounded(part, form), first - rows.start, region[1])
 
     return fill_quantised
 

@@ -136,6 +136,7 @@ OPERATORS: dict[str, dict[str, tuple[str | None, Callable[..., Any]]]] = {
     },
     "quantised": {
         "lay_out_codes_": ("(Tensor(a!) weight, bool whole) -> ()", _nothing),
+        "round_rows": ("(Tensor rows, int groups, Tensor steps) -> (Tensor, Tensor)", _nothing),
         "linear_coded": (
             "(Tensor x, Tensor weight, Tensor scale, Tensor? shift, Tensor? order, Tensor? table, Tensor? bias, "
             "Tensor? real) -> Tensor",

@@ -1,12 +1,14 @@
 """task=quantize: write a quantised checkpoint that this engine and others read, in the layout of compressed-tensors."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from mllama_graph.core.errors import UserError
 from mllama_graph.core.report import Progress, write_json, write_result
+from mllama_graph.model.codes import quantise
 from mllama_graph.model.compressed import DTYPES, layout, planned, quantization_config, write_weights
 from mllama_graph.model.weights import from_checkpoint, quantising, random_fill, whole_config
 from mllama_graph.plan.resolve import ResolvedRun
@@ -48,8 +50,9 @@ def main(run: ResolvedRun) -> None:
             done += count
             progress.weights(done, total)
 
+        rounded = partial(quantise, scale_dtype=getattr(torch, DTYPES[dtype][1]))
         with torch.inference_mode():
-            write_weights(folder, files, fill, quantising(fill, scale_dtype=getattr(torch, DTYPES[dtype][1])), report)
+            write_weights(folder, files, fill, quantising(fill, rounded), report)
         if checkpoint:
             copy_others(checkpoint.folder, folder)
         # Last, so that a folder with config.json is whole.
