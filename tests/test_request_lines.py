@@ -36,7 +36,7 @@ def refuse(name):
 def batch(engine, content: bytes, folder, resume=False):
     """The lines of results.jsonl after serving a file of requests, and its Results."""
     (folder / "requests.jsonl").write_bytes(content)
-    results = Results(folder / "results.jsonl", resume)
+    results = Results(folder / "results.jsonl", resume).open()
     serve_lines(engine, read_lines(folder / "requests.jsonl"), folder, results, 3)
     results.close()
     written = results.path.read_bytes()
@@ -298,7 +298,7 @@ def test_lines_are_read_as_they_are_needed(engine, tmp_path):
             taken = number
             yield number, json.dumps(SOUND).encode()
 
-    results = Results(tmp_path / "results.jsonl")
+    results = Results(tmp_path / "results.jsonl").open()
     add, ahead = results.add, []
 
     def count(place, result, digest):

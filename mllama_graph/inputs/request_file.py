@@ -4,6 +4,7 @@ import codecs
 import io
 import json
 import math
+import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from mllama_graph.core.errors import UserError, message_of
+from mllama_graph.inputs.image_formats import signature
 
 # A line of a requests file: its number, counted from 1, and its bytes, or its object where a task has changed it, or
 # the reason why it can't be read.
@@ -23,6 +25,7 @@ LINE_BYTES = 2**28
 DEPTH = 64
 # max_images is derived from lines with at most this many images, so that one line can't enlarge the plan without bound.
 MOST_IMAGES = 32
+_ONE_LINE_EACH = "Put each request on a line of its own: jq -c '%s' FILE > requests.jsonl."
 # UTF-32's little-endian mark begins with that of UTF-16.
 MARKS = {
     codecs.BOM_UTF32_LE: "utf-32",
@@ -35,11 +38,13 @@ MARKS = {
 def read_lines(path: Path) -> Iterator[Line]:
     """Read a file's lines one by one; blank lines are skipped. Files that begin with a byte order mark may be UTF-16.
 
-    Raises UserError where the file can't be read or is empty.
+    Raises UserError where the file can't be read or is empty, or where its first bytes say that it is no requests file.
     """
     empty = True
     try:
         with path.expanduser().open("rb") as file:
+            if kind := _other_kind(file.peek()):
+                raise UserError(f"requests={path} {kind}")
             for line in _lines(file):
                 empty = False
                 yield line
@@ -47,6 +52,24 @@ def read_lines(path: Path) -> Iterator[Line]:
         raise UserError(f"requests={path} can't be read: {error.strerror}.") from error
     if empty:
         raise UserError(f"requests={path} is empty. Put one JSON object on each line.")
+
+
+def _other_kind(head: bytes) -> str | None:
+    """What a file with these first bytes is instead of a requests file, and the remedy; None where they don't tell.
+
+    A single odd line is left to `parse`, which refuses that line alone.
+    """
+    if found := signature(head[:16]):
+        return f"is a {found} picture. Give it as image=, and a file of requests as requests=."
+    head = head.removeprefix(codecs.BOM_UTF8)
+    lines = [line.strip() for line in head.splitlines() if line.strip()]
+    first, more = (lines[0], lines[1:]) if lines else (b"", [])
+    some_served = any(line.startswith(b"{") and line.endswith(b"}") for line in more)
+    if first == b"[" or (re.match(rb"\[\s*\{", first) and not some_served):
+        return f"is a JSON array. {_ONE_LINE_EACH % '.[]'}"
+    if more and (first == b"{" or (re.fullmatch(rb"\{.*[,\[{]", first) and not some_served)):
+        return f"holds JSON over several lines. {_ONE_LINE_EACH % '.'}"
+    return None
 
 
 def _lines(file: io.BufferedReader) -> Iterator[Line]:
