@@ -37,11 +37,15 @@ LITERAL_KEYS = (
 )
 KEYS = tuple(entry.name for entry in fields(Run))
 # Hydra's options.
-OPTIONS = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--package", "-p", "--run", "-r")
-OPTIONS += ("--multirun", "-m", "--shell-completion", "-sc", "--config-path", "-cp", "--config-name", "-cn")
-OPTIONS += ("--config-dir", "-cd", "--experimental-rerun", "--info", "-i")
+OPTIONS = {
+    *("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--package", "-p"),
+    *("--run", "-r", "--multirun", "-m", "--shell-completion", "-sc", "--config-path", "-cp"),
+    *("--config-name", "-cn", "--config-dir", "-cd", "--experimental-rerun", "--info", "-i"),
+}
 # What OmegaConf calls the type of a value, and what the user should write.
 KINDS = {"Float": "a number", "Integer": "a whole number", "bool": "true or false"}
+# OmegaConf's message for a value of another type.
+INVALID = re.compile(r"Value '(.*?)'(?: of type '\w+')? (?:could not be converted to|is not a valid) (\w+)", re.DOTALL)
 # Launchers of conf/hydra/launcher/ and of the plugins that they need.
 LAUNCHERS = ("parallel", "slurm", "joblib", "submitit_local", "submitit_slurm")
 COMPOSING_ERRORS = (HydraException, OmegaConfBaseException)
@@ -139,9 +143,7 @@ def explain(error: Exception) -> str:
         )
         return f"{found[1]}={found[2]} is not one of {', '.join(found[3].split())}.{hint}"
     invalid = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    found = re.match(
-        r"Value '(.*?)'(?: of type '\w+')? (?:could not be converted to|is not a valid) (\w+)", str(invalid), re.DOTALL
-    )
+    found = INVALID.match(str(invalid))
     if found and found[2] in KINDS and isinstance(invalid, OmegaConfBaseException):
         return f"{invalid.full_key}={found[1]} must be {KINDS[found[2]]}."
     cause = str(error.__cause__).splitlines()[0] if error.__cause__ else ""

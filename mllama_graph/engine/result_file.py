@@ -180,7 +180,7 @@ def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Raises UserError where the earlier run in `folder` recorded another value. Keys that it lacks are not compared."""
+    """Raises UserError where the earlier run in `folder` recorded another value of a key."""
     path = folder / SETTINGS
     try:
         earlier = json.loads(path.read_text(encoding="utf8"))
