@@ -148,7 +148,9 @@ def test_the_first_frame_of_an_animation_is_taken(form):
     assert np.abs(pixels(data).astype(int) - [255, 0, 0]).max() <= 2, "lossy formats round"
 
 
-# ---- ICC profiles
+# ---- ICC profiles and gamma
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 
 def profile(gamma: float) -> bytes:
@@ -184,9 +186,6 @@ def test_a_grey_icc_profile_is_applied(deep):
     # 2 for lcms' tables, which are coarse where the curve of sRGB is steep.
     assert np.abs(pixels(data) - wanted[..., None]).max() <= 2
     assert np.abs(GREY - wanted).max() > 5, "the profile changes nothing"
-
-
-SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 
 def test_an_srgb_profile_changes_no_pixel():
@@ -227,7 +226,7 @@ def test_the_gamma_of_a_png_is_corrected_for_a_display_of_2_2(gamma):
         {"cICP": bytes([1, 13, 0, 1]), "gAMA": struct.pack(">I", 100_000)},
         {"iCCP": b"a\0\0" + zlib.compress(SRGB), "gAMA": struct.pack(">I", 100_000)},
     ],
-    ids=str,
+    ids="+".join,
 )
 def test_a_gamma_near_srgb_or_beside_a_chunk_that_replaces_it_changes_no_pixel(chunks):
     assert np.array_equal(pixels(png(60, 40, 8, 2, rows(COLOUR), **chunks)), COLOUR)
