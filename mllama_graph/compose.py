@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from mllama_graph.core.config import Run
 from mllama_graph.core.errors import UserError
@@ -123,6 +123,8 @@ def explain(error: Exception) -> str:
         )
     if found := re.search(r"Could not override '([^']+)'", text):
         return _unknown_key(found[1])
+    if isinstance(error, ConfigAttributeError | ConfigKeyError) and error.full_key:
+        return _unknown_key(error.full_key)
     if found := re.search(r"Could not (?:find|load) 'hydra/launcher/(\w+)'", text):
         if found[1] in LAUNCHERS:
             return f"hydra/launcher={found[1]} is not installed. Install it with: pip install 'mllama_graph[sweeps]'"
@@ -153,7 +155,8 @@ def explain(error: Exception) -> str:
 def _unknown_key(key: str) -> str:
     group, dot, _ = key.partition(".")
     if dot:
-        return f"there is no key {key!r}. conf/{group}/ and conf/config.yaml list its keys."
+        where = f"conf/{group}/ and conf/config.yaml list" if (CONF / group).is_dir() else "conf/config.yaml lists"
+        return f"there is no key {key!r}. {where} its keys."
     close = difflib.get_close_matches(key, KEYS, n=1)
     guess = f" Did you mean {close[0]}?" if close else ""
     return f"there is no key {key!r}.{guess} conf/config.yaml lists every key."

@@ -8,16 +8,20 @@ import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from mllama_graph.core.errors import UserError, message_of
 from mllama_graph.inputs.image_formats import signature
+from mllama_graph.inputs.image_sources import list_images
 
 # A line of a requests file: its number, counted from 1, and its bytes, or its object where a task has changed it, or
 # the reason why it can't be read.
 Line = tuple[int, bytes | dict[str, Any] | str]
 
+# The bytes of a surrogate, escaped or not, in a pair or alone.
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")
 STDIN = "-"
 # The longest line in bytes; pictures may be written into it as data: URIs.
 LINE_BYTES = 2**28
@@ -88,7 +92,7 @@ def _lines(file: io.BufferedReader) -> Iterator[Line]:
 
 def _bounded(file: io.BufferedReader, encoding: str | None) -> Iterator[bytes | None]:
     """The lines in UTF-8; None for a line of more than LINE_BYTES."""
-    # surrogatepass: parsing refuses a lone surrogate of one line, where the decoder would end the file.
+    # surrogatepass: a lone surrogate is refused with its line, where the decoder would end the file.
     stream: IO[Any] = (
         io.TextIOWrapper(file, encoding, "surrogatepass", newline="\n") if encoding else _without_mark(file)
     )
@@ -136,11 +140,7 @@ def _json(number: int, line: bytes) -> dict[str, Any]:
         return value
 
     try:
-        text = line.decode()
-        given = json.loads(text, parse_constant=no_constant, parse_float=finite)
-        if "\\" in text:
-            # An escape can be a lone surrogate, which neither a tokenizer nor a UTF-8 file accepts.
-            json.dumps(given, ensure_ascii=False).encode()
+        given = json.loads(line.decode("utf8", "surrogatepass"), parse_constant=no_constant, parse_float=finite)
     except UnicodeError as error:
         raise UserError(f"line {number} is not valid UTF-8 text: {error}.") from error
     except ValueError as error:
@@ -149,6 +149,17 @@ def _json(number: int, line: bytes) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise UserError(f"line {number} is not a JSON object.")
     return given
+
+
+def has_lone_surrogate(line: Line, value: Any) -> bool:
+    """Whether a value of a line's object holds half of a surrogate pair, which a tokenizer and UTF-8 files refuse."""
+    if isinstance(line[1], bytes) and not _SURROGATE.search(line[1]):
+        return False
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def too_deep(value: Any) -> bool:
@@ -164,10 +175,10 @@ def too_deep(value: Any) -> bool:
     return bool(layer)
 
 
-def most_images(lines: Iterable[Line]) -> int:
+def most_images(lines: Iterable[Line], base: Path) -> int:
     """The most images on one line, rounded up to a power of two and counted without opening any image.
 
-    Lines with more than MOST_IMAGES don't count.
+    Lines with more than MOST_IMAGES don't count. Relative paths are looked up in `base` first.
     """
 
     def count(line: Line) -> int:
@@ -185,11 +196,19 @@ def most_images(lines: Iterable[Line]) -> int:
             else []
         )
         parts = [part for content in contents if isinstance(content, list) for part in content]
-        beside = len(images) if isinstance(images, list) else 0
-        return beside + sum(isinstance(part, dict) and part.get("type") != "text" for part in parts)
+        return _listed(images, base) + sum(isinstance(part, dict) and part.get("type") != "text" for part in parts)
 
     most = max((n for n in map(count, lines) if n <= MOST_IMAGES), default=0)
     return 1 << max(most - 1, 0).bit_length()
+
+
+def _listed(images: Any, base: Path) -> int:
+    """The number of images in a request's field `images`."""
+    if isinstance(images, str):
+        # A folder without pictures is refused when the request is served.
+        with suppress(UserError):
+            return len(list_images(images, base))
+    return len(images) if isinstance(images, list) else 0
 
 
 def is_stream(requests: str) -> bool:

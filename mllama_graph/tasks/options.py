@@ -52,7 +52,7 @@ class GenerateOptions(TaskOptions):
         """The number of images of the prompt, or the most on a line of the requests file."""
         if run.requests is None:
             return len(list_images(run.image))
-        return most_images(read_lines(Path(run.requests)))
+        return most_images(read_lines(Path(run.requests)), Path(run.requests).parent)
 
 
 @dataclass
