@@ -83,6 +83,12 @@ class Device:
         if self.variable is None:
             return
         devices = self.visible(environment)
+        if not devices:
+            where = f"{self.variable}={environment[self.variable]}" if self.variable in environment else "this machine"
+            raise UserError(
+                f"device={self.name}: no {self.name.upper()} device is visible; {where} shows none. "
+                f"Use device=cpu, or a machine with such a device and its driver."
+            )
         if len(devices) < ranks:
             seen = f"{self.variable}={environment[self.variable]}" if self.variable in environment else "this machine"
             raise UserError(

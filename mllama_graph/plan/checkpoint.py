@@ -49,7 +49,7 @@ def model_of(run: Run) -> tuple[ModelShape, CheckpointFiles | None]:
         if expected is None:
             raise UserError(
                 f"model={run.model.name} takes its shapes from a checkpoint, which weights={weights} lacks. "
-                "Use model=11b or model=90b."
+                "Use model=11b, model=90b or model=mid."
             )
         if run.adapter is not None:
             raise UserError(f"adapter={run.adapter} needs the weights it was trained on. Use weights=/path/to/base.")
