@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from mllama_graph.model.inputs import LayerPages
 from mllama_graph.model.ops import Ops
 from mllama_graph.ops import plain
-from mllama_graph.ops.plain import Pages
 from mllama_graph.ops.ranks import ranked
 
 try:
@@ -273,23 +273,23 @@ def attend_image_split(
     return _attend(q_TQH, k_pages, v_pages, table_BJ, fill_BJ, fill_BJ, see_T2, count, True)
 
 
-def _fits_one_program(q_TQH: Tensor, pages: Pages, table_BJ: Tensor) -> bool:
+def _fits_one_program(q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor) -> bool:
     """Whether one program can hold all queries of a kv head."""
     return q_TQH.shape[0] // table_BJ.shape[0] * (q_TQH.shape[1] // pages[0].shape[2]) <= MOST_QUERIES
 
 
-def _splits(pages: Pages, table_BJ: Tensor) -> int:
+def _splits(pages: LayerPages, table_BJ: Tensor) -> int:
     (B, J), (_, P, K, _) = table_BJ.shape, pages[0].shape
     return splits(B, K, J * P, _multiprocessors(pages[0].device))
 
 
-def attend_pages(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, len_B: Tensor) -> Tensor:
+def attend_pages(q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, len_B: Tensor) -> Tensor:
     if not _fits_one_program(q_TQH, pages, table_BJ):
         return plain.attend_pages(q_TQH, pages, table_BJ, len_B)
     return attend_pages_split(q_TQH, *pages, table_BJ, len_B, _splits(pages, table_BJ))
 
 
-def attend_image(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, fill_BJ: Tensor, see_T2: Tensor) -> Tensor:
+def attend_image(q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, fill_BJ: Tensor, see_T2: Tensor) -> Tensor:
     if not _fits_one_program(q_TQH, pages, table_BJ):
         return plain.attend_image(q_TQH, pages, table_BJ, fill_BJ, see_T2)
     return attend_image_split(q_TQH, *pages, table_BJ, fill_BJ, see_T2, _splits(pages, table_BJ))
