@@ -37,10 +37,14 @@ inline void narrow(const float* from, int64_t width, BFloat16* to) {
 // Rounds `width` floats to int8 codes, ties to even, and returns their scale: the largest absolute value over 127. The
 // scale of a row with a NaN is NaN, that of a row with an infinity infinite.
 inline float quantise(const float* from, int64_t width, int8_t* to) {
-  float most = 0.0f, unsound = 0.0f;
-  for (int64_t h = 0; h < width; h++) most = std::max(most, std::fabs(from[h]));
-  for (int64_t h = 0; h < width; h++) unsound += from[h] * 0.0f;
-  const float scale = most / kMostCode + unsound, divisor = scale > 0.0f ? scale : 1.0f;
+  Vector most{}, unsound{};
+  for (int64_t h = 0; h < width; h += kLanes) {
+    const Vector some = load(from + h, width - h), size = some < 0.0f ? -some : some;
+    most = most > size ? most : size;
+    unsound += some * 0.0f;
+  }
+  // A NaN fails each comparison, so that `most` may lack it.
+  const float scale = largest_of(most) / kMostCode + total(unsound), divisor = scale > 0.0f ? scale : 1.0f;
   constexpr float kMagic = 12582912.0f;  // adding it rounds to a whole number
   for (int64_t h = 0; h < width; h++) {
     const float code = from[h] / divisor + kMagic - kMagic;
