@@ -168,7 +168,8 @@ def attend_pages(q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, len_B: Tens
     causal = q_BRQH.shape[1] > 1
     return _attention(
         q_BRQH,
-        *pages,
+        pages[0],
+        pages[1],
         H,
         kv_heads=K,
         mask=causal_mask(q_TQH.device) if causal else None,
@@ -193,7 +194,8 @@ def attend_pages_captured(q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, le
     unseen_BRL = column_L > (len_B[:, None] - R + row_R)[..., None]
     return _attention(
         q_BRQH,
-        *pages,
+        pages[0],
+        pages[1],
         H,
         kv_heads=K,
         mask=unseen_BRL[:, None],
@@ -222,7 +224,8 @@ def attend_image(
     used_B = (fill_BJ > 0).sum(-1, dtype=torch.int32).clamp(min=1)
     return _attention(
         q_BRQH,
-        *pages,
+        pages[0],
+        pages[1],
         H,
         kv_heads=K,
         mask=unseen_BRL[:, None],
