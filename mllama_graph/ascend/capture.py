@@ -94,7 +94,7 @@ def capture(spec: GraphSpec, bucket: Bucket, ops: Ops | None = None) -> Capture:
     record = _Record()
     # torchair warns about each of its options and about deprecations inside torch.
     with warnings.catch_warnings(record=True), mode, torch.no_grad(), _without_collector(), _recorded(record):
-        step = Step(bucket.phase, weights, spec.shape, ops or npu_ops(spec.world_size, GE_MODE))
+        step = Step(bucket.phase, weights, spec.shape, spec.compute, ops or npu_ops(spec.world_size, GE_MODE))
         given = arguments(bucket, spec.example(bucket), pages, image_pages)
         _compile(step, given, dict(spec.options) | {"mode": GE_MODE}, record)
     return Capture(record.graph.model.graph[0], record.lines, record.inputs)

@@ -84,9 +84,8 @@ def computed() -> Golden:
     """
     rows: dict[str, list[tuple[dict[str, int], Counter[str]]]] = {}
     for shape, ranks in _models():
-        spec = GraphSpec(
-            shape, 128, 64, 64, torch.bfloat16, torch.bfloat16, "torchair", "npu-sim", 1, ranks, "distributed"
-        )
+        bf16 = torch.bfloat16
+        spec = GraphSpec(shape, 128, 64, 64, bf16, bf16, bf16, "torchair", "npu-sim", 1, ranks, "distributed")
         for bucket in (
             Bucket("vision", 1, 1, 0, 1),
             *(Bucket("decode", 2, 2, 3, i) for i in (0, 5)),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 from mllama_graph.core.devices import DEVICES, Device
-from mllama_graph.core.dtypes import DTYPES
+from mllama_graph.core.dtypes import DTYPES, KVS
 from mllama_graph.core.errors import UserError
 
 BACKENDS = ("auto", "inductor", "torchair", "eager")
@@ -134,6 +134,7 @@ class Run:
     tp: int = 1
     batch: int = 1
     dtype: str = "auto"
+    kv: str = "auto"
     quant: str = "none"
     quant_group: int = 128
     quant_parts: list[str] = field(default_factory=lambda: ["text"])
@@ -216,6 +217,7 @@ def check(run: Run) -> None:
     Raises UserError with the value, the rule and the remedy.
     """
     one_of("dtype", run.dtype, DTYPES)
+    one_of("kv", run.kv, KVS)
     one_of("device", run.device, ("auto", *DEVICES))
     one_of("backend", run.backend.name, BACKENDS)
     one_of("quant", run.quant, QUANTS)

@@ -55,12 +55,11 @@ class Device:
     refused_dtypes: tuple[str, ...] = ()
     paging: Paging = Paging()
 
-    def precision(self, dtype: str, stored: str) -> Precision:
-        """Storage and compute dtypes of this device for dtype= and a checkpoint stored in `stored`."""
-        if dtype != "auto":
-            return Precision(dtype, dtype)
-        kept = self.stores.get(stored, stored)
-        return Precision(kept, self.computes or kept)
+    def precision(self, dtype: str, kv: str, stored: str) -> Precision:
+        """Dtypes on this device for dtype=, kv= and a checkpoint stored in `stored`."""
+        kept = self.stores.get(stored, stored) if dtype == "auto" else dtype
+        compute = self.computes or kept if dtype == "auto" else dtype
+        return Precision(kept, compute, compute if kv == "auto" else kv)
 
     def visible(self, environment: Mapping[str, str] = os.environ) -> list[str]:
         """The devices that a run may use, in order. Raises UserError if the environment variable is invalid."""

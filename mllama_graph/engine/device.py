@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity
 
 from mllama_graph.core.devices import CPU, CUDA, NPU, NPU_SIM
-from mllama_graph.core.dtypes import BYTES
+from mllama_graph.core.dtypes import PAGE_BYTES
 from mllama_graph.core.errors import UserError
 from mllama_graph.core.place import Place
 from mllama_graph.engine.collectives import Alone, Collectives, Distributed, SharedMemory, load_native
@@ -41,8 +41,8 @@ from mllama_graph.plan.resolve import NATIVE, ResolvedRun
 
 log = logging.getLogger(__name__)
 
-TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-assert TORCH_DTYPES.keys() == BYTES.keys()
+TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
+assert TORCH_DTYPES.keys() == PAGE_BYTES.keys()
 
 
 class Backend(ABC):
@@ -75,6 +75,7 @@ class Backend(ABC):
             run.plan.num_image_pages,
             TORCH_DTYPES[run.precision.store],
             TORCH_DTYPES[run.precision.compute],
+            TORCH_DTYPES[run.precision.kv],
             run.backend,
             run.device.name,
             threads,

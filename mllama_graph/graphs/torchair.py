@@ -162,7 +162,7 @@ def npu_graph(
     Compiling runs the graph once, on padding. `name` identifies it. Raises torchair's errors for what it can't lower.
     """
     inputs = arguments(bucket, spec.example(bucket), *pages)
-    step = Flat(Step(bucket.phase, weights, spec.shape, ops), inputs)
+    step = Flat(Step(bucket.phase, weights, spec.shape, spec.compute, ops), inputs)
     options = dict(spec.options)
     if stored:
         return NpuGraph(load_step(step, name, options, folder))

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from mllama_graph.model.inputs import LayerPages
 from mllama_graph.model.ops import Ops
 from mllama_graph.ops import plain
-from mllama_graph.ops.plain import Pages
 from mllama_graph.ops.ranks import ranked
 
 try:
@@ -72,6 +72,8 @@ def _partial(
     len_ptr,
     fill_ptr,
     see_ptr,
+    k_scales_ptr,
+    v_scales_ptr,
     partial_ptr,
     lse_ptr,
     R: tl.constexpr,
@@ -86,11 +88,13 @@ def _partial(
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
     IMAGE: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
     """Attention over one share of keys: partial (B, K, S, M, H), and lse (B, K, S, M) in base 2.
 
     If a row sees no key of the share, its lse is -inf and its partial result is not written. With IMAGE, fill (B, J)
-    and see (T, 2) are read, otherwise len (B). SCALE includes log2(e).
+    and see (T, 2) are read, otherwise len (B). With SCALED, pages hold codes,
+    and the scales (N, K, P) are read. SCALE includes log2(e).
     """
     b, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     m_M, h_H = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_H)
@@ -130,6 +134,9 @@ def _partial(
         v_NH = tl.load(v_ptr + at_N[:, None] + h_H[None, :], mask=held_N[:, None] & real_H[None, :], other=0.0)
 
         score_MN = tl.dot(q_MH, k_HN.to(q_MH.dtype), input_precision="ieee") * SCALE
+        if SCALED:
+            scale_N = (page_N * K + head) * P + n_N % P
+            score_MN *= tl.load(k_scales_ptr + scale_N, mask=held_N, other=0.0)[None, :]
         seen_MN = held_N[None, :] & (n_N[None, :] >= from_M[:, None]) & (n_N[None, :] < to_M[:, None])
         score_MN = tl.where(seen_MN, score_MN, float("-inf"))
         higher_M = tl.maximum(top_M, tl.max(score_MN, axis=1))
@@ -139,6 +146,8 @@ def _partial(
         shrink_M = tl.exp2(top_M - base_M)
         sum_M = sum_M * shrink_M + tl.sum(weight_MN, axis=1)
         out_MH = out_MH * shrink_M[:, None]
+        if SCALED:
+            weight_MN *= tl.load(v_scales_ptr + scale_N, mask=held_N, other=0.0)[None, :]
         out_MH += tl.dot(weight_MN.to(q_MH.dtype), v_NH.to(q_MH.dtype), input_precision="ieee")
         top_M = higher_M
 
@@ -202,6 +211,8 @@ def _attend(
     see_T2: Tensor,
     count: int,
     image: bool,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
 ) -> Tensor:
     """Run both kernels over `count` splits. Inputs that `image` leaves unread may be any int32 tensor."""
     (T, Q, H), (_, P, K, _), (B, J) = q_TQH.shape, k_pages.shape, table_BJ.shape
@@ -220,6 +231,8 @@ def _attend(
         len_B,
         fill_BJ,
         see_T2,
+        k_pages if k_scales is None else k_scales,
+        v_pages if v_scales is None else v_scales,
         partial_BKSMH,
         lse_BKSM,
         R=R,
@@ -234,6 +247,7 @@ def _attend(
         BLOCK_H=block_h,
         BLOCK_N=block_n,
         IMAGE=image,
+        SCALED=k_scales is not None,
         num_stages=2,
         # fp32 products don't use tensor cores and need more registers than 4 warps have.
         num_warps=4 if item == 2 else 8,
@@ -256,43 +270,58 @@ def _attend(
 
 @_op
 def attend_pages_split(
-    q_TQH: Tensor, k_pages: Tensor, v_pages: Tensor, table_BJ: Tensor, len_B: Tensor, count: int
+    q_TQH: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    table_BJ: Tensor,
+    len_B: Tensor,
+    count: int,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     """`attend_pages` of model/ops.py over `count` splits. All but q are contiguous; all but q and pages are int32."""
-    return _attend(q_TQH, k_pages, v_pages, table_BJ, len_B, len_B, len_B, count, False)
+    return _attend(q_TQH, k_pages, v_pages, table_BJ, len_B, len_B, len_B, count, False, k_scales, v_scales)
 
 
 @_op
 def attend_image_split(
-    q_TQH: Tensor, k_pages: Tensor, v_pages: Tensor, table_BJ: Tensor, fill_BJ: Tensor, see_T2: Tensor, count: int
+    q_TQH: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    table_BJ: Tensor,
+    fill_BJ: Tensor,
+    see_T2: Tensor,
+    count: int,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     """`attend_image` of model/ops.py over `count` splits; zeros for a row that sees no key.
 
     All but q are contiguous; all but q and pages are int32.
     """
-    return _attend(q_TQH, k_pages, v_pages, table_BJ, fill_BJ, fill_BJ, see_T2, count, True)
+    return _attend(q_TQH, k_pages, v_pages, table_BJ, fill_BJ, fill_BJ, see_T2, count, True, k_scales, v_scales)
 
 
-def _fits_one_program(q_TQH: Tensor, pages: Pages, table_BJ: Tensor) -> bool:
+def _fits_one_program(q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor) -> bool:
     """Whether one program can hold all queries of a kv head."""
     return q_TQH.shape[0] // table_BJ.shape[0] * (q_TQH.shape[1] // pages[0].shape[2]) <= MOST_QUERIES
 
 
-def _splits(pages: Pages, table_BJ: Tensor) -> int:
+def _splits(pages: LayerPages, table_BJ: Tensor) -> int:
     (B, J), (_, P, K, _) = table_BJ.shape, pages[0].shape
     return splits(B, K, J * P, _multiprocessors(pages[0].device))
 
 
-def attend_pages(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, len_B: Tensor) -> Tensor:
+def attend_pages(q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, len_B: Tensor) -> Tensor:
     if not _fits_one_program(q_TQH, pages, table_BJ):
         return plain.attend_pages(q_TQH, pages, table_BJ, len_B)
-    return attend_pages_split(q_TQH, *pages, table_BJ, len_B, _splits(pages, table_BJ))
+    return attend_pages_split(q_TQH, *pages[:2], table_BJ, len_B, _splits(pages, table_BJ), *pages[2:])
 
 
-def attend_image(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, fill_BJ: Tensor, see_T2: Tensor) -> Tensor:
+def attend_image(q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, fill_BJ: Tensor, see_T2: Tensor) -> Tensor:
     if not _fits_one_program(q_TQH, pages, table_BJ):
         return plain.attend_image(q_TQH, pages, table_BJ, fill_BJ, see_T2)
-    return attend_image_split(q_TQH, *pages, table_BJ, fill_BJ, see_T2, _splits(pages, table_BJ))
+    return attend_image_split(q_TQH, *pages[:2], table_BJ, fill_BJ, see_T2, _splits(pages, table_BJ), *pages[2:])
 
 
 def triton_version() -> str | None:

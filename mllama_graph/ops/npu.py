@@ -31,9 +31,9 @@ import torch_npu
 import torchair  # registers torchair.ops
 from torch import Tensor
 
+from mllama_graph.model.inputs import LayerPages
 from mllama_graph.model.ops import Ops, padded_head
 from mllama_graph.model.tree import Linear
-from mllama_graph.ops.plain import Pages
 from mllama_graph.ops.ranks import ranked
 
 # docs of npu_fused_infer_attention_score: "(2048, 2048)" for sparse_mode 2, 3 and 4.
@@ -79,7 +79,7 @@ def swiglu(h_TF: Tensor) -> Tensor:
     return torch_npu.npu_swiglu(h_TF, -1)
 
 
-def write_pages_(k_TKH: Tensor, v_TKH: Tensor, pages: Pages, slot_T: Tensor) -> None:
+def write_pages_(k_TKH: Tensor, v_TKH: Tensor, pages: LayerPages, slot_T: Tensor) -> None:
     # docs: all four tensors have one dtype; "Norm" is for pages in their natural order. The argument is the pages
     # themselves and not a view of them, for which the compiler would copy the whole pool.
     dtype, width = pages[0].dtype, pages[0].shape[-1]
@@ -133,7 +133,7 @@ def attend_prompt(
     q_TQH: Tensor,
     k_TKH: Tensor,
     v_TKH: Tensor,
-    pages: Pages,
+    pages: LayerPages,
     table_J: Tensor | None,
     past_1: Tensor,
     captured: bool = False,
@@ -161,14 +161,15 @@ def attend_prompt(
     )
 
 
-def attend_pages(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, len_B: Tensor) -> Tensor:
+def attend_pages(q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, len_B: Tensor) -> Tensor:
     B, H, (_, P, K, width) = table_BJ.shape[0], q_TQH.shape[-1], pages[0].shape
     q_BRQH = _widen(q_TQH, width).view(B, -1, q_TQH.shape[1], width)
     # A single row sees its whole sequence; of several rows, only the last does.
     causal = q_BRQH.shape[1] > 1
     return _attention(
         q_BRQH,
-        *pages,
+        pages[0],
+        pages[1],
         H,
         kv_heads=K,
         mask=causal_mask(q_TQH.device) if causal else None,
@@ -180,7 +181,7 @@ def attend_pages(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, len_B: Tensor) -
     )
 
 
-def attend_pages_captured(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, len_B: Tensor) -> Tensor:
+def attend_pages_captured(q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, len_B: Tensor) -> Tensor:
     """`attend_pages` for captured kernels, whose lengths are constants: the whole width of the block table.
 
     A mask computed from len_B hides the keys behind a sequence's end.
@@ -193,7 +194,8 @@ def attend_pages_captured(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, len_B: 
     unseen_BRL = column_L > (len_B[:, None] - R + row_R)[..., None]
     return _attention(
         q_BRQH,
-        *pages,
+        pages[0],
+        pages[1],
         H,
         kv_heads=K,
         mask=unseen_BRL[:, None],
@@ -205,7 +207,7 @@ def attend_pages_captured(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, len_B: 
 
 
 def attend_image(
-    q_TQH: Tensor, pages: Pages, table_BJ: Tensor, fill_BJ: Tensor, see_T2: Tensor, captured: bool = False
+    q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, fill_BJ: Tensor, see_T2: Tensor, captured: bool = False
 ) -> Tensor:
     (B, J), H, (_, P, K, width) = table_BJ.shape, q_TQH.shape[-1], pages[0].shape
     q_BRQH = _widen(q_TQH, width).view(B, -1, q_TQH.shape[1], width)
@@ -222,7 +224,8 @@ def attend_image(
     used_B = (fill_BJ > 0).sum(-1, dtype=torch.int32).clamp(min=1)
     return _attention(
         q_BRQH,
-        *pages,
+        pages[0],
+        pages[1],
         H,
         kv_heads=K,
         mask=unseen_BRL[:, None],

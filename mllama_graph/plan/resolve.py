@@ -13,13 +13,13 @@ from mllama_graph import native
 from mllama_graph.core import devices
 from mllama_graph.core.config import HardwareChoice, PlanChoice, Run, TaskOptions
 from mllama_graph.core.devices import CPU, DEVICES, Device
-from mllama_graph.core.dtypes import BYTES, Precision
+from mllama_graph.core.dtypes import BYTES, PAGE_BYTES, Precision
 from mllama_graph.core.errors import UserError
 from mllama_graph.core.machine import available_memory
 from mllama_graph.core.paths import in_package, store_folder
 from mllama_graph.core.place import Place
 from mllama_graph.model.files import CheckpointFiles
-from mllama_graph.model.formats import Storage, chosen
+from mllama_graph.model.formats import Storage, chosen, page_bytes
 from mllama_graph.model.shape import ModelShape
 from mllama_graph.plan.buckets import Limits, Plan, make_plan
 from mllama_graph.plan.checkpoint import META, model_of, weights_of
@@ -97,6 +97,8 @@ class ResolvedRun(ResolvedTask):
     compiler_options: tuple[tuple[str, Any], ...]
     environment: tuple[tuple[str, str], ...]
     precision: Precision
+    # kv= as given; precision.kv is what it is resolved to.
+    kv: str
     # Bytes of what is stored in it, and the formats of quantised layers.
     storage: Storage
     limits: Limits
@@ -139,7 +141,8 @@ def resolve(run: Run, place: Place | None) -> ResolvedTask:
     only_shapes = weights_of(run) == META
     if needs == TaskOptions.RANKS:
         _check_ranks(run, device, place, only_shapes)
-    precision = device.precision(run.dtype, checkpoint.stored if checkpoint else RANDOM_DTYPE)
+    precision = device.precision(run.dtype, run.kv, checkpoint.stored if checkpoint else RANDOM_DTYPE)
+    _check_pages(device, precision)
     kernels = _kernels(run, device, precision)
     limits = Limits(
         run.batch,
@@ -149,14 +152,17 @@ def resolve(run: Run, place: Place | None) -> ResolvedTask:
     )
     plan = make_plan(run.plan, limits, shape, device.paging, kernels == NATIVE)
     formats = chosen(run.quant, run.quant_group, run.quant_parts, shape, run.tp)
-    storage = Storage(BYTES[precision.store], BYTES[precision.compute], BYTES[precision.compute], formats)
+    page = page_bytes(PAGE_BYTES[precision.kv], shape.text.head_width)
+    storage = Storage(BYTES[precision.store], BYTES[precision.compute], page, formats)
     needed = memory(shape, plan, storage, run.tp)
     if needs == TaskOptions.RANKS and not only_shapes:
         if device.on_host:
             require_on_host(needed, run.memory_gib, place.local_world if place else run.tp)
         if checkpoint:
             checkpoint.verify()
-    named = replace(run, device=device.name, backend=replace(run.backend, name=backend, kernels=kernels))
+    named = replace(
+        run, device=device.name, kv=precision.kv, backend=replace(run.backend, name=backend, kernels=kernels)
+    )
     on_torchair = device.compiles_on_rank
     options = asdict(run.backend.torchair) if on_torchair else run.backend.inductor
     return ResolvedRun(
@@ -173,6 +179,7 @@ def resolve(run: Run, place: Place | None) -> ResolvedTask:
         compiler_options=tuple(sorted(options.items())),
         environment=tuple(run.backend.environment.items()) if on_torchair else (),
         precision=precision,
+        kv=run.kv,
         storage=storage,
         limits=limits,
         plan_choice=run.plan,
@@ -259,6 +266,15 @@ def _backend(run: Run, device: Device) -> str:
             "tiles. Use backend.torchair.weight_format=nd."
         )
     return device.backends[0] if name == "auto" else name
+
+
+def _check_pages(device: Device, precision: Precision) -> None:
+    """Raises UserError where a device can't read pages of the precision."""
+    if device.compiles_on_rank and precision.kv != precision.compute:
+        raise UserError(
+            f"kv={precision.kv} on an NPU (device={device.name}): its pages have the dtype of activations, here "
+            f"{precision.compute}. Use kv=auto."
+        )
 
 
 def _check_ranks(run: Run, device: Device, place: Place | None, only_shapes: bool) -> None:
