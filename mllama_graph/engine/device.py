@@ -158,8 +158,8 @@ class CpuBackend(Backend):
         if self.place.local_world > 1 and spec.threads <= len(self.place.cores()):
             os.sched_setaffinity(0, self.place.cores())
         super().prepare(spec, libraries, say)
-        if spec.kernels == "native":
-            load_native("kernels", libraries, "backend.kernels=plain", say)
+        for library in spec.libraries:
+            load_native(library, libraries, "backend.kernels=plain", say)
 
     def lay_out(self, weights: Weights, spec: GraphSpec) -> None:
         if spec.kernels == "native":

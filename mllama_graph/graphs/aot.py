@@ -56,7 +56,8 @@ def prepare_tracing(spec: GraphSpec, folder: Path) -> None:
     """Prepare a process that is not a rank to trace graphs of ranks. `folder` holds native libraries."""
     global _stand_in
     if spec.kernels == "native":
-        native.declare_operators("kernels")
+        for library in spec.libraries:
+            native.declare_operators(library)
     if spec.world_size > 1 and spec.collectives == "shared_memory":
         native.load("collectives", folder)
         native.declare(spec.world_size)

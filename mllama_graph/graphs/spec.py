@@ -57,6 +57,13 @@ class GraphSpec:
         return Storage(self.store.itemsize, self.compute.itemsize, self.compute.itemsize, self.formats)
 
     @property
+    def libraries(self) -> tuple[str, ...]:
+        """The libraries of CPU kernels that the graphs call."""
+        if self.kernels != "native":
+            return ()
+        return ("kernels", "quantised") if self.formats else ("kernels",)
+
+    @property
     def torch_device(self) -> torch.device:
         """The device of weights, pages and inputs."""
         return torch.device("npu" if self.device == "npu-sim" else self.device)

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from mllama_graph.model.formats import FLOAT
 from mllama_graph.model.inputs import PromptInput, TokenInput
 from mllama_graph.model.ops import Ops
 from mllama_graph.model.tree import Embedding, LayerNorm, Linear, Weights, linears
@@ -20,9 +21,16 @@ kernels = torch.ops.mllama_graph
 
 
 def lay_out(weights: Weights) -> None:
-    """Convert the weights of linear layers, in place, to the panels that their kernel reads (native/linear.h)."""
+    """Convert the weights of linear layers, in place, to the panels that their kernel reads (native/panels.h)."""
     for leaf in linears(weights):
-        kernels.lay_out_(leaf.weight)
+        if leaf.format is None:
+            kernels.lay_out_(leaf.weight)
+            continue
+        words = leaf.format.bits == 4 or leaf.format.activations != FLOAT
+        kernels.lay_out_words_(leaf.weight, 4 if words else 1)
+        for of_groups in (leaf.scale, leaf.shift):
+            if of_groups is not None:
+                kernels.lay_out_words_(of_groups, 4)
 
 
 def embed(ids_T: Tensor, leaf: Embedding, real_1: Tensor | None = None) -> Tensor:
@@ -33,8 +41,15 @@ def embed_held(ids_T: Tensor, leaf: Embedding, real_1: Tensor | None = None) -> 
     return kernels.embed(ids_T, leaf.weight, leaf.first, real_1)
 
 
-def linear(x: Tensor, leaf: Linear, real_1: Tensor | None = None) -> Tensor:
-    """Takes a weight that `lay_out` has converted."""
+def linear(x: Tensor, leaf: Linear, real_1: Tensor | None = None, largest: Tensor | None = None) -> Tensor:
+    """Takes a weight that `lay_out` has converted. largest: see `quantised_linear` of plain.py."""
+    form, scale = leaf.format, leaf.scale
+    if form and form.activations != FLOAT:
+        return kernels.linear_integers(
+            x, leaf.weight, scale, leaf.input_scale, leaf.input_zero, largest, leaf.bias, real_1
+        )
+    if form:
+        return kernels.linear_coded(x, leaf.weight, scale, leaf.shift, leaf.order, leaf.codebook, leaf.bias, real_1)
     return kernels.linear(x, leaf.weight, leaf.bias, real_1)
 
 

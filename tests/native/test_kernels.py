@@ -30,7 +30,7 @@ def laid_out(weight, bias=None):
     """A linear layer's parameters with the weight in the kernel's layout."""
     weight = weight.clone()
     torch.ops.mllama_graph.lay_out_(weight)
-    return SimpleNamespace(weight=weight, bias=bias)
+    return SimpleNamespace(weight=weight, bias=bias, format=None)
 
 
 # Input widths around the number of vector lanes and around the pieces in which the kernel processes a row.
@@ -85,7 +85,7 @@ def test_a_product_keeps_leading_axes_and_accepts_zero_rows():
 def test_arguments_of_wrong_shape_or_value_are_refused():
     normal = randoms(0)
     with pytest.raises(RuntimeError):
-        CPU.linear(normal(2, 15), SimpleNamespace(weight=normal(5, 16), bias=None))
+        CPU.linear(normal(2, 15), SimpleNamespace(weight=normal(5, 16), bias=None, format=None))
     with pytest.raises(RuntimeError):
         torch.ops.mllama_graph.attend_pages(
             normal(2, 3, 8), normal(4, 2, 2, 8), normal(4, 2, 2, 8), torch.zeros(2, 1).int(), torch.ones(2).int(), 1.0
