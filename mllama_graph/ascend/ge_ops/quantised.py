@@ -5,9 +5,12 @@ multiplied exactly, as int32 sums are; weights of float activations are computed
 product, which a kernel may do.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from mllama_graph.ascend.ge_ops.layers import add_rms_norm
 from mllama_graph.ascend.ge_ops.registry import operation, require, rounded
 from mllama_graph.ascend.ge_ops.tensors import ATTRIBUTE_DTYPES
 
@@ -98,6 +101,27 @@ def dynamic_quant(x: Tensor, *, dst_type: int = INT8, wide: bool = False) -> tup
     # The documents say nothing about a row of zeros; its codes are taken as zeros.
     y = x.float() / torch.where(scale > 0, scale, 1.0)[..., None]
     return y.round().to(torch.int8), scale
+
+
+@operation(
+    "AddRmsNormDynamicQuant",
+    source="docs npu_add_rms_norm_dynamic_quant, into which torchair fuses AddRmsNorm and DynamicQuant",
+)
+def add_rms_norm_dynamic_quant(
+    x1: Tensor,
+    x2: Tensor,
+    gamma: Tensor,
+    *,
+    epsilon: float = 1e-6,
+    output_mask: Sequence[bool] = (),
+    dst_type: int = INT8,
+    wide: bool = False,
+) -> tuple[Tensor | None, ...]:
+    require(list(output_mask) in ([], [True, False]), f"output_mask {output_mask} is not known")
+    # The norm is rounded as the separate operations' is; a fused kernel may keep it in fp32.
+    normed, _, total = add_rms_norm(x1, x2, gamma, epsilon=epsilon)
+    y, scale = dynamic_quant(normed, dst_type=dst_type, wide=wide)
+    return y, None, total, scale, None
 
 
 @operation("Quantize", source="docs npu_quantize, div_mode; aclnn Quantize: round(x / scales + zero_points)")
