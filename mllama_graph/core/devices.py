@@ -37,6 +37,8 @@ class Quantised:
     outputs: int
     # Most inputs, and most outputs, of a layer.
     largest: int
+    # Dtypes that layers whose activations have a stored scale can't return.
+    refused_with_static: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -120,9 +122,9 @@ CPU = Device("cpu", on_host=True, native=True, computes="fp32")
 CUDA = Device("cuda", variable="CUDA_VISIBLE_DEVICES", files="nvidia")
 # NPU attention takes only 16-bit types. Page limits: docs of npu_fused_infer_attention_score, for several query rows.
 _NPU_PAGING = Paging(page_multiple=128, largest_page=512, counts_every_reader=True)
-# Docs of npu_weight_quant_batchmatmul, npu_quant_matmul (65535) and npu_convert_weight_to_int4pack (8). A 910B has no
-# FP8, and no operation looks codes up.
-_NPU_QUANTISED = Quantised(codes=("int8", "int4"), group=32, outputs=8, largest=65535)
+# Docs of npu_weight_quant_batchmatmul, npu_quant_matmul (65535; fp16 only with a scale per row) and
+# npu_convert_weight_to_int4pack (8). A 910B has no FP8, and no operation looks codes up.
+_NPU_QUANTISED = Quantised(("int8", "int4"), group=32, outputs=8, largest=65535, refused_with_static=("fp16",))
 NPU = Device(
     "npu",
     backends=("torchair",),

@@ -76,8 +76,7 @@ def _lay_out(leaf: Linear, form: Format, dtype: torch.dtype, nz: bool) -> None:
         assert leaf.input_scale is not None and leaf.input_zero is not None
         laid["input_zero"] = leaf.input_zero.cpu().to(torch.int32)
         laid["shift"] = -laid["input_zero"] * leaf.weight.cpu().sum(1, dtype=torch.int32)
-        # docs npu_quant_matmul: an output in fp16 needs a scale per row, which is the activations'.
-        laid["scale"] = scale_OG[:, 0] * (1.0 if dtype == torch.float16 else leaf.input_scale.cpu())
+        laid["scale"] = scale_OG[:, 0] * leaf.input_scale.cpu()
         bias_dtype = dtype
     if leaf.bias is not None:
         laid["bias"] = leaf.bias.cpu().to(bias_dtype)
@@ -91,7 +90,7 @@ def linear(x: Tensor, leaf: Linear, nz: bool, over_ranks: Callable[[Tensor], Ten
     over_ranks: the largest value of all ranks, for layers of which each rank has a part of the inputs.
     """
     assert leaf.format and leaf.scale is not None
-    form, rows_TI, per_row = leaf.format, x.flatten(0, -2), None
+    form, rows_TI = leaf.format, x.flatten(0, -2)
     inputs = rows_TI.shape[1]
     if leaf.order is not None:
         rows_TI = rows_TI.index_select(1, leaf.order)
@@ -113,11 +112,7 @@ def linear(x: Tensor, leaf: Linear, nz: bool, over_ranks: Callable[[Tensor], Ten
         )
         return y.view(*x.shape[:-1], y.shape[-1])
     assert leaf.input_scale is not None
-    if x.dtype == torch.float16:
-        per_row = leaf.input_scale.expand(len(rows_TI))
     codes_TI = torch_npu.npu_quantize(rows_TI.float(), leaf.input_scale, leaf.input_zero, torch.qint8, -1, True)
-    y = torch_npu.npu_quant_matmul(
-        codes_TI, weight, leaf.scale, pertoken_scale=per_row, bias=leaf.shift, output_dtype=x.dtype
-    )
+    y = torch_npu.npu_quant_matmul(codes_TI, weight, leaf.scale, bias=leaf.shift, output_dtype=x.dtype)
     y = y.view(*x.shape[:-1], y.shape[-1])
     return y if leaf.bias is None else y + leaf.bias

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from mllama_graph.core.config import TorchairChoice
 from mllama_graph.core.devices import Device
 from mllama_graph.core.errors import UserError
-from mllama_graph.model.formats import FLOAT, Format, Formats, is_linear, leaf_of
+from mllama_graph.model.formats import FLOAT, STATIC, Format, Formats, is_linear, leaf_of
 from mllama_graph.model.shape import ModelShape
 from mllama_graph.model.table import Shard, table
 
 
-def on_device(formats: Formats, quant: str, shape: ModelShape, world: int, device: Device) -> Formats:
-    """The formats with which a device holds a model's layers.
+def on_device(formats: Formats, quant: str, shape: ModelShape, world: int, device: Device, dtype: str) -> Formats:
+    """The formats with which a device that computes in `dtype` holds a model's layers.
 
     Layers that are too large for its kernels stay in floating point where `quant` chose their format; "none" stands
     for a checkpoint's formats, which can't change. Raises UserError for a format without a kernel.
@@ -21,11 +21,16 @@ def on_device(formats: Formats, quant: str, shape: ModelShape, world: int, devic
     if limits is None:
         return formats
     source = f"quant={quant}" if quant != "none" else "weights="
-    for path, form, outputs, inputs in _sizes(formats, shape, world):
+    for path, form, outputs, inputs in sizes(formats, shape, world):
         if form.code not in limits.codes:
             raise UserError(
                 f"{source}: {path} is in {form.code}, for which device={device.name} has no kernel. Use "
                 f"{'quant=w8a16, w8a8 or w4a16' if quant != 'none' else 'a checkpoint in int8 or int4'}, or device=cpu."
+            )
+        if form.activations == STATIC and dtype in limits.refused_with_static:
+            raise UserError(
+                f"{source}: {path} has a stored scale of int8 activations, with which device={device.name} gives no "
+                f"{dtype}. Use dtype=bf16."
             )
         if form.groups(inputs) > 1 and form.group % limits.group:
             raise UserError(
@@ -47,7 +52,7 @@ def on_device(formats: Formats, quant: str, shape: ModelShape, world: int, devic
     return tuple(found)
 
 
-def _sizes(formats: Formats, shape: ModelShape, world: int) -> Iterator[tuple[str, Format, int, int]]:
+def sizes(formats: Formats, shape: ModelShape, world: int) -> Iterator[tuple[str, Format, int, int]]:
     """(path, format, outputs, inputs) of each quantised leaf of a rank."""
     rows: dict[str, list[tuple[int, ...]]] = {}
     for entry in table(shape):

@@ -150,7 +150,7 @@ def resolve(run: Run, place: Place | None) -> ResolvedTask:
     )
     plan = make_plan(run.plan, limits, shape, device.paging, kernels == NATIVE)
     formats = chosen(run.quant, run.quant_group, run.quant_parts, shape, run.tp)
-    formats = on_device(formats, run.quant, shape, run.tp, device)
+    formats = on_device(formats, run.quant, shape, run.tp, device, precision.compute)
     check_compiler(formats, run.backend.torchair)
     storage = Storage(BYTES[precision.store], BYTES[precision.compute], BYTES[precision.compute], formats)
     needed = memory(shape, plan, storage, run.tp)

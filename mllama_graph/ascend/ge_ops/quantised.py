@@ -124,6 +124,16 @@ def add_rms_norm_dynamic_quant(
     return y, None, total, scale, None
 
 
+@operation(
+    "AddRmsNormCast", source="docs npu_add_rms_norm_cast, into which torchair fuses AddRmsNorm and a Cast to fp32"
+)
+def add_rms_norm_cast(
+    x1: Tensor, x2: Tensor, gamma: Tensor, *, epsilon: float = 1e-6
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    normed, scale, total = add_rms_norm(x1, x2, gamma, epsilon=epsilon)
+    return normed.float(), normed, scale, total
+
+
 @operation("Quantize", source="docs npu_quantize, div_mode; aclnn Quantize: round(x / scales + zero_points)")
 def quantize(x: Tensor, scales: Tensor, zero_points: Tensor | None = None, *, dtype: str = "", axis: int = 1) -> Tensor:
     require(dtype == "torch.qint8", f"dtype {dtype} is not known")
