@@ -223,9 +223,11 @@ class NpuBackend(Backend):
         return self._npu().mem_get_info()[0], "free on the NPU"
 
     def lay_out(self, weights: Weights, spec: GraphSpec) -> None:
-        if dict(spec.options)["weight_format"] == "nz":
-            from mllama_graph.graphs.torchair import cast_to_nz
+        from mllama_graph.graphs.torchair import cast_to_nz
+        from mllama_graph.ops import npu_quantised
 
+        npu_quantised.lay_out(weights, spec.compute, spec.tiled)
+        if spec.tiled:
             cast_to_nz(weights)
 
     def gather(self, ops: Ops) -> Gather:

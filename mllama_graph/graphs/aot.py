@@ -25,7 +25,8 @@ Graph = Callable[..., Tensor | None]
 
 def ops_of(spec: GraphSpec) -> Ops:
     """The operations with which a spec's graphs are traced."""
-    return ops_for(spec.device, spec.world_size, spec.collectives, spec.kernels, dict(spec.options).get("mode"))
+    mode = dict(spec.options).get("mode")
+    return ops_for(spec.device, spec.world_size, spec.collectives, spec.kernels, mode, spec.tiled)
 
 
 def trace(spec: GraphSpec, bucket: Bucket, shard: Shard | None = None) -> torch.export.ExportedProgram:

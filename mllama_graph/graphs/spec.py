@@ -48,6 +48,11 @@ class GraphSpec:
         return self.backend != "eager"
 
     @property
+    def tiled(self) -> bool:
+        """Whether an NPU's weights have the layout of its matrix unit (backend.torchair.weight_format)."""
+        return dict(self.options).get("weight_format") == "nz"
+
+    @property
     def storage(self) -> Storage:
         """Bytes of what weights and pages are stored in."""
         page = page_bytes(self.kv.itemsize, self.shape.text.head_width)

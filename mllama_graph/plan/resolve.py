@@ -24,6 +24,7 @@ from mllama_graph.model.shape import ModelShape
 from mllama_graph.plan.buckets import Limits, Plan, make_plan
 from mllama_graph.plan.checkpoint import META, model_of, weights_of
 from mllama_graph.plan.memory import Memory, memory, require
+from mllama_graph.plan.quantised import check_compiler, on_device
 
 # Kinds of CPU kernels: native C++, or plain torch as the backend compiles it.
 NATIVE, PLAIN = "native", "plain"
@@ -152,6 +153,8 @@ def resolve(run: Run, place: Place | None) -> ResolvedTask:
     )
     plan = make_plan(run.plan, limits, shape, device.paging, kernels == NATIVE)
     formats = chosen(run.quant, run.quant_group, run.quant_parts, shape, run.tp)
+    formats = on_device(formats, run.quant, shape, run.tp, device, precision.compute)
+    check_compiler(formats, run.backend.torchair)
     page = page_bytes(PAGE_BYTES[precision.kv], shape.text.head_width)
     storage = Storage(BYTES[precision.store], BYTES[precision.compute], page, formats)
     needed = memory(shape, plan, storage, run.tp)
