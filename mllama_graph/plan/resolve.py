@@ -19,10 +19,10 @@ from mllama_graph.core.machine import available_memory
 from mllama_graph.core.paths import in_package, store_folder
 from mllama_graph.core.place import Place
 from mllama_graph.model.files import CheckpointFiles
-from mllama_graph.model.formats import Storage, chosen
+from mllama_graph.model.formats import Storage
 from mllama_graph.model.shape import ModelShape
 from mllama_graph.plan.buckets import Limits, Plan, make_plan
-from mllama_graph.plan.checkpoint import META, model_of, weights_of
+from mllama_graph.plan.checkpoint import META, formats_of, model_of, weights_of
 from mllama_graph.plan.memory import Memory, memory, require
 
 # Kinds of CPU kernels: native C++, or plain torch as the backend compiles it.
@@ -99,6 +99,8 @@ class ResolvedRun(ResolvedTask):
     precision: Precision
     # Bytes of what is stored in it, and the formats of quantised layers.
     storage: Storage
+    # What to say about formats before weights are loaded.
+    format_notes: tuple[str, ...]
     limits: Limits
     plan_choice: PlanChoice
     plan: Plan
@@ -148,7 +150,7 @@ def resolve(run: Run, place: Place | None) -> ResolvedTask:
         run.max_images or max(DEFAULT_MAX_IMAGES, run.task.images_asked(run)),
     )
     plan = make_plan(run.plan, limits, shape, device.paging, kernels == NATIVE)
-    formats = chosen(run.quant, run.quant_group, run.quant_parts, shape, run.tp)
+    formats, notes = formats_of(run, shape, checkpoint)
     storage = Storage(BYTES[precision.store], BYTES[precision.compute], BYTES[precision.compute], formats)
     needed = memory(shape, plan, storage, run.tp)
     if needs == TaskOptions.RANKS and not only_shapes:
@@ -174,6 +176,7 @@ def resolve(run: Run, place: Place | None) -> ResolvedTask:
         environment=tuple(run.backend.environment.items()) if on_torchair else (),
         precision=precision,
         storage=storage,
+        format_notes=notes,
         limits=limits,
         plan_choice=run.plan,
         plan=plan,
