@@ -62,7 +62,7 @@ def compressed_tensors(folder: Path, base: Path, form: str, *, weights: dict, in
     args = QuantizationArgs(**weights)
     given = None if inputs is None else QuantizationArgs(**inputs)
     scheme = QuantizationScheme(targets=["Linear"], weights=args, input_activations=given)
-    compressor = BaseCompressor.load_from_registry(form) if False else BaseCompressor.get_value_from_registry(form)
+    compressor = BaseCompressor.get_value_from_registry(form)
 
     def quantise(module, weight):
         rows, columns = weight.shape
@@ -98,9 +98,12 @@ def bitsandbytes_4(folder: Path, base: Path, kind: str = "nf4", nested: bool = T
 
     def quantise(module, weight):
         packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type=kind, compress_statistics=nested)
-        plain = functional.dequantize_4bit(packed, state)
         parts = {f"weight.{name}": value for name, value in state.as_dict(packed=True).items()}
-        return {"weight": packed} | parts, plain.float()
+        # bitsandbytes 0.50.2 on a CPU begins new blocks at each row when it dequantises, but not when it quantises, so
+        # that rows must be whole blocks.
+        state.shape = (weight.numel() // 64, 64)
+        plain = functional.dequantize_4bit(packed, state)
+        return {"weight": packed} | parts, plain.float().view(weight.shape)
 
     config = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": kind}
     return write_quantised(base, folder, quantise, {"quantization_config": config}, modules)
@@ -182,7 +185,7 @@ def gptq(
         codes, scale, zero, plain = asymmetric(weight, group_K, bits, symmetric)
         tensors = {
             "qweight": words_of(codes, bits).T,
-            "qzeros": words_of(zero.T - (version == 1), bits),
+            "qzeros": words_of(zero.T - float(version == 1), bits),
             "scales": scale.T.half(),
         }
         if method is None:

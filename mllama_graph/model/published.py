@@ -96,8 +96,7 @@ class Published:
                 kept = "multiplied with unrounded activations" if form else "dequantised while loading"
                 reasons.setdefault(f"{kept}: {why}", []).append(leaf)
         notes = [
-            f"{len(found)} quantised layers are {why} ({found[0]}{' and others' if len(found) > 1 else ''})"
-            for why, found in reasons.items()
+            f"{len(found)} quantised layers, {found[0]} the first, are {why}" for why, found in reasons.items()
         ]
         return tuple(sorted(formats.items())), notes
 
@@ -125,15 +124,10 @@ class Published:
         if activations != FLOAT and (group or shifted or first.permutation):
             activations, why = FLOAT, "int8 activations need symmetric weights with a scale per output"
         form = Format(first.code, group, shifted, bool(first.permutation), activations)
-        faults = (form.fault(entry, world) for entry in entries)
-        if fault := next((fault for fault in faults if fault), None):
-            return None, _without_layer(fault)
+        for entry in entries:
+            if fault := form.fault(entry, world):
+                return None, f"each {fault.removeprefix(entry.name).strip()}"
         return form, why
-
-
-def _without_layer(fault: str) -> str:
-    """A fault without the number of its layer, so that those of all layers are one."""
-    return ".".join("*" if part.isdigit() else part for part in fault.split("."))
 
 
 def _zero_biases(files: "CheckpointFiles") -> set[str]:
