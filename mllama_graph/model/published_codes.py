@@ -4,6 +4,7 @@ Shape letters: O outputs and I inputs of the region that is read; N outputs and 
 inputs; W words or bytes, each with several codes.
 """
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 # Weights that are read at once: what is computed from them stays below some 100 MB.
 READ_BLOCK = 1 << 23
-# Of the 8 codes in a word, where AWQ has that of each output.
+# Of the 8 codes in a word, which one AWQ gives to each output.
 AWQ_PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
 
 
@@ -43,15 +44,15 @@ class PublishedWeight:
         """The values of a region in fp32 (O, I)."""
         rows, columns = region
         found = torch.empty(rows.stop - rows.start, columns.stop - columns.start)
-        group_I = self._group_of_K()[columns]
+        # Columns that surely share a scale.
+        group = 1 if "order" in self.stored.tensors else self.stored.group or self.inputs
+        first_G = self._group_of_K()[columns][:: (width := math.gcd(group, columns.start, columns.stop))]
+        form = Format(self.stored.code, width)
         for block in self.blocks(rows):
             self._check_bias(block)
             scale_OG, shift_OG = self._scales(block)
-            codes_OI = self._codes(block, columns)
-            form = Format(self.stored.code)
-            # With a scale per column, columns are groups of one.
-            shift_OI = None if shift_OG is None else shift_OG[:, group_I]
-            codes = Codes(codes_OI, scale_OG[:, group_I], shift_OI, codebook=self._codebook())
+            shift_OG = None if shift_OG is None else shift_OG[:, first_G]
+            codes = Codes(self._codes(block, columns), scale_OG[:, first_G], shift_OG, codebook=self._codebook())
             found[block.start - rows.start : block.stop - rows.start] = values(codes, form)
         return found
 
@@ -78,41 +79,47 @@ class PublishedWeight:
     # ---- codes
 
     def _packed(self, form: Format, rows: slice, columns: slice, order: Tensor | None) -> Tensor:
-        """Codes as a leaf stores them. The bytes of a file's words are the leaf's where nothing must be moved."""
-        layout, aligned = self.stored.layout, not (columns.start % 8 or columns.stop % 8 or self.inputs % 2)
-        if order is None and aligned and form.bits == 4 and layout in ("packed", "gptq", "blocks"):
+        """Codes as a leaf stores them. The bytes of a file's words are the leaf's where no column must be moved."""
+        aligned = not (columns.start % 8 or columns.stop % 8 or self.inputs % 2)
+        if form.bits == 4 and order is None and aligned:
             return self._bytes(rows, columns)
+        if form.bits == 4 and order is not None and self.stored.layout == "gptq":
+            # Whole columns are rows of the file, which are faster to move.
+            raw_WBO = self._read("weight", (slice(None), rows)).contiguous().view(torch.uint8).unflatten(1, (-1, 4)).mT
+            codes_IO = torch.stack((raw_WBO & 15, raw_WBO >> 4), dim=2).flatten(0, 2)[order]
+            return (codes_IO[::2] | codes_IO[1::2] << 4).T
         codes = self._codes(rows, columns)
-        return pack(codes if order is None else codes[:, order], form)
+        return pack(codes if order is None else codes.index_select(1, order), form)
 
     def _codes(self, rows: slice, columns: slice) -> Tensor:
         """Codes (O, I) in the order of the file."""
-        layout = self.stored.layout
-        if layout == "rows":
+        if self.stored.layout == "rows":
             return self._read("weight", (rows, columns))
-        if layout == "awq":
-            words_IW = self._read("weight", (columns, slice(rows.start // 8, -(-rows.stop // 8))))
-            nibbles = _awq_columns(words_IW)
-            return nibbles[:, rows.start % 8 :][:, : rows.stop - rows.start].T.contiguous()
-        if layout == "blocks":
+        if self.stored.layout == "blocks":
             start, stop = rows.start * self.inputs, rows.stop * self.inputs
             raw = self._flat(start // 2, -(-stop // 2))
             flat = torch.stack((raw >> 4, raw & 15), dim=-1).flatten()[start % 2 :][: stop - start]
             return flat.view(-1, self.inputs)[:, columns]
-        per = 32 // int(self.stored.options["bits"])
-        whole = slice(columns.start // per * per, -(-columns.stop // per) * per)
+        whole = slice(columns.start // 8 * 8, -(-columns.stop // 8) * 8)
         codes = self._bytes(rows, whole)
-        codes = unpack(codes, Format("int4")) if per == 8 else (codes ^ 128).view(torch.int8)
+        codes = unpack(codes, Format("int4")) if self.stored.code == "int4" else (codes ^ 128).view(torch.int8)
         return codes[:, columns.start - whole.start :][:, : columns.stop - columns.start]
 
     def _bytes(self, rows: slice, columns: slice) -> Tensor:
-        """Bytes (O, W) of codes along the inputs, the first in the low half; columns are multiples of a word's."""
+        """Bytes (O, W) of codes along the inputs, the first in the low half; columns are multiples of 8."""
         if self.stored.layout == "blocks":
             raw = self._flat(rows.start * self.inputs // 2, rows.stop * self.inputs // 2)
             raw = raw.view(-1, self.inputs // 2)[:, columns.start // 2 : columns.stop // 2]
             return raw >> 4 | raw << 4
+        if self.stored.layout == "awq":
+            words_IW = self._read("weight", (columns, slice(rows.start // 8, -(-rows.stop // 8))))
+            # A byte has the codes of two outputs.
+            raw_OI = words_IW.contiguous().view(torch.uint8).T.contiguous()
+            even, odd = raw_OI[:, ::2], raw_OI[:, 1::2]
+            packed = torch.stack((even & 15 | odd << 4, even >> 4 | odd & 240), dim=1).view(-1, 8, even.shape[1])
+            return packed[:, AWQ_PLACES].flatten(0, 1)[rows.start % 8 :][: rows.stop - rows.start]
         per = 32 // int(self.stored.options["bits"])
-        words = slice(columns.start // per, columns.stop // per)
+        words = slice(columns.start // per, -(-columns.stop // per))
         if self.stored.layout == "packed":
             return self._read("weight", (rows, words)).contiguous().view(torch.uint8)
         return self._read("weight", (words, rows)).T.contiguous().view(torch.uint8)
@@ -155,6 +162,8 @@ class PublishedWeight:
         scale = whole.view(1, 1).expand(rows.stop - rows.start, 1) if whole.numel() == 1 else whole[rows]
         if not self.stored.shifted:
             return scale, None
+        if self.files.kind(self.stored.tensors["zero"]) == "I8":
+            return scale, -self._read("zero")[rows].float() * scale
         bits = int(self.stored.options["bits"])
         per = 32 // bits
         words = self._read("zero", (slice(rows.start // per, -(-rows.stop // per)), slice(0, scale.shape[1])))
@@ -166,7 +175,9 @@ class PublishedWeight:
         if not self.stored.shifted:
             return scale, None
         bits, words = int(self.stored.options["bits"]), self._read("zero")
-        codes = _awq_columns(words) if self.stored.layout == "awq" else _unpacked(words, bits)
+        codes = _unpacked(words, bits)
+        if self.stored.layout == "awq":
+            codes = codes.unflatten(1, (-1, 8))[..., AWQ_PLACES].flatten(1)
         zero = codes[:, rows].T.float() + self.stored.options["less_one"]
         return scale, (float(1 << (bits - 1)) - zero) * scale
 
@@ -212,8 +223,3 @@ def _unpacked(words: Tensor, bits: int) -> Tensor:
     """Codes of int32 words (..., W), the lowest bits first, as uint8."""
     raw = words.contiguous().view(torch.uint8)
     return torch.stack((raw & 15, raw >> 4), dim=-1).flatten(-2) if bits == 4 else raw
-
-
-def _awq_columns(words_IW: Tensor) -> Tensor:
-    """Codes (I, O) of words of 8 outputs each, in AWQ's order."""
-    return _unpacked(words_IW, 4).unflatten(1, (-1, 8))[..., AWQ_PLACES].flatten(1)

@@ -140,8 +140,11 @@ class Finder:
         group = self._group_of_scale(scale, self._size(scale), outputs, inputs, options)
         tensors, groups = {"weight": name, "scale": scale}, self._size(scale)[1]
         if shifted := (zero := f"{module}.weight_zero_point") in self.files.tensors:
-            self._check(zero, ((-(-outputs * bits // 32), groups),), ("I32",))
-            tensors["zero"] = zero
+            # Older versions stored zero points as they are, and those of symmetric weights too.
+            unpacked = self.files.kind(zero) == "I8"
+            self._check(zero, (self._size(scale) if unpacked else (-(-outputs * bits // 32), groups),), ("I32", "I8"))
+            if shifted := not unpacked or bool(self.files.small(zero).any()):
+                tensors["zero"] = zero
         permutation = self._permutation(f"{module}.weight_g_idx", inputs, group, groups, tensors)
         code = {4: "int4", 8: "int8"}[bits]
         return Stored(entry.name, "packed", code, tensors, group, shifted, permutation, options=options)
