@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import pytest
-import torch
 from graphs import CHUNK, DECODE, LEAN, VISION, broken, spec_of
 
 from mllama_graph.ascend.capture import capture, shortened
