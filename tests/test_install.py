@@ -29,7 +29,7 @@ OPTIONAL = {
     ),
     "torchair": ("ascend/", "graphs/torchair.py", "ops/npu.py", "engine/device.py"),
     "google": ("ascend/", "graphs/torchair.py"),
-    "triton": ("ops/cuda.py",),
+    "triton": ("ops/cuda_triton.py",),
     "matplotlib": ("measure/plots.py",),
     "transformers": ("measure/peers/transformers.py",),
     "mistralrs": ("measure/peers/mistralrs.py",),

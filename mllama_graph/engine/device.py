@@ -189,6 +189,12 @@ class CudaBackend(Backend):
     def free_memory(self) -> tuple[int, str] | None:
         return torch.cuda.mem_get_info()[0], "free on the CUDA device"
 
+    def lay_out(self, weights: Weights, spec: GraphSpec) -> None:
+        # Imports Triton.
+        from mllama_graph.ops.cuda_linear import lay_out
+
+        lay_out(weights)
+
     def synchronize(self) -> None:
         torch.cuda.synchronize()
 
