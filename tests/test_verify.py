@@ -11,6 +11,7 @@ from mllama_graph.core.config import HardwareChoice, ModelChoice, Run
 from mllama_graph.core.devices import Device
 from mllama_graph.core.errors import RankFailed, UserError
 from mllama_graph.graphs.spec import GraphSpec
+from mllama_graph.model.formats import Storage
 from mllama_graph.model.shape import shape_of
 from mllama_graph.plan.bucket import Bucket
 from mllama_graph.plan.cost import bucket_cost, work
@@ -19,6 +20,8 @@ from mllama_graph.tasks.options import VerifyOptions
 from mllama_graph.tasks.verify import Judged, all_findings, difference, jobs, kind, modelled, rows
 
 RELEASED = shape_of({"model_type": "mllama"})
+# Weights, activations and pages in bf16.
+BF16 = Storage(2, 2, 2)
 HARDWARE = HardwareChoice(
     "a device", flops=3e14, memory_bytes_per_second=1.6e12, memory_bytes=64e9, link_bytes_per_second=3e10
 )
@@ -159,8 +162,8 @@ def test_a_decode_step_takes_the_time_to_read_its_bytes():
 
 def test_a_prefill_takes_the_time_of_its_matrix_products():
     bucket = Bucket("prefill", 1, 2048, 0, 0)
-    assert modelled(spec_of(), bucket, HARDWARE) == pytest.approx(work(RELEASED, 128, bucket, 2, 2)[1] / 3e14)
-    assert work(RELEASED, 128, bucket, 2, 2)[1] == pytest.approx(2 * 2048 * 6.98e9 + 2 * 2048**2 * 4096 * 32, rel=0.01)
+    assert modelled(spec_of(), bucket, HARDWARE) == pytest.approx(work(RELEASED, 128, bucket, BF16)[1] / 3e14)
+    assert work(RELEASED, 128, bucket, BF16)[1] == pytest.approx(2 * 2048 * 6.98e9 + 2 * 2048**2 * 4096 * 32, rel=0.01)
 
 
 def test_ranks_share_the_work_and_add_the_time_of_all_reduces():

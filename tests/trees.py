@@ -9,7 +9,7 @@ from mllama_graph.model.meta_files import open_checkpoint
 from mllama_graph.model.names import legacy_name
 from mllama_graph.model.shape import shape_of
 from mllama_graph.model.table import WHOLE, Shard, table
-from mllama_graph.model.tree import Pixels, build
+from mllama_graph.model.tree import Linear, Pixels, build
 from mllama_graph.model.weights import from_checkpoint
 
 PIXELS = Pixels(1 / 255, (0.5,) * 3, (0.25,) * 3)
@@ -17,6 +17,16 @@ PIXELS = Pixels(1 / 255, (0.5,) * 3, (0.25,) * 3)
 
 def ignore(count):
     """A progress callback that does nothing."""
+
+
+def linear_leaf(weight, bias=None, **parts):
+    """A linear layer with these parts: those of `Linear`, or its format."""
+    leaf = Linear()
+    leaf.format = parts.pop("format", None)
+    for name, value in {"weight": weight, "bias": bias, **parts}.items():
+        if value is not None:
+            setattr(leaf, name, torch.nn.Parameter(value, requires_grad=False))
+    return leaf
 
 
 def tree(folder, dtype=torch.float32, shard=WHOLE, adapter=None):

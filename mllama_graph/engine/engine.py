@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from mllama_graph.core.machine import process_age
@@ -11,7 +11,7 @@ from mllama_graph.engine.executor import Executor
 from mllama_graph.engine.results import Delta, Result
 from mllama_graph.engine.scheduler import Scheduler, Sequence
 from mllama_graph.engine.stats import Stats, Totals
-from mllama_graph.engine.steps import NOT_FINITE, DecodeStep, Step, Token
+from mllama_graph.engine.steps import NOT_FINITE, DecodeStep, PrefillStep, Step, Token, VisionStep
 from mllama_graph.inputs.detokenizer import Detokenizer
 from mllama_graph.inputs.processor import Processor
 from mllama_graph.inputs.request import Request
@@ -104,10 +104,24 @@ class Engine:
             self.executor.run.shape,
             self.executor.run.storage,
         )
+        tokens = self._forced(step, tokens)
         moved = self.scheduler.commit(tuple(token.id for token in tokens))
         return [
             (sequence.id, self._advance(sequence, token)) for (sequence, _), token in zip(moved, tokens, strict=True)
         ]
+
+    def _forced(self, step: Step, tokens: list[Token]) -> list[Token]:
+        """The tokens of a step, with the ids of requests that force theirs. Ranks learn ids from the next step."""
+        rows = (step.row,) if isinstance(step, PrefillStep) else () if isinstance(step, VisionStep) else step.rows
+        taken = []
+        for row, token in zip(rows, tokens):
+            state = self._running[row.sequence]
+            at = len(state.sequence.generated)
+            if at < len(state.request.forced) and token.id != NOT_FINITE:
+                id = state.request.forced[at]
+                token = replace(token, id=id, logprob=dict(zip(token.top_ids, token.top_logprobs)).get(id))
+            taken.append(token)
+        return taken
 
     def run(self, on_delta: Callable[[Delta], None]) -> None:
         """Step until no request is left."""

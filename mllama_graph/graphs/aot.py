@@ -25,7 +25,8 @@ Graph = Callable[..., Tensor | None]
 
 def ops_of(spec: GraphSpec) -> Ops:
     """The operations with which a spec's graphs are traced."""
-    return ops_for(spec.device, spec.world_size, spec.collectives, spec.kernels, dict(spec.options).get("mode"))
+    mode = dict(spec.options).get("mode")
+    return ops_for(spec.device, spec.world_size, spec.collectives, spec.kernels, mode, spec.tiled)
 
 
 def trace(spec: GraphSpec, bucket: Bucket, shard: Shard | None = None) -> torch.export.ExportedProgram:
@@ -55,7 +56,8 @@ def prepare_tracing(spec: GraphSpec, folder: Path) -> None:
     """Prepare a process that is not a rank to trace graphs of ranks. `folder` holds native libraries."""
     global _stand_in
     if spec.kernels == "native":
-        native.declare_operators("kernels")
+        for library in spec.libraries:
+            native.declare_operators(library)
     if spec.world_size > 1 and spec.collectives == "shared_memory":
         native.load("collectives", folder)
         native.declare(spec.world_size)

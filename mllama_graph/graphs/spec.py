@@ -48,10 +48,22 @@ class GraphSpec:
         return self.backend != "eager"
 
     @property
+    def tiled(self) -> bool:
+        """Whether an NPU's weights have the layout of its matrix unit (backend.torchair.weight_format)."""
+        return dict(self.options).get("weight_format") == "nz"
+
+    @property
     def storage(self) -> Storage:
         """Bytes of what weights and pages are stored in."""
         page = page_bytes(self.kv.itemsize, self.shape.text.head_width)
         return Storage(self.store.itemsize, self.compute.itemsize, page, self.formats)
+
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        """The libraries of CPU kernels that the graphs call."""
+        if self.kernels != "native":
+            return ()
+        return ("kernels", "quantised") if self.formats else ("kernels",)
 
     @property
     def torch_device(self) -> torch.device:

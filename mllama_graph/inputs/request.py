@@ -22,7 +22,11 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """A request that is ready for the engine. `positions`: the positions of its image tokens, one per image."""
+    """A request that is ready for the engine.
+
+    `positions`: the positions of its image tokens, one per image. `forced`: ids that take the place of the sampled
+    ones, so that log-probabilities are those after given tokens.
+    """
 
     id: Any
     ids: tuple[int, ...]
@@ -32,6 +36,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    forced: tuple[int, ...] = ()
 
 
 # All known fields of a request, including those that only tasks read.

@@ -17,6 +17,9 @@ SHOWN = {
     "first token ms": ("time_to_first_token_ms", "first_token_time(ms)"),
     "decode step ms": ("time_per_output_token_ms", "non_first_token_time(ms)"),
     "tokens/s": ("tokens_per_second", "decode_tokens_per_s"),
+    "exact match %": ("exact_match_percent",),
+    "KL divergence": ("kl_mean",),
+    "top-1 agreement %": ("top1_agreement_percent",),
 }
 
 
@@ -98,7 +101,7 @@ def _metric(row: dict[str, Any], names: tuple[str, ...]) -> float | None:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+    return "-" if value is None else f"{value:.2f}" if not 0 < abs(value) < 0.1 else f"{value:.2g}"
 
 
 def _plots(sweep: Path, rows: list[dict[str, Any]], swept: list[tuple[str, list[Any]]]) -> list[tuple[str, Path]]:

@@ -36,20 +36,29 @@ class Codes:
     input_zero: Tensor | None = None
 
 
-def quantise(rows_OI: Tensor, form: Format) -> Codes:
+def quantise(rows_OI: Tensor, form: Format, scale_dtype: torch.dtype = torch.float32) -> Codes:
     """Round whole rows of a weight, fp32, to the nearest codes of a format without shifts. Symmetric.
 
-    4-bit scales are those of INT4_STEPS with the least squared error in their group.
+    4-bit scales are those of INT4_STEPS with the least squared error in their group. Scales are values of
+    `scale_dtype`: codes are chosen for the scale that a file can hold.
     """
     grouped_OGI = rows_OI.unflatten(1, (form.groups(rows_OI.shape[1]), -1))
     most_OG1 = grouped_OGI.abs().amax(-1, keepdim=True)
     if form.code == "int4":
-        codes, scale = _int4(grouped_OGI, most_OG1)
+        codes, scale = _int4(grouped_OGI, most_OG1, scale_dtype)
     else:
-        scale = most_OG1 / (FP8_MOST if form.code == "fp8" else 127.0)
-        scaled = grouped_OGI / _divisor(scale)
+        most = FP8_MOST if form.code == "fp8" else 127.0
+        scale = _held(most_OG1 / most, scale_dtype)
+        scaled = (grouped_OGI / _divisor(scale)).clamp(-most, most)
         codes = scaled.to(torch.float8_e4m3fn) if form.code == "fp8" else scaled.round().to(torch.int8)
     return Codes(codes.flatten(1), scale.squeeze(-1))
+
+
+def _held(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The fp32 scale as another dtype holds it; never 0 for a group that has values."""
+    if dtype == torch.float32:
+        return scale
+    return torch.where(scale > 0, scale.to(dtype).float().clamp_min(torch.finfo(dtype).tiny), 0.0)
 
 
 def _divisor(scale: Tensor) -> Tensor:
@@ -57,11 +66,11 @@ def _divisor(scale: Tensor) -> Tensor:
     return torch.where(scale > 0, scale, 1.0)
 
 
-def _int4(grouped: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
+def _int4(grouped: Tensor, most: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Codes 0 .. 15 and scales of groups, of least squared error among INT4_STEPS."""
     best_codes = best_scale = least = None
     for steps in INT4_STEPS:
-        scale = most / steps
+        scale = _held(most / steps, scale_dtype)
         rounded = (grouped / _divisor(scale)).round().clamp(-8, 7)
         error = (rounded * scale - grouped).square().sum(-1, keepdim=True)
         if least is None:

@@ -24,9 +24,10 @@ from mllama_graph.native import operators
 from mllama_graph.native.operators import OPERATORS
 
 SOURCE = Path(__file__).parent
-# Additional compiler flags of each library. `kernels` and `collectives` use only torch's stable ABI.
+# Additional compiler flags of each library. All but `runner` use only torch's stable ABI.
 LIBRARIES = {
     "kernels": ("-O3", "-DTORCH_TARGET_VERSION=0x020d000000000000"),
+    "quantised": ("-O3", "-DTORCH_TARGET_VERSION=0x020d000000000000"),
     "collectives": ("-O3", "-DTORCH_TARGET_VERSION=0x020d000000000000"),
     "runner": ("-O1",),
 }

@@ -1,26 +1,12 @@
-// Linear layers: products of rows with a weight.
-//
-// With few rows, the time is that of reading the weight (O, I), which is read once and in sequence, as memory is read
-// fastest. It is stored in panels of kPanel vectors of outputs: a panel has these outputs' weights for the first input,
-// then for the next input, and so on. The last panel has the remaining outputs.
+// Linear layers: products of rows with a weight, which is stored in panels (panels.h).
 
 #pragma once
 
-#include <type_traits>
-#include <vector>
-
+#include "panels.h"
 #include "tensors.h"
 #include "vectors.h"
 
 namespace {
-
-constexpr int kPanel = 3;
-constexpr int64_t kColumns = kPanel * kLanes;
-
-// bf16 weights are interleaved by pairs of inputs, one element of each in 32 bits, so that one load and one instruction
-// per input widen both; an odd last input is stored alone.
-template <class W>
-constexpr int kPaired = std::is_same_v<W, BFloat16> ? 2 : 1;
 
 // Loads the vector of one of kPaired interleaved inputs.
 template <int part, class W>
@@ -48,11 +34,6 @@ template <int part, int R, int V, class W>
 template <class W>
 constexpr int kOnce = kRegisters == 32 ? 8 : kPaired<W> == 2 ? 3 : 4;
 
-// Fastest as measured: the locality of __builtin_prefetch (3: into L1, 2: into L2), and how many bytes ahead to
-// prefetch if a panel is read once.
-constexpr int kLocality = kRegisters == 32 ? 3 : 2;
-constexpr int64_t kAhead = 4096;
-
 // c += a b for R rows of a and the first V vectors of a panel of `width` columns, which has `depth` rows. Meanwhile
 // prefetches from `next` on, which advances by `pace` elements per step.
 template <int R, int V, class W>
@@ -65,7 +46,7 @@ template <int R, int V, class W>
   for (; depth >= kPaired<W>; depth -= kPaired<W>, a += kPaired<W>, b += kPaired<W> * width, next += pace) {
 #pragma GCC unroll 4
     for (int64_t byte = 0; byte < kColumns * kPaired<W> * static_cast<int64_t>(sizeof(W)); byte += kLine)
-      __builtin_prefetch(next + byte / sizeof(W), 0, kLocality);
+      __builtin_prefetch(next + byte / sizeof(W), 0, kLocality<R>);
     add_input<0, R, V>(sum, a, a_stride, b);
     if constexpr (kPaired<W> == 2) add_input<1, R, V>(sum, a, a_stride, b);
   }
@@ -100,36 +81,12 @@ void stream(const float* a, int64_t a_stride, const W* b, int64_t width, int64_t
   }
 }
 
-// kDeep: inputs of a panel per pass of more than kOnce rows, so that they stay in L1. kTall: rows per task, so that
-// theirs stay in L2.
-constexpr int64_t kDeep = 256, kTall = 48;
-// Minimum bytes of a weight per thread.
-constexpr int64_t kGrainBytes = 1 << 16;
-
-// Index of the weight of `output` for input i in a panel of `width` outputs.
 template <class W>
-inline int64_t place(int64_t i, int64_t output, int64_t inputs, int64_t width) {
-  const bool paired = kPaired<W> == 2 && i < inputs / 2 * 2;
-  return paired ? (i / 2 * width + output) * 2 + i % 2 : i * width + output;
+void lay_out(const Tensor& weight) {
+  lay_out_rows<W>(weight.mutable_data_ptr(), weight.size(0), weight.size(1));
 }
 
 // Converts the rows of a weight (O, I) to panels, in place.
-template <class W>
-void lay_out(const Tensor& weight) {
-  const int64_t outputs = weight.size(0), inputs = weight.size(1);
-  auto* w = static_cast<W*>(weight.mutable_data_ptr());
-  torch::stable::parallel_for(0, (outputs + kColumns - 1) / kColumns, 1, [&](int64_t first, int64_t last) {
-    std::vector<W> rows(kColumns * inputs);
-    for (int64_t panel = first; panel < last; panel++) {
-      W* to = w + panel * kColumns * inputs;
-      const int64_t some = std::min(kColumns, outputs - panel * kColumns);
-      std::memcpy(rows.data(), to, some * inputs * sizeof(W));
-      for (int64_t o = 0; o < some; o++)
-        for (int64_t i = 0; i < inputs; i++) to[place<W>(i, o, inputs, some)] = rows[o * inputs + i];
-    }
-  });
-}
-
 void lay_out_(Tensor weight) {
   if (weight.dim() != 2 || !weight.is_contiguous()) fail("lay_out_ takes a contiguous weight (O, I)");
   switch (weight.scalar_type()) {

@@ -32,7 +32,7 @@ def _nothing(*given: Any) -> None:
     return None
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Maybe, real: Maybe) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, *others: Maybe) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -135,6 +135,20 @@ OPERATORS: dict[str, dict[str, tuple[str | None, Callable[..., Any]]]] = {
             "(Tensor q, Tensor k_pages, Tensor v_pages, Tensor? k_scales, Tensor? v_scales, Tensor table, Tensor fill, "
             "Tensor see, float scale) -> Tensor",
             _like,
+        ),
+    },
+    "quantised": {
+        "lay_out_codes_": ("(Tensor(a!) weight, bool whole) -> ()", _nothing),
+        "round_rows": ("(Tensor rows, int groups, Tensor steps) -> (Tensor, Tensor)", _nothing),
+        "linear_coded": (
+            "(Tensor x, Tensor weight, Tensor scale, Tensor? shift, Tensor? order, Tensor? table, Tensor? bias, "
+            "Tensor? real) -> Tensor",
+            _linear,
+        ),
+        "linear_integers": (
+            "(Tensor x, Tensor weight, Tensor scale, Tensor? input_scale, Tensor? input_zero, Tensor? largest, "
+            "Tensor? bias, Tensor? real) -> Tensor",
+            _linear,
         ),
     },
     "collectives": {"all_reduce": (None, _like), "all_gather": (None, _all_gather)},

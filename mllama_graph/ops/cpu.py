@@ -11,6 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from mllama_graph.model.codes import INT4_STEPS, Codes, quantise
+from mllama_graph.model.formats import FLOAT, MOST, Format
 from mllama_graph.model.inputs import LayerPages, PromptInput, TokenInput
 from mllama_graph.model.ops import Ops
 from mllama_graph.model.tree import Embedding, LayerNorm, Linear, Weights, linears
@@ -20,9 +22,23 @@ kernels = torch.ops.mllama_graph
 
 
 def lay_out(weights: Weights) -> None:
-    """Convert the weights of linear layers, in place, to the panels that their kernel reads (native/linear.h)."""
+    """Convert the weights of linear layers, in place, to the panels that their kernel reads (native/panels.h)."""
     for leaf in linears(weights):
-        kernels.lay_out_(leaf.weight)
+        if leaf.format is None:
+            kernels.lay_out_(leaf.weight)
+            continue
+        kernels.lay_out_codes_(leaf.weight, leaf.format.activations != FLOAT)
+        for of_groups in (leaf.scale, leaf.shift):
+            if of_groups is not None:
+                kernels.lay_out_(of_groups)
+
+
+def rounded(rows_OI: Tensor, form: Format) -> Codes:
+    """`quantise` of model/codes.py: the same codes in a tenth of the time."""
+    if form.code == "fp8":
+        return quantise(rows_OI, form)
+    steps = torch.tensor(INT4_STEPS if form.code == "int4" else (float(MOST),))
+    return Codes(*kernels.round_rows(rows_OI, form.groups(rows_OI.shape[1]), steps))
 
 
 def embed(ids_T: Tensor, leaf: Embedding, real_1: Tensor | None = None) -> Tensor:
@@ -33,8 +49,17 @@ def embed_held(ids_T: Tensor, leaf: Embedding, real_1: Tensor | None = None) -> 
     return kernels.embed(ids_T, leaf.weight, leaf.first, real_1)
 
 
-def linear(x: Tensor, leaf: Linear, real_1: Tensor | None = None) -> Tensor:
-    """Takes a weight that `lay_out` has converted."""
+def linear(x: Tensor, leaf: Linear, real_1: Tensor | None = None, largest: Tensor | None = None) -> Tensor:
+    """Takes a weight that `lay_out` has converted. largest: see `quantised_linear` of plain.py."""
+    form = leaf.format
+    if form and form.activations != FLOAT:
+        return kernels.linear_integers(
+            x, leaf.weight, leaf.scale, leaf.input_scale, leaf.input_zero, largest, leaf.bias, real_1
+        )
+    if form:
+        return kernels.linear_coded(
+            x, leaf.weight, leaf.scale, leaf.shift, leaf.order, leaf.codebook, leaf.bias, real_1
+        )
     return kernels.linear(x, leaf.weight, leaf.bias, real_1)
 
 

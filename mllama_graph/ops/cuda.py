@@ -1,4 +1,5 @@
-"""The operations on a CUDA device: plain.py's, with paged attention of decode steps in Triton kernels.
+"""The operations on a CUDA device: plain.py's, with Triton kernels for paged attention of decode steps and, in
+cuda_linear.py, for quantised linear layers.
 
 Inductor compiles the rest, with SDPA for prompts and tiles. The kernels are registered with `triton_op`, so that
 ahead-of-time packages contain them compiled and need no Python. Shape letters in addition to those of model/ops.py:
@@ -13,28 +14,19 @@ Run by Triton's interpreter and compiled for sm_80 and sm_90 on hosts without a 
 """
 
 from dataclasses import replace
-from functools import lru_cache
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 
 from mllama_graph.model.inputs import LayerPages
 from mllama_graph.model.ops import Ops
-from mllama_graph.ops import plain
+from mllama_graph.ops import cuda_linear, plain
+from mllama_graph.ops.cuda_triton import DOT, jit, multiprocessors, operation, power_of_2, tl, triton
+from mllama_graph.ops.plain import PLAIN
 from mllama_graph.ops.ranks import ranked
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # torch's CPU wheels come without it
-    # The kernels' signatures name tl.constexpr.
-    triton, tl = None, SimpleNamespace(constexpr=None)
-
 LOG2_E = 1.4426950408889634
-# Minimum side of a tensor-core tile in tl.dot.
-DOT = 16
 # Bytes of one tile of keys: two tiles (K and V) in two stages take 64 KiB of a multiprocessor's shared memory.
 TILE_BYTES = 16384
 # Most queries of a kv head that one program holds; SDPA handles more.
@@ -54,16 +46,7 @@ def splits(sequences: int, kv_heads: int, keys: int, multiprocessors: int) -> in
     return max(1, min(to_fill, keys // LEAST_KEYS, MOST_SPLITS))
 
 
-@lru_cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _jit(kernel):
-    return kernel if triton is None else triton.jit(kernel)
-
-
-@_jit
+@jit
 def _partial(
     q_ptr,
     k_ptr,
@@ -162,7 +145,7 @@ def _partial(
     )
 
 
-@_jit
+@jit
 def _combine(
     partial_ptr,
     lse_ptr,
@@ -193,14 +176,6 @@ def _combine(
     tl.store(out_ptr + (t * K * G + query) * H + h_H, out_H.to(out_ptr.dtype.element_ty), mask=h_H < H)
 
 
-def _op(launch):
-    return launch if triton is None else triton_op(f"mllama_graph::{launch.__name__}", mutates_args=())(launch)
-
-
-def _power_of_2(least: int) -> int:
-    return 1 << (least - 1).bit_length()
-
-
 def _attend(
     q_TQH: Tensor,
     k_pages: Tensor,
@@ -217,7 +192,7 @@ def _attend(
     """Run both kernels over `count` splits. Inputs that `image` leaves unread may be any int32 tensor."""
     (T, Q, H), (_, P, K, _), (B, J) = q_TQH.shape, k_pages.shape, table_BJ.shape
     R, G = T // B, Q // K
-    block_h = max(DOT, _power_of_2(H))
+    block_h = max(DOT, power_of_2(H))
     item = max(q_TQH.element_size(), k_pages.element_size())
     block_n = min(128, max(DOT, TILE_BYTES // (block_h * item)))
     partial_BKSMH = torch.empty((B, K, count, R * G, H), dtype=torch.float32, device=q_TQH.device)
@@ -243,7 +218,7 @@ def _attend(
         J=J,
         S=count,
         SCALE=LOG2_E * H**-0.5,
-        BLOCK_M=max(DOT, _power_of_2(R * G)),
+        BLOCK_M=max(DOT, power_of_2(R * G)),
         BLOCK_H=block_h,
         BLOCK_N=block_n,
         IMAGE=image,
@@ -261,14 +236,14 @@ def _attend(
         K=K,
         H=H,
         S=count,
-        BLOCK_S=_power_of_2(count),
+        BLOCK_S=power_of_2(count),
         BLOCK_H=block_h,
         num_warps=4,
     )
     return out_TQH
 
 
-@_op
+@operation
 def attend_pages_split(
     q_TQH: Tensor,
     k_pages: Tensor,
@@ -283,7 +258,7 @@ def attend_pages_split(
     return _attend(q_TQH, k_pages, v_pages, table_BJ, len_B, len_B, len_B, count, False, k_scales, v_scales)
 
 
-@_op
+@operation
 def attend_image_split(
     q_TQH: Tensor,
     k_pages: Tensor,
@@ -309,7 +284,7 @@ def _fits_one_program(q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor) -> boo
 
 def _splits(pages: LayerPages, table_BJ: Tensor) -> int:
     (B, J), (_, P, K, _) = table_BJ.shape, pages[0].shape
-    return splits(B, K, J * P, _multiprocessors(pages[0].device))
+    return splits(B, K, J * P, multiprocessors(pages[0].device))
 
 
 def attend_pages(q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, len_B: Tensor) -> Tensor:
@@ -339,4 +314,5 @@ def cuda_ops(world: int) -> Ops:
             "device=cuda needs Triton, which torch's CUDA wheels include and its CPU wheels don't. "
             "Install a CUDA wheel of torch, or the triton package."
         )
-    return replace(ranked(world, "distributed"), attend_pages=attend_pages, attend_image=attend_image)
+    base = replace(PLAIN, linear=cuda_linear.linear, attend_pages=attend_pages, attend_image=attend_image)
+    return ranked(world, "distributed", base)

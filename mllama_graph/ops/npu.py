@@ -21,6 +21,7 @@ is `dynamo/torchair`.
 Masks and casts that layers share are traced once per layer and computed once per graph (torchair.py, share_repeats).
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -34,7 +35,8 @@ from torch import Tensor
 from mllama_graph.model.inputs import LayerPages
 from mllama_graph.model.ops import Ops, padded_head
 from mllama_graph.model.tree import Linear
-from mllama_graph.ops.ranks import ranked
+from mllama_graph.ops import npu_quantised
+from mllama_graph.ops.ranks import GROUP, max_in, ranked
 
 # docs of npu_fused_infer_attention_score: "(2048, 2048)" for sparse_mode 2, 3 and 4.
 MASK_SIDE = 2048
@@ -46,7 +48,10 @@ def _widen(x: Tensor, width: int) -> Tensor:
     return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
 
 
-def linear(x: Tensor, leaf: Linear) -> Tensor:
+def linear(x: Tensor, leaf: Linear, nz: bool = False, over_ranks: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """nz, over_ranks: see npu_quantised.py."""
+    if leaf.format:
+        return npu_quantised.linear(x, leaf, nz, over_ranks)
     # The weight has the dtype of x: MatMul accepts no other (IR MatMul).
     y = torch_npu.npu_linear(x.flatten(0, -2), leaf.weight, leaf.bias)
     return y.view(*x.shape[:-1], y.shape[-1])
@@ -245,14 +250,14 @@ def attend_tiles(q_SAH: Tensor, k_SAH: Tensor, v_SAH: Tensor, pad_S: Tensor, cap
     )
 
 
-def npu_ops(world: int, mode: str = "max-autotune") -> Ops:
+def npu_ops(world: int, mode: str = "max-autotune", nz: bool = False) -> Ops:
     """The operations of one of `world` ranks; collectives are torch.distributed's, which map to HCCL's.
 
-    `mode` is torchair's: max-autotune for graphs of GE, npugraph_ex for captured kernels.
+    `mode` is torchair's: max-autotune for graphs of GE, npugraph_ex for captured kernels. nz: whether weights are NZ.
     """
     ops = replace(
         ranked(world, "distributed"),
-        linear=linear,
+        linear=partial(linear, nz=nz, over_ranks=max_in(GROUP) if world > 1 else None) if nz or world > 1 else linear,
         rms_norm=rms_norm,
         add_rms_norm=add_rms_norm,
         rope=rope,

@@ -19,11 +19,12 @@ from mllama_graph.core.machine import available_memory
 from mllama_graph.core.paths import in_package, store_folder
 from mllama_graph.core.place import Place
 from mllama_graph.model.files import CheckpointFiles
-from mllama_graph.model.formats import Storage, chosen, page_bytes
+from mllama_graph.model.formats import Storage, page_bytes
 from mllama_graph.model.shape import ModelShape
 from mllama_graph.plan.buckets import Limits, Plan, make_plan
-from mllama_graph.plan.checkpoint import META, model_of, weights_of
+from mllama_graph.plan.checkpoint import META, formats_of, model_of, weights_of
 from mllama_graph.plan.memory import Memory, memory, require
+from mllama_graph.plan.quantised import check_compiler, on_device
 
 # Kinds of CPU kernels: native C++, or plain torch as the backend compiles it.
 NATIVE, PLAIN = "native", "plain"
@@ -101,6 +102,8 @@ class ResolvedRun(ResolvedTask):
     kv: str
     # Bytes of what is stored in it, and the formats of quantised layers.
     storage: Storage
+    # What to say about formats before weights are loaded.
+    format_notes: tuple[str, ...]
     limits: Limits
     plan_choice: PlanChoice
     plan: Plan
@@ -151,7 +154,9 @@ def resolve(run: Run, place: Place | None) -> ResolvedTask:
         run.max_images or max(DEFAULT_MAX_IMAGES, run.task.images_asked(run)),
     )
     plan = make_plan(run.plan, limits, shape, device.paging, kernels == NATIVE)
-    formats = chosen(run.quant, run.quant_group, run.quant_parts, shape, run.tp)
+    formats, notes = formats_of(run, shape, checkpoint)
+    formats = on_device(formats, run.quant, shape, run.tp, device, precision.compute)
+    check_compiler(formats, run.backend.torchair)
     page = page_bytes(PAGE_BYTES[precision.kv], shape.text.head_width)
     storage = Storage(BYTES[precision.store], BYTES[precision.compute], page, formats)
     needed = memory(shape, plan, storage, run.tp)
@@ -181,6 +186,7 @@ def resolve(run: Run, place: Place | None) -> ResolvedTask:
         precision=precision,
         kv=run.kv,
         storage=storage,
+        format_notes=notes,
         limits=limits,
         plan_choice=run.plan,
         plan=plan,
@@ -205,6 +211,15 @@ def resolve(run: Run, place: Place | None) -> ResolvedTask:
             in_package(run.model.image),
         ),
     )
+
+
+def on_other_weights(run: ResolvedRun, checkpoint: CheckpointFiles | None) -> ResolvedRun:
+    """The run on unquantised weights of the same shape. Raises UserError where this host's memory can't hold them."""
+    storage = replace(run.storage, formats=())
+    needed = memory(run.shape, run.plan, storage, run.tp)
+    if run.device.on_host:
+        require_on_host(needed, run.memory_gib, run.tp)
+    return replace(run, checkpoint=checkpoint, storage=storage, memory=needed)
 
 
 def _common(run: Run, needs: str) -> dict[str, Any]:

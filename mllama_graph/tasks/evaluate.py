@@ -1,10 +1,16 @@
-"""task=evaluate: exact match against reference answers, per kind of question.
+"""task=evaluate: exact match against reference answers, per kind of question, and agreement with another model.
 
 It accepts any requests file whose lines have an `answer`: a string, or a list of accepted strings. `kind` groups the
 lines. Without a file, the tiny model is asked about held-out scenes, which are written to the run's folder as a file.
+
+The other model is what `task.against` names: the same weights without quantisation, or another checkpoint. It answers
+every line; the run's model is then given its tokens, and log-probabilities are compared at each of them.
 """
 
+import contextlib
+import gc
 import json
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +19,7 @@ from typing import Any
 
 from mllama_graph.core.errors import UserError
 from mllama_graph.core.report import Progress, columns, write_result
+from mllama_graph.engine import forced
 from mllama_graph.engine.engine import Engine
 from mllama_graph.engine.offline import serve_lines
 from mllama_graph.engine.result_file import Results
@@ -20,8 +27,11 @@ from mllama_graph.engine.start import processor_of, start_engine
 from mllama_graph.engine.stats import Totals
 from mllama_graph.inputs.request import Request
 from mllama_graph.inputs.request_file import Line, parsed, read_lines
-from mllama_graph.plan.resolve import ResolvedRun
-from mllama_graph.tasks.options import EvaluateOptions
+from mllama_graph.model.meta_files import open_checkpoint
+from mllama_graph.model.shape import differences
+from mllama_graph.plan.checkpoint import checkpoint_folder
+from mllama_graph.plan.resolve import ResolvedRun, on_other_weights
+from mllama_graph.tasks.options import NOTHING, UNQUANTISED, EvaluateOptions
 
 ALL = "all"
 # For each kind of question, whether each line was answered correctly.
@@ -31,7 +41,7 @@ ByKind = dict[str, list[bool]]
 def main(run: ResolvedRun) -> None:
     """Score every line that has an answer, and write predictions.jsonl, results.jsonl and result.json.
 
-    Raises UserError where no line has an answer.
+    Raises UserError where no line has an answer, or the model of task.against has other shapes.
     """
     options, folder, progress = run.options, run.output_dir, Progress()
     assert isinstance(options, EvaluateOptions)
@@ -39,12 +49,21 @@ def main(run: ResolvedRun) -> None:
     lines = list(map(parsed, read_lines(path)))
     if not any(isinstance(given, dict) and "answer" in given for _, given in lines):
         raise UserError(f"requests={path} has no line with an answer: a string, or a list of accepted ones.")
-    engine = start_engine(run, processor_of(run), progress)
+    with contextlib.ExitStack() as stack:
+        reference = None
+        if other := compared_with(run, options, progress):
+            aside = stack.enter_context(tempfile.TemporaryDirectory(prefix=".against-", dir=folder))
+            progress.say(f"serving the model to compare with: {options.against}")
+            reference = reference_of(other, lines, path.parent, Path(aside))
+        engine = start_engine(run, processor_of(run), progress)
+        agreement = {}
+        if reference:
+            agreement = forced.compare(engine, lines, path.parent, reference).metrics()
 
     def scored(
         control: str, asked: list[Line], alter: Callable[[Request], Request] = lambda request: request
     ) -> ByKind:
-        return score(engine, lines, asked, path.parent, folder, control, alter, progress)
+        return score(engine, lines, asked, path, folder, control, alter, progress)
 
     scores = {"right %": scored("", lines)}
     metrics = engine.metrics(Totals())
@@ -52,13 +71,52 @@ def main(run: ResolvedRun) -> None:
         scores["images exchanged"] = scored("images exchanged", exchanged(lines))
         scores["images unseen"] = scored("images unseen", lines, unseen)
     print(columns(("kind", "scenes", *scores), _rows(scores)))
+    if agreement:
+        print(
+            f"\nagainst {options.against}: KL divergence {agreement['kl_mean']:.3g} nats per token "
+            f"(99th percentile {agreement['kl_99th']:.3g}), top-1 agreement "
+            f"{agreement['top1_agreement_percent']:.2f} % of {agreement['positions']} tokens"
+        )
     engine.close(progress)
     write_result(
         folder,
         run.asked,
         graphs=engine.graph_records(),
-        metrics=metrics | {"exact_match": {name: _percentages(by_kind) for name, by_kind in scores.items()}},
+        metrics=metrics
+        | agreement
+        | {"exact_match_percent": _percentages(scores["right %"])[ALL]}
+        | {"exact_match": {name: _percentages(by_kind) for name, by_kind in scores.items()}},
     )
+
+
+def compared_with(run: ResolvedRun, options: EvaluateOptions, progress: Progress) -> ResolvedRun | None:
+    """The run of the model to compare log-probabilities with, or None.
+
+    Raises UserError where task.against names a checkpoint that has other shapes or can't be read.
+    """
+    if options.against == NOTHING or (options.against == UNQUANTISED and not run.storage.formats):
+        return None
+    if run.tp > 1:
+        progress.say("log-probabilities are compared at tp=1 only, since ranks can load one model")
+        return None
+    if options.against == UNQUANTISED:
+        return on_other_weights(run, run.checkpoint)
+    checkpoint = open_checkpoint(checkpoint_folder(options.against))
+    if differing := differences(run.shape, checkpoint.shape):
+        raise UserError(f"task.against={options.against} has other shapes: {'; '.join(differing[:4])}.")
+    checkpoint.verify()
+    return on_other_weights(run, checkpoint)
+
+
+def reference_of(run: ResolvedRun, lines: list[Line], base: Path, folder: Path) -> forced.Reference:
+    """The tokens and log-probabilities of a model that is unloaded afterwards."""
+    engine = start_engine(run, processor_of(run), Progress())
+    reference = forced.record(engine, lines, base, folder)
+    engine.close()
+    # Its weights must be gone before the next model's are loaded.
+    del engine
+    gc.collect()
+    return reference
 
 
 def held_out_file(run: ResolvedRun, each: int, progress: Progress) -> Path:
@@ -78,7 +136,7 @@ def score(
     engine: Engine,
     lines: list[Line],
     asked: list[Line],
-    base: Path,
+    path: Path,
     folder: Path,
     control: str,
     alter: Callable[[Request], Request],
@@ -86,9 +144,10 @@ def score(
 ) -> ByKind:
     """Serve `asked` (`lines`, possibly changed by a control) and compare the results with the answers in `lines`."""
     name = f"-{control.replace(' ', '-')}" if control else ""
-    results = Results(folder / f"results{name}.jsonl")
-    serve_lines(engine, asked, base, results, engine.executor.run.limits.batch, alter)
+    results = Results(folder / f"results{name}.jsonl").open(progress.say)
+    count = serve_lines(engine, asked, path.parent, results, engine.executor.run.limits.batch, alter)
     results.close()
+    results.check_served(path, count)
     by_kind: ByKind = defaultdict(list)
     with (
         results.path.open(encoding="utf8") as served,

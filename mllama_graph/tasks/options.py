@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mllama_graph.core.config import Run, TaskOptions, at_least, one_of
+from mllama_graph.core.config import QUANTS, Run, TaskOptions, at_least, one_of
 from mllama_graph.core.devices import Device
 from mllama_graph.core.errors import UserError
 from mllama_graph.inputs.image_sources import list_images
@@ -29,6 +29,8 @@ AIC_METRICS = (
 )
 # The value of weights= for shapes without values.
 SHAPES_ONLY = "meta"
+# Values of task.against: the run's weights without quantisation, or no comparison.
+UNQUANTISED, NOTHING = "unquantised", "none"
 
 
 @dataclass
@@ -36,26 +38,36 @@ class GenerateOptions(TaskOptions):
     """task=generate: a prompt on the command line, or a file of requests."""
 
     def prepared(self, run: Run) -> Run:
-        """Copy requests from stdin or a pipe to a file: they are read twice, and by the process of rank 0."""
-        if run.requests is None or not is_stream(run.requests):
+        """Copy requests from stdin or a pipe to a file: they are read twice, and by the process of rank 0.
+
+        Raises UserError for a file that can't be read or holds no requests.
+        """
+        if run.requests is None:
             return run
-        assert run.output_dir is not None, "set by the command line"
-        return replace(run, requests=str(spool(run.requests, Path(run.output_dir))))
+        if is_stream(run.requests):
+            assert run.output_dir is not None, "set by the command line"
+            run = replace(run, requests=str(spool(run.requests, Path(run.output_dir))))
+        next(read_lines(Path(str(run.requests))))
+        return run
 
     def images_asked(self, run: Run) -> int:
         """The number of images of the prompt, or the most on a line of the requests file."""
         if run.requests is None:
             return len(list_images(run.image))
-        return most_images(read_lines(Path(run.requests)))
+        return most_images(read_lines(Path(run.requests)), Path(run.requests).parent)
 
 
 @dataclass
 class EvaluateOptions(GenerateOptions):
-    """task=evaluate: exact match against reference answers. `each`: held-out scenes per kind of question."""
+    """task=evaluate: exact match against reference answers, and agreement with another model.
+
+    `each`: held-out scenes per kind of question. `against`: the other model, as UNQUANTISED, NOTHING or a folder.
+    """
 
     name: str = "evaluate"
     each: int = 40
     controls: bool = True
+    against: str = UNQUANTISED
 
     def images_asked(self, run: Run) -> int:
         return 0 if run.requests is None else super().images_asked(run)
@@ -222,6 +234,30 @@ class CompareOptions(TaskOptions):
 
 
 @dataclass
+class QuantizeOptions(TaskOptions):
+    """task=quantize: write the checkpoint that quant= gives to `folder`."""
+
+    name: str = "quantize"
+    folder: str | None = None
+
+    def needs(self, device: Device) -> str:
+        return self.MODEL
+
+    def prepared(self, run: Run) -> Run:
+        """Refuse what would be noticed only after the checkpoint was read."""
+        if self.folder is None:
+            raise UserError("task=quantize needs a folder for the checkpoint: task.folder=OUT.")
+        if run.quant == "none":
+            raise UserError(f"task=quantize needs a format: quant= one of {', '.join(QUANTS[1:])}.")
+        if run.weights == SHAPES_ONLY:
+            raise UserError(f"weights={SHAPES_ONLY} has no values to quantise. Use a checkpoint, or weights=random.")
+        folder = Path(self.folder).expanduser()
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"task.folder={folder} exists and is not an empty folder. Choose another, or delete it.")
+        return run
+
+
+@dataclass
 class TrainTinyOptions(TaskOptions):
     """task=train_tiny: train the tiny model for `steps` steps in `folder`."""
 
@@ -245,6 +281,7 @@ TASKS: dict[str, type[TaskOptions]] = {
         WarmupOptions,
         CacheOptions,
         CompareOptions,
+        QuantizeOptions,
         TrainTinyOptions,
     )
 }

@@ -1,12 +1,11 @@
 """CPU kernels of linear layers and attention compute what plain.py computes; rows do not depend on other rows."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import example, given
 from hypothesis import strategies as st
+from trees import linear_leaf
 
 from mllama_graph import native
 from mllama_graph.ops import cpu, plain
@@ -30,7 +29,7 @@ def laid_out(weight, bias=None):
     """A linear layer's parameters with the weight in the kernel's layout."""
     weight = weight.clone()
     torch.ops.mllama_graph.lay_out_(weight)
-    return SimpleNamespace(weight=weight, bias=bias)
+    return linear_leaf(weight, bias)
 
 
 # Input widths around the number of vector lanes and around the pieces in which the kernel processes a row.
@@ -85,7 +84,7 @@ def test_a_product_keeps_leading_axes_and_accepts_zero_rows():
 def test_arguments_of_wrong_shape_or_value_are_refused():
     normal = randoms(0)
     with pytest.raises(RuntimeError):
-        CPU.linear(normal(2, 15), SimpleNamespace(weight=normal(5, 16), bias=None))
+        CPU.linear(normal(2, 15), linear_leaf(normal(5, 16)))
     with pytest.raises(RuntimeError):
         CPU.attend_pages(normal(2, 3, 8), (normal(4, 2, 2, 8),) * 2, torch.zeros(2, 1).int(), torch.ones(2).int())
 

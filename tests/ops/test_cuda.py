@@ -180,7 +180,7 @@ def test_strided_queries_are_read_as_they_are():
 
 @runs
 def test_operations_use_the_kernels_for_few_rows_and_plain_attention_for_many(monkeypatch):
-    monkeypatch.setattr(cuda, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(cuda, "multiprocessors", lambda device: 132)
     launched = []
     for name in ("attend_pages_split", "attend_image_split"):
         launch = getattr(cuda, name)
@@ -306,7 +306,7 @@ def test_an_exported_step_keeps_the_kernels_and_they_write_nothing_but_their_res
 
     target = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32))
     monkeypatch.setattr(cuda.triton.runtime.driver, "_active", target, raising=False)
-    monkeypatch.setattr(cuda, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(cuda, "multiprocessors", lambda device: 132)
     ops = cuda.cuda_ops(1)
 
     class Attend(torch.nn.Module):

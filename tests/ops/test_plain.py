@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 from transformers.models.mllama import modeling_mllama as hf
+from trees import linear_leaf
 
 from mllama_graph.model.ops import Ops
 from mllama_graph.ops.plain import PLAIN
@@ -35,9 +36,7 @@ def dense(q_RQH, k_LKH, v_LKH, mask_RL):
 
 
 def leaf(out, into, bias=False, dtype=torch.float32):
-    return SimpleNamespace(
-        weight=normal(out, into, dtype=dtype), bias=normal(out, seed=1, dtype=dtype) if bias else None
-    )
+    return linear_leaf(normal(out, into, dtype=dtype), normal(out, seed=1, dtype=dtype) if bias else None)
 
 
 def pages_of(num_pages, page_size, heads, width, seed=0):

@@ -1,0 +1,348 @@
+// Linear layers whose weights are whole numbers of 8 or 4 bits, by the machine's products of bytes.
+//
+// Rows become whole numbers too. For activations in int8 that is what the format says: one byte. For weight-only
+// formats a row's inputs become 16 bits, in blocks of up to kBlock inputs with a scale of their own, and are held as two
+// bytes, hi * 256 + lo: an input is off by at most 2^-16 of the largest in its block. Products are summed exactly, in 32
+// bits; blocks are summed in fp32, in order, so that a row's result does not depend on other rows.
+//
+// Codes are held without a sign, as these instructions take them, and the row's sum times the offset is subtracted.
+
+#pragma once
+
+#include <cmath>
+#include <utility>
+#include <vector>
+
+#include "outputs.h"
+#include "panels.h"
+#include "tensors.h"
+
+namespace {
+
+// Whether products of bytes are fast enough to be worth two bytes for an input.
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+constexpr bool kFastBytes = true;
+#else
+constexpr bool kFastBytes = false;
+#endif
+
+// Most inputs of a block: sums of products with bytes of a weight then fit 32 bits.
+constexpr int64_t kBlock = 128;
+// Whole numbers of a row in one byte, and in two.
+constexpr float kMostByte = 127, kMostPair = 32512;
+
+inline Integers load_words(const uint32_t* from) {
+  Integers x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+
+// A word of four codes of 8 bits, and of eight codes of 4 bits. operand<k>: four of its codes as bytes, of the inputs
+// 4 * k ... for bytes, and 2 * i + k for halves of bytes.
+struct Bytes {
+  static constexpr int kInputs = 4, kOperands = 1, kOffset = 128;
+  template <int k>
+  static Integers operand(Integers x) { return x; }
+  static uint32_t code(uint32_t word, int input) { return word >> 8 * input & 255; }
+};
+struct Halfbytes {
+  static constexpr int kInputs = 8, kOperands = 2, kOffset = 8;
+  template <int k>
+  static Integers operand(Integers x) { return (k ? x >> 4 : x) & 0x0f0f0f0f; }
+  static uint32_t code(uint32_t word, int input) { return word >> 4 * input & 15; }
+};
+
+// sum + the products of four bytes in each lane, those of a without a sign, those of b with one.
+inline Integers add_bytes(Integers sum, Integers a, Integers b) {
+#if defined(__AVX512VNNI__) && defined(__AVX512F__)
+  return reinterpret_cast<Integers>(_mm512_dpbusd_epi32(
+      reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#elif defined(__AVXVNNI__) && !defined(__AVX512F__)
+  return reinterpret_cast<Integers>(_mm256_dpbusd_avx_epi32(
+      reinterpret_cast<__m256i>(sum), reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+  // Products of even and of odd bytes, widened to 16 bits, whose pairs are summed in 32: exact, and no slower than fp32.
+  const auto x = reinterpret_cast<__m256i>(a), w = reinterpret_cast<__m256i>(b);
+  const auto even = _mm256_madd_epi16(_mm256_and_si256(x, _mm256_set1_epi16(0xff)),
+                                      _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8));
+  const auto odd = _mm256_madd_epi16(_mm256_srli_epi16(x, 8), _mm256_srai_epi16(w, 8));
+  return sum + reinterpret_cast<Integers>(_mm256_add_epi32(even, odd));
+#else
+  for (int byte = 0; byte < 4; byte++) sum += (a >> 8 * byte & 255) * ((b << (24 - 8 * byte)) >> 24);
+  return sum;
+#endif
+}
+
+// Rows as whole numbers. words (rows, words of a weight's row, operands of a word, bytes of an input); scale and sum, of
+// each block, and total, of a row, of its inputs.
+struct WholeRows {
+  int64_t inputs, block;
+  int bytes;
+  std::vector<int32_t> words;
+  std::vector<float> scale, total;
+  std::vector<int32_t> sum;
+
+  int64_t blocks() const { return inputs / block; }
+  int64_t stride() const { return inputs / 4 * bytes; }
+};
+
+// The largest absolute value of a row.
+inline float largest_in(const float* x, int64_t count) {
+  Vector most{};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const Vector one = load(x + i), size = one < 0.0f ? -one : one;
+    most = most > size ? most : size;
+  }
+  float all = largest_of(most);
+  for (; i < count; i++) all = std::max(all, std::fabs(x[i]));
+  return all;
+}
+
+// Whole numbers nearest to x / scale, ties going to even numbers; those of a code of 8 bits, which is `zero` for 0.
+inline void round_inputs(const float* x, int64_t count, float scale, float zero, bool code, int32_t* to) {
+  constexpr float kMagic = 12582912.0f;  // adding it rounds to a whole number, which the low bits then hold
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    Vector y = load(x + i) / splat(scale) + kMagic - kMagic;
+    if (code) {
+      y += zero;
+      y = (y < -128.0f ? splat(-128.0f) : y > 127.0f ? splat(127.0f) : y) - zero;
+    }
+    const Integers whole = reinterpret_cast<Integers>(y + kMagic) - 0x4b400000;
+    std::memcpy(to + i, &whole, sizeof whole);
+  }
+  for (; i < count; i++) {
+    const float y = std::nearbyintf(x[i] / scale);
+    to[i] = static_cast<int32_t>(code ? std::clamp(y + zero, -128.0f, 127.0f) - zero : y);
+  }
+}
+
+// Puts a block's whole numbers into words, in the order in which tiles read them.
+template <class C>
+void pack_inputs(const int32_t* whole, int64_t count, int bytes, int32_t* words) {
+  int8_t parts[2][kBlock];
+  for (int64_t first = 0; first < count; first += kBlock) {
+    const int64_t some = std::min(kBlock, count - first);
+    for (int64_t i = 0; i < some; i++) {
+      const int32_t x = whole[first + i], high = bytes == 2 ? (x + 128) >> 8 : x;
+      // Inputs 0 2 4 6 and then 1 3 5 7 of halves of bytes.
+      const int64_t at = C::kOperands == 2 ? i / 8 * 8 + i % 2 * 4 + i % 8 / 2 : i;
+      parts[0][at] = static_cast<int8_t>(high);
+      parts[1][at] = static_cast<int8_t>(x - high * 256);
+    }
+    for (int64_t word = 0; word < some / 4; word++)
+      for (int part = 0; part < bytes; part++) std::memcpy(words++, parts[part] + 4 * word, 4);
+  }
+}
+
+// Rounds rows of x to whole numbers of `bytes` bytes: codes of 8 bits with the rows' scales, which count from `zero`, or,
+// without scales, of 16 bits.
+template <class C>
+WholeRows whole_rows(const float* x, int64_t rows, int64_t inputs, int64_t block, int bytes, const float* scales,
+                     float zero) {
+  WholeRows to{inputs, block, bytes};
+  const int64_t blocks = to.blocks();
+  to.words.resize(rows * to.stride()), to.scale.resize(rows * blocks), to.sum.resize(rows * blocks);
+  to.total.resize(rows);
+  for_rows(rows, 4 * inputs, [&](int64_t t) {
+    std::vector<int32_t> whole(block);
+    for (int64_t b = 0; b < blocks; b++) {
+      const float* from = x + t * inputs + b * block;
+      const float scale = scales ? scales[t] : largest_in(from, block) / kMostPair;
+      round_inputs(from, block, scale > 0 ? scale : 1.0f, zero, scales != nullptr, whole.data());
+      int32_t sum = 0;
+      for (int64_t i = 0; i < block; i++) sum += whole[i];
+      pack_inputs<C>(whole.data(), block, bytes, &to.words[t * to.stride() + b * block / 4 * bytes]);
+      to.scale[t * blocks + b] = scale, to.sum[t * blocks + b] = sum;
+      to.total[t] += scale * static_cast<float>(sum);
+    }
+  });
+  return to;
+}
+
+// A weight in panels of words, its scales and shifts in panels of their own, and how its inputs are grouped.
+struct WholeWeight {
+  const uint32_t* words;
+  const float *scale, *shift;
+  int64_t inputs, outputs, group;
+
+  int64_t groups() const { return inputs / group; }
+};
+
+// Adds one block's products to c (R, V vectors): times the scale of the block, and that of the weight's group if there
+// are several.
+template <class C, int P, int R, int V>
+[[gnu::noinline]] void whole_tile(const WholeRows& x, int64_t row, int64_t b, const uint32_t* words, int64_t width,
+                                  const float* scale, const float* shift, float* c, int64_t c_stride, int64_t ahead) {
+  Integers sum[P][R][V];
+#pragma GCC unroll 8
+  for (int r = 0; r < P * R; r++)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) sum[r / R][r % R][v] = Integers{};
+  const int64_t stride = x.stride(), blocks = x.blocks();
+  const int32_t* a = &x.words[row * stride + b * x.block / 4 * P];
+  for (int64_t word = 0; word < x.block / C::kInputs; word++, a += C::kOperands * P, words += width) {
+#pragma GCC unroll 4
+    for (int64_t byte = 0; byte < kColumns * 4; byte += kLine)
+      __builtin_prefetch(reinterpret_cast<const char*>(words) + ahead + byte, 0, kLocality<R>);
+    Integers loaded[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) loaded[v] = load_words(words + v * kLanes);
+    [&]<size_t... k>(std::index_sequence<k...>) {
+      const auto add = [&]<int at>() {
+        Integers column[V];
+#pragma GCC unroll 8
+        for (int v = 0; v < V; v++) column[v] = C::template operand<at>(loaded[v]);
+#pragma GCC unroll 16
+        for (int r = 0; r < P * R; r++) {
+          const Integers input = Integers{} + a[r % R * stride + at * P + r / R];
+#pragma GCC unroll 8
+          for (int v = 0; v < V; v++) sum[r / R][r % R][v] = add_bytes(sum[r / R][r % R][v], column[v], input);
+        }
+      };
+      (add.template operator()<k>(), ...);
+    }(std::make_index_sequence<C::kOperands>{});
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++) {
+    const int64_t at = (row + r) * blocks + b;
+    const Vector size = splat(x.scale[at]), part = splat(x.scale[at] * static_cast<float>(x.sum[at]));
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) {
+      float* to = c + r * c_stride + v * kLanes;
+      Integers whole = sum[0][r][v];
+      if constexpr (P == 2) whole = (whole << 8) + sum[1][r][v];
+      const Vector product = __builtin_convertvector(whole - C::kOffset * x.sum[at], Vector) * size;
+      Vector y = load(to);
+      y = scale ? multiply_add(product, load(scale + v * kLanes), y) : y + product;
+      if (scale && shift) y = multiply_add(part, load(shift + v * kLanes), y);
+      store(to, y);
+    }
+  }
+}
+
+// whole_tile for one row and the outputs of a panel that fill no vector.
+template <class C, int P>
+void whole_rest(const WholeRows& x, int64_t row, int64_t b, const uint32_t* words, int64_t width, const float* scale,
+                const float* shift, float* c) {
+  const int64_t at = row * x.blocks() + b;
+  const int32_t* a = &x.words[row * x.stride() + b * x.block / 4 * P];
+  for (int64_t o = width / kLanes * kLanes; o < width; o++) {
+    int32_t sum = 0;
+    for (int64_t i = 0; i < x.block; i++) {
+      const int64_t word = i / C::kInputs, input = i % C::kInputs;
+      const int64_t k = C::kOperands == 2 ? input % 2 : 0, byte = C::kOperands == 2 ? input / 2 : input;
+      int32_t whole = 0;
+      for (int p = 0; p < P; p++)
+        whole = whole * 256 + static_cast<int8_t>(a[(word * C::kOperands + k) * P + p] >> 8 * byte);
+      sum += whole * static_cast<int32_t>(C::code(words[word * width + o], input));
+    }
+    const float product = static_cast<float>(sum - C::kOffset * x.sum[at]) * x.scale[at];
+    c[o] = scale ? std::fma(product, scale[o], c[o]) : c[o] + product;
+    if (scale && shift) c[o] = std::fma(x.scale[at] * static_cast<float>(x.sum[at]), shift[o], c[o]);
+  }
+}
+
+// whole_tile for `rows` rows, at most R.
+template <class C, int P, int R>
+void whole_tiles(const WholeRows& x, int64_t row, int64_t b, const uint32_t* words, int64_t width, const float* scale,
+                 const float* shift, float* c, int64_t c_stride, int64_t rows, int64_t ahead) {
+  if (width == kColumns) {
+    if (rows == R)
+      return whole_tile<C, P, R, kPanel>(x, row, b, words, width, scale, shift, c, c_stride, ahead);
+    if constexpr (R > 1)
+      return whole_tiles<C, P, R - 1>(x, row, b, words, width, scale, shift, c, c_stride, rows, ahead);
+  }
+  // Of a weight's panels, only the last is narrower.
+  for (int64_t r = 0; r < rows; r++) {
+    for (int64_t v = 0; v < width / kLanes * kLanes; v += kLanes)
+      whole_tile<C, P, 1, 1>(x, row + r, b, words + v, width, scale ? scale + v : nullptr, shift ? shift + v : nullptr,
+                             c + r * c_stride + v, c_stride, ahead);
+    whole_rest<C, P>(x, row + r, b, words, width, scale, shift, c + r * c_stride);
+  }
+}
+
+// The most rows of a tile: their sums fill most of the registers.
+template <int P>
+constexpr int kWholeRows = kRegisters == 32 ? 8 / P : 3 / P;
+
+// y = x w' for one panel and the rows from `row` on.
+template <class C, int P>
+void whole_panel(const WholeRows& x, const WholeWeight& w, int64_t at, int64_t row, int64_t rows, float* y) {
+  const int64_t width = std::min(kColumns, w.outputs - at), groups = w.groups();
+  const uint32_t* words = w.words + at * (w.inputs / C::kInputs);
+  const float *scale = w.scale + at * groups, *shift = w.shift ? w.shift + at * groups : nullptr;
+  constexpr int R = kWholeRows<P>;
+  const int64_t tiles = (rows + R - 1) / R;
+  for (int64_t t = 0; t < rows; t++) std::fill_n(y + t * w.outputs, width, 0.0f);
+  for (int64_t b = 0; b < x.blocks(); b++) {
+    const int64_t g = b * x.block / w.group * width;
+    for (int64_t tile = 0; tile < tiles; tile++) {
+      const int64_t top = tile * rows / tiles, tall = (tile + 1) * rows / tiles - top;
+      whole_tiles<C, P, R>(x, row + top, b, words + b * (x.block / C::kInputs) * width, width,
+                           groups > 1 ? scale + g : nullptr, groups > 1 && shift ? shift + g : nullptr,
+                           y + top * w.outputs, w.outputs, tall, tile ? 0 : kAhead);
+    }
+  }
+  for (int64_t t = 0; groups == 1 && t < rows; t++)
+    for (int64_t o = 0; o < width; o++) {
+      float& to = y[t * w.outputs + o];
+      to *= scale[o];
+      if (shift) to = std::fma(x.total[row + t], shift[o], to);
+    }
+}
+
+template <class C, int P>
+void whole_of(const WholeRows& x, const WholeWeight& w, float* y, int64_t rows) {
+  const int64_t panels = (w.outputs + kColumns - 1) / kColumns, blocks = (rows + kTall - 1) / kTall;
+  const int64_t bytes = kColumns * w.inputs / C::kInputs * 4 * (1 + rows / 32);
+  torch::stable::parallel_for(0, blocks * panels, kGrainBytes / bytes + 1, [&](int64_t first, int64_t last) {
+    for (; first < last; first++) {
+      const int64_t row = first / panels * rows / blocks, tall = (first / panels + 1) * rows / blocks - row;
+      const int64_t at = first % panels * kColumns;
+      whole_panel<C, P>(x, w, at, row, tall, y + row * w.outputs + at);
+    }
+  });
+}
+
+// The inputs of a block for weight-only formats: the most that divide a group.
+inline int64_t block_of(int64_t group) {
+  int64_t block = kBlock;
+  while (group % block) block /= 2;
+  return block;
+}
+
+// y = x w' + bias: x (..., I) fp32, rounded to codes of 8 bits; w (O, I) int8 in panels of words; scale (O, 1) in panels.
+// input_scale and input_zero: those of the codes of x; without them a row's scale is its largest absolute value / 127,
+// `largest` (parts, rows) giving those of all parts of a row that is split.
+Tensor linear_integers(Tensor given, Tensor weight, Tensor scale, std::optional<Tensor> input_scale,
+                       std::optional<Tensor> input_zero, std::optional<Tensor> largest, std::optional<Tensor> bias,
+                       std::optional<Tensor> real) {
+  const Tensor x = packed(given);
+  const int64_t inputs = x.size(x.dim() - 1), outputs = weight.size(0);
+  const int64_t rows = inputs ? x.numel() / inputs : 0, some = real_of(rows, real);
+  if (x.scalar_type() != ScalarType::Float || weight.scalar_type() != ScalarType::Char || !weight.is_contiguous() ||
+      weight.size(1) != inputs || inputs % Bytes::kInputs || scale.numel() != outputs)
+    fail("linear_integers takes x (..., I) in float32, a contiguous int8 weight (O, I) and scales (O, 1)");
+  Tensor y = allocated_rows(x, outputs, some);
+  const float *from = floats(x), *most = largest ? floats(*largest) : nullptr;
+  const float zero = input_zero ? *floats(*input_zero) : 0.0f;
+  std::vector<float> scales(some);
+  for_rows(some, inputs, [&](int64_t t) {
+    float size = most ? 0.0f : largest_in(from + t * inputs, inputs);
+    for (int64_t part = 0; most && part < largest->numel() / rows; part++) size = std::max(size, most[part * rows + t]);
+    scales[t] = input_scale ? *floats(*input_scale) : size / kMostByte;
+  });
+  const WholeWeight w{static_cast<const uint32_t*>(weight.const_data_ptr()), floats(scale), nullptr, inputs, outputs,
+                      inputs};
+  // Sums of up to 2^15 products of 9 and 8 bits fit 32 bits.
+  const int64_t block = inputs <= 1 << 15 ? inputs : block_of(inputs);
+  // A code less its zero takes more than a byte.
+  const auto whole = whole_rows<Bytes>(from, some, inputs, block, zero ? 2 : 1, scales.data(), zero);
+  zero ? whole_of<Bytes, 2>(whole, w, results(y), some) : whole_of<Bytes, 1>(whole, w, results(y), some);
+  add_bias(results(y), bias, some);
+  return y;
+}
+
+}  // namespace

@@ -1,0 +1,85 @@
+// CPU kernels of linear layers with quantised weights: a library of its own, built by runs that have such layers.
+
+#include "coded.h"
+#include "integers.h"
+#include "rounding.h"
+
+namespace {
+
+// Whether a weight-only format's codes are whole numbers, and served as such by this machine.
+bool in_whole_numbers(ScalarType kind, bool table) {
+  return kFastBytes && !table && (kind == ScalarType::Char || kind == ScalarType::Byte);
+}
+
+// Converts rows of codes (O, ...) to the panels that the kernels read, in place: int8 in words of four, without a sign,
+// if products are of `whole` numbers; else codes of 8 bits by themselves, and those of 4 bits in words of eight.
+void lay_out_codes_(Tensor weight, bool whole) {
+  const int64_t outputs = weight.size(0), bytes = outputs ? weight.numel() / outputs : 0;
+  const ScalarType kind = weight.scalar_type();
+  auto* data = static_cast<uint8_t*>(weight.mutable_data_ptr());
+  const bool words = kind == ScalarType::Byte || whole || in_whole_numbers(kind, false);
+  if (!weight.is_contiguous() || (words && bytes % 4)) fail("lay_out_codes_ takes contiguous rows of whole words");
+  if (!words || kind == ScalarType::Float8_e4m3fn) return lay_out_rows<uint8_t>(data, outputs, bytes);
+  if (kind == ScalarType::Char)
+    for_rows(outputs, bytes, [&](int64_t o) {
+      for (int64_t i = o * bytes; i < (o + 1) * bytes; i++) data[i] ^= 0x80;
+    });
+  lay_out_rows<uint32_t>(data, outputs, bytes / 4);
+}
+
+// y = x w' + bias: x (..., I) fp32; w in panels of words: int8, E4M3, or two codes of 4 bits in each byte, which index
+// `table` or else count from -8; scale and shift (O, G) in panels. order: the input of each column of w.
+Tensor linear_coded(Tensor given, Tensor weight, Tensor scale, std::optional<Tensor> shift, std::optional<Tensor> order,
+                    std::optional<Tensor> table, std::optional<Tensor> bias, std::optional<Tensor> real) {
+  const Tensor x = packed(given);
+  const bool halves = weight.scalar_type() == ScalarType::Byte;
+  const int64_t inputs = x.size(x.dim() - 1), outputs = weight.size(0), groups = scale.size(1);
+  const int64_t rows = inputs ? x.numel() / inputs : 0, some = real_of(rows, real);
+  if (x.scalar_type() != ScalarType::Float || weight.dim() != 2 || !weight.is_contiguous() ||
+      weight.size(1) * (halves ? 2 : 1) != inputs || scale.size(0) != outputs || !groups || inputs % groups ||
+      (halves && inputs / groups % Table::kInputs))
+    fail("linear_coded takes x (..., I) in float32, a contiguous weight of codes (O, I) and scales (O, G)");
+  Tensor y = allocated_rows(x, outputs, some);
+  const float* from = floats(x);
+  const ScalarType kind = weight.scalar_type();
+  std::vector<float> sorted, sums;
+  if (order) {
+    sorted = sorted_rows(from, some, inputs, integers(*order));
+    from = sorted.data();
+  }
+  const float *scales = floats(scale), *shifts = shift ? floats(*shift) : nullptr;
+  if (in_whole_numbers(kind, table.has_value())) {
+    const WholeWeight w{static_cast<const uint32_t*>(weight.const_data_ptr()), scales, shifts, inputs, outputs,
+                        inputs / groups};
+    const auto run = [&]<class C>() {
+      whole_of<C, 2>(whole_rows<C>(from, some, inputs, block_of(w.group), 2, nullptr, 0), w, results(y), some);
+    };
+    kind == ScalarType::Char ? run.operator()<Bytes>() : run.operator()<Halfbytes>();
+    add_bias(results(y), bias, some);
+    return y;
+  }
+  if (shift) sums = group_sums(from, some, inputs, inputs / groups);
+  const auto run = [&](const auto& decoder) {
+    using Word = typename std::decay_t<decltype(decoder)>::Word;
+    const Coded<Word> w{static_cast<const Word*>(weight.const_data_ptr()), scales, shifts, inputs, outputs,
+                        inputs / groups};
+    coded_of(decoder, from, w, sums.data(), results(y), some);
+  };
+  switch (kind) {
+    case ScalarType::Char: run(Int8{}); break;
+    case ScalarType::Float8_e4m3fn: run(Fp8{}); break;
+    case ScalarType::Byte: table ? run(Table(floats(*table))) : run(Int4{}); break;
+    default: fail("linear_coded takes weights of int8, float8_e4m3fn and uint8");
+  }
+  add_bias(results(y), bias, some);
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(mllama_graph, CPU, library) {
+  library.impl("lay_out_codes_", &boxed<lay_out_codes_>);
+  library.impl("round_rows", &boxed<round_rows>);
+  library.impl("linear_coded", &boxed<linear_coded>);
+  library.impl("linear_integers", &boxed<linear_integers>);
+}

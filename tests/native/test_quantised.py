@@ -1,0 +1,143 @@
+"""The kernels of linear layers with quantised weights, against the values that their codes stand for, in fp64."""
+
+import pytest
+import torch
+from trees import linear_leaf
+
+from mllama_graph import native
+from mllama_graph.model.codes import Codes, pack, quantise, rounded_rows, values
+from mllama_graph.model.formats import DYNAMIC, STATIC, Format
+from mllama_graph.model.tree import Linear
+from mllama_graph.ops import cpu
+
+# Outputs around a panel of three vectors of 4, 8 or 16, and inputs that are no multiple of a decoded block.
+SIZES = [(48, 64), (53, 320), (7, 1024), (144, 416)]
+# Rows around the most of a tile, and beyond the rows of one task.
+ROWS = (1, 3, 4, 8, 9, 50)
+FORMATS = {
+    "int8": Format("int8"),
+    "int8 in groups with shifts": Format("int8", group=32, shifted=True),
+    "int8 with a shift": Format("int8", shifted=True),
+    "fp8": Format("fp8"),
+    "int4": Format("int4", group=32),
+    "int4, one group": Format("int4"),
+    "int4 with shifts, sorted": Format("int4", group=32, shifted=True, sorted=True),
+    "NF4": Format("codebook", group=32),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels(cache_home):
+    native.load("kernels", cache_home)
+    native.load("quantised", cache_home)
+
+
+def leaf_of(form: Format, outputs: int, inputs: int, bias: bool) -> tuple[Linear, torch.Tensor]:
+    """A leaf of random codes in the kernels' layout, and its values (O, I) in fp64, columns in the order of inputs."""
+    torch.manual_seed(outputs * inputs)
+    groups = form.groups(inputs)
+    codes = torch.randint(-128, 128, (outputs, inputs)).to(torch.int8)
+    if form.code == "fp8":
+        codes = torch.randn(outputs, inputs).to(torch.float8_e4m3fn)
+    elif form.bits == 4:
+        codes = (codes & 15).to(torch.uint8)
+    found = Codes(
+        codes,
+        torch.rand(outputs, groups) + 0.5,
+        torch.randn(outputs, groups) if form.shifted else None,
+        torch.randperm(inputs).int() if form.sorted else None,
+        torch.randn(16) if form.code == "codebook" else None,
+        torch.tensor([0.03]) if form.activations == STATIC else None,
+        torch.tensor([5.0]) if form.activations == STATIC else None,
+    )
+    wide = values(found, form).double()
+    if found.order is not None:
+        wide[:, found.order.long()] = wide.clone()
+    parts = {name: value for name, value in vars(found).items() if name != "codes"}
+    packed = pack(codes, form).clone()
+    return linear_leaf(packed, torch.randn(outputs) if bias else None, format=form, **parts), wide
+
+
+def in_panels(leaf: Linear) -> Linear:
+    """The leaf, laid out as its kernel reads it."""
+    cpu.lay_out(torch.nn.ModuleList([leaf]))
+    return leaf
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_a_product_is_that_of_the_values(name, size):
+    leaf, wide = leaf_of(FORMATS[name], *size, bias=size[0] == 53)
+    in_panels(leaf)
+    for rows in ROWS:
+        x = torch.randn(rows, size[1])
+        y, expected = cpu.linear(x, leaf), x.double() @ wide.T + (0 if leaf.bias is None else leaf.bias.double())
+        # Sums in fp32 of as many terms as inputs: a few roundings of the sum of their sizes. Where products are of
+        # whole numbers, an input is off by at most 2^-16 of the row's largest.
+        most = (x.double().abs() @ wide.abs().T * 2e-6).max()
+        most += (x.abs().amax() * wide.abs().sum(-1).max()).double() * 2**-16
+        torch.testing.assert_close(y.double(), expected, rtol=0, atol=float(most))
+        # Such errors are spread evenly and have random signs: 3.5 (largest of a block) / 2^16 / 3^0.5 of the result.
+        assert (y.double() - expected).square().mean().sqrt() < 6e-5 * expected.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_row_has_the_same_bits_alone_in_a_batch_and_in_a_chunk(name):
+    leaf, _ = leaf_of(FORMATS[name], 149, 1024, bias=False)
+    in_panels(leaf)
+    x = torch.randn(120, 1024)
+    whole = cpu.linear(x, leaf)
+    for rows in ROWS:
+        assert torch.equal(cpu.linear(x[:rows], leaf), whole[:rows])
+    real = cpu.linear(x, leaf, torch.tensor([7], dtype=torch.int32))
+    assert torch.equal(real[:7], whole[:7]) and not real[7:].any()
+
+
+@pytest.mark.parametrize("activations", [DYNAMIC, STATIC])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_products_of_integers_are_exact(activations, size):
+    leaf, wide = leaf_of(Format("int8", activations=activations), *size, bias=False)
+    whole_codes = (wide / leaf.scale.double()).round()
+    in_panels(leaf)
+    for rows in ROWS:
+        x = torch.randn(rows, size[1]) * 3
+        if activations == DYNAMIC:
+            codes, scale = rounded_rows(x)
+        else:
+            codes, scale = ((x / 0.03).round() + 5).clamp(-128, 127) - 5, torch.tensor(0.03)
+        exact = codes.double() @ whole_codes.T
+        expected = exact.float() * scale * leaf_scales(leaf, size)
+        y = cpu.linear(x, leaf)
+        # Three roundings, by the scales.
+        torch.testing.assert_close(y, expected, rtol=4e-7, atol=0)
+        if activations == DYNAMIC:
+            half = x.abs().amax(-1, keepdim=True)
+            assert torch.equal(cpu.linear(x, leaf, largest=torch.stack((half / 2, half))), y)
+
+
+def leaf_scales(leaf: Linear, size: tuple[int, int]) -> torch.Tensor:
+    """The scales of a leaf with one group, which its layout leaves in order."""
+    return leaf.scale.view(size[0])
+
+
+def test_codes_are_the_nearest_values():
+    torch.manual_seed(0)
+    x = torch.randn(40, 256)
+    for form, error in ((Format("int8"), 1 / 254), (Format("fp8"), 1 / 16), (Format("int4", group=32), 1 / 14)):
+        found = quantise(x, form)
+        grouped = x.view(40, form.groups(256), -1)
+        # Half a step of the largest value, or half a unit of E4M3's last of three bits.
+        bound = grouped.abs() if form.code == "fp8" else grouped.abs().amax(-1, keepdim=True)
+        bound = (bound * error * 1.001 + found.scale[..., None] * 2**-10).expand_as(grouped).reshape(40, 256)
+        wrong = (values(found, form) - x).abs() > bound
+        # 4-bit scales of least squared error may clip a group's largest values.
+        assert wrong.float().mean() < (0.02 if form.code == "int4" else 1e-9)
+
+
+@pytest.mark.parametrize("form", [Format("int8"), Format("int4", group=32), Format("int4", group=64)], ids=str)
+def test_kernels_round_weights_to_the_same_codes(form):
+    torch.manual_seed(0)
+    x = torch.randn(37, 192)
+    x[3] = 0
+    expected, got = quantise(x, form), cpu.rounded(x, form)
+    assert torch.equal(got.codes, expected.codes) and torch.equal(got.scale, expected.scale)
