@@ -70,7 +70,11 @@ def compressed_tensors(folder: Path, base: Path, form: str, *, weights: dict, in
         grouped = weight.view(1, 1, -1) if args.strategy == "tensor" else weight.view(rows, columns // group, group)
         scale, zero = calculate_qparams(grouped.amin(-1), grouped.amax(-1), args)
         scale, zero = (value.flatten() if args.strategy == "tensor" else value for value in (scale, zero))
-        state = {"weight": weight, "weight_scale": scale.to(more.get("scales", torch.bfloat16)), "weight_zero_point": zero}
+        state = {
+            "weight": weight,
+            "weight_scale": scale.to(more.get("scales", torch.bfloat16)),
+            "weight_zero_point": zero,
+        }
         tensors = compressor.compress(state, scheme)
         plain = compressor.decompress({n: v.float() if n == "weight_scale" else v for n, v in tensors.items()}, scheme)
         if inputs is not None and not inputs.get("dynamic"):
@@ -82,9 +86,7 @@ def compressed_tensors(folder: Path, base: Path, form: str, *, weights: dict, in
             "quant_method": "compressed-tensors",
             "format": form,
             "quantization_status": "compressed",
-            "config_groups": {
-                "group_0": json.loads(scheme.model_dump_json()) | {"format": form},
-            },
+            "config_groups": {"group_0": json.loads(scheme.model_dump_json()) | {"format": form}},
             # The names of another generation, as today's tools write them.
             "ignore": ["re:.*nothing.*", "language_model.lm_head"],
         }
@@ -218,7 +220,9 @@ def awq(folder: Path, base: Path, group: int = 32):
 # ---- ModelSlim
 
 
-def modelslim(folder: Path, base: Path, kind: str = "W8A16", version: int = 1, offsets: bool = False, fp16: bool = False):
+def modelslim(
+    folder: Path, base: Path, kind: str = "W8A16", version: int = 1, offsets: bool = False, fp16: bool = False
+):
     """ModelSlim's files. Layer 2's down projections stay in floating point."""
     dtype = torch.float32 if version == 1 else torch.bfloat16
     description = {}
