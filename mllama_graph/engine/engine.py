@@ -131,7 +131,9 @@ class Engine:
 
     def metrics(self, finished: Totals) -> dict[str, Any]:
         """The run's metrics for result.json."""
-        return self.stats.metrics(finished, self.scheduler.preemptions)
+        run = self.executor.run
+        stored = {"quant": described(run.storage.formats), "kv": run.precision.kv}
+        return self.stats.metrics(finished, self.scheduler.preemptions) | stored
 
     def graph_records(self) -> list[dict[str, Any]]:
         """The record of each graph, for result.json."""
