@@ -15,6 +15,7 @@ from mllama_graph.engine.steps import NOT_FINITE, DecodeStep, PrefillStep, Step,
 from mllama_graph.inputs.detokenizer import Detokenizer
 from mllama_graph.inputs.processor import Processor
 from mllama_graph.inputs.request import Request
+from mllama_graph.model.formats import described
 
 # The error of a request whose logits are NaN or infinite at its new token number `step`, counted from 1.
 NOT_FINITE_ERROR = (
