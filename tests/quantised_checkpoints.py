@@ -70,7 +70,11 @@ def compressed_tensors(folder: Path, base: Path, form: str, *, weights: dict, in
         grouped = weight.view(1, 1, -1) if args.strategy == "tensor" else weight.view(rows, columns // group, group)
         scale, zero = calculate_qparams(grouped.amin(-1), grouped.amax(-1), args)
         scale, zero = (value.flatten() if args.strategy == "tensor" else value for value in (scale, zero))
-        state = {"weight": weight, "weight_scale": scale.to(more.get("scales", torch.bfloat16)), "weight_zero_point": zero}
+        state = {
+            "weight": weight,
+            "weight_scale": scale.to(more.get("scales", torch.bfloat16)),
+            "weight_zero_point": zero,
+        }
         tensors = compressor.compress(state, scheme)
         plain = compressor.decompress({n: v.float() if n == "weight_scale" else v for n, v in tensors.items()}, scheme)
         if inputs is not None and not inputs.get("dynamic"):
@@ -82,9 +86,7 @@ def compressed_tensors(folder: Path, base: Path, form: str, *, weights: dict, in
             "quant_method": "compressed-tensors",
             "format": form,
             "quantization_status": "compressed",
-            "config_groups": {
-                "group_0": json.loads(scheme.model_dump_json()) | {"format": form},
-            },
+            "config_groups": {"group_0": json.loads(scheme.model_dump_json()) | {"format": form}},
             # The names of another generation, as today's tools write them.
             "ignore": ["re:.*nothing.*", "language_model.lm_head"],
         }
@@ -218,7 +220,15 @@ def awq(folder: Path, base: Path, group: int = 32):
 # ---- ModelSlim
 
 
-def modelslim(folder: Path, base: Path, kind: str = "W8A16", version: int = 1, offsets: bool = False, fp16: bool = False):
+def modelslim(
+    folder: Path,
+    base: Path,
+    kind: str = "W8A16",
+    version: int = 1,
+    offsets: bool = False,
+    fp16: bool = False,
+    input_scale: Callable[[str], float] = lambda module: 0.0625,
+):
     """ModelSlim's files. Layer 2's down projections stay in floating point."""
     dtype = torch.float32 if version == 1 else torch.bfloat16
     description = {}
@@ -240,11 +250,11 @@ def modelslim(folder: Path, base: Path, kind: str = "W8A16", version: int = 1, o
             "weight": codes.to(torch.int8), "weight_scale": scale.to(dtype), "weight_offset": offset.to(dtype),
         }  # fmt: skip
         if kind == "W8A8":
-            input_scale, zero = torch.tensor([0.0625]), torch.tensor([-7.0])
-            bits = (scale[:, 0] * input_scale).float()
+            given, zero = torch.tensor([input_scale(module)]), torch.tensor([-7.0])
+            bits = (scale[:, 0] * given).float()
             deq = torch.tensor([int(v) for v in bits.view(torch.int32)]) if fp16 else bits
             bias = (-zero * codes.sum(1)).to(torch.int32)
-            tensors |= {"input_scale": input_scale.to(dtype), "input_offset": zero.to(dtype)}
+            tensors |= {"input_scale": given.to(dtype), "input_offset": zero.to(dtype)}
             tensors |= {"deq_scale": deq, "quant_bias": bias}
         return tensors, (codes - offset) * scale
 

@@ -95,9 +95,7 @@ class Published:
             if why:
                 kept = "multiplied with unrounded activations" if form else "dequantised while loading"
                 reasons.setdefault(f"{kept}: {why}", []).append(leaf)
-        notes = [
-            f"{len(found)} quantised layers, {found[0]} the first, are {why}" for why, found in reasons.items()
-        ]
+        notes = [f"{len(found)} quantised layers, {found[0]} the first, are {why}" for why, found in reasons.items()]
         return tuple(sorted(formats.items())), notes
 
     def _held(self, entries: list[Entry], world: int, changed: frozenset[str]) -> tuple[Format | None, str]:
@@ -144,4 +142,3 @@ def _zero_biases(files: "CheckpointFiles") -> set[str]:
                 "Quantise again without anti_outlier, or with a method that adds no bias."
             )
     return found
-
