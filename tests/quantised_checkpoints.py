@@ -53,7 +53,7 @@ def write_quantised(
 # ---- compressed-tensors and bitsandbytes, written by the libraries
 
 
-def compressed_tensors(folder: Path, base: Path, form: str, *, weights: dict, inputs: dict | None = None, **more):
+def compressed_tensors(folder: Path, base: Path, form: str, *, weights: dict, inputs: dict | None = None):
     """A checkpoint that compressed-tensors' compressor of `form` writes."""
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
@@ -78,7 +78,7 @@ def compressed_tensors(folder: Path, base: Path, form: str, *, weights: dict, in
         tensors = compressor.compress(state, scheme)
         plain = compressor.decompress({n: v.float() if n == "weight_scale" else v for n, v in tensors.items()}, scheme)
         if inputs is not None and not inputs.get("dynamic"):
-            tensors["input_scale"] = torch.tensor([more.get("input_scale", 0.05)], dtype=torch.bfloat16)
+            tensors["input_scale"] = torch.tensor([0.05], dtype=torch.bfloat16)
         return tensors, plain["weight"].float()
 
     config = {
