@@ -70,11 +70,7 @@ def compressed_tensors(folder: Path, base: Path, form: str, *, weights: dict, in
         grouped = weight.view(1, 1, -1) if args.strategy == "tensor" else weight.view(rows, columns // group, group)
         scale, zero = calculate_qparams(grouped.amin(-1), grouped.amax(-1), args)
         scale, zero = (value.flatten() if args.strategy == "tensor" else value for value in (scale, zero))
-        state = {
-            "weight": weight,
-            "weight_scale": scale.to(more.get("scales", torch.bfloat16)),
-            "weight_zero_point": zero,
-        }
+        state = {"weight": weight, "weight_scale": scale.bfloat16(), "weight_zero_point": zero}
         tensors = compressor.compress(state, scheme)
         plain = compressor.decompress({n: v.float() if n == "weight_scale" else v for n, v in tensors.items()}, scheme)
         if inputs is not None and not inputs.get("dynamic"):
@@ -175,7 +171,7 @@ def gptq(
     seed: Callable[[str], int] = shared_seed,
     modules: str = TEXT,
 ):
-    """GPTQ's layout: codes packed along the inputs, transposed; zero points along the outputs, less one in version 1."""
+    """GPTQ's layout: codes packed by inputs, transposed; zero points by outputs, in version 1 less one."""
 
     def quantise(module, weight):
         inputs = weight.shape[1]
