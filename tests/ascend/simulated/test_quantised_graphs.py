@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch_npu
-import torch
 from graphs import CHUNK, DECODE, LEAN, VISION, broken, spec_of
 
 from mllama_graph.ascend.capture import capture, shortened

@@ -6,8 +6,8 @@ from test_engine import LOGPROB, few
 from test_serving import NPU_SIM, PLAN, shared_steps
 
 ALL = {"quant_parts": ["text", "head", "vision", "projector"]}
-# A sum of fp32 values in another order can put a value on the other side of the middle between two int8 codes. Measured:
-# a mean of 0.004 (at most 0.07), and 9 of 11 texts alike; int8 itself is 0.01 to 0.04 from fp32.
+# A sum of fp32 values in another order can put a value on the other side of the middle between two int8 codes.
+# Measured: a mean of 0.004 (at most 0.07), and 9 of 11 texts alike; int8 itself is 0.01 to 0.04 from fp32.
 FLIPPED = 0.015
 
 
