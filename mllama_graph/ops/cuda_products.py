@@ -20,9 +20,8 @@ from mllama_graph.ops.cuda_triton import DOT, jit, operation, tl
 
 # Inputs of a tile.
 BLOCK = 128
-# The bits of 2 ** 23 in fp32. An argument of the kernel: GPUs mask and add bits in one instruction if only one of the
-# operands is a constant.
-MAGIC = 0x4B000000
+# What decoded whole numbers are to be multiplied by.
+WHOLE = 2.0**22
 
 
 @dataclass(frozen=True)
@@ -47,23 +46,25 @@ def tile_for(rows: int, wide: bool) -> Tile:
 
 
 @jit
-def _decode(word, magic, codebook_ptr, CODE: tl.constexpr, SLOT: tl.constexpr):
-    """The fp32 values of the codes in a slot of words; shifts and masks that GPUs can do in 2 to 4 instructions.
+def _decode(word, codebook_ptr, CODE: tl.constexpr, SLOT: tl.constexpr):
+    """The fp32 values, times 2 ** -22 for whole numbers, of the codes in a slot of words.
 
-    Bits below the 23 of the mantissa of 2 ** 23 are a whole number that is added to it, and FMA removes both.
+    GPUs need a mask and a multiply-add per code: a whole number's bits, where they are, are a subnormal fp32 number.
     """
     if CODE == "codebook":
-        return tl.load(codebook_ptr + ((word >> (4 * SLOT)) & 15))
-    if CODE == "fp8":
+        value = tl.load(codebook_ptr + ((word >> (4 * SLOT)) & 15))
+    elif CODE == "fp8":
         # Sign, exponent and mantissa, at the places of fp32. The biases of the exponents differ by 120.
         bits = ((word << (24 - 8 * SLOT)) >> 4) & -0x78100000
-        return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
-    # Slots beyond the mantissa are moved down together. Codes are 8 or 128 above their values.
-    WIDTH: tl.constexpr = 4 if CODE == "int4" else 8
-    DOWN: tl.constexpr = 0 if (SLOT + 1) * WIDTH < 23 else (12 if WIDTH == 4 else 16)
-    AT: tl.constexpr = SLOT * WIDTH - DOWN
-    bits = ((word >> DOWN) & ((2**WIDTH - 1) << AT)) | magic
-    return bits.to(tl.float32, bitcast=True) * 2.0**-AT - (2.0 ** (23 - AT) + 2 ** (WIDTH - 1))
+        value = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
+    else:
+        # Codes are 8 or 128 above their values. Slots beyond the 23 bits of a mantissa are moved down together.
+        WIDTH: tl.constexpr = 4 if CODE == "int4" else 8
+        DOWN: tl.constexpr = 0 if (SLOT + 1) * WIDTH <= 23 else (12 if WIDTH == 4 else 16)
+        AT: tl.constexpr = SLOT * WIDTH - DOWN
+        bits = (word >> DOWN) & ((2**WIDTH - 1) << AT)
+        value = bits.to(tl.float32, bitcast=True) * 2.0 ** (127 - AT) - 2.0 ** (WIDTH - 1 - 22)
+    return value
 
 
 @jit
@@ -77,7 +78,6 @@ def _coded(
     bias_ptr,
     out_ptr,
     T,
-    magic,
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -85,6 +85,7 @@ def _coded(
     CODE: tl.constexpr,
     SLOTS: tl.constexpr,
     SEGMENT: tl.constexpr,
+    FACTOR: tl.constexpr,
     SHIFTED: tl.constexpr,
     BIASED: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -93,8 +94,8 @@ def _coded(
 ):
     """x_TI @ weight.T + bias as out_TO; with SPLITS > 1 out_STO in fp32, to be summed, without bias.
 
-    SLOTS: codes per word. SEGMENT: inputs of a tile that surely share a scale. sums (T, GROUPS), with SHIFTED: the sum
-    of x over each group.
+    SLOTS: codes per word. SEGMENT: inputs of a tile that surely share a scale. FACTOR: what
+    decoded values are to be multiplied by. sums (T, GROUPS), with SHIFTED: the sum of x over each group.
     """
     t_T = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     o_O = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -116,14 +117,14 @@ def _coded(
             start = step * BLOCK_I + segment * SEGMENT
             part_OT = out_OT if GROUPS == 1 else tl.zeros([BLOCK_O, BLOCK_T], dtype=tl.float32)
             for slot in tl.static_range(SEGMENT // words):
-                value_OW = _decode(code_OW, magic, codebook_ptr, CODE, segment * (SEGMENT // words) + slot)
+                value_OW = _decode(code_OW, codebook_ptr, CODE, segment * (SEGMENT // words) + slot)
                 row_WT = tl.load(x_WT + (start + slot * words), mask=real_T[None, :], other=0.0)
                 part_OT = tl.dot(value_OW.to(row_WT.dtype), row_WT, part_OT, input_precision="ieee")
             if GROUPS == 1:
                 out_OT = part_OT
             else:
                 scale_O = tl.load(scale_ptr + start // group * OUTPUTS + o_O, mask=real_O, other=0.0)
-                out_OT += part_OT * scale_O[:, None]
+                out_OT += part_OT * (scale_O * FACTOR)[:, None]
                 if SHIFTED:
                     if start % group == 0:
                         shift_O = tl.load(shift_ptr + start // group * OUTPUTS + o_O, mask=real_O, other=0.0)
@@ -131,7 +132,7 @@ def _coded(
                         out_OT += shift_O[:, None] * sum_T[None, :]
 
     if GROUPS == 1:
-        out_OT *= tl.load(scale_ptr + o_O, mask=real_O, other=0.0)[:, None]
+        out_OT *= (tl.load(scale_ptr + o_O, mask=real_O, other=0.0) * FACTOR)[:, None]
         if SHIFTED:
             if split == 0:
                 shift_O = tl.load(shift_ptr + o_O, mask=real_O, other=0.0)
@@ -235,7 +236,6 @@ def coded_product(
         scale if bias is None else bias,
         out,
         T,
-        MAGIC,
         OUTPUTS=outputs,
         INPUTS=inputs,
         GROUPS=groups,
@@ -243,6 +243,7 @@ def coded_product(
         CODE=code,
         SLOTS=inputs // words.shape[1],
         SEGMENT=segment,
+        FACTOR=WHOLE if code in ("int8", "int4") else 1.0,
         SHIFTED=shift is not None,
         BIASED=bias is not None,
         BLOCK_T=tile.rows,
