@@ -11,7 +11,7 @@ from gpu_kernels import DEVICE, GPU, compiles, compiling, ptxas, runs
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
-from mllama_graph.model.codes import Codes, pack, quantise, values
+from mllama_graph.model.codes import Codes, pack, values
 from mllama_graph.model.formats import DYNAMIC, STATIC, Format
 from mllama_graph.model.tree import Linear
 from mllama_graph.ops import cuda, cuda_linear, cuda_products, cuda_triton, plain
@@ -108,7 +108,7 @@ def test_a_product_is_that_of_the_values(device, name, dtype):
 
 
 @runs
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("activations", [DYNAMIC, STATIC])
 @pytest.mark.parametrize("inputs", [INPUTS, 200])
 def test_products_of_integers_are_those_of_the_plain_operations(device, activations, inputs, dtype):
@@ -178,7 +178,7 @@ def test_kernels_compile_for_a_gpu_without_spilling_registers(capability, rows, 
         cuda_linear.segment_of(form),
         4 if rows == 1 else 1,
     )
-    check(compiled, capability, rows, tmp_path)
+    check(compiled, capability, tmp_path)
 
 
 @compiles
@@ -190,16 +190,16 @@ def test_kernels_of_integers_compile_for_a_gpu_without_spilling_registers(capabi
     x, scale = torch.empty(rows, 1024, dtype=torch.int8), torch.empty(512, 1)
     for zero in (None, one):
         launch(cuda_products.integer_product, x, one, zero, codes, scale, None, torch.bfloat16, 4 if rows == 1 else 1)
-    check(compiled, capability, rows, tmp_path)
+    check(compiled, capability, tmp_path)
 
 
-def check(compiled, capability, rows, folder):
+def check(compiled, capability, folder):
     for kernel in compiled:
         assert "0 bytes spill stores, 0 bytes spill loads" in ptxas(kernel, capability, folder)
         # Tensor cores: of a warp group on sm_90, of a warp on sm_80.
         assert ("wgmma.mma_async" if capability == 90 else "mma.sync") in kernel.asm["ptx"]
-        # A program for one row fits a multiprocessor twice: sm_80 has 164 KiB of shared memory, 163 for one program.
-        assert kernel.metadata.shared <= (80 if rows == 1 else 163) * 1024
+        # sm_80 has 163 KiB of shared memory for a program.
+        assert kernel.metadata.shared <= 163 * 1024
         # Codes are decoded through subnormal numbers, which must not be flushed to zero.
         assert ".ftz" not in kernel.asm["ptx"]
 
