@@ -98,10 +98,6 @@ def quantised(base, tmp_path_factory):
 
     @cache
     def make(name):
-        if name.startswith(("nf4", "fp4", "LLM")):
-            pytest.importorskip("bitsandbytes")
-        if name.startswith(("fp8", "w8a8", "int8", "packed")):
-            pytest.importorskip("compressed_tensors")
         folder = tmp_path_factory.mktemp("quantised") / "checkpoint"
         return folder, FORMATS[name][0](folder, base)
 
@@ -181,7 +177,6 @@ def test_two_ranks_give_the_tokens_of_the_dequantised_weights(quantised, request
         f"weights={folder}",
         f"requests={file}",
         "backend=eager",
-        "backend.kernels=plain",
         "batch=4",
         "tp=2",
     )
