@@ -306,5 +306,5 @@ def integer_product(
     )
     if count == 1:
         return out
-    total = out.sum(0, dtype=torch.int32).float() * row_scale_T[:, None] * scale[:, 0]
+    total = out.sum(0, dtype=torch.int32).float() * row_scale_T.unsqueeze(1) * scale.view(-1)
     return (total if bias is None else total + bias.float()).to(dtype)
