@@ -75,7 +75,7 @@ def linear(x: Tensor, leaf: Linear, largest: Tensor | None = None) -> Tensor:
     x_TI = x.reshape(-1, x.shape[-1]).contiguous()
     (T, inputs), outputs = x_TI.shape, len(leaf.weight)
     wide = x.dtype == torch.float32 and form.activations == FLOAT
-    count = splits(T, outputs, inputs, tile_for(T, wide), multiprocessors(x.device))
+    count = splits(T, outputs, inputs, tile_for(T, wide, form.shifted), multiprocessors(x.device))
     if form.activations == FLOAT:
         words = leaf.weight.view(torch.int32)
         y_TO = coded_product(

@@ -34,15 +34,18 @@ class Tile:
     stages: int
 
 
-def tile_for(rows: int, wide: bool) -> Tile:
-    """The tile for a number of rows. wide: products in fp32, which don't use tensor cores and need more registers."""
+def tile_for(rows: int, wide: bool, shifted: bool = False) -> Tile:
+    """The tile for a number of rows. wide: products in fp32, which don't use tensor cores and need more registers.
+
+    shifted: with shifts, which need more registers.
+    """
     if rows <= DOT:
         return Tile(DOT, 64, 4, 2) if wide else Tile(DOT, 128, 4, 3)
     if wide:
         return Tile(32, 64, 8, 2)
     if rows <= 64:
         return Tile(32 if rows <= 32 else 64, 64, 4, 3)
-    return Tile(128, 128, 8, 3)
+    return Tile(64 if shifted else 128, 128, 8, 3)
 
 
 @jit
@@ -221,7 +224,7 @@ def coded_product(
     words: int32 (O, words). code: that of the format. segment: inputs of a tile that share a scale.
     """
     (T, inputs), (outputs, groups) = x_TI.shape, scale.shape
-    tile = tile_for(T, x_TI.dtype == torch.float32)
+    tile = tile_for(T, x_TI.dtype == torch.float32, shift is not None)
     size, dtype = ((T, outputs), x_TI.dtype) if count == 1 else ((count, T, outputs), torch.float32)
     out = torch.empty(size, dtype=dtype, device=x_TI.device)
     # Tensors that a kernel doesn't read are passed another one.
@@ -303,5 +306,5 @@ def integer_product(
     )
     if count == 1:
         return out
-    total = out.sum(0, dtype=torch.int32).float() * row_scale_T[:, None] * scale[:, 0]
+    total = out.sum(0, dtype=torch.int32).float() * row_scale_T.unsqueeze(1) * scale.view(-1)
     return (total if bias is None else total + bias.float()).to(dtype)
