@@ -35,6 +35,7 @@ LITERAL_KEYS = (
     "task.measured",
     "task.folder",
     "task.against",
+    "task.calibration",
 )
 # Launchers of conf/hydra/launcher/ and of the plugins that they need.
 LAUNCHERS = ("parallel", "slurm", "joblib", "submitit_local", "submitit_slurm")

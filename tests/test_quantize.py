@@ -21,10 +21,10 @@ from mllama_graph.tasks.options import QuantizeOptions
 QUANTS = ("w8a16", "w8a8", "w4a16", "fp8")
 
 
-def written(folder, weights, quant, **changes):
+def written(folder, weights, quant, rounding="mse", calibration=None, **changes):
     """The resolved run of task=quantize that wrote OUT in `folder`, and the tensors of all files."""
     out = folder / "out"
-    options = QuantizeOptions(folder=str(out))
+    options = QuantizeOptions(folder=str(out), rounding=rounding, calibration=calibration)
     changes = {"quant_group": 32} | changes
     done = resolved(run_of(weights, quant=quant, task=options, output_dir=str(folder), **changes))
     quantize.main(done)
