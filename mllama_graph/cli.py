@@ -17,12 +17,23 @@ from pathlib import Path
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")
 
 import hydra
+from filelock import FileLock, Timeout
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from mllama_graph.compose import COMPOSING_ERRORS, CONF, CONFIG, HYDRA_VERSION, explain, literal, register_schemas
+from mllama_graph.compose import (
+    COMPOSING_ERRORS,
+    CONF,
+    CONFIG,
+    HYDRA_VERSION,
+    explain,
+    literal,
+    refuse_dashes,
+    register_schemas,
+)
 from mllama_graph.core.config import Run, TaskOptions, check, with_task_keys
 from mllama_graph.core.errors import Interrupted, OutputClosed, PeerGone, RankFailed, UserError
 from mllama_graph.core.place import place_from
@@ -38,13 +49,14 @@ EXIT_CODES: dict[type[Exception], int] = {UserError: 2, Interrupted: 130, Output
 log = logging.getLogger("mllama_graph")
 # Exit codes of the jobs that failed in this process.
 failures: list[int] = []
+# The process in which `main` runs; a launcher may run jobs in others, which don't share `failures`.
+started_by: int | None = None
+# The lock on the folder of a run. The system releases it when the process ends, however it ends.
+LOCK = ".lock"
 
 
 class JobFailed(Exception):
-    """A job of a sweep failed and has reported its error; the sweep continues with the next job.
-
-    The argument is the exit code, since a launcher may run the job in another process.
-    """
+    """A job that a launcher runs in another process failed and has reported its error. The argument: its exit code."""
 
 
 def main() -> int:
@@ -52,6 +64,8 @@ def main() -> int:
 
     0; 2 for a user's error; 130 after an interrupt; 141 if the output was closed; else 1.
     """
+    global started_by
+    started_by = os.getpid()
     try:
         code = _main()
         if sys.stdout:
@@ -78,6 +92,11 @@ def _main() -> int:
         if not argument.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in argument):
             print(f"error: {argument!r} is not valid UTF-8 text.", file=sys.stderr)
             return 2
+    try:
+        refuse_dashes(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     register_schemas()
     # argparse accepts no overrides after an option that itself follows overrides, so -m goes first.
     given = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))
@@ -88,8 +107,9 @@ def _main() -> int:
     except JobFailed as error:
         return int(error.args[0])
     except KeyboardInterrupt:
-        print("error: interrupted.", file=sys.stderr)
-        return 130
+        if EXIT_CODES[Interrupted] not in failures:
+            print("error: interrupted.", file=sys.stderr)
+        return EXIT_CODES[Interrupted]
     except COMPOSING_ERRORS as error:
         print(f"error: {explain(error)}", file=sys.stderr)
         return 2
@@ -105,9 +125,32 @@ def _main() -> int:
 
 
 def job(config: DictConfig) -> None:
-    """Run one job: a single run, or one job of a sweep, possibly in another process."""
+    """Run one job: a single run, or one job of a sweep, possibly in another process.
+
+    An error ends the job, and a sweep goes on with the next one; an interrupt ends a sweep too.
+    """
     state, failed_before = HydraConfig.get(), len(failures)
-    folder, sweeping = Path(state.runtime.output_dir), state.mode == RunMode.MULTIRUN
+    folder = Path(state.runtime.output_dir)
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        with lock:
+            _run_job(config, state, folder)
+    except Timeout:
+        print(
+            f"error: {folder} is in use by another run. Wait for its end, or choose another folder (hydra.run.dir=).",
+            file=sys.stderr,
+        )
+        failures.append(EXIT_CODES[UserError])
+    new = failures[failed_before:]
+    if new and state.mode == RunMode.MULTIRUN:
+        if new[-1] == EXIT_CODES[Interrupted]:
+            raise KeyboardInterrupt
+        if os.getpid() != started_by:
+            raise JobFailed(new[-1])
+
+
+def _run_job(config: DictConfig, state: HydraConf, folder: Path) -> None:
+    sweeping = state.mode == RunMode.MULTIRUN
     run: Run = OmegaConf.to_object(config)  # type: ignore[assignment]
     run.output_dir = str(folder)
     # A result of an earlier run in the same folder must not be taken for this one's.
@@ -133,8 +176,6 @@ def job(config: DictConfig) -> None:
             path = write_summary(folder.parent)
             if state.job.num + 1 == jobs:
                 print(path, file=sys.stderr, flush=True)
-    if sweeping and len(failures) > failed_before:
-        raise JobFailed(failures[-1])
 
 
 def entry_of(run: ResolvedTask) -> str:

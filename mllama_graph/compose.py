@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from mllama_graph.core.config import Run
 from mllama_graph.core.errors import UserError
@@ -37,6 +37,17 @@ LITERAL_KEYS = (
     "task.against",
     "task.calibration",
 )
+KEYS = tuple(entry.name for entry in fields(Run))
+# Hydra's options.
+OPTIONS = {
+    *("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--package", "-p"),
+    *("--run", "-r", "--multirun", "-m", "--shell-completion", "-sc", "--config-path", "-cp"),
+    *("--config-name", "-cn", "--config-dir", "-cd", "--experimental-rerun", "--info", "-i"),
+}
+# What OmegaConf calls the type of a value, and what the user should write.
+KINDS = {"Float": "a number", "Integer": "a whole number", "bool": "true or false"}
+# OmegaConf's message for a value of another type.
+INVALID = re.compile(r"Value '(.*?)'(?: of type '\w+')? (?:could not be converted to|is not a valid) (\w+)", re.DOTALL)
 # Launchers of conf/hydra/launcher/ and of the plugins that they need.
 LAUNCHERS = ("parallel", "slurm", "joblib", "submitit_local", "submitit_slurm")
 COMPOSING_ERRORS = (HydraException, OmegaConfBaseException)
@@ -84,18 +95,38 @@ def literal(argument: str) -> str:
     return f"{key}={quote(value)}" if equals and key in LITERAL_KEYS else argument
 
 
+def refuse_dashes(arguments: Iterable[str]) -> None:
+    """Raises UserError for an argument with dashes that is no option: keys have none."""
+    for argument in arguments:
+        if not argument.startswith("-") or argument.partition("=")[0] in OPTIONS:
+            continue
+        name, equals, value = argument.lstrip("-").partition("=")
+        key = name.replace("-", "_")
+        if key.partition(".")[0] in KEYS:
+            raise UserError(f"{argument}: keys are written without dashes. Write {key}={value if equals else 'VALUE'}.")
+        raise UserError(
+            f"{argument} is not an option. Keys are written as key=value, without dashes; --help lists them."
+        )
+
+
 def explain(error: Exception) -> str:
     """Rewrite Hydra's message as one line that gives the value, the rule and the remedy."""
     text = " ".join(str(error).split())
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key}=??? is how the configuration writes a missing value. Give something else."
     if isinstance(error, OverrideParseException):
+        if error.override in KEYS:
+            return f"{error.override} has no value. Write {error.override}=VALUE, and quote a value with spaces."
+        if "=" not in error.override:
+            return f"{error.override} is not of the form key=value. Quote a value with spaces: prompt='two words'."
         return (
-            f"{error.override} can't be read: {error.message.splitlines()[0].rstrip('.')}. Write it as key=value, "
-            "a list as key=[1,2] without spaces, and quote brackets for the shell: 'key=[1,2]'."
+            f"{error.override} can't be read. Write it as key=value, a list as key=[1,2] without spaces, and quote "
+            "brackets for the shell: 'key=[1,2]'."
         )
     if found := re.search(r"Could not override '([^']+)'", text):
         return _unknown_key(found[1])
+    if isinstance(error, ConfigAttributeError | ConfigKeyError) and error.full_key:
+        return _unknown_key(error.full_key)
     if found := re.search(r"Could not (?:find|load) 'hydra/launcher/(\w+)'", text):
         if found[1] in LAUNCHERS:
             return f"hydra/launcher={found[1]} is not installed. Install it with: pip install 'mllama_graph[sweeps]'"
@@ -108,8 +139,17 @@ def explain(error: Exception) -> str:
             f"{found[1]}={found[2]} gives several values. Use -m to run one job per value, "
             f"or {found[1]}=[{found[2]}] for a list."
         )
-    if found := re.search(r"Could not find '([^']+)/([^']+)' Available options in '[^']+': (.*?) Config search", text):
-        return f"{found[1]}={found[2]} is not one of {', '.join(found[3].split())}."
+    if found := re.search(r"Could not find '([^'/]+)/([^']*)' Available options in '[^']+': (.*?) Config search", text):
+        hint = (
+            " A checkpoint folder goes to weights= (model=custom weights=/path/to/folder); weights are not downloaded."
+            if found[1] == "model"
+            else ""
+        )
+        return f"{found[1]}={found[2]} is not one of {', '.join(found[3].split())}.{hint}"
+    invalid = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    found = INVALID.match(str(invalid))
+    if found and found[2] in KINDS and isinstance(invalid, OmegaConfBaseException):
+        return f"{invalid.full_key}={found[1]} must be {KINDS[found[2]]}."
     cause = str(error.__cause__).splitlines()[0] if error.__cause__ else ""
     return f"{text.split(' full_key:')[0].split(' See https')[0]}. {cause}".rstrip(". ") + "."
 
@@ -117,7 +157,8 @@ def explain(error: Exception) -> str:
 def _unknown_key(key: str) -> str:
     group, dot, _ = key.partition(".")
     if dot:
-        return f"there is no key {key!r}. conf/{group}/ and conf/config.yaml list its keys."
-    close = difflib.get_close_matches(key, [entry.name for entry in fields(Run)], n=1)
+        where = f"conf/{group}/ and conf/config.yaml list" if (CONF / group).is_dir() else "conf/config.yaml lists"
+        return f"there is no key {key!r}. {where} its keys."
+    close = difflib.get_close_matches(key, KEYS, n=1)
     guess = f" Did you mean {close[0]}?" if close else ""
     return f"there is no key {key!r}.{guess} conf/config.yaml lists every key."

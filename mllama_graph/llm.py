@@ -1,11 +1,13 @@
 """The Python library: `LLM` loads a model, starts processes for ranks other than 0, and serves requests."""
 
+import inspect
 import os
 import tempfile
+import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
@@ -38,12 +40,17 @@ from mllama_graph.plan.resolve import ResolvedRun, resolve
 # Keys that choose a file of conf/; all other keys are values.
 GROUPS = ("backend", "experiment", "hardware")
 
+# The module name of the package.
+PACKAGE = __name__.partition(".")[0]
+
 # One request, as `generate` and `stream` accept it: a prompt, OpenAI messages, a requests file's fields, or a Request.
 Given = str | Sequence[Mapping[str, Any]] | Mapping[str, Any] | Request
 
 
 class LLM:
     """A loaded model that serves requests. Use it as a context manager, or call `close`, which ends all its processes.
+
+    Threads may share it: their requests share the batch, and their calls take turns after each step.
 
     `model` is a checkpoint folder, or a name from conf/model/ such as "tiny". `keys` are keys of the command line, with
     nested keys as dicts: `LLM("11b", weights="random", tp=2, plan={"page_size": 64})`. `quiet` suppresses progress
@@ -61,6 +68,7 @@ class LLM:
         output_dir: str | os.PathLike[str] | None = None,
         **keys: Any,
     ):
+        self._turns = _Turns()
         self._stack = ExitStack()
         self._close = weakref.finalize(self, self._stack.close)
         try:
@@ -98,22 +106,22 @@ class LLM:
             own: dict[str, Any] = {"prompt": given}
         elif isinstance(given, Mapping):
             own = dict(given)
-        elif isinstance(given, Sequence):
+        elif isinstance(given, Sequence) and not isinstance(given, bytes):
             own = {"messages": list(given)}
         else:
-            raise UserError(
-                f"a request is a string, a list of messages or a dict; this is of type {type(given).__name__}."
-            )
+            raise _no_request(given)
+        request = self._engine.processor.request(fields | own | {"id": id})
         _check_fields(own)
-        return self._engine.processor.request(fields | own | {"id": id})
+        return request
 
     def close(self, wait: bool = True) -> None:
         """End all processes. Unless `wait` is false, graphs that are still compiling are finished and stored first."""
-        if self._close.alive:
-            try:
-                self._engine.close(self._progress if wait else None)
-            finally:
-                self._close()
+        with self._turns.now:
+            if self._close.alive:
+                try:
+                    self._engine.close(self._progress if wait else None)
+                finally:
+                    self._close()
 
     def __enter__(self) -> "LLM":
         return self
@@ -166,13 +174,28 @@ class LLM:
 
     def _begin(self, requests: Any, sampling: Sampling | None, fields: Mapping[str, Any]) -> Iterator[Delta]:
         defaults = (asdict(sampling) if sampling else {}) | dict(fields)
-        _check_fields(defaults, caller=4)
+        _check_fields(defaults)
         single = _is_single(requests)
-        return self._deltas([requests] if single else list(requests), defaults, single)
+        if not single and (isinstance(requests, bytes) or not isinstance(requests, Iterable)):
+            raise _no_request(requests)
+        return self._in_turns(self._deltas([requests] if single else list(requests), defaults, single))
 
-    def _deltas(self, requests: Sequence[Any], defaults: Mapping[str, Any], single: bool) -> Iterator[Delta]:
-        if not self._close.alive:
-            raise UserError("this LLM is closed. Make a new one.")
+    def _in_turns(self, deltas: Generator[Delta]) -> Iterator[Delta]:
+        """The same deltas. The engine is held while one is computed, and free while the caller reads it."""
+        try:
+            while True:
+                with self._turns:
+                    if not self._close.alive:
+                        raise UserError("this LLM is closed. Make a new one.")
+                    delta = next(deltas, None)
+                if delta is None:
+                    return
+                yield delta
+        finally:
+            with self._turns.now:
+                deltas.close()
+
+    def _deltas(self, requests: Sequence[Any], defaults: Mapping[str, Any], single: bool) -> Generator[Delta]:
         coming: Iterable[tuple[int, Callable[[], Request]]] = (
             (place, partial(self.request, given, place, **defaults)) for place, given in enumerate(requests)
         )
@@ -189,11 +212,27 @@ class LLM:
         return failure_of(self._workers, TELL_SECONDS) or RankFailed(str(gone))
 
 
+class _Turns:
+    """A lock that threads get in turn: who releases it can't take it again before those that wait."""
+
+    def __init__(self) -> None:
+        # Takes the lock out of turn. Re-entrant: an abandoned stream may be collected, and so closed, inside a step.
+        self.now = threading.RLock()
+        self._next = threading.Lock()
+
+    def __enter__(self) -> None:
+        with self._next:
+            self.now.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self.now.release()
+
+
 def _resolved(model: str | os.PathLike[str], keys: Mapping[str, Any], output_dir: Path) -> ResolvedRun:
     named = isinstance(model, str) and (CONF / "model" / f"{model}.yaml").is_file()
-    if not named and not Path(model).expanduser().is_dir():
+    if not named and not (isinstance(model, str | os.PathLike) and Path(model).expanduser().is_dir()):
         names = ", ".join(sorted(path.stem for path in (CONF / "model").glob("*.yaml")))
-        raise UserError(f"model={os.fspath(model)!r} is neither a folder nor one of {names}.")
+        raise UserError(f"model={str(model)!r} is neither a folder nor one of {names}.")
     choices = [f"model={model if named else 'custom'}", *(f"{name}={keys[name]}" for name in GROUPS if keys.get(name))]
     values = {name: value for name, value in keys.items() if name not in GROUPS}
     run = with_task_keys(run_from(choices, ({} if named else {"weights": os.fspath(model)}) | values))
@@ -217,10 +256,17 @@ def _is_single(requests: Any) -> bool:
     )
 
 
-def _check_fields(given: Mapping[str, Any], caller: int = 3) -> None:
-    """Warn of unknown fields, which may be misspelt. `caller`: stack frames from here to the user's line."""
+def _no_request(given: object) -> UserError:
+    return UserError(f"a request is a string, a list of messages or a dict; this is of type {type(given).__name__}.")
+
+
+def _check_fields(given: Mapping[str, Any]) -> None:
+    """Warn of unknown fields, which may be misspelt, at the caller's line."""
     if unknown := given.keys() - FIELDS:
-        warnings.warn(f"unknown fields are ignored: {', '.join(sorted(unknown))}", stacklevel=caller)
+        frame, level = inspect.currentframe(), 1
+        while frame and str(frame.f_globals.get("__name__")).partition(".")[0] == PACKAGE:
+            frame, level = frame.f_back, level + 1
+        warnings.warn(f"unknown fields are ignored: {', '.join(sorted(map(str, unknown)))}", stacklevel=level)
 
 
 def _check(workers: Sequence[RankProcess]) -> None:

@@ -165,6 +165,7 @@ def rename_tensors(folder, old, new):
     "change, message",
     [
         (lambda f: edit(f, peft_type="IA3"), "peft_type=IA3; only LORA is read.*merge_and_unload"),
+        (lambda f: (f / "adapter_config.json").write_text("{}"), "adapter_config.json has no peft_type. Give the fo"),
         (lambda f: edit(f, init_lora_weights="pissa"), "init_lora_weights=pissa changed the base"),
         (lambda f: edit(f, target_parameters=["experts"]), "target_parameters .* is not read"),
         (lambda f: edit(f, use_dora=True), "has no lora_magnitude_vector, which use_dora needs"),

@@ -13,8 +13,11 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
+import mllama_graph
 from mllama_graph import compose as command
+from mllama_graph.__main__ import main
 from mllama_graph.core.config import with_task_keys
+from mllama_graph.core.devices import CUDA
 from mllama_graph.core.errors import UserError
 
 
@@ -23,7 +26,10 @@ from mllama_graph.core.errors import UserError
     [
         (["model=custom"], "weights= is not given.*weights=random"),
         (["weights=nowhere/at/all"], "weights=nowhere/at/all is not a folder.*weights=random"),
-        (["model=custom", "weights=random"], "model=custom takes its shapes from a checkpoint"),
+        (
+            ["model=custom", "weights=random"],
+            "model=custom takes its shapes from a checkpoint.*11b, model=90b or model=mid",
+        ),
         (["weights=random", "model=11b", "dtype=fp8"], "dtype=fp8 is not one of auto, fp32, fp16, bf16"),
         (
             ["weights=random", "model=11b", "tp=3"],
@@ -38,13 +44,18 @@ from mllama_graph.core.errors import UserError
         (["quant=int3"], "quant=int3 is not one of none, w8a16, w8a8, w4a16, fp8"),
         (
             ["device=npu"],
-            "device=npu needs torch_npu, which is not installed. Install it|needs 1 npu devices; this machine shows 0",
+            "device=npu needs torch_npu, which is not installed. Install it|no NPU device is visible; this machine",
         ),
         (["backend=torchair", "device=cpu"], "backend=torchair compiles for an NPU, not for device=cpu"),
         (["backend=eager", "device=npu-sim"], "backend=eager does not run on device=npu-sim. Use backend=torchair"),
         (["backend.torchair.mode=fast"], "backend.torchair.mode=fast is not one of max-autotune, npugraph_ex"),
         (["weights=random", "model=11b", "top_p=0"], "top_p=0"),
         (["weights=random", "model=11b", "requests=nowhere.jsonl"], "nowhere.jsonl can't be read"),
+        (
+            ["requests=a.jsonl", "system=Be brief"],
+            "system= and requests= exclude each other.*Leave system= or requests=",
+        ),
+        (["image=", "prompt=hi"], "image= is empty. .*leave image= out for a prompt without a picture"),
     ],
 )
 def test_a_users_error_is_one_line_and_exit_code_2(arguments, message, tmp_path):
@@ -60,12 +71,12 @@ def test_a_users_error_is_one_line_and_exit_code_2(arguments, message, tmp_path)
     [
         (["tpp=4"], "there is no key 'tpp'. Did you mean tp"),
         (["model=12b"], "model=12b is not one of 11b, 90b, custom, mid, tiny"),
-        (["tp=four"], "tp.*four"),
-        (["batch=1.5"], "batch"),
+        (["model=meta/Llama-3"], "model=meta/Llama-3 is not one of 11b, .*folder goes to weights=.*are not downloaded"),
+        (["--model=tiny"], "--model=tiny: keys are written without dashes. Write model=tiny."),
+        (["--max-images", "3"], "--max-images: keys are written without dashes. Write max_images=VALUE."),
+        (["--no-such"], "--no-such is not an option. Keys are written as key=value"),
         (["plan.page_sise=3"], "plan.page_sise"),
         (["backend=cuda"], "backend=cuda is not one of"),
-        (["prompt"], "prompt"),
-        (["seed=(1"], "seed"),
         (["experiment=nope"], "experiment=nope is not one of buckets"),
         (["batch_sizes=2"], r"batch_sizes=2 must be a list. Use batch_sizes=\[2\]"),
         (["batch=1,4"], "Use -m to run one job per value"),
@@ -138,6 +149,39 @@ def test_a_value_of_three_question_marks_is_refused(composed):
     assert command.explain(error.value) == (
         "prompt=??? is how the configuration writes a missing value. Give something else."
     )
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ("temperature=abc", "temperature=abc must be a number."),
+        ("tp=four", "tp=four must be a whole number."),
+        ("batch=1.5", "batch=1.5 must be a whole number."),
+        ("plan.page_size=x", "plan.page_size=x must be a whole number."),
+        ("resume=maybe", "resume=maybe must be true or false."),
+        ("prompt", "prompt has no value. Write prompt=VALUE, and quote a value with spaces."),
+        ("hello", "hello is not of the form key=value. Quote a value with spaces: prompt='two words'."),
+        ("seed=(1", "seed=(1 can't be read. Write it as key=value, a list as key=[1,2] without spaces"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_told_without_hydras_words(argument, message, composed):
+    with pytest.raises(command.COMPOSING_ERRORS) as error:
+        composed(argument)
+    assert command.explain(error.value).startswith(message)
+
+
+def test_a_missing_device_is_told_apart_from_too_few():
+    for environment, message in (
+        ({"CUDA_VISIBLE_DEVICES": ""}, "device=cuda: no CUDA device is visible; CUDA_VISIBLE_DEVICES= shows none"),
+        ({"CUDA_VISIBLE_DEVICES": "0"}, "tp=2 needs 2 cuda devices; CUDA_VISIBLE_DEVICES=0 shows 1. Lower tp"),
+    ):
+        with pytest.raises(UserError, match=message):
+            CUDA.check_count(2, environment)
+
+
+def test_the_version_is_that_of_the_package(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["run.py", "--version"])
+    assert main() == 0 and capsys.readouterr().out == f"mllama_graph {mllama_graph.__version__}\n"
 
 
 def test_a_value_that_hydra_cannot_parse_is_named_with_the_right_syntax(composed):

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -147,7 +148,9 @@ def test_the_first_frame_of_an_animation_is_taken(form):
     assert np.abs(pixels(data).astype(int) - [255, 0, 0]).max() <= 2, "lossy formats round"
 
 
-# ---- ICC profiles
+# ---- ICC profiles and gamma
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 
 def profile(gamma: float) -> bytes:
@@ -162,8 +165,7 @@ def profile(gamma: float) -> bytes:
 
 def swap_red_and_green() -> bytes:
     """An sRGB profile whose red and green primaries are exchanged: a viewer shows red as green."""
-    data = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    return data.replace(b"rXYZ", b"tmp ").replace(b"gXYZ", b"rXYZ").replace(b"tmp ", b"gXYZ")
+    return SRGB.replace(b"rXYZ", b"tmp ").replace(b"gXYZ", b"rXYZ").replace(b"tmp ", b"gXYZ")
 
 
 def test_an_icc_profile_is_applied():
@@ -187,13 +189,47 @@ def test_a_grey_icc_profile_is_applied(deep):
 
 
 def test_an_srgb_profile_changes_no_pixel():
-    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    assert np.array_equal(pixels(encoded(Image.fromarray(COLOUR), icc_profile=srgb)), COLOUR)
+    assert np.array_equal(pixels(encoded(Image.fromarray(COLOUR), icc_profile=SRGB)), COLOUR)
 
 
 @pytest.mark.parametrize("bad", [b"no profile", swap_red_and_green()[:200], profile(1.8)])
 def test_a_profile_that_is_damaged_or_of_another_colour_space_is_ignored(bad):
     assert np.array_equal(pixels(encoded(Image.fromarray(COLOUR), icc_profile=bad)), COLOUR)
+
+
+def rows(values: np.ndarray) -> bytes:
+    return b"".join(b"\0" + row.tobytes() for row in values)
+
+
+@pytest.mark.parametrize("gamma", [100_000, 55_556, 30_000])
+def test_the_gamma_of_a_png_is_corrected_for_a_display_of_2_2(gamma):
+    chunk = struct.pack(">I", gamma)
+    # PNG, third edition, 13.13: the sample to the power of 1 / (gamma * display exponent), of the samples' range.
+    corrected = 255 * (COLOUR / 255) ** (1 / (gamma / 100_000 * 2.2))
+    assert np.abs(corrected - COLOUR).max() > 10, "the gamma changes nothing"
+    assert np.abs(pixels(png(60, 40, 8, 2, rows(COLOUR), gAMA=chunk)) - corrected).max() <= 0.5
+    # Alpha is not corrected.
+    both = np.dstack([COLOUR, ALPHA])
+    assert np.abs(pixels(png(60, 40, 8, 6, rows(both), gAMA=chunk)) - on_white(corrected, ALPHA)).max() <= 1.5
+    # Of 16 bits, the most significant byte is.
+    grey = 255 * ((DEEP >> 8) / 255) ** (1 / (gamma / 100_000 * 2.2))
+    assert np.abs(pixels(png(60, 40, 16, 0, swapped(DEEP), gAMA=chunk)) - grey[..., None]).max() <= 0.5
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        {"gAMA": struct.pack(">I", 45_455)},
+        {"gAMA": struct.pack(">I", 47_000)},
+        {"gAMA": bytes(4)},
+        {"sRGB": b"\0", "gAMA": struct.pack(">I", 100_000)},
+        {"cICP": bytes([1, 13, 0, 1]), "gAMA": struct.pack(">I", 100_000)},
+        {"iCCP": b"a\0\0" + zlib.compress(SRGB), "gAMA": struct.pack(">I", 100_000)},
+    ],
+    ids="+".join,
+)
+def test_a_gamma_near_srgb_or_beside_a_chunk_that_replaces_it_changes_no_pixel(chunks):
+    assert np.array_equal(pixels(png(60, 40, 8, 2, rows(COLOUR), **chunks)), COLOUR)
 
 
 def test_lab_is_shown_in_srgb():

@@ -1,9 +1,5 @@
-"""Damaged pictures and random EXIF blocks: each gives a picture or a UserError that names it, in bounded memory.
+"""Damaged pictures and random EXIF blocks: each gives a picture or a UserError that names it, in bounded memory."""
 
-FUZZ_SECONDS=1800 runs each of the two tests for that long; by default 7 s.
-"""
-
-import os
 import random
 import re
 import struct
@@ -16,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checkpoints import SPECS, model_config
+from commands import FUZZ_SECONDS
 from pictures import TYPE_BYTES, Field, encoded, fields, open_image, short, tiff
 from PIL import Image
 from request_cases import random_image
@@ -26,7 +23,6 @@ from mllama_graph.inputs.image_formats import formats
 from mllama_graph.inputs.images import prepare_images
 from mllama_graph.model.shape import shape_of
 
-SECONDS = float(os.environ.get("FUZZ_SECONDS", "7"))
 VISION = shape_of(model_config(SPECS["base"])).vision
 # Decoded pixels take 4 bytes, a copy in RGB 4, and decoders of wide samples (JPEG 2000) up to 12 more.
 PEAK = MAX_PIXELS * 20
@@ -105,7 +101,7 @@ def test_a_damaged_picture_is_a_picture_or_an_error_that_names_it(written, no_wa
     assert len({form for form, _ in written}) >= 20
     base = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
-    for _ in seconds(SECONDS):
+    for _ in seconds(FUZZ_SECONDS):
         number += 1
         form, data = rng.choice(written)
         data = damaged(data, rng)
@@ -140,7 +136,7 @@ def random_field(rng: random.Random) -> Field:
 def test_random_exif_blocks_change_nothing_but_the_orientation(no_warnings):
     rng, image = random.Random(1), random_image(24, 16, "RGB", np.random.default_rng(0))
     upright = np.asarray(image.transpose(Image.Transpose.ROTATE_270))
-    for number in seconds(SECONDS):
+    for number in seconds(FUZZ_SECONDS):
         odd = {field[0]: field for field in (random_field(rng) for _ in range(rng.randrange(1, 5)))}
         form = ("PNG", "WEBP", "TIFF", "JPEG")[number % 4]
         odd.pop(0x0112, None)

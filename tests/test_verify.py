@@ -47,9 +47,8 @@ def run_of(tmp_path, monkeypatch):
 
 
 def spec_of(ranks=1):
-    return GraphSpec(
-        RELEASED, 128, 100, 200, torch.bfloat16, torch.bfloat16, "torchair", "npu-sim", 1, ranks, "distributed"
-    )
+    bf16 = torch.bfloat16
+    return GraphSpec(RELEASED, 128, 100, 200, bf16, bf16, bf16, "torchair", "npu-sim", 1, ranks, "distributed")
 
 
 @pytest.fixture

@@ -35,6 +35,7 @@ from mllama_graph.model.inputs import Pages
 from mllama_graph.model.ops import Ops
 from mllama_graph.model.shape import ModelShape
 from mllama_graph.model.tree import Weights
+from mllama_graph.ops import npu_quantised
 from mllama_graph.ops.npu import npu_ops
 from mllama_graph.ops.ranks import GROUP
 from mllama_graph.plan.bucket import Bucket
@@ -94,7 +95,8 @@ def capture(spec: GraphSpec, bucket: Bucket, ops: Ops | None = None) -> Capture:
     record = _Record()
     # torchair warns about each of its options and about deprecations inside torch.
     with warnings.catch_warnings(record=True), mode, torch.no_grad(), _without_collector(), _recorded(record):
-        step = Step(bucket.phase, weights, spec.shape, ops or npu_ops(spec.world_size, GE_MODE))
+        own = ops or npu_ops(spec.world_size, GE_MODE, spec.tiled)
+        step = Step(bucket.phase, weights, spec.shape, spec.compute, own)
         given = arguments(bucket, spec.example(bucket), pages, image_pages)
         _compile(step, given, dict(spec.options) | {"mode": GE_MODE}, record)
     return Capture(record.graph.model.graph[0], record.lines, record.inputs)
@@ -104,7 +106,9 @@ def capture(spec: GraphSpec, bucket: Bucket, ops: Ops | None = None) -> Capture:
 def _model(spec: GraphSpec) -> tuple[FakeTensorMode, Weights, Pages, Pages]:
     """A rank's weights and pages as fake tensors, kept for the next bucket of the same spec."""
     with (mode := FakeTensorMode()):
-        return mode, spec.unfilled_weights(spec.shard), *spec.unfilled_pages()
+        weights = spec.unfilled_weights(spec.shard)
+        npu_quantised.lay_out(weights, spec.compute, spec.tiled)
+        return mode, weights, *spec.unfilled_pages()
 
 
 def _join(rank: int, world: int) -> None:

@@ -15,11 +15,28 @@ from mllama_graph.ascend.capture import capture, shortened
 from mllama_graph.ascend.graph import Context, LoweredGraph
 from mllama_graph.ascend.graphdef import BOUNDARY
 from mllama_graph.graphs.spec import GraphSpec
+from mllama_graph.model.formats import CHOICES, DYNAMIC, FLOAT, STATIC, Format, Formats, chosen, leaf_of
 from mllama_graph.model.ops import padded_head
 from mllama_graph.model.shape import ModelShape, shape_of
+from mllama_graph.model.table import table
+from mllama_graph.ops.npu_quantised import inputs_first
 from mllama_graph.plan.bucket import Bucket
+from mllama_graph.plan.quantised import sizes
 
 GOLDEN = Path(__file__).with_name("golden.json")
+
+# Kinds of quantised layers; "transposed weight" adds to each of the others.
+QUANTISED = (
+    "quantised layer",
+    "transposed weight",
+    "sorted layer",
+    "int8 layer alone",
+    "int8 layer after a norm",
+    "int8 layer of ranks",
+    "static layer alone",
+    "static layer after a norm",
+    "static layer with a bias",
+)
 
 # phase -> part of a graph -> operation type -> count
 Golden = dict[str, dict[str, dict[str, int]]]
@@ -28,14 +45,17 @@ Golden = dict[str, dict[str, dict[str, int]]]
 def counts(graph: LoweredGraph) -> Counter[str]:
     """Number of operations of each type that depend on a graph input.
 
-    Constants are left out: GE folds them, and torchair merges those whose sizes happen to be equal.
+    Constants are left out: GE folds them, and torchair merges those whose sizes happen to be equal. So are reshapes,
+    which move nothing: torchair merges chains of them only in graphs without npu_weight_quant_batchmatmul.
     """
-    return Counter(op.type for op in graph.ops.values() if op.type not in BOUNDARY and not graph.is_constant(op))
+    left_out = (*BOUNDARY, "Reshape")
+    return Counter(op.type for op in graph.ops.values() if op.type not in left_out and not graph.is_constant(op))
 
 
 def parts(context: Context) -> dict[str, int]:
     """How often a graph contains each part of golden.json."""
     text, vision, bucket = context.spec.shape.text, context.spec.shape.vision, context.bucket
+    quantised = quantised_parts(context)
     images, past = bucket.image_pages > 0, bucket.phase == "prefill" and bucket.pages > 0
     # Heads are padded where no kernel supports their width.
     padded_text = padded_head(text.head_width) > text.head_width
@@ -52,6 +72,7 @@ def parts(context: Context) -> dict[str, int]:
             "padded cross layer": padded_text * crosses,
             "one tile": vision.max_tiles == 1,
             "layer of ranks": ranks * layers,
+            **quantised,
         }
     return {
         "once": 1,
@@ -64,7 +85,30 @@ def parts(context: Context) -> dict[str, int]:
         "padded cross layer": padded_text * images * crosses,
         "ranks": ranks,
         "layer of ranks": ranks * layers,
+        **quantised,
     }
+
+
+def quantised_parts(context: Context) -> dict[str, int]:
+    """How often a graph contains each kind of quantised layer, in place of one in floating point."""
+    spec, found = context.spec, Counter[str]()
+    split = {leaf_of(entry) for entry in table(spec.shape) if spec.world_size > 1 and entry.shard == 1}
+    biased = {leaf_of(entry) for entry in table(spec.shape) if entry.path.endswith(".bias")}
+    for path, form, _, inputs in sizes(spec.formats, spec.shape, spec.world_size):
+        if not context.runs(path):
+            continue
+        found["quantised layer"] += form.activations == FLOAT
+        found["transposed weight"] += not inputs_first(form, inputs, spec.tiled)
+        found["sorted layer"] += form.sorted
+        # torchair fuses what follows a residual sum and its norm with them. The first layer has no sum.
+        normed = path.endswith((".qkv", ".q", ".gate_up", "text.head")) and path.startswith("text.")
+        place = "after a norm" if normed and path != "text.layers.0.qkv" else "alone"
+        if form.activations == DYNAMIC:
+            found[f"int8 layer {'of ranks' if path in split else place}"] += 1
+        if form.activations == STATIC:
+            found[f"static layer {place}"] += 1
+            found["static layer with a bias"] += path in biased
+    return {kind: found[kind] for kind in QUANTISED}
 
 
 def expected(context: Context) -> Counter[str]:
@@ -83,9 +127,10 @@ def computed() -> Golden:
     Raises ValueError where the counts of a graph are not the sum over its parts.
     """
     rows: dict[str, list[tuple[dict[str, int], Counter[str]]]] = {}
-    for shape, ranks in _models():
+    for shape, ranks, formats in [*((*model, ()) for model in _models()), *_quantised_models()]:
+        bf16 = torch.bfloat16
         spec = GraphSpec(
-            shape, 128, 64, 64, torch.bfloat16, torch.bfloat16, "torchair", "npu-sim", 1, ranks, "distributed"
+            shape, 128, 64, 64, bf16, bf16, bf16, "torchair", "npu-sim", 1, ranks, "distributed", formats=formats
         )
         for bucket in (
             Bucket("vision", 1, 1, 0, 1),
@@ -111,6 +156,24 @@ def _models() -> Iterator[tuple[ModelShape, int]]:
         yield replace(wide, text=replace(wide.text, head_width=24)), 1
     yield replace(base, vision=replace(base.vision, heads=32)), 1
     yield replace(base, vision=replace(base.vision, max_tiles=1)), 1
+
+
+def _quantised_models() -> Iterator[tuple[ModelShape, int, Formats]]:
+    """The same for each kind of quantised layer: shape, number of ranks and formats."""
+    shape = shortened(shape_of({"model_type": "mllama"}))
+    layers, everything = ("text",), ("text", "vision", "projector")
+    for form, ranks, parts in (
+        (CHOICES["w8a16"], 1, everything),
+        (CHOICES["w4a16"], 1, everything),
+        (Format("int4", group=128, sorted=True), 1, layers),
+        (CHOICES["w8a8"], 1, everything),
+        (CHOICES["w8a8"], 1, layers),
+        (CHOICES["w8a8"], 2, everything),
+        (Format("int8", activations=STATIC), 1, everything),
+        (Format("int8", activations=STATIC), 1, layers),
+    ):
+        leaves = chosen("w8a16", 128, parts, shape, ranks)
+        yield shape, ranks, tuple((path, form) for path, _ in leaves)
 
 
 def _solved(phase: str, rows: list[tuple[dict[str, int], Counter[str]]]) -> dict[str, dict[str, int]]:

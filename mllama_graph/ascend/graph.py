@@ -33,6 +33,14 @@ class Context:
             }
         return {"text.layers": tuple(range(text.layers)) if self.bucket.image_pages else text.self_layers}
 
+    def runs(self, leaf: str) -> bool:
+        """Whether this graph runs a linear layer, given by its path. An image's K/V belong to the vision graph."""
+        first, _, rest = leaf.partition(".")
+        vision = first != "text" or leaf.endswith(".kv")
+        if vision or self.bucket.phase == "vision":
+            return vision and self.bucket.phase == "vision"
+        return rest == "head" or int(rest.split(".")[1]) in self.layers["text.layers"]
+
 
 class LoweredGraph:
     """The operations of a captured graph by name. A value is named `operation:index`, as in graphdef.py."""

@@ -25,6 +25,9 @@ INPUTS = ("Data", "RefData")
 BOUNDARY = (*INPUTS, "Const", "NetOutput")
 # Operations that change a shape without changing an element's value.
 VIEWS = ("Reshape", "Transpose", "Unsqueeze", "Squeeze")
+# Products whose weight may be given as a transposed view: operation -> the input. CANN's fusion passes
+# (QuantBatchMatmulV3TransposeFusionPass and WeightQuantBatchMatmulV2TransposeFusionPass in ops-nn) turn it into a flag.
+TRANSPOSED = {"WeightQuantBatchMatmulV2": "weight", "QuantBatchMatmulV3": "x2"}
 ATTENTION, SCATTER, ALL_REDUCE = "FusedInferAttentionScore", "ScatterPaKvCache", "HcomAllReduce"
 
 # What torchair records of an output's fake tensor in the attribute `_meta`.

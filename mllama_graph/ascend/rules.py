@@ -12,9 +12,21 @@ import torch
 from mllama_graph.ascend import golden
 from mllama_graph.ascend.ge_ops import OPERATIONS, GraphError
 from mllama_graph.ascend.graph import Context, LoweredGraph
-from mllama_graph.ascend.graphdef import ALL_REDUCE, ATTENTION, BOUNDARY, INPUTS, SCATTER, VIEWS, OpDef, inputs_of
+from mllama_graph.ascend.graphdef import (
+    ALL_REDUCE,
+    ATTENTION,
+    BOUNDARY,
+    INPUTS,
+    SCATTER,
+    TRANSPOSED,
+    VIEWS,
+    OpDef,
+    attributes_of,
+    inputs_of,
+)
 from mllama_graph.ascend.interpreter import Interpreter
 from mllama_graph.ascend.layouts import ShapeInterpreter
+from mllama_graph.model.formats import DYNAMIC
 
 # Operations that copy a whole tensor.
 COPIES = ("TensorMove", "Clone")
@@ -51,7 +63,7 @@ def outputs(graph: LoweredGraph, context: Context) -> Faults:
     phase, logits = context.bucket.phase, 0
     for value in graph.outputs:
         made = graph.maker(graph.behind(value))
-        if HEAD in {graph.role(source) for _, source in inputs_of(made)}:
+        if HEAD in {graph.role(graph.behind(source)) for _, source in inputs_of(made)}:
             logits += 1
         elif phase == "decode" or not _written_in_place(graph, value):
             yield made, f"{graph.role(value) or 'its output'} is returned, but only logits may be"
@@ -124,51 +136,80 @@ def _is_length(graph: LoweredGraph, op: OpDef, value: str) -> bool:
 
 
 def weights(graph: LoweredGraph, context: Context) -> Faults:
-    """No weight is rewritten in every step, except those as small as a norm's, which cost no more than a token row."""
+    """No weight is rewritten in every step, except those as small as a norm's, which cost no more than a token row.
+
+    A transposed view of a quantised weight is a flag of its product.
+    """
     text, vision = context.spec.shape.text, context.spec.shape.vision
     for value in graph.weights:
         if graph.elements(value) > max(text.width, vision.width):
             for reader, _ in graph.takers.get(value, []):
-                if reader.type in MOVERS:
+                if reader.type in MOVERS and not _is_flag(graph, reader):
                     yield reader, f"rewrites {graph.role(value)} in every step"
 
 
+def _is_flag(graph: LoweredGraph, op: OpDef) -> bool:
+    """Whether an operation transposes a weight for products that can be told to transpose it."""
+    takers = graph.takers.get(f"{op.name}:0", [])
+    return op.type == "Transpose" and all(TRANSPOSED.get(taker.type) == name for taker, name in takers)
+
+
 def collectives(graph: LoweredGraph, context: Context) -> Faults:
-    """One all-reduce follows the embedding and each layer's attention and MLP; there are no other collectives."""
+    """One all-reduce follows the embedding and each layer's attention and MLP; there are no other collectives.
+
+    int8 activations of which each rank has a part need the largest scale of all ranks before the product, too.
+    """
     expected = Counter(
-        f"weights.{stack}.{layer}.{end}"
+        f"the result of weights.{stack}.{layer}.{end}"
         for stack, layers in context.layers.items()
         for layer in layers
         for end in BLOCK_ENDS[stack.partition(".")[0]]
     )
-    expected.update([EMBED] if context.bucket.phase != "vision" else [])
+    expected.update([f"the result of {EMBED}"] if context.bucket.phase != "vision" else [])
+    dynamic = [f"weights.{path}.weight" for path, form in context.spec.formats if form.activations == DYNAMIC]
+    expected.update([f"the scales of {role}" for role in dynamic if f"the result of {role}" in expected])
     if context.spec.world_size == 1:
         expected.clear()
     for op in graph.ops.values():
         if op.type.startswith("Hcom"):
-            summed = _summed_weight(graph, op)
+            largest = attributes_of(op).get("reduction") == "max"
+            summed = _scaled_weight(graph, op) if largest else _summed_weight(graph, op)
             if op.type != ALL_REDUCE or not expected[summed]:
-                yield op, f"ranks exchange the result of {summed} without need"
+                yield op, f"ranks exchange {summed} without need"
             expected[summed] -= 1
-    for role in (+expected).elements():
+    for missing in (+expected).elements():
+        role = missing.split()[-1]
         readers = (
             reader
             for op in graph.of_type(*INPUTS)
             if graph.role(f"{op.name}:0") == role
             for reader, _ in graph.takers.get(f"{op.name}:0", [])
         )
-        yield next(readers, graph.of_type("NetOutput")[0]), f"ranks do not sum the result of {role}"
+        yield next(readers, graph.of_type("NetOutput")[0]), f"ranks do not exchange {missing}"
 
 
 def _summed_weight(graph: LoweredGraph, op: OpDef) -> str:
-    """The weight of the product or lookup whose result a collective takes."""
+    """What an all-reduce sums: the result of a product or lookup, named by its weight."""
     while True:
-        sources = [value for _, value in inputs_of(op)]
+        sources = [graph.behind(value) for _, value in inputs_of(op)]
         found = [graph.role(value) for value in sources if graph.is_weight(value)]
         if found or not sources:
-            return found[0] if found else "no weight"
+            return f"the result of {found[0] if found else 'no weight'}"
         # The first input of a selection is its condition.
         op = graph.maker(sources[1 if op.type == "SelectV2" else 0])
+
+
+def _scaled_weight(graph: LoweredGraph, op: OpDef) -> str:
+    """What an all-reduce of the largest values exchanges: the scales of the rows of a product, named by its weight."""
+    values, seen = [f"{op.name}:0"], set[str]()
+    while values:
+        for taker, name in graph.takers.get(values.pop(), []):
+            if name == "pertoken_scale":
+                return f"the scales of {graph.role(graph.behind(dict(inputs_of(taker))['x2']))}"
+            if taker.name not in seen:
+                seen.add(taker.name)
+                values.append(f"{taker.name}:0")
+    return "the scales of no weight"
 
 
 def casts(graph: LoweredGraph, context: Context) -> Faults:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 from mllama_graph.core.devices import DEVICES, Device
-from mllama_graph.core.dtypes import DTYPES
+from mllama_graph.core.dtypes import DTYPES, KVS
 from mllama_graph.core.errors import UserError
 
 BACKENDS = ("auto", "inductor", "torchair", "eager")
@@ -134,6 +134,7 @@ class Run:
     tp: int = 1
     batch: int = 1
     dtype: str = "auto"
+    kv: str = "auto"
     quant: str = "none"
     quant_group: int = 128
     quant_parts: list[str] = field(default_factory=lambda: ["text"])
@@ -180,6 +181,10 @@ SHORT_NAMES = {
 }
 
 
+# The keys of a single question, and what a line of a requests file has in their place.
+HELD = {"prompt": "prompt or messages", "image": "images", "system": "messages of the role system"}
+
+
 def with_task_keys(run: Run) -> Run:
     """Return the run with short names such as batch_sizes= moved to the keys of its task.
 
@@ -212,6 +217,7 @@ def check(run: Run) -> None:
     Raises UserError with the value, the rule and the remedy.
     """
     one_of("dtype", run.dtype, DTYPES)
+    one_of("kv", run.kv, KVS)
     one_of("device", run.device, ("auto", *DEVICES))
     one_of("backend", run.backend.name, BACKENDS)
     one_of("quant", run.quant, QUANTS)
@@ -226,6 +232,16 @@ def check(run: Run) -> None:
     one_of("backend.torchair.topology_sorting_strategy", run.backend.torchair.topology_sorting_strategy, TOPOLOGIES)
     if run.resume and (run.requests is None or run.task.name != "generate"):
         raise UserError("resume=true goes on with a requests file of task=generate. Give requests=, or leave it out.")
+    for key in ("image", "requests", "weights", "adapter"):
+        if getattr(run, key) == "":
+            without = " for a prompt without a picture" if key == "image" else ""
+            raise UserError(f"{key}= is empty. Give a value, or leave {key}= out{without}.")
+    for key in ("prompt", "image", "system"):
+        if run.requests is not None and getattr(run, key) is not None:
+            raise UserError(
+                f"{key}= and requests= exclude each other: each line of a requests file has its own {HELD[key]}. "
+                f"Leave {key}= or requests= out."
+            )
     for key in ("tp", "batch", "max_input_length", "max_output_length"):
         at_least(key, getattr(run, key), 1)
     at_least("temperature", run.temperature, 0)

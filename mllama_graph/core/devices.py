@@ -27,6 +27,21 @@ class Paging:
 
 
 @dataclass(frozen=True)
+class Quantised:
+    """Limits that a device's kernels put on quantised linear layers."""
+
+    # Kinds of code that have a kernel (model/formats.py).
+    codes: tuple[str, ...]
+    # A group's inputs, and a 4-bit layer's outputs, are multiples of these.
+    group: int
+    outputs: int
+    # Most inputs, and most outputs, of a layer.
+    largest: int
+    # Dtypes that layers whose activations have a stored scale can't return.
+    refused_with_static: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Device:
     """One kind of device, named by device=."""
 
@@ -54,13 +69,14 @@ class Device:
     computes: str | None = None
     refused_dtypes: tuple[str, ...] = ()
     paging: Paging = Paging()
+    # None: every format can be used.
+    quantised: Quantised | None = None
 
-    def precision(self, dtype: str, stored: str) -> Precision:
-        """Storage and compute dtypes of this device for dtype= and a checkpoint stored in `stored`."""
-        if dtype != "auto":
-            return Precision(dtype, dtype)
-        kept = self.stores.get(stored, stored)
-        return Precision(kept, self.computes or kept)
+    def precision(self, dtype: str, kv: str, stored: str) -> Precision:
+        """Dtypes on this device for dtype=, kv= and a checkpoint stored in `stored`."""
+        kept = self.stores.get(stored, stored) if dtype == "auto" else dtype
+        compute = self.computes or kept if dtype == "auto" else dtype
+        return Precision(kept, compute, compute if kv == "auto" else kv)
 
     def visible(self, environment: Mapping[str, str] = os.environ) -> list[str]:
         """The devices that a run may use, in order. Raises UserError if the environment variable is invalid."""
@@ -83,6 +99,12 @@ class Device:
         if self.variable is None:
             return
         devices = self.visible(environment)
+        if not devices:
+            where = f"{self.variable}={environment[self.variable]}" if self.variable in environment else "this machine"
+            raise UserError(
+                f"device={self.name}: no {self.name.upper()} device is visible; {where} shows none. "
+                f"Use device=cpu, or a machine with such a device and its driver."
+            )
         if len(devices) < ranks:
             seen = f"{self.variable}={environment[self.variable]}" if self.variable in environment else "this machine"
             raise UserError(
@@ -105,6 +127,9 @@ CPU = Device("cpu", on_host=True, native=True, computes="fp32")
 CUDA = Device("cuda", variable="CUDA_VISIBLE_DEVICES", files="nvidia")
 # NPU attention takes only 16-bit types. Page limits: docs of npu_fused_infer_attention_score, for several query rows.
 _NPU_PAGING = Paging(page_multiple=128, largest_page=512, counts_every_reader=True)
+# Docs of npu_weight_quant_batchmatmul, npu_quant_matmul (65535; fp16 only with a scale per row) and
+# npu_convert_weight_to_int4pack (8). A 910B has no FP8, and no operation looks codes up.
+_NPU_QUANTISED = Quantised(("int8", "int4"), group=32, outputs=8, largest=65535, refused_with_static=("fp16",))
 NPU = Device(
     "npu",
     backends=("torchair",),
@@ -117,6 +142,7 @@ NPU = Device(
     stores={"fp32": "bf16"},
     refused_dtypes=("fp32",),
     paging=_NPU_PAGING,
+    quantised=_NPU_QUANTISED,
 )
 NPU_SIM = Device(
     "npu-sim",
@@ -128,6 +154,7 @@ NPU_SIM = Device(
     compiles_on_rank=True,
     stores={"fp32": "bf16"},
     paging=_NPU_PAGING,
+    quantised=_NPU_QUANTISED,
 )
 
 DEVICES = {device.name: device for device in (CPU, CUDA, NPU, NPU_SIM)}

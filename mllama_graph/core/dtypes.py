@@ -6,6 +6,10 @@ from dataclasses import dataclass
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 DTYPES = ("auto", *BYTES)
 
+# Bytes per element of K/V pages, without scales, and the values that kv= accepts.
+PAGE_BYTES = BYTES | {"int8": 1}
+KVS = ("auto", "bf16", "int8")
+
 # Names of dtypes in safetensors headers -> names in this package.
 SAFETENSORS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 
@@ -16,7 +20,8 @@ WIDEN_ROWS = 8
 
 @dataclass(frozen=True)
 class Precision:
-    """Dtypes by name. store: dtype of the weights. compute: dtype of activations and pages."""
+    """Dtypes by name. store: dtype of the weights. compute: dtype of activations. kv: dtype of K/V pages."""
 
     store: str
     compute: str
+    kv: str

@@ -21,13 +21,15 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity
 
 from mllama_graph.core.devices import CPU, CUDA, NPU, NPU_SIM
-from mllama_graph.core.dtypes import BYTES
+from mllama_graph.core.dtypes import PAGE_BYTES
 from mllama_graph.core.errors import UserError
 from mllama_graph.core.place import Place
 from mllama_graph.engine.collectives import Alone, Collectives, Distributed, SharedMemory, load_native
 from mllama_graph.graphs.aot import ops_of
 from mllama_graph.graphs.loaded import LoadedGraphs, LoadedNpuGraphs, LoadedPackages
 from mllama_graph.graphs.spec import GraphSpec
+from mllama_graph.model.codes import Codes, quantise
+from mllama_graph.model.formats import Format
 from mllama_graph.model.inputs import Pages
 from mllama_graph.model.ops import Ops
 from mllama_graph.model.placement import Placement
@@ -35,12 +37,12 @@ from mllama_graph.model.sample import Gather
 from mllama_graph.model.tree import Weights
 from mllama_graph.ops import cpu
 from mllama_graph.ops.ranks import HOST_GROUP, gather_in
-from mllama_graph.plan.resolve import ResolvedRun
+from mllama_graph.plan.resolve import NATIVE, ResolvedRun
 
 log = logging.getLogger(__name__)
 
-TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-assert TORCH_DTYPES.keys() == BYTES.keys()
+TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
+assert TORCH_DTYPES.keys() == PAGE_BYTES.keys()
 
 
 class Backend(ABC):
@@ -73,6 +75,7 @@ class Backend(ABC):
             run.plan.num_image_pages,
             TORCH_DTYPES[run.precision.store],
             TORCH_DTYPES[run.precision.compute],
+            TORCH_DTYPES[run.precision.kv],
             run.backend,
             run.device.name,
             threads,
@@ -99,6 +102,10 @@ class Backend(ABC):
 
     def lay_out(self, weights: Weights, spec: GraphSpec) -> None:
         """Convert weights in place to the layout that the device's kernels read."""
+
+    def rounded(self, rows_OI: Tensor, form: Format) -> Codes:
+        """Quantise whole rows of a weight, fp32 on the host, while it is loaded."""
+        return quantise(rows_OI, form)
 
     def join(self, store: dist.Store | None, libraries: Path, say: Callable[[str], None]) -> Collectives:
         """Join the other ranks, waiting up to the run's timeout. Raises UserError where a library can't be built."""
@@ -165,6 +172,9 @@ class CpuBackend(Backend):
         if spec.kernels == "native":
             cpu.lay_out(weights)
 
+    def rounded(self, rows_OI: Tensor, form: Format) -> Codes:
+        return cpu.rounded(rows_OI, form) if self.run.kernels == NATIVE else quantise(rows_OI, form)
+
 
 class CudaBackend(Backend):
     """One CUDA device per rank. Never run on a GPU."""
@@ -178,6 +188,12 @@ class CudaBackend(Backend):
 
     def free_memory(self) -> tuple[int, str] | None:
         return torch.cuda.mem_get_info()[0], "free on the CUDA device"
+
+    def lay_out(self, weights: Weights, spec: GraphSpec) -> None:
+        # Imports Triton.
+        from mllama_graph.ops.cuda_linear import lay_out
+
+        lay_out(weights)
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()
@@ -213,9 +229,11 @@ class NpuBackend(Backend):
         return self._npu().mem_get_info()[0], "free on the NPU"
 
     def lay_out(self, weights: Weights, spec: GraphSpec) -> None:
-        if dict(spec.options)["weight_format"] == "nz":
-            from mllama_graph.graphs.torchair import cast_to_nz
+        from mllama_graph.graphs.torchair import cast_to_nz
+        from mllama_graph.ops import npu_quantised
 
+        npu_quantised.lay_out(weights, spec.compute, spec.tiled)
+        if spec.tiled:
             cast_to_nz(weights)
 
     def gather(self, ops: Ops) -> Gather:

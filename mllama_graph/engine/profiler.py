@@ -99,7 +99,8 @@ def products(spec: GraphSpec, bucket: Bucket) -> list[str]:
             return PLAIN.patch_embed(x, weight)
 
         # Every implementation of the operations computes the products in the model's order.
-        step = Step(bucket.phase, weights, spec.shape, replace(PLAIN, linear=linear, patch_embed=patch_embed))
+        ops = replace(PLAIN, linear=linear, patch_embed=patch_embed)
+        step = Step(bucket.phase, weights, spec.shape, spec.compute, ops)
         step(spec.example(bucket), *spec.unfilled_pages())
     return noted
 

@@ -24,7 +24,7 @@ from mllama_graph.graphs.store import GraphStore
 from mllama_graph.measure.trace import GRAPH, SAMPLE
 from mllama_graph.model.inputs import Pages
 from mllama_graph.model.tree import Pixels, Weights, build
-from mllama_graph.model.weights import from_checkpoint, quantising, random_fill
+from mllama_graph.model.weights import from_checkpoint, published, quantising, random_fill
 from mllama_graph.plan.bucket import Bucket
 from mllama_graph.plan.resolve import ResolvedRun
 
@@ -76,8 +76,10 @@ class Rank:
             progress.weights(done, whole)
 
         fill = from_checkpoint(run.checkpoint) if run.checkpoint else random_fill(run.shape, run.seed, spec.store)
-        placement, formats = self.backend.placement(spec), spec.formats
-        weights = build(run.shape, pixels, spec.store, placement, fill, report, spec.shard, formats, quantising(fill))
+        published_files = run.checkpoint if run.checkpoint and run.checkpoint.quantised else None
+        codes = published(published_files) if published_files else quantising(fill, self.backend.rounded)
+        placement = self.backend.placement(spec)
+        weights = build(run.shape, pixels, spec.store, placement, fill, report, spec.shard, spec.formats, codes)
         _return_freed_memory()
         self.backend.lay_out(weights, spec)
         return weights

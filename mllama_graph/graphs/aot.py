@@ -25,14 +25,15 @@ Graph = Callable[..., Tensor | None]
 
 def ops_of(spec: GraphSpec) -> Ops:
     """The operations with which a spec's graphs are traced."""
-    return ops_for(spec.device, spec.world_size, spec.collectives, spec.kernels, dict(spec.options).get("mode"))
+    mode = dict(spec.options).get("mode")
+    return ops_for(spec.device, spec.world_size, spec.collectives, spec.kernels, mode, spec.tiled)
 
 
 def trace(spec: GraphSpec, bucket: Bucket, shard: Shard | None = None) -> torch.export.ExportedProgram:
     """Export one rank's step of a bucket as a whole graph with static shapes. Raises the errors of torch.export."""
     weights = spec.unfilled_weights(shard or Shard(0, spec.world_size))
     inputs = arguments(bucket, spec.example(bucket), *spec.unfilled_pages())
-    step = Flat(Step(bucket.phase, weights, spec.shape, ops_of(spec)), inputs)
+    step = Flat(Step(bucket.phase, weights, spec.shape, spec.compute, ops_of(spec)), inputs)
     return torch.export.export(step, tuple(tensors(inputs)), strict=False)
 
 

@@ -45,6 +45,7 @@ def key_fields(spec: GraphSpec, bucket: Bucket) -> dict[str, Any]:
         "kernels": spec.kernels,
         "weights": str(spec.store),
         "compute": str(spec.compute),
+        "kv": str(spec.kv),
         "page_size": spec.page_size,
         "bucket": asdict(bucket),
         "model": asdict(spec.shape),

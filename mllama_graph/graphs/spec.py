@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllama_graph.model.formats import Formats, Storage
+from mllama_graph.model.formats import Formats, Storage, page_bytes
 from mllama_graph.model.inputs import ImageInput, Pages, PromptInput, TileInput, TokenInput
 from mllama_graph.model.ops import padded_head
 from mllama_graph.model.placement import Placement
@@ -30,6 +30,7 @@ class GraphSpec:
     num_image_pages: int
     store: torch.dtype
     compute: torch.dtype
+    kv: torch.dtype
     backend: str
     device: str
     threads: int
@@ -47,9 +48,15 @@ class GraphSpec:
         return self.backend != "eager"
 
     @property
+    def tiled(self) -> bool:
+        """Whether an NPU's weights have the layout of its matrix unit (backend.torchair.weight_format)."""
+        return dict(self.options).get("weight_format") == "nz"
+
+    @property
     def storage(self) -> Storage:
         """Bytes of what weights and pages are stored in."""
-        return Storage(self.store.itemsize, self.compute.itemsize, self.compute.itemsize, self.formats)
+        page = page_bytes(self.kv.itemsize, self.shape.text.head_width)
+        return Storage(self.store.itemsize, self.compute.itemsize, page, self.formats)
 
     @property
     def libraries(self) -> tuple[str, ...]:
@@ -85,8 +92,10 @@ class GraphSpec:
         text = self.shape.text
 
         def pool(count: int, layers: int) -> Pages:
-            size = (count, self.page_size, text.kv_heads // self.world_size, self.head_width)
-            return tuple((allocate(size, self.compute), allocate(size, self.compute)) for _ in range(layers))
+            heads = text.kv_heads // self.world_size
+            size, scales = (count, self.page_size, heads, self.head_width), (count, heads, self.page_size)
+            parts = [(size, self.kv)] * 2 + [(scales, torch.float32)] * (2 * (self.kv == torch.int8))
+            return tuple(tuple(allocate(*part) for part in parts) for _ in range(layers))
 
         return pool(self.num_pages, len(text.self_layers)), pool(self.num_image_pages, len(text.cross_layers))
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -19,18 +20,18 @@ WEIGHT_PREFIX = "step.weights."
 
 
 class Step(nn.Module):
-    """One phase of the model, with the shared weight tree."""
+    """One phase of the model, with the shared weight tree. Activations are in `dtype`."""
 
-    def __init__(self, phase: str, weights: Weights, shape: ModelShape, ops: Ops):
+    def __init__(self, phase: str, weights: Weights, shape: ModelShape, dtype: torch.dtype, ops: Ops):
         super().__init__()
-        self.phase, self.weights, self.shape, self.ops = phase, weights, shape, ops
+        self.phase, self.weights, self.shape, self.dtype, self.ops = phase, weights, shape, dtype, ops
 
     def forward(self, given: Any, pages: Pages, image_pages: Pages) -> Tensor | None:
         if self.phase == "vision":
-            encode_image(self.weights, given, image_pages, self.shape, self.ops)
+            encode_image(self.weights, given, image_pages, self.shape, self.dtype, self.ops)
             return None
         function = prefill if self.phase == "prefill" else decode
-        return function(self.weights.text, given, pages, image_pages, self.shape, self.ops)
+        return function(self.weights.text, given, pages, image_pages, self.shape, self.dtype, self.ops)
 
 
 class Flat(nn.Module):

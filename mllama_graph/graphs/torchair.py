@@ -162,7 +162,7 @@ def npu_graph(
     Compiling runs the graph once, on padding. `name` identifies it. Raises torchair's errors for what it can't lower.
     """
     inputs = arguments(bucket, spec.example(bucket), *pages)
-    step = Flat(Step(bucket.phase, weights, spec.shape, ops), inputs)
+    step = Flat(Step(bucket.phase, weights, spec.shape, spec.compute, ops), inputs)
     options = dict(spec.options)
     if stored:
         return NpuGraph(load_step(step, name, options, folder))
@@ -170,9 +170,16 @@ def npu_graph(
 
 
 def cast_to_nz(weights: Weights) -> None:
-    """Convert the weights of linear layers, in place and on an NPU, to the layout that its matrix unit reads."""
+    """Convert the weights of linear layers, in place and on an NPU, to the layout that its matrix unit reads.
+
+    Quantised ones have been laid out for it (npu_quantised.py), and stay as they are where their kernel takes no NZ.
+    """
     import torch_npu
+
+    from mllama_graph.ops.npu_quantised import in_tiles
 
     torch_npu.npu.config.allow_internal_format = True
     for linear in linears(weights):
-        linear.weight.data = torch_npu.npu_format_cast(linear.weight.data, FRACTAL_NZ)
+        # int8 weights have been laid out with their inputs first.
+        if linear.format is None or in_tiles(linear.format, linear.weight.shape[0], True):
+            linear.weight.data = torch_npu.npu_format_cast(linear.weight.data, FRACTAL_NZ)

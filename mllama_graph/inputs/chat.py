@@ -83,8 +83,10 @@ def read_messages(given: Any, sources: list[Source]) -> list[dict[str, Any]]:
 
     Raises UserError for messages that are not valid or hold nothing to answer.
     """
-    if not isinstance(given, list) or not given:
-        raise UserError("the request is empty: messages must be a list of at least one message object.")
+    if not isinstance(given, list):
+        raise UserError(f"messages must be a list of {{role, content}} objects, not {describe(given)}.")
+    if not given:
+        raise UserError("the request is empty: messages has no message.")
     messages = []
     for n, message in enumerate(given):
         if not isinstance(message, dict):

@@ -12,6 +12,9 @@ from mllama_graph.core.errors import UserError
 _ROWS = 256
 # Curves of sRGB profiles differ in their rounding: a profile that moves no colour by more than this is sRGB (of 255).
 _ROUNDING = 2
+# The exponent of displays by the PNG specification, and the least relative difference from it that is corrected, as in
+# libpng (PNG_GAMMA_THRESHOLD): the usual gAMA, 1/2.2 or near it, leaves the pixels as they are.
+_DISPLAY, _GAMMA_THRESHOLD = 2.2, 0.05
 # TIFF tags, and the photometric interpretation in which 0 is white.
 _BITS, _PHOTOMETRIC, _MIN_IS_WHITE = 258, 262, 0
 
@@ -19,7 +22,7 @@ Convert = Callable[[Image.Image], Image.Image]
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a loaded picture to RGB: 16 bits to 8, ICC profile to sRGB, transparency composited on white.
+    """Convert a loaded picture to RGB: 16 bits to 8, ICC profile or gamma to sRGB, transparency composited on white.
 
     Raises UserError for modes that have no reading in 8 bits.
     """
@@ -83,7 +86,7 @@ def _eight_bits(strip: Image.Image, bits: int, inverted: bool) -> Image.Image:
 
 
 def _managed(image: Image.Image) -> Convert | None:
-    """The conversion that a picture's ICC profile asks for; None without a profile, and for sRGB.
+    """The conversion that a picture's ICC profile or else its gAMA chunk asks for; None without either, and for sRGB.
 
     As in viewers, a profile that is damaged or belongs to another colour space than the picture's is ignored.
     """
@@ -91,7 +94,7 @@ def _managed(image: Image.Image) -> Convert | None:
         return _transform(ImageCms.createProfile("LAB"), "LAB")
     data = image.info.get("icc_profile")
     if not data:
-        return None
+        return _corrected(image)
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
         mode = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}[profile.profile.xcolor_space.strip()]
@@ -102,6 +105,15 @@ def _managed(image: Image.Image) -> Convert | None:
         return None if mode != "CMYK" and _is_srgb(convert, mode) else convert
     except (ImageCms.PyCMSError, KeyError, OSError, TypeError, ValueError):
         return None
+
+
+def _corrected(image: Image.Image) -> Convert | None:
+    """The gamma correction of a PNG without an ICC profile; None where it says sRGB (PNG, third edition, 13.13)."""
+    product = image.info.get("gamma", 0) * _DISPLAY
+    if product <= 0 or "srgb" in image.info or abs(product - 1) < _GAMMA_THRESHOLD:
+        return None
+    table = [round(255 * (value / 255) ** (1 / product)) for value in range(256)]
+    return lambda strip: strip.convert("RGB").point(table * 3)
 
 
 def _transform(profile: "ImageCms.core.CmsProfile | ImageCms.ImageCmsProfile", mode: str) -> Convert:

@@ -72,6 +72,9 @@ def decode(given: bytes | Image.Image) -> Image.Image:
             _drop_metadata(image)
         if image.format == "PNG":
             _scale_key(image)
+            if given.find(b"cICP", 0, given.find(b"IDAT")) > 0:
+                # cICP, which Pillow does not read, takes the place of gAMA.
+                image.info.pop("gamma", None)
         return _decoded(image, exif)
 
 

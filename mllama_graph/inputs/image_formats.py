@@ -48,7 +48,7 @@ def unknown(data: bytes) -> str:
     for pattern, text in _KINDS:
         if re.match(pattern, data[:64], re.IGNORECASE | re.DOTALL):
             return text
-    if name := _signature(data[:16]):
+    if name := signature(data[:16]):
         return f"it begins like a {name} file, but its header is damaged or cut off"
     if is_base64(data[:1024].decode("latin1")):
         return "it is base64 text: put data:image/png;base64, before it and give it as a data: URI"
@@ -61,7 +61,7 @@ def is_base64(text: str) -> bool:
         return False
     head = "".join(text[:64].split()).translate(_URL_SAFE)
     try:
-        return _signature(binascii.a2b_base64(head[: len(head) // 4 * 4])[:16]) is not None
+        return signature(binascii.a2b_base64(head[: len(head) // 4 * 4])[:16]) is not None
     except binascii.Error:
         return False
 
@@ -72,6 +72,6 @@ def _openers() -> dict[str, object]:
     return {name: Image.OPEN[name][1] for name in _SIGNED if name in Image.OPEN}
 
 
-def _signature(head: bytes) -> str | None:
+def signature(head: bytes) -> str | None:
     """The format whose signature the first 16 bytes of a file carry, or None."""
     return next((name for name, accept in _openers().items() if callable(accept) and accept(head) is True), None)

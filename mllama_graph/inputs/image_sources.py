@@ -100,12 +100,11 @@ def request_images(given: Any, base: Path = _HERE) -> list[Source]:
     if isinstance(given, Source):
         return [given]
     if not isinstance(given, (list, tuple)):
-        raise UserError(f"images must be a list of file paths or data: URIs, not {type(given).__name__}.")
+        raise UserError(f"images must be a list of file paths or data: URIs, not {_type_of(given)}.")
     for number, source in enumerate(given, start=1):
         if not isinstance(source, Source | dict):
             raise UserError(
-                f"images must be a list of file paths or data: URIs; picture {number} is of type "
-                f"{type(source).__name__}."
+                f"images must be a list of file paths or data: URIs; picture {number} is of type {_type_of(source)}."
             )
     return [part_source(source, n) if isinstance(source, dict) else source for n, source in enumerate(given, start=1)]
 
@@ -119,9 +118,19 @@ def part_source(part: dict[str, Any], number: int) -> Source:
     value = value.get("url") if isinstance(value, dict) else value
     if value is None and isinstance(part.get("base64"), str):
         value = f"data:;base64,{part['base64']}"
-    if not isinstance(value, Source) or value in ("", b""):
+    if not isinstance(value, Source | None):
+        raise UserError(
+            f"picture {number}: an image part needs its file path or data: URI in image_url.url, not {_type_of(value)}."
+        )
+    if value is None or value in ("", b""):
         raise UserError(f"picture {number}: an image part needs its file path or data: URI in image_url.url.")
     return value
+
+
+def _type_of(value: object) -> str:
+    """The name of a value's type; of an array, with what converts it."""
+    converted = ": convert it with PIL.Image.fromarray" if hasattr(value, "__array__") else ""
+    return type(value).__name__ + converted
 
 
 # ---- one source

@@ -10,7 +10,7 @@ from mllama_graph.inputs.detokenizer import Detokenizer
 from mllama_graph.inputs.image_settings import ImageSettings, read_image_settings
 from mllama_graph.inputs.image_sources import Source, request_images
 from mllama_graph.inputs.images import prepare_images
-from mllama_graph.inputs.request import Request, Sampling, read_options
+from mllama_graph.inputs.request import FIELDS, Request, Sampling, read_options
 from mllama_graph.inputs.template import DEFAULT, TOOL_USE, ChatOptions, ChatTemplate, find_templates
 from mllama_graph.inputs.tiktoken import IMAGE
 from mllama_graph.inputs.tokenizer import (
@@ -93,9 +93,7 @@ class Processor:
         """
         kinds = [kind for kind in ("messages", "prompt", "input_ids") if given.get(kind) is not None]
         if len(kinds) != 1:
-            raise UserError(
-                f"a request needs exactly one of messages, prompt, input_ids; this has {', '.join(kinds) or 'none'}."
-            )
+            raise UserError(_not_one_kind(kinds, given))
         sources: list[Source] = []
         options = read_chat_options(given)
         if kinds == ["messages"]:
@@ -180,6 +178,14 @@ class Processor:
                 f"the checkpoint's tokenizer.json {has}; pictures need it with the id {self.shape.image_token} "
                 "(image_token_index in config.json). Use the tokenizer that belongs to the model."
             )
+
+
+def _not_one_kind(kinds: list[str], given: dict[str, Any]) -> str:
+    if not kinds and "role" in given:
+        return 'this is a message, not a request. Put it into a list: {"messages": [{"role": ..., "content": ...}]}.'
+    unknown = ", ".join(map(describe, sorted(map(str, given.keys() - FIELDS))))
+    found = ", ".join(kinds) or ("none, but unknown fields: " + unknown if unknown else "none")
+    return f"a request needs exactly one of messages, prompt, input_ids; this has {found}."
 
 
 def _as_message(prompt: Any, images: int) -> list[dict[str, Any]]:

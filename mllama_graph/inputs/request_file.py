@@ -4,18 +4,24 @@ import codecs
 import io
 import json
 import math
+import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from mllama_graph.core.errors import UserError, message_of
+from mllama_graph.inputs.image_formats import signature
+from mllama_graph.inputs.image_sources import list_images
 
 # A line of a requests file: its number, counted from 1, and its bytes, or its object where a task has changed it, or
 # the reason why it can't be read.
 Line = tuple[int, bytes | dict[str, Any] | str]
 
+# The bytes of a surrogate, escaped or not, in a pair or alone.
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")
 STDIN = "-"
 # The longest line in bytes; pictures may be written into it as data: URIs.
 LINE_BYTES = 2**28
@@ -23,6 +29,7 @@ LINE_BYTES = 2**28
 DEPTH = 64
 # max_images is derived from lines with at most this many images, so that one line can't enlarge the plan without bound.
 MOST_IMAGES = 32
+_ONE_LINE_EACH = "Put each request on a line of its own: jq -c '%s' FILE > requests.jsonl."
 # UTF-32's little-endian mark begins with that of UTF-16.
 MARKS = {
     codecs.BOM_UTF32_LE: "utf-32",
@@ -35,11 +42,13 @@ MARKS = {
 def read_lines(path: Path) -> Iterator[Line]:
     """Read a file's lines one by one; blank lines are skipped. Files that begin with a byte order mark may be UTF-16.
 
-    Raises UserError where the file can't be read or is empty.
+    Raises UserError where the file can't be read or is empty, or where its first bytes say that it is no requests file.
     """
     empty = True
     try:
         with path.expanduser().open("rb") as file:
+            if kind := _other_kind(file.peek()):
+                raise UserError(f"requests={path} {kind}")
             for line in _lines(file):
                 empty = False
                 yield line
@@ -47,6 +56,24 @@ def read_lines(path: Path) -> Iterator[Line]:
         raise UserError(f"requests={path} can't be read: {error.strerror}.") from error
     if empty:
         raise UserError(f"requests={path} is empty. Put one JSON object on each line.")
+
+
+def _other_kind(head: bytes) -> str | None:
+    """What a file with these first bytes is instead of a requests file, and the remedy; None where they don't tell.
+
+    A single odd line is left to `parse`, which refuses that line alone.
+    """
+    if found := signature(head[:16]):
+        return f"is a {found} picture. Give it as image=, and a file of requests as requests=."
+    head = head.removeprefix(codecs.BOM_UTF8)
+    lines = [line.strip() for line in head.splitlines() if line.strip()]
+    first, more = (lines[0], lines[1:]) if lines else (b"", [])
+    some_served = any(line.startswith(b"{") and line.endswith(b"}") for line in more)
+    if first == b"[" or (re.match(rb"\[\s*\{", first) and not some_served):
+        return f"is a JSON array. {_ONE_LINE_EACH % '.[]'}"
+    if more and (first == b"{" or (re.fullmatch(rb"\{.*[,\[{]", first) and not some_served)):
+        return f"holds JSON over several lines. {_ONE_LINE_EACH % '.'}"
+    return None
 
 
 def _lines(file: io.BufferedReader) -> Iterator[Line]:
@@ -65,7 +92,7 @@ def _lines(file: io.BufferedReader) -> Iterator[Line]:
 
 def _bounded(file: io.BufferedReader, encoding: str | None) -> Iterator[bytes | None]:
     """The lines in UTF-8; None for a line of more than LINE_BYTES."""
-    # surrogatepass: parsing refuses a lone surrogate of one line, where the decoder would end the file.
+    # surrogatepass: a lone surrogate is refused with its line, where the decoder would end the file.
     stream: IO[Any] = (
         io.TextIOWrapper(file, encoding, "surrogatepass", newline="\n") if encoding else _without_mark(file)
     )
@@ -113,11 +140,7 @@ def _json(number: int, line: bytes) -> dict[str, Any]:
         return value
 
     try:
-        text = line.decode()
-        given = json.loads(text, parse_constant=no_constant, parse_float=finite)
-        if "\\" in text:
-            # An escape can be a lone surrogate, which neither a tokenizer nor a UTF-8 file accepts.
-            json.dumps(given, ensure_ascii=False).encode()
+        given = json.loads(line.decode("utf8", "surrogatepass"), parse_constant=no_constant, parse_float=finite)
     except UnicodeError as error:
         raise UserError(f"line {number} is not valid UTF-8 text: {error}.") from error
     except ValueError as error:
@@ -126,6 +149,17 @@ def _json(number: int, line: bytes) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise UserError(f"line {number} is not a JSON object.")
     return given
+
+
+def has_lone_surrogate(line: Line, value: Any) -> bool:
+    """Whether a value of a line's object holds half of a surrogate pair, which a tokenizer and UTF-8 files refuse."""
+    if isinstance(line[1], bytes) and not _SURROGATE.search(line[1]):
+        return False
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def too_deep(value: Any) -> bool:
@@ -141,10 +175,10 @@ def too_deep(value: Any) -> bool:
     return bool(layer)
 
 
-def most_images(lines: Iterable[Line]) -> int:
+def most_images(lines: Iterable[Line], base: Path) -> int:
     """The most images on one line, rounded up to a power of two and counted without opening any image.
 
-    Lines with more than MOST_IMAGES don't count.
+    Lines with more than MOST_IMAGES don't count. Relative paths are looked up in `base` first.
     """
 
     def count(line: Line) -> int:
@@ -162,11 +196,19 @@ def most_images(lines: Iterable[Line]) -> int:
             else []
         )
         parts = [part for content in contents if isinstance(content, list) for part in content]
-        beside = len(images) if isinstance(images, list) else 0
-        return beside + sum(isinstance(part, dict) and part.get("type") != "text" for part in parts)
+        return _listed(images, base) + sum(isinstance(part, dict) and part.get("type") != "text" for part in parts)
 
     most = max((n for n in map(count, lines) if n <= MOST_IMAGES), default=0)
     return 1 << max(most - 1, 0).bit_length()
+
+
+def _listed(images: Any, base: Path) -> int:
+    """The number of images in a request's field `images`."""
+    if isinstance(images, str):
+        # A folder without pictures is refused when the request is served.
+        with suppress(UserError):
+            return len(list_images(images, base))
+    return len(images) if isinstance(images, list) else 0
 
 
 def is_stream(requests: str) -> bool:

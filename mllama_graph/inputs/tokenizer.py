@@ -1,6 +1,7 @@
 """Converts text to ids and ids to text with a checkpoint's tokenizer, and reads its special tokens. No torch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -48,10 +49,8 @@ class CheckpointTokenizer:
     def __init__(self, folder: Path):
         path = folder / "tokenizer.json"
         if path.is_file():
-            try:
+            with _refusing(f"{path} can't be read"):
                 self.tokenizer = Tokenizer.from_file(str(path))
-            except Exception as error:  # tokenizers raises bare Exception
-                raise UserError(f"{path} can't be read: {' '.join(str(error).split())}.") from error
         elif (folder / "tokenizer.model").is_file():
             self.tokenizer = tokenizer_of(folder / "tokenizer.model")
         else:
@@ -61,10 +60,8 @@ class CheckpointTokenizer:
         self.tokenizer.no_padding()
 
     def encode(self, text: str) -> list[int]:
-        try:
+        with _refusing("the prompt can't be tokenized"):
             return self.tokenizer.encode(text, add_special_tokens=False).ids
-        except Exception as error:  # tokenizers raises bare Exception; a lone surrogate is a TypeError
-            raise UserError(f"the prompt can't be tokenized: {' '.join(str(error).split())[:200]}.") from error
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
@@ -79,6 +76,20 @@ class CheckpointTokenizer:
     def detokenizer(self, stops: Sequence[str]) -> Detokenizer:
         stream = DecodeStream(skip_special_tokens=True)
         return Detokenizer(lambda id: stream.step(self.tokenizer, id), self.decode, stops)
+
+
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Turns what tokenizers raises into a UserError: bare Exception, and for a panic a BaseException of its own.
+
+    It panics on some files, for instance where a merge is shorter than continuing_subword_prefix.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise UserError(f"{what}: {' '.join(str(error).split())[:200].rstrip('.')}.") from error
 
 
 class BytesAsIds:

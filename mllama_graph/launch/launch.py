@@ -59,10 +59,9 @@ def run_here(run: ResolvedTask, entry: str, place: Place) -> None:
         task = _imported(entry)
         task(run)
     except KeyboardInterrupt as error:
-        finished = run.output_dir / "results.jsonl"
-        raise Interrupted(
-            f"interrupted; finished requests are in {finished}." if finished.exists() else "interrupted."
-        ) from error
+        served = isinstance(run, ResolvedRun) and run.question.requests and (run.output_dir / "results.jsonl").exists()
+        finished = f"; finished requests are in {run.output_dir / 'results.jsonl'}" if served else ""
+        raise Interrupted(f"interrupted{finished}.") from error
     except BrokenPipeError as error:
         if output_closed():
             raise OutputClosed("the reader of the output has ended.") from error

@@ -87,7 +87,12 @@ class Adapter:
 
     def _refuse_other_kinds(self) -> None:
         config = self._config
-        if (kind := config.text("peft_type", "")) != "LORA":
+        if not (kind := config.text("peft_type", "")):
+            raise UserError(
+                f"adapter={self.folder}: adapter_config.json has no peft_type. Give the folder that peft's "
+                "save_pretrained wrote."
+            )
+        if kind != "LORA":
             raise UserError(f"adapter={self.folder} is of peft_type={kind}; only LORA is read. {MERGE_WITH_PEFT}")
         for name in NOT_READ:
             if config.values.get(name):

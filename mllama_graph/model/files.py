@@ -14,13 +14,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mllama_graph.core.dtypes import SAFETENSORS
 from mllama_graph.core.errors import UserError
 from mllama_graph.model import foreign
 from mllama_graph.model.adapter import Adapter
 from mllama_graph.model.fields import Fields, read_json
+from mllama_graph.model.formats import Formats
 from mllama_graph.model.names import legacy_name
+from mllama_graph.model.published import Published
+from mllama_graph.model.quant_config import QuantConfig
 from mllama_graph.model.shape import ModelShape, shape_of
+from mllama_graph.model.small import read_small
 from mllama_graph.model.table import Entry, table
 
 log = logging.getLogger(__name__)
@@ -28,6 +34,7 @@ log = logging.getLogger(__name__)
 # Buffers that early conversions saved; here they are computed from config.json.
 IGNORED_SUFFIX = "rotary_emb.inv_freq"
 EMBEDDING, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
+HEAD_MODULE = "language_model.lm_head."
 PATCH = "vision_model.patch_embedding.weight"
 INDEX, WHOLE_FILE = "model.safetensors.index.json", "model.safetensors"
 # Safetensors files that lie beside a model's and don't belong to it: Meta's or Mistral's own, and adapters.
@@ -47,7 +54,7 @@ class CheckpointFiles:
         if not (folder / "config.json").is_file():
             raise UserError(foreign.explain_missing_config(folder))
         self.config = read_json(folder / "config.json")
-        foreign.refuse_quantised(folder, self.config)
+        self._quantised_as = QuantConfig(folder, self.config)
         self.shape: ModelShape = self._with_embeddings(shape_of(self.config, str(folder / "config.json")))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -88,8 +95,8 @@ class CheckpointFiles:
                     raise UserError(f"{name} is in {found[legacy][1].name} and again in {path.name}.")
                 if not legacy.endswith(IGNORED_SUFFIX):
                     found[legacy] = (name, path)
-        foreign.refuse_quantised_names(self.folder, found)
-        if HEAD not in found and EMBEDDING in found and self._tied:
+        has_head = any(name.startswith(HEAD_MODULE) for name in found)
+        if not has_head and EMBEDDING in found and self._tied:
             found[HEAD] = found[EMBEDDING]
         return found
 
@@ -132,11 +139,31 @@ class CheckpointFiles:
         kind: str = self._header(name).get_dtype()
         return kind
 
+    def small(self, name: str) -> np.ndarray:
+        """The values of a small tensor, by its legacy name."""
+        stored, path = self.tensors[name]
+        self._open(path)
+        return read_small(path, stored)
+
+    @cached_property
+    def published(self) -> Published:
+        """The quantised weights. Raises UserError where one is not stored as its format says."""
+        return Published(self, self._quantised_as)
+
+    @property
+    def quantised(self) -> str:
+        """What is quantised in the checkpoint, and how; empty where nothing is."""
+        return self.published.describe()
+
+    def formats(self, world: int) -> tuple[Formats, list[str]]:
+        """The formats in which a rank of `world` holds quantised layers, and notes on those that it does not."""
+        return self.published.formats(world, [name for adapter in self.adapters for name in adapter.changes])
+
     @cached_property
     def stored(self) -> str:
-        """The dtype of most of the weights: fp32, fp16 or bf16. Raises UserError where a tensor has any other."""
+        """The dtype of most of the unquantised weights: fp32, fp16 or bf16. Raises UserError where one has any other."""
         counts: Counter[str] = Counter()
-        for name in self.tensors:
+        for name in (name for name in self.tensors if name not in self.published.used):
             kind = self.kind(name)
             if kind not in SAFETENSORS:
                 raise UserError(foreign.explain_dtype(self.folder, name, kind))
@@ -149,7 +176,9 @@ class CheckpointFiles:
         Raises UserError naming the tensors at fault.
         """
         entries, _ = table(self.shape), self.stored
-        verify_tensors(self.folder, entries, {name: self.stored_shape(name) for name in self.tensors})
+        found = {name: self.stored_shape(name) for name in self.tensors if name not in self.published.used}
+        found |= {entry.name: entry.shape for entry in self.published.entries if entry.name in self.published.stored}
+        verify_tensors(self.folder, entries, found)
         for adapter in self.adapters:
             adapter.verify(entries, self.shape)
 

@@ -161,6 +161,11 @@ class Storage:
     formats: Formats = ()
 
 
+def page_bytes(width: int, head_width: int) -> float:
+    """Bytes of an element of K/V pages whose dtype has `width`; int8 pages have an fp32 scale per token and head."""
+    return width + 4 / head_width if width == 1 else width
+
+
 @lru_cache
 def stored_bytes(shape: ModelShape, storage: Storage, shard: Shard = WHOLE) -> dict[str, int]:
     """Bytes of a rank's Parameters, padding included: of each quantised leaf, and of each other Parameter, by path."""

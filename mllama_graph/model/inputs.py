@@ -7,8 +7,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-# One pair (K, V) of (N, P, K, H) tensors per layer, allocated once.
-Pages = tuple[tuple[Tensor, Tensor], ...]
+# A layer's pages: K and V (N, P, K, H); int8 pages are followed by the scales of each, fp32 (N, K, P).
+LayerPages = tuple[Tensor, ...]
+# The pages of all layers that have some, allocated once.
+Pages = tuple[LayerPages, ...]
 
 
 class ImageInput(NamedTuple):

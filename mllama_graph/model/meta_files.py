@@ -238,6 +238,11 @@ class MetaFiles(CheckpointFiles):
                 return axis
         return None
 
+    @property
+    def quantised(self) -> str:
+        """Empty: Meta's own format holds these models unquantised."""
+        return ""
+
     @cached_property
     def stored(self) -> str:
         """The dtype of the weights: fp32, fp16 or bf16. Raises UserError where a tensor has any other."""

@@ -27,7 +27,9 @@ def padded_head(width: int) -> int:
 class Ops:
     """One callable per operation. Names ending in _ write into their arguments.
 
-    `linear` leaves have `.weight` (out, in), and `.bias` or None. `pages` is a pair of (N, P, K, H) tensors.
+    `linear` leaves have `.weight` (out, in), and `.bias` or None. `pages` are a layer's K and V (N, P, K, H), in the
+    dtype of activations or a narrower one; int8 pages are followed by the scales of each, fp32 (N, K, P). Attention
+    sees every key and value as pages hold it, those of new rows too.
     """
 
     # (ops, a step's input) -> ops for that step, which may skip padding rows

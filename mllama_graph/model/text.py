@@ -8,15 +8,16 @@ next norm are one fused operation.
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
-from mllama_graph.model.inputs import ImageInput, Pages, PromptInput, TokenInput
+from mllama_graph.model.inputs import ImageInput, LayerPages, Pages, PromptInput, TokenInput
 from mllama_graph.model.ops import Ops
 from mllama_graph.model.shape import ModelShape
 from mllama_graph.model.tree import CrossLayer, SelfLayer, TextLayer, TextWeights
 
 # (q_TQH, k_TKH, v_TKH, pages of the layer) -> out_TQH
-Attend = Callable[[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, LayerPages], Tensor]
 
 
 def mlp(w: TextLayer, h_TD: Tensor, ops: Ops) -> Tensor:
@@ -29,7 +30,7 @@ def self_attention(
     w: SelfLayer,
     h_TD: Tensor,
     angles: tuple[Tensor, Tensor],
-    pages: tuple[Tensor, Tensor],
+    pages: LayerPages,
     attend: Attend,
     head_width: int,
     ops: Ops,
@@ -50,7 +51,7 @@ def self_block(
     x_TD: Tensor,
     y_TD: Tensor | None,
     angles: tuple[Tensor, Tensor],
-    pages: tuple[Tensor, Tensor],
+    pages: LayerPages,
     attend: Attend,
     shape: ModelShape,
     ops: Ops,
@@ -63,13 +64,7 @@ def self_block(
 
 
 def cross_block(
-    w: CrossLayer,
-    x_TD: Tensor,
-    y_TD: Tensor | None,
-    pages: tuple[Tensor, Tensor],
-    image: ImageInput,
-    shape: ModelShape,
-    ops: Ops,
+    w: CrossLayer, x_TD: Tensor, y_TD: Tensor | None, pages: LayerPages, image: ImageInput, shape: ModelShape, ops: Ops
 ) -> tuple[Tensor, Tensor]:
     """A cross-attention layer; attention and MLP are each scaled by a tanh gate.
 
@@ -96,11 +91,15 @@ def trunk(
     image_pages: Pages,
     attend: Attend,
     shape: ModelShape,
+    dtype: torch.dtype,
     ops: Ops,
 ) -> tuple[Tensor, Tensor | None]:
-    """All layers. Without `image` the cross-attention layers are left out: equivalent if no row sees an image."""
+    """All layers, with activations in `dtype`.
+
+    Without `image` the cross-attention layers are left out: equivalent if no row sees an image.
+    """
     angles = ops.rope_angles(position_T, w.inv_freq)
-    x_TD, y_TD = ops.embed(ids_T, w.embed).to(pages[0][0].dtype), None
+    x_TD, y_TD = ops.embed(ids_T, w.embed).to(dtype), None
     next_pages, next_image_pages = iter(pages), iter(image_pages)
     for layer in w.layers:
         if isinstance(layer, SelfLayer):
@@ -117,28 +116,36 @@ def logits(w: TextWeights, x_TD: Tensor, y_TD: Tensor | None, shape: ModelShape,
 
 
 def prefill(
-    w: TextWeights, given: PromptInput, pages: Pages, image_pages: Pages, shape: ModelShape, ops: Ops
+    w: TextWeights,
+    given: PromptInput,
+    pages: Pages,
+    image_pages: Pages,
+    shape: ModelShape,
+    dtype: torch.dtype,
+    ops: Ops,
 ) -> Tensor:
-    """Write a chunk's K/V into its slots; return logits_1V of row `last_1`."""
+    """Write a chunk's K/V into its slots; return logits_1V of row `last_1`. `dtype`: of activations."""
     ops = ops.without_padding(ops, given)
 
-    def attend(q_TQH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cache: tuple[Tensor, Tensor]) -> Tensor:
+    def attend(q_TQH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cache: LayerPages) -> Tensor:
         ops.write_pages_(k_TKH, v_TKH, cache, given.slot_T)
         return ops.attend_prompt(q_TQH, k_TKH, v_TKH, cache, given.table_J, given.past_1)
 
-    x_TD, y_TD = trunk(w, given.ids_T, given.position_T, given.image, pages, image_pages, attend, shape, ops)
+    x_TD, y_TD = trunk(w, given.ids_T, given.position_T, given.image, pages, image_pages, attend, shape, dtype, ops)
     x_1D = ops.take_row(x_TD, given.last_1)
     y_1D = None if y_TD is None else ops.take_row(y_TD, given.last_1)
     return logits(w, x_1D, y_1D, shape, ops)
 
 
-def decode(w: TextWeights, given: TokenInput, pages: Pages, image_pages: Pages, shape: ModelShape, ops: Ops) -> Tensor:
-    """Write the new tokens' K/V into their slots; return logits_TV of every row."""
+def decode(
+    w: TextWeights, given: TokenInput, pages: Pages, image_pages: Pages, shape: ModelShape, dtype: torch.dtype, ops: Ops
+) -> Tensor:
+    """Write the new tokens' K/V into their slots; return logits_TV of every row. `dtype`: of activations."""
     ops = ops.without_padding(ops, given)
 
-    def attend(q_TQH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cache: tuple[Tensor, Tensor]) -> Tensor:
+    def attend(q_TQH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cache: LayerPages) -> Tensor:
         ops.write_pages_(k_TKH, v_TKH, cache, given.slot_T)
         return ops.attend_pages(q_TQH, cache, given.table_BJ, given.len_B)
 
-    x_TD, y_TD = trunk(w, given.ids_T, given.position_T, given.image, pages, image_pages, attend, shape, ops)
+    x_TD, y_TD = trunk(w, given.ids_T, given.position_T, given.image, pages, image_pages, attend, shape, dtype, ops)
     return logits(w, x_TD, y_TD, shape, ops)

@@ -66,12 +66,13 @@ def encode(w: VisionWeights, given: TileInput, dtype: torch.dtype, shape: ModelS
     return ops.join_features(x_WE, [kept[index] for index in vision.features], C, L)
 
 
-def encode_image(w: Weights, given: TileInput, image_pages: Pages, shape: ModelShape, ops: Ops) -> None:
-    """Encode an image and write its K and V into the pages of every cross-attention layer.
+def encode_image(
+    w: Weights, given: TileInput, image_pages: Pages, shape: ModelShape, dtype: torch.dtype, ops: Ops
+) -> None:
+    """Encode an image in `dtype` and write its K and V into the pages of every cross-attention layer.
 
     Keys are normalised before they are written. They carry no position, so that all requests can share them.
     """
-    dtype = image_pages[0][0].dtype
     x_SD = ops.linear(encode(w.vision, given, dtype, shape, ops), w.projector)
     S, head_width = x_SD.shape[0], shape.text.head_width
     for pages, index in zip(image_pages, shape.text.cross_layers, strict=True):

@@ -20,6 +20,7 @@ from mllama_graph.model.formats import Format
 from mllama_graph.model.merge import merged
 from mllama_graph.model.meta_files import MetaFiles
 from mllama_graph.model.meta_weights import reader
+from mllama_graph.model.published_codes import PublishedWeight
 from mllama_graph.model.reading import Region, block_rows, read_safetensors
 from mllama_graph.model.shape import ModelShape
 from mllama_graph.model.table import WHOLE, Entry, table
@@ -50,6 +51,8 @@ def _reader(files: CheckpointFiles) -> Callable[[Entry, Region], Tensor]:
     """Reads a region of an entry from safetensors."""
 
     def read(entry: Entry, region: Region) -> Tensor:
+        if quantised := files.published.stored.get(entry.name):
+            return PublishedWeight(files, quantised, entry).values(region)
         stored, path = files.tensors[entry.name]
         if files.is_mlx_patch(entry.name):
             return read_safetensors(path, stored).permute(0, 3, 1, 2)[region]
@@ -61,8 +64,11 @@ def _reader(files: CheckpointFiles) -> Callable[[Entry, Region], Tensor]:
     return read
 
 
-def quantising(fill: Fill, scale_dtype: torch.dtype = torch.float32) -> FillQuantised:
-    """A FillQuantised that quantises what `fill` gives, a block of rows at a time. Scales are those of whole rows."""
+def quantising(fill: Fill, rounded: Callable[[Tensor, Format], Codes] = quantise) -> FillQuantised:
+    """A FillQuantised that quantises what `fill` gives, a block of rows at a time. Scales are those of whole rows.
+
+    rounded: `quantise`, or an equal of it.
+    """
 
     def fill_quantised(entry: Entry, form: Format, parts: dict[str, Tensor], region: Region) -> None:
         rows, inputs = region[0], entry.shape[1]
@@ -71,22 +77,37 @@ def quantising(fill: Fill, scale_dtype: torch.dtype = torch.float32) -> FillQuan
             last = min(first + len(block), rows.stop)
             part = block[: last - first]
             fill(entry, part, (slice(first, last), slice(0, inputs)))
-            write_codes(parts, form, quantise(part, form, scale_dtype), first - rows.start, region[1])
+            write_codes(parts, form, rounded(part, form), first - rows.start, region[1])
+
+    return fill_quantised
+
+
+def published(files: CheckpointFiles) -> FillQuantised:
+    """A FillQuantised that takes a quantised checkpoint's codes as they are, a block of rows at a time."""
+
+    def fill_quantised(entry: Entry, form: Format, parts: dict[str, Tensor], region: Region) -> None:
+        weight = PublishedWeight(files, files.published.stored[entry.name], entry)
+        for rows in weight.blocks(region[0]):
+            write_parts(parts, weight.parts(form, rows, region[1]), rows.start - region[0].start)
 
     return fill_quantised
 
 
 def write_codes(parts: dict[str, Tensor], form: Format, found: Codes, at: int, columns: slice) -> None:
     """Write codes of whole rows to the parts of a leaf, from its row `at` on, taking only some of their columns."""
-    rows, inputs = slice(at, at + len(found.codes)), found.codes.shape[1]
+    inputs = found.codes.shape[1]
     groups = slice(*(end * form.groups(inputs) // inputs for end in (columns.start, columns.stop)))
-    parts["weight"][rows].copy_(pack(found.codes[:, columns], form))
+    given = {name: value for name in parts if (value := getattr(found, name, None)) is not None}
     for name in ("scale", "shift"):
-        if name in parts:
-            parts[name][rows].copy_(getattr(found, name)[:, groups] if form.group else getattr(found, name))
-    for name in ("order", "codebook", "input_scale", "input_zero"):
-        if name in parts:
-            parts[name].copy_(getattr(found, name))
+        if name in given and form.group:
+            given[name] = given[name][:, groups]
+    write_parts(parts, given | {"weight": pack(found.codes[:, columns], form)}, at)
+
+
+def write_parts(parts: dict[str, Tensor], given: dict[str, Tensor], at: int) -> None:
+    """Write the parts of some rows to those of a leaf, from its row `at` on; what rows share is written whole."""
+    for name, part in parts.items():
+        (part[at : at + len(given[name])] if part.dim() == 2 else part).copy_(given[name])
 
 
 def random_fill(shape: ModelShape, seed: int, dtype: torch.dtype) -> Fill:

@@ -116,26 +116,30 @@ OPERATORS: dict[str, dict[str, tuple[str | None, Callable[..., Any]]]] = {
         "pad_rows": ("(Tensor x, Tensor real, int multiple) -> (Tensor, Tensor)", _pad_rows),
         "join_features": ("(Tensor x, Tensor[] kept, int tiles, int tokens) -> Tensor", _join_features),
         "write_pages_": (
-            "(Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor slot, Tensor? real) -> ()",
+            "(Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor(c!)? k_scales, Tensor(d!)? v_scales, "
+            "Tensor slot, Tensor? real) -> ()",
             _nothing,
         ),
         "attend_pages": (
-            "(Tensor q, Tensor k_pages, Tensor v_pages, Tensor table, Tensor length, float scale) -> Tensor",
+            "(Tensor q, Tensor k_pages, Tensor v_pages, Tensor? k_scales, Tensor? v_scales, Tensor table, "
+            "Tensor length, float scale) -> Tensor",
             _like,
         ),
         "attend_prompt": (
-            "(Tensor q, Tensor k, Tensor v, Tensor k_pages, Tensor v_pages, Tensor? table, Tensor past, Tensor? real, "
-            "float scale) -> Tensor",
+            "(Tensor q, Tensor k, Tensor v, Tensor k_pages, Tensor v_pages, Tensor? k_scales, Tensor? v_scales, "
+            "Tensor? table, Tensor past, Tensor? real, float scale) -> Tensor",
             _like,
         ),
         "attend_tiles": ("(Tensor q, Tensor k, Tensor v, Tensor pad, float scale) -> Tensor", _like),
         "attend_image": (
-            "(Tensor q, Tensor k_pages, Tensor v_pages, Tensor table, Tensor fill, Tensor see, float scale) -> Tensor",
+            "(Tensor q, Tensor k_pages, Tensor v_pages, Tensor? k_scales, Tensor? v_scales, Tensor table, Tensor fill, "
+            "Tensor see, float scale) -> Tensor",
             _like,
         ),
     },
     "quantised": {
         "lay_out_codes_": ("(Tensor(a!) weight, bool whole) -> ()", _nothing),
+        "round_rows": ("(Tensor rows, int groups, Tensor steps) -> (Tensor, Tensor)", _nothing),
         "linear_coded": (
             "(Tensor x, Tensor weight, Tensor scale, Tensor? shift, Tensor? order, Tensor? table, Tensor? bias, "
             "Tensor? real) -> Tensor",

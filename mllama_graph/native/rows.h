@@ -15,21 +15,6 @@
 
 namespace {
 
-// ---- Vectors at the end of a row, which may be incomplete ----
-
-// Loads the first `some` elements, followed by zeros.
-inline Vector load(const float* from, int64_t some) {
-  if (some >= kLanes) return load(from);
-  float part[kLanes] = {};
-  std::memcpy(part, from, some * sizeof(float));
-  return load(part);
-}
-
-inline void store(float* to, Vector x, int64_t some) {
-  if (some >= kLanes) return store(to, x);
-  std::memcpy(to, &x, some * sizeof(float));
-}
-
 // Calls f(i, number of elements left) for each vector of a row.
 template <class F>
 inline void for_vectors(int64_t width, const F& f) {
@@ -262,25 +247,6 @@ Tensor take_row(Tensor given, Tensor at) {
   Tensor y = allocated({1, x.width});
   std::memcpy(results(y), x.row(t), x.width * sizeof(float));
   return y;
-}
-
-// Writes row t of k and v to slot[t] of their pages (N, P, K, H), an index over all pages; padding is not written.
-void write_pages_(Tensor given_k, Tensor given_v, Tensor k_pages, Tensor v_pages, Tensor slot,
-                  std::optional<Tensor> real) {
-  const Rows k(given_k), v(given_v);
-  const int32_t* slots = integers(slot);
-  const int64_t count = k_pages.size(0) * k_pages.size(1), some = real_of(k.count, real);
-  floats(k_pages), floats(v_pages);
-  if (k.width * count != k_pages.numel() || v.width != k.width || v.count != k.count ||
-      v_pages.numel() != k_pages.numel())
-    fail("write_pages_ takes k and v (T, K, H) and pages (N, P, K, H)");
-  float *keys = results(k_pages), *values = results(v_pages);
-  for (int64_t t = 0; t < some; t++)
-    if (slots[t] < 0 || slots[t] >= count) fail("a slot is not in the pages");
-  for_rows(some, 2 * k.width, [&](int64_t t) {
-    std::memcpy(keys + slots[t] * k.width, k.row(t), k.width * sizeof(float));
-    std::memcpy(values + slots[t] * k.width, v.row(t), k.width * sizeof(float));
-  });
 }
 
 }  // namespace

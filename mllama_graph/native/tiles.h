@@ -10,7 +10,7 @@
 #include <tuple>
 #include <vector>
 
-#include "attention.h"
+#include "products.h"
 #include "rows.h"
 #include "tensors.h"
 #include "vectors.h"

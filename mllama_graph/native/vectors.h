@@ -34,6 +34,7 @@ constexpr int kRegisters = 16;
 typedef float Vector __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Integers __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+typedef int8_t Bytes __attribute__((vector_size(kLanes)));
 
 struct BFloat16 {
   uint16_t bits;
@@ -48,6 +49,8 @@ constexpr int64_t kLine = 64;
 // ---- Loads that widen ----
 
 inline float widen(float x) { return x; }
+
+inline float widen(int8_t x) { return x; }
 
 inline float widen(BFloat16 x) {
   const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
@@ -95,6 +98,20 @@ inline Vector load(const Float16* from) {
 #endif
 }
 
+inline Vector load(const int8_t* from) {
+#if defined(__AVX512F__)
+  const auto wide = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  return reinterpret_cast<Vector>(_mm512_cvtepi32_ps(wide));
+#elif defined(__AVX2__)
+  const auto wide = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+  return reinterpret_cast<Vector>(_mm256_cvtepi32_ps(wide));
+#else
+  Bytes codes;
+  std::memcpy(&codes, from, sizeof codes);
+  return __builtin_convertvector(codes, Vector);
+#endif
+}
+
 // x in every lane.
 inline Vector splat(float x) {
 #if defined(__AVX512F__)
@@ -129,6 +146,19 @@ inline Vector multiply_add(Vector a, Vector b, Vector c) {
 }
 
 inline void store(float* to, Vector x) { std::memcpy(to, &x, sizeof x); }
+
+// Loads the first `some` elements, followed by zeros.
+inline Vector load(const float* from, int64_t some) {
+  if (some >= kLanes) return load(from);
+  float part[kLanes] = {};
+  std::memcpy(part, from, some * sizeof(float));
+  return load(part);
+}
+
+inline void store(float* to, Vector x, int64_t some) {
+  if (some >= kLanes) return store(to, x);
+  std::memcpy(to, &x, some * sizeof(float));
+}
 
 // The sum of a vector's lanes.
 inline float total(Vector x) {

@@ -11,11 +11,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mllama_graph.model.formats import FLOAT
-from mllama_graph.model.inputs import PromptInput, TokenInput
+from mllama_graph.model.codes import INT4_STEPS, Codes, quantise
+from mllama_graph.model.formats import FLOAT, MOST, Format
+from mllama_graph.model.inputs import LayerPages, PromptInput, TokenInput
 from mllama_graph.model.ops import Ops
 from mllama_graph.model.tree import Embedding, LayerNorm, Linear, Weights, linears
-from mllama_graph.ops.plain import PLAIN, Pages
+from mllama_graph.ops.plain import PLAIN
 
 kernels = torch.ops.mllama_graph
 
@@ -30,6 +31,14 @@ def lay_out(weights: Weights) -> None:
         for of_groups in (leaf.scale, leaf.shift):
             if of_groups is not None:
                 kernels.lay_out_(of_groups)
+
+
+def rounded(rows_OI: Tensor, form: Format) -> Codes:
+    """`quantise` of model/codes.py: the same codes in a tenth of the time."""
+    if form.code == "fp8":
+        return quantise(rows_OI, form)
+    steps = torch.tensor(INT4_STEPS if form.code == "int4" else (float(MOST),))
+    return Codes(*kernels.round_rows(rows_OI, form.groups(rows_OI.shape[1]), steps))
 
 
 def embed(ids_T: Tensor, leaf: Embedding, real_1: Tensor | None = None) -> Tensor:
@@ -131,29 +140,36 @@ def join_features(x_WE: Tensor, kept: list[Tensor], tiles: int, tokens: int) -> 
     return kernels.join_features(x_WE, kept, tiles, tokens)
 
 
-def write_pages_(k_TKH: Tensor, v_TKH: Tensor, pages: Pages, slot_T: Tensor, real_1: Tensor | None = None) -> None:
+def _and_scales(pages: LayerPages) -> tuple[Tensor | None, ...]:
+    """A layer's pages as kernels take them: K, V, and the scales of each, None for pages without."""
+    return pages if len(pages) == 4 else (*pages, None, None)
+
+
+def write_pages_(k_TKH: Tensor, v_TKH: Tensor, pages: LayerPages, slot_T: Tensor, real_1: Tensor | None = None) -> None:
     """Rows from `real_1` on are not written."""
-    kernels.write_pages_(k_TKH, v_TKH, *pages, slot_T, real_1)
+    kernels.write_pages_(k_TKH, v_TKH, *_and_scales(pages), slot_T, real_1)
 
 
 def attend_prompt(
     q_TQH: Tensor,
     k_TKH: Tensor,
     v_TKH: Tensor,
-    pages: Pages,
+    pages: LayerPages,
     table_J: Tensor | None,
     past_1: Tensor,
     real_1: Tensor | None = None,
 ) -> Tensor:
-    return kernels.attend_prompt(q_TQH, k_TKH, v_TKH, *pages, table_J, past_1, real_1, q_TQH.shape[-1] ** -0.5)
+    return kernels.attend_prompt(
+        q_TQH, k_TKH, v_TKH, *_and_scales(pages), table_J, past_1, real_1, q_TQH.shape[-1] ** -0.5
+    )
 
 
-def attend_pages(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, len_B: Tensor) -> Tensor:
-    return kernels.attend_pages(q_TQH, *pages, table_BJ, len_B, q_TQH.shape[-1] ** -0.5)
+def attend_pages(q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, len_B: Tensor) -> Tensor:
+    return kernels.attend_pages(q_TQH, *_and_scales(pages), table_BJ, len_B, q_TQH.shape[-1] ** -0.5)
 
 
-def attend_image(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, fill_BJ: Tensor, see_T2: Tensor) -> Tensor:
-    return kernels.attend_image(q_TQH, *pages, table_BJ, fill_BJ, see_T2, q_TQH.shape[-1] ** -0.5)
+def attend_image(q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, fill_BJ: Tensor, see_T2: Tensor) -> Tensor:
+    return kernels.attend_image(q_TQH, *_and_scales(pages), table_BJ, fill_BJ, see_T2, q_TQH.shape[-1] ** -0.5)
 
 
 def attend_tiles(q_SAH: Tensor, k_SAH: Tensor, v_SAH: Tensor, pad_S: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""The operations on a CUDA device: plain.py's, with paged attention of decode steps in Triton kernels.
+"""The operations on a CUDA device: plain.py's, with Triton kernels for paged attention of decode steps and, in
+cuda_linear.py, for quantised linear layers.
 
 Inductor compiles the rest, with SDPA for prompts and tiles. The kernels are registered with `triton_op`, so that
 ahead-of-time packages contain them compiled and need no Python. Shape letters in addition to those of model/ops.py:
@@ -13,28 +14,19 @@ Run by Triton's interpreter and compiled for sm_80 and sm_90 on hosts without a 
 """
 
 from dataclasses import replace
-from functools import lru_cache
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 
+from mllama_graph.model.inputs import LayerPages
 from mllama_graph.model.ops import Ops
-from mllama_graph.ops import plain
-from mllama_graph.ops.plain import Pages
+from mllama_graph.ops import cuda_linear, plain
+from mllama_graph.ops.cuda_triton import DOT, jit, multiprocessors, operation, power_of_2, tl, triton
+from mllama_graph.ops.plain import PLAIN
 from mllama_graph.ops.ranks import ranked
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # torch's CPU wheels come without it
-    # The kernels' signatures name tl.constexpr.
-    triton, tl = None, SimpleNamespace(constexpr=None)
-
 LOG2_E = 1.4426950408889634
-# Minimum side of a tensor-core tile in tl.dot.
-DOT = 16
 # Bytes of one tile of keys: two tiles (K and V) in two stages take 64 KiB of a multiprocessor's shared memory.
 TILE_BYTES = 16384
 # Most queries of a kv head that one program holds; SDPA handles more.
@@ -54,16 +46,7 @@ def splits(sequences: int, kv_heads: int, keys: int, multiprocessors: int) -> in
     return max(1, min(to_fill, keys // LEAST_KEYS, MOST_SPLITS))
 
 
-@lru_cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _jit(kernel):
-    return kernel if triton is None else triton.jit(kernel)
-
-
-@_jit
+@jit
 def _partial(
     q_ptr,
     k_ptr,
@@ -72,6 +55,8 @@ def _partial(
     len_ptr,
     fill_ptr,
     see_ptr,
+    k_scales_ptr,
+    v_scales_ptr,
     partial_ptr,
     lse_ptr,
     R: tl.constexpr,
@@ -86,11 +71,13 @@ def _partial(
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
     IMAGE: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
     """Attention over one share of keys: partial (B, K, S, M, H), and lse (B, K, S, M) in base 2.
 
     If a row sees no key of the share, its lse is -inf and its partial result is not written. With IMAGE, fill (B, J)
-    and see (T, 2) are read, otherwise len (B). SCALE includes log2(e).
+    and see (T, 2) are read, otherwise len (B). With SCALED, pages hold codes,
+    and the scales (N, K, P) are read. SCALE includes log2(e).
     """
     b, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     m_M, h_H = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_H)
@@ -130,6 +117,9 @@ def _partial(
         v_NH = tl.load(v_ptr + at_N[:, None] + h_H[None, :], mask=held_N[:, None] & real_H[None, :], other=0.0)
 
         score_MN = tl.dot(q_MH, k_HN.to(q_MH.dtype), input_precision="ieee") * SCALE
+        if SCALED:
+            scale_N = (page_N * K + head) * P + n_N % P
+            score_MN *= tl.load(k_scales_ptr + scale_N, mask=held_N, other=0.0)[None, :]
         seen_MN = held_N[None, :] & (n_N[None, :] >= from_M[:, None]) & (n_N[None, :] < to_M[:, None])
         score_MN = tl.where(seen_MN, score_MN, float("-inf"))
         higher_M = tl.maximum(top_M, tl.max(score_MN, axis=1))
@@ -139,6 +129,8 @@ def _partial(
         shrink_M = tl.exp2(top_M - base_M)
         sum_M = sum_M * shrink_M + tl.sum(weight_MN, axis=1)
         out_MH = out_MH * shrink_M[:, None]
+        if SCALED:
+            weight_MN *= tl.load(v_scales_ptr + scale_N, mask=held_N, other=0.0)[None, :]
         out_MH += tl.dot(weight_MN.to(q_MH.dtype), v_NH.to(q_MH.dtype), input_precision="ieee")
         top_M = higher_M
 
@@ -153,7 +145,7 @@ def _partial(
     )
 
 
-@_jit
+@jit
 def _combine(
     partial_ptr,
     lse_ptr,
@@ -184,14 +176,6 @@ def _combine(
     tl.store(out_ptr + (t * K * G + query) * H + h_H, out_H.to(out_ptr.dtype.element_ty), mask=h_H < H)
 
 
-def _op(launch):
-    return launch if triton is None else triton_op(f"mllama_graph::{launch.__name__}", mutates_args=())(launch)
-
-
-def _power_of_2(least: int) -> int:
-    return 1 << (least - 1).bit_length()
-
-
 def _attend(
     q_TQH: Tensor,
     k_pages: Tensor,
@@ -202,11 +186,13 @@ def _attend(
     see_T2: Tensor,
     count: int,
     image: bool,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
 ) -> Tensor:
     """Run both kernels over `count` splits. Inputs that `image` leaves unread may be any int32 tensor."""
     (T, Q, H), (_, P, K, _), (B, J) = q_TQH.shape, k_pages.shape, table_BJ.shape
     R, G = T // B, Q // K
-    block_h = max(DOT, _power_of_2(H))
+    block_h = max(DOT, power_of_2(H))
     item = max(q_TQH.element_size(), k_pages.element_size())
     block_n = min(128, max(DOT, TILE_BYTES // (block_h * item)))
     partial_BKSMH = torch.empty((B, K, count, R * G, H), dtype=torch.float32, device=q_TQH.device)
@@ -220,6 +206,8 @@ def _attend(
         len_B,
         fill_BJ,
         see_T2,
+        k_pages if k_scales is None else k_scales,
+        v_pages if v_scales is None else v_scales,
         partial_BKSMH,
         lse_BKSM,
         R=R,
@@ -230,10 +218,11 @@ def _attend(
         J=J,
         S=count,
         SCALE=LOG2_E * H**-0.5,
-        BLOCK_M=max(DOT, _power_of_2(R * G)),
+        BLOCK_M=max(DOT, power_of_2(R * G)),
         BLOCK_H=block_h,
         BLOCK_N=block_n,
         IMAGE=image,
+        SCALED=k_scales is not None,
         num_stages=2,
         # fp32 products don't use tensor cores and need more registers than 4 warps have.
         num_warps=4 if item == 2 else 8,
@@ -247,52 +236,67 @@ def _attend(
         K=K,
         H=H,
         S=count,
-        BLOCK_S=_power_of_2(count),
+        BLOCK_S=power_of_2(count),
         BLOCK_H=block_h,
         num_warps=4,
     )
     return out_TQH
 
 
-@_op
+@operation
 def attend_pages_split(
-    q_TQH: Tensor, k_pages: Tensor, v_pages: Tensor, table_BJ: Tensor, len_B: Tensor, count: int
+    q_TQH: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    table_BJ: Tensor,
+    len_B: Tensor,
+    count: int,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     """`attend_pages` of model/ops.py over `count` splits. All but q are contiguous; all but q and pages are int32."""
-    return _attend(q_TQH, k_pages, v_pages, table_BJ, len_B, len_B, len_B, count, False)
+    return _attend(q_TQH, k_pages, v_pages, table_BJ, len_B, len_B, len_B, count, False, k_scales, v_scales)
 
 
-@_op
+@operation
 def attend_image_split(
-    q_TQH: Tensor, k_pages: Tensor, v_pages: Tensor, table_BJ: Tensor, fill_BJ: Tensor, see_T2: Tensor, count: int
+    q_TQH: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    table_BJ: Tensor,
+    fill_BJ: Tensor,
+    see_T2: Tensor,
+    count: int,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     """`attend_image` of model/ops.py over `count` splits; zeros for a row that sees no key.
 
     All but q are contiguous; all but q and pages are int32.
     """
-    return _attend(q_TQH, k_pages, v_pages, table_BJ, fill_BJ, fill_BJ, see_T2, count, True)
+    return _attend(q_TQH, k_pages, v_pages, table_BJ, fill_BJ, fill_BJ, see_T2, count, True, k_scales, v_scales)
 
 
-def _fits_one_program(q_TQH: Tensor, pages: Pages, table_BJ: Tensor) -> bool:
+def _fits_one_program(q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor) -> bool:
     """Whether one program can hold all queries of a kv head."""
     return q_TQH.shape[0] // table_BJ.shape[0] * (q_TQH.shape[1] // pages[0].shape[2]) <= MOST_QUERIES
 
 
-def _splits(pages: Pages, table_BJ: Tensor) -> int:
+def _splits(pages: LayerPages, table_BJ: Tensor) -> int:
     (B, J), (_, P, K, _) = table_BJ.shape, pages[0].shape
-    return splits(B, K, J * P, _multiprocessors(pages[0].device))
+    return splits(B, K, J * P, multiprocessors(pages[0].device))
 
 
-def attend_pages(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, len_B: Tensor) -> Tensor:
+def attend_pages(q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, len_B: Tensor) -> Tensor:
     if not _fits_one_program(q_TQH, pages, table_BJ):
         return plain.attend_pages(q_TQH, pages, table_BJ, len_B)
-    return attend_pages_split(q_TQH, *pages, table_BJ, len_B, _splits(pages, table_BJ))
+    return attend_pages_split(q_TQH, *pages[:2], table_BJ, len_B, _splits(pages, table_BJ), *pages[2:])
 
 
-def attend_image(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, fill_BJ: Tensor, see_T2: Tensor) -> Tensor:
+def attend_image(q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, fill_BJ: Tensor, see_T2: Tensor) -> Tensor:
     if not _fits_one_program(q_TQH, pages, table_BJ):
         return plain.attend_image(q_TQH, pages, table_BJ, fill_BJ, see_T2)
-    return attend_image_split(q_TQH, *pages, table_BJ, fill_BJ, see_T2, _splits(pages, table_BJ))
+    return attend_image_split(q_TQH, *pages[:2], table_BJ, fill_BJ, see_T2, _splits(pages, table_BJ), *pages[2:])
 
 
 def triton_version() -> str | None:
@@ -310,4 +314,5 @@ def cuda_ops(world: int) -> Ops:
             "device=cuda needs Triton, which torch's CUDA wheels include and its CPU wheels don't. "
             "Install a CUDA wheel of torch, or the triton package."
         )
-    return replace(ranked(world, "distributed"), attend_pages=attend_pages, attend_image=attend_image)
+    base = replace(PLAIN, linear=cuda_linear.linear, attend_pages=attend_pages, attend_image=attend_image)
+    return ranked(world, "distributed", base)

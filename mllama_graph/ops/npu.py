@@ -21,6 +21,7 @@ is `dynamo/torchair`.
 Masks and casts that layers share are traced once per layer and computed once per graph (torchair.py, share_repeats).
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -31,10 +32,11 @@ import torch_npu
 import torchair  # registers torchair.ops
 from torch import Tensor
 
+from mllama_graph.model.inputs import LayerPages
 from mllama_graph.model.ops import Ops, padded_head
 from mllama_graph.model.tree import Linear
-from mllama_graph.ops.plain import Pages
-from mllama_graph.ops.ranks import ranked
+from mllama_graph.ops import npu_quantised
+from mllama_graph.ops.ranks import GROUP, max_in, ranked
 
 # docs of npu_fused_infer_attention_score: "(2048, 2048)" for sparse_mode 2, 3 and 4.
 MASK_SIDE = 2048
@@ -46,7 +48,10 @@ def _widen(x: Tensor, width: int) -> Tensor:
     return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
 
 
-def linear(x: Tensor, leaf: Linear) -> Tensor:
+def linear(x: Tensor, leaf: Linear, nz: bool = False, over_ranks: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """nz, over_ranks: see npu_quantised.py."""
+    if leaf.format:
+        return npu_quantised.linear(x, leaf, nz, over_ranks)
     # The weight has the dtype of x: MatMul accepts no other (IR MatMul).
     y = torch_npu.npu_linear(x.flatten(0, -2), leaf.weight, leaf.bias)
     return y.view(*x.shape[:-1], y.shape[-1])
@@ -79,7 +84,7 @@ def swiglu(h_TF: Tensor) -> Tensor:
     return torch_npu.npu_swiglu(h_TF, -1)
 
 
-def write_pages_(k_TKH: Tensor, v_TKH: Tensor, pages: Pages, slot_T: Tensor) -> None:
+def write_pages_(k_TKH: Tensor, v_TKH: Tensor, pages: LayerPages, slot_T: Tensor) -> None:
     # docs: all four tensors have one dtype; "Norm" is for pages in their natural order. The argument is the pages
     # themselves and not a view of them, for which the compiler would copy the whole pool.
     dtype, width = pages[0].dtype, pages[0].shape[-1]
@@ -133,7 +138,7 @@ def attend_prompt(
     q_TQH: Tensor,
     k_TKH: Tensor,
     v_TKH: Tensor,
-    pages: Pages,
+    pages: LayerPages,
     table_J: Tensor | None,
     past_1: Tensor,
     captured: bool = False,
@@ -161,14 +166,15 @@ def attend_prompt(
     )
 
 
-def attend_pages(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, len_B: Tensor) -> Tensor:
+def attend_pages(q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, len_B: Tensor) -> Tensor:
     B, H, (_, P, K, width) = table_BJ.shape[0], q_TQH.shape[-1], pages[0].shape
     q_BRQH = _widen(q_TQH, width).view(B, -1, q_TQH.shape[1], width)
     # A single row sees its whole sequence; of several rows, only the last does.
     causal = q_BRQH.shape[1] > 1
     return _attention(
         q_BRQH,
-        *pages,
+        pages[0],
+        pages[1],
         H,
         kv_heads=K,
         mask=causal_mask(q_TQH.device) if causal else None,
@@ -180,7 +186,7 @@ def attend_pages(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, len_B: Tensor) -
     )
 
 
-def attend_pages_captured(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, len_B: Tensor) -> Tensor:
+def attend_pages_captured(q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, len_B: Tensor) -> Tensor:
     """`attend_pages` for captured kernels, whose lengths are constants: the whole width of the block table.
 
     A mask computed from len_B hides the keys behind a sequence's end.
@@ -193,7 +199,8 @@ def attend_pages_captured(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, len_B: 
     unseen_BRL = column_L > (len_B[:, None] - R + row_R)[..., None]
     return _attention(
         q_BRQH,
-        *pages,
+        pages[0],
+        pages[1],
         H,
         kv_heads=K,
         mask=unseen_BRL[:, None],
@@ -205,7 +212,7 @@ def attend_pages_captured(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, len_B: 
 
 
 def attend_image(
-    q_TQH: Tensor, pages: Pages, table_BJ: Tensor, fill_BJ: Tensor, see_T2: Tensor, captured: bool = False
+    q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, fill_BJ: Tensor, see_T2: Tensor, captured: bool = False
 ) -> Tensor:
     (B, J), H, (_, P, K, width) = table_BJ.shape, q_TQH.shape[-1], pages[0].shape
     q_BRQH = _widen(q_TQH, width).view(B, -1, q_TQH.shape[1], width)
@@ -222,7 +229,8 @@ def attend_image(
     used_B = (fill_BJ > 0).sum(-1, dtype=torch.int32).clamp(min=1)
     return _attention(
         q_BRQH,
-        *pages,
+        pages[0],
+        pages[1],
         H,
         kv_heads=K,
         mask=unseen_BRL[:, None],
@@ -242,14 +250,14 @@ def attend_tiles(q_SAH: Tensor, k_SAH: Tensor, v_SAH: Tensor, pad_S: Tensor, cap
     )
 
 
-def npu_ops(world: int, mode: str = "max-autotune") -> Ops:
+def npu_ops(world: int, mode: str = "max-autotune", nz: bool = False) -> Ops:
     """The operations of one of `world` ranks; collectives are torch.distributed's, which map to HCCL's.
 
-    `mode` is torchair's: max-autotune for graphs of GE, npugraph_ex for captured kernels.
+    `mode` is torchair's: max-autotune for graphs of GE, npugraph_ex for captured kernels. nz: whether weights are NZ.
     """
     ops = replace(
         ranked(world, "distributed"),
-        linear=linear,
+        linear=partial(linear, nz=nz, over_ranks=max_in(GROUP) if world > 1 else None) if nz or world > 1 else linear,
         rms_norm=rms_norm,
         add_rms_norm=add_rms_norm,
         rope=rope,

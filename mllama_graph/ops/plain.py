@@ -7,11 +7,10 @@ from torch import Tensor
 from mllama_graph.core.dtypes import WIDEN_ROWS
 from mllama_graph.model.codes import Codes, rounded_rows, unpack, values
 from mllama_graph.model.formats import DYNAMIC, FLOAT, MOST
-from mllama_graph.model.inputs import PromptInput, TokenInput
+from mllama_graph.model.inputs import LayerPages, PromptInput, TokenInput
 from mllama_graph.model.ops import Ops
 from mllama_graph.model.tree import Embedding, LayerNorm, Linear
-
-Pages = tuple[Tensor, Tensor]
+from mllama_graph.ops.pages import as_stored, gather, write_pages_
 
 
 def embed(ids_T: Tensor, leaf: Embedding) -> Tensor:
@@ -199,24 +198,6 @@ def join_features(x_WE: Tensor, kept: list[Tensor], tiles: int, tokens: int) -> 
     return x_WU.view(tiles, -1, x_WU.shape[-1])[:, :tokens].reshape(tiles * tokens, -1)
 
 
-def write_pages_(k_TKH: Tensor, v_TKH: Tensor, pages: Pages, slot_T: Tensor) -> None:
-    """Write row t of K and V to slot slot_T[t], an index of tokens over all pages; slots are unique."""
-    page_size = pages[0].shape[1]
-    where = (slot_T // page_size, slot_T % page_size)
-    pages[0].index_put_(where, k_TKH.to(pages[0].dtype))
-    pages[1].index_put_(where, v_TKH.to(pages[1].dtype))
-
-
-def _gather(pages: Pages, table: Tensor) -> Pages:
-    """K and V of the pages in `table` (..., J), as (..., J * P, K, H)."""
-
-    def take(data: Tensor) -> Tensor:
-        picked = data.index_select(0, table.reshape(-1))
-        return picked.view(*table.shape[:-1], table.shape[-1] * data.shape[1], *data.shape[2:])
-
-    return take(pages[0]), take(pages[1])
-
-
 def _attend(q_BRQH: Tensor, k_BLKH: Tensor, v_BLKH: Tensor, mask_BRL: Tensor) -> Tensor:
     """Grouped-query attention of R rows per sequence over L keys; the heads of a group are folded into the rows."""
     B, R, Q, H = q_BRQH.shape
@@ -229,33 +210,36 @@ def _attend(q_BRQH: Tensor, k_BLKH: Tensor, v_BLKH: Tensor, mask_BRL: Tensor) ->
 
 
 def attend_prompt(
-    q_TQH: Tensor, k_TKH: Tensor, v_TKH: Tensor, pages: Pages, table_J: Tensor | None, past_1: Tensor
+    q_TQH: Tensor, k_TKH: Tensor, v_TKH: Tensor, pages: LayerPages, table_J: Tensor | None, past_1: Tensor
 ) -> Tensor:
-    """Causal attention of T new rows over themselves and `past_1` tokens in the pages of table_J -> (T, Q, H)."""
+    """Causal attention of T new rows over themselves and `past_1` tokens in the pages of table_J -> (T, Q, H).
+
+    New keys and values are rounded to the format of the pages first: a prompt in one chunk equals it in several.
+    """
     row_T = torch.arange(q_TQH.shape[0], device=q_TQH.device)
     mask_TL = row_T[None, :] <= row_T[:, None]
-    k_LKH, v_LKH = k_TKH, v_TKH
+    k_LKH, v_LKH = as_stored(k_TKH, pages), as_stored(v_TKH, pages)
     if table_J is not None:
-        past_k, past_v = _gather(pages, table_J)
-        k_LKH, v_LKH = torch.cat((past_k.to(k_TKH.dtype), k_TKH)), torch.cat((past_v.to(v_TKH.dtype), v_TKH))
+        past_k, past_v = gather(pages, table_J, k_TKH.dtype)
+        k_LKH, v_LKH = torch.cat((past_k, k_LKH)), torch.cat((past_v, v_LKH))
         earlier_L = torch.arange(past_k.shape[0], device=q_TQH.device) < past_1
         mask_TL = torch.cat((earlier_L.expand(q_TQH.shape[0], -1), mask_TL), dim=1)
     return _attend(q_TQH[None], k_LKH[None], v_LKH[None], mask_TL[None])
 
 
-def attend_pages(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, len_B: Tensor) -> Tensor:
+def attend_pages(q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, len_B: Tensor) -> Tensor:
     """Attention over pages, R = T / B rows per sequence: row i sees the first len - R + 1 + i tokens -> (T, Q, H)."""
     B = table_BJ.shape[0]
     q_BRQH = q_TQH.view(B, -1, *q_TQH.shape[1:])
     R = q_BRQH.shape[1]
-    k_BLKH, v_BLKH = _gather(pages, table_BJ)
+    k_BLKH, v_BLKH = gather(pages, table_BJ, q_TQH.dtype)
     row_R = torch.arange(R, device=q_TQH.device)
     key_L = torch.arange(k_BLKH.shape[1], device=q_TQH.device)
     mask_BRL = key_L[None, None, :] <= (len_B[:, None, None] - R + row_R[None, :, None])
-    return _attend(q_BRQH, k_BLKH.to(q_TQH.dtype), v_BLKH.to(q_TQH.dtype), mask_BRL)
+    return _attend(q_BRQH, k_BLKH, v_BLKH, mask_BRL)
 
 
-def attend_image(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, fill_BJ: Tensor, see_T2: Tensor) -> Tensor:
+def attend_image(q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, fill_BJ: Tensor, see_T2: Tensor) -> Tensor:
     """Cross-attention over image pages: row t sees the table entries see[0] .. see[1] - 1, each up to its fill.
 
     Returns (T, Q, H); the result of a row that sees no entry is finite but meaningless.
@@ -264,7 +248,7 @@ def attend_image(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, fill_BJ: Tensor,
     P = pages[0].shape[1]
     q_BRQH = q_TQH.view(B, -1, *q_TQH.shape[1:])
     R = q_BRQH.shape[1]
-    k_BLKH, v_BLKH = _gather(pages, table_BJ)
+    k_BLKH, v_BLKH = gather(pages, table_BJ, q_TQH.dtype)
     filled_BJP = torch.arange(P, device=q_TQH.device) < fill_BJ[:, :, None]
     entry_J = torch.arange(J, device=q_TQH.device)
     see_BR2 = see_T2.view(B, R, 2)
@@ -272,7 +256,7 @@ def attend_image(q_TQH: Tensor, pages: Pages, table_BJ: Tensor, fill_BJ: Tensor,
     mask_BRL = (seen_BRJ[..., None] & filled_BJP[:, None]).view(B, R, J * P)
     # The caller discards rows that see no image; seeing every key keeps their softmax finite.
     blind_BR1 = see_BR2[..., 1:] <= see_BR2[..., :1]
-    return _attend(q_BRQH, k_BLKH.to(q_TQH.dtype), v_BLKH.to(q_TQH.dtype), mask_BRL | blind_BR1)
+    return _attend(q_BRQH, k_BLKH, v_BLKH, mask_BRL | blind_BR1)
 
 
 def attend_tiles(q_SAH: Tensor, k_SAH: Tensor, v_SAH: Tensor, pad_S: Tensor) -> Tensor:

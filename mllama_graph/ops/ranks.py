@@ -54,6 +54,16 @@ def _distributed_all_reduce(x: Tensor) -> Tensor:
     return functional.wait_tensor(functional.all_reduce(x.contiguous(), "sum", GROUP))
 
 
+def max_in(group: GroupName) -> Callable[[Tensor], Tensor]:
+    """The largest values of a registered group's ranks, elementwise."""
+
+    def largest(x: Tensor) -> Tensor:
+        functional = torch.ops._c10d_functional
+        return functional.wait_tensor(functional.all_reduce(x.contiguous(), "max", group))
+
+    return largest
+
+
 def gather_in(group: GroupName, world: int) -> Callable[[Tensor], Tensor]:
     """The all-gather of a registered group: x -> (world, *x.shape)."""
 

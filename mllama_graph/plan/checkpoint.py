@@ -1,4 +1,4 @@
-"""Resolves weights=, model= and adapter= into a model's shape and its checkpoint. No torch."""
+"""Resolves weights=, model=, adapter= and quant= into a model's shape, checkpoint and formats. No torch."""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ from mllama_graph.core.errors import UserError
 from mllama_graph.core.paths import in_package
 from mllama_graph.model.adapter import read_adapters
 from mllama_graph.model.files import CheckpointFiles
+from mllama_graph.model.formats import Formats, chosen
 from mllama_graph.model.meta_files import open_checkpoint
 from mllama_graph.model.shape import ModelShape, differences, shape_of
 
@@ -49,7 +50,7 @@ def model_of(run: Run) -> tuple[ModelShape, CheckpointFiles | None]:
         if expected is None:
             raise UserError(
                 f"model={run.model.name} takes its shapes from a checkpoint, which weights={weights} lacks. "
-                "Use model=11b or model=90b."
+                "Use model=11b, model=90b or model=mid."
             )
         if run.adapter is not None:
             raise UserError(f"adapter={run.adapter} needs the weights it was trained on. Use weights=/path/to/base.")
@@ -64,3 +65,19 @@ def model_of(run: Run) -> tuple[ModelShape, CheckpointFiles | None]:
             )
     shape.check_ranks(run.tp)
     return shape, checkpoint
+
+
+def formats_of(run: Run, shape: ModelShape, checkpoint: CheckpointFiles | None) -> tuple[Formats, tuple[str, ...]]:
+    """The formats of quantised layers: those of the checkpoint, or those that quant= chooses; and notes on them.
+
+    Raises UserError where both are given, or a format can't hold a layer.
+    """
+    if checkpoint is None or not checkpoint.quantised:
+        return chosen(run.quant, run.quant_group, run.quant_parts, shape, run.tp), ()
+    if run.quant != "none":
+        raise UserError(
+            f"quant={run.quant}: {checkpoint.folder} is quantised already ({checkpoint.quantised}). Leave quant= out "
+            "to use it as it is, or give the unquantised checkpoint."
+        )
+    formats, notes = checkpoint.formats(run.tp)
+    return formats, (f"quantised checkpoint: {checkpoint.quantised}", *notes)

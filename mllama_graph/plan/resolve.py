@@ -13,17 +13,18 @@ from mllama_graph import native
 from mllama_graph.core import devices
 from mllama_graph.core.config import HardwareChoice, PlanChoice, Run, TaskOptions
 from mllama_graph.core.devices import CPU, DEVICES, Device
-from mllama_graph.core.dtypes import BYTES, Precision
+from mllama_graph.core.dtypes import BYTES, PAGE_BYTES, Precision
 from mllama_graph.core.errors import UserError
 from mllama_graph.core.machine import available_memory
 from mllama_graph.core.paths import in_package, store_folder
 from mllama_graph.core.place import Place
 from mllama_graph.model.files import CheckpointFiles
-from mllama_graph.model.formats import Storage, chosen
+from mllama_graph.model.formats import Storage, page_bytes
 from mllama_graph.model.shape import ModelShape
 from mllama_graph.plan.buckets import Limits, Plan, make_plan
-from mllama_graph.plan.checkpoint import META, model_of, weights_of
+from mllama_graph.plan.checkpoint import META, formats_of, model_of, weights_of
 from mllama_graph.plan.memory import Memory, memory, require
+from mllama_graph.plan.quantised import check_compiler, on_device
 
 # Kinds of CPU kernels: native C++, or plain torch as the backend compiles it.
 NATIVE, PLAIN = "native", "plain"
@@ -97,8 +98,12 @@ class ResolvedRun(ResolvedTask):
     compiler_options: tuple[tuple[str, Any], ...]
     environment: tuple[tuple[str, str], ...]
     precision: Precision
+    # kv= as given; precision.kv is what it is resolved to.
+    kv: str
     # Bytes of what is stored in it, and the formats of quantised layers.
     storage: Storage
+    # What to say about formats before weights are loaded.
+    format_notes: tuple[str, ...]
     limits: Limits
     plan_choice: PlanChoice
     plan: Plan
@@ -139,7 +144,8 @@ def resolve(run: Run, place: Place | None) -> ResolvedTask:
     only_shapes = weights_of(run) == META
     if needs == TaskOptions.RANKS:
         _check_ranks(run, device, place, only_shapes)
-    precision = device.precision(run.dtype, checkpoint.stored if checkpoint else RANDOM_DTYPE)
+    precision = device.precision(run.dtype, run.kv, checkpoint.stored if checkpoint else RANDOM_DTYPE)
+    _check_pages(device, precision)
     kernels = _kernels(run, device, precision)
     limits = Limits(
         run.batch,
@@ -148,15 +154,20 @@ def resolve(run: Run, place: Place | None) -> ResolvedTask:
         run.max_images or max(DEFAULT_MAX_IMAGES, run.task.images_asked(run)),
     )
     plan = make_plan(run.plan, limits, shape, device.paging, kernels == NATIVE)
-    formats = chosen(run.quant, run.quant_group, run.quant_parts, shape, run.tp)
-    storage = Storage(BYTES[precision.store], BYTES[precision.compute], BYTES[precision.compute], formats)
+    formats, notes = formats_of(run, shape, checkpoint)
+    formats = on_device(formats, run.quant, shape, run.tp, device, precision.compute)
+    check_compiler(formats, run.backend.torchair)
+    page = page_bytes(PAGE_BYTES[precision.kv], shape.text.head_width)
+    storage = Storage(BYTES[precision.store], BYTES[precision.compute], page, formats)
     needed = memory(shape, plan, storage, run.tp)
     if needs == TaskOptions.RANKS and not only_shapes:
         if device.on_host:
             require_on_host(needed, run.memory_gib, place.local_world if place else run.tp)
         if checkpoint:
             checkpoint.verify()
-    named = replace(run, device=device.name, backend=replace(run.backend, name=backend, kernels=kernels))
+    named = replace(
+        run, device=device.name, kv=precision.kv, backend=replace(run.backend, name=backend, kernels=kernels)
+    )
     on_torchair = device.compiles_on_rank
     options = asdict(run.backend.torchair) if on_torchair else run.backend.inductor
     return ResolvedRun(
@@ -173,7 +184,9 @@ def resolve(run: Run, place: Place | None) -> ResolvedTask:
         compiler_options=tuple(sorted(options.items())),
         environment=tuple(run.backend.environment.items()) if on_torchair else (),
         precision=precision,
+        kv=run.kv,
         storage=storage,
+        format_notes=notes,
         limits=limits,
         plan_choice=run.plan,
         plan=plan,
@@ -201,12 +214,17 @@ def resolve(run: Run, place: Place | None) -> ResolvedTask:
 
 
 def on_other_weights(run: ResolvedRun, checkpoint: CheckpointFiles | None) -> ResolvedRun:
-    """The run on unquantised weights of the same shape. Raises UserError where this host's memory can't hold them."""
-    storage = replace(run.storage, formats=())
+    """The run on unquantised weights of the same shape, its pages in the dtype of activations.
+
+    Raises UserError where this host's memory can't hold them.
+    """
+    precision = replace(run.precision, kv=run.precision.compute)
+    page = page_bytes(PAGE_BYTES[precision.kv], run.shape.text.head_width)
+    storage = replace(run.storage, page=page, formats=())
     needed = memory(run.shape, run.plan, storage, run.tp)
     if run.device.on_host:
         require_on_host(needed, run.memory_gib, run.tp)
-    return replace(run, checkpoint=checkpoint, storage=storage, memory=needed)
+    return replace(run, checkpoint=checkpoint, precision=precision, storage=storage, format_notes=(), memory=needed)
 
 
 def _common(run: Run, needs: str) -> dict[str, Any]:
@@ -259,6 +277,15 @@ def _backend(run: Run, device: Device) -> str:
             "tiles. Use backend.torchair.weight_format=nd."
         )
     return device.backends[0] if name == "auto" else name
+
+
+def _check_pages(device: Device, precision: Precision) -> None:
+    """Raises UserError where a device can't read pages of the precision."""
+    if device.compiles_on_rank and precision.kv != precision.compute:
+        raise UserError(
+            f"kv={precision.kv} on an NPU (device={device.name}): its pages have the dtype of activations, here "
+            f"{precision.compute}. Use kv=auto."
+        )
 
 
 def _check_ranks(run: Run, device: Device, place: Place | None, only_shapes: bool) -> None:

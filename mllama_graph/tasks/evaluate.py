@@ -63,7 +63,7 @@ def main(run: ResolvedRun) -> None:
     def scored(
         control: str, asked: list[Line], alter: Callable[[Request], Request] = lambda request: request
     ) -> ByKind:
-        return score(engine, lines, asked, path.parent, folder, control, alter, progress)
+        return score(engine, lines, asked, path, folder, control, alter, progress)
 
     scores = {"right %": scored("", lines)}
     metrics = engine.metrics(Totals())
@@ -94,7 +94,8 @@ def compared_with(run: ResolvedRun, options: EvaluateOptions, progress: Progress
 
     Raises UserError where task.against names a checkpoint that has other shapes or can't be read.
     """
-    if options.against == NOTHING or (options.against == UNQUANTISED and not run.storage.formats):
+    quantised = run.storage.formats or run.precision.kv != run.precision.compute
+    if options.against == NOTHING or (options.against == UNQUANTISED and not quantised):
         return None
     if run.tp > 1:
         progress.say("log-probabilities are compared at tp=1 only, since ranks can load one model")
@@ -136,7 +137,7 @@ def score(
     engine: Engine,
     lines: list[Line],
     asked: list[Line],
-    base: Path,
+    path: Path,
     folder: Path,
     control: str,
     alter: Callable[[Request], Request],
@@ -144,9 +145,10 @@ def score(
 ) -> ByKind:
     """Serve `asked` (`lines`, possibly changed by a control) and compare the results with the answers in `lines`."""
     name = f"-{control.replace(' ', '-')}" if control else ""
-    results = Results(folder / f"results{name}.jsonl")
-    serve_lines(engine, asked, base, results, engine.executor.run.limits.batch, alter)
+    results = Results(folder / f"results{name}.jsonl").open(progress.say)
+    count = serve_lines(engine, asked, path.parent, results, engine.executor.run.limits.batch, alter)
     results.close()
+    results.check_served(path, count)
     by_kind: ByKind = defaultdict(list)
     with (
         results.path.open(encoding="utf8") as served,

@@ -5,8 +5,8 @@ from typing import Any
 from mllama_graph.core.errors import UserError
 from mllama_graph.core.report import Progress, table, write_result
 from mllama_graph.engine.engine import Engine
-from mllama_graph.engine.offline import serve_lines
-from mllama_graph.engine.result_file import Results
+from mllama_graph.engine.offline import line_hash, serve_lines
+from mllama_graph.engine.result_file import Results, check_settings, write_settings
 from mllama_graph.engine.results import Delta, Result
 from mllama_graph.engine.scheduler import Scheduler
 from mllama_graph.engine.start import processor_of, start_engine
@@ -15,13 +15,14 @@ from mllama_graph.inputs.request import Request
 from mllama_graph.inputs.request_file import read_lines
 from mllama_graph.plan.resolve import Question, ResolvedRun
 
-DEFAULT_PROMPT = {True: "Describe this image.", False: "What can you do?"}
+DEFAULT_PROMPT = {True: "Describe the picture.", False: "What can you do?"}
 
 
 def main(run: ResolvedRun) -> None:
     """Generate for requests=, or for prompt= and image=, and write results.jsonl and result.json.
 
-    Raises UserError for a prompt that can't be answered.
+    Raises UserError for a prompt that can't be answered, a requests file of which no line can be served, and results of
+    an earlier run that resume=true can't continue.
     """
     processor, progress, question = processor_of(run), Progress(), run.question
     path = run.output_dir / "results.jsonl"
@@ -32,18 +33,25 @@ def main(run: ResolvedRun) -> None:
         first = run.plan.alone(len(request.ids), request.max_new, [image.count for image in request.images])
         engine = start_engine(run, processor, progress, first)
         progress.say(" ".join([*map(shorten, images), prompt]))
-        results = Results(path)
+        results = Results(path).open(progress.say)
         result = answer(engine, request, results)
         _finish(run, engine, results, result, progress)
         if result.error:
             raise UserError(result.error)
         return
-    # A file that can't be read is refused before weights are loaded.
-    next(read_lines(question.requests))
-    engine = start_engine(run, processor, progress)
+    results, settings = Results(path, question.resume), settings_of(run)
     if question.resume and not path.exists():
         progress.say(f"resume=true: there is no {path}, so every line is served. hydra.run.dir= chooses the folder.")
-    results = Results(path, question.resume)
+    if results.has_earlier:
+        check_settings(run.output_dir, settings)
+        if not results.fits(map(line_hash, read_lines(question.requests))):
+            raise UserError(
+                f"resume=true: {path} has results of no line of requests={question.requests}. Give the requests file "
+                "of the earlier run, or another folder (hydra.run.dir=)."
+            )
+    engine = start_engine(run, processor, progress)
+    write_settings(run.output_dir, settings)
+    results.open(progress.say)
     lines = read_lines(question.requests)
     count = serve_lines(engine, lines, question.requests.parent, results, run.limits.batch)
     progress.say(
@@ -51,9 +59,30 @@ def main(run: ResolvedRun) -> None:
         + (f"; see {results.path}" if results.errors else "")
         + (f"; {results.kept} results were kept from the run before" if results.kept else "")
     )
+    if 0 < results.errors < count:
+        progress.say(f"the first error: {results.first_error}")
     if results.ignored:
         progress.say(f"unknown fields were ignored: {', '.join(map(_shown, sorted(results.ignored)))}")
     _finish(run, engine, results, None, progress)
+    results.check_served(question.requests, count)
+
+
+def settings_of(run: ResolvedRun) -> dict[str, Any]:
+    """The keys on which the results of a requests file depend, apart from rounding."""
+    d, asked, checkpoint = run.defaults, run.asked, run.checkpoint
+    adapters = [f"{part.folder.resolve()}:{part.weight:g}" for part in checkpoint.adapters] if checkpoint else []
+    source = {"weights": str(checkpoint.folder.resolve())} if checkpoint else {"weights": "random", "model": run.model}
+    return {
+        **source,
+        "adapter": ",".join(adapters) or None,
+        "dtype": asked["dtype"],
+        "quant": asked["quant"],
+        "max_output_length": d.max_new,
+        "temperature": d.temperature,
+        "top_p": d.top_p,
+        "top_k": d.top_k,
+        "seed": d.seed,
+    }
 
 
 def asked(question: Question) -> tuple[str, list[str]]:

@@ -40,17 +40,23 @@ class GenerateOptions(TaskOptions):
     """task=generate: a prompt on the command line, or a file of requests."""
 
     def prepared(self, run: Run) -> Run:
-        """Copy requests from stdin or a pipe to a file: they are read twice, and by the process of rank 0."""
-        if run.requests is None or not is_stream(run.requests):
+        """Copy requests from stdin or a pipe to a file: they are read twice, and by the process of rank 0.
+
+        Raises UserError for a file that can't be read or holds no requests.
+        """
+        if run.requests is None:
             return run
-        assert run.output_dir is not None, "set by the command line"
-        return replace(run, requests=str(spool(run.requests, Path(run.output_dir))))
+        if is_stream(run.requests):
+            assert run.output_dir is not None, "set by the command line"
+            run = replace(run, requests=str(spool(run.requests, Path(run.output_dir))))
+        next(read_lines(Path(str(run.requests))))
+        return run
 
     def images_asked(self, run: Run) -> int:
         """The number of images of the prompt, or the most on a line of the requests file."""
         if run.requests is None:
             return len(list_images(run.image))
-        return most_images(read_lines(Path(run.requests)))
+        return most_images(read_lines(Path(run.requests)), Path(run.requests).parent)
 
 
 @dataclass

@@ -4,6 +4,7 @@ import contextlib
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from mllama_graph.core.report import Progress, write_json, write_result
 from mllama_graph.engine.calibration import Calibration, quantising_with_feedback
 from mllama_graph.engine.start import processor_of, start_engine
 from mllama_graph.inputs.request_file import read_lines
+from mllama_graph.model.codes import quantise
 from mllama_graph.model.compressed import DTYPES, layout, planned, quantization_config, write_weights
 from mllama_graph.model.tree import Fill, FillQuantised
 from mllama_graph.model.weights import from_checkpoint, quantising, random_fill, whole_config
@@ -82,7 +84,7 @@ def quantiser(run: ResolvedRun, options: QuantizeOptions, fill: Fill, progress: 
     """What chooses the codes of a weight, as task.rounding= says; with gptq, an engine serves requests for it."""
     scale_dtype = getattr(torch, DTYPES[run.precision.store][1])
     if options.calibration is None:
-        yield quantising(fill, scale_dtype)
+        yield quantising(fill, partial(quantise, scale_dtype=scale_dtype))
         return
     path = Path(options.calibration).expanduser()
     # Graphs are not compiled: the operations record their inputs.

@@ -8,13 +8,13 @@ import torch
 
 from mllama_graph.core.config import HardwareChoice
 from mllama_graph.core.devices import CPU, DEVICES
-from mllama_graph.core.dtypes import BYTES
+from mllama_graph.core.dtypes import BYTES, PAGE_BYTES
 from mllama_graph.core.errors import UserError
 from mllama_graph.core.machine import available_memory
 from mllama_graph.core.report import Progress, columns, markdown, write_result
 from mllama_graph.measure import limits, plots
 from mllama_graph.measure.session import BENCH, MODELLED, read_csv, read_manifest, write_csv, write_manifest
-from mllama_graph.model.formats import Storage
+from mllama_graph.model.formats import Storage, page_bytes
 from mllama_graph.model.shape import ModelShape
 from mllama_graph.plan.bucket import Bucket
 from mllama_graph.plan.cost import GB, Floor, floor_of, kv_bytes, sizes, step_work, work
@@ -37,9 +37,9 @@ class Roofline:
     def __init__(self, run: ResolvedRun, options: RooflineOptions, hardware: HardwareChoice):
         self.run, self.options, self.hardware, self.shape, self.plan = run, options, hardware, run.shape, run.plan
         stored = run.checkpoint.stored if run.checkpoint else RANDOM_DTYPE
-        precision = DEVICES[hardware.device].precision(run.asked["dtype"], stored)
-        width = BYTES[precision.compute]
-        self.storage = Storage(BYTES[precision.store], width, width, run.storage.formats)
+        precision = DEVICES[hardware.device].precision(run.asked["dtype"], run.kv, stored)
+        page = page_bytes(PAGE_BYTES[precision.kv], run.shape.text.head_width)
+        self.storage = Storage(BYTES[precision.store], BYTES[precision.compute], page, run.storage.formats)
 
     def bucket_row(self, bucket: Bucket) -> Row:
         """The floor of a full bucket, per rank."""

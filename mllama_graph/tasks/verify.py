@@ -40,6 +40,9 @@ FUSED = (
     "RotaryMul",
     "SwiGlu",
     "GeluV2",
+    "WeightQuantBatchMatmulV2",
+    "QuantBatchMatmulV3",
+    "DynamicQuant",
 )
 SUM = "HcomAllReduce"
 HEAD = ("graph", "lowered", "operations", "fused", "weights MB", "all-reduces", "lint", "seconds", "modelled ms")

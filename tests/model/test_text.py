@@ -50,7 +50,7 @@ class Text:
         data[: tiles.count] = torch.from_numpy(tiles.data)
         slots = [pages[t // PAGE] * PAGE + t % PAGE for t in range(vision.max_tiles * vision.tokens)]
         given = TileInput(data, int32([tiles.aspect]), int32([tiles.count]), int32(slots))
-        encode_image(self.model.weights, given, self.image_pages, self.model.shape, PLAIN)
+        encode_image(self.model.weights, given, self.image_pages, self.model.shape, torch.float32, PLAIN)
         tokens = tiles.count * vision.tokens
         self.image_table += pages[: pages_for(tokens, PAGE)]
         self.fill += [min(PAGE, tokens - at) for at in range(0, tokens, PAGE)]
@@ -95,9 +95,9 @@ class Text:
         return self._run(decode, given)
 
     def _run(self, function, given):
-        return function(
-            self.model.weights.text, given, self.pages, self.image_pages if given.image else (), self.model.shape, PLAIN
-        )
+        weights, shape = self.model.weights.text, self.model.shape
+        image_pages = self.image_pages if given.image else ()
+        return function(weights, given, self.pages, image_pages, shape, torch.float32, PLAIN)
 
 
 def prompt(name, length=30, places=(3, 4, 15)):

@@ -66,7 +66,7 @@ def test_pages_hold_the_keys_and_values_that_hugging_face_would_compute(name, mo
     tokens, page_size = shape.vision.max_tiles * shape.vision.tokens, 16
     pages = model(name).pages(tokens // page_size + 5, page_size, len(shape.text.cross_layers))
     slot_S = torch.randperm(pages[0][0].shape[0] * page_size, generator=torch.Generator().manual_seed(0))[:tokens]
-    encode_image(model(name).weights, tile_input(image, shape, slot_S.int()), pages, shape, PLAIN)
+    encode_image(model(name).weights, tile_input(image, shape, slot_S.int()), pages, shape, torch.float32, PLAIN)
     with torch.inference_mode():
         states = oracle(name).model.model.multi_modal_projector(theirs(oracle(name), image)[1])
     for (k, v), index in zip(pages, shape.text.cross_layers, strict=True):

@@ -86,9 +86,7 @@ def test_arguments_of_wrong_shape_or_value_are_refused():
     with pytest.raises(RuntimeError):
         CPU.linear(normal(2, 15), linear_leaf(normal(5, 16)))
     with pytest.raises(RuntimeError):
-        torch.ops.mllama_graph.attend_pages(
-            normal(2, 3, 8), normal(4, 2, 2, 8), normal(4, 2, 2, 8), torch.zeros(2, 1).int(), torch.ones(2).int(), 1.0
-        )
+        CPU.attend_pages(normal(2, 3, 8), (normal(4, 2, 2, 8),) * 2, torch.zeros(2, 1).int(), torch.ones(2).int())
 
 
 SHAPES = st.fixed_dictionaries(

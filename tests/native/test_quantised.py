@@ -132,3 +132,12 @@ def test_codes_are_the_nearest_values():
         wrong = (values(found, form) - x).abs() > bound
         # 4-bit scales of least squared error may clip a group's largest values.
         assert wrong.float().mean() < (0.02 if form.code == "int4" else 1e-9)
+
+
+@pytest.mark.parametrize("form", [Format("int8"), Format("int4", group=32), Format("int4", group=64)], ids=str)
+def test_kernels_round_weights_to_the_same_codes(form):
+    torch.manual_seed(0)
+    x = torch.randn(37, 192)
+    x[3] = 0
+    expected, got = quantise(x, form), cpu.rounded(x, form)
+    assert torch.equal(got.codes, expected.codes) and torch.equal(got.scale, expected.scale)

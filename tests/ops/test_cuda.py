@@ -180,7 +180,7 @@ def test_strided_queries_are_read_as_they_are():
 
 @runs
 def test_operations_use_the_kernels_for_few_rows_and_plain_attention_for_many(monkeypatch):
-    monkeypatch.setattr(cuda, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(cuda, "multiprocessors", lambda device: 132)
     launched = []
     for name in ("attend_pages_split", "attend_image_split"):
         launch = getattr(cuda, name)
@@ -240,15 +240,13 @@ class _Launcher:
         return self._launch
 
 
-@compiles
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("queries", [1, 4])
-def test_kernels_compile_for_a_gpu_without_spilling_registers(capability, dtype, queries, monkeypatch, tmp_path):
+def compiled_for(capability, dtype, queries, pages, scales, monkeypatch, tmp_path):
+    """Compile the kernels for a GPU, for queries of `dtype`, and check what ptxas says of their registers."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    names = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
+    names = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int8: "*i8"}
+    names[torch.int32] = "*i32"
     compiled = []
 
     def compile_kernel(kernel):
@@ -272,10 +270,10 @@ def test_kernels_compile_for_a_gpu_without_spilling_registers(capability, dtype,
 
     monkeypatch.setattr(cuda, "wrap_triton", compile_kernel)
     # The heads of the 11B model.
-    q, pages = torch.empty(2, 8 * queries, 128, dtype=dtype), (torch.empty(9, 16, 8, 128, dtype=dtype),) * 2
+    q = torch.empty(2, 8 * queries, 128, dtype=dtype)
     table = torch.empty(2, 64, dtype=torch.int32)
     for image in (False, True):
-        cuda._attend(q, *pages, table, table[:, 0], table, table, 8, image)
+        cuda._attend(q, *pages, table, table[:, 0], table, table, 8, image, *scales)
     assert len(compiled) == 4
     for kernel in compiled:
         (tmp_path / "kernel.ptx").write_text(kernel.asm["ptx"])
@@ -294,12 +292,21 @@ def test_kernels_compile_for_a_gpu_without_spilling_registers(capability, dtype,
 
 
 @compiles
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("queries", [1, 4])
+def test_kernels_compile_for_a_gpu_without_spilling_registers(capability, dtype, queries, monkeypatch, tmp_path):
+    pages = (torch.empty(9, 16, 8, 128, dtype=dtype),) * 2
+    compiled_for(capability, dtype, queries, pages, (None, None), monkeypatch, tmp_path)
+
+
+@compiles
 def test_an_exported_step_keeps_the_kernels_and_they_write_nothing_but_their_results(monkeypatch):
     from triton.backends.compiler import GPUTarget
 
     target = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32))
     monkeypatch.setattr(cuda.triton.runtime.driver, "_active", target, raising=False)
-    monkeypatch.setattr(cuda, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(cuda, "multiprocessors", lambda device: 132)
     ops = cuda.cuda_ops(1)
 
     class Attend(torch.nn.Module):

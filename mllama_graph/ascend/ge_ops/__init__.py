@@ -11,7 +11,7 @@ There is one function per operation. Each names its source, in the torch_npu 2.1
 which is not reproduced here.
 """
 
-from mllama_graph.ascend.ge_ops import attention, collectives, layers, tensors
+from mllama_graph.ascend.ge_ops import attention, collectives, layers, quantised, tensors
 from mllama_graph.ascend.ge_ops.registry import OPERATIONS, GraphError, Operation
 
-__all__ = ["OPERATIONS", "GraphError", "Operation", "attention", "collectives", "layers", "tensors"]
+__all__ = ["OPERATIONS", "GraphError", "Operation", "attention", "collectives", "layers", "quantised", "tensors"]

@@ -22,12 +22,14 @@ def _size_of(group: str) -> int:
 def all_reduce(
     x: Tensor, *, reduction: str | None = None, group: str = "", fusion: int = 1, fusion_id: int = -1
 ) -> Tensor:
-    require(reduction == "sum" and fusion_id == -1, f"reduction {reduction!r}, fusion_id {fusion_id} are not known")
+    require(
+        reduction in ("sum", "max") and fusion_id == -1, f"reduction {reduction!r}, fusion_id {fusion_id} are not known"
+    )
     _size_of(group)
     # The sum is computed in fp32 and rounded once. HCCL adds in another order and may round in between.
     total = x.float()
     total = total.clone() if total is x else total
-    dist.all_reduce(total)
+    dist.all_reduce(total, dist.ReduceOp.SUM if reduction == "sum" else dist.ReduceOp.MAX)
     return rounded(total, x)
 
 

@@ -58,7 +58,7 @@ class Eager:
         self.pages, self.image_pages = pools(model.shape, dtype, padded=False)
 
     def __call__(self, phase, given):
-        step = Step(phase, self.weights, self.shape, PLAIN)
+        step = Step(phase, self.weights, self.shape, self.dtype, PLAIN)
         with torch.inference_mode():
             return step(given, () if phase == "vision" else self.pages, self._image_pages(given))
 
@@ -84,7 +84,7 @@ class Compiled(Eager):
     def __call__(self, phase, given):
         key = (phase, *(None if x is None else x.shape for x in given[:-1]), getattr(given, "image", None) is None)
         if key not in self.lowered:
-            step = Step(phase, self.weights, self.shape, NPU)
+            step = Step(phase, self.weights, self.shape, self.dtype, NPU)
             self.lowered[key] = lower(step.forward, wide=self.dtype == torch.float32)
         return self.lowered[key](to_npu(given), () if phase == "vision" else self.pages, self._image_pages(given))
 

@@ -27,6 +27,7 @@ def spec_of(name: str, ranks: int = 1, **changes: Any) -> GraphSpec:
         shape_of(model_config(SPECS[name])),
         store=torch.bfloat16,
         compute=torch.bfloat16,
+        kv=torch.bfloat16,
         backend="torchair",
         device="npu-sim",
         threads=1,

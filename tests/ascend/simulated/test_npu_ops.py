@@ -25,6 +25,7 @@ class Leaf(NamedTuple):
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
+    format: None = None
 
 
 def normal(*shape, seed=0, dtype=torch.float32):

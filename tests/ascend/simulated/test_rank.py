@@ -67,7 +67,7 @@ def test_a_step_that_is_not_compiled_runs_npu_operations(bucket, rank):
     """The step runs on fake tensors, since the stubs have no kernels."""
     spec = rank.spec
     with FakeTensorMode(), torch.no_grad(), Recorded() as recorded:
-        step = Step(bucket.phase, spec.unfilled_weights(spec.shard), spec.shape, rank.ops)
+        step = Step(bucket.phase, spec.unfilled_weights(spec.shard), spec.shape, spec.compute, rank.ops)
         step(*arguments(bucket, spec.example(bucket), *spec.unfilled_pages()))
     fused = {"npu_linear", "npu_scatter_pa_kv_cache", "npu_fused_infer_attention_score"}
     fused |= {"npu_gelu"} if bucket.phase == "vision" else {"npu_add_rms_norm", "npu_rotary_mul", "npu_swiglu"}

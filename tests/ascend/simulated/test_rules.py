@@ -230,7 +230,7 @@ def test_an_all_reduce_too_many_and_a_missing_one_are_found():
     few = found_with("collectives", LEAN, ranks, all_reduce=lambda x: x)
     assert any(
         re.match(
-            r"MatMul \w+: ranks do not sum the result of weights.text.layers.1.down.weight.*, "
+            r"MatMul \w+: ranks do not exchange the result of weights.text.layers.1.down.weight.*, "
             r"at .*in mlp: return ops.all_reduce\(",
             text,
         )

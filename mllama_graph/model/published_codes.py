@@ -1,0 +1,225 @@
+"""Reads regions of quantised weights from published checkpoints, as codes or as values. stored.py has the layouts.
+
+Shape letters: O outputs and I inputs of the region that is read; N outputs and K inputs of the whole; G groups of
+inputs; W words or bytes, each with several codes.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mllama_graph.core.errors import UserError
+from mllama_graph.model.codes import Codes, pack, unpack, values
+from mllama_graph.model.formats import STATIC, Format
+from mllama_graph.model.reading import Region, read_safetensors
+from mllama_graph.model.stored import Stored
+from mllama_graph.model.table import Entry
+
+if TYPE_CHECKING:
+    from mllama_graph.model.files import CheckpointFiles
+
+# Weights that are read at once: what is computed from them stays below some 100 MB.
+READ_BLOCK = 1 << 23
+# Of the 8 codes in a word, which one AWQ gives to each output.
+AWQ_PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
+
+
+class PublishedWeight:
+    """A quantised weight of a checkpoint's files."""
+
+    def __init__(self, files: "CheckpointFiles", stored: Stored, entry: Entry):
+        self.files, self.stored = files, stored
+        self.outputs, self.inputs = entry.shape
+
+    def blocks(self, rows: slice) -> Iterator[slice]:
+        """Rows in blocks of READ_BLOCK weights."""
+        count = max(1, READ_BLOCK // self.inputs)
+        for first in range(rows.start, rows.stop, count):
+            yield slice(first, min(first + count, rows.stop))
+
+    def values(self, region: Region) -> Tensor:
+        """The values of a region in fp32 (O, I)."""
+        rows, columns = region
+        found = torch.empty(rows.stop - rows.start, columns.stop - columns.start)
+        # Columns that surely share a scale.
+        group = 1 if "order" in self.stored.tensors else self.stored.group or self.inputs
+        first_G = self._group_of_K()[columns][:: (width := math.gcd(group, columns.start, columns.stop))]
+        form = Format(self.stored.code, width)
+        for block in self.blocks(rows):
+            self._check_bias(block)
+            scale_OG, shift_OG = self._scales(block)
+            shift_OG = None if shift_OG is None else shift_OG[:, first_G]
+            codes = Codes(self._codes(block, columns), scale_OG[:, first_G], shift_OG, codebook=self._codebook())
+            found[block.start - rows.start : block.stop - rows.start] = values(codes, form)
+        return found
+
+    def parts(self, form: Format, rows: slice, columns: slice) -> dict[str, Tensor]:
+        """What a leaf of a format stores of a region, by name of the part. A sorted format has all columns."""
+        stored, inputs = self.stored, columns.stop - columns.start
+        self._check_bias(rows)
+        group_K = self._group_of_K()
+        order = torch.argsort(group_K, stable=True) if form.sorted else None
+        in_order = group_K[order] if order is not None else group_K[columns]
+        first_G = in_order[:: form.group or inputs]
+        scale_OG, shift_OG = self._scales(rows)
+        found = {"weight": self._packed(form, rows, columns, order), "scale": scale_OG[:, first_G]}
+        if form.shifted:
+            found["shift"] = shift_OG[:, first_G] if shift_OG is not None else torch.zeros(found["scale"].shape)
+        if order is not None:
+            found["order"] = order.to(torch.int32)
+        if (codebook := self._codebook()) is not None:
+            found["codebook"] = codebook
+        if form.activations == STATIC:
+            found["input_scale"], found["input_zero"] = (torch.tensor([value]) for value in stored.static)
+        return found
+
+    # ---- codes
+
+    def _packed(self, form: Format, rows: slice, columns: slice, order: Tensor | None) -> Tensor:
+        """Codes as a leaf stores them. The bytes of a file's words are the leaf's where no column must be moved."""
+        aligned = not (columns.start % 8 or columns.stop % 8 or self.inputs % 2)
+        if form.bits == 4 and order is None and aligned:
+            return self._bytes(rows, columns)
+        if form.bits == 4 and order is not None and self.stored.layout == "gptq":
+            # Whole columns are rows of the file, which are faster to move.
+            raw_WBO = self._read("weight", (slice(None), rows)).contiguous().view(torch.uint8).unflatten(1, (-1, 4)).mT
+            codes_IO = torch.stack((raw_WBO & 15, raw_WBO >> 4), dim=2).flatten(0, 2)[order]
+            return (codes_IO[::2] | codes_IO[1::2] << 4).T
+        codes = self._codes(rows, columns)
+        return pack(codes if order is None else codes.index_select(1, order), form)
+
+    def _codes(self, rows: slice, columns: slice) -> Tensor:
+        """Codes (O, I) in the order of the file."""
+        if self.stored.layout == "rows":
+            return self._read("weight", (rows, columns))
+        if self.stored.layout == "blocks":
+            start, stop = rows.start * self.inputs, rows.stop * self.inputs
+            raw = self._flat(start // 2, -(-stop // 2))
+            flat = torch.stack((raw >> 4, raw & 15), dim=-1).flatten()[start % 2 :][: stop - start]
+            return flat.view(-1, self.inputs)[:, columns]
+        whole = slice(columns.start // 8 * 8, -(-columns.stop // 8) * 8)
+        codes = self._bytes(rows, whole)
+        codes = unpack(codes, Format("int4")) if self.stored.code == "int4" else (codes ^ 128).view(torch.int8)
+        return codes[:, columns.start - whole.start :][:, : columns.stop - columns.start]
+
+    def _bytes(self, rows: slice, columns: slice) -> Tensor:
+        """Bytes (O, W) of codes along the inputs, the first in the low half; columns are multiples of 8."""
+        if self.stored.layout == "blocks":
+            raw = self._flat(rows.start * self.inputs // 2, rows.stop * self.inputs // 2)
+            raw = raw.view(-1, self.inputs // 2)[:, columns.start // 2 : columns.stop // 2]
+            return raw >> 4 | raw << 4
+        if self.stored.layout == "awq":
+            words_IW = self._read("weight", (columns, slice(rows.start // 8, -(-rows.stop // 8))))
+            # A byte has the codes of two outputs.
+            raw_OI = words_IW.contiguous().view(torch.uint8).T.contiguous()
+            even, odd = raw_OI[:, ::2], raw_OI[:, 1::2]
+            packed = torch.stack((even & 15 | odd << 4, even >> 4 | odd & 240), dim=1).view(-1, 8, even.shape[1])
+            return packed[:, AWQ_PLACES].flatten(0, 1)[rows.start % 8 :][: rows.stop - rows.start]
+        per = 32 // int(self.stored.options["bits"])
+        words = slice(columns.start // per, -(-columns.stop // per))
+        if self.stored.layout == "packed":
+            return self._read("weight", (rows, words)).contiguous().view(torch.uint8)
+        return self._read("weight", (words, rows)).T.contiguous().view(torch.uint8)
+
+    def _flat(self, start: int, stop: int) -> Tensor:
+        """Bytes of the flattened weight."""
+        shape = self.files.stored_shape(self.stored.tensors["weight"])
+        taken = slice(start, stop)
+        raw = self._read("weight", (taken,) if shape[0] > 1 or len(shape) == 1 else (slice(0, 1), taken))
+        return raw.flatten()
+
+    # ---- scales
+
+    def _scales(self, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """Scales of all groups of some rows in fp32 (O, G), and their shifts or None."""
+        layout = {"rows": self._of_rows, "packed": self._of_packed, "gptq": self._of_gptq, "awq": self._of_gptq}
+        return (layout[self.stored.layout] if self.stored.layout in layout else self._of_blocks)(rows)
+
+    def _of_rows(self, rows: slice) -> tuple[Tensor, Tensor | None]:
+        options, count = self.stored.options, rows.stop - rows.start
+
+        def of(role: str) -> Tensor:
+            whole = self._read(role).float()
+            if whole.numel() == 1:
+                return whole.view(1, 1).expand(count, 1)
+            whole = whole.view(len(whole), -1)
+            block = int(options.get("block_rows", 1))
+            return whole[torch.arange(rows.start, rows.stop) // block]
+
+        if "deq_scale" in self.stored.tensors:
+            given = self._read("deq_scale").flatten()[rows]
+            fp32 = given.to(torch.int32).view(torch.float32) if given.dtype == torch.int64 else given
+            scale = fp32[:, None] / self.stored.static[0]
+        else:
+            scale = of("scale") / options.get("divisor", 1.0)
+        return scale, -of("zero") * scale if self.stored.shifted else None
+
+    def _of_packed(self, rows: slice) -> tuple[Tensor, Tensor | None]:
+        whole = self._read("scale").float()
+        scale = whole.view(1, 1).expand(rows.stop - rows.start, 1) if whole.numel() == 1 else whole[rows]
+        if not self.stored.shifted:
+            return scale, None
+        if self.files.kind(self.stored.tensors["zero"]) == "I8":
+            return scale, -self._read("zero")[rows].float() * scale
+        bits = int(self.stored.options["bits"])
+        per = 32 // bits
+        words = self._read("zero", (slice(rows.start // per, -(-rows.stop // per)), slice(0, scale.shape[1])))
+        codes = _unpacked(words.T.contiguous(), bits).T[rows.start % per :][: len(scale)]
+        return scale, (float(1 << (bits - 1)) - codes) * scale
+
+    def _of_gptq(self, rows: slice) -> tuple[Tensor, Tensor | None]:
+        scale = self._read("scale")[:, rows].float().T
+        if not self.stored.shifted:
+            return scale, None
+        bits, words = int(self.stored.options["bits"]), self._read("zero")
+        codes = _unpacked(words, bits)
+        if self.stored.layout == "awq":
+            codes = codes.unflatten(1, (-1, 8))[..., AWQ_PLACES].flatten(1)
+        zero = codes[:, rows].T.float() + self.stored.options["less_one"]
+        return scale, (float(1 << (bits - 1)) - zero) * scale
+
+    def _of_blocks(self, rows: slice) -> tuple[Tensor, Tensor | None]:
+        options, group = self.stored.options, self.stored.group
+        block = int(options["block"])
+        first, last = rows.start * self.inputs // block, -(-rows.stop * self.inputs // block)
+        scale = self._read("scale", (slice(first, last),))
+        if "nested_scale" in self.stored.tensors:
+            nested = self._read("nested_scale")[torch.arange(first, last) // int(options["nested_block"])]
+            scale = self._read("nested_map")[scale.int()] * nested + options["offset"]
+        at = torch.arange(rows.start * self.inputs, rows.stop * self.inputs, group) // block - first
+        return scale.float()[at].view(rows.stop - rows.start, -1), None
+
+    def _codebook(self) -> Tensor | None:
+        return self._read("codebook").float() if self.stored.code == "codebook" else None
+
+    def _group_of_K(self) -> Tensor:
+        """The group of each input."""
+        if "order" in self.stored.tensors:
+            return self._read("order").long()
+        return torch.arange(self.inputs) // (self.stored.group or self.inputs)
+
+    def _check_bias(self, rows: slice) -> None:
+        """Raises UserError where ModelSlim's quant_bias is not just the share of the zero of activations."""
+        if "quant_bias" not in self.stored.tensors:
+            return
+        bias = self._read("quant_bias").flatten()[rows].long()
+        sums = self._codes(rows, slice(0, self.inputs)).long().sum(1)
+        # One for rounding.
+        if wrong := ((bias + round(self.stored.static[1]) * sums).abs() > 1).nonzero().flatten().tolist():
+            raise UserError(
+                f"{self.files.folder}: {self.stored.tensors['quant_bias']} holds a bias of its own in {len(wrong)} "
+                f"rows (row {rows.start + wrong[0]}), and the layer has none. Quantise again without anti_outlier."
+            )
+
+    def _read(self, role: str, region: Region | None = None) -> Tensor:
+        name, path = self.files.tensors[self.stored.tensors[role]]
+        return read_safetensors(path, name, region)
+
+
+def _unpacked(words: Tensor, bits: int) -> Tensor:
+    """Codes of int32 words (..., W), the lowest bits first, as uint8."""
+    raw = words.contiguous().view(torch.uint8)
+    return torch.stack((raw & 15, raw >> 4), dim=-1).flatten(-2) if bits == 4 else raw

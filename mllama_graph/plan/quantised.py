@@ -1,0 +1,73 @@
+"""Which formats of quantised layers a device's kernels take: decided before any rank exists, so that the memory plan,
+the graphs and the ranks agree."""
+
+from collections.abc import Iterator
+
+from mllama_graph.core.config import TorchairChoice
+from mllama_graph.core.devices import Device
+from mllama_graph.core.errors import UserError
+from mllama_graph.model.formats import FLOAT, STATIC, Format, Formats, is_linear, leaf_of
+from mllama_graph.model.shape import ModelShape
+from mllama_graph.model.table import Shard, table
+
+
+def on_device(formats: Formats, quant: str, shape: ModelShape, world: int, device: Device, dtype: str) -> Formats:
+    """The formats with which a device that computes in `dtype` holds a model's layers.
+
+    Layers that are too large for its kernels stay in floating point where `quant` chose their format; "none" stands
+    for a checkpoint's formats, which can't change. Raises UserError for a format without a kernel.
+    """
+    limits, found = device.quantised, []
+    if limits is None:
+        return formats
+    source = f"quant={quant}" if quant != "none" else "weights="
+    for path, form, outputs, inputs in sizes(formats, shape, world):
+        if form.code not in limits.codes:
+            raise UserError(
+                f"{source}: {path} is in {form.code}, for which device={device.name} has no kernel. Use "
+                f"{'quant=w8a16, w8a8 or w4a16' if quant != 'none' else 'a checkpoint in int8 or int4'}, or device=cpu."
+            )
+        if form.activations == STATIC and dtype in limits.refused_with_static:
+            raise UserError(
+                f"{source}: {path} has a stored scale of int8 activations, with which device={device.name} gives no "
+                f"{dtype}. Use dtype=bf16."
+            )
+        if form.groups(inputs) > 1 and form.group % limits.group:
+            raise UserError(
+                f"{source}: {path} has groups of {form.group} inputs; device={device.name} takes multiples of "
+                f"{limits.group}. Use device=cpu."
+            )
+        if form.bits == 4 and outputs % limits.outputs:
+            raise UserError(
+                f"{source}: {path} has {outputs} outputs a rank; in 4 bits device={device.name} takes multiples of "
+                f"{limits.outputs}. Use quant=w8a16, or another tp=."
+            )
+        if max(outputs, inputs) <= limits.largest:
+            found.append((path, form))
+        elif quant == "none":
+            raise UserError(
+                f"{source}: {path} is quantised and has {max(outputs, inputs)} outputs or inputs a rank; "
+                f"device={device.name} takes up to {limits.largest}. Raise tp, or use device=cpu."
+            )
+    return tuple(found)
+
+
+def sizes(formats: Formats, shape: ModelShape, world: int) -> Iterator[tuple[str, Format, int, int]]:
+    """(path, format, outputs, inputs) of each quantised leaf of a rank."""
+    rows: dict[str, list[tuple[int, ...]]] = {}
+    for entry in table(shape):
+        if is_linear(entry):
+            rows.setdefault(leaf_of(entry), []).append(entry.local(Shard(0, world)))
+    for path, form in formats:
+        yield path, form, sum(size[0] for size in rows[path]), rows[path][0][1]
+
+
+def check_compiler(formats: Formats, choice: TorchairChoice) -> None:
+    """Raises UserError for weights in NZ that only graphs of GE can multiply (docs npu_weight_quant_batchmatmul)."""
+    if choice.weight_format == "nz" and choice.mode != "max-autotune":
+        if any(form.activations == FLOAT for _, form in formats):
+            raise UserError(
+                f"backend.torchair.weight_format=nz: layers with int8 weights and float activations have a kernel for "
+                f"it only with backend.torchair.mode=max-autotune, not {choice.mode}. Use weight_format=nd, or "
+                "quant=w8a8."
+            )
