@@ -35,6 +35,7 @@ LITERAL_KEYS = (
     "task.measured",
     "task.folder",
     "task.against",
+    "task.calibration",
 )
 KEYS = tuple(entry.name for entry in fields(Run))
 # Hydra's options.

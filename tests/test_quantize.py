@@ -6,7 +6,7 @@ import pytest
 import torch
 from checkpoints import SPECS, write_checkpoint
 from commands import QUICK, run
-from engines import resolved, run_of
+from engines import resolved, run_of, serve, start
 from safetensors.torch import load_file
 
 from mllama_graph.core.errors import UserError
@@ -21,10 +21,10 @@ from mllama_graph.tasks.options import QuantizeOptions
 QUANTS = ("w8a16", "w8a8", "w4a16", "fp8")
 
 
-def written(folder, weights, quant, **changes):
+def written(folder, weights, quant, rounding="mse", calibration=None, **changes):
     """The resolved run of task=quantize that wrote OUT in `folder`, and the tensors of all files."""
     out = folder / "out"
-    options = QuantizeOptions(folder=str(out))
+    options = QuantizeOptions(folder=str(out), rounding=rounding, calibration=calibration)
     changes = {"quant_group": 32} | changes
     done = resolved(run_of(weights, quant=quant, task=options, output_dir=str(folder), **changes))
     quantize.main(done)
@@ -164,5 +164,16 @@ def test_the_command_writes_a_checkpoint_that_is_not_quantised_twice(tmp_path):
     done = run(tmp_path / "run", *QUICK, "task=quantize", "model=tiny", "quant=w8a16", f"task.folder={out}")
     assert done.code == 0, done.err
     assert "pack-quantized, 8 bits" in done.out and done.result()["metrics"]["format"] == "pack-quantized"
-    with pytest.raises(UserError, match="is quantised"):
-        written(tmp_path, out, "w8a16")
+    with pytest.raises(UserError, match="is quantised already"):
+        written(tmp_path / "again", out, "w8a16")
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+def test_the_engine_reads_what_it_writes_as_what_it_quantises_itself(quant, checkpoint, requests, tmp_path):
+    _, out, _ = written(tmp_path, checkpoint("base"), quant, dtype="fp32")
+    lines = [line | {"logprobs": 5} for line in requests("base")[:4]]
+    found = serve(start(out), lines)
+    expected = serve(start(checkpoint("base"), quant=quant, quant_group=32), lines)
+    for id, result in expected.items():
+        assert found[id].token_ids == result.token_ids and found[id].logprobs == result.logprobs

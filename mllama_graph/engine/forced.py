@@ -33,36 +33,43 @@ class Reference:
 
 def record(engine: Engine, lines: Sequence[Line], base: Path, folder: Path) -> Reference:
     """Serve every line, and keep its tokens and all log-probabilities. A line that can't be served is left out."""
-    found = Reference(folder, {})
-    for place, result in _served(engine, lines, base, range(len(lines)), lambda place, request: request):
+    found, vocab = Reference(folder, {}), engine.executor.run.shape.text.vocab
+    for place, result in served(engine, lines, base, range(len(lines)), lambda place, request: whole(request, vocab)):
         found.tokens[place] = tuple(result.token_ids)
-        np.save(found.path(place), _all(result, engine.executor.run.shape.text.vocab))
+        np.save(found.path(place), _all(result, vocab))
     return found
 
 
 def compare(engine: Engine, lines: Sequence[Line], base: Path, reference: Reference) -> Agreement:
     """Give an engine the reference's tokens, and compare log-probabilities at each."""
-    agreement = Agreement()
+    agreement, vocab = Agreement(), engine.executor.run.shape.text.vocab
 
     def forced(place: int, request: Request) -> Request:
         tokens = reference.tokens[place]
-        return replace(request, forced=tokens, max_new=len(tokens), stop=(), ignore_eos=True)
+        return replace(whole(request, vocab), forced=tokens, max_new=len(tokens), stop=(), ignore_eos=True)
 
-    for place, result in _served(engine, lines, base, sorted(reference.tokens), forced):
-        agreement.add(np.load(reference.path(place)), _all(result, engine.executor.run.shape.text.vocab))
+    for place, result in served(engine, lines, base, sorted(reference.tokens), forced):
+        agreement.add(np.load(reference.path(place)), _all(result, vocab))
     return agreement
 
 
-def _served(
-    engine: Engine, lines: Sequence[Line], base: Path, places: Sequence[int], alter: Callable[[int, Request], Request]
+def whole(request: Request, vocab: int) -> Request:
+    """The request with all log-probabilities in its result."""
+    return replace(request, sampling=replace(request.sampling, logprobs=vocab))
+
+
+def served(
+    engine: Engine,
+    lines: Sequence[Line],
+    base: Path,
+    places: Sequence[int],
+    alter: Callable[[int, Request], Request] = lambda place, request: request,
 ) -> Iterator[tuple[int, Result]]:
-    """(index, result with all log-probabilities) of the lines that can be served."""
-    vocab = engine.executor.run.shape.text.vocab
+    """(index, result) of those of the lines at `places` that can be served. `alter` may replace a request."""
 
     def prepare(place: int) -> Callable[[], Request]:
         def request() -> Request:
-            made = engine.processor.request({**parse(lines[place]), "id": place}, base)
-            return alter(place, replace(made, sampling=replace(made.sampling, logprobs=vocab)))
+            return alter(place, engine.processor.request({**parse(lines[place]), "id": place}, base))
 
         return request
 

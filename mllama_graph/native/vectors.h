@@ -34,7 +34,7 @@ constexpr int kRegisters = 16;
 typedef float Vector __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Integers __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
-typedef int8_t Bytes __attribute__((vector_size(kLanes)));
+typedef int8_t ByteLanes __attribute__((vector_size(kLanes)));
 
 struct BFloat16 {
   uint16_t bits;
@@ -106,7 +106,7 @@ inline Vector load(const int8_t* from) {
   const auto wide = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
   return reinterpret_cast<Vector>(_mm256_cvtepi32_ps(wide));
 #else
-  Bytes codes;
+  ByteLanes codes;
   std::memcpy(&codes, from, sizeof codes);
   return __builtin_convertvector(codes, Vector);
 #endif

@@ -214,12 +214,17 @@ def resolve(run: Run, place: Place | None) -> ResolvedTask:
 
 
 def on_other_weights(run: ResolvedRun, checkpoint: CheckpointFiles | None) -> ResolvedRun:
-    """The run on unquantised weights of the same shape. Raises UserError where this host's memory can't hold them."""
-    storage = replace(run.storage, formats=())
+    """The run on unquantised weights of the same shape, its pages in the dtype of activations.
+
+    Raises UserError where this host's memory can't hold them.
+    """
+    precision = replace(run.precision, kv=run.precision.compute)
+    page = page_bytes(PAGE_BYTES[precision.kv], run.shape.text.head_width)
+    storage = replace(run.storage, page=page, formats=())
     needed = memory(run.shape, run.plan, storage, run.tp)
     if run.device.on_host:
         require_on_host(needed, run.memory_gib, run.tp)
-    return replace(run, checkpoint=checkpoint, storage=storage, memory=needed)
+    return replace(run, checkpoint=checkpoint, precision=precision, storage=storage, format_notes=(), memory=needed)
 
 
 def _common(run: Run, needs: str) -> dict[str, Any]:

@@ -94,7 +94,8 @@ def compared_with(run: ResolvedRun, options: EvaluateOptions, progress: Progress
 
     Raises UserError where task.against names a checkpoint that has other shapes or can't be read.
     """
-    if options.against == NOTHING or (options.against == UNQUANTISED and not run.storage.formats):
+    quantised = run.storage.formats or run.precision.kv != run.precision.compute
+    if options.against == NOTHING or (options.against == UNQUANTISED and not quantised):
         return None
     if run.tp > 1:
         progress.say("log-probabilities are compared at tp=1 only, since ranks can load one model")

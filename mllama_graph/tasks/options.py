@@ -31,6 +31,8 @@ AIC_METRICS = (
 SHAPES_ONLY = "meta"
 # Values of task.against: the run's weights without quantisation, or no comparison.
 UNQUANTISED, NOTHING = "unquantised", "none"
+# Values of task.rounding: to the nearest code, scales by squared error; or with error feedback.
+MSE, GPTQ = "mse", "gptq"
 
 
 @dataclass
@@ -235,13 +237,30 @@ class CompareOptions(TaskOptions):
 
 @dataclass
 class QuantizeOptions(TaskOptions):
-    """task=quantize: write the checkpoint that quant= gives to `folder`."""
+    """task=quantize: write the checkpoint that quant= gives to `folder`.
+
+    `rounding`: MSE or GPTQ. `calibration`: the requests file that GPTQ's Hessians are gathered from.
+    """
 
     name: str = "quantize"
     folder: str | None = None
+    rounding: str = MSE
+    calibration: str | None = None
+
+    def check(self) -> None:
+        one_of("task.rounding", self.rounding, (MSE, GPTQ))
+        if (self.rounding == GPTQ) != (self.calibration is not None):
+            raise UserError(
+                "task.rounding=gptq and task.calibration=FILE.jsonl, requests like those that the model will get, "
+                "belong together. Give both or neither."
+            )
 
     def needs(self, device: Device) -> str:
-        return self.MODEL
+        """RANKS where requests are served."""
+        return self.RANKS if self.rounding == GPTQ else self.MODEL
+
+    def images_asked(self, run: Run) -> int:
+        return most_images(read_lines(Path(self.calibration).expanduser())) if self.calibration else 0
 
     def prepared(self, run: Run) -> Run:
         """Refuse what would be noticed only after the checkpoint was read."""
@@ -249,6 +268,11 @@ class QuantizeOptions(TaskOptions):
             raise UserError("task=quantize needs a folder for the checkpoint: task.folder=OUT.")
         if run.quant == "none":
             raise UserError(f"task=quantize needs a format: quant= one of {', '.join(QUANTS[1:])}.")
+        if self.rounding == GPTQ and (run.quant != "w4a16" or "vision" in run.quant_parts or run.tp > 1):
+            raise UserError(
+                "task.rounding=gptq is for quant=w4a16 at tp=1, without the vision tower: codes of 8 bits lose almost "
+                "nothing. Leave it out."
+            )
         if run.weights == SHAPES_ONLY:
             raise UserError(f"weights={SHAPES_ONLY} has no values to quantise. Use a checkpoint, or weights=random.")
         folder = Path(self.folder).expanduser()

@@ -1,6 +1,9 @@
 """task=quantize: write a quantised checkpoint that this engine and others read, in the layout of compressed-tensors."""
 
+import contextlib
 import shutil
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -8,10 +11,14 @@ import torch
 
 from mllama_graph.core.errors import UserError
 from mllama_graph.core.report import Progress, write_json, write_result
+from mllama_graph.engine.calibration import Calibration, quantising_with_feedback
+from mllama_graph.engine.start import processor_of, start_engine
+from mllama_graph.inputs.request_file import read_lines
 from mllama_graph.model.codes import quantise
 from mllama_graph.model.compressed import DTYPES, layout, planned, quantization_config, write_weights
+from mllama_graph.model.tree import Fill, FillQuantised
 from mllama_graph.model.weights import from_checkpoint, quantising, random_fill, whole_config
-from mllama_graph.plan.resolve import ResolvedRun
+from mllama_graph.plan.resolve import ResolvedRun, on_other_weights
 from mllama_graph.tasks.options import QuantizeOptions
 
 # Files beside the weights that belong to a checkpoint: tokenizer, templates, processor, generation, licence.
@@ -50,9 +57,8 @@ def main(run: ResolvedRun) -> None:
             done += count
             progress.weights(done, total)
 
-        rounded = partial(quantise, scale_dtype=getattr(torch, DTYPES[dtype][1]))
-        with torch.inference_mode():
-            write_weights(folder, files, fill, quantising(fill, rounded), report)
+        with torch.inference_mode(), quantiser(run, options, fill, progress) as fill_quantised:
+            write_weights(folder, files, fill, fill_quantised, report)
         if checkpoint:
             copy_others(checkpoint.folder, folder)
         # Last, so that a folder with config.json is whole.
@@ -71,6 +77,25 @@ def main(run: ResolvedRun) -> None:
         run.asked,
         metrics={"bytes": total, "files": len(files), "layers": len(formats), "format": layout(form)},
     )
+
+
+@contextlib.contextmanager
+def quantiser(run: ResolvedRun, options: QuantizeOptions, fill: Fill, progress: Progress) -> Iterator[FillQuantised]:
+    """What chooses the codes of a weight, as task.rounding= says; with gptq, an engine serves requests for it."""
+    scale_dtype = getattr(torch, DTYPES[run.precision.store][1])
+    if options.calibration is None:
+        yield quantising(fill, partial(quantise, scale_dtype=scale_dtype))
+        return
+    path = Path(options.calibration).expanduser()
+    # Graphs are not compiled: the operations record their inputs.
+    plain = replace(on_other_weights(run, run.checkpoint), backend="eager")
+    engine = start_engine(plain, processor_of(plain), Progress())
+    try:
+        lines = list(read_lines(path))
+        calibration = Calibration(engine, run.storage.formats, lines, path.parent, progress)
+        yield quantising_with_feedback(fill, calibration.factor, scale_dtype)
+    finally:
+        engine.close()
 
 
 def require_room(folder: Path, total: int) -> None:
