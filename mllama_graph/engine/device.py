@@ -29,7 +29,7 @@ from mllama_graph.graphs.aot import ops_of
 from mllama_graph.graphs.loaded import LoadedGraphs, LoadedNpuGraphs, LoadedPackages
 from mllama_graph.graphs.spec import GraphSpec
 from mllama_graph.model.codes import Codes, quantise
-from mllama_graph.model.formats import Format
+from mllama_graph.model.formats import FLOAT, Format
 from mllama_graph.model.inputs import Pages
 from mllama_graph.model.ops import Ops
 from mllama_graph.model.placement import Placement
@@ -235,6 +235,11 @@ class NpuBackend(Backend):
         npu_quantised.lay_out(weights, spec.compute, spec.tiled)
         if spec.tiled:
             cast_to_nz(weights)
+
+    def rounded(self, rows_OI: Tensor, form: Format) -> Codes:
+        # Operators on float activations take scales in the dtype of these: codes are chosen for such a scale.
+        dtype = TORCH_DTYPES[self.run.precision.compute] if form.activations == FLOAT else torch.float32
+        return quantise(rows_OI, form, dtype)
 
     def gather(self, ops: Ops) -> Gather:
         return gather_in(HOST_GROUP, self.place.world) if self.place.world > 1 else ops.all_gather
