@@ -7,16 +7,12 @@ rank's part of each; otherwise its weights are dequantised while they are loaded
 import math
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from mllama_graph.core.errors import UserError
 from mllama_graph.model.formats import FLOAT, Format, Formats, is_linear, leaf_of
 from mllama_graph.model.quant_config import NOT_READ, QuantConfig, refuse
-from mllama_graph.model.stored import IRREGULAR, Finder, Stored
+from mllama_graph.model.stored import IRREGULAR, Finder, Headers, Stored
 from mllama_graph.model.table import Entry, Shard, table
-
-if TYPE_CHECKING:
-    from mllama_graph.model.files import CheckpointFiles
 
 # Tensors that may lie beside a quantised weight, which the engine doesn't need or which Finder has checked.
 BESIDE = (
@@ -44,7 +40,7 @@ class Published:
     used: the names of all tensors that belong to them. Raises UserError naming the tensor at fault.
     """
 
-    def __init__(self, files: "CheckpointFiles", config: QuantConfig):
+    def __init__(self, files: Headers, config: QuantConfig):
         self.method, self._folder = config.method, files.folder
         for name in files.tensors:
             for end, method in NOT_READ.items():
@@ -62,7 +58,7 @@ class Published:
             self.used |= _zero_biases(files)
             self.used |= self._of_cut_layers(files)
 
-    def _of_cut_layers(self, files: "CheckpointFiles") -> set[str]:
+    def _of_cut_layers(self, files: Headers) -> set[str]:
         """The tensors of quantised weights in layers that config.json does not have: a trimmed model may keep them."""
         layers = {LAYER.match(entry.name) for entry in self.entries}
         there = {found[0] for found in layers if found}
@@ -128,7 +124,7 @@ class Published:
         return form, why
 
 
-def _zero_biases(files: "CheckpointFiles") -> set[str]:
+def _zero_biases(files: Headers) -> set[str]:
     """The biases of norms that ModelSlim's anti_outlier adds, where they are zero. Raises UserError where not."""
     found = {
         name

@@ -12,7 +12,8 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -20,10 +21,8 @@ from mllama_graph.core.dtypes import SAFETENSORS
 from mllama_graph.core.errors import UserError
 from mllama_graph.model.formats import FLOAT, STATIC
 from mllama_graph.model.quant_config import QuantConfig
+from mllama_graph.model.shape import ModelShape
 from mllama_graph.model.table import Entry
-
-if TYPE_CHECKING:
-    from mllama_graph.model.files import CheckpointFiles
 
 FLOATS = tuple(SAFETENSORS)
 INTEGERS = ("I8", "U8", "I32", "I64")
@@ -31,6 +30,19 @@ INTEGERS = ("I8", "U8", "I32", "I64")
 CODES = {"I8": "int8", "F8_E4M3": "fp8"}
 # The permutation of a weight whose groups have different sizes, which no format holds.
 IRREGULAR = "irregular"
+
+
+class Headers(Protocol):
+    """What is read here of a checkpoint's files: `CheckpointFiles`, which holds what this module finds."""
+
+    folder: Path
+    shape: ModelShape
+
+    @property
+    def tensors(self) -> dict[str, tuple[str, Path]]: ...
+    def kind(self, name: str) -> str: ...
+    def stored_shape(self, name: str) -> tuple[int, ...]: ...
+    def small(self, name: str) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -58,7 +70,7 @@ class Stored:
 class Finder:
     """Finds how each linear weight of a checkpoint is stored. Raises UserError naming a tensor that breaks a rule."""
 
-    def __init__(self, files: "CheckpointFiles", config: QuantConfig):
+    def __init__(self, files: Headers, config: QuantConfig):
         self.files, self.config = files, config
 
     def find(self, entry: Entry) -> Stored | None:
