@@ -53,7 +53,7 @@ def write_quantised(
 # ---- compressed-tensors and bitsandbytes, written by the libraries
 
 
-def compressed_tensors(folder: Path, base: Path, form: str, *, weights: dict, inputs: dict | None = None, **more):
+def compressed_tensors(folder: Path, base: Path, form: str, *, weights: dict, inputs: dict | None = None):
     """A checkpoint that compressed-tensors' compressor of `form` writes."""
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
@@ -70,15 +70,11 @@ def compressed_tensors(folder: Path, base: Path, form: str, *, weights: dict, in
         grouped = weight.view(1, 1, -1) if args.strategy == "tensor" else weight.view(rows, columns // group, group)
         scale, zero = calculate_qparams(grouped.amin(-1), grouped.amax(-1), args)
         scale, zero = (value.flatten() if args.strategy == "tensor" else value for value in (scale, zero))
-        state = {
-            "weight": weight,
-            "weight_scale": scale.to(more.get("scales", torch.bfloat16)),
-            "weight_zero_point": zero,
-        }
+        state = {"weight": weight, "weight_scale": scale.bfloat16(), "weight_zero_point": zero}
         tensors = compressor.compress(state, scheme)
         plain = compressor.decompress({n: v.float() if n == "weight_scale" else v for n, v in tensors.items()}, scheme)
         if inputs is not None and not inputs.get("dynamic"):
-            tensors["input_scale"] = torch.tensor([more.get("input_scale", 0.05)], dtype=torch.bfloat16)
+            tensors["input_scale"] = torch.tensor([0.05], dtype=torch.bfloat16)
         return tensors, plain["weight"].float()
 
     config = {
@@ -175,7 +171,7 @@ def gptq(
     seed: Callable[[str], int] = shared_seed,
     modules: str = TEXT,
 ):
-    """GPTQ's layout: codes packed along the inputs, transposed; zero points along the outputs, less one in version 1."""
+    """GPTQ's layout: codes packed by inputs, transposed; zero points by outputs, in version 1 less one."""
 
     def quantise(module, weight):
         inputs = weight.shape[1]
@@ -221,7 +217,13 @@ def awq(folder: Path, base: Path, group: int = 32):
 
 
 def modelslim(
-    folder: Path, base: Path, kind: str = "W8A16", version: int = 1, offsets: bool = False, fp16: bool = False
+    folder: Path,
+    base: Path,
+    kind: str = "W8A16",
+    version: int = 1,
+    offsets: bool = False,
+    fp16: bool = False,
+    input_scale: Callable[[str], float] = lambda module: 0.0625,
 ):
     """ModelSlim's files. Layer 2's down projections stay in floating point."""
     dtype = torch.float32 if version == 1 else torch.bfloat16
@@ -244,11 +246,11 @@ def modelslim(
             "weight": codes.to(torch.int8), "weight_scale": scale.to(dtype), "weight_offset": offset.to(dtype),
         }  # fmt: skip
         if kind == "W8A8":
-            input_scale, zero = torch.tensor([0.0625]), torch.tensor([-7.0])
-            bits = (scale[:, 0] * input_scale).float()
+            given, zero = torch.tensor([input_scale(module)]), torch.tensor([-7.0])
+            bits = (scale[:, 0] * given).float()
             deq = torch.tensor([int(v) for v in bits.view(torch.int32)]) if fp16 else bits
             bias = (-zero * codes.sum(1)).to(torch.int32)
-            tensors |= {"input_scale": input_scale.to(dtype), "input_offset": zero.to(dtype)}
+            tensors |= {"input_scale": given.to(dtype), "input_offset": zero.to(dtype)}
             tensors |= {"deq_scale": deq, "quant_bias": bias}
         return tensors, (codes - offset) * scale
 

@@ -20,6 +20,7 @@ BASE = SPECS["base"]
 EXACT = {"rtol": 0, "atol": 0}
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 KEY = "language_model.model.layers.0.mlp.gate_proj.weight"
+NORM = "language_model.model.norm.weight"
 
 
 @pytest.fixture
@@ -205,7 +206,7 @@ def quantise(weights):
     weights[KEY] = torch.zeros(weights[KEY].numel() // 2, 1, dtype=torch.uint8)
 
 
-QUANTISED = "is quantised \\(%s.*not read yet: use the model's weights in fp32, fp16 or bf16"
+QUANTISED = r"is quantised \(%s\), which is not read. Read are compressed-tensors .*or the unquantised checkpoint"
 REFUSED = {
     "Git LFS, weights": (lambda f: (f / "model.safetensors").write_text(LFS), "Git LFS pointer.*run git lfs pull"),
     "Git LFS, config": (lambda f: (f / "config.json").write_text(LFS), "Git LFS pointer.*run git lfs pull"),
@@ -214,36 +215,33 @@ REFUSED = {
     "GGUF": (lambda f: only(f, "model.gguf"), "GGUF files are not read"),
     "an adapter": (becomes_adapter, "is an adapter .*Use weights= with a checkpoint of meta/11B, and adapter="),
     "a folder inside": (lambda f: moves_inside(f, "snapshots/1"), "Did you mean weights=.*/snapshots/1?"),
-    "bitsandbytes, 4 bits": (
-        lambda f: edit(f / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
-        QUANTISED % "bitsandbytes, 4 bits",
+    "HQQ": (
+        lambda f: edit(f / "config.json", quantization_config={"quant_method": "hqq"}),
+        QUANTISED % "hqq; quantization_config in config.json",
     ),
-    "GPTQ": (
-        lambda f: edit(f / "config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
-        QUANTISED % "gptq, 4 bits",
+    "MLX": (
+        lambda f: edit(f / "config.json", quantization={"group_size": 64, "bits": 4}),
+        QUANTISED % "MLX; quantization in config.json",
     ),
-    "compressed-tensors": (
-        lambda f: edit(
-            f / "config.json",
-            quantization_config={
-                "quant_method": "compressed-tensors",
-                "config_groups": {"group_0": {"weights": {"num_bits": 8}}},
-            },
-        ),
-        QUANTISED % "compressed-tensors, 8 bits",
+    "AQLM without a config": (
+        lambda f: change_weights(f, lambda w: w.update({KEY.replace("weight", "codebooks"): torch.ones(4)})),
+        QUANTISED % f"AQLM; it holds {KEY.replace('weight', 'codebooks')}",
     ),
-    "MLX": (lambda f: edit(f / "config.json", quantization={"group_size": 64, "bits": 4}), QUANTISED % "MLX, 4 bits"),
-    "absmax without a config": (
+    "absmax of an unquantised weight": (
         lambda f: change_weights(f, lambda w: w.update({f"{KEY}.absmax": torch.ones(4)})),
-        QUANTISED % f"bitsandbytes, 4 bits; it holds {KEY}.absmax",
+        f"1 tensors unexpected: {KEY}.absmax",
     ),
-    "bytes without a config": (
+    "bytes alone": (
         lambda f: change_weights(f, quantise),
-        "gate_proj.weight is stored as U8; supported are",
+        "gate_proj.weight is U8, and .*quant_state.bitsandbytes__nf4 or fp4 is missing",
     ),
-    "fp8": (
+    "fp8 alone": (
         lambda f: change_weights(f, lambda w: w.update({KEY: w[KEY].to(torch.float8_e4m3fn)})),
-        "is stored as F8_E4M3; supported are F32, F16, BF16",
+        "gate_proj.weight_scale is missing: .*gate_proj.weight is F8_E4M3 and needs it",
+    ),
+    "a norm in fp8": (
+        lambda f: change_weights(f, lambda w: w.update({NORM: w[NORM].to(torch.float8_e4m3fn)})),
+        "norm.weight is stored as F8_E4M3, and belongs to no quantised weight",
     ),
     "an index of another type": (
         lambda f: (only(f, "x"), index_of(f, 5)),

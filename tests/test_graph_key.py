@@ -32,6 +32,7 @@ def key(checkpoint, empty_store):
 
 CHANGES = {
     "dtype": {"dtype": "bf16"},
+    "format of pages": {"kv": "int8"},
     "narrow weights": {"name": "half", "dtype": "auto"},
     "page size": {"page_size": 8, "pages": [12]},
     "number of pages": {"num_pages": 50},

@@ -43,7 +43,6 @@ def expected(done, entry, dtype):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("quant", QUANTS)
 def test_compressed_tensors_gives_the_values_of_our_codes(quant, dtype, checkpoint, tmp_path):
-    pytest.importorskip("compressed_tensors")
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationConfig
 
@@ -161,7 +160,7 @@ def test_an_interrupted_run_leaves_nothing(checkpoint, tmp_path, monkeypatch):
 
 
 def test_the_command_writes_a_checkpoint_that_is_not_quantised_twice(tmp_path):
-    out = tmp_path / "out"
+    out = tmp_path / "first"
     done = run(tmp_path / "run", *QUICK, "task=quantize", "model=tiny", "quant=w8a16", f"task.folder={out}")
     assert done.code == 0, done.err
     assert "pack-quantized, 8 bits" in done.out and done.result()["metrics"]["format"] == "pack-quantized"

@@ -69,7 +69,7 @@ def test_every_experiment_composes(name):
     register_schemas()
     composed = jobs_of(f"experiment={name}")
     swept = composed.hydra.sweeper.get("params") or {}
-    assert bool(swept) == (name not in ("performance", "h200"))
+    assert bool(swept) == (name != "performance")
     if name == "performance":
         assert list(composed.task.batch_sizes) == list(range(1, 11)) and composed.task.name == "bench"
 

@@ -100,8 +100,10 @@ def quantised_parts(context: Context) -> dict[str, int]:
         found["quantised layer"] += form.activations == FLOAT
         found["transposed weight"] += not inputs_first(form, inputs, spec.tiled)
         found["sorted layer"] += form.sorted
-        # torchair fuses what follows a residual sum and its norm with them. The first layer has no sum.
-        normed = path.endswith((".qkv", ".q", ".gate_up", "text.head")) and path.startswith("text.")
+        # torchair fuses what follows a residual sum and its norm with them. The first layer has no sum, and that of the
+        # head is read by nothing, which the cast's pattern does not match.
+        normed = path.startswith("text.layers.") and path.endswith((".qkv", ".q", ".gate_up"))
+        normed |= path == "text.head" and form.activations == DYNAMIC
         place = "after a norm" if normed and path != "text.layers.0.qkv" else "alone"
         if form.activations == DYNAMIC:
             found[f"int8 layer {'of ranks' if path in split else place}"] += 1

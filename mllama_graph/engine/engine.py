@@ -15,6 +15,7 @@ from mllama_graph.engine.steps import NOT_FINITE, DecodeStep, PrefillStep, Step,
 from mllama_graph.inputs.detokenizer import Detokenizer
 from mllama_graph.inputs.processor import Processor
 from mllama_graph.inputs.request import Request
+from mllama_graph.model.formats import described
 
 # The error of a request whose logits are NaN or infinite at its new token number `step`, counted from 1.
 NOT_FINITE_ERROR = (
@@ -131,7 +132,9 @@ class Engine:
 
     def metrics(self, finished: Totals) -> dict[str, Any]:
         """The run's metrics for result.json."""
-        return self.stats.metrics(finished, self.scheduler.preemptions)
+        run = self.executor.run
+        stored = {"quant": described(run.storage.formats), "kv": run.precision.kv}
+        return self.stats.metrics(finished, self.scheduler.preemptions) | stored
 
     def graph_records(self) -> list[dict[str, Any]]:
         """The record of each graph, for result.json."""

@@ -10,7 +10,7 @@ from mllama_graph.model.formats import Format
 # The largest finite value of E4M3.
 FP8_MOST = 448.0
 # Divisors of a group's largest value that 4-bit scales are chosen from, by squared error. 8 clips one step of one sign;
-# larger ones, which clip the largest values of both signs, have less squared error and lose more (docs/quantisation.md).
+# larger ones, which clip the largest values of both signs, lose more for less squared error (docs/quantisation.md).
 INT4_STEPS = (7.0, 7.25, 7.5, 7.75, 8.0)
 # The values of bitsandbytes' NF4: quantiles of a normal distribution (QLoRA, appendix E).
 NF4 = (
@@ -69,19 +69,16 @@ def _divisor(scale: Tensor) -> Tensor:
 
 def _int4(grouped: Tensor, most: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Codes 0 .. 15 and scales of groups, of least squared error among INT4_STEPS."""
-    best_codes = best_scale = least = None
+    best_codes, best_scale = torch.zeros_like(grouped), most
+    least = torch.full_like(most, torch.inf)
     for steps in INT4_STEPS:
         scale = _held(most / steps, scale_dtype)
         rounded = (grouped / _divisor(scale)).round().clamp(-8, 7)
         error = (rounded * scale - grouped).square().sum(-1, keepdim=True)
-        if least is None:
-            best_codes, best_scale, least = rounded, scale, error
-            continue
         better = error < least
         best_codes = torch.where(better, rounded, best_codes)
         best_scale = torch.where(better, scale, best_scale)
         least = torch.minimum(error, least)
-    assert best_codes is not None and best_scale is not None
     return (best_codes + 8).to(torch.uint8), best_scale
 
 

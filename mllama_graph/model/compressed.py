@@ -138,7 +138,7 @@ def write_weights(
     folder: Path, files: list[list[Weight]], fill: Fill, fill_quantised: FillQuantised, progress: Any
 ) -> None:
     """Write the files, and the index where there are several. `progress` is called with the bytes of each weight."""
-    index = {}
+    index: dict[str, str] = {}
     for number, weights in enumerate(files, start=1):
         name = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
         index |= {tensor.name: name for weight in weights for tensor in weight.tensors}

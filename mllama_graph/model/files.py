@@ -161,7 +161,7 @@ class CheckpointFiles:
 
     @cached_property
     def stored(self) -> str:
-        """The dtype of most of the unquantised weights: fp32, fp16 or bf16. Raises UserError where one has any other."""
+        """The dtype of most unquantised weights: fp32, fp16 or bf16. Raises UserError where one has any other."""
         counts: Counter[str] = Counter()
         for name in (name for name in self.tensors if name not in self.published.used):
             kind = self.kind(name)

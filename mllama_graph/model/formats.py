@@ -64,6 +64,13 @@ class Format:
         """Bits of a code."""
         return BITS[self.code]
 
+    @property
+    def kind(self) -> str:
+        """The format in the words of quant=; nf4 stands for every codebook of 16 values."""
+        if self.code in ("fp8", "codebook"):
+            return {"fp8": "fp8", "codebook": "nf4"}[self.code]
+        return f"w{self.bits}a{16 if self.activations == FLOAT else 8}"
+
     def groups(self, inputs: int) -> int:
         """Scales per output."""
         return inputs // self.group if self.group else 1
@@ -179,3 +186,9 @@ def stored_bytes(shape: ModelShape, storage: Storage, shard: Shard = WHOLE) -> d
         else storage.weight * sum(prod(size) for size in found)
         for path, found in sizes.items()
     }
+
+
+def described(formats: Formats) -> str:
+    """The kinds of quantised layers in the words of quant=, or "none"."""
+    kinds = sorted({form.kind for _, form in formats})
+    return "+".join(kinds) or "none"

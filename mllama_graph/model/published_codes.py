@@ -46,7 +46,7 @@ class PublishedWeight:
         found = torch.empty(rows.stop - rows.start, columns.stop - columns.start)
         # Columns that surely share a scale.
         group = 1 if "order" in self.stored.tensors else self.stored.group or self.inputs
-        first_G = self._group_of_K()[columns][:: (width := math.gcd(group, columns.start, columns.stop))]
+        first_G = self._input_groups()[columns][:: (width := math.gcd(group, columns.start, columns.stop))]
         form = Format(self.stored.code, width)
         for block in self.blocks(rows):
             self._check_bias(block)
@@ -60,7 +60,7 @@ class PublishedWeight:
         """What a leaf of a format stores of a region, by name of the part. A sorted format has all columns."""
         stored, inputs = self.stored, columns.stop - columns.start
         self._check_bias(rows)
-        group_K = self._group_of_K()
+        group_K = self._input_groups()
         order = torch.argsort(group_K, stable=True) if form.sorted else None
         in_order = group_K[order] if order is not None else group_K[columns]
         first_G = in_order[:: form.group or inputs]
@@ -136,7 +136,7 @@ class PublishedWeight:
     def _scales(self, rows: slice) -> tuple[Tensor, Tensor | None]:
         """Scales of all groups of some rows in fp32 (O, G), and their shifts or None."""
         layout = {"rows": self._of_rows, "packed": self._of_packed, "gptq": self._of_gptq, "awq": self._of_gptq}
-        return (layout[self.stored.layout] if self.stored.layout in layout else self._of_blocks)(rows)
+        return layout.get(self.stored.layout, self._of_blocks)(rows)
 
     def _of_rows(self, rows: slice) -> tuple[Tensor, Tensor | None]:
         options, count = self.stored.options, rows.stop - rows.start
@@ -195,7 +195,7 @@ class PublishedWeight:
     def _codebook(self) -> Tensor | None:
         return self._read("codebook").float() if self.stored.code == "codebook" else None
 
-    def _group_of_K(self) -> Tensor:
+    def _input_groups(self) -> Tensor:
         """The group of each input."""
         if "order" in self.stored.tensors:
             return self._read("order").long()

@@ -20,8 +20,8 @@ namespace {
 template <class D>
 constexpr int kCodedRows = kRegisters == 32 ? 8 : D::kInputs == 1 ? 4 : 3;
 
-// Inputs of a decoded block, unless a group is longer.
-constexpr int64_t kDecoded = 256;
+// Inputs of a decoded block, unless a group is longer; it stays in L1. Rows of a task, which share its blocks.
+constexpr int64_t kDecoded = 128, kSharing = 192;
 
 // A weight in panels, its scales and shifts in panels of their own, and how its inputs are grouped.
 template <class Word>
@@ -145,7 +145,7 @@ void decode_block(const D& decoder, const typename D::Word* words, int64_t width
     }(std::make_index_sequence<D::kInputs>{});
 }
 
-// y = x w' for one panel and up to kTall rows, in blocks of inputs.
+// y = x w' for one panel and up to kSharing rows, in blocks of inputs.
 template <class D>
 void coded_panel(const D& decoder, const float* x, const Coded<typename D::Word>& w, int64_t at, const float* sums,
                  float* y, int64_t rows, std::vector<float>& block) {
@@ -213,7 +213,7 @@ std::vector<float> sorted_rows(const float* x, int64_t rows, int64_t inputs, con
 template <class D>
 void coded_of(const D& decoder, const float* x, const Coded<typename D::Word>& w, const float* sums, float* y,
               int64_t rows) {
-  const int64_t panels = (w.outputs + kColumns - 1) / kColumns, blocks = (rows + kTall - 1) / kTall;
+  const int64_t panels = (w.outputs + kColumns - 1) / kColumns, blocks = (rows + kSharing - 1) / kSharing;
   const int64_t bytes = kColumns * w.inputs / D::kInputs * sizeof(typename D::Word) * (1 + rows / 16);
   const int64_t grain = kGrainBytes / std::max<int64_t>(1, bytes) + 1;
   torch::stable::parallel_for(0, blocks * panels, grain, [&](int64_t first, int64_t last) {

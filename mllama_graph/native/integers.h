@@ -39,13 +39,13 @@ inline Integers load_words(const uint32_t* from) {
 
 // A word of four codes of 8 bits, and of eight codes of 4 bits. operand<k>: four of its codes as bytes, of the inputs
 // 4 * k ... for bytes, and 2 * i + k for halves of bytes.
-struct Bytes {
+struct ByteCodes {
   static constexpr int kInputs = 4, kOperands = 1, kOffset = 128;
   template <int k>
   static Integers operand(Integers x) { return x; }
   static uint32_t code(uint32_t word, int input) { return word >> 8 * input & 255; }
 };
-struct Halfbytes {
+struct HalfbyteCodes {
   static constexpr int kInputs = 8, kOperands = 2, kOffset = 8;
   template <int k>
   static Integers operand(Integers x) { return (k ? x >> 4 : x) & 0x0f0f0f0f; }
@@ -323,7 +323,7 @@ Tensor linear_integers(Tensor given, Tensor weight, Tensor scale, std::optional<
   const int64_t inputs = x.size(x.dim() - 1), outputs = weight.size(0);
   const int64_t rows = inputs ? x.numel() / inputs : 0, some = real_of(rows, real);
   if (x.scalar_type() != ScalarType::Float || weight.scalar_type() != ScalarType::Char || !weight.is_contiguous() ||
-      weight.size(1) != inputs || inputs % Bytes::kInputs || scale.numel() != outputs)
+      weight.size(1) != inputs || inputs % ByteCodes::kInputs || scale.numel() != outputs)
     fail("linear_integers takes x (..., I) in float32, a contiguous int8 weight (O, I) and scales (O, 1)");
   Tensor y = allocated_rows(x, outputs, some);
   const float *from = floats(x), *most = largest ? floats(*largest) : nullptr;
@@ -339,8 +339,8 @@ Tensor linear_integers(Tensor given, Tensor weight, Tensor scale, std::optional<
   // Sums of up to 2^15 products of 9 and 8 bits fit 32 bits.
   const int64_t block = inputs <= 1 << 15 ? inputs : block_of(inputs);
   // A code less its zero takes more than a byte.
-  const auto whole = whole_rows<Bytes>(from, some, inputs, block, zero ? 2 : 1, scales.data(), zero);
-  zero ? whole_of<Bytes, 2>(whole, w, results(y), some) : whole_of<Bytes, 1>(whole, w, results(y), some);
+  const auto whole = whole_rows<ByteCodes>(from, some, inputs, block, zero ? 2 : 1, scales.data(), zero);
+  zero ? whole_of<ByteCodes, 2>(whole, w, results(y), some) : whole_of<ByteCodes, 1>(whole, w, results(y), some);
   add_bias(results(y), bias, some);
   return y;
 }

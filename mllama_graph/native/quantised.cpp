@@ -54,7 +54,7 @@ Tensor linear_coded(Tensor given, Tensor weight, Tensor scale, std::optional<Ten
     const auto run = [&]<class C>() {
       whole_of<C, 2>(whole_rows<C>(from, some, inputs, block_of(w.group), 2, nullptr, 0), w, results(y), some);
     };
-    kind == ScalarType::Char ? run.operator()<Bytes>() : run.operator()<Halfbytes>();
+    kind == ScalarType::Char ? run.operator()<ByteCodes>() : run.operator()<HalfbyteCodes>();
     add_bias(results(y), bias, some);
     return y;
   }

@@ -4,8 +4,11 @@ For few rows the inputs are split over several programs, enough to keep the memo
 is a program per tile of the result. `lay_out` changes the canonical layout in place, for the leaves that `fits`:
 
 - Scales and shifts are stored as (groups, outputs), so that those of a tile are adjacent.
-- In each 32 codes of 4 bits, the low halves of 16 bytes hold the first 16 codes and the high halves the last, so that
-  both halves meet adjacent elements of x.
+- Codes are stored in words of 32 bits, 8 codes of 4 bits or 4 of 8 bits, in runs of 128 inputs: slot s of word w of a
+  run's W words holds the code of its input s * W + w, so that a slot of adjacent words meets adjacent elements of x.
+  int8 codes are stored as code + 128, as 4-bit codes are from the start.
+
+Weights of int8 activations stay as they are.
 
 Torch's own kernels are not used: `_weight_int4pack_mm` takes only bf16 and rounds scales to it, `_scaled_mm` needs
 activations in fp8, and `_int_mm` takes only more than 16 rows and writes int32 sums that are read again.
@@ -14,50 +17,52 @@ activations in fp8, and `_int_mm` takes only more than 16 rows and writes int32 
 from math import gcd
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mllama_graph.model.codes import rounded_rows
+from mllama_graph.model.codes import pack, rounded_rows, unpack
 from mllama_graph.model.formats import DYNAMIC, FLOAT, MOST, STATIC, Format
-from mllama_graph.model.tree import Linear, Weights, linears
+from mllama_graph.model.tree import Linear, linears
 from mllama_graph.ops import plain
 from mllama_graph.ops.cuda_products import BLOCK, Tile, coded_product, integer_product, tile_for
-from mllama_graph.ops.cuda_triton import capability, multiprocessors
+from mllama_graph.ops.cuda_triton import multiprocessors
 
-# Codes of 4 bits are rearranged in runs of this many.
-RUN = 32
+# Fewest inputs of a tile that share a scale: whole slots of 8 bits.
+LEAST = 32
 # Programs per multiprocessor that splits aim at, the fewest tiles of inputs per split, and the most splits.
 PROGRAMS, LEAST_TILES, MOST_SPLITS = 2, 4, 16
 
 
-def splits(rows: int, outputs: int, inputs: int, block: int, tile: Tile, count: int) -> int:
+def splits(rows: int, outputs: int, inputs: int, tile: Tile, count: int) -> int:
     """Number of parts into which inputs are split to fill `count` multiprocessors. Depends only on shapes."""
     tiles = -(-rows // tile.rows) * -(-outputs // tile.outputs)
-    return max(1, min(PROGRAMS * count // tiles, inputs // (block * LEAST_TILES), MOST_SPLITS))
+    return max(1, min(PROGRAMS * count // tiles, inputs // (BLOCK * LEAST_TILES), MOST_SPLITS))
 
 
-def block_of(form: Format) -> int:
-    """Inputs of a tile: all of one group."""
+def segment_of(form: Format) -> int:
+    """Inputs of a tile that share a scale, wherever the tile is."""
     return gcd(form.group, BLOCK)
 
 
 def fits(form: Format | None, inputs: int) -> bool:
     """Whether the kernels read a leaf. Other leaves keep the canonical layout and are computed by plain.py."""
-    return form is not None and block_of(form) >= RUN and (form.bits == 8 or inputs % RUN == 0)
+    return form is not None and (form.activations != FLOAT or (segment_of(form) >= LEAST and inputs % BLOCK == 0))
 
 
-def lay_out(weights: Weights) -> None:
+def lay_out(weights: nn.Module) -> None:
     """Convert the leaves that the kernels read, in place, to the layout of this file."""
     for leaf in linears(weights):
-        if not leaf.format or not fits(leaf.format, leaf.weight.shape[1] * 8 // leaf.format.bits):
+        form, weight = leaf.format, leaf.weight.data
+        if not form or form.activations != FLOAT or not fits(form, weight.shape[1] * 8 // form.bits):
             continue
         for of_groups in (leaf.scale, leaf.shift):
             if of_groups is not None:
                 of_groups.data.copy_(of_groups.data.t().contiguous().view_as(of_groups))
-        if leaf.format.bits == 4:
-            # Two codes of the first half of a run, and the two at the same place in the last, become two bytes.
-            first, last = leaf.weight.data.view(-1, 2, RUN // 4).unbind(1)
-            pairs = torch.stack((first & 15 | last << 4, first >> 4 | last & 240), dim=-1)
-            leaf.weight.data.copy_(pairs.view_as(leaf.weight))
+        slots = 32 // form.bits
+        # (runs, slots, words) -> (runs, words, slots)
+        codes = unpack(weight.view(torch.uint8), form).view(-1, slots, BLOCK // slots).transpose(1, 2)
+        if form.code == "int8":
+            codes = codes ^ 128
+        weight.view(torch.uint8).copy_(pack(codes.reshape(-1, slots), form).reshape(len(weight), -1))
 
 
 def linear(x: Tensor, leaf: Linear, largest: Tensor | None = None) -> Tensor:
@@ -68,15 +73,14 @@ def linear(x: Tensor, leaf: Linear, largest: Tensor | None = None) -> Tensor:
     if leaf.order is not None:
         x = x.index_select(-1, leaf.order)
     x_TI = x.reshape(-1, x.shape[-1]).contiguous()
-    (T, inputs), outputs, block = x_TI.shape, len(leaf.weight), block_of(form)
+    (T, inputs), outputs = x_TI.shape, len(leaf.weight)
     wide = x.dtype == torch.float32 and form.activations == FLOAT
-    count = splits(T, outputs, inputs, block, tile_for(T, wide), multiprocessors(x.device))
+    count = splits(T, outputs, inputs, tile_for(T, wide), multiprocessors(x.device))
     if form.activations == FLOAT:
-        weight: Tensor = leaf.weight
-        # Triton reads E4M3 on devices that have instructions for it.
-        if form.code == "fp8" and capability(x.device) < (8, 9):
-            weight = weight.view(torch.uint8)
-        y_TO = coded_product(x_TI, weight, leaf.scale, leaf.shift, leaf.codebook, leaf.bias, form.code, block, count)
+        words = leaf.weight.view(torch.int32)
+        y_TO = coded_product(
+            x_TI, words, leaf.scale, leaf.shift, leaf.codebook, leaf.bias, form.code, segment_of(form), count
+        )
     else:
         if form.activations == DYNAMIC:
             rounded, row_scale = rounded_rows(

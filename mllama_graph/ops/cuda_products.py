@@ -18,10 +18,10 @@ from torch.library import wrap_triton
 
 from mllama_graph.ops.cuda_triton import DOT, jit, operation, tl
 
-# Inputs of a tile, at most.
+# Inputs of a tile.
 BLOCK = 128
-# An E4M3 code's bits, moved to those of fp16, are the value / 256, as the exponents' biases differ by 8.
-FP8_BIAS = 256.0
+# What decoded whole numbers are to be multiplied by.
+WHOLE = 2.0**22
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Tile:
 def tile_for(rows: int, wide: bool) -> Tile:
     """The tile for a number of rows. wide: products in fp32, which don't use tensor cores and need more registers."""
     if rows <= DOT:
-        return Tile(DOT, 64, 4, 2 if wide else 4)
+        return Tile(DOT, 64, 4, 2) if wide else Tile(DOT, 128, 4, 3)
     if wide:
         return Tile(32, 64, 8, 2)
     if rows <= 64:
@@ -46,22 +46,31 @@ def tile_for(rows: int, wide: bool) -> Tile:
 
 
 @jit
-def _decode(code, codebook_ptr, CODE: tl.constexpr, DTYPE: tl.constexpr):
-    """Values of codes in the dtype of x; those of E4M3 bits divided by FP8_BIAS."""
-    if CODE == "int4":
-        return (code.to(tl.int8) - 8).to(DTYPE)
+def _decode(word, codebook_ptr, CODE: tl.constexpr, SLOT: tl.constexpr):
+    """The fp32 values, times 2 ** -22 for whole numbers, of the codes in a slot of words.
+
+    GPUs need a mask and a multiply-add per code: a whole number's bits, where they are, are a subnormal fp32 number.
+    """
     if CODE == "codebook":
-        return tl.load(codebook_ptr + code.to(tl.int32)).to(DTYPE)
-    if CODE == "fp8" and code.dtype == tl.uint8:
-        bits = code.to(tl.uint16)
-        return ((bits & 127) << 7 | (bits & 128) << 8).to(tl.float16, bitcast=True).to(DTYPE)
-    return code.to(DTYPE)
+        value = tl.load(codebook_ptr + ((word >> (4 * SLOT)) & 15))
+    elif CODE == "fp8":
+        # Sign, exponent and mantissa, at the places of fp32. The biases of the exponents differ by 120.
+        bits = ((word << (24 - 8 * SLOT)) >> 4) & -0x78100000
+        value = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
+    else:
+        # Codes are 8 or 128 above their values. Slots beyond the 23 bits of a mantissa are moved down together.
+        WIDTH: tl.constexpr = 4 if CODE == "int4" else 8
+        DOWN: tl.constexpr = 0 if (SLOT + 1) * WIDTH <= 23 else (12 if WIDTH == 4 else 16)
+        AT: tl.constexpr = SLOT * WIDTH - DOWN
+        bits = (word >> DOWN) & ((2**WIDTH - 1) << AT)
+        value = bits.to(tl.float32, bitcast=True) * 2.0 ** (127 - AT) - 2.0 ** (WIDTH - 1 - 22)
+    return value
 
 
 @jit
 def _coded(
     x_ptr,
-    weight_ptr,
+    word_ptr,
     scale_ptr,
     shift_ptr,
     sums_ptr,
@@ -74,6 +83,8 @@ def _coded(
     GROUPS: tl.constexpr,
     SPLITS: tl.constexpr,
     CODE: tl.constexpr,
+    SLOTS: tl.constexpr,
+    SEGMENT: tl.constexpr,
     FACTOR: tl.constexpr,
     SHIFTED: tl.constexpr,
     BIASED: tl.constexpr,
@@ -83,69 +94,49 @@ def _coded(
 ):
     """x_TI @ weight.T + bias as out_TO; with SPLITS > 1 out_STO in fp32, to be summed, without bias.
 
-    sums (T, GROUPS): with SHIFTED, the sum of x over each group. FACTOR: what decoded values are to be multiplied by.
+    SLOTS: codes per word. SEGMENT: inputs of a tile that surely share a scale. FACTOR: what
+    decoded values are to be multiplied by. sums (T, GROUPS), with SHIFTED: the sum of x over each group.
     """
     t_T = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     o_O = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     split = tl.program_id(2)
     real_T, real_O = t_T < T, o_O < OUTPUTS
-    share: tl.constexpr = (INPUTS + BLOCK_I * SPLITS - 1) // (BLOCK_I * SPLITS)
+    share: tl.constexpr = (INPUTS // BLOCK_I + SPLITS - 1) // SPLITS
     first = split * share
-    last = tl.minimum(first + share, (INPUTS + BLOCK_I - 1) // BLOCK_I)
-    dtype = x_ptr.dtype.element_ty
-    # A group consists of whole tiles.
-    tiles: tl.constexpr = INPUTS // GROUPS // BLOCK_I if GROUPS > 1 else 1
+    last = tl.minimum(first + share, INPUTS // BLOCK_I)
+    words: tl.constexpr = BLOCK_I // SLOTS
+    group: tl.constexpr = INPUTS // GROUPS
 
+    w_W = tl.arange(0, words)
+    x_WT = x_ptr + t_T[None, :] * INPUTS + w_W[:, None]
+    word_OW = word_ptr + o_O[:, None] * (INPUTS // SLOTS) + w_W[None, :]
     out_OT = tl.zeros([BLOCK_O, BLOCK_T], dtype=tl.float32)
-    x_T = x_ptr + t_T[None, :] * INPUTS
     for step in range(first, last):
-        if GROUPS > 1:
-            # Loaded before it is needed, so that products hide the wait.
-            scale_O = tl.load(scale_ptr + step // tiles * OUTPUTS + o_O, mask=real_O, other=0.0)
-        mask_OB, mask_BT = real_O[:, None], real_T[None, :]
-        if CODE == "int4" or CODE == "codebook":
-            b_B = tl.arange(0, BLOCK_I // 2)
-            low_B = step * BLOCK_I + b_B // 16 * 32 + b_B % 16
-            if INPUTS % BLOCK_I != 0:
-                # INPUTS is a multiple of 32: a run is inside or outside.
-                mask_OB, mask_BT = mask_OB & (low_B < INPUTS)[None, :], mask_BT & (low_B < INPUTS)[:, None]
-            at_OB = o_O[:, None] * (INPUTS // 2) + (step * (BLOCK_I // 2) + b_B)[None, :]
-            byte_OB = tl.load(weight_ptr + at_OB, mask=mask_OB, other=0)
-            low_BT = tl.load(x_T + low_B[:, None], mask=mask_BT, other=0.0)
-            high_BT = tl.load(x_T + low_B[:, None] + 16, mask=mask_BT, other=0.0)
-            part_OT = tl.dot(
-                _decode(byte_OB & 15, codebook_ptr, CODE, dtype),
-                low_BT,
-                None if GROUPS > 1 else out_OT,
-                input_precision="ieee",
-            )
-            part_OT = tl.dot(_decode(byte_OB >> 4, codebook_ptr, CODE, dtype), high_BT, part_OT, input_precision="ieee")
-        else:
-            n_B = step * BLOCK_I + tl.arange(0, BLOCK_I)
-            if INPUTS % BLOCK_I != 0:
-                mask_OB, mask_BT = mask_OB & (n_B < INPUTS)[None, :], mask_BT & (n_B < INPUTS)[:, None]
-            code_OB = tl.load(weight_ptr + o_O[:, None] * INPUTS + n_B[None, :], mask=mask_OB, other=0)
-            x_BT = tl.load(x_T + n_B[:, None], mask=mask_BT, other=0.0)
-            value_OB = _decode(code_OB, codebook_ptr, CODE, dtype)
-            part_OT = tl.dot(value_OB, x_BT, None if GROUPS > 1 else out_OT, input_precision="ieee")
-        if GROUPS > 1:
-            out_OT += part_OT * scale_O[:, None]
-            if SHIFTED:
-                if step % tiles == 0:
-                    shift_O = tl.load(shift_ptr + step // tiles * OUTPUTS + o_O, mask=real_O, other=0.0)
-                    sum_T = tl.load(sums_ptr + t_T * GROUPS + step // tiles, mask=real_T, other=0.0)
-                    out_OT += shift_O[:, None] * sum_T[None, :]
-        else:
-            out_OT = part_OT
+        code_OW = tl.load(word_OW + step * words, mask=real_O[:, None], other=0)
+        for segment in tl.static_range(BLOCK_I // SEGMENT):
+            start = step * BLOCK_I + segment * SEGMENT
+            part_OT = out_OT if GROUPS == 1 else tl.zeros([BLOCK_O, BLOCK_T], dtype=tl.float32)
+            for slot in tl.static_range(SEGMENT // words):
+                value_OW = _decode(code_OW, codebook_ptr, CODE, segment * (SEGMENT // words) + slot)
+                row_WT = tl.load(x_WT + (start + slot * words), mask=real_T[None, :], other=0.0)
+                part_OT = tl.dot(value_OW.to(row_WT.dtype), row_WT, part_OT, input_precision="ieee")
+            if GROUPS == 1:
+                out_OT = part_OT
+            else:
+                scale_O = tl.load(scale_ptr + start // group * OUTPUTS + o_O, mask=real_O, other=0.0)
+                out_OT += part_OT * (scale_O * FACTOR)[:, None]
+                if SHIFTED:
+                    if start % group == 0:
+                        shift_O = tl.load(shift_ptr + start // group * OUTPUTS + o_O, mask=real_O, other=0.0)
+                        sum_T = tl.load(sums_ptr + t_T * GROUPS + start // group, mask=real_T, other=0.0)
+                        out_OT += shift_O[:, None] * sum_T[None, :]
 
     if GROUPS == 1:
-        out_OT *= tl.load(scale_ptr + o_O, mask=real_O, other=0.0)[:, None] * FACTOR
+        out_OT *= (tl.load(scale_ptr + o_O, mask=real_O, other=0.0) * FACTOR)[:, None]
         if SHIFTED:
             if split == 0:
                 shift_O = tl.load(shift_ptr + o_O, mask=real_O, other=0.0)
                 out_OT += shift_O[:, None] * tl.load(sums_ptr + t_T, mask=real_T, other=0.0)[None, :]
-    elif FACTOR != 1.0:
-        out_OT *= FACTOR
     if BIASED and SPLITS == 1:
         out_OT += tl.load(bias_ptr + o_O, mask=real_O, other=0.0).to(tl.float32)[:, None]
     at_OT = (split * T + t_T)[None, :] * OUTPUTS + o_O[:, None]
@@ -216,18 +207,18 @@ def _integers(
 @operation
 def coded_product(
     x_TI: Tensor,
-    weight: Tensor,
+    words: Tensor,
     scale: Tensor,
     shift: Tensor | None,
     codebook: Tensor | None,
     bias: Tensor | None,
     code: str,
-    block: int,
+    segment: int,
     count: int,
 ) -> Tensor:
     """x_TI @ weight.T + bias -> (T, O), over `count` splits of the inputs. x is contiguous.
 
-    code: that of the format; E4M3 codes may be uint8. block: inputs of a tile, all of one group.
+    words: int32 (O, words). code: that of the format. segment: inputs of a tile that share a scale.
     """
     (T, inputs), (outputs, groups) = x_TI.shape, scale.shape
     tile = tile_for(T, x_TI.dtype == torch.float32)
@@ -237,7 +228,7 @@ def coded_product(
     sums_TG = scale if shift is None else x_TI.float().view(T, groups, -1).sum(-1)
     wrap_triton(_coded)[(-(-T // tile.rows), -(-outputs // tile.outputs), count)](
         x_TI,
-        weight,
+        words,
         scale,
         scale if shift is None else shift,
         sums_TG,
@@ -250,12 +241,14 @@ def coded_product(
         GROUPS=groups,
         SPLITS=count,
         CODE=code,
-        FACTOR=FP8_BIAS if code == "fp8" and weight.dtype == torch.uint8 else 1.0,
+        SLOTS=inputs // words.shape[1],
+        SEGMENT=segment,
+        FACTOR=WHOLE if code in ("int8", "int4") else 1.0,
         SHIFTED=shift is not None,
         BIASED=bias is not None,
         BLOCK_T=tile.rows,
         BLOCK_O=tile.outputs,
-        BLOCK_I=block,
+        BLOCK_I=BLOCK,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )

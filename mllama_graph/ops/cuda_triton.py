@@ -38,9 +38,3 @@ def power_of_2(least: int) -> int:
 def multiprocessors(device: torch.device) -> int:
     """Number of a CUDA device's multiprocessors."""
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@lru_cache
-def capability(device: torch.device) -> tuple[int, int]:
-    """A CUDA device's compute capability."""
-    return torch.cuda.get_device_capability(device)

@@ -260,7 +260,10 @@ class QuantizeOptions(TaskOptions):
         return self.RANKS if self.rounding == GPTQ else self.MODEL
 
     def images_asked(self, run: Run) -> int:
-        return most_images(read_lines(Path(self.calibration).expanduser())) if self.calibration else 0
+        if self.calibration is None:
+            return 0
+        path = Path(self.calibration).expanduser()
+        return most_images(read_lines(path), path.parent)
 
     def prepared(self, run: Run) -> Run:
         """Refuse what would be noticed only after the checkpoint was read."""

@@ -81,12 +81,12 @@ def weight_quant_matmul(
             bias.dtype == wanted and tuple(bias.shape) in ((N,), (1, N)),
             _WEIGHT + f"a bias {bias.dtype} {tuple(bias.shape)} for x of {x.dtype} and {N} outputs",
         )
-    of_rows, of_offsets = (
-        None if t is None else (t.float().repeat_interleave(group, 0)[:K] if group else t.float())
-        for t in (scale, antiquant_offset)
-    )
-    values = codes.float() if of_offsets is None else codes.float() + of_offsets
-    y = x.float() @ (values * of_rows)
+
+    def of_inputs(t: Tensor) -> Tensor:
+        return t.float().repeat_interleave(group, 0)[:K] if group else t.float()
+
+    values = codes.float() if antiquant_offset is None else codes.float() + of_inputs(antiquant_offset)
+    y = x.float() @ (values * of_inputs(scale))
     return rounded(y if bias is None else y + bias.float(), x)
 
 

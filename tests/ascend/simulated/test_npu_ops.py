@@ -198,7 +198,8 @@ def test_attend_prompt_is_causal_over_the_new_rows(dtype, heads, width):
     got, operations = run(
         lambda q, k, v, past: NPU.attend_prompt(q, k, v, None, None, past), q, k, v, int32([0]), dtype=dtype
     )
-    close(got, PLAIN.attend_prompt(q.float(), k.float(), v.float(), None, None, int32([0])), dtype)
+    pages = pages_of(1, heads[1], width, torch.float32)
+    close(got, PLAIN.attend_prompt(q.float(), k.float(), v.float(), pages, None, int32([0])), dtype)
     assert operations["FusedInferAttentionScore"] == 1
 
 

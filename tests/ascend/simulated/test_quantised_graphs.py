@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch_npu
 from graphs import CHUNK, DECODE, LEAN, VISION, broken, spec_of
 
 from mllama_graph.ascend.capture import capture, shortened
@@ -10,6 +11,7 @@ from mllama_graph.ascend.graph import Context
 from mllama_graph.ascend.lint import lint
 from mllama_graph.model.formats import CHOICES, PARTS, STATIC, Format, chosen
 from mllama_graph.model.shape import shape_of
+from mllama_graph.ops.npu import npu_ops
 
 # The released model's sizes, with one layer of each kind: no weight is allocated.
 RELEASED = shortened(shape_of({"model_type": "mllama"}))
@@ -19,7 +21,8 @@ TEXT, ALL = ("text",), tuple(PARTS)
 def quantised(form, parts=TEXT, ranks=1, **changes):
     """The spec of graphs whose layers have one format."""
     formats = tuple((path, form) for path, _ in chosen("w8a16", 128, parts, RELEASED, ranks))
-    return replace(spec_of("base", ranks, formats=formats, **changes), shape=RELEASED)
+    pages = {"num_pages": 64, "num_image_pages": 64}
+    return replace(spec_of("base", ranks, formats=formats, **changes), shape=RELEASED, **pages)
 
 
 def found(spec, bucket, change=None):
@@ -58,7 +61,6 @@ def test_a_head_of_more_than_65535_outputs_is_found():
     [
         ("w4a16", "WeightQuantBatchMatmulV2", {"antiquant_group_size": 48}, "groups are multiples of 32"),
         ("w4a16", "WeightQuantBatchMatmulV2", {"antiquant_group_size": 64}, "scale is (32, 6144), not (64, 6144)"),
-        ("w8a8", "QuantBatchMatmulV3", {"dtype": 1}, "an output in fp16 needs"),
         ("w8a8", "QuantBatchMatmulV3", {"dtype": 3}, "an output of torch.int32 is not known"),
     ],
 )
@@ -71,13 +73,14 @@ def test_a_layer_outside_of_its_documented_limits_is_found(form, operation, chan
     assert any(text in message for message in messages), messages
 
 
-def test_scales_in_another_dtype_than_the_activations_are_found():
-    def changed(ops):
-        for op in ops.values():
-            if op.type == "Data" and list(op.output_desc[0].shape.dim) == [6144]:
-                op.output_desc[0].dtype = 1
+def half_scales(x, leaf):
+    return torch_npu.npu_weight_quant_batchmatmul(x, leaf.weight.transpose(0, 1), leaf.scale.half())
 
-    [message] = found(quantised(CHOICES["w8a16"]), LEAN, changed)
+
+def test_scales_in_another_dtype_than_the_activations_are_found():
+    spec = quantised(CHOICES["w8a16"], ALL, ranks=2)
+    captured = capture(spec, LEAN, replace(npu_ops(2), linear=half_scales))
+    [message] = [finding.message for finding in lint(captured, Context(spec, LEAN)) if finding.rule == "layouts"]
     assert "scale is torch.float16 for x of torch.bfloat16, they must be equal" in message
 
 
@@ -90,11 +93,11 @@ def test_a_transpose_that_something_else_reads_is_found():
 
 
 def test_a_missing_exchange_of_scales_and_one_too_many_are_found():
-    spec = quantised(CHOICES["w8a8"], ranks=2)
-    missing = found(replace(spec, formats=()), LEAN)
-    assert any("ranks exchange the scales of weights.text.layers.0.o.weight without need" in text for text in missing)
-    float_ = replace(spec, formats=quantised(CHOICES["w8a16"], ranks=2).formats)
-    captured = capture(float_, LEAN)
-    messages = [finding.message for finding in lint(captured, Context(spec, LEAN)) if finding.rule == "collectives"]
-    assert len(messages) == 1
-    assert "ranks do not exchange the scales of weights.text.layers.0.o.weight (and 1 more)" in messages[0]
+    int8, weights = quantised(CHOICES["w8a8"], ranks=2), quantised(CHOICES["w8a16"], ranks=2)
+    for made, judged, text in (
+        (int8, weights, "ranks exchange the scales of weights.text.layers.0.{}.weight without need"),
+        (weights, int8, "ranks do not exchange the scales of weights.text.layers.0.{}.weight"),
+    ):
+        findings = lint(capture(made, LEAN), Context(judged, LEAN))
+        messages = [finding.message for finding in findings if finding.rule == "collectives"]
+        assert all(any(text.format(end) in message for message in messages) for end in ("o", "down")), messages
