@@ -171,15 +171,7 @@ def test_two_ranks_give_the_tokens_of_the_dequantised_weights(quantised, request
     folder, twin = quantised("gptq, act-order")
     file = written(tmp_path / "requests.jsonl", lines_of(requests))
     theirs = serve(start(twin, batch=4, page_size=16), lines_of(requests))
-    done = run(
-        tmp_path / "out",
-        *LIMITS,
-        f"weights={folder}",
-        f"requests={file}",
-        "backend=eager",
-        "batch=4",
-        "tp=2",
-    )
+    done = run(tmp_path / "out", *LIMITS, f"weights={folder}", f"requests={file}", "backend=eager", "batch=4", "tp=2")
     assert done.code == 0, done.err
     assert "6 quantised layers, text.layers.0.o the first, are dequantised while loading" in done.err
     for line in done.lines():

@@ -10,8 +10,7 @@ from mllama_graph.model.formats import Format
 # The largest finite value of E4M3.
 FP8_MOST = 448.0
 # Divisors of a group's largest value that 4-bit scales are chosen from, by squared error. 8 clips one step of one sign;
-# larger ones, which clip the largest values of both signs, have less squared error and lose more
-# (docs/quantisation.md).
+# larger ones, which clip the largest values of both signs, lose more for less squared error (docs/quantisation.md).
 INT4_STEPS = (7.0, 7.25, 7.5, 7.75, 8.0)
 # The values of bitsandbytes' NF4: quantiles of a normal distribution (QLoRA, appendix E).
 NF4 = (
