@@ -9,13 +9,14 @@
 
 #pragma once
 
-#include <cmath>
 #include <utility>
 #include <vector>
 
+#include "codes.h"
 #include "outputs.h"
 #include "panels.h"
 #include "tensors.h"
+#include "whole_rows.h"
 
 namespace {
 
@@ -25,11 +26,6 @@ constexpr bool kFastBytes = true;
 #else
 constexpr bool kFastBytes = false;
 #endif
-
-// Most inputs of a block: sums of products with bytes of a weight then fit 32 bits.
-constexpr int64_t kBlock = 128;
-// Whole numbers of a row in one byte, and in two.
-constexpr float kMostByte = 127, kMostPair = 32512;
 
 inline Integers load_words(const uint32_t* from) {
   Integers x;
@@ -73,94 +69,6 @@ inline Integers add_bytes(Integers sum, Integers a, Integers b) {
 #endif
 }
 
-// Rows as whole numbers. words (rows, words of a weight's row, operands of a word, bytes of an input); scale and sum, of
-// each block, and total, of a row, of its inputs.
-struct WholeRows {
-  int64_t inputs, block;
-  int bytes;
-  std::vector<int32_t> words;
-  std::vector<float> scale, total;
-  std::vector<int32_t> sum;
-
-  int64_t blocks() const { return inputs / block; }
-  int64_t stride() const { return inputs / 4 * bytes; }
-};
-
-// The largest absolute value of a row.
-inline float largest_in(const float* x, int64_t count) {
-  Vector most{};
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    const Vector one = load(x + i), size = one < 0.0f ? -one : one;
-    most = most > size ? most : size;
-  }
-  float all = largest_of(most);
-  for (; i < count; i++) all = std::max(all, std::fabs(x[i]));
-  return all;
-}
-
-// Whole numbers nearest to x / scale, ties going to even numbers; those of a code of 8 bits, which is `zero` for 0.
-inline void round_inputs(const float* x, int64_t count, float scale, float zero, bool code, int32_t* to) {
-  constexpr float kMagic = 12582912.0f;  // adding it rounds to a whole number, which the low bits then hold
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    Vector y = load(x + i) / splat(scale) + kMagic - kMagic;
-    if (code) {
-      y += zero;
-      y = (y < -128.0f ? splat(-128.0f) : y > 127.0f ? splat(127.0f) : y) - zero;
-    }
-    const Integers whole = reinterpret_cast<Integers>(y + kMagic) - 0x4b400000;
-    std::memcpy(to + i, &whole, sizeof whole);
-  }
-  for (; i < count; i++) {
-    const float y = std::nearbyintf(x[i] / scale);
-    to[i] = static_cast<int32_t>(code ? std::clamp(y + zero, -128.0f, 127.0f) - zero : y);
-  }
-}
-
-// Puts a block's whole numbers into words, in the order in which tiles read them.
-template <class C>
-void pack_inputs(const int32_t* whole, int64_t count, int bytes, int32_t* words) {
-  int8_t parts[2][kBlock];
-  for (int64_t first = 0; first < count; first += kBlock) {
-    const int64_t some = std::min(kBlock, count - first);
-    for (int64_t i = 0; i < some; i++) {
-      const int32_t x = whole[first + i], high = bytes == 2 ? (x + 128) >> 8 : x;
-      // Inputs 0 2 4 6 and then 1 3 5 7 of halves of bytes.
-      const int64_t at = C::kOperands == 2 ? i / 8 * 8 + i % 2 * 4 + i % 8 / 2 : i;
-      parts[0][at] = static_cast<int8_t>(high);
-      parts[1][at] = static_cast<int8_t>(x - high * 256);
-    }
-    for (int64_t word = 0; word < some / 4; word++)
-      for (int part = 0; part < bytes; part++) std::memcpy(words++, parts[part] + 4 * word, 4);
-  }
-}
-
-// Rounds rows of x to whole numbers of `bytes` bytes: codes of 8 bits with the rows' scales, which count from `zero`, or,
-// without scales, of 16 bits.
-template <class C>
-WholeRows whole_rows(const float* x, int64_t rows, int64_t inputs, int64_t block, int bytes, const float* scales,
-                     float zero) {
-  WholeRows to{inputs, block, bytes};
-  const int64_t blocks = to.blocks();
-  to.words.resize(rows * to.stride()), to.scale.resize(rows * blocks), to.sum.resize(rows * blocks);
-  to.total.resize(rows);
-  for_rows(rows, 4 * inputs, [&](int64_t t) {
-    std::vector<int32_t> whole(block);
-    for (int64_t b = 0; b < blocks; b++) {
-      const float* from = x + t * inputs + b * block;
-      const float scale = scales ? scales[t] : largest_in(from, block) / kMostPair;
-      round_inputs(from, block, scale > 0 ? scale : 1.0f, zero, scales != nullptr, whole.data());
-      int32_t sum = 0;
-      for (int64_t i = 0; i < block; i++) sum += whole[i];
-      pack_inputs<C>(whole.data(), block, bytes, &to.words[t * to.stride() + b * block / 4 * bytes]);
-      to.scale[t * blocks + b] = scale, to.sum[t * blocks + b] = sum;
-      to.total[t] += scale * static_cast<float>(sum);
-    }
-  });
-  return to;
-}
-
 // A weight in panels of words, its scales and shifts in panels of their own, and how its inputs are grouped.
 struct WholeWeight {
   const uint32_t* words;
@@ -170,54 +78,60 @@ struct WholeWeight {
   int64_t groups() const { return inputs / group; }
 };
 
-// Adds one block's products to c (R, V vectors): times the scale of the block, and that of the weight's group if there
-// are several.
+// Adds the products of `count` blocks from block b on to c (R, V vectors): times the scale of the block and, where
+// `groups`, that of its group of the weight. words, scale and shift are those of block 0.
 template <class C, int P, int R, int V>
-[[gnu::noinline]] void whole_tile(const WholeRows& x, int64_t row, int64_t b, const uint32_t* words, int64_t width,
-                                  const float* scale, const float* shift, float* c, int64_t c_stride, int64_t ahead) {
-  Integers sum[P][R][V];
-#pragma GCC unroll 8
-  for (int r = 0; r < P * R; r++)
-#pragma GCC unroll 8
-    for (int v = 0; v < V; v++) sum[r / R][r % R][v] = Integers{};
-  const int64_t stride = x.stride(), blocks = x.blocks();
+[[gnu::noinline]] void whole_tile(const WholeRows& x, int64_t row, int64_t b, int64_t count, const uint32_t* words,
+                                  int64_t width, int64_t group, bool groups, const float* scale, const float* shift,
+                                  float* c, int64_t c_stride, int64_t ahead) {
+  const int64_t stride = x.stride(), blocks = x.blocks(), steps = x.block / C::kInputs;
   const int32_t* a = &x.words[row * stride + b * x.block / 4 * P];
-  for (int64_t word = 0; word < x.block / C::kInputs; word++, a += C::kOperands * P, words += width) {
+  words += b * steps * width;
+  for (; count; count--, b++) {
+    Integers sum[P][R][V];
+#pragma GCC unroll 8
+    for (int r = 0; r < P * R; r++)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) sum[r / R][r % R][v] = Integers{};
+    for (int64_t step = 0; step < steps; step++, a += C::kOperands * P, words += width) {
 #pragma GCC unroll 4
-    for (int64_t byte = 0; byte < kColumns * 4; byte += kLine)
-      __builtin_prefetch(reinterpret_cast<const char*>(words) + ahead + byte, 0, kLocality<R>);
-    Integers loaded[V];
+      for (int64_t byte = 0; byte < kColumns * 4; byte += kLine)
+        __builtin_prefetch(reinterpret_cast<const char*>(words) + ahead + byte, 0, kLocality<R>);
+      Integers loaded[V];
 #pragma GCC unroll 8
-    for (int v = 0; v < V; v++) loaded[v] = load_words(words + v * kLanes);
-    [&]<size_t... k>(std::index_sequence<k...>) {
-      const auto add = [&]<int at>() {
-        Integers column[V];
+      for (int v = 0; v < V; v++) loaded[v] = load_words(words + v * kLanes);
+      [&]<size_t... k>(std::index_sequence<k...>) {
+        const auto add = [&]<int at>() {
+          Integers column[V];
 #pragma GCC unroll 8
-        for (int v = 0; v < V; v++) column[v] = C::template operand<at>(loaded[v]);
+          for (int v = 0; v < V; v++) column[v] = C::template operand<at>(loaded[v]);
 #pragma GCC unroll 16
-        for (int r = 0; r < P * R; r++) {
-          const Integers input = Integers{} + a[r % R * stride + at * P + r / R];
+          for (int r = 0; r < P * R; r++) {
+            const Integers input = Integers{} + a[r % R * stride + at * P + r / R];
 #pragma GCC unroll 8
-          for (int v = 0; v < V; v++) sum[r / R][r % R][v] = add_bytes(sum[r / R][r % R][v], column[v], input);
-        }
-      };
-      (add.template operator()<k>(), ...);
-    }(std::make_index_sequence<C::kOperands>{});
-  }
+            for (int v = 0; v < V; v++) sum[r / R][r % R][v] = add_bytes(sum[r / R][r % R][v], column[v], input);
+          }
+        };
+        (add.template operator()<k>(), ...);
+      }(std::make_index_sequence<C::kOperands>{});
+    }
+    const int64_t of_group = b * x.block / group * width;
+    // Unrolled, so that the sums stay in registers.
 #pragma GCC unroll 8
-  for (int r = 0; r < R; r++) {
-    const int64_t at = (row + r) * blocks + b;
-    const Vector size = splat(x.scale[at]), part = splat(x.scale[at] * static_cast<float>(x.sum[at]));
+    for (int r = 0; r < R; r++) {
+      const int64_t at = (row + r) * blocks + b;
+      const Vector size = splat(x.scale[at]), part = splat(x.scale[at] * static_cast<float>(x.sum[at]));
 #pragma GCC unroll 8
-    for (int v = 0; v < V; v++) {
-      float* to = c + r * c_stride + v * kLanes;
-      Integers whole = sum[0][r][v];
-      if constexpr (P == 2) whole = (whole << 8) + sum[1][r][v];
-      const Vector product = __builtin_convertvector(whole - C::kOffset * x.sum[at], Vector) * size;
-      Vector y = load(to);
-      y = scale ? multiply_add(product, load(scale + v * kLanes), y) : y + product;
-      if (scale && shift) y = multiply_add(part, load(shift + v * kLanes), y);
-      store(to, y);
+      for (int v = 0; v < V; v++) {
+        float* to = c + r * c_stride + v * kLanes;
+        Integers whole = sum[0][r][v];
+        if constexpr (P == 2) whole = (whole << 8) + sum[1][r][v];
+        const Vector product = to_floats(whole - C::kOffset * x.sum[at]) * size;
+        Vector y = load(to);
+        y = groups ? multiply_add(product, load(scale + of_group + v * kLanes), y) : y + product;
+        if (groups && shift) y = multiply_add(part, load(shift + of_group + v * kLanes), y);
+        store(to, y);
+      }
     }
   }
 }
@@ -246,20 +160,28 @@ void whole_rest(const WholeRows& x, int64_t row, int64_t b, const uint32_t* word
 
 // whole_tile for `rows` rows, at most R.
 template <class C, int P, int R>
-void whole_tiles(const WholeRows& x, int64_t row, int64_t b, const uint32_t* words, int64_t width, const float* scale,
-                 const float* shift, float* c, int64_t c_stride, int64_t rows, int64_t ahead) {
+void whole_tiles(const WholeRows& x, int64_t row, int64_t b, int64_t count, const uint32_t* words, int64_t width,
+                 int64_t group, bool groups, const float* scale, const float* shift, float* c, int64_t c_stride,
+                 int64_t rows, int64_t ahead) {
   if (width == kColumns) {
     if (rows == R)
-      return whole_tile<C, P, R, kPanel>(x, row, b, words, width, scale, shift, c, c_stride, ahead);
+      return whole_tile<C, P, R, kPanel>(x, row, b, count, words, width, group, groups, scale, shift, c, c_stride,
+                                         ahead);
     if constexpr (R > 1)
-      return whole_tiles<C, P, R - 1>(x, row, b, words, width, scale, shift, c, c_stride, rows, ahead);
+      return whole_tiles<C, P, R - 1>(x, row, b, count, words, width, group, groups, scale, shift, c, c_stride, rows,
+                                      ahead);
   }
   // Of a weight's panels, only the last is narrower.
   for (int64_t r = 0; r < rows; r++) {
+    float* to = c + r * c_stride;
     for (int64_t v = 0; v < width / kLanes * kLanes; v += kLanes)
-      whole_tile<C, P, 1, 1>(x, row + r, b, words + v, width, scale ? scale + v : nullptr, shift ? shift + v : nullptr,
-                             c + r * c_stride + v, c_stride, ahead);
-    whole_rest<C, P>(x, row + r, b, words, width, scale, shift, c + r * c_stride);
+      whole_tile<C, P, 1, 1>(x, row + r, b, count, words + v, width, group, groups, scale + v,
+                             shift ? shift + v : nullptr, to + v, c_stride, ahead);
+    for (int64_t block = b; block < b + count; block++) {
+      const int64_t g = block * x.block / group * width;
+      whole_rest<C, P>(x, row + r, block, words + block * (x.block / C::kInputs) * width, width,
+                       groups ? scale + g : nullptr, groups && shift ? shift + g : nullptr, to);
+    }
   }
 }
 
@@ -276,15 +198,14 @@ void whole_panel(const WholeRows& x, const WholeWeight& w, int64_t at, int64_t r
   constexpr int R = kWholeRows<P>;
   const int64_t tiles = (rows + R - 1) / R;
   for (int64_t t = 0; t < rows; t++) std::fill_n(y + t * w.outputs, width, 0.0f);
-  for (int64_t b = 0; b < x.blocks(); b++) {
-    const int64_t g = b * x.block / w.group * width;
+  // Blocks of several tiles stay in L1 between them.
+  const int64_t some = tiles == 1 ? x.blocks() : 1;
+  for (int64_t b = 0; b < x.blocks(); b += some)
     for (int64_t tile = 0; tile < tiles; tile++) {
       const int64_t top = tile * rows / tiles, tall = (tile + 1) * rows / tiles - top;
-      whole_tiles<C, P, R>(x, row + top, b, words + b * (x.block / C::kInputs) * width, width,
-                           groups > 1 ? scale + g : nullptr, groups > 1 && shift ? shift + g : nullptr,
+      whole_tiles<C, P, R>(x, row + top, b, some, words, width, w.group, groups > 1, scale, shift,
                            y + top * w.outputs, w.outputs, tall, tile ? 0 : kAhead);
     }
-  }
   for (int64_t t = 0; groups == 1 && t < rows; t++)
     for (int64_t o = 0; o < width; o++) {
       float& to = y[t * w.outputs + o];
@@ -304,13 +225,6 @@ void whole_of(const WholeRows& x, const WholeWeight& w, float* y, int64_t rows) 
       whole_panel<C, P>(x, w, at, row, tall, y + row * w.outputs + at);
     }
   });
-}
-
-// The inputs of a block for weight-only formats: the most that divide a group.
-inline int64_t block_of(int64_t group) {
-  int64_t block = kBlock;
-  while (group % block) block /= 2;
-  return block;
 }
 
 // y = x w' + bias: x (..., I) fp32, rounded to codes of 8 bits; w (O, I) int8 in panels of words; scale (O, 1) in panels.
