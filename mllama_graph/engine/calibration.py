@@ -90,8 +90,9 @@ class Calibration:
         weights, begun = self._engine.executor.rank.weights, self._order.index(path)
         taken: dict[str, Tensor] = {}
         for name in self._order[begun:]:
-            inputs = weights.get_submodule(name).weight.shape[1]
-            assert isinstance(inputs, int)
+            leaf = weights.get_submodule(name)
+            assert isinstance(leaf, Linear)
+            inputs = leaf.weight.shape[1]
             if taken and sum(h.numel() * 4 for h in taken.values()) + 4 * inputs**2 > PASS_BYTES:
                 break
             taken[name] = torch.zeros(inputs, inputs, device=self._engine.executor.rank.spec.torch_device)
