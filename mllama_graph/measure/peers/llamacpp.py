@@ -178,6 +178,7 @@ def main(setting: dict[str, Any], folder: str, device: str) -> None:
     os.dup2(2, 1)
     prove(Path(folder) / "proof", device)
     model = Model(Path(folder), setting["dtype"], device, PAGES)
+    print("{}", file=answers, flush=True)
     for line in sys.stdin:
         case = json.loads(line)
         try:

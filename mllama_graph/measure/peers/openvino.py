@@ -184,6 +184,7 @@ def main(setting: dict[str, Any], folder: str, device: str) -> None:
     os.dup2(2, 1)
     prove(Path(folder) / "proof")
     model = Model(Path(folder), setting["dtype"])
+    print("{}", file=answers, flush=True)
     for line in sys.stdin:
         case = json.loads(line)
         try:

@@ -1,7 +1,7 @@
 """Runs a peer in one setting, in its own process, which is idle between its turns.
 
-The process runs the program beside this file that has the peer's name: it reads one case per line, and writes its
-times as one line.
+The process runs the program beside this file that has the peer's name: it writes a line when the model is loaded, then
+reads one case per line, and writes its times as one line.
 """
 
 import base64
@@ -73,6 +73,10 @@ class Peer:
             stderr=self._said,
             env=environment,
         )
+        # Converting and loading take memory and both cores, so one peer starts after the other. A process that ended
+        # is told of by `run`.
+        assert self._process.stdout is not None
+        self._process.stdout.readline()
 
     def case(self, case: Case) -> Case:
         """What the peer serves of a case: all of it, or its text alone."""
