@@ -1,4 +1,4 @@
-"""The language model that is exported for other engines. The oracle is transformers: its plain Llama, and its mllama."""
+"""The language model that other engines are given. The oracle is transformers: its plain Llama, and its mllama."""
 
 import json
 
