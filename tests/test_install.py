@@ -33,6 +33,10 @@ OPTIONAL = {
     "matplotlib": ("measure/plots.py",),
     "transformers": ("measure/peers/transformers.py",),
     "mistralrs": ("measure/peers/mistralrs.py",),
+    "gguf": ("measure/peers/llamacpp.py",),
+    "llama_cpp": ("measure/peers/llamacpp.py",),
+    "nncf": ("measure/peers/openvino.py",),
+    "openvino": ("measure/peers/openvino.py",),
 }
 
 

@@ -66,6 +66,8 @@ def test_an_unknown_peer_and_no_batch_are_refused(tmp_path):
         ("bench", ["peers=vllm"], "peers=vllm is not one of transformers"),
         ("bench", ["batch_sizes=[0]"], "batch_sizes=0"),
         ("bench", ["peers=[mistralrs]", "task.mistralrs=no/python"], "task.mistralrs=no/python is not an executable"),
+        ("bench", ["peers=[llamacpp Q8_0]", "task.llamacpp=no/python"], "pip install llama-cpp-python=="),
+        ("bench", ["peers=openvino int3"], "peers=openvino int3 is not one of transformers"),
         ("profile", ["peers=[transformers]"], "only task=bench measures other engines"),
     ):
         done = run(tmp_path / "out", f"task={task}", *given)

@@ -97,14 +97,14 @@ def uncompiled_line(graphs: list[str]) -> list[str]:
 
 
 def _against(rows: Sequence[Row], peer: str) -> Iterator[str]:
-    """One line per case: another engine's times as multiples of ours."""
+    """One line per case that both served: another engine's times as multiples of ours."""
 
     def case(row: Row) -> tuple[Any, ...]:
         return row["batch"], row["input_len"], row["images"]
 
     ours = {case(row): row for row in rows if row["engine"] == OURS}
     for row in rows:
-        if row["engine"] == peer:
+        if row["engine"] == peer and case(row) in ours:
             first, step = (
                 row[name] / ours[case(row)][name] for name in ("first_token_time(ms)", "non_first_token_time(ms)")
             )

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -29,6 +30,8 @@ from mllama_graph.tasks.options import BenchOptions
 
 # Seconds before a turn, after which the threads of the previous engine no longer spin.
 REST = 0.3
+# Marks a peer that can't serve images, where the case has some: its row is about the text without them.
+TEXT_ONLY = " (text only)"
 
 
 @dataclass
@@ -63,7 +66,7 @@ def main(run: ResolvedRun) -> None:
             progress.say(f"batch {case.batch}, {case.length} text ids, {case.images} images each")
             timings, ceilings = _measure(engine, case, options.repetitions, peers, progress, turns)
             found.append(middle(ceilings))
-            rows += [row_of(on, case, timing, ceilings) for timing in timings]
+            rows += [row_of(on, served, timing, ceilings) for served, timing in timings]
         progress.turns(turns.total, turns.total, "")
     engine.close(progress)
     write_csv(folder / BENCH, rows)
@@ -87,9 +90,9 @@ def _peers(run: ResolvedRun, options: BenchOptions, engine: Engine, progress: Pr
             progress.say("writing the random weights for the other engines")
             assert run.model_config is not None
             write_random(run.shape, {"model_type": "mllama", **run.model_config}, run.seed, spec.store, folder)
-        mistralrs = Path(options.mistralrs).expanduser()
+        pythons = options.pythons() | {"transformers": Path(sys.executable)}
         peers = [
-            Peer(setting, mistralrs, run.shape, folder, spec.torch_device.type, spec.threads, progress)
+            Peer(setting, pythons[setting.peer], run.shape, folder, spec.torch_device.type, spec.threads, progress)
             for setting in settings
         ]
         try:
@@ -101,13 +104,15 @@ def _peers(run: ResolvedRun, options: BenchOptions, engine: Engine, progress: Pr
 
 def _measure(
     engine: Engine, case: Case, repetitions: int, peers: list[Peer], progress: Progress, turns: Turns
-) -> tuple[list[Timing], list[Limits]]:
+) -> tuple[list[tuple[Case, Timing]], list[Limits]]:
     """Measure a case: one uncounted repetition, then repetitions in which each engine takes a turn.
 
-    Returns times by engine and limits by repetition. Limits are measured before and after a repetition's decode steps,
-    since memory bandwidth may change at any time.
+    Returns each engine's times with what it served of the case, and limits by repetition. Limits are measured before
+    and after a repetition's decode steps, since memory bandwidth may change at any time.
     """
     ours, theirs = Timing(OURS), {peer: Timing(peer.setting.name) for peer in peers}
+    for peer, timing in theirs.items():
+        timing.who += "" if peer.case(case) == case else TEXT_ONLY
     # Every case and repetition has its own pictures, so that none is cached before its first turn.
     seeds = itertools.count(1000 * case.batch + 1_000_000 * case.length)
     ceilings: list[Limits] = []
@@ -138,4 +143,4 @@ def _measure(
                 timing.first.append(told["first"])
                 timing.steps += told["steps"]
                 timing.whole.append(told["first"] + sum(told["steps"]))
-    return [ours, *theirs.values()], ceilings[1:]
+    return [(case, ours), *((peer.case(case), timing) for peer, timing in theirs.items())], ceilings[1:]

@@ -12,7 +12,7 @@ from mllama_graph.core.devices import Device
 from mllama_graph.core.errors import UserError
 from mllama_graph.inputs.image_sources import list_images
 from mllama_graph.inputs.request_file import is_stream, most_images, read_lines, spool
-from mllama_graph.measure.peers import Setting, settings_of
+from mllama_graph.measure.peers import ENVIRONMENTS, Setting, settings_of
 
 # Values that torch_npu.profiler accepts.
 PROFILER_LEVELS = (0, 1, 2)
@@ -127,19 +127,26 @@ class TimedOptions(WorkloadOptions):
 
 @dataclass
 class BenchOptions(TimedOptions):
-    """task=bench: first token and decode of each case. `mistralrs`: the Python of an environment with mistralrs."""
+    """task=bench: first token and decode of each case.
+
+    `mistralrs`, `llamacpp`, `openvino`: the Pythons of the environments of these peers.
+    """
 
     name: str = "bench"
     repetitions: int = 3
     # A name of another engine or of one of its settings, or a list of names.
     peers: Any = field(default_factory=list)
     mistralrs: str = ".venv/mistralrs/bin/python"
+    llamacpp: str = ".venv/llamacpp/bin/python"
+    openvino: str = ".venv/openvino/bin/python"
 
     def settings(self) -> list[Setting]:
         """The settings that peers= selects. Raises UserError for an engine that is unknown or not installed."""
-        return settings_of(
-            self.peers if isinstance(self.peers, list) else [self.peers], Path(self.mistralrs).expanduser()
-        )
+        return settings_of(self.peers if isinstance(self.peers, list) else [self.peers], self.pythons())
+
+    def pythons(self) -> dict[str, Path]:
+        """The Python of each peer that runs in an environment of its own."""
+        return {peer: Path(getattr(self, peer)).expanduser() for peer in ENVIRONMENTS}
 
     def check(self) -> None:
         super().check()

@@ -23,6 +23,7 @@ def main(setting: dict[str, Any], folder: str, device: str) -> None:
     runner = Runner(
         which=Which.MultimodalPlain(model_id=folder, arch=MultimodalArchitecture.VLlama, dtype=DTYPES[setting["dtype"]])
     )
+    print("{}", file=answers, flush=True)
     for line in sys.stdin:
         try:
             told = generate(runner, json.loads(line))

@@ -1,7 +1,7 @@
 """Runs a peer in one setting, in its own process, which is idle between its turns.
 
-The process runs `transformers.py` or `mistralrs.py` beside this file: it reads one case per line, and writes its times
-as one line.
+The process runs the program beside this file that has the peer's name: it writes a line when the model is loaded, then
+reads one case per line, and writes its times as one line.
 """
 
 import base64
@@ -9,10 +9,9 @@ import io
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,8 @@ from mllama_graph.core.report import Progress
 from mllama_graph.inputs.images import TiledImage
 from mllama_graph.inputs.request import Request
 from mllama_graph.measure.peers import Setting
+from mllama_graph.measure.peers.export import export_text
+from mllama_graph.measure.timing import Case
 from mllama_graph.model.shape import ModelShape
 
 HERE = Path(__file__).parent
@@ -31,13 +32,12 @@ HERE = Path(__file__).parent
 class Engine:
     """How to run a peer.
 
-    python: its interpreter, given task.mistralrs. checkpoint: the folder that it loads, given the checkpoint and an
-    empty folder for a converted copy. image: an image in the form that it takes.
+    checkpoint: the folder that it loads, given the checkpoint and an empty folder for a converted copy. image: an image
+    in the form that it takes, or None for a peer of text alone.
     """
 
-    python: Callable[[Path], str]
     checkpoint: Callable[[ModelShape, Path, Path], Path]
-    image: Callable[[TiledImage, ModelShape], Any]
+    image: Callable[[TiledImage, ModelShape], Any] | None
 
 
 class Peer:
@@ -46,7 +46,7 @@ class Peer:
     def __init__(
         self,
         setting: Setting,
-        mistralrs: Path,
+        python: Path,
         shape: ModelShape,
         folder: Path,
         device: str,
@@ -66,32 +66,38 @@ class Peer:
         self._said = tempfile.TemporaryFile("w+", errors="replace")
         # -P keeps this folder off the import path: its programs have the names of the packages that they import.
         self._process = subprocess.Popen(
-            [
-                self._engine.python(mistralrs),
-                "-P",
-                str(HERE / f"{setting.peer}.py"),
-                json.dumps(asdict(setting)),
-                str(folder),
-                device,
-            ],
+            [str(python), "-P", str(HERE / f"{setting.peer}.py"), json.dumps(asdict(setting)), str(folder), device],
             text=True,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._said,
             env=environment,
         )
+        # Converting and loading take memory and both cores, so one peer starts after the other. A process that ended
+        # is told of by `run`.
+        assert self._process.stdout is not None
+        self._process.stdout.readline()
+
+    def case(self, case: Case) -> Case:
+        """What the peer serves of a case: all of it, or its text alone."""
+        return case if self._engine.image else replace(case, images=0)
 
     def run(self, requests: list[Request], new: int) -> dict[str, Any] | None:
         """Serve a batch. Returns {"first": seconds to the first token, "steps": seconds per later token}, or None.
 
-        None means a failure, see `fault`. Requests have equal lengths and numbers of images. transformers gets prepared
-        tiles, mistralrs gets pictures.
+        None means a failure, see `fault`. Requests have equal lengths and numbers of images, and begin with the image
+        tokens. transformers gets prepared tiles, mistralrs gets pictures, and a peer of text alone gets id 0 in place
+        of image tokens.
         """
-        images = [self._engine.image(tiles, self.shape) for request in requests for tiles in request.images]
+        ids, take, images = [list(request.ids) for request in requests], self._engine.image, []
+        if take is None:
+            ids = [[0] * len(request.images) + row[len(request.images) :] for row, request in zip(ids, requests)]
+        else:
+            images = [take(tiles, self.shape) for request in requests for tiles in request.images]
         to, answers = self._process.stdin, self._process.stdout
         assert to is not None and answers is not None
         try:
-            to.write(json.dumps({"ids": [list(r.ids) for r in requests], "images": images, "new": new}) + "\n")
+            to.write(json.dumps({"ids": ids, "images": images, "new": new}) + "\n")
             to.flush()
             told = json.loads(answers.readline() or "null") or {"fault": self._last_words()}
         except OSError:
@@ -228,6 +234,8 @@ def _for_mistralrs(shape: ModelShape, checkpoint: Path, folder: Path) -> Path:
 
 
 ENGINES = {
-    "transformers": Engine(lambda mistralrs: sys.executable, lambda shape, checkpoint, folder: checkpoint, _tiles),
-    "mistralrs": Engine(str, _for_mistralrs, _picture),
+    "transformers": Engine(lambda shape, checkpoint, folder: checkpoint, _tiles),
+    "mistralrs": Engine(_for_mistralrs, _picture),
+    "llamacpp": Engine(export_text, None),
+    "openvino": Engine(export_text, None),
 }

@@ -24,6 +24,7 @@ def main(setting: dict[str, Any], folder: str, device: str) -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     dtype = getattr(torch, setting["dtype"])
     model = MllamaForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval().to(device)
+    print("{}", file=answers, flush=True)
     for line in sys.stdin:
         try:
             told = generate(model, setting, json.loads(line))
