@@ -122,5 +122,5 @@ def _greedy(weights: TextWeights, prompt: list[int], shape: ModelShape) -> list[
         given = PromptInput(
             torch.tensor(ids, dtype=torch.int32), row_T, row_T, row_T[-1:], row_T[-1:] + 1, zero_1, None, None
         )
-        ids.append(int(prefill(weights, given, pages, (), shape, PLAIN).argmax()))
+        ids.append(int(prefill(weights, given, pages, (), shape, torch.float32, PLAIN).argmax()))
     return ids[PROOF_LENGTH:]
