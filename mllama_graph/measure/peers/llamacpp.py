@@ -37,6 +37,8 @@ NAMES = {
 }
 # The library's own default, which is what its users measure.
 PAGES, PROOF_PAGES = llama_cpp.GGML_TYPE_F16, llama_cpp.GGML_TYPE_F32
+# Layers that a GPU holds: more than any model has, or none.
+ALL_LAYERS, OFFLOADED = 1000, {"cpu": 0}
 # The library pads the length of a sequence to this.
 LENGTH_MULTIPLE = 256
 
@@ -47,7 +49,7 @@ class Model:
     def __init__(self, folder: Path, form: str, device: str, pages: int):
         path = convert(folder, form)
         params = llama_cpp.llama_model_default_params()
-        params.n_gpu_layers = 0 if device == "cpu" else 1000
+        params.n_gpu_layers = OFFLOADED.get(device, ALL_LAYERS)
         self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
         if not self.model:
             raise SystemExit(f"llama.cpp can't load the {form} file")
