@@ -137,6 +137,8 @@ def test_a_literal_value_arrives_unchanged(text, key, composed):
         "task.a": ["task=compare"],
         "task.b": ["task=compare"],
         "task.measured": ["task=roofline"],
+        "task.against": ["task=evaluate"],
+        "task.calibration": ["task=quantize"],
         "task.folder": ["task=train_tiny"],
     }.get(key, [])
     assert attrgetter(key)(composed(*task, f"{key}={text}")) == text

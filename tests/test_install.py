@@ -24,6 +24,7 @@ OPTIONAL = {
         "graphs/torchair.py",
         "graphs/key.py",
         "ops/npu.py",
+        "ops/npu_quantised.py",
         "engine/device.py",
         "engine/npu_profile.py",
     ),

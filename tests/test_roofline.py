@@ -10,10 +10,13 @@ from engines import start
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 
 from mllama_graph.core.errors import UserError
+from mllama_graph.model.formats import Storage
 from mllama_graph.model.shape import shape_of
 from mllama_graph.plan.cost import kv_elements, sizes, step_bytes
 from mllama_graph.plan.memory import Memory, require
 
+# Weights, activations and pages in bf16.
+BF16 = Storage(2, 2, 2)
 CONF = Path(__file__).parents[1] / "conf" / "model"
 
 
@@ -64,17 +67,17 @@ def test_bytes_of_the_released_models_are_those_of_the_table(name, self_kib, til
     assert kv_elements(model, len(model.text.cross_layers)) * width * model.vision.tokens / 1e6 == pytest.approx(
         tile_mb, rel=0.005
     )
-    assert step_bytes(model, False, 0, 0, width, width) / 1e9 == pytest.approx(lean_gb, abs=0.05)
-    assert step_bytes(model, True, 0, 0, width, width) / 1e9 == pytest.approx(full_gb, abs=0.05)
+    assert step_bytes(model, False, 0, 0, Storage(width, width, width)) / 1e9 == pytest.approx(lean_gb, abs=0.05)
+    assert step_bytes(model, True, 0, 0, Storage(width, width, width)) / 1e9 == pytest.approx(full_gb, abs=0.05)
 
 
 def test_a_step_reads_image_tokens_only_with_images():
     model = shape("11b")
-    lean = step_bytes(model, False, 0, 0, 2, 2)
-    assert step_bytes(model, False, 1000, 999, 2, 2) - lean == 1000 * 128 * 1024
-    full = step_bytes(model, True, 0, 0, 2, 2)
-    assert step_bytes(model, True, 0, 4 * 1601, 2, 2) - full == pytest.approx(209.8e6, rel=0.001)
-    assert step_bytes(model, True, 1000, 0, 2, 4) - full == 2 * 1000 * 128 * 1024
+    lean = step_bytes(model, False, 0, 0, BF16)
+    assert step_bytes(model, False, 1000, 999, BF16) - lean == 1000 * 128 * 1024
+    full = step_bytes(model, True, 0, 0, BF16)
+    assert step_bytes(model, True, 0, 4 * 1601, BF16) - full == pytest.approx(209.8e6, rel=0.001)
+    assert step_bytes(model, True, 1000, 0, Storage(2, 4, 4)) - full == 2 * 1000 * 128 * 1024
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "auto"])

@@ -10,6 +10,7 @@ from commands import run
 from test_verify import RELEASED
 
 from mllama_graph.core.config import HardwareChoice
+from mllama_graph.model.formats import Storage
 from mllama_graph.plan.bucket import Bucket
 from mllama_graph.plan.cost import floor_of, work
 from mllama_graph.tasks.compare import verdict
@@ -223,9 +224,10 @@ def test_what_fits_on_eight_devices_need_not_fit_on_one(tmp_path):
 
 
 def test_a_floor_is_the_longer_of_memory_and_compute_time():
+    bf16 = Storage(2, 2, 2)
     hardware, bucket = HardwareChoice("a", "npu", 1e14, 1e12, 64e9, 1e10), Bucket("decode", 4, 4, 2, 51)
-    moved, flops = work(RELEASED, 128, bucket, 2, 2)
-    floor = floor_of(RELEASED, 128, bucket, 2, 2, 1, hardware)
+    moved, flops = work(RELEASED, 128, bucket, bf16)
+    floor = floor_of(RELEASED, 128, bucket, bf16, 1, hardware)
     assert floor.seconds == max(moved / 1e12, flops / 1e14) == floor.memory and floor.bound == "memory"
-    both = floor_of(RELEASED, 128, bucket, 2, 2, 2, hardware)
+    both = floor_of(RELEASED, 128, bucket, bf16, 2, hardware)
     assert both.seconds == floor.seconds / 2 + both.links and both.links > 0

@@ -60,7 +60,7 @@ def test_without_a_compiler_the_text_is_the_same_and_one_line_reports_it(tmp_pat
 
 
 def test_graphs_compiled_earlier_need_no_compiler(tmp_path, monkeypatch, empty_store):
-    asked = ["prompt=Hello", "image=", "max_output_length=4", f"graph_cache={empty_store}", "plan.compile=wait"]
+    asked = ["prompt=Hello", "max_output_length=4", f"graph_cache={empty_store}", "plan.compile=wait"]
     first = run(tmp_path / "first", *asked)
     monkeypatch.setenv("CXX", "no-such-compiler")
     again = run(tmp_path / "again", *asked)

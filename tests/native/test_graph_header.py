@@ -21,7 +21,7 @@ class Calls(torch.nn.Module):
         ops = torch.ops.mllama_graph
         normed, total = ops.add_rms_norm(x, x, self.weight, 1e-5, None)
         heads = normed[:, :8].view(4, 2, 4)
-        ops.write_pages_(heads, heads, pages, pages, slot, None)
+        ops.write_pages_(heads, heads, pages, pages, None, None, slot, None)
         return ops.gelu(normed.view(2, 8, -1)).view(4, -1), ops.take_row(total, at)
 
 
