@@ -283,7 +283,7 @@ def test_an_interrupted_run_is_completed_by_the_same_command(checkpoint, tmp_pat
     where = [*QUICK, f"weights={checkpoint('base')}"]
     stopped = interrupted(tmp_path, 30, *where)
     before = {line["id"]: line for line in stopped.lines()}
-    given = ["resume=true", f"requests={tmp_path / 'requests.jsonl'}", "max_output_length=100", "batch=4"]
+    given = ["resume=true", f"requests={tmp_path / 'requests.jsonl'}", "batch=4"]
     done = run(tmp_path / "out", *where, *given)
     assert done.code == 0 and f"{len(before)} results were kept" in done.err, done.err
     lines = done.lines()
