@@ -133,7 +133,7 @@ def test_an_interrupt_ends_the_run_and_keeps_every_finished_line(store, tmp_path
         (["plan.num_images=2", "batch=2"], "4 images for each of 2 sequences"),
         (["weights=meta", "model=11b"], "graphs are lowered without weights by task=verify"),
         (["collectives=shared_memory", "tp=2"], "collectives=shared_memory serves CPU ranks"),
-        (["device=npu"], "needs 1 npu devices; this machine shows 0"),
+        (["device=npu"], "no NPU device is visible; this machine shows none"),
     ],
 )
 def test_options_that_the_simulation_does_not_support_are_refused_in_one_line(given, message, tmp_path):

@@ -85,6 +85,10 @@ def run(leaf, x, dtype, nz=False):
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 def test_a_layer_of_each_format(name, bias, dtype):
     leaf, x = module(FORMATS[name], dtype, bias), normal(5, INTO, dtype=dtype)
+    if name == "static" and dtype == torch.float16:
+        with pytest.raises(Exception, match="an output in fp16 needs a scale of each row"):
+            run(leaf, x, dtype)
+        return
     got, operations = run(leaf, x, dtype)
     wanted = PLAIN.linear(x.float(), leaf)
     close(got, wanted, dtype, roundings=2 if bias and name == "static" else 1)

@@ -38,7 +38,7 @@ def test_the_modelled_products_are_those_of_the_graph(bucket):
     spec = replace(spec_of("base"), shape=shortened(spec_of("base").shape))
     graph = LoweredGraph(capture(spec, bucket))
     # The model also counts norms and biases, and leaves out the masked keys of a chunk after earlier pages.
-    assert work(spec.shape, spec.page_size, bucket, 2, 2)[1] == pytest.approx(products(graph), rel=0.02)
+    assert work(spec.shape, spec.page_size, bucket, spec.storage)[1] == pytest.approx(products(graph), rel=0.02)
 
 
 def test_a_graph_is_judged_whole_and_shortened():
