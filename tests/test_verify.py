@@ -153,16 +153,23 @@ def test_graphs_of_fp32_are_refused(run_of):
 # ---- modelled latencies
 
 
+def floor_of(spec, bucket):
+    """The modelled seconds on hardware without figures for plan/latency.py."""
+    seconds, cores = modelled(spec, bucket, HARDWARE)
+    assert cores == "-"
+    return seconds
+
+
 def test_a_decode_step_takes_the_time_to_read_its_bytes():
     """15.0 GB of weights in bf16 (text layers and head of the 11B model), and 4 KiB of K/V per token and layer."""
     lean = Bucket("decode", 1, 1, 16, 0)
-    assert modelled(spec_of(), lean, HARDWARE) == pytest.approx((15.0e9 + 2048 * 32 * 4096) / 1.6e12, rel=0.01)
-    assert modelled(spec_of(), replace(lean, image_pages=51), HARDWARE) > modelled(spec_of(), lean, HARDWARE)
+    assert floor_of(spec_of(), lean) == pytest.approx((15.0e9 + 2048 * 32 * 4096) / 1.6e12, rel=0.01)
+    assert floor_of(spec_of(), replace(lean, image_pages=51)) > floor_of(spec_of(), lean)
 
 
 def test_a_prefill_takes_the_time_of_its_matrix_products():
     bucket = Bucket("prefill", 1, 2048, 0, 0)
-    assert modelled(spec_of(), bucket, HARDWARE) == pytest.approx(work(RELEASED, 128, bucket, BF16)[1] / 3e14)
+    assert floor_of(spec_of(), bucket) == pytest.approx(work(RELEASED, 128, bucket, BF16)[1] / 3e14)
     assert work(RELEASED, 128, bucket, BF16)[1] == pytest.approx(2 * 2048 * 6.98e9 + 2 * 2048**2 * 4096 * 32, rel=0.01)
 
 
@@ -170,4 +177,4 @@ def test_ranks_share_the_work_and_add_the_time_of_all_reduces():
     bucket = Bucket("prefill", 1, 2048, 0, 0)
     # 65 all-reduces of 2048 x 4096 bf16 values; a rank sends half of the bytes over each of its links.
     summed = 65 * 2048 * 4096 * 2 * 2 / 4 / 3e10
-    assert modelled(spec_of(4), bucket, HARDWARE) == pytest.approx(modelled(spec_of(), bucket, HARDWARE) / 4 + summed)
+    assert floor_of(spec_of(4), bucket) == pytest.approx(floor_of(spec_of(), bucket) / 4 + summed)

@@ -1,4 +1,7 @@
-"""task=roofline: the floors of a model's steps on a device, from shapes and conf/hardware/. Needs no weights."""
+"""task=roofline: the floors of a model's steps on a device, from shapes and conf/hardware/. Needs no weights.
+
+Hardware with figures for plan/latency.py also has modelled latencies, which are longer than the floors.
+"""
 
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,6 +21,7 @@ from mllama_graph.model.formats import Storage, page_bytes
 from mllama_graph.model.shape import ModelShape
 from mllama_graph.plan.bucket import Bucket
 from mllama_graph.plan.cost import GB, Floor, floor_of, kv_bytes, sizes, step_work, work
+from mllama_graph.plan.latency import Latency, Model, latency_of
 from mllama_graph.plan.memory import Memory, memory
 from mllama_graph.plan.resolve import RANDOM_DTYPE, ResolvedRun
 from mllama_graph.tasks.options import RooflineOptions
@@ -40,9 +44,11 @@ class Roofline:
         precision = DEVICES[hardware.device].precision(run.asked["dtype"], run.kv, stored)
         page = page_bytes(PAGE_BYTES[precision.kv], run.shape.text.head_width)
         self.storage = Storage(BYTES[precision.store], BYTES[precision.compute], page, run.storage.formats)
+        self.calibrated = hardware.calibration.cores > 0
+        self.model = Model(run.shape, self.storage, run.tp, hardware)
 
     def bucket_row(self, bucket: Bucket) -> Row:
-        """The floor of a full bucket, per rank."""
+        """The floor of a full bucket, and its modelled latency, per rank."""
         moved, flops = work(self.shape, self.plan.page_size, bucket, self.storage)
         floor = floor_of(self.shape, self.plan.page_size, bucket, self.storage, self.run.tp, self.hardware)
         return {
@@ -50,6 +56,7 @@ class Roofline:
             "MB": round(moved / self.run.tp / 1e6, 1),
             "GFLOP": round(flops / self.run.tp / 1e9, 2),
             **_times(floor),
+            **(_modelled(latency_of(self.model, self.plan.page_size, bucket)) if self.calibrated else {}),
         }
 
     def fit_row(self, ranks: int) -> Row:
@@ -79,7 +86,7 @@ class Roofline:
         }
 
     def step_row(self, batch: int, length: int, images: int, new_tokens: int) -> Row:
-        """The floor of a batch's decode step, halfway through its new tokens."""
+        """The floor of a batch's decode step, and its modelled latency, halfway through its new tokens."""
         run, shape, rate = self.run, self.shape, self.hardware
         keys = batch * (length + new_tokens // 2)
         image_keys = batch * images * shape.vision.max_tiles * shape.vision.tokens
@@ -92,11 +99,13 @@ class Roofline:
         parts, (self_kv, image_kv) = sizes(shape, self.storage), kv_bytes(shape, keys, image_keys, self.storage)
         read = parts.self_layers + parts.head + parts.cross_layers * (images > 0)
         held = parts.total + self_kv + image_kv
+        modelled = self.model.decode(batch, keys / batch, image_keys / batch) if self.calibrated else None
         return {
             "batch": batch,
             "ids": length,
             **_times(floor),
-            "tokens/s": round(batch / floor.seconds, 1),
+            **(_modelled(modelled) if modelled else {}),
+            "tokens/s": round(batch / (modelled or floor).seconds, 1),
             "fits": "yes" if held / run.tp <= self._share(run.tp) else "no",
             "weights MB": round(read / 1e6, 1),
             "self K/V MB": round(self_kv / 1e6, 1),
@@ -117,8 +126,8 @@ class Roofline:
         rows = []
         for row in read_csv(session / BENCH):
             batch, length, images = int(row["batch"]), int(row["input_len"]), int(row["images"])
-            floor = self.step_row(batch, length, images, int(row["output_len"]))["floor ms"]
-            step = float(row["non_first_token_time(ms)"])
+            found = self.step_row(batch, length, images, int(row["output_len"]))
+            floor, step = found["floor ms"], float(row["non_first_token_time(ms)"])
             rows.append(
                 {
                     "engine": row["engine"],
@@ -128,6 +137,7 @@ class Roofline:
                     "decode step ms": step,
                     "floor ms": floor,
                     "floor reached": f"{100 * floor / step:.1f} %",
+                    **({"latency ms": found["latency ms"]} if self.calibrated else {}),
                 }
             )
         return rows
@@ -138,6 +148,7 @@ class Roofline:
             progress.say(plots.MISSING)
             return []
         title = f"{self.run.model}, tp={self.run.tp}, {self.hardware.name} (modelled)"
+        kind, bound = ("latency", "") if self.calibrated else ("floor", ", upper bound")
         by_length: dict[str, list[Row]] = {}
         for row in steps:
             by_length.setdefault(f"{row['ids']} ids", []).append(row)
@@ -146,8 +157,8 @@ class Roofline:
             return {length: [(row["batch"], row[name]) for row in rows] for length, rows in by_length.items()}
 
         paths = [folder / f"{name}.png" for name in ("latency_by_batch", "tokens_by_batch", "bytes_split", "roofline")]
-        plots.lines(paths[0], f"Floor of a decode step: {title}", "batch", "ms", over_batch("floor ms"))
-        plots.lines(paths[1], f"Upper bound of decode throughput: {title}", "batch", "tokens/s", over_batch("tokens/s"))
+        plots.lines(paths[0], f"Decode step, {kind}: {title}", "batch", "ms", over_batch(f"{kind} ms"))
+        plots.lines(paths[1], f"Decode throughput{bound}: {title}", "batch", "tokens/s", over_batch("tokens/s"))
         first = next(iter(by_length.values()))
         plots.stacked(
             paths[2],
@@ -255,6 +266,17 @@ def _times(floor: Floor) -> Row:
         "links ms": round(floor.links * MS, 4),
         "floor ms": round(floor.seconds * MS, 4),
         "bound by": floor.bound,
+    }
+
+
+def _modelled(latency: Latency) -> Row:
+    return {
+        "linear ms": round(latency.products * MS, 4),
+        "attention ms": round(latency.attention * MS, 4),
+        "vector ms": round(latency.vector * MS, 4),
+        "all-reduces ms": round(latency.all_reduces * MS, 4),
+        "latency ms": round(latency.seconds * MS, 4),
+        "cores": latency.described_cores,
     }
 
 

@@ -26,6 +26,7 @@ from mllama_graph.graphs.spec import GraphSpec
 from mllama_graph.plan.bucket import Bucket
 from mllama_graph.plan.buckets import Plan
 from mllama_graph.plan.cost import bucket_cost, floor_of
+from mllama_graph.plan.latency import Model, latency_of
 from mllama_graph.plan.resolve import ResolvedRun
 
 # A worker process takes up to 1 GB, and lowers on one core.
@@ -45,7 +46,18 @@ FUSED = (
     "DynamicQuant",
 )
 SUM = "HcomAllReduce"
-HEAD = ("graph", "lowered", "operations", "fused", "weights MB", "all-reduces", "lint", "seconds", "modelled ms")
+HEAD = (
+    "graph",
+    "lowered",
+    "operations",
+    "fused",
+    "weights MB",
+    "all-reduces",
+    "lint",
+    "seconds",
+    "modelled ms",
+    "cores",
+)
 
 
 @dataclass(frozen=True)
@@ -211,6 +223,7 @@ def rows(spec: GraphSpec, judged: list[Judged], hardware: HardwareChoice) -> Ite
             continue
         of = whole.get(bucket, standing[kind(bucket)])
         bad = len(found.findings) + len(whole[bucket].findings if bucket in whole else [])
+        seconds, cores = modelled(spec, bucket, hardware)
         yield (
             str(bucket),
             "whole" if bucket in whole else f"as {of.job.bucket}",
@@ -220,7 +233,8 @@ def rows(spec: GraphSpec, judged: list[Judged], hardware: HardwareChoice) -> Ite
             str(of.sums),
             f"{bad} findings" if bad else "clean",
             f"{(of if bucket in whole else found).seconds:.1f}",
-            f"{1e3 * modelled(spec, bucket, hardware):.2f}",
+            f"{1e3 * seconds:.2f}",
+            cores,
         )
 
 
@@ -242,9 +256,16 @@ def records(judged: list[Judged]) -> list[dict[str, Any]]:
     ]
 
 
-def modelled(spec: GraphSpec, bucket: Bucket, hardware: HardwareChoice) -> float:
-    """The modelled floor of a step in seconds."""
-    return floor_of(spec.shape, spec.page_size, bucket, spec.storage, spec.world_size, hardware).seconds
+def modelled(spec: GraphSpec, bucket: Bucket, hardware: HardwareChoice) -> tuple[float, str]:
+    """The modelled seconds of a step, and the cores of attention to text and, after a plus, to image pages.
+
+    Hardware without figures for plan/latency.py has a floor, and no cores.
+    """
+    if not hardware.calibration.cores:
+        floor = floor_of(spec.shape, spec.page_size, bucket, spec.storage, spec.world_size, hardware)
+        return floor.seconds, "-"
+    found = latency_of(Model(spec.shape, spec.storage, spec.world_size, hardware), spec.page_size, bucket)
+    return found.seconds, found.described_cores
 
 
 def ranks_line(tp: int) -> str:

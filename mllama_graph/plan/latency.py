@@ -1,0 +1,323 @@
+"""A model of a step's latency on an NPU, from shapes and the figures of `Calibration`. Floats only, no torch.
+
+A graph's operators run one after the other. Each takes the longer of moving its bytes and computing its products, both
+at the rates that devices were seen to reach, and a time of its own; all-reduces add a latency for each further rank.
+Attention moves its keys and values with the cores that CANN's tiling gives it (plan/cores.py).
+
+Never compared with this project on an NPU. The published times that it is fitted to are those of another model on
+another device, given in conf/hardware/910b.yaml; tests/test_latency.py holds the model to them.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from mllama_graph.core.config import Calibration, HardwareChoice
+from mllama_graph.model.formats import DYNAMIC, FLOAT, Format, Storage, is_linear, leaf_of, stored_bytes
+from mllama_graph.model.shape import ModelShape
+from mllama_graph.model.table import Shard, table
+from mllama_graph.plan.bucket import Bucket
+from mllama_graph.plan.cores import BSH, SPLIT, Attention, choices
+from mllama_graph.plan.cost import vision_rows
+
+# Rows that the matrix unit computes at once.
+TILE_ROWS = 16
+# Model.form: for each attention, the form that takes least.
+BEST = "BEST"
+# Operators that merge the parts of attention in SPLIT, for each attention.
+MERGE = 4
+# Operators of a text graph outside of its layers, and of its image masks; those of a vision graph. They move few bytes.
+ONCE, IMAGE_MASKS, VISION_ONCE = 10, 14, 30
+# Elementwise operators of the gates of a cross-attention layer, and of a global vision layer.
+CROSS_GATES, VISION_GATES = 8, 6
+
+
+@dataclass(frozen=True)
+class Product:
+    """A linear layer of a rank: bytes and elements of its weight, and its format. `split`: over inputs, so that ranks
+    sum its results."""
+
+    path: str
+    bytes: int
+    elements: int
+    form: Format | None
+    split: bool
+
+
+@dataclass
+class Latency:
+    """Seconds of one rank's step by component, and the cores of attention to text and to image pages (0: none)."""
+
+    products: float = 0.0
+    attention: float = 0.0
+    vector: float = 0.0
+    all_reduces: float = 0.0
+    step: float = 0.0
+    # AICPU computes each attention's tiling beside the device, as lengths are inputs of the graph.
+    aicpu: float = 0.0
+    cores: int = 0
+    image_cores: int = 0
+    # Operators by type.
+    operators: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def device(self) -> float:
+        """The graph alone."""
+        return max(self.products + self.attention + self.vector + self.all_reduces, self.aicpu)
+
+    @property
+    def seconds(self) -> float:
+        """The whole step."""
+        return self.device + self.step
+
+    def eager(self, known: Calibration) -> float:
+        """The whole step where the host launches each operator, instead of a graph."""
+        sums = self.operators["HcomAllReduce"]
+        host = (self.operators.total() - sums) * known.eager + sums * known.eager_all_reduce
+        return max(self.device, host) + self.step
+
+    @property
+    def bound(self) -> str:
+        """The component that takes longest."""
+        return max(("products", "attention", "vector", "all_reduces"), key=lambda name: getattr(self, name))
+
+    @property
+    def described_cores(self) -> str:
+        """Cores of attention to text pages and, after a plus, to image pages."""
+        return "+".join(str(count) for count in (self.cores, self.image_cores) if count)
+
+
+def products(shape: ModelShape, storage: Storage, ranks: int) -> dict[str, list[Product]]:
+    """The linear layers of a rank, by the path of the block that they are in, such as text.layers.0."""
+    part, formats = Shard(0, ranks), dict(storage.formats)
+    sizes = stored_bytes(shape, storage, part)
+    elements: dict[str, int] = {}
+    split = set()
+    for entry in table(shape):
+        if is_linear(entry):
+            rows, columns = entry.local(part)
+            elements[leaf_of(entry)] = elements.get(leaf_of(entry), 0) + rows * columns
+            if entry.shard == 1:
+                split.add(leaf_of(entry))
+    blocks: dict[str, list[Product]] = {}
+    for path, size in elements.items():
+        held = sizes[path if path in formats else f"{path}.weight"]
+        blocks.setdefault(path.rpartition(".")[0], []).append(
+            Product(path, held, size, formats.get(path), path in split)
+        )
+    return blocks
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a step's latency depends on beside its sizes.
+
+    form: of attention to pages in a decode step, one of plan/cores.py or BEST; BSH where it serves none. shared_scales:
+    whether ranks agree on the scales of int8 activations, as ops/npu_quantised.py does. added: operators that each
+    self-attention layer has beside mllama's.
+    """
+
+    shape: ModelShape
+    storage: Storage
+    ranks: int
+    hardware: HardwareChoice
+    form: str = BSH
+    shared_scales: bool = True
+    added: tuple[str, ...] = ()
+
+    @property
+    def known(self) -> Calibration:
+        return self.hardware.calibration
+
+    @property
+    def bandwidth(self) -> float:
+        return self.hardware.memory_bytes_per_second * self.known.memory
+
+    @property
+    def flops(self) -> float:
+        return self.hardware.flops * self.known.products
+
+    def vector(self, to: Latency, name: str, elements: float = 0.0, count: int = 1) -> None:
+        """Add operators without products, each of which moves `elements`."""
+        own = self.known.operators.get(name, self.known.operator)
+        moved = elements * self.storage.compute / self.known.vector_bytes_per_second
+        to.vector += count * (max(own, moved) + self.known.launch)
+        to.operators[name] += count
+
+    def product(self, to: Latency, of: Product, rows: int) -> None:
+        """Add a linear layer of `rows` rows, and what quantises and sums its rows."""
+        tiles = -(-rows // TILE_ROWS) * TILE_ROWS
+        int8 = of.form is not None and of.form.activations != FLOAT
+        rate = self.flops * (self.known.int8_products if int8 else 1)
+        inside = max(of.bytes / self.bandwidth, 2 * tiles * of.elements / rate)
+        to.products += inside + self.known.matmul + self.known.launch
+        to.operators["MatMul"] += 1
+        # Where a norm comes before, it quantises (AddRmsNormDynamicQuant).
+        if of.form is not None and of.form.activations == DYNAMIC and of.path.endswith((".o", ".down", ".fc2")):
+            inputs = rows * self._inputs(of)
+            self.vector(to, "DynamicQuant", inputs)
+            if self.ranks > 1 and self.shared_scales:
+                self.all_reduce(to, 4 * rows)
+                for name in ("ClipByValueV2", "Cast", "Quantize"):
+                    self.vector(to, name, 2 * inputs if name != "ClipByValueV2" else 0)
+        if of.split and self.ranks > 1:
+            width = self.shape.vision.width if of.path.startswith("vision.") else self.shape.text.width
+            self.all_reduce(to, rows * width * self.storage.compute)
+
+    def _inputs(self, of: Product) -> float:
+        width = self.shape.vision.width if of.path.startswith("vision.") else self.shape.text.width
+        return of.elements / width
+
+    def all_reduce(self, to: Latency, size: float) -> None:
+        """Add an all-reduce of `size` bytes: each of n ranks sends 2 (n - 1) / n of them over n - 1 links at once."""
+        links = self.hardware.link_bytes_per_second * self.known.links
+        latency = self.known.all_reduce + (self.ranks - 2) * self.known.all_reduce_rank
+        to.all_reduces += latency + 2 / self.ranks * size / links
+        to.operators["HcomAllReduce"] += 1
+
+    def attend(self, to: Latency, moved: float, flops: float, cores: int) -> None:
+        """Add an attention that moves its bytes with `cores` cores, each of which has its share of the bandwidth."""
+        inside = max(moved / (self.bandwidth * cores / self.known.cores), flops / self.flops)
+        to.attention += inside + self.known.attention + self.known.launch
+        to.aicpu += self.known.aicpu
+        to.operators["FusedInferAttentionScore"] += 1
+
+    def pages(self, batch: int, keys: float, masked: bool) -> Attention:
+        """A rank's attention of one query row of each of `batch` sequences to `keys` keys each."""
+        text, int8 = self.shape.text, self.storage.page < self.storage.compute
+        heads, kv_heads = text.heads // self.ranks, text.kv_heads // self.ranks
+        return Attention(batch, 1, heads, kv_heads, round(keys), int8, masked)
+
+    def attend_pages(self, to: Latency, of: Attention, form: str, cores: int) -> None:
+        """Add attention to pages in one of the forms of plan/cores.py."""
+        width = self.shape.text.head_width
+        moved = 2 * of.units * of.keys * width * self.storage.page
+        # The rows of a group fill one tile, at most in part.
+        rows = max(TILE_ROWS, of.heads // of.kv_heads)
+        self.attend(to, moved, 4 * of.units * rows * of.keys * width, cores)
+        if form == SPLIT:
+            self.vector(to, "merge", count=MERGE)
+
+    def forms(self, of: Attention) -> dict[str, tuple[int, float]]:
+        """Cores and seconds of attention to pages in each form that serves it."""
+        found = {}
+        for form, cores in choices(of, self.known.cores):
+            to = Latency()
+            self.attend_pages(to, of, form, cores)
+            found[form] = cores, to.attention + to.vector
+        return found
+
+    def choice(self, of: Attention) -> tuple[str, int]:
+        """The form in which attention to pages is computed, and its cores."""
+        found = self.forms(of)
+        form = min(found, key=lambda form: found[form][1]) if self.form == BEST else self.form
+        form = form if form in found else BSH
+        return form, found[form][0]
+
+    @cached_property
+    def blocks(self) -> dict[str, list[Product]]:
+        """See `products`."""
+        return products(self.shape, self.storage, self.ranks)
+
+    # ---- steps
+
+    def decode(self, batch: int, keys: float, image_keys: float) -> Latency:
+        """A decode step of `batch` sequences of `keys` text tokens each, and `image_keys` image tokens each."""
+        text, image = self.pages(batch, keys, False), self.pages(batch, image_keys, True)
+        form, cores = self.choice(text)
+        image_form, image_cores = self.choice(image) if image_keys else (BSH, 0)
+        to = Latency(cores=cores, image_cores=image_cores)
+        for cross in self._text(to, batch, image_keys > 0, batch):
+            if cross:
+                self.attend_pages(to, image, image_form, image_cores)
+            else:
+                self.attend_pages(to, text, form, cores)
+        return to
+
+    def prefill(self, tokens: int, past: float, image_keys: float, sequences: int = 1) -> Latency:
+        """A prefill of `tokens` in all of equally long sequences, each after `past` earlier and `image_keys` image
+        tokens."""
+        text, every = self.shape.text, self.known.cores
+        to = Latency(cores=every, image_cores=every if image_keys else 0)
+        heads, kv = text.heads // self.ranks, text.kv_heads // self.ranks * text.head_width
+        for cross in self._text(to, tokens, image_keys > 0, sequences):
+            # The mask is causal: on average, a new token sees half of the new tokens. Each head reads an image mask.
+            seen = image_keys if cross else past + tokens / sequences / 2
+            length = sequences * image_keys if cross else sequences * past + tokens
+            mask = heads * tokens * image_keys if cross else 0
+            moved = 2 * length * kv * self.storage.page + mask
+            self.attend(to, moved, 4 * tokens * seen * heads * text.head_width, every)
+        return to
+
+    def vision(self) -> Latency:
+        """The vision graph: one image with all its tiles."""
+        vision, text, every = self.shape.vision, self.shape.text, self.known.cores
+        rows, tokens, E = vision_rows(vision), vision.max_tiles * vision.tokens, vision.width
+        to, local = Latency(step=self.known.step, image_cores=every), E // self.ranks
+        pixels = vision.channels * vision.patch**2
+        self.product(to, Product("vision.patch", pixels * E * self.storage.weight, pixels * E, None, False), tokens)
+        for leaf in (leaf for block in self.blocks.values() for leaf in block):
+            if leaf.path.startswith("vision."):
+                self.product(to, leaf, rows)
+            elif leaf.path == "projector" or leaf.path.endswith(".kv"):
+                self.product(to, leaf, tokens)
+        self.vector(to, "Add", 3 * rows * E, VISION_ONCE)
+        for layer in range(vision.layers + vision.global_layers):
+            self.vector(to, "LayerNormV4", 2 * rows * E, 2)
+            self.vector(to, "Add", 3 * rows * E, 3)
+            self.vector(to, "SplitV", 6 * rows * local)
+            self.vector(to, "GeluV2", 2 * rows * vision.mlp / self.ranks)
+            if layer >= vision.layers:
+                self.vector(to, "Mul", 0, VISION_GATES)
+            # The mask of a byte per pair of rows is read for each head.
+            mask = rows**2 * (vision.heads // self.ranks)
+            self.attend(to, mask + 8 * rows * local, 4 * rows**2 * local, every)
+        kv = text.kv_heads // self.ranks * text.head_width
+        for _ in text.cross_layers:
+            self.vector(to, "SplitV", 4 * tokens * kv)
+            self.vector(to, "RmsNorm", 2 * tokens * kv)
+            self.vector(to, "ScatterPaKvCache", 4 * tokens * kv)
+        return to
+
+    def _text(self, to: Latency, rows: int, images: bool, rows_of_logits: int) -> Iterator[bool]:
+        """Add a text step without attention; yields whether each layer is a cross-attention layer."""
+        text, D = self.shape.text, self.shape.text.width
+        to.step = self.known.step
+        q, kv = (heads // self.ranks * text.head_width for heads in (text.heads, text.kv_heads))
+        mlp = text.mlp // self.ranks
+        self.vector(to, "once", count=ONCE + (IMAGE_MASKS if images else 0))
+        if self.ranks > 1:
+            self.all_reduce(to, rows * D * self.storage.compute)
+        for layer in range(text.layers):
+            cross = layer in text.cross_layers
+            if cross and not images:
+                continue
+            for leaf in self.blocks[f"text.layers.{layer}"]:
+                if not leaf.path.endswith(".kv"):
+                    self.product(to, leaf, rows)
+            self.vector(to, "AddRmsNorm", 4 * rows * D, 2)
+            self.vector(to, "SwiGlu", 3 * rows * mlp)
+            if cross:
+                self.vector(to, "RmsNorm", 2 * rows * q)
+                self.vector(to, "Mul", rows * D, CROSS_GATES)
+            else:
+                self.vector(to, "SplitV", 2 * rows * (q + 2 * kv))
+                self.vector(to, "RotaryMul", rows * (q + kv), 2)
+                self.vector(to, "ScatterPaKvCache", 4 * rows * kv)
+                for name in self.added:
+                    self.vector(to, name, 2 * rows * q)
+            yield cross
+        self.vector(to, "RmsNorm", 2 * rows_of_logits * D)
+        head = next(leaf for leaf in self.blocks["text"] if leaf.path == "text.head")
+        self.product(to, head, rows_of_logits)
+
+
+def latency_of(model: Model, page_size: int, bucket: Bucket) -> Latency:
+    """The latency of a full bucket: every page is read."""
+    keys, image_keys = bucket.pages * page_size, bucket.image_pages * page_size
+    if bucket.phase == "vision":
+        return model.vision()
+    if bucket.phase == "prefill":
+        return model.prefill(bucket.tokens, keys, image_keys, bucket.rows)
+    return model.decode(bucket.rows, keys, image_keys)
