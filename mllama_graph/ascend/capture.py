@@ -35,8 +35,8 @@ from mllama_graph.model.inputs import Pages
 from mllama_graph.model.ops import Ops
 from mllama_graph.model.shape import ModelShape
 from mllama_graph.model.tree import Weights
-from mllama_graph.ops import npu_quantised
 from mllama_graph.ops.npu import npu_ops
+from mllama_graph.ops.npu_layout import lay_out
 from mllama_graph.ops.ranks import GROUP
 from mllama_graph.plan.bucket import Bucket
 
@@ -92,12 +92,12 @@ def capture(spec: GraphSpec, bucket: Bucket, ops: Ops | None = None) -> Capture:
     install()
     _join(spec.rank, spec.world_size)
     mode, weights, pages, image_pages = _model(spec)
-    record = _Record()
+    record, example = _Record(), spec.prepared(spec.example(bucket))
     # torchair warns about each of its options and about deprecations inside torch.
     with warnings.catch_warnings(record=True), mode, torch.no_grad(), _without_collector(), _recorded(record):
         own = ops or npu_ops(spec.world_size, GE_MODE, spec.tiled)
         step = Step(bucket.phase, weights, spec.shape, spec.compute, own)
-        given = arguments(bucket, spec.example(bucket), pages, image_pages)
+        given = arguments(bucket, pytree.tree_map(_fake, example), pages, image_pages)
         _compile(step, given, dict(spec.options) | {"mode": GE_MODE}, record)
     return Capture(record.graph.model.graph[0], record.lines, record.inputs)
 
@@ -107,8 +107,13 @@ def _model(spec: GraphSpec) -> tuple[FakeTensorMode, Weights, Pages, Pages]:
     """A rank's weights and pages as fake tensors, kept for the next bucket of the same spec."""
     with (mode := FakeTensorMode()):
         weights = spec.unfilled_weights(spec.shard)
-        npu_quantised.lay_out(weights, spec.compute, spec.tiled)
+        lay_out(weights, spec.compute, spec.tiled)
         return mode, weights, *spec.unfilled_pages()
+
+
+def _fake(leaf: Any) -> Any:
+    """A tensor as one of the fake mode that is active."""
+    return torch.empty(leaf.shape, dtype=leaf.dtype, device=leaf.device) if isinstance(leaf, torch.Tensor) else leaf
 
 
 def _join(rank: int, world: int) -> None:

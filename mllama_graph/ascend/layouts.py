@@ -51,6 +51,9 @@ class ShapeInterpreter(Interpreter):
                 found[value] = torch.zeros(x.shape, dtype=x.dtype)
             elif (node.type, name) == (SCATTER, "slot_mapping"):
                 found[value] = torch.arange(len(x), dtype=x.dtype)
+            elif (node.type, name) == (ATTENTION, "actual_seq_lengths"):
+                rows = values[dict(node.inputs)["query"]].shape[1]
+                found[value] = torch.full(x.shape, rows, dtype=x.dtype)
             elif (node.type, name) == (ATTENTION, "actual_seq_lengths_kv"):
                 found[value] = torch.full(x.shape, self._longest(node, values), dtype=x.dtype)
             elif (node.type, name) == (ATTENTION, "atten_mask"):

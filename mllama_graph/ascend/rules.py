@@ -5,19 +5,18 @@ Rules can't check what GE, its kernels and HCCL do with a graph.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 
 from mllama_graph.ascend import golden
+from mllama_graph.ascend.device_rules import LENGTHS, Faults, kernels, masks, paged, straight
 from mllama_graph.ascend.ge_ops import OPERATIONS, GraphError
 from mllama_graph.ascend.graph import Context, LoweredGraph
 from mllama_graph.ascend.graphdef import (
     ALL_REDUCE,
-    ATTENTION,
     BOUNDARY,
     INPUTS,
-    SCATTER,
     TRANSPOSED,
     VIEWS,
     OpDef,
@@ -44,14 +43,10 @@ MOVERS = (
     "StridedSliceV2",
     "TransData",
 )
-# Integer inputs that locate tokens and change from step to step.
-PLACES = {ATTENTION: ("actual_seq_lengths", "actual_seq_lengths_kv", "block_table"), SCATTER: ("slot_mapping",)}
-LENGTHS = PLACES[ATTENTION][:2]
 HEAD, EMBED = "weights.text.head.weight", "weights.text.embed.weight"
 # Weights of the row-parallel layers that end a block, whose results are summed over ranks.
 BLOCK_ENDS = {"text": ("o.weight", "down.weight"), "vision": ("o.weight", "fc2.weight")}
 
-Faults = Iterator[tuple[OpDef, str]]
 Rule = Callable[[LoweredGraph, Context], Faults]
 
 
@@ -88,16 +83,6 @@ def moves(graph: LoweredGraph, context: Context) -> Faults:
         yield op, f"copies {graph.described(graph.behind(inputs_of(op)[0][1]))}"
 
 
-def places(graph: LoweredGraph, context: Context) -> Faults:
-    """Lengths, block tables and slots are inputs of the graph: a constant would hold those of the traced step."""
-    for op in graph.of_type(*PLACES):
-        sources = dict(inputs_of(op))
-        for name in PLACES[op.type]:
-            if name in sources and "given" not in graph.roots[graph.maker(sources[name]).name]:
-                made = graph.described(sources[name])
-                yield op, f"{name} is baked into the graph: it comes from {made}, not from an input"
-
-
 def writes(graph: LoweredGraph, context: Context) -> Faults:
     """Every page tensor is written in place, and other operations read it only from the output of that write."""
     text, vision = context.spec.shape.text, context.bucket.phase == "vision"
@@ -131,8 +116,8 @@ def numbers(graph: LoweredGraph, context: Context) -> Faults:
 
 
 def _is_length(graph: LoweredGraph, op: OpDef, value: str) -> bool:
-    """Whether a value is used only as attention's lengths, cast to int64."""
-    return op.type == "Cast" and all(name in LENGTHS for _, name in graph.takers.get(value, []))
+    """Whether a value is an input that is used only as attention's lengths."""
+    return op.type in INPUTS and all(name in LENGTHS for _, name in graph.takers.get(value, []))
 
 
 def weights(graph: LoweredGraph, context: Context) -> Faults:
@@ -266,5 +251,20 @@ def histogram(graph: LoweredGraph, context: Context) -> Faults:
 
 RULES: dict[str, Rule] = {
     rule.__name__: rule
-    for rule in (outputs, moves, places, writes, numbers, weights, collectives, casts, known, layouts, histogram)
+    for rule in (
+        outputs,
+        moves,
+        straight,
+        masks,
+        paged,
+        writes,
+        numbers,
+        weights,
+        collectives,
+        casts,
+        kernels,
+        known,
+        layouts,
+        histogram,
+    )
 }

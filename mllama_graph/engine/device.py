@@ -230,9 +230,9 @@ class NpuBackend(Backend):
 
     def lay_out(self, weights: Weights, spec: GraphSpec) -> None:
         from mllama_graph.graphs.torchair import cast_to_nz
-        from mllama_graph.ops import npu_quantised
+        from mllama_graph.ops.npu_layout import lay_out
 
-        npu_quantised.lay_out(weights, spec.compute, spec.tiled)
+        lay_out(weights, spec.compute, spec.tiled)
         if spec.tiled:
             cast_to_nz(weights)
 

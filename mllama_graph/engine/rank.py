@@ -21,6 +21,7 @@ from mllama_graph.graphs.aot import Graph
 from mllama_graph.graphs.cuda_graphs import CapturedStep
 from mllama_graph.graphs.step import arguments
 from mllama_graph.graphs.store import GraphStore
+from mllama_graph.graphs.torchair import NpuGraph
 from mllama_graph.measure.trace import GRAPH, SAMPLE
 from mllama_graph.model.inputs import Pages
 from mllama_graph.model.tree import Pixels, Weights, build
@@ -113,7 +114,9 @@ class Rank:
         return record_function(name) if self.profiler else contextlib.nullcontext()
 
     def _execute(self, step: Step, bucket: Bucket, graph: Graph) -> list[Token]:
-        device = self.spec.torch_device
+        # An NPU's graph, and a captured step, take inputs on the host: they prepare them, and copy all at once.
+        on_host = isinstance(graph, (CapturedStep, NpuGraph))
+        device = torch.device("cpu") if on_host else self.spec.torch_device
 
         def call(given: object) -> Tensor | None:
             with self._marked(GRAPH):
@@ -127,8 +130,6 @@ class Rank:
         if isinstance(step, PrefillStep):
             logits = call(batch.prompt_input(step.row, self.sequences[step.row], bucket, self.plan, device))
             return self._sample(logits, (step.row,)) if step.sample else []
-        # A captured step takes inputs on the CPU, since it copies them all to the device at once.
-        device = torch.device("cpu") if isinstance(graph, CapturedStep) else device
         logits = call(batch.token_input(step.rows, self.sequences, bucket, self.plan, device))
         return self._sample(logits, step.rows)
 

@@ -14,6 +14,7 @@ from mllama_graph.model.placement import Placement
 from mllama_graph.model.shape import ModelShape
 from mllama_graph.model.table import Shard
 from mllama_graph.model.tree import Pixels, Weights, build
+from mllama_graph.ops.npu_inputs import UNREAD, causal_mask, on_device, prepare
 from mllama_graph.plan.bucket import Bucket
 
 
@@ -118,9 +119,23 @@ class GraphSpec:
             lambda entry, form, parts, region: None,
         )
 
+    def prepared(self, given: Any) -> Any:
+        """A step's inputs, given on the host, as an NPU's graphs take them, on the device.
+
+        Captured kernels take integers as lengths, and compute masks in their graphs.
+        """
+        captured = dict(self.options).get("mode", "max-autotune") != "max-autotune"
+        if not captured and not isinstance(given, TileInput):
+            held = range(*self.shard.bounds(self.shape.embeddings)) if self.world_size > 1 else None
+            given = prepare(given, self.page_size, causal_mask(self.torch_device), held)
+        return on_device(given, self.torch_device, () if captured or isinstance(given, TileInput) else UNREAD)
+
     def example(self, bucket: Bucket) -> Any:
-        """Harmless inputs with a bucket's shapes: one image tile, or padding rows in scratch slots."""
-        vision, device = self.shape.vision, self.torch_device
+        """Harmless inputs with a bucket's shapes: one image tile, or padding rows in scratch slots.
+
+        On an NPU they lie on the host, as `prepared` takes them.
+        """
+        vision, device = self.shape.vision, torch.device("cpu") if self.backend == "torchair" else self.torch_device
 
         def zeros(*size: int) -> Tensor:
             return torch.zeros(size, dtype=torch.int32).to(device)

@@ -138,13 +138,16 @@ def load_step(step: nn.Module, name: str, options: dict[str, Any], folder: Path)
 
 
 class NpuGraph:
-    """A graph that torchair compiled for this rank's step; it uses the module's own weights."""
+    """A graph that torchair compiled for this rank's step; it uses the module's own weights.
 
-    def __init__(self, run: Callable[..., Tensor | None]):
-        self._run = run
+    prepared: turns a step's inputs on the host into those of the graph, on the device.
+    """
 
-    def __call__(self, *inputs: Any) -> Tensor | None:
-        return self._run(*tensors(inputs))
+    def __init__(self, run: Callable[..., Tensor | None], prepared: Callable[[Any], Any]):
+        self._run, self._prepared = run, prepared
+
+    def __call__(self, given: Any, *pages: Any) -> Tensor | None:
+        return self._run(*tensors((self._prepared(given), *pages)))
 
 
 def npu_graph(
@@ -161,12 +164,12 @@ def npu_graph(
 
     Compiling runs the graph once, on padding. `name` identifies it. Raises torchair's errors for what it can't lower.
     """
-    inputs = arguments(bucket, spec.example(bucket), *pages)
+    inputs = arguments(bucket, spec.prepared(spec.example(bucket)), *pages)
     step = Flat(Step(bucket.phase, weights, spec.shape, spec.compute, ops), inputs)
     options = dict(spec.options)
     if stored:
-        return NpuGraph(load_step(step, name, options, folder))
-    return NpuGraph(compile_step(step, name, tensors(inputs), options, folder))
+        return NpuGraph(load_step(step, name, options, folder), spec.prepared)
+    return NpuGraph(compile_step(step, name, tensors(inputs), options, folder), spec.prepared)
 
 
 def cast_to_nz(weights: Weights) -> None:

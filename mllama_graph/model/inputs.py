@@ -1,6 +1,6 @@
 """The static-shaped inputs of each step, and the pages that steps read and write.
 
-B sequences   T token rows   J pages per sequence   C tiles   S patch rows   h w pixels
+B sequences   T token rows   J pages per sequence   C tiles   S patch rows   h w pixels   L keys   R rows per sequence
 """
 
 from typing import NamedTuple
@@ -26,6 +26,31 @@ class ImageInput(NamedTuple):
     see_T2: Tensor
 
 
+class Prepared(NamedTuple):
+    """What an NPU's graphs take in place of masks and lengths computed from other inputs (ops/npu_inputs.py).
+
+    causal_MM: the fixed mask of causal attention, kept on the device. row_T, held_T1: rows of a rank's part of the
+    embedding table, and which ids it holds; None for a single rank. table_1J, rows_1, keys_1: of a chunk after earlier
+    pages, the block table of earlier and new tokens, the number of new ones and that of all (int64). image_len_B:
+    length of each sequence's image pages in tokens (int64). sees_T1: which rows see an image. unseen_B1RL: the image
+    keys that a decode step's rows must not see. Of a prompt, entry_L is the entry of the image table that a key belongs
+    to, J if it is in no used slot, and from_T1, to_T1 the range of entries that a row sees: all if it sees no image.
+    """
+
+    causal_MM: Tensor | None = None
+    row_T: Tensor | None = None
+    held_T1: Tensor | None = None
+    table_1J: Tensor | None = None
+    rows_1: Tensor | None = None
+    keys_1: Tensor | None = None
+    image_len_B: Tensor | None = None
+    sees_T1: Tensor | None = None
+    unseen_B1RL: Tensor | None = None
+    entry_L: Tensor | None = None
+    from_T1: Tensor | None = None
+    to_T1: Tensor | None = None
+
+
 class PromptInput(NamedTuple):
     """A chunk of one sequence's prompt, padded to T rows. All tensors are int32.
 
@@ -41,13 +66,14 @@ class PromptInput(NamedTuple):
     past_1: Tensor
     table_J: Tensor | None
     image: ImageInput | None
+    prepared: Prepared | None = None
 
 
 class TokenInput(NamedTuple):
     """The new tokens of B running sequences, T = B * q rows.
 
-    len_B: length of each sequence in tokens, including the new ones; 1 for padding. real_1: number of the T rows that
-    are not padding; they come first.
+    len_B: length of each sequence in tokens, including the new ones; 1 for padding; int64 on an NPU. real_1: number of
+    the T rows that are not padding; they come first.
     """
 
     ids_T: Tensor
@@ -57,6 +83,7 @@ class TokenInput(NamedTuple):
     table_BJ: Tensor
     len_B: Tensor
     image: ImageInput | None
+    prepared: Prepared | None = None
 
 
 class TileInput(NamedTuple):

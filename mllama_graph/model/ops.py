@@ -32,7 +32,7 @@ class Ops:
     sees every key and value as pages hold it, those of new rows too.
     """
 
-    # (ops, a step's input) -> ops for that step, which may skip padding rows
+    # (ops, a step's input) -> ops for that step, which may skip padding rows, or take what the host prepared for it
     without_padding: Callable
     # (ids_T, leaf with weight) -> x_TD
     embed: Callable

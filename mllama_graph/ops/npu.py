@@ -11,14 +11,16 @@ is `dynamo/torchair`.
     head width           a multiple of 16 (same docs, 16-bit types); other widths are padded with zeros, which change no
                          score or output. Pages are allocated with the padded width, so that none is copied to pad it.
     sparse_mode 0        with an explicit mask, or without a mask: then every row sees its whole sequence
-    sparse_mode 3        causal, aligned to the lower right corner, with the fixed mask of 2048 x 2048
+    sparse_mode 3        causal, aligned to the lower right corner, with the fixed mask of 2048 x 2048; for several rows
+                         only, since one row silently resets the mode to 0 (tiling of CANN 8.5 to 9.1, ops-transformer)
     inner_precise 0      high precision; no row is fully masked, so that no row correction (modes 2 and 3) is needed
     weights (out, in)    as in the checkpoint: npu_linear passes them to MatMul with a transpose flag, while F.linear
                          adds a Transpose of the weight to every step (converters custom/npu_linear.py, aten/t.py)
     gelu                 npu_gelu, GeluV2: the converter of F.gelu drops `approximate` and emits Gelu for both forms
                          (converters custom/npu_gelu.py, aten/gelu.py)
 
-Masks and casts that layers share are traced once per layer and computed once per graph (torchair.py, share_repeats).
+Lengths, block tables and masks come from the host (npu_inputs.py), gates and biases as npu_layout.py leaves them. What
+layers share is traced once per layer and computed once per graph (torchair.py, share_repeats).
 """
 
 from collections.abc import Callable
@@ -32,18 +34,16 @@ import torch_npu
 import torchair  # registers torchair.ops
 from torch import Tensor
 
-from mllama_graph.model.inputs import LayerPages
+from mllama_graph.model.inputs import LayerPages, Prepared, PromptInput, TokenInput
 from mllama_graph.model.ops import Ops, padded_head
 from mllama_graph.model.tree import Linear
 from mllama_graph.ops import npu_quantised
 from mllama_graph.ops.ranks import GROUP, max_in, ranked
 
-# docs of npu_fused_infer_attention_score: "(2048, 2048)" for sparse_mode 2, 3 and 4.
-MASK_SIDE = 2048
 CAUSAL = 3
 
 
-def _widen(x: Tensor, width: int) -> Tensor:
+def widen(x: Tensor, width: int) -> Tensor:
     """Pad the last axis of x with zeros to `width`."""
     return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
 
@@ -89,11 +89,11 @@ def write_pages_(k_TKH: Tensor, v_TKH: Tensor, pages: LayerPages, slot_T: Tensor
     # themselves and not a view of them, for which the compiler would copy the whole pool.
     dtype, width = pages[0].dtype, pages[0].shape[-1]
     torch_npu.npu_scatter_pa_kv_cache(
-        _widen(k_TKH.to(dtype), width), _widen(v_TKH.to(dtype), width), *pages, slot_T, cache_mode="Norm"
+        widen(k_TKH.to(dtype), width), widen(v_TKH.to(dtype), width), *pages, slot_T, cache_mode="Norm"
     )
 
 
-def _attention(
+def attention(
     q_BRQH: Tensor,
     k: Tensor,
     v: Tensor,
@@ -101,7 +101,7 @@ def _attention(
     *,
     kv_heads: int,
     mask: Tensor | None,
-    captured: bool,
+    captured: bool = False,
     sparse_mode: int = 0,
     **paged: Any,
 ) -> Tensor:
@@ -128,12 +128,6 @@ def _attention(
     return out_BRQH.view(B * R, Q, H)[..., :head_width]
 
 
-def causal_mask(device: torch.device) -> Tensor:
-    """The fixed mask of the causal modes: true above the diagonal, for the keys that a row must not see."""
-    row = torch.arange(MASK_SIDE, dtype=torch.int32, device=device)
-    return row[None, :] > row[:, None]
-
-
 def attend_prompt(
     q_TQH: Tensor,
     k_TKH: Tensor,
@@ -141,113 +135,108 @@ def attend_prompt(
     pages: LayerPages,
     table_J: Tensor | None,
     past_1: Tensor,
-    captured: bool = False,
+    *,
+    made: Prepared,
 ) -> Tensor:
-    T, K, H = k_TKH.shape
-    width = padded_head(H)
-    q_1TQH, k_1LKH, v_1LKH = (_widen(x, width)[None] for x in (q_TQH, k_TKH, v_TKH))
-    if table_J is None:
-        return _attention(
-            q_1TQH, k_1LKH, v_1LKH, H, kv_heads=K, mask=causal_mask(q_TQH.device), sparse_mode=CAUSAL, captured=captured
-        )
-    # Earlier tokens may end inside a page, and the new rows follow the last page: gather the pages and mask by length.
-    past_k, past_v = (data.index_select(0, table_J).flatten(0, 1)[None].to(q_TQH.dtype) for data in pages)
-    row_T = torch.arange(T, dtype=torch.int32, device=q_TQH.device)
-    column_L = torch.arange(past_k.shape[1], dtype=torch.int32, device=q_TQH.device)
-    unseen_TL = torch.cat(((column_L >= past_1).expand(T, -1), row_T[None, :] > row_T[:, None]), dim=1)
-    return _attention(
-        q_1TQH,
-        torch.cat((past_k, k_1LKH), dim=1),
-        torch.cat((past_v, v_1LKH), dim=1),
+    (T, K, H), mask = k_TKH.shape, made.causal_MM
+    mode = CAUSAL if T > 1 else 0
+    if made.table_1J is None:
+        q_1TQH, k_1LKH, v_1LKH = (widen(x, padded_head(H))[None] for x in (q_TQH, k_TKH, v_TKH))
+        return attention(q_1TQH, k_1LKH, v_1LKH, H, kv_heads=K, mask=mask, sparse_mode=mode)
+    # The new rows have been written: they are read from their pages, behind the earlier ones. The rows that are padding
+    # are left out, and their results are undefined.
+    return attention(
+        widen(q_TQH, pages[0].shape[-1])[None],
+        pages[0],
+        pages[1],
         H,
         kv_heads=K,
-        mask=unseen_TL[None, None],
-        captured=captured,
+        mask=mask,
+        sparse_mode=mode,
+        block_table=made.table_1J,
+        block_size=pages[0].shape[1],
+        actual_seq_lengths=made.rows_1 if T > 1 else None,
+        actual_seq_lengths_kv=made.keys_1,
     )
 
 
-def attend_pages(q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, len_B: Tensor) -> Tensor:
+def attend_pages(
+    q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, len_B: Tensor, causal_MM: Tensor | None = None
+) -> Tensor:
+    """causal_MM: for several rows per sequence, the fixed mask. len_B is int64."""
     B, H, (_, P, K, width) = table_BJ.shape[0], q_TQH.shape[-1], pages[0].shape
-    q_BRQH = _widen(q_TQH, width).view(B, -1, q_TQH.shape[1], width)
-    # A single row sees its whole sequence; of several rows, only the last does.
-    causal = q_BRQH.shape[1] > 1
-    return _attention(
-        q_BRQH,
+    return attention(
+        widen(q_TQH, width).view(B, -1, q_TQH.shape[1], width),
         pages[0],
         pages[1],
         H,
         kv_heads=K,
-        mask=causal_mask(q_TQH.device) if causal else None,
-        sparse_mode=CAUSAL if causal else 0,
+        mask=causal_MM,
+        # A single row sees its whole sequence; of several rows, only the last does.
+        sparse_mode=0 if causal_MM is None else CAUSAL,
         block_table=table_BJ,
         block_size=P,
-        actual_seq_lengths_kv=len_B.long(),
-        captured=False,
-    )
-
-
-def attend_pages_captured(q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, len_B: Tensor) -> Tensor:
-    """`attend_pages` for captured kernels, whose lengths are constants: the whole width of the block table.
-
-    A mask computed from len_B hides the keys behind a sequence's end.
-    """
-    (B, J), H, (_, P, K, width) = table_BJ.shape, q_TQH.shape[-1], pages[0].shape
-    q_BRQH = _widen(q_TQH, width).view(B, -1, q_TQH.shape[1], width)
-    R, device = q_BRQH.shape[1], q_TQH.device
-    column_L = torch.arange(J * P, dtype=torch.int32, device=device)
-    row_R = torch.arange(R, dtype=torch.int32, device=device)
-    unseen_BRL = column_L > (len_B[:, None] - R + row_R)[..., None]
-    return _attention(
-        q_BRQH,
-        pages[0],
-        pages[1],
-        H,
-        kv_heads=K,
-        mask=unseen_BRL[:, None],
-        block_table=table_BJ,
-        block_size=P,
-        actual_seq_lengths_kv=[J * P] * B,
-        captured=True,
+        actual_seq_lengths_kv=len_B,
     )
 
 
 def attend_image(
-    q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, fill_BJ: Tensor, see_T2: Tensor, captured: bool = False
+    q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, fill_BJ: Tensor, see_T2: Tensor, *, made: Prepared
 ) -> Tensor:
-    (B, J), H, (_, P, K, width) = table_BJ.shape, q_TQH.shape[-1], pages[0].shape
-    q_BRQH = _widen(q_TQH, width).view(B, -1, q_TQH.shape[1], width)
-    R, device = q_BRQH.shape[1], q_TQH.device
-    column_P = torch.arange(P, dtype=torch.int32, device=device)
-    entry_J = torch.arange(J, dtype=torch.int32, device=device)
-    from_BR1, to_BR1 = see_T2.view(B, R, 2).split(1, dim=-1)
-    hidden_BRJ = (entry_J < from_BR1) | (entry_J >= to_BR1)
-    empty_BJP = column_P >= fill_BJ[:, :, None]
-    # The caller discards rows that see no image; they see every key here, so that no row is fully masked.
-    sees_BR1 = to_BR1 > from_BR1
-    unseen_BRL = (hidden_BRJ[..., None] | empty_BJP[:, None]).view(B, R, J * P) & sees_BR1
-    # Pages after the last used entry are not read. A sequence without images reads one page, whatever it holds.
-    used_B = (fill_BJ > 0).sum(-1, dtype=torch.int32).clamp(min=1)
-    return _attention(
-        q_BRQH,
+    B, H, (_, P, K, width) = table_BJ.shape[0], q_TQH.shape[-1], pages[0].shape
+    unseen_B1RL = made.unseen_B1RL
+    if unseen_B1RL is None:
+        assert made.entry_L is not None and made.from_T1 is not None and made.to_T1 is not None
+        unseen_B1RL = ((made.entry_L < made.from_T1) | (made.entry_L >= made.to_T1))[None, None]
+    return attention(
+        widen(q_TQH, width).view(B, -1, q_TQH.shape[1], width),
         pages[0],
         pages[1],
         H,
         kv_heads=K,
-        mask=unseen_BRL[:, None],
+        mask=unseen_B1RL,
         block_table=table_BJ,
         block_size=P,
-        actual_seq_lengths_kv=[J * P] * B if captured else (used_B * P).long(),
-        captured=captured,
+        actual_seq_lengths_kv=made.image_len_B,
     )
 
 
 def attend_tiles(q_SAH: Tensor, k_SAH: Tensor, v_SAH: Tensor, pad_S: Tensor, captured: bool = False) -> Tensor:
     width = padded_head(q_SAH.shape[-1])
-    q_1SAH, k_1SAH, v_1SAH = (_widen(x, width)[None] for x in (q_SAH, k_SAH, v_SAH))
+    q_1SAH, k_1SAH, v_1SAH = (widen(x, width)[None] for x in (q_SAH, k_SAH, v_SAH))
     unseen_SS = pad_S[:, None] & pad_S[None, :]
-    return _attention(
+    return attention(
         q_1SAH, k_1SAH, v_1SAH, q_SAH.shape[-1], kv_heads=q_SAH.shape[1], mask=unseen_SS[None, None], captured=captured
     )
+
+
+def gated(y_TD: Tensor, gate_1: Tensor, sees_T1: Tensor) -> Tensor:
+    """gate_1 is tanh(gate): see npu_layout.py."""
+    return torch.where(sees_T1, y_TD * gate_1, 0)
+
+
+def add_gated(x_WE: Tensor, y_WE: Tensor, bias_E: Tensor | None, gate_1: Tensor | None) -> Tensor:
+    """gate_1 is tanh(gate): see npu_layout.py."""
+    if bias_E is not None:
+        y_WE = y_WE + bias_E.to(x_WE.dtype)
+    return x_WE + (y_WE if gate_1 is None else y_WE * gate_1)
+
+
+def with_prepared(ops: Ops, given: PromptInput | TokenInput) -> Ops:
+    """The operations of a step, which take what the host has prepared for it."""
+    made = given.prepared
+    assert made is not None, "an NPU's step takes prepared inputs (npu_inputs.py)"
+    found: dict[str, Any] = {
+        "attend_prompt": partial(ops.attend_prompt, made=made),
+        "attend_image": partial(ops.attend_image, made=made),
+        "sees_image": lambda see_T2: made.sees_T1,
+    }
+    if made.causal_MM is not None:
+        found["attend_pages"] = partial(ops.attend_pages, causal_MM=made.causal_MM)
+    row_T, held_T1 = made.row_T, made.held_T1
+    if row_T is not None and held_T1 is not None:
+        found["embed"] = lambda ids_T, leaf: ops.all_reduce(torch.where(held_T1, F.embedding(row_T, leaf.weight), 0))
+    return replace(ops, **found)
 
 
 def npu_ops(world: int, mode: str = "max-autotune", nz: bool = False) -> Ops:
@@ -257,12 +246,15 @@ def npu_ops(world: int, mode: str = "max-autotune", nz: bool = False) -> Ops:
     """
     ops = replace(
         ranked(world, "distributed"),
+        without_padding=with_prepared,
         linear=partial(linear, nz=nz, over_ranks=max_in(GROUP) if world > 1 else None) if nz or world > 1 else linear,
         rms_norm=rms_norm,
         add_rms_norm=add_rms_norm,
         rope=rope,
         swiglu=swiglu,
         gelu=gelu,
+        gated=gated,
+        add_gated=add_gated,
         write_pages_=write_pages_,
         attend_prompt=attend_prompt,
         attend_pages=attend_pages,
@@ -271,10 +263,10 @@ def npu_ops(world: int, mode: str = "max-autotune", nz: bool = False) -> Ops:
     )
     if mode == "max-autotune":
         return ops
-    captured = {
-        name: partial(getattr(ops, name), captured=True) for name in ("attend_prompt", "attend_image", "attend_tiles")
-    }
-    return replace(ops, attend_pages=attend_pages_captured, **captured)
+    # Imports this module.
+    from mllama_graph.ops.npu_captured import captured
+
+    return captured(ops)
 
 
 NPU = npu_ops(1)

@@ -173,7 +173,8 @@ def add_positions(
     class_C1E = class_E.to(dtype).expand(C, 1, -1)
     x_CLE = torch.cat((class_C1E, x_CNE), dim=1)
     gate_1 = gate_1.to(dtype).tanh()
-    return x_CLE + (1 - gate_1) * position_LE.to(dtype) + gate_1 * _tile_rows(table, aspect_1, C, N + 1, E, dtype)
+    # An NPU has no kernel for a subtraction from a number (Sxpy); the result is the same.
+    return x_CLE + (-gate_1 + 1) * position_LE.to(dtype) + gate_1 * _tile_rows(table, aspect_1, C, N + 1, E, dtype)
 
 
 def pad_rows(x_CLE: Tensor, real_1: Tensor, multiple: int) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ def attention(
     key0: Tensor,
     value0: Tensor,
     atten_mask: Tensor | None = None,
+    actual_seq_lengths: Tensor | None = None,
     actual_seq_lengths_kv: Tensor | None = None,
     block_table: Tensor | None = None,
     *,
@@ -42,7 +43,10 @@ def attention(
     out_dtype: int = 0,
     wide: bool = False,
 ) -> tuple[Tensor, None]:
-    """Attention in layout BSH without quantisation. `wide` allows fp32, which no kernel supports."""
+    """Attention in layout BSH without quantisation. `wide` allows fp32, which no kernel supports.
+
+    Rows behind a sequence's own length are not computed: what a kernel leaves there is undefined, here NaN.
+    """
     unused = (
         pre_tokens != INT_MAX,
         next_tokens != INT_MAX,
@@ -63,12 +67,14 @@ def attention(
         lengths = _check_pages(key0, block_table, actual_seq_lengths_kv, block_size, B, R)
         columns = block_table.shape[1] * block_size
     else:
-        require(actual_seq_lengths_kv is None and block_size == 0, "lengths without pages are not known")
+        unknown = actual_seq_lengths is not None or actual_seq_lengths_kv is not None or block_size != 0
+        require(not unknown, "lengths without pages are not known")
         require(key0.shape[0] == B, _DOCS + f"{key0.shape[0]} sequences of keys for {B} of queries")
         lengths, columns = [key0.shape[1]] * B, key0.shape[1]
     _check_mask(atten_mask, sparse_mode, inner_precise, B, R, columns)
-    outs = []
-    for b, length in enumerate(lengths):
+    rows = _check_rows(actual_seq_lengths, B, R)
+    out = torch.full((B, R, num_heads * D), torch.nan)
+    for b, (count, length) in enumerate(zip(rows, lengths, strict=True)):
         if block_table is not None:
             pages = block_table[b, : -(-length // block_size)].long()
             require(
@@ -79,12 +85,24 @@ def attention(
             k, v = (data[b].view(-1, kv_heads, D) for data in (key0, value0))
         unseen = None
         if R > 1 and sparse_mode == 3:
-            unseen = torch.arange(length)[None, :] > torch.arange(R)[:, None] + length - R
+            unseen = torch.arange(length)[None, :] > torch.arange(count)[:, None] + length - count
         elif atten_mask is not None:
-            unseen = atten_mask[b if atten_mask.shape[0] > 1 else 0, 0, :, :length].bool()
-        outs.append(_attend(query[b].view(R, num_heads, D), k, v, unseen, scale))
+            unseen = atten_mask[b if atten_mask.shape[0] > 1 else 0, 0, :count, :length].bool()
+        out[b, :count] = _attend(query[b, :count].view(count, num_heads, D), k, v, unseen, scale)
     # The second output, softmax_lse, is not computed; a graph that reads it is refused.
-    return torch.stack(outs).view(B, R, num_heads * D).to(query.dtype), None
+    return out.to(query.dtype), None
+
+
+def _check_rows(lengths: Tensor | None, B: int, R: int) -> list[int]:
+    """The number of query rows of each sequence."""
+    if lengths is None:
+        return [R] * B
+    # Tiling code of CANN 8.5 to 9.1: with one row, it drops the lengths of queries.
+    require(R > 1, "lengths of queries that have one row are not read")
+    rows = integers(lengths)
+    require(lengths.dtype == torch.int64 and len(rows) == B, _DOCS + f"{len(rows)} lengths of queries, {lengths.dtype}")
+    require(all(0 < count <= R for count in rows), _DOCS + f"{rows} query rows of {R}")
+    return rows
 
 
 def _check_heads(q: Tensor, k: Tensor, v: Tensor, heads: int, kv_heads: int, D: int, wide: bool) -> None:
@@ -125,8 +143,8 @@ def _check_pages(pages: Tensor, table: Tensor, lengths: Tensor | None, block_siz
     if lengths is None or lengths.dtype != torch.int64:
         raise GraphError(_DOCS + "pages need actual_seq_lengths_kv in int64")
     values = integers(lengths)
-    require(len(values) in (1, B), _DOCS + f"{len(values)} lengths for {B} sequences")
-    values = values * B if len(values) == 1 else values
+    # One length for all sequences is documented, too; the tiling code of CANN 9.1 takes it for the first one's.
+    require(len(values) == B, f"{len(values)} lengths for {B} sequences")
     used = [-(-value // block_size) for value in values]
     require(
         min(values) >= 0 and max(used) <= table.shape[1],
@@ -138,6 +156,8 @@ def _check_pages(pages: Tensor, table: Tensor, lengths: Tensor | None, block_siz
 
 def _check_mask(mask: Tensor | None, sparse_mode: int, inner_precise: int, B: int, R: int, columns: int) -> None:
     require(sparse_mode in (0, 3), f"sparse_mode {sparse_mode} is not known")
+    # Tiling code of CANN 8.5 to 9.1: one row silently resets sparse_mode to 0, and reads the fixed mask as a plain one.
+    require(sparse_mode == 0 or R > 1, f"sparse_mode {sparse_mode} for one query row, which resets it to 0")
     require(
         inner_precise in ((0, 1) if R == 1 else (0, 1, 2, 3)),
         _DOCS + f"inner_precise {inner_precise} for {R} query rows",

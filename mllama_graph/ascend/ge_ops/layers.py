@@ -24,6 +24,12 @@ def matmul(
     require(
         x1.dim() == x2.dim() == 2 and x1.dtype == x2.dtype and offset_x == 0, "two matrices of one dtype are needed"
     )
+    # ops-nn, mat_mul_v3_def.cpp, ascend910b: a bias is fp32, or fp16 for fp16.
+    bias_dtypes = (torch.float32, torch.float16) if x1.dtype == torch.float16 else (torch.float32,)
+    require(
+        bias is None or bias.dtype in bias_dtypes,
+        f"no kernel adds a bias in {bias.dtype if bias is not None else None} to {x1.dtype}",
+    )
     a, b = x1.T if transpose_x1 else x1, x2.T if transpose_x2 else x2
     return rounded(F.linear(a.float(), b.T.float(), None if bias is None else bias.float()), x1)
 

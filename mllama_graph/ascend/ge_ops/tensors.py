@@ -178,10 +178,9 @@ _elementwise("LogicalAnd", "IR LogicalAnd; TF LogicalAnd", torch.logical_and)
 _elementwise("LogicalOr", "IR LogicalOr; TF LogicalOr", torch.logical_or)
 
 
-@operation("Sxpy", source="IR Sxpy; torchair's converter of aten.rsub: x1 - alpha * x2")
-def sxpy(x1: Tensor, x2: Tensor, alpha: Tensor | None = None) -> Tensor:
-    scale = 1 if alpha is None else alpha.item()
-    return rounded(x1.float() - scale * x2.float(), x2)
+@operation("Neg", source="IR Neg; TF Neg")
+def neg(x: Tensor) -> Tensor:
+    return -x
 
 
 @operation("ReduceSum", source="IR ReduceSum; TF Sum")

@@ -13,6 +13,8 @@ from mllama_graph.graphs.step import Step
 from mllama_graph.model.inputs import ImageInput, PromptInput, TileInput, TokenInput
 from mllama_graph.model.ops import padded_head
 from mllama_graph.ops.npu import NPU
+from mllama_graph.ops.npu_inputs import causal_mask, prepare
+from mllama_graph.ops.npu_layout import lay_out
 from mllama_graph.ops.plain import PLAIN
 from mllama_graph.plan.blocks import pages_for, slots
 
@@ -77,15 +79,20 @@ class Compiled(Eager):
 
     def __init__(self, model, dtype):
         self.shape, self.dtype = model.shape, dtype
-        self.weights = rounded(model.weights, dtype).to("npu")
+        weights = rounded(model.weights, dtype)
+        lay_out(weights, dtype)
+        self.weights = weights.to("npu")
         self.pages, self.image_pages = to_npu(pools(model.shape, dtype, padded=True))
         self.lowered = {}
 
     def __call__(self, phase, given):
-        key = (phase, *(None if x is None else x.shape for x in given[:-1]), getattr(given, "image", None) is None)
+        shapes = (None if x is None else x.shape for x in given if not isinstance(x, tuple))
+        key = (phase, *shapes, getattr(given, "image", None) is None)
         if key not in self.lowered:
             step = Step(phase, self.weights, self.shape, self.dtype, NPU)
             self.lowered[key] = lower(step.forward, wide=self.dtype == torch.float32)
+        if phase != "vision":
+            given = prepare(given, P, causal_mask(torch.device("cpu")), None)
         return self.lowered[key](to_npu(given), () if phase == "vision" else self.pages, self._image_pages(given))
 
 

@@ -70,7 +70,7 @@ def test_every_input_is_named_and_has_the_shape_of_what_it_names(decode):
             assert size == weights[role]
     text = [role for role in weights if role.startswith("weights.text")]
     assert by_role.keys() >= {role for role in text if not role.endswith((".kv.weight", ".k_norm"))}
-    assert by_role["given.image.see_T2"] == [2, 2]
+    assert by_role["given.prepared.unseen_B1RL"] == [2, 1, 1, 8 * 128]
     assert by_role["given.slot_T"] == [2]
     assert by_role["pages.2.1"] == [12, 128, 2, 32]
     assert by_role["image_pages.1.0"] == [16, 128, 2, 32]

@@ -11,10 +11,11 @@ from lowered import lower, to_npu
 from torchair._ge_concrete_graph import ge_ir_pb2
 
 from mllama_graph.ascend.ge_ops import OPERATIONS, GraphError
+from mllama_graph.ascend.graphdef import described_dtype
 from mllama_graph.ascend.interpreter import Interpreter
 from mllama_graph.ascend.simulation import SimulatedGraph
-from mllama_graph.ops import npu
-from mllama_graph.ops.npu import NPU
+from mllama_graph.model.inputs import Prepared
+from mllama_graph.ops.npu import NPU, attention
 
 BF16 = torch.bfloat16
 TORCHAIR = Path(torchair.__file__).parent
@@ -50,7 +51,9 @@ def decode():
         return NPU.attend_pages(q, pages, table, length)
 
     lowered = lower(step)
-    lowered(*to_npu((bf16(1, 4, 32), bf16(1, 2, 32), bf16(1, 2, 32), pages(), int32([3]), int32([[0]]), int32([4]))))
+    lowered(
+        *to_npu((bf16(1, 4, 32), bf16(1, 2, 32), bf16(1, 2, 32), pages(), int32([3]), int32([[0]]), torch.tensor([4])))
+    )
     return lowered.graphs[0].graph
 
 
@@ -110,6 +113,7 @@ def run(graph):
         if op.type == "Data":
             shape = tuple(op.output_desc[0].shape.dim)
             values = bf16(*shape) if op.output_desc[0].dtype == 27 else by_size[len(shape)]
+            values = values.to(described_dtype(op.output_desc[0]))
             inputs.append((op.attr["index"].i, values))
     interpreter, given = Interpreter(graph), [x for _, x in sorted(inputs, key=lambda pair: pair[0])]
     with pytest.raises(GraphError) as error:
@@ -175,7 +179,7 @@ def paged(rows=1, page=128, width=32, dtype=BF16, table=((0,),), length=(4,), co
         torch.randn(rows, 4, width).to(dtype),
         (torch.randn(count, page, 2, width).to(dtype),) * 2,
         int32(table),
-        int32(length),
+        torch.tensor(length),
     )
 
 
@@ -209,7 +213,45 @@ def test_lengths_must_be_int64():
             actual_seq_lengths_kv=length,
         )[0]
 
-    assert "actual_seq_lengths_kv in int64" in refusal(attend, *paged())
+    assert "actual_seq_lengths_kv in int64" in refusal(attend, *paged()[:3], int32([4]))
+
+
+@pytest.mark.parametrize(
+    ("rows", "given", "message"),
+    [
+        (1, {"sparse_mode": 3, "mask": True}, "sparse_mode 3 for one query row, which resets it to 0"),
+        (1, {"actual_seq_lengths": [1]}, "lengths of queries that have one row are not read"),
+        (3, {"actual_seq_lengths": [4]}, "[4] query rows of 3"),
+        (3, {"actual_seq_lengths": [2, 1]}, "2 lengths of queries"),
+    ],
+)
+def test_rows_and_lengths_that_the_tiling_code_would_drop_are_refused(rows, given, message):
+    mask = torch.ones(2048, 2048, dtype=torch.bool).triu(1) if given.pop("mask", False) else None
+    lengths = torch.tensor(given.pop("actual_seq_lengths")) if "actual_seq_lengths" in given else None
+
+    def attend(q, k, v, table, length, mask, lengths):
+        return attention(
+            q[None],
+            k,
+            v,
+            32,
+            kv_heads=2,
+            mask=mask,
+            block_table=table,
+            block_size=128,
+            actual_seq_lengths=lengths,
+            actual_seq_lengths_kv=length,
+            **given,
+        )
+
+    q, (k, v), table, length = paged(rows)
+    assert message in refusal(attend, q, k, v, table, length, mask, lengths)
+
+
+def test_a_bias_in_bf16_is_refused():
+    assert "no kernel adds a bias in torch.bfloat16" in refusal(
+        lambda x, w, b: torch_npu.npu_linear(x, w, b), bf16(2, 32), bf16(16, 32), bf16(16)
+    )
 
 
 def test_a_row_that_sees_no_key_is_refused():
@@ -218,9 +260,13 @@ def test_a_row_that_sees_no_key_is_refused():
     assert "a row is wholly masked" in message
 
 
-def test_a_wrong_causal_mask_is_refused(monkeypatch):
-    monkeypatch.setattr(npu, "causal_mask", lambda device: torch.zeros(2048, 2048, dtype=torch.bool, device=device))
-    message = refusal(lambda *a: NPU.attend_prompt(*a, None, None, None), *(bf16(8, 2, 16) for _ in "qkv"))
+def test_a_wrong_causal_mask_is_refused():
+    made = Prepared(causal_MM=torch.zeros(2048, 2048, dtype=torch.bool))
+    message = refusal(
+        lambda q, k, v, made: NPU.attend_prompt(q, k, v, None, None, None, made=made),
+        *(bf16(8, 2, 16) for _ in "qkv"),
+        made,
+    )
     assert "hides what lies above the diagonal" in message
 
 

@@ -7,17 +7,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch_npu
-from graphs import CHUNK, CLASSES, DECODE, LEAN, PREFILL, VISION, broken, spec_of
+from findings import BASE, DEVICE, FAILED, found, found_after, found_with
+from graphs import CHUNK, CLASSES, DECODE, LEAN, PREFILL, VISION, spec_of
 
-from mllama_graph.ascend.capture import capture, shortened
+from mllama_graph.ascend.capture import capture
 from mllama_graph.ascend.graph import Context
 from mllama_graph.ascend.lint import lint
 from mllama_graph.ascend.rules import RULES
 from mllama_graph.ops.npu import NPU, npu_ops
 from mllama_graph.ops.plain import rope as plain_rope
 
-# Three layers, of which the second attends to images.
-BASE = replace(spec_of("base"), shape=shortened(spec_of("base").shape, self_layers=2))
 # All classes of one model, and graphs of models with padded heads, two ranks, and images of one tile.
 CLEAN = [
     *(("base", 1, bucket) for bucket in CLASSES),
@@ -25,29 +24,11 @@ CLEAN = [
     *(("cross_first", 2, bucket) for bucket in (VISION, DECODE)),
     ("cross_last", 1, VISION),
 ]
-FAILED: set[str] = set()
 
 
 @pytest.fixture(scope="module")
 def decode():
     return capture(BASE, DECODE)
-
-
-def found(name, captured, bucket, spec=BASE):
-    """The messages of one rule about a graph."""
-    FAILED.add(name)
-    return [finding.message for finding in lint(captured, Context(spec, bucket)) if finding.rule == name]
-
-
-def found_with(name, bucket, spec=BASE, **ops):
-    """The messages of one rule about a step whose operations `ops` are replaced."""
-    own = replace(npu_ops(spec.world_size), **ops) if ops else None
-    return found(name, capture(spec, bucket, own), bucket, spec)
-
-
-def found_after(name, captured, change):
-    """The messages of one rule about the decode graph after `change`."""
-    return found(name, broken(captured, change), DECODE)
 
 
 @pytest.mark.parametrize(("name", "ranks", "bucket"), CLEAN, ids=lambda value: str(value).replace(" ", "_"))
@@ -120,44 +101,6 @@ def test_a_graph_without_logits_is_found(decode):
     assert "in cross_block" in messages[0] or "in self_block" in messages[0]
 
 
-# ---- lengths, tables and slots
-
-
-def with_integers(q_TQH, pages, table_BJ, len_B):
-    B, Q, H = q_TQH.shape
-    out, _ = torch_npu.npu_fused_infer_attention_score(
-        q_TQH.view(B, 1, Q * H),
-        *(page.flatten(2) for page in pages),
-        num_heads=Q,
-        num_key_value_heads=pages[0].shape[2],
-        input_layout="BSH",
-        scale=1.0,
-        block_table=table_BJ,
-        block_size=128,
-        actual_seq_lengths_kv=[5, 7],
-    )
-    return out.view(B, Q, H)
-
-
-def test_a_length_that_is_baked_in_is_found():
-    [message] = found_with("places", LEAN, attend_pages=with_integers)
-    assert re.match(
-        r"FusedInferAttentionScore \w+: actual_seq_lengths_kv is baked into the graph: it comes from a "
-        r"constant, not from an input \(and 1 more\), at mllama_graph/model/text.py:\d+ in attend: "
-        r"return ops.attend_pages\(.* <- .*test_rules.py:\d+ in with_integers",
-        message,
-    )
-
-
-@pytest.mark.parametrize(
-    ("operation", "index", "name"),
-    [("ScatterPaKvCache", 2, "slot_mapping"), ("FusedInferAttentionScore", 14, "block_table")],
-)
-def test_slots_or_a_block_table_that_are_baked_in_are_found(operation, index, name, decode):
-    [message] = found_after("places", decode, lambda ops: ops[operation].input.__setitem__(index, "Const:0"))
-    assert message.startswith(f"{operation} {operation}: {name} is baked into the graph: it comes from a constant")
-
-
 # ---- dtypes
 
 
@@ -169,13 +112,13 @@ def test_float64_is_found(decode):
 
 
 def counting(q_TQH, pages, table_BJ, len_B):
-    return NPU.attend_pages(q_TQH, pages, table_BJ, len_B.long() + 1 - 1)
+    return NPU.attend_pages(q_TQH, pages, table_BJ, len_B + 1 - 1)
 
 
 def test_arithmetic_in_int64_is_found():
-    [message] = found_with("numbers", LEAN, attend_pages=counting)
+    _, message = found_with("numbers", LEAN, attend_pages=counting)
     assert re.match(
-        r"Cast \w+: computes in int64, where int32 would do \(and 2 more\), "
+        r"Add \w+: computes in int64, where int32 would do \(and \d more\), "
         r"at .*in attend: return ops.attend_pages\(.* in counting",
         message,
     )
@@ -183,14 +126,11 @@ def test_arithmetic_in_int64_is_found():
 
 def test_a_cast_that_undoes_another_is_found(decode):
     def change(ops):
-        pairs = [(ops[op.input[0].split(":")[0]], op) for op in ops.values() if op.type == "Cast"]
-        inner, outer = next(pair for pair in pairs if pair[0].type == "Cast")
-        inner.attr["dst_type"].i, outer.attr["dst_type"].i = 27, 3
+        inner, *_, outer = (op for op in ops.values() if op.type == "Cast")
+        outer.input[0], outer.attr["dst_type"].i = f"{inner.name}:0", 3
 
     [message] = found_after("casts", decode, change)
-    assert re.match(
-        r"Cast Cast_\d+: undoes Cast_\d+: torch.int32 to torch.bfloat16 and back, at .*in cross_block", message
-    )
+    assert re.match(r"Cast Cast_\d+: undoes Cast: torch.int32 to torch.float32 and back, at .*in cross_block", message)
 
 
 # ---- weights and ranks
@@ -310,5 +250,5 @@ def test_an_operation_that_is_not_fused_is_found():
     )
 
 
-def test_every_rule_has_a_test():
-    assert RULES.keys() == FAILED
+def test_every_other_rule_has_a_test_here():
+    assert RULES.keys() - FAILED <= DEVICE

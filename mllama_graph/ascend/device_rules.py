@@ -1,0 +1,116 @@
+"""Rules of CANN's own sources: what runs on the device's cores, what may stand before attention, how pages are read.
+
+Each yields pairs (operation, what is wrong with it), as those of rules.py.
+"""
+
+from collections.abc import Iterator
+
+from mllama_graph.ascend.graph import Context, LoweredGraph
+from mllama_graph.ascend.graphdef import ATTENTION, INPUTS, SCATTER, VIEWS, OpDef, attributes_of, inputs_of
+from mllama_graph.ascend.kernels import BIAS_SOURCE, BIASES, KERNELS, MISSING
+
+PRODUCTS = ("MatMul", "MatMulV2")
+# Integer inputs that locate tokens and change from step to step.
+LENGTHS = ("actual_seq_lengths", "actual_seq_lengths_kv")
+PLACES = {ATTENTION: (*LENGTHS, "block_table"), SCATTER: ("slot_mapping",), "GatherV2": ("indices",)}
+
+Faults = Iterator[tuple[OpDef, str]]
+
+
+def kernels(graph: LoweredGraph, context: Context) -> Faults:
+    """Every operation on what changes has a known kernel on the device's cores: see kernels.py."""
+    for op in graph.ops.values():
+        if graph.is_constant(op):
+            continue
+        sources = dict(inputs_of(op))
+        if op.type in MISSING:
+            yield op, "has no public kernel on a 910B"
+        if op.type in KERNELS:
+            allowed, source = KERNELS[op.type]
+            for value in sources.values():
+                if not graph.is_constant(graph.maker(value)) and (dtype := graph.dtype(value)) not in allowed:
+                    yield op, f"has no kernel for {dtype} on a 910B's cores ({source}): it would run on AICPU"
+        if op.type in PRODUCTS and "bias" in sources:
+            x, bias = graph.dtype(sources["x1"]), graph.dtype(sources["bias"])
+            if x and bias not in BIASES.get(x, ()):
+                yield op, f"adds a bias in {bias} to {x}, for which no kernel is known ({BIAS_SOURCE})"
+
+
+def straight(graph: LoweredGraph, context: Context) -> Faults:
+    """Lengths, block tables and slots come straight from the host, and so do a decode step's masks and indices.
+
+    Attention in a static graph has a tiling task on the device that waits for its lengths (ge, tiling_schedule_optimize
+    and ops-transformer, fused_infer_attention_score): arithmetic before them delays the first layer.
+    """
+    decode = context.bucket.phase == "decode"
+    for op in graph.of_type(*PLACES):
+        for name, value in inputs_of(op):
+            masks = decode and op.type == ATTENTION and name == "atten_mask"
+            # Of gathers, those of rows of an input: the embedding.
+            rows = op.type == "GatherV2" and decode and graph.maker(inputs_of(op)[0][1]).type in INPUTS
+            if masks or (name in PLACES[op.type] and (rows or op.type != "GatherV2")):
+                made = graph.maker(graph.behind(value))
+                if made.type not in INPUTS:
+                    yield op, f"{name} comes from {graph.described(f'{made.name}:0')}, not straight from an input"
+
+
+def masks(graph: LoweredGraph, context: Context) -> Faults:
+    """A mask that never changes is an input: GE folds no LogicalAnd, LogicalOr, Less or GreaterEqual of constants.
+
+    Causal attention takes the fixed mask for several rows only: for one row, the tiling code of CANN 8.5 to 9.1 resets
+    sparse_mode to 0 and reads it as a plain mask.
+    """
+    for op in graph.of_type(ATTENTION):
+        sources, attributes = dict(inputs_of(op)), attributes_of(op)
+        if "atten_mask" in sources and graph.is_constant(graph.maker(sources["atten_mask"])):
+            yield op, "its mask never changes, but is computed in the graph"
+        elif attributes.get("sparse_mode") and "atten_mask" not in sources:
+            yield op, f"sparse_mode {attributes['sparse_mode']} without its fixed mask"
+
+
+def paged(graph: LoweredGraph, context: Context) -> Faults:
+    """Only attention reads pages, by a block table: no other operation gathers or joins keys and values.
+
+    Of a prompt after earlier pages, attention takes sparse_mode 3 and the lengths of queries and keys (tiling code of
+    CANN 8.5 to 9.1, ops-transformer: accepted by its third template, for pages of a multiple of 128 tokens).
+    """
+    for op in graph.of_type(*INPUTS):
+        if graph.role(f"{op.name}:0").startswith(("pages.", "image_pages.")):
+            yield from _readers(graph, f"{op.name}:0", graph.role(f"{op.name}:0"))
+    bucket = context.bucket
+    if bucket.phase != "prefill" or not bucket.pages or bucket.tokens == 1:
+        return
+    for op in graph.of_type(ATTENTION):
+        sources, attributes = dict(inputs_of(op)), attributes_of(op)
+        if _pool(graph, sources["key0"]) != "pages":
+            continue
+        missing = [name for name in (*LENGTHS, "block_table") if name not in sources]
+        if attributes.get("sparse_mode") != 3 or missing:
+            lacks = f", without {' and '.join(missing)}" if missing else ""
+            yield op, f"reads a prompt's pages with sparse_mode {attributes.get('sparse_mode', 0)}{lacks}"
+
+
+def _pool(graph: LoweredGraph, value: str) -> str:
+    """The pool that a value is a layer's pages of, written before or not; empty if it is none's."""
+    while True:
+        if pool := graph.role(value).partition(".")[0]:
+            return pool
+        op, index = graph.maker(value), int(value.rpartition(":")[2])
+        sources = dict(inputs_of(op))
+        if op.type == SCATTER:
+            value = sources[("key_cache", "value_cache")[index]]
+        elif op.type in VIEWS:
+            value = inputs_of(op)[0][1]
+        else:
+            return ""
+
+
+def _readers(graph: LoweredGraph, value: str, role: str) -> Faults:
+    """What reads pages, or what was written to them, and is neither attention nor the write itself."""
+    for op, name in graph.takers.get(value, []):
+        if op.type == SCATTER and name in ("key_cache", "value_cache"):
+            yield from _readers(graph, f"{op.name}:{('key_cache', 'value_cache').index(name)}", role)
+        elif op.type in VIEWS:
+            yield from _readers(graph, f"{op.name}:0", role)
+        elif op.type not in (ATTENTION, "NetOutput") or name not in ("key0", "value0") and op.type == ATTENTION:
+            yield op, f"reads {role}, which only attention may"

@@ -1,0 +1,91 @@
+"""Attention for captured kernels (npugraph_ex), whose lengths are integers: masks made in the graph hide the rest."""
+
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from mllama_graph.model.inputs import LayerPages
+from mllama_graph.model.ops import Ops, padded_head
+from mllama_graph.ops.npu import CAUSAL, attend_tiles, attention, widen
+from mllama_graph.ops.npu_inputs import MASK_SIDE
+from mllama_graph.ops.plain import PLAIN
+
+
+def causal_mask(device: torch.device) -> Tensor:
+    row = torch.arange(MASK_SIDE, dtype=torch.int32, device=device)
+    return row[None, :] > row[:, None]
+
+
+def attend_prompt(
+    q_TQH: Tensor, k_TKH: Tensor, v_TKH: Tensor, pages: LayerPages, table_J: Tensor | None, past_1: Tensor
+) -> Tensor:
+    T, K, H = k_TKH.shape
+    width = padded_head(H)
+    q_1TQH, k_1LKH, v_1LKH = (widen(x, width)[None] for x in (q_TQH, k_TKH, v_TKH))
+    if table_J is None:
+        mask = causal_mask(q_TQH.device)
+        return attention(q_1TQH, k_1LKH, v_1LKH, H, kv_heads=K, mask=mask, sparse_mode=CAUSAL, captured=True)
+    # Earlier tokens may end inside a page, and the new rows follow the last page: gather the pages and mask by length.
+    past_k, past_v = (data.index_select(0, table_J).flatten(0, 1)[None].to(q_TQH.dtype) for data in pages)
+    row_T = torch.arange(T, dtype=torch.int32, device=q_TQH.device)
+    column_L = torch.arange(past_k.shape[1], dtype=torch.int32, device=q_TQH.device)
+    unseen_TL = torch.cat(((column_L >= past_1).expand(T, -1), row_T[None, :] > row_T[:, None]), dim=1)
+    k_1LKH, v_1LKH = torch.cat((past_k, k_1LKH), dim=1), torch.cat((past_v, v_1LKH), dim=1)
+    return attention(q_1TQH, k_1LKH, v_1LKH, H, kv_heads=K, mask=unseen_TL[None, None], captured=True)
+
+
+def attend_pages(q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, len_B: Tensor) -> Tensor:
+    """Reads the whole width of the block table; a mask hides the keys behind a sequence's end."""
+    (B, J), H, (_, P, _, width) = table_BJ.shape, q_TQH.shape[-1], pages[0].shape
+    q_BRQH = widen(q_TQH, width).view(B, -1, q_TQH.shape[1], width)
+    R, device = q_BRQH.shape[1], q_TQH.device
+    column_L = torch.arange(J * P, dtype=torch.int32, device=device)
+    row_R = torch.arange(R, dtype=torch.int32, device=device)
+    unseen_BRL = column_L > (len_B[:, None] - R + row_R)[..., None]
+    return _whole_table(q_BRQH, pages, table_BJ, H, unseen_BRL)
+
+
+def attend_image(q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, fill_BJ: Tensor, see_T2: Tensor) -> Tensor:
+    (B, J), H, (_, P, _, width) = table_BJ.shape, q_TQH.shape[-1], pages[0].shape
+    q_BRQH = widen(q_TQH, width).view(B, -1, q_TQH.shape[1], width)
+    R, device = q_BRQH.shape[1], q_TQH.device
+    column_P = torch.arange(P, dtype=torch.int32, device=device)
+    entry_J = torch.arange(J, dtype=torch.int32, device=device)
+    # Slices, since a split of integers has no kernel on the device's cores (ascend/kernels.py).
+    see_BR2 = see_T2.view(B, R, 2)
+    from_BR1, to_BR1 = see_BR2[..., :1], see_BR2[..., 1:]
+    hidden_BRJ = (entry_J < from_BR1) | (entry_J >= to_BR1)
+    empty_BJP = column_P >= fill_BJ[:, :, None]
+    # The caller discards rows that see no image; they see every key here, so that no row is fully masked.
+    unseen_BRL = (hidden_BRJ[..., None] | empty_BJP[:, None]).view(B, R, J * P) & (to_BR1 > from_BR1)
+    return _whole_table(q_BRQH, pages, table_BJ, H, unseen_BRL)
+
+
+def _whole_table(q_BRQH: Tensor, pages: LayerPages, table_BJ: Tensor, head_width: int, unseen_BRL: Tensor) -> Tensor:
+    (B, J), (_, P, K, _) = table_BJ.shape, pages[0].shape
+    return attention(
+        q_BRQH,
+        pages[0],
+        pages[1],
+        head_width,
+        kv_heads=K,
+        mask=unseen_BRL[:, None],
+        block_table=table_BJ,
+        block_size=P,
+        actual_seq_lengths_kv=[J * P] * B,
+        captured=True,
+    )
+
+
+def captured(ops: Ops) -> Ops:
+    """The same operations, with attention for captured kernels."""
+    return replace(
+        ops,
+        without_padding=PLAIN.without_padding,
+        attend_prompt=attend_prompt,
+        attend_pages=attend_pages,
+        attend_image=attend_image,
+        attend_tiles=partial(attend_tiles, captured=True),
+    )

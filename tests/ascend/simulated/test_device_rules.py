@@ -1,0 +1,193 @@
+"""The rules of CANN's own sources find their faults in modified graphs, and name the line."""
+
+import re
+
+import pytest
+import torch
+import torch_npu
+from findings import BASE, DEVICE, FAILED, found, found_after, found_with
+from graphs import CHUNK_LEAN, DECODE, LEAN, PREFILL_LEAN, VISION, broken
+from torchair._ge_concrete_graph import ge_ir_pb2
+
+from mllama_graph.ascend.capture import capture
+from mllama_graph.ops.npu import NPU, attention
+
+
+@pytest.fixture(scope="module")
+def decode():
+    return capture(BASE, DECODE)
+
+
+# ---- lengths, tables and slots
+
+
+def with_integers(q_TQH, pages, table_BJ, len_B):
+    B, Q, H = q_TQH.shape
+    out, _ = torch_npu.npu_fused_infer_attention_score(
+        q_TQH.view(B, 1, Q * H),
+        *(page.flatten(2) for page in pages),
+        num_heads=Q,
+        num_key_value_heads=pages[0].shape[2],
+        input_layout="BSH",
+        scale=1.0,
+        block_table=table_BJ,
+        block_size=128,
+        actual_seq_lengths_kv=[5, 7],
+    )
+    return out.view(B, Q, H)
+
+
+def test_a_length_that_is_baked_in_is_found():
+    [message] = found_with("straight", LEAN, attend_pages=with_integers)
+    assert re.match(
+        r"FusedInferAttentionScore \w+: actual_seq_lengths_kv comes from a constant, not straight from an input "
+        r"\(and 1 more\), at mllama_graph/model/text.py:\d+ in attend: "
+        r"return ops.attend_pages\(.* <- .*test_device_rules.py:\d+ in with_integers",
+        message,
+    )
+
+
+@pytest.mark.parametrize(
+    ("operation", "index", "name"),
+    [("ScatterPaKvCache", 2, "slot_mapping"), ("FusedInferAttentionScore", 14, "block_table")],
+)
+def test_slots_or_a_block_table_that_are_baked_in_are_found(operation, index, name, decode):
+    [message] = found_after("straight", decode, lambda ops: ops[operation].input.__setitem__(index, "Const:0"))
+    assert message.startswith(f"{operation} {operation}: {name} comes from a constant, not straight from an input")
+
+
+def one_more(q_TQH, pages, table_BJ, len_B):
+    return NPU.attend_pages(q_TQH, pages, table_BJ, len_B + 1)
+
+
+def test_arithmetic_before_lengths_is_found():
+    [message] = found_with("straight", LEAN, attend_pages=one_more)
+    assert re.match(
+        r"FusedInferAttentionScore \w+: actual_seq_lengths_kv comes from Add \w+, not straight from an input "
+        r"\(and 1 more\), at mllama_graph/model/text.py:\d+ in attend: return ops.attend_pages",
+        message,
+    )
+
+
+def mask_in_the_graph(q_TQH, pages, table_BJ, fill_BJ, see_T2, *, made):
+    unseen_B1RL = made.unseen_B1RL & made.sees_T1[:, None, None]
+    return NPU.attend_image(q_TQH, pages, table_BJ, fill_BJ, see_T2, made=made._replace(unseen_B1RL=unseen_B1RL))
+
+
+def test_a_mask_that_a_decode_graph_computes_is_found():
+    [message] = found_with("straight", DECODE, attend_image=mask_in_the_graph)
+    assert "atten_mask comes from LogicalAnd" in message
+    assert "in cross_block: out_TQH = ops.attend_image(" in message
+
+
+def test_an_index_that_a_decode_graph_computes_is_found():
+    [message] = found_with("straight", LEAN, embed=lambda ids_T, leaf: NPU.embed(ids_T + 1 - 1, leaf))
+    assert re.match(
+        r"GatherV2 \w+: indices comes from (Sub|Add) \w+, not straight from an input, at .*in trunk", message
+    )
+
+
+# ---- kernels of the device
+
+
+def test_a_split_of_integers_is_found(decode):
+    def change(ops):
+        ops["SplitV"].input[0] = next(name for name, role in decode.inputs.items() if role == "given.ids_T") + ":0"
+
+    [message] = found_after("kernels", decode, change)
+    assert re.match(
+        r"SplitV SplitV: has no kernel for torch.int32 on a 910B's cores \(conversion/split_v/op_api/split_v.cpp\): it "
+        r"would run on AICPU, at mllama_graph/model/text.py:\d+ in self_attention: q, k, v = qkv.split",
+        message,
+    )
+
+
+def from_one(y_TD, gate_1, sees_T1):
+    return torch.where(sees_T1, y_TD * (1 - gate_1), 0)
+
+
+def test_an_operation_without_a_public_kernel_is_found():
+    messages = found_with("kernels", DECODE, gated=from_one)
+    assert len(messages) == 2  # attention's gate and the MLP's
+    assert re.match(r"Sxpy \w+: has no public kernel on a 910B, at .*in cross_block", messages[0])
+
+
+def test_a_bias_without_a_kernel_is_found():
+    captured = capture(BASE, VISION)
+
+    def change(ops):
+        biased = next(op for op in ops.values() if op.type == "MatMul" and len([x for x in op.input if x]) == 3)
+        bias = ops[biased.input[2].split(":")[0]].output_desc[0]
+        bias.dtype = ge_ir_pb2.DataType.Value("DT_BF16")
+        if "_meta" in bias.attr:
+            del bias.attr["_meta"]
+
+    [message] = found("kernels", broken(captured, change), VISION)
+    assert re.match(
+        r"MatMul \w+: adds a bias in torch.bfloat16 to torch.bfloat16, for which no kernel is known "
+        r"\(matmul/mat_mul_v3/op_host/mat_mul_v3_def.cpp\), at .*in block",
+        message,
+    )
+
+
+# ---- masks and pages
+
+
+def making_the_mask(q_TQH, k_TKH, v_TKH, pages, table_J, past_1, *, made):
+    row = torch.arange(2048, dtype=torch.int32, device=q_TQH.device)
+    causal_MM = row[None, :] > row[:, None]
+    return NPU.attend_prompt(q_TQH, k_TKH, v_TKH, pages, table_J, past_1, made=made._replace(causal_MM=causal_MM))
+
+
+def test_a_mask_that_never_changes_but_is_computed_is_found():
+    [message] = found_with("masks", PREFILL_LEAN, attend_prompt=making_the_mask)
+    assert re.match(
+        r"FusedInferAttentionScore \w+: its mask never changes, but is computed in the graph \(and 1 more\), at",
+        message,
+    )
+
+
+def test_the_mode_of_the_fixed_mask_without_it_is_found(decode):
+    def change(ops):
+        ops["FusedInferAttentionScore"].attr["sparse_mode"].i = 3
+
+    [message] = found_after("masks", decode, change)
+    assert message.startswith("FusedInferAttentionScore FusedInferAttentionScore: sparse_mode 3 without its fixed mask")
+    assert "for one query row, which resets it to 0" in found_after("layouts", decode, change)[0]
+
+
+def gathering(q_TQH, k_TKH, v_TKH, pages, table_J, past_1, *, made):
+    k_1LKH, v_1LKH = (data.index_select(0, made.table_1J[0]).flatten(0, 1)[None] for data in pages)
+    return attention(q_TQH[None], k_1LKH, v_1LKH, q_TQH.shape[-1], kv_heads=k_TKH.shape[1], mask=None)
+
+
+def test_pages_that_a_prompt_gathers_are_found():
+    messages = found_with("paged", CHUNK_LEAN, attend_prompt=gathering)
+    assert re.match(
+        r"GatherV2 \w+: reads pages.\d.\d, which only attention may \(and 3 more\), "
+        r"at mllama_graph/model/text.py:\d+ in attend: return ops.attend_prompt\(",
+        messages[0],
+    )
+
+
+def test_a_chunk_without_lengths_or_the_causal_mode_is_found():
+    captured = capture(BASE, CHUNK_LEAN)
+
+    def change(ops):
+        ops["FusedInferAttentionScore"].attr["sparse_mode"].i = 0
+
+    [message] = found("paged", broken(captured, change), CHUNK_LEAN)
+    assert "reads a prompt's pages with sparse_mode 0, at" in message
+
+    def unmeasured(ops):
+        attention = ops["FusedInferAttentionScore"]
+        names = list(attention.attr["_input_name_key"].list.s)
+        at = names.index(b"actual_seq_lengths")
+        attention.input[at] = ""
+
+    [message] = found("paged", broken(captured, unmeasured), CHUNK_LEAN)
+    assert "reads a prompt's pages with sparse_mode 3, without actual_seq_lengths, at" in message
+
+
+def test_every_rule_of_the_device_has_a_test():
+    assert DEVICE <= FAILED
