@@ -10,6 +10,7 @@ from engines import resolved
 from mllama_graph.core.config import HardwareChoice, ModelChoice, Run
 from mllama_graph.core.devices import Device
 from mllama_graph.core.errors import RankFailed, UserError
+from mllama_graph.core.report import growing_columns
 from mllama_graph.graphs.spec import GraphSpec
 from mllama_graph.model.formats import Storage
 from mllama_graph.model.shape import shape_of
@@ -87,12 +88,42 @@ def test_the_last_of_several_ranks_is_lowered_too(plan):
 def test_every_bucket_has_a_row_that_names_the_graph_lowered_whole(plan):
     spec = spec_of()
     table = list(rows(spec, judged(jobs(spec, plan)), HARDWARE))
-    assert [row[0] for row in table] == [str(bucket) for bucket in plan.buckets()]
+    assert sorted(row[0] for row in table) == sorted(str(bucket) for bucket in plan.buckets())
     by_name = {str(bucket): bucket for bucket in plan.buckets()}
     standing = {row[0] for row in table if row[1] == "whole"}
     for name, lowered, *_ in table:
         like = lowered.removeprefix("as ")
         assert lowered == "whole" or like in standing and kind(by_name[like]) == kind(by_name[name])
+
+
+def test_a_row_appears_as_soon_as_its_graph_is_judged(plan):
+    found, taken = judged(jobs(spec_of(), plan)), []
+
+    def coming():
+        for one in found:
+            taken.append(one)
+            yield one
+
+    table = rows(spec_of(), coming(), HARDWARE)
+    assert next(table)[:2] == (str(found[0].job.bucket), "whole") and taken == found[:1]
+    lines = growing_columns(verify.HEAD, table, verify.widths(jobs(spec_of(), plan)))
+    assert next(lines).split()[:2] == ["graph", "lowered"] and taken == found[:1]
+    assert next(lines).startswith(str(found[1].job.bucket)) and taken == found[:2]
+
+
+def test_only_findings_give_the_short_form_of_a_whole_graph_and_another_rank_a_row(plan):
+    found = judged(jobs(spec_of(4), plan))
+    before = len(list(rows(spec_of(4), found, HARDWARE)))
+    first, last = found[0].job.bucket, found[-1]
+    for one in found:
+        if one is last or (one.job.bucket == first and not one.job.whole and not one.job.rank):
+            one.findings = [("moves", "TensorMove TensorMove: copies pages.0.0, at text.py:3")]
+    table = list(rows(spec_of(4), found, HARDWARE))
+    assert len(table) == before + 2
+    assert [row[:2] for row in table if row[6] != "clean"] == [
+        (str(first), "short, rank 0"),
+        (str(last.job.bucket), "short, rank 3"),
+    ]
 
 
 def test_graphs_of_a_class_that_differ_are_found(plan):
@@ -132,8 +163,10 @@ def test_findings_end_the_run_after_they_are_printed(run_of, tmp_path, monkeypat
     with pytest.raises(RankFailed, match="1 findings .* moves: decode batch=1 pages=1 image_pages=0: TensorMove"):
         verify.main(run_of())
     printed, result = capsys.readouterr().out, json.loads((tmp_path / "result.json").read_text())
-    # One for the whole graph and one for the shortened graph.
-    assert "2 findings" in printed and result["metrics"]["findings"][0] in printed and result["status"] == "error"
+    # A row for the whole graph, and another for the shortened graph.
+    assert (
+        printed.count("1 findings") == 2 and result["metrics"]["findings"][0] in printed and result["status"] == "error"
+    )
 
 
 def test_clean_graphs_leave_a_result(run_of, tmp_path, monkeypatch, capsys):

@@ -60,6 +60,25 @@ const char* aclrtGetSocName() {
 }
 int aclrtGetMemInfo(int, size_t* free, size_t* total) { *free = *total = kMemory; return kSuccess; }
 
+// ---- versions: torchair lowers some operations by CANN's version. It is the newest release that was read for the
+// rules, unless MLLAMA_STUB_CANN names another. The driver has none.
+
+// enum aclCANNPackageName
+constexpr int kDriver = 7;
+const char* stated_version() {
+  const char* version = std::getenv("MLLAMA_STUB_CANN");
+  return version ? version : "9.1.0";
+}
+// struct aclCANNPackageVersion begins with the version, as text of at most 128 characters.
+int aclsysGetCANNVersion(int package, char* version) {
+  std::strncpy(version, package == kDriver ? "" : stated_version(), 127);
+  return kSuccess;
+}
+int aclsysGetVersionStr(const char*, char* version) {
+  std::strncpy(version, stated_version(), 127);
+  return kSuccess;
+}
+
 // ---- device memory is host memory
 
 int aclrtMalloc(void** pointer, size_t bytes, int) { return allocate(pointer, bytes); }

@@ -62,6 +62,8 @@ class Device:
     simulated: bool = False
     # Each rank compiles its own graphs, bound to its own weights, when it loads them.
     compiles_on_rank: bool = False
+    # Runs on CANN, whose version matters (core/cann.py).
+    uses_cann: bool = False
     # The C++ kernels and the shared-memory collectives of native/ run on it.
     native: bool = False
     # dtype=auto: checkpoint dtype -> storage dtype, where they differ; and the compute dtype, if it is fixed.
@@ -139,6 +141,7 @@ NPU = Device(
     package="torch_npu",
     extra="npu",
     compiles_on_rank=True,
+    uses_cann=True,
     stores={"fp32": "bf16"},
     refused_dtypes=("fp32",),
     paging=_NPU_PAGING,

@@ -8,8 +8,9 @@ import platform
 import select
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -29,9 +30,10 @@ class Progress:
         self._bars: dict[str, tqdm[Any]] = {}
         self._begun = 0.0
 
-    def say(self, line: str) -> None:
-        """Print one line for the user, and log it to run.log."""
-        log.info(line.strip())
+    def say(self, line: str, private: bool = False) -> None:
+        """Print one line for the user, and log it to run.log unless it quotes what the user wrote (`private`)."""
+        if not private:
+            log.info(line.strip())
         tqdm.write(line, file=self._stream)
 
     def weights(self, done: int, total: int) -> None:
@@ -171,6 +173,12 @@ def table(rows: Sequence[tuple[str, str]]) -> str:
 def columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Format a table with a header row, each column as wide as its widest cell."""
     return tabulate(rows, head, tablefmt="plain", disable_numparse=True)
+
+
+def growing_columns(head: Sequence[str], rows: Iterable[Sequence[str]], widths: Sequence[int]) -> Iterator[str]:
+    """The lines of a table whose rows are still being computed: the header at once, each row as soon as it is there."""
+    for row in chain([head], rows):
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import ProfilerActivity
 
+from mllama_graph.core import cann
 from mllama_graph.core.devices import CPU, CUDA, NPU, NPU_SIM
 from mllama_graph.core.dtypes import PAGE_BYTES
 from mllama_graph.core.errors import UserError
@@ -217,6 +218,8 @@ class NpuBackend(Backend):
     loaded = LoadedNpuGraphs
 
     def start(self) -> None:
+        # Ranks on other hosts have a CANN of their own.
+        cann.require(cann.installed())
         import_torch_npu()
         self._npu().set_device(self.place.local_rank)
 
@@ -306,11 +309,21 @@ def backend_of(run: ResolvedRun, place: Place | None = None) -> Backend:
 
 
 def import_torch_npu() -> None:
-    """Import torch_npu, which registers the device. Its output goes to the log: stdout is reserved for answers."""
+    """Import torch_npu, which registers the device. Its output goes to the log: stdout is reserved for answers.
+
+    Raises UserError where it or a library of CANN is missing.
+    """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        import torch_npu  # noqa: F401  # registers the device
-        import torchair  # noqa: F401  # registers its operations
+        try:
+            import torch_npu  # noqa: F401  # registers the device
+            import torchair  # noqa: F401  # registers its operations
+        except ImportError as error:
+            # The loader's message names the library of CANN or of the driver that it does not find.
+            raise UserError(
+                f"torch_npu can't be imported: {error}. Source CANN's set_env.sh (/usr/local/Ascend/cann/set_env.sh) "
+                "in this shell; docs/ascend.md lists the versions that go together."
+            ) from error
     log.info("torch_npu: %s", said.getvalue().strip() or "imported")
     # torchair installs handlers that close its engine and continue, but an interrupt must end the run.
     for number, handler in handlers.items():

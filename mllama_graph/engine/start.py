@@ -47,7 +47,7 @@ def start_engine(
 
     The last four arguments are passed to Executor.
     """
-    for note in (*processor.notes, *run.format_notes):
+    for note in (*processor.notes, *run.format_notes, *run.device_notes):
         progress.say(note)
     progress.say(f"plan: {run.plan.describe()}")
     if run.plan.max_length > run.shape.text.positions:

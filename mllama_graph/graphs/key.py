@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from mllama_graph.core import cann
 from mllama_graph.core.machine import processor_name
 from mllama_graph.core.paths import PACKAGE
 from mllama_graph.graphs import torchair
@@ -67,6 +68,8 @@ def key_fields(spec: GraphSpec, bucket: Bucket) -> dict[str, Any]:
     if spec.backend == "torchair":
         # Each rank has its own graph. With the other backends, all ranks share one, since they differ only in weights.
         fields |= torchair.key_fields() | {"rank": spec.rank}
+        # torch_npu asks CANN, which reads only the first of these files.
+        fields["cann"] = fields["cann"] or cann.installed()
     return fields
 
 

@@ -83,7 +83,10 @@ def _write_pages_in_place() -> None:
 
 
 def key_fields() -> dict[str, Any]:
-    """Versions of the compilers: torchair's cache depends on torch_npu's, GE's compiled model on CANN's."""
+    """Versions of the compilers: torchair's cache depends on torch_npu's, GE's compiled model on CANN's.
+
+    The simulation states a version of CANN, too (cann_stubs.cpp).
+    """
     from importlib.metadata import version
 
     from torch_npu.npu.utils import get_cann_version

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mllama_graph import native
-from mllama_graph.core import devices
+from mllama_graph.core import cann, devices
 from mllama_graph.core.config import HardwareChoice, PlanChoice, Run, TaskOptions
 from mllama_graph.core.devices import CPU, DEVICES, Device
 from mllama_graph.core.dtypes import BYTES, PAGE_BYTES, Precision
@@ -102,8 +102,9 @@ class ResolvedRun(ResolvedTask):
     kv: str
     # Bytes of what is stored in it, and the formats of quantised layers.
     storage: Storage
-    # What to say about formats before weights are loaded.
+    # What to say about formats, and about the device's software, before weights are loaded.
     format_notes: tuple[str, ...]
+    device_notes: tuple[str, ...]
     limits: Limits
     plan_choice: PlanChoice
     plan: Plan
@@ -187,6 +188,7 @@ def resolve(run: Run, place: Place | None) -> ResolvedTask:
         kv=run.kv,
         storage=storage,
         format_notes=notes,
+        device_notes=cann.notes(cann.installed()) if needs == TaskOptions.RANKS and device.uses_cann else (),
         limits=limits,
         plan_choice=run.plan,
         plan=plan,
@@ -297,6 +299,8 @@ def _check_ranks(run: Run, device: Device, place: Place | None, only_shapes: boo
     if only_shapes and device.compiles_on_rank:
         raise UserError(f"weights=meta on {device.name}: graphs are lowered without weights by task=verify.")
     device.check_count(place.local_world if place else run.tp)
+    if device.uses_cann:
+        cann.require(cann.installed())
 
 
 def _kernels(run: Run, device: Device, precision: Precision) -> str:

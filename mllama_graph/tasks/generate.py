@@ -32,7 +32,7 @@ def main(run: ResolvedRun) -> None:
         Scheduler(run.plan, run.limits.batch).check(len(request.ids), request.max_new, len(request.images))
         first = run.plan.alone(len(request.ids), request.max_new, [image.count for image in request.images])
         engine = start_engine(run, processor, progress, first)
-        progress.say(" ".join([*map(shorten, images), prompt]))
+        progress.say(" ".join([*map(shorten, images), prompt]), private=True)
         results = Results(path).open(progress.say)
         result = answer(engine, request, results)
         _finish(run, engine, results, result, progress)
@@ -60,7 +60,7 @@ def main(run: ResolvedRun) -> None:
         + (f"; {results.kept} results were kept from the run before" if results.kept else "")
     )
     if 0 < results.errors < count:
-        progress.say(f"the first error: {results.first_error}")
+        progress.say(f"the first error: {results.first_error}", private=True)
     if results.ignored:
         progress.say(f"unknown fields were ignored: {', '.join(map(_shown, sorted(results.ignored)))}")
     _finish(run, engine, results, None, progress)

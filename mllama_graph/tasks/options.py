@@ -230,6 +230,17 @@ class CacheOptions(TaskOptions):
 
 
 @dataclass
+class CollectOptions(TaskOptions):
+    """task=collect: pack an earlier run's logs, graphs and profiles. `folder`: its folder; None: the newest run's."""
+
+    name: str = "collect"
+    folder: str | None = None
+
+    def needs(self, device: Device) -> str:
+        return self.NOTHING
+
+
+@dataclass
 class CompareOptions(TaskOptions):
     """task=compare: two sessions of task=bench, `a` before and `b` after."""
 
@@ -314,6 +325,7 @@ TASKS: dict[str, type[TaskOptions]] = {
         VerifyOptions,
         WarmupOptions,
         CacheOptions,
+        CollectOptions,
         CompareOptions,
         QuantizeOptions,
         TrainTinyOptions,

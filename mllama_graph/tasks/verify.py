@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from mllama_graph.core.config import HardwareChoice
 from mllama_graph.core.errors import RankFailed, UserError
 from mllama_graph.core.machine import CORES
-from mllama_graph.core.report import Progress, columns, write_result
+from mllama_graph.core.report import Progress, growing_columns, write_result
 from mllama_graph.core.workers import WorkerPool
 from mllama_graph.engine.device import backend_of
 from mllama_graph.graphs.spec import GraphSpec
@@ -84,15 +84,25 @@ class Judged:
 
 
 def main(run: ResolvedRun) -> None:
-    """Lower and check all graphs, and print the verdicts. Raises RankFailed where a graph breaks a rule."""
+    """Lower and check all graphs, and print each verdict as it is reached.
+
+    Raises RankFailed where a graph breaks a rule.
+    """
     progress, begun = Progress(), time.perf_counter()
     if run.precision.compute == "fp32":
         raise UserError("dtype=fp32: task=verify judges graphs for an NPU, which takes bf16 or fp16. Use dtype=bf16.")
     spec = backend_of(run).spec()
     progress.say(f"plan: {run.plan.describe()}")
-    judged = lower(run, spec, jobs(spec, run.plan), progress)
+    wanted, judged = jobs(spec, run.plan), []
+
+    def kept() -> Iterator[Judged]:
+        for found in lower(run, spec, wanted, progress):
+            judged.append(found)
+            yield found
+
+    for line in growing_columns(HEAD, rows(spec, kept(), run.hardware), widths(wanted)):
+        print(line, flush=True)
     findings, seconds = all_findings(judged), time.perf_counter() - begun
-    print(columns(HEAD, list(rows(spec, judged, run.hardware))))
     for finding in findings:
         print(f"\n{finding}")
     sys.stdout.flush()
@@ -139,15 +149,16 @@ def jobs(spec: GraphSpec, plan: Plan) -> list[Job]:
     ]
 
 
-def lower(run: ResolvedRun, spec: GraphSpec, wanted: list[Job], progress: Progress) -> list[Judged]:
-    """Lower and check every graph in worker processes. Raises RankFailed where one of them dies."""
+def lower(run: ResolvedRun, spec: GraphSpec, wanted: list[Job], progress: Progress) -> Iterator[Judged]:
+    """Lower and check every graph in worker processes, in order. Raises RankFailed where one of them dies."""
     # Otherwise every process that uses the simulated device warns that its memory is rounded up.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    pool, judged = WorkerPool(min(WORKERS, len(CORES)), _begin, (run,)), []
+    pool = WorkerPool(min(WORKERS, len(CORES)), _begin, (run,))
     try:
-        for future in [pool.submit(judge, spec, job) for job in wanted]:
-            judged.append(future.result())
-            progress.graphs(len(judged), len(wanted))
+        for done, future in enumerate([pool.submit(judge, spec, job) for job in wanted]):
+            progress.graphs(done, len(wanted))
+            yield future.result()
+        progress.graphs(len(wanted), len(wanted))
     except BrokenProcessPool as error:
         raise RankFailed(
             "a process that lowers graphs died, as the system ends one when memory runs out "
@@ -155,7 +166,6 @@ def lower(run: ResolvedRun, spec: GraphSpec, wanted: list[Job], progress: Progre
         ) from error
     finally:
         pool.close()
-    return judged
 
 
 def _begin(run: ResolvedRun) -> None:
@@ -213,29 +223,42 @@ def difference(one: dict[str, str], other: dict[str, str]) -> list[str]:
     ]
 
 
-def rows(spec: GraphSpec, judged: list[Judged], hardware: HardwareChoice) -> Iterator[tuple[str, ...]]:
-    """One row per bucket. A bucket lowered only in short form shows the figures of a whole graph of its class."""
-    whole = {found.job.bucket: found for found in judged if found.job.whole}
-    standing = {kind(bucket): found for bucket, found in whole.items()}
+def rows(spec: GraphSpec, judged: Iterable[Judged], hardware: HardwareChoice) -> Iterator[tuple[str, ...]]:
+    """One row per bucket, as soon as its graph is judged; graphs lowered whole come first, as in `jobs`.
+
+    A bucket lowered only in short form shows the figures of a whole graph of its class. The short form of a bucket
+    that has a row, and that of another rank, get rows only for their findings.
+    """
+    whole: dict[Bucket, Judged] = {}
+    standing: dict[tuple[str, bool, bool], Judged] = {}
     for found in judged:
-        bucket = found.job.bucket
-        if found.job.whole or found.job.rank:
+        job, bad = found.job, len(found.findings)
+        if job.whole:
+            whole[job.bucket] = found
+            standing.setdefault(kind(job.bucket), found)
+        second = not job.whole and (job.bucket in whole or job.rank > 0)
+        if second and not bad:
             continue
-        of = whole.get(bucket, standing[kind(bucket)])
-        bad = len(found.findings) + len(whole[bucket].findings if bucket in whole else [])
-        seconds, cores = modelled(spec, bucket, hardware)
+        of = found if job.whole or second else standing[kind(job.bucket)]
+        seconds, cores = modelled(spec, job.bucket, hardware)
         yield (
-            str(bucket),
-            "whole" if bucket in whole else f"as {of.job.bucket}",
+            str(job.bucket),
+            "whole" if job.whole else f"short, rank {job.rank}" if second else f"as {of.job.bucket}",
             str(of.operations),
             str(of.fused),
             f"{of.weight_bytes / 1e6:,.0f}",
             str(of.sums),
             f"{bad} findings" if bad else "clean",
-            f"{(of if bucket in whole else found).seconds:.1f}",
+            f"{found.seconds:.1f}",
             f"{1e3 * seconds:.2f}",
             cores,
         )
+
+
+def widths(wanted: list[Job]) -> tuple[int, ...]:
+    """The widths of the table's columns: those of buckets' names are known before any graph is lowered."""
+    name = max(len(str(job.bucket)) for job in wanted)
+    return (name, len("as ") + name, *(max(len(title), len("99 findings")) for title in HEAD[2:]))
 
 
 def records(judged: list[Judged]) -> list[dict[str, Any]]:

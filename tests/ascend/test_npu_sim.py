@@ -10,9 +10,12 @@ import sys
 import pytest
 from commands import ROOT, assert_kept, interrupted, kept, run
 from engines import serve, start
+from test_collect import members, weights_in
 from test_engine import few
 from test_ranks import wrong
 from test_stubs import needs_torch_npu
+
+from mllama_graph.core.paths import PACKAGE
 
 ANSWER = "I see a red circle, a green triangle and a blue star."
 SIMULATED = "no NPU here: every graph is executed on the CPU by an interpreter, slowly"
@@ -59,6 +62,19 @@ def test_a_second_process_loads_every_graph_without_tracing(first, store, tmp_pa
     assert done.code == 0, done.err
     assert done.out.splitlines()[0] == ANSWER
     assert {graph["source"] for graph in done.result()["graphs"]} == {"hit"}
+
+
+def test_an_archive_of_the_run_holds_its_graphs_and_neither_weights_nor_the_prompt(first, store, tmp_path):
+    done = run(tmp_path / "out", "task=collect", f"task.folder={first.folder}", store)
+    assert done.code == 0, done.err
+    files = members(tmp_path / "out")
+    for graph in first.result()["graphs"]:
+        inside = f"collected/graphs/{graph['key']}"
+        fields = json.loads(files[f"{inside}/key.json"])
+        assert fields["cann"] == "9.1.0" and fields["device"].startswith("npu-sim")
+        assert [name for name in files if name.startswith(f"{inside}/torchair/") and name.endswith("compiled_module")]
+    assert not [name for name, data in files.items() if b"What do you see" in data or ANSWER.encode() in data]
+    assert not weights_in(files, PACKAGE / "tiny" / "checkpoint")
 
 
 # simulated/test_serving.py tests every field of the key.
