@@ -195,8 +195,8 @@ def test_a_graph_that_breaks_a_rule_ends_verify_with_code_1_and_the_line_of_the_
     broken = tmp_path / "project"
     shutil.copytree(ROOT, broken, ignore=shutil.ignore_patterns(".git", ".venv*", "outputs", "__pycache__"))
     source = broken / "mllama_graph" / "ops" / "npu.py"
-    right = re.compile(r"actual_seq_lengths_kv=len_B\.long\(\),(\s+)captured=False")
-    changed, count = right.subn(r"actual_seq_lengths_kv=[5] * B,\1captured=True", source.read_text())
+    right = re.compile(r"(block_size=P,\s+)actual_seq_lengths_kv=len_B,")
+    changed, count = right.subn(r"\1actual_seq_lengths_kv=[5] * B, captured=True,", source.read_text())
     assert count == 1
     source.write_text(changed)
     command = [
@@ -210,7 +210,7 @@ def test_a_graph_that_breaks_a_rule_ends_verify_with_code_1_and_the_line_of_the_
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     [error] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "actual_seq_lengths_kv is baked into the graph" in error
+    assert "actual_seq_lengths_kv comes from a constant" in error
     assert "mllama_graph/model/text.py" in error
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert result["status"] == "error"

@@ -29,7 +29,11 @@ def products(graph):
         inputs, causal = dict(inputs_of(op)), attribute(op.attr["sparse_mode"]) == 3
         paged = "block_table" in inputs
         keys = shape_of(graph, inputs["block_table"])[1] * 128 if paged else shape_of(graph, inputs["key0"])[1]
-        total += 4 * prod(shape_of(graph, inputs["query"])) * keys / (2 if causal else 1)
+        query = shape_of(graph, inputs["query"])
+        if paged and causal:
+            # The table's last pages are those of the new rows, of which a row sees half on average.
+            keys += query[1] / 2 - -(-query[1] // 128) * 128
+        total += 4 * prod(query) * keys / (2 if causal and not paged else 1)
     return total
 
 
