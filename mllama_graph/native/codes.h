@@ -12,64 +12,49 @@
 
 namespace {
 
-inline Vector to_floats(Integers x) {
-#if defined(__AVX512F__)
-  return reinterpret_cast<Vector>(_mm512_cvtepi32_ps(reinterpret_cast<__m512i>(x)));
-#else
-  return __builtin_convertvector(x, Vector);
-#endif
+// The words of a vector of outputs.
+inline Integers load_words(const uint32_t* from) {
+  Integers x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
 }
 
 // A decoder has: Word; kInputs, the inputs of a word; kFactor, by which its values are smaller than those that codes
 // stand for; load, which reads the words of a vector of outputs; and decode, which gives the values of one of their
 // inputs.
 
-// Values in fp32 already.
-struct Floats {
-  using Word = float;
+// What decoders of one code a word have in common: loading widens it.
+struct OneCode {
   static constexpr int kInputs = 1;
-  static constexpr float kFactor = 1;
   using Loaded = Vector;
 
-  Vector load(const float* from) const { return ::load(from); }
   template <int input>
-  Vector decode(Vector x) const { return x; }
+  static Vector decode(Vector x) { return x; }
+};
+
+// Values in fp32 already.
+struct Floats : OneCode {
+  using Word = float;
+  static constexpr float kFactor = 1;
+
+  Vector load(const float* from) const { return ::load(from); }
   template <int input>
   float decode_one(float x) const { return x; }
 };
 
-struct Int8 {
+struct Int8 : OneCode {
   using Word = int8_t;
-  static constexpr int kInputs = 1;
   static constexpr float kFactor = 1;
-  using Loaded = Vector;
 
-  Vector load(const int8_t* from) const {
-#if defined(__AVX512F__)
-    const auto wide = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-    return to_floats(reinterpret_cast<Integers>(wide));
-#elif defined(__AVX2__)
-    const auto wide = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
-    return to_floats(reinterpret_cast<Integers>(wide));
-#else
-    typedef int8_t Bytes __attribute__((vector_size(kLanes)));
-    Bytes bytes;
-    std::memcpy(&bytes, from, sizeof bytes);
-    return __builtin_convertvector(bytes, Vector);
-#endif
-  }
-  template <int input>
-  Vector decode(Vector x) const { return x; }
+  Vector load(const int8_t* from) const { return ::load(from); }
   template <int input>
   float decode_one(int8_t x) const { return x; }
 };
 
 // E4M3 with its exponent and mantissa moved to those of fp16, whose exponents count from 15 instead of 7.
-struct Fp8 {
+struct Fp8 : OneCode {
   using Word = uint8_t;
-  static constexpr int kInputs = 1;
   static constexpr float kFactor = 256;
-  using Loaded = Vector;
 
   Vector load(const uint8_t* from) const {
 #if defined(__AVX512F__) && defined(__AVX512BW__)
@@ -86,8 +71,6 @@ struct Fp8 {
     return x;
 #endif
   }
-  template <int input>
-  Vector decode(Vector x) const { return x; }
   template <int input>
   float decode_one(uint8_t x) const {
     const int16_t wide = static_cast<int8_t>(x);
@@ -119,11 +102,7 @@ struct Table {
 #endif
   }
 
-  Integers load(const uint32_t* from) const {
-    Integers x;
-    std::memcpy(&x, from, sizeof x);
-    return x;
-  }
+  Integers load(const uint32_t* from) const { return load_words(from); }
   template <int input>
   Vector decode(Integers x) const {
 #if defined(__AVX512F__)
@@ -162,11 +141,7 @@ struct Int4 {
   using Loaded = Integers;
 
   // As two's complement, so that a shift to the right extends the sign.
-  Integers load(const uint32_t* from) const {
-    Integers x;
-    std::memcpy(&x, from, sizeof x);
-    return x ^ static_cast<int32_t>(0x88888888);
-  }
+  Integers load(const uint32_t* from) const { return load_words(from) ^ static_cast<int32_t>(0x88888888); }
   template <int input>
   Vector decode(Integers x) const { return to_floats((x << (28 - 4 * input)) >> 28); }
   template <int input>

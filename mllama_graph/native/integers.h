@@ -27,12 +27,6 @@ constexpr bool kFastBytes = true;
 constexpr bool kFastBytes = false;
 #endif
 
-inline Integers load_words(const uint32_t* from) {
-  Integers x;
-  std::memcpy(&x, from, sizeof x);
-  return x;
-}
-
 // A word of four codes of 8 bits, and of eight codes of 4 bits. operand<k>: four of its codes as bytes, of the inputs
 // 4 * k ... for bytes, and 2 * i + k for halves of bytes.
 struct ByteCodes {

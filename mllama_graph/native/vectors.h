@@ -98,10 +98,18 @@ inline Vector load(const Float16* from) {
 #endif
 }
 
+inline Vector to_floats(Integers x) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vector>(_mm512_cvtepi32_ps(reinterpret_cast<__m512i>(x)));
+#else
+  return __builtin_convertvector(x, Vector);
+#endif
+}
+
 inline Vector load(const int8_t* from) {
 #if defined(__AVX512F__)
   const auto wide = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-  return reinterpret_cast<Vector>(_mm512_cvtepi32_ps(wide));
+  return to_floats(reinterpret_cast<Integers>(wide));
 #elif defined(__AVX2__)
   const auto wide = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
   return reinterpret_cast<Vector>(_mm256_cvtepi32_ps(wide));
