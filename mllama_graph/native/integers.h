@@ -238,9 +238,13 @@ Tensor linear_integers(Tensor given, Tensor weight, Tensor scale, std::optional<
   const float zero = input_zero ? *floats(*input_zero) : 0.0f;
   std::vector<float> scales(some);
   for_rows(some, inputs, [&](int64_t t) {
-    float size = most ? 0.0f : largest_in(from + t * inputs, inputs);
-    for (int64_t part = 0; most && part < largest->numel() / rows; part++) size = std::max(size, most[part * rows + t]);
-    scales[t] = input_scale ? *floats(*input_scale) : size / kMostByte;
+    float size = largest_in(from + t * inputs, inputs);
+    for (int64_t part = 0; most && part < largest->numel() / rows; part++) {
+      const float other = most[part * rows + t];
+      // Written so that a NaN stays one.
+      size = other <= size ? size : other + size * 0.0f;
+    }
+    scales[t] = input_scale ? *floats(*input_scale) + size * 0.0f : size / kMostByte;
   });
   const WholeWeight w{static_cast<const uint32_t*>(weight.const_data_ptr()), floats(scale), nullptr, inputs, outputs,
                       inputs};

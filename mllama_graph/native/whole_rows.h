@@ -35,17 +35,18 @@ struct WholeRows {
   int64_t stride() const { return inputs / 4 * bytes; }
 };
 
-// The largest absolute value of a row.
+// The largest absolute value of a row; NaN where a value is not finite, which comparisons would miss.
 inline float largest_in(const float* x, int64_t count) {
-  Vector most{};
+  Vector most{}, unsound{};
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
     const Vector one = load(x + i), size = one < 0.0f ? -one : one;
     most = most > size ? most : size;
+    unsound += one * 0.0f;
   }
-  float all = largest_of(most);
-  for (; i < count; i++) all = std::max(all, std::fabs(x[i]));
-  return all;
+  float all = largest_of(most), rest = total(unsound);
+  for (; i < count; i++) all = std::max(all, std::fabs(x[i])), rest += x[i] * 0.0f;
+  return all + rest;
 }
 
 // Whole numbers nearest to x / scale, ties going to even numbers; those of a code of 8 bits, which is `zero` for 0.

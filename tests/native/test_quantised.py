@@ -141,3 +141,21 @@ def test_kernels_round_weights_to_the_same_codes(form):
     x[3] = 0
     expected, got = quantise(x, form), cpu.rounded(x, form)
     assert torch.equal(got.codes, expected.codes) and torch.equal(got.scale, expected.scale)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", [*FORMATS, DYNAMIC, STATIC])
+def test_a_row_with_a_value_that_is_not_finite_has_no_finite_result(name, value):
+    form = FORMATS[name] if name in FORMATS else Format("int8", activations=name)
+    leaf, _ = leaf_of(form, 53, 320, bias=False)
+    in_panels(leaf)
+    x = torch.randn(3, 320)
+    whole = cpu.linear(x, leaf)
+    x[1, 77] = value
+    found = cpu.linear(x, leaf)
+    assert not found[1].isfinite().any()
+    assert torch.equal(found[[0, 2]], whole[[0, 2]])
+    if name == DYNAMIC:
+        largest = torch.stack((x.abs().amax(-1, keepdim=True), torch.ones(3, 1)))
+        sound = x.nan_to_num(0, 0, 0)
+        assert not cpu.linear(sound, leaf, largest=largest)[1].isfinite().any()
