@@ -51,7 +51,7 @@ struct Blocks {
         keys(new float[heads.keys * count * kKeys * width]),
         values(new float[heads.keys * count * kKeys * wide]) {
     const int64_t last = static_cast<int64_t>(tokens.keys.size()) - 1;
-    torch::stable::parallel_for(0, heads.keys * count, 1, [&](int64_t from, int64_t to) {
+    parallel_for(heads.keys * count, 1, [&](int64_t from, int64_t to) {
       std::vector<float> space(width);
       for (int64_t task = from; task < to; task++) {
         const int64_t head = task / count, start = task % count * kKeys;
@@ -113,7 +113,7 @@ void attend_rows(const float* q, float* out, int64_t rows, const Heads& heads, c
   const Blocks blocks(tokens, heads);
   const int64_t wide = blocks.wide;
   constexpr float kPowers = 1.44269504f;  // log2(e)
-  torch::stable::parallel_for(0, heads.keys * tasks, 1, [&](int64_t from, int64_t to) {
+  parallel_for(heads.keys * tasks, 1, [&](int64_t from, int64_t to) {
     std::vector<float> query(kQueries * H), weight(kQueries * kKeys), sum_of_values(kQueries * wide);
     std::vector<float> top(kQueries), sum(kQueries);
     for (int64_t task = from; task < to; task++) {

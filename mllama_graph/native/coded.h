@@ -216,7 +216,7 @@ void coded_of(const D& decoder, const float* x, const Coded<typename D::Word>& w
   const int64_t panels = (w.outputs + kColumns - 1) / kColumns, blocks = (rows + kSharing - 1) / kSharing;
   const int64_t bytes = kColumns * w.inputs / D::kInputs * sizeof(typename D::Word) * (1 + rows / 16);
   const int64_t grain = kGrainBytes / std::max<int64_t>(1, bytes) + 1;
-  torch::stable::parallel_for(0, blocks * panels, grain, [&](int64_t first, int64_t last) {
+  parallel_for(blocks * panels, grain, [&](int64_t first, int64_t last) {
     std::vector<float> block;
     for (; first < last; first++) {
       const int64_t row = first / panels * rows / blocks, tall = (first / panels + 1) * rows / blocks - row;
@@ -224,7 +224,7 @@ void coded_of(const D& decoder, const float* x, const Coded<typename D::Word>& w
       coded_panel(decoder, x + row * w.inputs, w, at, sums + (w.shift ? row * w.groups() : 0),
                   y + row * w.outputs + at, tall, block);
     }
-  });
+  }, {reinterpret_cast<const char*>(w.words), w.outputs * w.inputs / D::kInputs * static_cast<int64_t>(sizeof(*w.words))});
 }
 
 }  // namespace

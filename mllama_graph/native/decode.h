@@ -227,7 +227,7 @@ Tensor attend(const Tensor& q, const Pool<E>& keys, const Pool<E>& values, const
     float* at = partials.data() + task * width;
     return Partial{at, at + heads.queries, at + 2 * heads.queries};
   };
-  torch::stable::parallel_for(0, static_cast<int64_t>(tasks.size()), 1, [&](int64_t from, int64_t to) {
+  parallel_for(static_cast<int64_t>(tasks.size()), 1, [&](int64_t from, int64_t to) {
     const std::unique_ptr<float[][kTokens]> weights(new float[heads.queries][kTokens]);
     for (int64_t task = from; task < to; task++) {
       const Partial out = partial(task);

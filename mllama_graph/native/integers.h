@@ -212,13 +212,13 @@ template <class C, int P>
 void whole_of(const WholeRows& x, const WholeWeight& w, float* y, int64_t rows) {
   const int64_t panels = (w.outputs + kColumns - 1) / kColumns, blocks = (rows + kTall - 1) / kTall;
   const int64_t bytes = kColumns * w.inputs / C::kInputs * 4 * (1 + rows / 32);
-  torch::stable::parallel_for(0, blocks * panels, kGrainBytes / bytes + 1, [&](int64_t first, int64_t last) {
+  parallel_for(blocks * panels, kGrainBytes / bytes + 1, [&](int64_t first, int64_t last) {
     for (; first < last; first++) {
       const int64_t row = first / panels * rows / blocks, tall = (first / panels + 1) * rows / blocks - row;
       const int64_t at = first % panels * kColumns;
       whole_panel<C, P>(x, w, at, row, tall, y + row * w.outputs + at);
     }
-  });
+  }, {reinterpret_cast<const char*>(w.words), w.outputs * w.inputs / C::kInputs * 4});
 }
 
 // y = x w' + bias: x (..., I) fp32, rounded to codes of 8 bits; w (O, I) int8 in panels of words; scale (O, 1) in panels.

@@ -132,7 +132,7 @@ void linear_of(const Tensor& x, const Tensor& weight, const Tensor* bias, const 
   // Many rows take longer than reading their weight.
   const int64_t bytes = kColumns * inputs * sizeof(W) * (1 + rows / 16);
   const int64_t grain = kGrainBytes / std::max<int64_t>(1, bytes) + 1;
-  torch::stable::parallel_for(0, blocks * panels, grain, [&](int64_t first, int64_t last) {
+  parallel_for(blocks * panels, grain, [&](int64_t first, int64_t last) {
     for (; first < last; first++) {
       const int64_t row = first / panels * rows / blocks, tall = (first / panels + 1) * rows / blocks - row;
       const int64_t at = first % panels * kColumns, columns = std::min(kColumns, outputs - at);
@@ -142,7 +142,7 @@ void linear_of(const Tensor& x, const Tensor& weight, const Tensor* bias, const 
       for (int64_t t = 0; b && t < tall; t++)
         for (int64_t o = 0; o < columns; o++) y[t * outputs + o] += widen(b[at + o]);
     }
-  });
+  }, {reinterpret_cast<const char*>(w), outputs * inputs * static_cast<int64_t>(sizeof(W))});
 }
 
 // y = x w' + bias: x (..., I) fp32; w (O, I) in panels and bias (O) fp32, bf16 or fp16. Rows from `real` on get zeros.
@@ -164,7 +164,7 @@ Tensor linear(Tensor given, Tensor weight, std::optional<Tensor> bias, std::opti
     default: fail("linear takes weights of float32, bfloat16 and float16");
   }
   auto* padding = static_cast<float*>(y.mutable_data_ptr()) + some * outputs;
-  torch::stable::parallel_for(0, (rows - some) * outputs, kGrainBytes, [&](int64_t first, int64_t last) {
+  parallel_for((rows - some) * outputs, kGrainBytes, [&](int64_t first, int64_t last) {
     std::fill(padding + first, padding + last, 0.0f);
   });
   return y;

@@ -51,7 +51,7 @@ inline int64_t place(int64_t i, int64_t output, int64_t inputs, int64_t width) {
 template <class W>
 void lay_out_rows(void* data, int64_t outputs, int64_t inputs) {
   auto* w = static_cast<W*>(data);
-  torch::stable::parallel_for(0, (outputs + kColumns - 1) / kColumns, 1, [&](int64_t first, int64_t last) {
+  parallel_for((outputs + kColumns - 1) / kColumns, 1, [&](int64_t first, int64_t last) {
     std::vector<W> rows(kColumns * inputs);
     for (int64_t panel = first; panel < last; panel++) {
       W* to = w + panel * kColumns * inputs;

@@ -16,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "parallel.h"
 #include "vectors.h"
 
 namespace {
@@ -140,7 +141,7 @@ constexpr int64_t kGrain = 1 << 14;
 // Calls f with each of `rows` rows of `width` elements, in parallel if there are enough of them.
 template <class F>
 void for_rows(int64_t rows, int64_t width, const F& f) {
-  torch::stable::parallel_for(0, rows, kGrain / std::max<int64_t>(1, width) + 1, [&](int64_t first, int64_t last) {
+  parallel_for(rows, kGrain / std::max<int64_t>(1, width) + 1, [&](int64_t first, int64_t last) {
     for (; first < last; first++) f(first);
   });
 }
