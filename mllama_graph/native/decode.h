@@ -19,6 +19,8 @@ namespace {
 // kSplit: tokens per task of a thread. kTokens and kBlockBytes: the most tokens of a block, and bytes of their keys.
 // All keys of a block are read before its values, as memory delivers one stream fastest, and both fit in L2.
 constexpr int64_t kSplit = 256, kBlockBytes = 1 << 18;
+// A task that reads fewer bytes is not split.
+constexpr int64_t kSplitBytes = 1 << 16;
 constexpr int kTokens = 64;
 // Up to this many rows of a sequence, each row reads the pages separately.
 constexpr int64_t kFewRows = 4;
@@ -45,11 +47,19 @@ inline void prefetch(const E* next, int64_t column) {
   if (column * sizeof(E) % kLine == 0) __builtin_prefetch(next, 0, 2);
 }
 
+// What is read after a block, and is prefetched meanwhile: rows from `from` on.
+template <class E>
+struct Next {
+  const E* from;
+  int64_t stride;
+  Next operator+(int64_t elements) const { return {from + elements, stride}; }
+};
+
 // Dot products of `tokens` keys, O at a time, with G queries over `width` columns: sums[query][token], whose lanes are
 // still to be summed.
 template <int O, int G, class E>
-inline void score(const E* k, int64_t stride, const float* q, int64_t q_stride, int64_t width, int tokens,
-                  const E* next, Vector (*sums)[kTokens]) {
+inline void score(const E* k, int64_t stride, const float* q, int64_t q_stride, int64_t width, int tokens, Next<E> next,
+                  Vector (*sums)[kTokens]) {
   int token = 0;
   const auto some = [&](auto count) {
     constexpr int kCount = decltype(count)::value;
@@ -59,7 +69,7 @@ inline void score(const E* k, int64_t stride, const float* q, int64_t q_stride, 
 #pragma GCC unroll 8
       for (int o = 0; o < kCount; o++) {
         key[o] = load(k + (token + o) * stride + i);
-        prefetch(next + (token + o) * width + i, i);
+        prefetch(next.from + (token + o) * next.stride + i, i);
       }
 #pragma GCC unroll 4
       for (int g = 0; g < G; g++) {
@@ -78,8 +88,8 @@ inline void score(const E* k, int64_t stride, const float* q, int64_t q_stride, 
 
 // Adds the weighted values of `tokens` tokens to G rows, in V vectors of columns.
 template <int G, int V, class E>
-inline void add_values(const float (*weights)[kTokens], const E* v, int64_t stride, int tokens, const E* next,
-                       float* to, int64_t width) {
+inline void add_values(const float (*weights)[kTokens], const E* v, int64_t stride, int tokens, Next<E> next, float* to,
+                       int64_t width) {
   Vector sum[G][V];
   for (int g = 0; g < G; g++)
     for (int c = 0; c < V; c++) sum[g][c] = load(to + g * width + c * kLanes);
@@ -90,7 +100,7 @@ inline void add_values(const float (*weights)[kTokens], const E* v, int64_t stri
 #pragma GCC unroll 8
     for (int c = 0; c < V; c++) {
       const Vector value = load(v + i * stride + c * kLanes);
-      prefetch(next + i * width + c * kLanes, c * kLanes);
+      prefetch(next.from + i * next.stride + c * kLanes, c * kLanes);
 #pragma GCC unroll 4
       for (int g = 0; g < G; g++) sum[g][c] = multiply_add(weight[g], value, sum[g][c]);
     }
@@ -101,8 +111,8 @@ inline void add_values(const float (*weights)[kTokens], const E* v, int64_t stri
 
 // add_values for columns h to whole - 1, V vectors at a time, then fewer.
 template <int G, int V, class E>
-inline void add_columns(const float (*weights)[kTokens], const E* v, int64_t stride, int tokens, const E* next,
-                        float* to, int64_t width, int64_t whole, int64_t& h) {
+inline void add_columns(const float (*weights)[kTokens], const E* v, int64_t stride, int tokens, Next<E> next, float* to,
+                        int64_t width, int64_t whole, int64_t& h) {
   for (; h + V * kLanes <= whole; h += V * kLanes)
     add_values<G, V>(weights, v + h, stride, tokens, next + h, to + h, width);
   if constexpr (V > 1) add_columns<G, V - 1>(weights, v, stride, tokens, next, to, width, whole, h);
@@ -111,7 +121,7 @@ inline void add_columns(const float (*weights)[kTokens], const E* v, int64_t str
 // Softmax weights of G queries for `tokens` tokens, at most kTokens, with keys at k; with scales of keys and values, the
 // weights of int8 values. Rescales `out` to the new largest score.
 template <int G, class E>
-void weigh_tokens(const float* q, const E* k, const float* k_scales, const float* v_scales, int tokens, const E* next,
+void weigh_tokens(const float* q, const E* k, const float* k_scales, const float* v_scales, int tokens, Next<E> next,
                   const Heads& heads, float scale, Partial out, float (*weights)[kTokens]) {
   const int64_t stride = heads.keys * heads.width, whole = heads.width / kLanes * kLanes;
   Vector sums[G][kTokens];
@@ -150,8 +160,7 @@ void weigh_tokens(const float* q, const E* k, const float* k_scales, const float
 
 // Adds the weighted values of the same tokens, which are at v, to `to` for G queries.
 template <int G, class E>
-void add_tokens(const float (*weights)[kTokens], const E* v, int tokens, const E* next, const Heads& heads,
-                float* to) {
+void add_tokens(const float (*weights)[kTokens], const E* v, int tokens, Next<E> next, const Heads& heads, float* to) {
   const int64_t stride = heads.keys * heads.width, whole = heads.width / kLanes * kLanes;
   int64_t h = 0;
   add_columns<G, std::min(8, kRegisters / 2 / G)>(weights, v, stride, tokens, next, to, heads.width, whole, h);
@@ -161,10 +170,11 @@ void add_tokens(const float (*weights)[kTokens], const E* v, int tokens, const E
         to[g * heads.width + h] = std::fma(weights[g][i], widen(v[i * stride + h]), to[g * heads.width + h]);
 }
 
-// Calls f(number of query heads, first query head, their kv head) for all query heads, at most kHeads at a time.
+// Calls f(number of query heads, first query head, their kv head) for the query heads of kv heads from .. to - 1, at most
+// kHeads at a time.
 template <class F>
-inline void query_heads(const Heads& heads, const F& f) {
-  for (int64_t head = 0; head < heads.keys; head++) {
+inline void query_heads(const Heads& heads, int64_t from, int64_t to, const F& f) {
+  for (int64_t head = from; head < to; head++) {
     for (int64_t g = 0; g < heads.group(); g += kHeads) {
       const int64_t first = head * heads.group() + g;
       switch (std::min<int64_t>(kHeads, heads.group() - g)) {
@@ -182,7 +192,7 @@ struct Piece {
   int64_t page, tokens, next;
 };
 
-// Pieces of one row, which one thread processes. Partial results are indexed by task.
+// Pieces of one row, which one thread processes for some kv heads. Partial results are indexed by task.
 struct Task {
   int64_t row;
   std::vector<Piece> pieces;
@@ -201,6 +211,7 @@ Tensor attend(const Tensor& q, const Pool<E>& keys, const Pool<E>& values, const
 
   std::vector<Task> tasks;
   std::vector<int64_t> first_task(rows + 1, 0);
+  int64_t most = 0;  // tokens of a task
   for (int64_t row = 0; row < rows; row++) {
     first_task[row] = static_cast<int64_t>(tasks.size());
     int64_t room = 0;
@@ -214,6 +225,7 @@ Tensor attend(const Tensor& q, const Pool<E>& keys, const Pool<E>& values, const
       const int64_t at = row / (rows / B) * J + j;
       tasks.back().pieces.push_back({tables[at], tokens, tables[std::min(at + 1, B * J - 1)]});
       room -= tokens;
+      most = std::max(most, std::max(kSplit, page) - room);
     }
   }
   first_task[rows] = static_cast<int64_t>(tasks.size());
@@ -227,11 +239,19 @@ Tensor attend(const Tensor& q, const Pool<E>& keys, const Pool<E>& values, const
     float* at = partials.data() + task * width;
     return Partial{at, at + heads.queries, at + 2 * heads.queries};
   };
-  parallel_for(static_cast<int64_t>(tasks.size()), 1, [&](int64_t from, int64_t to) {
+  // Few tasks are split by heads, which changes no sum, where reading them takes longer than waking threads.
+  const auto count = static_cast<int64_t>(tasks.size());
+  const int64_t threads = torch::stable::get_num_threads(), bytes = tasks.empty() ? 0 : 2 * token * sizeof(E) * most;
+  const int64_t wanted = bytes < kSplitBytes ? 1 : (2 * threads + count - 1) / std::max<int64_t>(1, count);
+  const int64_t parts = count < threads ? std::min(heads.keys, wanted) : 1;
+  parallel_for(count * parts, 1, [&](int64_t from, int64_t to) {
     const std::unique_ptr<float[][kTokens]> weights(new float[heads.queries][kTokens]);
-    for (int64_t task = from; task < to; task++) {
+    for (; from < to; from++) {
+      const int64_t task = from / parts, first = from % parts * heads.keys / parts;
+      const int64_t last = (from % parts + 1) * heads.keys / parts;
       const Partial out = partial(task);
-      std::fill_n(out.largest, heads.queries, -std::numeric_limits<float>::infinity());
+      std::fill(out.largest + first * heads.group(), out.largest + last * heads.group(),
+                -std::numeric_limits<float>::infinity());
       const float* row = queries + tasks[task].row * heads.queries * heads.width;
       for (const Piece& piece : tasks[task].pieces) {
         for (int64_t i = 0; i < piece.tokens; i += block) {
@@ -240,16 +260,19 @@ Tensor attend(const Tensor& q, const Pool<E>& keys, const Pool<E>& values, const
           const int64_t next = i + some < piece.tokens ? slot + some : piece.next * page;
           const E *k = keys.data + slot * token, *v = values.data + slot * token, *after = keys.data + next * token;
           // Keys of all heads, then their values. Meanwhile each head prefetches as many elements as it reads of what
-          // is read next (the values, or the next block's keys), in the order of memory.
-          query_heads(heads, [&](auto queries, int64_t query, int64_t head) {
+          // is read next (the values, or the next block's keys): in the order of memory, if all heads are this thread's.
+          const auto prefetched = [&](const E* from, int64_t h) {
+            return parts == 1 ? Next<E>{from + h * some, heads.width} : Next<E>{from + h, token};
+          };
+          query_heads(heads, first, last, [&](auto queries, int64_t query, int64_t head) {
             const int64_t h = head * heads.width, at_query = query * heads.width;
             weigh_tokens<queries>(row + at_query, k + h, keys.scales_of(slot, head), values.scales_of(slot, head), some,
-                                  v + h * some, heads, static_cast<float>(scale),
+                                  prefetched(v, h), heads, static_cast<float>(scale),
                                   {out.largest + query, out.sum + query, out.values + at_query}, weights.get() + query);
           });
-          query_heads(heads, [&](auto queries, int64_t query, int64_t head) {
+          query_heads(heads, first, last, [&](auto queries, int64_t query, int64_t head) {
             const int64_t h = head * heads.width;
-            add_tokens<queries>(weights.get() + query, v + h, some, after + h * some, heads,
+            add_tokens<queries>(weights.get() + query, v + h, some, prefetched(after, h), heads,
                                 out.values + query * heads.width);
           });
         }

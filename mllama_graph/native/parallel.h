@@ -1,11 +1,12 @@
 // The threads of the kernels, and how they share the parts of a loop.
 //
-// A loop is cut into parts of equal size. Each thread begins with a range of its own, so that it reads memory in
-// sequence; when that is done, it takes parts from the end of another thread's range. So a thread that is late, because
-// it slept or because another process has its core, delays a loop by the one part that it is computing.
+// Each thread begins with a range of parts of its own, so that it reads memory in sequence; when that is done, it takes
+// parts from the end of another's range. A thread that is late, because it slept or another process has its core, delays
+// a loop at most by the part that it is computing.
 //
-// A thread that waits spins for kSpin, longer than the gap between the kernels of a step, and then sleeps: it leaves its
-// core to others, also to a thread of its own loop that another process has displaced.
+// A thread that waits spins for kSpin, which is longer than the gap between two kernels of a step, and then sleeps: its
+// core is free for others, among them threads of the same loop that another process displaced. Before it waits, it
+// fetches what it will read first in the next loop.
 
 #pragma once
 
@@ -18,6 +19,7 @@
 #include <exception>
 #include <mutex>
 #include <thread>
+#include <type_traits>
 #include <unordered_map>
 #include <utility>
 
@@ -25,6 +27,7 @@ namespace mllama_graph {
 
 constexpr std::chrono::microseconds kSpin{100};
 constexpr int kMostThreads = 256;
+// Most bytes that a waiting thread fetches: a part of L2.
 constexpr int64_t kFetched = 256 << 10;
 
 inline void pause_thread() {
@@ -35,7 +38,7 @@ inline void pause_thread() {
 #endif
 }
 
-// Waits until `value` is no longer `old`.
+// Waits until `value` is not `old`.
 template <class T>
 void wait_for_change(const std::atomic<T>& value, T old) {
   const auto end = std::chrono::steady_clock::now() + kSpin;
@@ -46,36 +49,48 @@ void wait_for_change(const std::atomic<T>& value, T old) {
   value.wait(old, std::memory_order_acquire);
 }
 
-// Memory that a loop reads once.
-struct Stream {
-  const char* from = nullptr;
+// A weight that a loop reads once, each part in turn.
+struct Weight {
+  const char* data = nullptr;
   int64_t bytes = 0;
+};
+
+// Which weight is read after which, as seen in earlier steps. Written and read by one thread at a time.
+class Order {
+ public:
+  // Notes that `weight` is read now. Returns the one that will probably follow, or an empty one.
+  Weight after(Weight weight) {
+    following_[last_] = weight;
+    last_ = weight.data;
+    const auto found = following_.find(last_);
+    return found == following_.end() ? Weight{} : found->second;
+  }
+
+ private:
+  std::unordered_map<const char*, Weight> following_;
+  const char* last_ = nullptr;
 };
 
 class Threads {
  public:
-  // Calls body(context, part) for each of `parts` parts, on up to `members` threads including this one. `stream`: what the
-  // parts read in turn.
   using Body = void (*)(const void* context, int64_t part);
 
-  void run(int64_t parts, int members, Body body, const void* context, Stream stream) {
+  // Calls body(context, part) for each of `parts` parts, on this thread and up to `members` - 1 others. Rethrows what a
+  // part throws.
+  void run(int64_t parts, int members, Body body, const void* context, Weight weight) {
     std::unique_lock alone(running_, std::defer_lock);
-    // A loop within a part, and one beside another loop, stay on their thread.
-    if (members == 1 || inside_ || !alone.try_lock()) {
+    // A loop within a part, or beside another thread's loop, stays on this thread.
+    if (inside_ || !alone.try_lock()) {
       for (int64_t part = 0; part < parts; part++) body(context, part);
       return;
     }
     while (started_ < members - 1) std::thread([this, me = ++started_] { serve(me); }).detach();
+    const Weight next = weight.data ? order_.after(weight) : Weight{};
+    next_.store(next.data, std::memory_order_relaxed);
+    next_bytes_.store(next.bytes, std::memory_order_relaxed);
     body_ = body, context_ = context;
-    if (stream.from) {
-      following_[last_] = stream;
-      last_ = stream.from;
-      const auto next = following_.find(last_);
-      next_from_.store(next == following_.end() ? nullptr : next->second.from, std::memory_order_relaxed);
-      next_bytes_.store(next == following_.end() ? 0 : next->second.bytes, std::memory_order_relaxed);
-    }
-    left_.store(static_cast<int32_t>(parts), std::memory_order_relaxed);
     members_.store(members, std::memory_order_relaxed);
+    left_.store(static_cast<int32_t>(parts), std::memory_order_relaxed);
     for (int k = 0; k < members; k++)
       ranges_[k].store({static_cast<int32_t>(k * parts / members), static_cast<int32_t>((k + 1) * parts / members)},
                        std::memory_order_release);
@@ -89,35 +104,27 @@ class Threads {
   }
 
  private:
-  // The parts of a thread that nobody has taken.
+  // The parts of a thread that none has taken yet.
   struct Range {
     int32_t begin, end;
   };
-  struct alignas(128) Shared : std::atomic<Range> {};
+  struct alignas(128) SharedRange : std::atomic<Range> {};
+  static_assert(std::atomic<Range>::is_always_lock_free);
 
   void serve(int me) {
     inside_ = true;
-    const char* fetched = nullptr;
     for (uint32_t seen = 0;;) {
       wait_for_change(loops_, seen);
       seen = loops_.load(std::memory_order_acquire);
       const int members = members_.load(std::memory_order_relaxed);
-      if (me < members) work(me, members);
-      const char* from = next_from_.load(std::memory_order_relaxed);
-      if (from == fetched || !from) continue;
-      fetched = from;
-      const int64_t bytes = next_bytes_.load(std::memory_order_relaxed);
-      from += bytes * me / members;
-      const int64_t some = std::min<int64_t>(kFetched, bytes / members);
-      for (int64_t at = 0; at < some; at += 1024) {
-        if (loops_.load(std::memory_order_relaxed) != seen) break;
-        for (int64_t line = 0; line < 1024; line += 64) __builtin_prefetch(from + at + line, 0, 2);
-      }
+      if (me >= members) continue;
+      work(me, members);
+      fetch(me, members, seen);
     }
   }
 
-  // Computes parts until none is left to take. A thread that comes late may find the next loop's: what a part belongs to
-  // is read after it is taken, and that loop does not end before the part is done.
+  // Computes parts until none is left. A thread that comes late may take one of the next loop: it reads what to do after
+  // it has taken a part, and until that part is done the loop does not end.
   void work(int me, int members) {
     int32_t done = 0;
     for (int k = 0; k < members; k++) {
@@ -138,25 +145,31 @@ class Threads {
     if (done && left_.fetch_sub(done, std::memory_order_acq_rel) == done) left_.notify_all();
   }
 
-  static_assert(std::atomic<Range>::is_always_lock_free);
+  // Fetches the beginning of this thread's part of the next weight into L2, until loop number `seen` is over.
+  void fetch(int me, int members, uint32_t seen) {
+    constexpr int64_t kLine = 64, kBurst = 16 * kLine;
+    const int64_t bytes = next_bytes_.load(std::memory_order_relaxed) / members, some = std::min(bytes, kFetched);
+    const char* from = next_.load(std::memory_order_relaxed) + bytes * me;
+    for (int64_t at = 0; at < some && loops_.load(std::memory_order_relaxed) == seen; at += kBurst)
+      for (int64_t line = at; line < at + kBurst; line += kLine) __builtin_prefetch(from + line, 0, 2);
+  }
+
   static inline thread_local bool inside_ = false;
   std::mutex running_, failing_;
   int started_ = 0;
   Body body_ = nullptr;
   const void* context_ = nullptr;
-  std::unordered_map<const char*, Stream> following_;
-  const char* last_ = nullptr;
-  std::atomic<const char*> next_from_ = nullptr;
-  std::atomic<int64_t> next_bytes_ = 0;
   std::exception_ptr failure_;
+  Order order_;
+  std::atomic<const char*> next_ = nullptr;
+  std::atomic<int64_t> next_bytes_ = 0;
   std::atomic<int> members_ = 0;
   alignas(128) std::atomic<uint32_t> loops_ = 0;
   alignas(128) std::atomic<int32_t> left_ = 0;
-  Shared ranges_[kMostThreads];
+  SharedRange ranges_[kMostThreads];
 };
 
-// The threads of this process: one set for all libraries, which is never destroyed, since they may still be waiting when
-// the process ends.
+// The threads of this process, which all libraries share. Never destroyed: threads may wait until the process ends.
 inline Threads& threads() {
   static Threads* const all = new Threads;
   return *all;
@@ -166,19 +179,28 @@ inline Threads& threads() {
 
 namespace {
 
-// Calls f(first, last) for ranges of 0 .. count - 1, of `grain` elements or fewer, on torch's number of threads.
+// As many parts for each thread: few enough to cost nothing, enough for threads of unequal speed.
+constexpr int64_t kParts = 16;
+
+// Calls f(first, last) for ranges of 0 .. count - 1 that have at least `grain` elements (the last one may have fewer), on
+// torch's number of threads. `weight`: what the loop reads, if that is more than caches hold.
 template <class F>
-void parallel_for(int64_t count, int64_t least, const F& f, mllama_graph::Stream stream = {}) {
+void parallel_for(int64_t count, int64_t grain, const F& f, mllama_graph::Weight weight = {}) {
   if (count <= 0) return;
-  const int64_t grain = std::max(least, count / (16 * torch::stable::get_num_threads()));
-  const int64_t parts = (count + grain - 1) / grain;
-  const auto wanted = parts == 1 ? 1 : std::min<int64_t>(torch::stable::get_num_threads(), mllama_graph::kMostThreads);
-  const int members = static_cast<int>(std::min<int64_t>(parts, wanted));
+  const int64_t most = std::min<int64_t>(torch::stable::get_num_threads(), mllama_graph::kMostThreads);
+  const int64_t size = std::max(grain, count / (kParts * most)), parts = (count + size - 1) / size;
+  const int members = static_cast<int>(std::min(parts, most));
   if (members == 1) return f(0, count);
-  const auto part_of = [&](int64_t part) { f(part * grain, std::min(count, (part + 1) * grain)); };
+  const auto part_of = [&](int64_t part) { f(part * size, std::min(count, (part + 1) * size)); };
+  using Part = std::remove_reference_t<decltype(part_of)>;
   mllama_graph::threads().run(
-      parts, members,
-      [](const void* context, int64_t part) { (*static_cast<const decltype(part_of)*>(context))(part); }, &part_of, stream);
+      parts, members, [](const void* context, int64_t part) { (*static_cast<Part*>(context))(part); }, &part_of, weight);
+}
+
+// The bytes of `count` elements that a loop reads once.
+template <class T>
+mllama_graph::Weight streamed(const T* data, int64_t count) {
+  return {reinterpret_cast<const char*>(data), count * static_cast<int64_t>(sizeof(T))};
 }
 
 }  // namespace

@@ -43,6 +43,16 @@ struct Float16 {
   uint16_t bits;
 };
 
+// The elements of a and b, counted through, that have these indices; vectors of integers.
+template <int... index, class V>
+inline V shuffled(V a, V b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, index...);
+#else
+  return __builtin_shuffle(a, b, V{index...});
+#endif
+}
+
 // Bytes of a cache line.
 constexpr int64_t kLine = 64;
 

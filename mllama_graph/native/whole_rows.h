@@ -68,24 +68,46 @@ inline void round_inputs(const float* x, int64_t count, float scale, float zero,
   }
 }
 
-// Puts up to kBlock whole numbers into words, in the order in which tiles read them. Written as plain loops over arrays,
-// which compilers turn into vectors.
+// Whole numbers as bytes: of one byte, or of two, high * 256 + low.
+template <int count>
+inline void split_bytes(const int32_t* whole, int bytes, int8_t* high, int8_t* low) {
+  for (int i = 0; i < count; i++) {
+    high[i] = static_cast<int8_t>(bytes == 2 ? (whole[i] + 128) >> 8 : whole[i]);
+    low[i] = static_cast<int8_t>(whole[i]);
+  }
+}
+
+// Sixteen inputs as bytes, those of each operand of a word side by side: words of halves of bytes have the even inputs
+// in their first operand, the odd ones in the second.
+typedef int8_t Sixteen __attribute__((vector_size(16)));
+typedef int32_t Four __attribute__((vector_size(16)));
+
+template <class C>
+inline Four operands(const int8_t* bytes) {
+  Sixteen x;
+  std::memcpy(&x, bytes, sizeof x);
+  if constexpr (C::kOperands == 2)
+    x = shuffled<0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15>(x, x);
+  return reinterpret_cast<Four>(x);
+}
+
+// Puts whole numbers into words, in the order in which tiles read them: of each four inputs of an operand, the high bytes
+// before the low ones.
 template <class C>
 void pack_inputs(const int32_t* whole, int64_t count, int bytes, int32_t* words) {
-  constexpr int K = C::kOperands;
-  alignas(64) int8_t parts[2][kBlock], split[K][kBlock / K];
-  for (int64_t i = 0; i < count; i++) {
-    const int32_t high = bytes == 2 ? (whole[i] + 128) >> 8 : whole[i];
-    parts[0][i] = static_cast<int8_t>(high);
-    parts[1][i] = static_cast<int8_t>(whole[i] - high * 256);
-  }
-  for (int part = 0; part < bytes; part++) {
-    // The first operand of a word of halves of bytes has the even inputs, the second the odd ones.
-    for (int64_t i = 0; i < count / K; i++)
-      for (int k = 0; k < K; k++) split[k][i] = parts[part][i * K + k];
-    for (int k = 0; k < K; k++)
-      for (int64_t word = 0; word < count / K / 4; word++)
-        std::memcpy(words + (word * K + k) * bytes + part, split[k] + 4 * word, 4);
+  for (int64_t i = 0; i < count; i += 16, words += 4 * bytes) {
+    // The last inputs of a row that is not a multiple of 16 are followed by zeros, which are not stored.
+    const int64_t some = std::min<int64_t>(16, count - i);
+    alignas(16) int8_t high[16]{}, low[16]{};
+    if (some == 16) split_bytes<16>(whole + i, bytes, high, low);
+    else for (int64_t at = 0; at < some; at++) split_bytes<1>(whole + i + at, bytes, high + at, low + at);
+    const Four first = operands<C>(high), second = operands<C>(low);
+    if (bytes == 1) {
+      std::memcpy(words, &first, some);
+      continue;
+    }
+    const Four pairs[2] = {shuffled<0, 4, 1, 5>(first, second), shuffled<2, 6, 3, 7>(first, second)};
+    std::memcpy(words, pairs, 2 * some);
   }
 }
 
@@ -106,9 +128,7 @@ WholeRows whole_rows(const float* x, int64_t rows, int64_t inputs, int64_t block
       round_inputs(from, block, scale > 0 ? scale : 1.0f, zero, scales != nullptr, whole.data());
       int32_t sum = 0;
       for (int64_t i = 0; i < block; i++) sum += whole[i];
-      for (int64_t i = 0; i < block; i += kBlock)
-        pack_inputs<C>(&whole[i], std::min(kBlock, block - i), bytes,
-                       &to.words[t * to.stride() + (b * block + i) / 4 * bytes]);
+      pack_inputs<C>(whole.data(), block, bytes, &to.words[t * to.stride() + b * block / 4 * bytes]);
       to.scale[t * blocks + b] = scale, to.sum[t * blocks + b] = sum;
       to.total[t] += scale * static_cast<float>(sum);
     }
