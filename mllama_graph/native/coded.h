@@ -224,7 +224,7 @@ void coded_of(const D& decoder, const float* x, const Coded<typename D::Word>& w
       coded_panel(decoder, x + row * w.inputs, w, at, sums + (w.shift ? row * w.groups() : 0),
                   y + row * w.outputs + at, tall, block);
     }
-  }, streamed(w.words, w.outputs * w.inputs / D::kInputs));
+  });
 }
 
 }  // namespace

@@ -218,7 +218,7 @@ void whole_of(const WholeRows& x, const WholeWeight& w, float* y, int64_t rows) 
       const int64_t at = first % panels * kColumns;
       whole_panel<C, P>(x, w, at, row, tall, y + row * w.outputs + at);
     }
-  }, streamed(w.words, w.outputs * w.inputs / C::kInputs));
+  });
 }
 
 // y = x w' + bias: x (..., I) fp32, rounded to codes of 8 bits; w (O, I) int8 in panels of words; scale (O, 1) in panels.

@@ -142,7 +142,7 @@ void linear_of(const Tensor& x, const Tensor& weight, const Tensor* bias, const 
       for (int64_t t = 0; b && t < tall; t++)
         for (int64_t o = 0; o < columns; o++) y[t * outputs + o] += widen(b[at + o]);
     }
-  }, streamed(w, outputs * inputs));
+  });
 }
 
 // y = x w' + bias: x (..., I) fp32; w (O, I) in panels and bias (O) fp32, bf16 or fp16. Rows from `real` on get zeros.

@@ -5,8 +5,7 @@
 // a loop at most by the part that it is computing.
 //
 // A thread that waits spins for kSpin, which is longer than the gap between two kernels of a step, and then sleeps: its
-// core is free for others, among them threads of the same loop that another process displaced. Before it waits, it
-// fetches what it will read first in the next loop.
+// core is free for others, among them threads of the same loop that another process displaced.
 
 #pragma once
 
@@ -20,15 +19,12 @@
 #include <mutex>
 #include <thread>
 #include <type_traits>
-#include <unordered_map>
 #include <utility>
 
 namespace mllama_graph {
 
-constexpr std::chrono::microseconds kSpin{100};
+constexpr std::chrono::microseconds kSpin{50};
 constexpr int kMostThreads = 256;
-// Most bytes that a waiting thread fetches: a part of L2.
-constexpr int64_t kFetched = 256 << 10;
 
 inline void pause_thread() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -49,35 +45,13 @@ void wait_for_change(const std::atomic<T>& value, T old) {
   value.wait(old, std::memory_order_acquire);
 }
 
-// A weight that a loop reads once, each part in turn.
-struct Weight {
-  const char* data = nullptr;
-  int64_t bytes = 0;
-};
-
-// Which weight is read after which, as seen in earlier steps. Written and read by one thread at a time.
-class Order {
- public:
-  // Notes that `weight` is read now. Returns the one that will probably follow, or an empty one.
-  Weight after(Weight weight) {
-    following_[last_] = weight;
-    last_ = weight.data;
-    const auto found = following_.find(last_);
-    return found == following_.end() ? Weight{} : found->second;
-  }
-
- private:
-  std::unordered_map<const char*, Weight> following_;
-  const char* last_ = nullptr;
-};
-
 class Threads {
  public:
   using Body = void (*)(const void* context, int64_t part);
 
   // Calls body(context, part) for each of `parts` parts, on this thread and up to `members` - 1 others. Rethrows what a
   // part throws.
-  void run(int64_t parts, int members, Body body, const void* context, Weight weight) {
+  void run(int64_t parts, int members, Body body, const void* context) {
     std::unique_lock alone(running_, std::defer_lock);
     // A loop within a part, or beside another thread's loop, stays on this thread.
     if (inside_ || !alone.try_lock()) {
@@ -85,9 +59,6 @@ class Threads {
       return;
     }
     while (started_ < members - 1) std::thread([this, me = ++started_] { serve(me); }).detach();
-    const Weight next = weight.data ? order_.after(weight) : Weight{};
-    next_.store(next.data, std::memory_order_relaxed);
-    next_bytes_.store(next.bytes, std::memory_order_relaxed);
     body_ = body, context_ = context;
     members_.store(members, std::memory_order_relaxed);
     left_.store(static_cast<int32_t>(parts), std::memory_order_relaxed);
@@ -117,9 +88,7 @@ class Threads {
       wait_for_change(loops_, seen);
       seen = loops_.load(std::memory_order_acquire);
       const int members = members_.load(std::memory_order_relaxed);
-      if (me >= members) continue;
-      work(me, members);
-      fetch(me, members, seen);
+      if (me < members) work(me, members);
     }
   }
 
@@ -145,24 +114,12 @@ class Threads {
     if (done && left_.fetch_sub(done, std::memory_order_acq_rel) == done) left_.notify_all();
   }
 
-  // Fetches the beginning of this thread's part of the next weight into L2, until loop number `seen` is over.
-  void fetch(int me, int members, uint32_t seen) {
-    constexpr int64_t kLine = 64, kBurst = 16 * kLine;
-    const int64_t bytes = next_bytes_.load(std::memory_order_relaxed) / members, some = std::min(bytes, kFetched);
-    const char* from = next_.load(std::memory_order_relaxed) + bytes * me;
-    for (int64_t at = 0; at < some && loops_.load(std::memory_order_relaxed) == seen; at += kBurst)
-      for (int64_t line = at; line < at + kBurst; line += kLine) __builtin_prefetch(from + line, 0, 2);
-  }
-
   static inline thread_local bool inside_ = false;
   std::mutex running_, failing_;
   int started_ = 0;
   Body body_ = nullptr;
   const void* context_ = nullptr;
   std::exception_ptr failure_;
-  Order order_;
-  std::atomic<const char*> next_ = nullptr;
-  std::atomic<int64_t> next_bytes_ = 0;
   std::atomic<int> members_ = 0;
   alignas(128) std::atomic<uint32_t> loops_ = 0;
   alignas(128) std::atomic<int32_t> left_ = 0;
@@ -183,9 +140,9 @@ namespace {
 constexpr int64_t kParts = 16;
 
 // Calls f(first, last) for ranges of 0 .. count - 1 that have at least `grain` elements (the last one may have fewer), on
-// torch's number of threads. `weight`: what the loop reads, if that is more than caches hold.
+// torch's number of threads.
 template <class F>
-void parallel_for(int64_t count, int64_t grain, const F& f, mllama_graph::Weight weight = {}) {
+void parallel_for(int64_t count, int64_t grain, const F& f) {
   if (count <= 0) return;
   const int64_t most = std::min<int64_t>(torch::stable::get_num_threads(), mllama_graph::kMostThreads);
   const int64_t size = std::max(grain, count / (kParts * most)), parts = (count + size - 1) / size;
@@ -194,13 +151,7 @@ void parallel_for(int64_t count, int64_t grain, const F& f, mllama_graph::Weight
   const auto part_of = [&](int64_t part) { f(part * size, std::min(count, (part + 1) * size)); };
   using Part = std::remove_reference_t<decltype(part_of)>;
   mllama_graph::threads().run(
-      parts, members, [](const void* context, int64_t part) { (*static_cast<Part*>(context))(part); }, &part_of, weight);
-}
-
-// The bytes of `count` elements that a loop reads once.
-template <class T>
-mllama_graph::Weight streamed(const T* data, int64_t count) {
-  return {reinterpret_cast<const char*>(data), count * static_cast<int64_t>(sizeof(T))};
+      parts, members, [](const void* context, int64_t part) { (*static_cast<Part*>(context))(part); }, &part_of);
 }
 
 }  // namespace

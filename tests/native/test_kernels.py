@@ -1,5 +1,7 @@
 """CPU kernels of linear layers and attention compute what plain.py computes; rows do not depend on other rows."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -168,11 +170,32 @@ def test_results_do_not_depend_on_the_number_of_threads():
     x, leaf = normal(105, 700), laid_out(normal(301, 700))
     q, k, v = (normal(150, 3, 16) for _ in range(3))
     pad = torch.zeros(150, dtype=torch.bool)
+    # Long enough that threads share the heads of one sequence.
+    pages, table, length = (normal(2, 128, 4, 32), normal(2, 128, 4, 32)), torch.tensor([[1, 0]]), torch.tensor([230])
     results = []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append((CPU.linear(x, leaf), CPU.attend_tiles(q, k, v, pad)))
+            seen = CPU.attend_pages(torch.ones(1, 8, 32), pages, table.int(), length.int())
+            results.append((CPU.linear(x, leaf), CPU.attend_tiles(q, k, v, pad), seen))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
+
+
+def test_products_of_several_python_threads_at_once_are_those_of_one():
+    """Loops share one set of threads; a loop that finds them taken stays on its own."""
+    normal, before = randoms(4), torch.get_num_threads()
+    leaf = laid_out(normal(1500, 512))
+    given = [normal(rows, 512) for rows in (1, 3, 9, 60)]
+    wanted = [CPU.linear(x, leaf) for x in given]
+
+    def differing(x, y) -> int:
+        return sum(not torch.equal(CPU.linear(x, leaf), y) for _ in range(200))
+
+    try:
+        torch.set_num_threads(3)
+        with ThreadPoolExecutor(len(given)) as pool:
+            assert sum(pool.map(differing, given, wanted)) == 0
+    finally:
+        torch.set_num_threads(before)
