@@ -24,6 +24,8 @@ SEED_COLUMNS = (
     "E2E Throughput Average(Tokens/s)",
 )
 OURS = "mllama_graph"
+# Precedes the number of busy processes in the name of an engine's turns beside them.
+BESIDE = ", busy neighbours: "
 MS = 1e3
 Row = dict[str, Any]
 
@@ -69,7 +71,7 @@ def row_of(on: Measured, case: Case, timing: Timing, ceilings: Sequence[Limits])
 
     first_floor = _first_floor(on, case, image_tokens, ceiling)
     self_kv, image_kv = kv_bytes(on.shape, keys, image_keys, on.storage)
-    ours = timing.who == OURS
+    ours = timing.who.startswith(OURS)
     seed = (
         case.batch,
         case.length,
@@ -91,6 +93,7 @@ def row_of(on: Measured, case: Case, timing: Timing, ceilings: Sequence[Limits])
         "first_token_ms_most": _ms(max(timing.first)),
         "first_token_again_ms": _median_ms(timing.again),
         "decode_ms_least": _ms(min(timing.steps)),
+        "decode_ms_99th": _ms(_99th(timing.steps)),
         "decode_ms_most": _ms(max(timing.steps)),
         "decode_tokens_per_s": round(case.batch * MS / step, 3),
         "decode_floor_ms": _ms(floor(ceiling)),
@@ -106,6 +109,7 @@ def row_of(on: Measured, case: Case, timing: Timing, ceilings: Sequence[Limits])
         "image_kv_bytes": image_kv,
         "planned_bytes": on.planned if ours else "",
         "most_bytes": on.most() if ours else "",
+        "others_cores": round(max(timing.others), 2) if timing.others else "",
         "read_gb_per_s": round(ceiling.bytes_per_second / 1e9, 3),
         "product_gflop_per_s": round(ceiling.flops / 1e9, 3),
     }
@@ -118,6 +122,11 @@ def _ms(seconds: float) -> float:
 def _median_ms(seconds: Sequence[float]) -> Any:
     """The median in milliseconds; "" where nothing was measured."""
     return _ms(statistics.median(seconds)) if seconds else ""
+
+
+def _99th(seconds: Sequence[float]) -> float:
+    """The step that 99 % of the steps do not exceed."""
+    return sorted(seconds)[-(len(seconds) // 100) - 1]
 
 
 def _median_steps(timing: Timing, repetitions: int) -> list[float]:

@@ -15,7 +15,10 @@ class Case:
 
 @dataclass
 class Timing:
-    """Seconds of one case: one value per repetition, in `steps` one per decode step. `who`: the engine's name."""
+    """Seconds of one case: one value per repetition, in `steps` one per decode step. `who`: the engine's name.
+
+    `others`: cores that other processes took meanwhile.
+    """
 
     who: str
     image: list[float] = field(default_factory=list)
@@ -28,3 +31,4 @@ class Timing:
     again: list[float] = field(default_factory=list)
     steps: list[float] = field(default_factory=list)
     whole: list[float] = field(default_factory=list)
+    others: list[float] = field(default_factory=list)

@@ -6,8 +6,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,9 +16,10 @@ from mllama_graph.core.report import Progress, columns, write_result
 from mllama_graph.engine.engine import Engine
 from mllama_graph.engine.start import processor_of, start_engine
 from mllama_graph.engine.workload import cases_of, requests_of, serve
-from mllama_graph.measure import limits
+from mllama_graph.inputs.request import Request
+from mllama_graph.measure import limits, neighbours
 from mllama_graph.measure.bench_report import table, write_report
-from mllama_graph.measure.bench_rows import OURS, Measured, middle, row_of
+from mllama_graph.measure.bench_rows import BESIDE, OURS, Measured, middle, row_of
 from mllama_graph.measure.limits import Limits
 from mllama_graph.measure.peers.process import Peer
 from mllama_graph.measure.session import BENCH, write_csv, write_manifest
@@ -61,12 +61,13 @@ def main(run: ResolvedRun) -> None:
     with _peers(run, options, engine, progress) as peers:
         rows, found = [], []
         total = len(cases) * (options.repetitions + 1) * (1 + len(peers))
-        turns = Turns(progress, total, REST if peers else 0.0)
+        turns = Turns(progress, total * (2 if options.neighbours else 1), REST if peers else 0.0)
         for case in cases:
             progress.say(f"batch {case.batch}, {case.length} text ids, {case.images} images each")
-            timings, ceilings = _measure(engine, case, options.repetitions, peers, progress, turns)
-            found.append(middle(ceilings))
-            rows += [row_of(on, served, timing, ceilings) for served, timing in timings]
+            one = _Case(engine, case, options.neighbours, list(peers), progress, turns)
+            one.measure(options.repetitions)
+            found.append(middle(one.ceilings))
+            rows += [row_of(on, served, timing, one.ceilings) for served, timing in one.timings.values()]
         progress.turns(turns.total, turns.total, "")
     engine.close(progress)
     write_csv(folder / BENCH, rows)
@@ -102,45 +103,73 @@ def _peers(run: ResolvedRun, options: BenchOptions, engine: Engine, progress: Pr
                 peer.close()
 
 
-def _measure(
-    engine: Engine, case: Case, repetitions: int, peers: list[Peer], progress: Progress, turns: Turns
-) -> tuple[list[tuple[Case, Timing]], list[Limits]]:
-    """Measure a case: one uncounted repetition, then repetitions in which each engine takes a turn.
+@dataclass
+class _Case:
+    """One case under measurement: each engine's times by name, and the limits by repetition.
 
-    Returns each engine's times with what it served of the case, and limits by repetition. Limits are measured before
-    and after a repetition's decode steps, since memory bandwidth may change at any time.
+    `busy`: how many processes keep a core busy in a second turn of each engine; 0: there is no second turn.
     """
-    ours, theirs = Timing(OURS), {peer: Timing(peer.setting.name) for peer in peers}
-    for peer, timing in theirs.items():
-        timing.who += "" if peer.case(case) == case else TEXT_ONLY
-    # Every case and repetition has its own pictures, so that none is cached before its first turn.
-    seeds = itertools.count(1000 * case.batch + 1_000_000 * case.length)
-    ceilings: list[Limits] = []
-    backend, device = engine.executor.rank.backend, engine.executor.rank.spec.torch_device
 
-    def look(found: list[Limits]) -> None:
-        found.append(limits.measure(device, backend.name() is not None, backend.synchronize))
+    engine: Engine
+    case: Case
+    busy: int
+    peers: list[Peer]
+    progress: Progress
+    turns: Turns
+    timings: dict[str, tuple[Case, Timing]] = field(default_factory=dict)
+    ceilings: list[Limits] = field(default_factory=list)
 
-    for repetition in range(repetitions + 1):
-        turns.begin(f"{OURS}, batch {case.batch}, {case.length} ids")
-        requests, spent = requests_of(engine, case, seed := next(seeds), seed)
-        counted = Timing("") if repetition == 0 else ours
-        counted.image.append(spent)
+    def measure(self, repetitions: int) -> None:
+        """One uncounted repetition, then repetitions in which each engine takes a turn, or two."""
+        # Every case, repetition and turn has its own pictures, so that none is cached before its first turn.
+        seeds = itertools.count(1000 * self.case.batch + 1_000_000 * self.case.length)
+        for repetition in range(repetitions + 1):
+            for beside in (0, self.busy) if self.busy else (0,):
+                counted = repetition > 0
+                with neighbours.busy(beside):
+                    requests = self._our_turn(next(seeds), beside, counted)
+                    for peer in list(self.peers):
+                        self._peers_turn(peer, requests, beside, counted, repetitions - repetition)
+        # The first repetition warms up.
+        self.ceilings = self.ceilings[1:]
+
+    def _our_turn(self, seed: int, beside: int, counted: bool) -> list[Request]:
+        self.turns.begin(f"{OURS}, batch {self.case.batch}, {self.case.length} ids")
+        requests, spent = requests_of(self.engine, self.case, seed, seed)
+        timing = self._timing(OURS, self.case, beside) if counted else Timing("")
+        timing.image.append(spent)
         around: list[Limits] = []
-        serve(engine, requests, case.new, counted, before_decode=partial(look, around))
-        look(around)
-        ceilings.append(middle(around))
-        serve(engine, requests_of(engine, case, seed + 500, seed)[0], 1, known := Timing(""))
-        counted.again += known.first
-        for peer, timing in list(theirs.items()):
-            turns.begin(f"{peer.setting.name}, batch {case.batch}, {case.length} ids")
-            told = peer.run(requests, case.new)
-            if told is None:
-                progress.say(f"{peer.setting.name} can't run this case: {peer.fault}")
-                theirs.pop(peer)
-                turns.total -= repetitions - repetition
-            elif repetition:
-                timing.first.append(told["first"])
-                timing.steps += told["steps"]
-                timing.whole.append(told["first"] + sum(told["steps"]))
-    return [(case, ours), *((peer.case(case), timing) for peer, timing in theirs.items())], ceilings[1:]
+        others = neighbours.Others()
+
+        def look() -> None:
+            backend, device = self.engine.executor.rank.backend, self.engine.executor.rank.spec.torch_device
+            around.append(limits.measure(device, backend.name() is not None, backend.synchronize))
+
+        serve(self.engine, requests, self.case.new, timing, before_decode=look)
+        look()
+        timing.others.append(others.cores())
+        if not beside:
+            # A floor is what the machine allows when nothing else runs.
+            self.ceilings.append(middle(around))
+        serve(self.engine, requests_of(self.engine, self.case, seed + 500, seed)[0], 1, known := Timing(""))
+        timing.again += known.first
+        return requests
+
+    def _peers_turn(self, peer: Peer, requests: list[Request], beside: int, counted: bool, left: int) -> None:
+        self.turns.begin(f"{peer.setting.name}, batch {self.case.batch}, {self.case.length} ids")
+        served, told = peer.case(self.case), peer.run(requests, self.case.new)
+        name = peer.setting.name + ("" if served == self.case else TEXT_ONLY)
+        if told is None:
+            self.progress.say(f"{peer.setting.name} can't run this case: {peer.fault}")
+            self.peers.remove(peer)
+            self.timings = {who: timing for who, timing in self.timings.items() if not who.startswith(name)}
+            self.turns.total -= left * (2 if self.busy else 1)
+        elif counted:
+            timing = self._timing(name, served, beside)
+            timing.first.append(told["first"])
+            timing.steps += told["steps"]
+            timing.whole.append(told["first"] + sum(told["steps"]))
+
+    def _timing(self, who: str, case: Case, beside: int) -> Timing:
+        name = who + (f"{BESIDE}{beside}" if beside else "")
+        return self.timings.setdefault(name, (case, Timing(name)))[1]

@@ -129,11 +129,13 @@ class TimedOptions(WorkloadOptions):
 class BenchOptions(TimedOptions):
     """task=bench: first token and decode of each case.
 
+    `neighbours`: each engine takes a second turn beside as many processes that each keep a core busy.
     `mistralrs`, `llamacpp`, `openvino`: the Pythons of the environments of these peers.
     """
 
     name: str = "bench"
     repetitions: int = 3
+    neighbours: int = 0
     # A name of another engine or of one of its settings, or a list of names.
     peers: Any = field(default_factory=list)
     mistralrs: str = ".venv/mistralrs/bin/python"
@@ -151,6 +153,7 @@ class BenchOptions(TimedOptions):
     def check(self) -> None:
         super().check()
         at_least("task.repetitions", self.repetitions, 1)
+        at_least("task.neighbours", self.neighbours, 0)
         self.settings()
 
 
