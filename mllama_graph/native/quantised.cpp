@@ -2,6 +2,7 @@
 
 #include "coded.h"
 #include "integers.h"
+#include "repack.h"
 #include "rounding.h"
 
 namespace {
@@ -79,6 +80,7 @@ Tensor linear_coded(Tensor given, Tensor weight, Tensor scale, std::optional<Ten
 
 STABLE_TORCH_LIBRARY_IMPL(mllama_graph, CPU, library) {
   library.impl("lay_out_codes_", &boxed<lay_out_codes_>);
+  library.impl("repack_", &boxed<repack_>);
   library.impl("round_rows", &boxed<round_rows>);
   library.impl("linear_coded", &boxed<linear_coded>);
   library.impl("linear_integers", &boxed<linear_integers>);

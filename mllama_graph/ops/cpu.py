@@ -19,6 +19,8 @@ from mllama_graph.model.tree import Embedding, LayerNorm, Linear, Weights, linea
 from mllama_graph.ops.plain import PLAIN
 
 kernels = torch.ops.mllama_graph
+# Layouts of model/stored.py in the order of native/repack.h.
+REPACKED = ("packed", "gptq", "awq", "blocks")
 
 
 def lay_out(weights: Weights) -> None:
@@ -39,6 +41,11 @@ def rounded(rows_OI: Tensor, form: Format) -> Codes:
         return quantise(rows_OI, form)
     steps = torch.tensor(INT4_STEPS if form.code == "int4" else (float(MOST),))
     return Codes(*kernels.round_rows(rows_OI, form.groups(rows_OI.shape[1]), steps))
+
+
+def repack(codes_OW: Tensor, stored: Tensor, layout: str, order: Tensor | None) -> None:
+    """A `Repack` of model/published_codes.py."""
+    kernels.repack_(codes_OW, stored, REPACKED.index(layout), order)
 
 
 def embed(ids_T: Tensor, leaf: Embedding, real_1: Tensor | None = None) -> Tensor:
