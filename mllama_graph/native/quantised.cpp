@@ -22,8 +22,9 @@ void lay_out_codes_(Tensor weight, bool whole) {
   if (!weight.is_contiguous() || (words && bytes % 4)) fail("lay_out_codes_ takes contiguous rows of whole words");
   if (!words || kind == ScalarType::Float8_e4m3fn) return lay_out_rows<uint8_t>(data, outputs, bytes);
   if (kind == ScalarType::Char)
-    for_rows(outputs, bytes, [&](int64_t o) {
-      for (int64_t i = o * bytes; i < (o + 1) * bytes; i++) data[i] ^= 0x80;
+    for_rows(outputs, bytes, [=](int64_t o) {
+      auto* words = reinterpret_cast<uint32_t*>(data + o * bytes);
+      for (int64_t i = 0; i < bytes / 4; i++) words[i] ^= 0x80808080;
     });
   lay_out_rows<uint32_t>(data, outputs, bytes / 4);
 }

@@ -13,14 +13,21 @@
 namespace {
 
 // 16 words, whatever the machine's vectors hold.
-typedef uint32_t Words __attribute__((vector_size(64)));
+constexpr int64_t kWords = 16;
+typedef uint32_t Words __attribute__((vector_size(4 * kWords)));
+
+inline Words words_at(const uint32_t* from) {
+  Words x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
 
 // The layouts of model/stored.py, in the order of REPACKED of ops/cpu.py.
 enum class Stored : int64_t { kPacked, kGptq, kAwq, kBlocks };
 
-// Words of inputs that are transposed at once, unless columns are sorted, and the outputs of such a tile: a cache line of
-// the file.
-constexpr int64_t kTileWords = 32, kTileOutputs = 16;
+// A tile: the words of inputs that are transposed at once, unless columns are sorted, and the words side by side in a row
+// of the file, whose cache lines are read one after the other.
+constexpr int64_t kTileWords = 32, kTileOutputs = 64;
 // Outputs in a word of AWQ, and the code of the word that each has.
 constexpr int kAwqOutputs = 8, kAwqPlaces[kAwqOutputs] = {0, 4, 1, 5, 2, 6, 3, 7};
 
@@ -49,15 +56,16 @@ void sort_tile(const uint32_t* tile, const int32_t* order, int64_t words, uint32
   constexpr int kCodes = 32 / kBits;
   constexpr uint32_t kMask = (1u << kBits) - 1;
   for (int64_t w = 0; w < words; w++, to += kTileOutputs) {
-    Words sum{};
+    Words sum[kTileOutputs / kWords] = {};
 #pragma GCC unroll 8
     for (int code = 0; code < kCodes; code++) {
       const auto input = static_cast<uint32_t>(order[w * kCodes + code]);
-      Words from;
-      std::memcpy(&from, tile + input / kCodes * kTileOutputs, sizeof from);
-      sum |= (from >> input % kCodes * kBits & kMask) << code * kBits;
+      const uint32_t* from = tile + input / kCodes * kTileOutputs;
+#pragma GCC unroll 4
+      for (int64_t v = 0; v < kTileOutputs / kWords; v++)
+        sum[v] |= (words_at(from + v * kWords) >> input % kCodes * kBits & kMask) << code * kBits;
     }
-    std::memcpy(to, &sum, sizeof sum);
+    std::memcpy(to, sum, sizeof sum);
   }
 }
 
@@ -91,16 +99,21 @@ void repack_awq(const Repacked& p) {
     for (int64_t first = 0; first < p.words; first += kTileWords) {
       const int64_t count = std::min(kTileWords, p.words - first);
       for (int64_t w = 0; w < count; w++) {
-        Words given[8] = {};
+        uint32_t given[8][kTileOutputs];
         for (int input = 0; input < 8; input++)
-          std::memcpy(&given[input], p.from + ((first + w) * 8 + input) * p.stride + at, some * sizeof(uint32_t));
+          std::memcpy(given[input], p.from + ((first + w) * 8 + input) * p.stride + at, some * sizeof(uint32_t));
+        for (int64_t o = 0; o < some; o += kWords) {
+          Words words[8];
 #pragma GCC unroll 8
-        for (int output = 0; output < kAwqOutputs; output++) {
-          Words sum{};
+          for (int input = 0; input < 8; input++) words[input] = words_at(given[input] + o);
 #pragma GCC unroll 8
-          for (int input = 0; input < 8; input++)
-            sum |= (given[input] >> 4 * kAwqPlaces[output] & 15) << 4 * input;
-          std::memcpy(memory.data() + (output * kTileWords + w) * kTileOutputs, &sum, sizeof sum);
+          for (int output = 0; output < kAwqOutputs; output++) {
+            Words sum{};
+#pragma GCC unroll 8
+            for (int input = 0; input < 8; input++)
+              sum |= (words[input] >> 4 * kAwqPlaces[output] & 15) << 4 * input;
+            std::memcpy(memory.data() + (output * kTileWords + w) * kTileOutputs + o, &sum, sizeof sum);
+          }
         }
       }
       for (int64_t o = 0; o < some * kAwqOutputs; o++) {
