@@ -27,7 +27,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies in a file: its dtype as in KINDS, its shape, and its first byte and the one after its last."""
+    """Where a tensor lies in a file: dtype as in KINDS, shape, its first byte and the one after its last."""
 
     kind: str
     shape: tuple[int, ...]
