@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from test_ranks import written
 from trees import PIXELS, ignore, parameter, tree
 
+from mllama_graph import native
 from mllama_graph.model.adapter import Adapter
 from mllama_graph.model.codes import Codes, unpack, values
 from mllama_graph.model.files import CheckpointFiles
@@ -25,6 +26,7 @@ from mllama_graph.model.formats import DYNAMIC, FLOAT, STATIC, Format
 from mllama_graph.model.table import WHOLE, Shard
 from mllama_graph.model.tree import build
 from mllama_graph.model.weights import from_checkpoint, published
+from mllama_graph.ops import cpu
 from mllama_graph.ops.plain import quantised_linear
 
 GROUPS = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
@@ -84,6 +86,11 @@ SMALL = replace(
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def kernels(cache_home):
+    native.load("quantised", cache_home)
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """The folder of an unquantised checkpoint."""
@@ -104,13 +111,14 @@ def quantised(base, tmp_path_factory):
     return make
 
 
-def weights_of(folder, shard=WHOLE, adapters=()):
+def weights_of(folder, shard=WHOLE, adapters=(), repack=None):
     """The tree of a rank as the engine builds it, and the notes on its formats."""
     files = CheckpointFiles(folder, adapters)
     files.verify()
     formats, notes = files.formats(shard.world)
     fill = from_checkpoint(files)
-    return build(files.shape, PIXELS, torch.float32, CPU, fill, ignore, shard, formats, published(files)), notes
+    codes = published(files, repack)
+    return build(files.shape, PIXELS, torch.float32, CPU, fill, ignore, shard, formats, codes), notes
 
 
 def held(leaf):
@@ -142,6 +150,8 @@ def test_every_rank_holds_the_values_that_the_codes_stand_for(name, quantised):
     assert max(kinds, key=kinds.count) == FORMATS[name][1]
     for shard in (WHOLE, Shard(1, 2)):
         same_values(folder, twin, shard)
+        one, other = (weights_of(folder, shard, repack=repack)[0].state_dict() for repack in (None, cpu.repack))
+        assert all(torch.equal(value, other[path]) for path, value in one.items() if value.dtype != torch.float8_e4m3fn)
 
 
 SERVED = ("bos_image", "text_15", "image_first_17")

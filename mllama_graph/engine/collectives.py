@@ -69,7 +69,7 @@ def load_native(name: str, folder: Path, instead: str, say: Callable[[str], None
     """
     try:
         if not native.built(name, folder):
-            say(f"building the C++ {name} for this machine, once")
+            say(f"compiling the C++ library {name!r} for this machine (only once)")
         native.load(name, folder)
     except native.BuildError as error:
         raise UserError(f"{error} Or use {instead}.") from error

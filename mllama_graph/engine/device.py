@@ -34,6 +34,7 @@ from mllama_graph.model.formats import FLOAT, Format
 from mllama_graph.model.inputs import Pages
 from mllama_graph.model.ops import Ops
 from mllama_graph.model.placement import Placement
+from mllama_graph.model.published_codes import Repack
 from mllama_graph.model.sample import Gather
 from mllama_graph.model.tree import Weights
 from mllama_graph.ops import cpu
@@ -108,6 +109,11 @@ class Backend(ABC):
         """Quantise whole rows of a weight, fp32 on the host, while it is loaded."""
         return quantise(rows_OI, form)
 
+    @property
+    def repack(self) -> Repack | None:
+        """What writes the codes of a published checkpoint faster than torch, on the host; None: torch does."""
+        return None
+
     def join(self, store: dist.Store | None, libraries: Path, say: Callable[[str], None]) -> Collectives:
         """Join the other ranks, waiting up to the run's timeout. Raises UserError where a library can't be built."""
         if self.place.world == 1:
@@ -175,6 +181,10 @@ class CpuBackend(Backend):
 
     def rounded(self, rows_OI: Tensor, form: Format) -> Codes:
         return cpu.rounded(rows_OI, form) if self.run.kernels == NATIVE else quantise(rows_OI, form)
+
+    @property
+    def repack(self) -> Repack | None:
+        return cpu.repack if self.run.kernels == NATIVE else None
 
 
 class CudaBackend(Backend):

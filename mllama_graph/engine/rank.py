@@ -78,7 +78,11 @@ class Rank:
 
         fill = from_checkpoint(run.checkpoint) if run.checkpoint else random_fill(run.shape, run.seed, spec.store)
         published_files = run.checkpoint if run.checkpoint and run.checkpoint.quantised else None
-        codes = published(published_files) if published_files else quantising(fill, self.backend.rounded)
+        codes = (
+            published(published_files, self.backend.repack)
+            if published_files
+            else quantising(fill, self.backend.rounded)
+        )
         placement = self.backend.placement(spec)
         weights = build(run.shape, pixels, spec.store, placement, fill, report, spec.shard, spec.formats, codes)
         _return_freed_memory()

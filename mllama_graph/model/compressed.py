@@ -123,7 +123,7 @@ def quantization_config(formats: Formats) -> dict[str, Any]:
         "input_activations": None if layout(form) == "pack-quantized" else activations,
         "output_activations": None,
     }
-    left = [part for part, prefix in PARTS.items() if not any(path.startswith(prefix) for path, _ in formats)]
+    left = [part for part in IGNORED if not any(path.startswith(PARTS[part]) for path, _ in formats)]
     return {
         "quant_method": "compressed-tensors",
         "format": layout(form),

@@ -123,14 +123,27 @@ CHOICES = {
 }
 # Groups that quant_group= may ask for.
 GROUPS = (32, 64, 128)
+# The path of the embedding, which is no linear layer: its rows are looked up.
+EMBEDDING = "text.embed"
 # The parts of a model that quant_parts= names, by the first words of a leaf's path. Published checkpoints quantise the
 # language model's layers alone.
-PARTS = {"text": "text.layers.", "head": "text.head", "vision": "vision.", "projector": "projector"}
+PARTS = {
+    "text": "text.layers.",
+    "head": "text.head",
+    "vision": "vision.",
+    "projector": "projector",
+    "embedding": EMBEDDING,
+}
 
 
 def is_linear(entry: Entry) -> bool:
     """Whether an entry is the weight of a linear layer, which only `Ops.linear` reads."""
     return entry.path.endswith(".weight") and len(entry.shape) == 2 and entry.init == "linear"
+
+
+def is_quantisable(entry: Entry) -> bool:
+    """Whether a format can hold an entry: the weight of a linear layer, or the embedding."""
+    return is_linear(entry) or leaf_of(entry) == EMBEDDING
 
 
 def leaf_of(entry: Entry) -> str:
@@ -141,19 +154,23 @@ def leaf_of(entry: Entry) -> str:
 def chosen(quant: str, group: int, parts: Iterable[str], shape: ModelShape, world: int) -> Formats:
     """The formats that quant=, quant_group= and quant_parts= choose for a model in floating point.
 
-    Raises UserError where a format can't hold a layer.
+    The embedding has int8 rows. Raises UserError where a format can't hold a layer.
     """
     if quant == "none":
         return ()
     prefixes, form = tuple(PARTS[part] for part in parts), CHOICES[quant]
     if form.group:
         form = replace(form, group=group)
+    if EMBEDDING in prefixes and form.code != "int8":
+        raise UserError(
+            f"quant={quant}: the embedding is held in 8 bits only. Leave it out of quant_parts=, or use w8a16."
+        )
     found = {}
     for entry in table(shape):
-        if is_linear(entry) and entry.path.startswith(prefixes):
+        if is_quantisable(entry) and entry.path.startswith(prefixes):
             if fault := form.fault(entry, world):
                 raise UserError(f"quant={quant}: {fault}. Choose another quant=, quant_group=, quant_parts= or tp=.")
-            found[leaf_of(entry)] = form
+            found[leaf_of(entry)] = Format("int8") if leaf_of(entry) == EMBEDDING else form
     return tuple(sorted(found.items()))
 
 
@@ -178,7 +195,7 @@ def stored_bytes(shape: ModelShape, storage: Storage, shard: Shard = WHOLE) -> d
     """Bytes of a rank's Parameters, padding included: of each quantised leaf, and of each other Parameter, by path."""
     formats, sizes = dict(storage.formats), dict[str, list[tuple[int, ...]]]()
     for entry in table(shape):
-        path = leaf if is_linear(entry) and (leaf := leaf_of(entry)) in formats else entry.path
+        path = leaf if is_quantisable(entry) and (leaf := leaf_of(entry)) in formats else entry.path
         sizes.setdefault(path, []).append(entry.local(shard))
     return {
         path: formats[path].bytes(sum(rows for rows, _ in found), found[0][1])

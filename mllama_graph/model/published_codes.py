@@ -5,7 +5,7 @@ inputs; W words or bytes, each with several codes.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,20 +23,26 @@ if TYPE_CHECKING:
 
 # Weights that are read at once: what is computed from them stays below some 100 MB.
 READ_BLOCK = 1 << 23
+# The same where codes are only repacked: it bounds the part of a file that is mapped at once.
+REPACK_BLOCK = 1 << 26
 # Of the 8 codes in a word, which one AWQ gives to each output.
 AWQ_PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
+
+# Writes codes as a leaf stores them (O, W), from words or bytes of a file in a layout of stored.py, with the input of
+# each column or None for their order: a faster equal of `PublishedWeight._packed`.
+Repack = Callable[[Tensor, Tensor, str, Tensor | None], None]
 
 
 class PublishedWeight:
     """A quantised weight of a checkpoint's files."""
 
-    def __init__(self, files: "CheckpointFiles", stored: Stored, entry: Entry):
-        self.files, self.stored = files, stored
+    def __init__(self, files: "CheckpointFiles", stored: Stored, entry: Entry, repack: Repack | None = None):
+        self.files, self.stored, self.repack = files, stored, repack
         self.outputs, self.inputs = entry.shape
 
-    def blocks(self, rows: slice) -> Iterator[slice]:
-        """Rows in blocks of READ_BLOCK weights."""
-        count = max(1, READ_BLOCK // self.inputs)
+    def blocks(self, rows: slice, weights: int = READ_BLOCK) -> Iterator[slice]:
+        """Rows in blocks of so many weights; those of words of 8 outputs, whole words."""
+        count = max(8, weights // self.inputs // 8 * 8)
         for first in range(rows.start, rows.stop, count):
             yield slice(first, min(first + count, rows.stop))
 
@@ -56,38 +62,64 @@ class PublishedWeight:
             found[block.start - rows.start : block.stop - rows.start] = values(codes, form)
         return found
 
-    def parts(self, form: Format, rows: slice, columns: slice) -> dict[str, Tensor]:
-        """What a leaf of a format stores of a region, by name of the part. A sorted format has all columns."""
-        stored, inputs = self.stored, columns.stop - columns.start
+    def write(self, parts: dict[str, Tensor], form: Format, rows: slice, columns: slice) -> None:
+        """Write a region to a leaf of a format: its parts by name, of these rows. A sorted format has all columns."""
+        for block in self.blocks(rows, REPACK_BLOCK if self.repack else READ_BLOCK):
+            at = slice(block.start - rows.start, block.stop - rows.start)
+            held = {name: part[at] if part.dim() == 2 else part for name, part in parts.items()}
+            self._write_block(held, form, block, columns)
+
+    def _write_block(self, held: dict[str, Tensor], form: Format, rows: slice, columns: slice) -> None:
         self._check_bias(rows)
         group_K = self._input_groups()
-        order = torch.argsort(group_K, stable=True) if form.sorted else None
-        in_order = group_K[order] if order is not None else group_K[columns]
-        first_G = in_order[:: form.group or inputs]
-        scale_OG, shift_OG = self._scales(rows)
-        found = {"weight": self._packed(form, rows, columns, order), "scale": scale_OG[:, first_G]}
-        if form.shifted:
-            found["shift"] = shift_OG[:, first_G] if shift_OG is not None else torch.zeros(found["scale"].shape)
+        order = torch.argsort(group_K, stable=True).to(torch.int32) if form.sorted else None
+        in_order = group_K[columns] if order is None else group_K[order]
+        first_G = in_order[:: form.group or columns.stop - columns.start]
+        self._write_codes(held["weight"], form, rows, columns, order)
+        for name, of_all in zip(("scale", "shift"), self._scales(rows), strict=True):
+            if of_all is not None:
+                same = torch.equal(first_G, torch.arange(of_all.shape[1]))
+                held[name].copy_(of_all if same else of_all.index_select(1, first_G))
+            elif name in held:
+                held[name].zero_()
         if order is not None:
-            found["order"] = order.to(torch.int32)
+            held["order"].copy_(order)
         if (codebook := self._codebook()) is not None:
-            found["codebook"] = codebook
+            held["codebook"].copy_(codebook)
         if form.activations == STATIC:
-            found["input_scale"], found["input_zero"] = (torch.tensor([value]) for value in stored.static)
-        return found
+            for name, value in zip(("input_scale", "input_zero"), self.stored.static, strict=True):
+                held[name].fill_(value)
 
     # ---- codes
+
+    def _write_codes(self, to: Tensor, form: Format, rows: slice, columns: slice, order: Tensor | None) -> None:
+        """Write codes as a leaf stores them."""
+        raw = self._to_repack(form, rows, columns, order) if self.repack else None
+        if self.repack and raw is not None:
+            self.repack(to, raw, self.stored.layout, order)
+        else:
+            to.copy_(self._packed(form, rows, columns, order))
+
+    def _to_repack(self, form: Format, rows: slice, columns: slice, order: Tensor | None) -> Tensor | None:
+        """The words or bytes of a region in the file; None where they are the leaf's, or where some are cut."""
+        layout = self.stored.layout
+        if columns.start % 8 or columns.stop % 8 or layout == "rows":
+            return None
+        if layout == "blocks":
+            return None if self.inputs % 8 else self._rows_of_bytes(rows)[:, columns.start // 2 : columns.stop // 2]
+        if layout == "awq":
+            cut = rows.start % 8 or rows.stop % 8 or order is not None
+            return None if cut else self._read("weight", (columns, slice(rows.start // 8, rows.stop // 8)))
+        words = slice(*(end * form.bits // 32 for end in (columns.start, columns.stop)))
+        if layout == "gptq":
+            return self._read("weight", (words, rows))
+        return None if form.bits == 4 and order is None else self._read("weight", (rows, words))
 
     def _packed(self, form: Format, rows: slice, columns: slice, order: Tensor | None) -> Tensor:
         """Codes as a leaf stores them. The bytes of a file's words are the leaf's where no column must be moved."""
         aligned = not (columns.start % 8 or columns.stop % 8 or self.inputs % 2)
         if form.bits == 4 and order is None and aligned:
             return self._bytes(rows, columns)
-        if form.bits == 4 and order is not None and self.stored.layout == "gptq":
-            # Whole columns are rows of the file, which are faster to move.
-            raw_WBO = self._read("weight", (slice(None), rows)).contiguous().view(torch.uint8).unflatten(1, (-1, 4)).mT
-            codes_IO = torch.stack((raw_WBO & 15, raw_WBO >> 4), dim=2).flatten(0, 2)[order]
-            return (codes_IO[::2] | codes_IO[1::2] << 4).T
         codes = self._codes(rows, columns)
         return pack(codes if order is None else codes.index_select(1, order), form)
 
@@ -108,8 +140,7 @@ class PublishedWeight:
     def _bytes(self, rows: slice, columns: slice) -> Tensor:
         """Bytes (O, W) of codes along the inputs, the first in the low half; columns are multiples of 8."""
         if self.stored.layout == "blocks":
-            raw = self._flat(rows.start * self.inputs // 2, rows.stop * self.inputs // 2)
-            raw = raw.view(-1, self.inputs // 2)[:, columns.start // 2 : columns.stop // 2]
+            raw = self._rows_of_bytes(rows)[:, columns.start // 2 : columns.stop // 2]
             return raw >> 4 | raw << 4
         if self.stored.layout == "awq":
             words_IW = self._read("weight", (columns, slice(rows.start // 8, -(-rows.stop // 8))))
@@ -123,6 +154,10 @@ class PublishedWeight:
         if self.stored.layout == "packed":
             return self._read("weight", (rows, words)).contiguous().view(torch.uint8)
         return self._read("weight", (words, rows)).T.contiguous().view(torch.uint8)
+
+    def _rows_of_bytes(self, rows: slice) -> Tensor:
+        """Bytes of the codes of whole rows, of an even number of inputs."""
+        return self._flat(rows.start * self.inputs // 2, rows.stop * self.inputs // 2).view(-1, self.inputs // 2)
 
     def _flat(self, start: int, stop: int) -> Tensor:
         """Bytes of the flattened weight."""
@@ -187,10 +222,12 @@ class PublishedWeight:
         first, last = rows.start * self.inputs // block, -(-rows.stop * self.inputs // block)
         scale = self._read("scale", (slice(first, last),))
         if "nested_scale" in self.stored.tensors:
-            nested = self._read("nested_scale")[torch.arange(first, last) // int(options["nested_block"])]
-            scale = self._read("nested_map")[scale.int()] * nested + options["offset"]
-        at = torch.arange(rows.start * self.inputs, rows.stop * self.inputs, group) // block - first
-        return scale.float()[at].view(rows.stop - rows.start, -1), None
+            nested = _repeated(self._read("nested_scale"), int(options["nested_block"]), first, last)
+            scale = self._read("nested_map").index_select(0, scale.int()) * nested + options["offset"]
+        parts = slice(rows.start * self.inputs // group, rows.stop * self.inputs // group)
+        skipped, per = first * (block // group), block // group
+        scale = _repeated(scale.float(), per, parts.start - skipped, parts.stop - skipped)
+        return scale.view(rows.stop - rows.start, -1), None
 
     def _codebook(self) -> Tensor | None:
         return self._read("codebook").float() if self.stored.code == "codebook" else None
@@ -206,7 +243,7 @@ class PublishedWeight:
         if "quant_bias" not in self.stored.tensors:
             return
         bias = self._read("quant_bias").flatten()[rows].long()
-        sums = self._codes(rows, slice(0, self.inputs)).long().sum(1)
+        sums = self._codes(rows, slice(0, self.inputs)).sum(1, dtype=torch.int32)
         # One for rounding.
         if wrong := ((bias + round(self.stored.static[1]) * sums).abs() > 1).nonzero().flatten().tolist():
             raise UserError(
@@ -217,6 +254,12 @@ class PublishedWeight:
     def _read(self, role: str, region: Region | None = None) -> Tensor:
         name, path = self.files.tensors[self.stored.tensors[role]]
         return read_safetensors(path, name, region)
+
+
+def _repeated(each: Tensor, times: int, first: int, last: int) -> Tensor:
+    """Elements first .. last of a vector whose elements are repeated so often."""
+    some = each[first // times : -(-last // times)]
+    return some if times == 1 else some.repeat_interleave(times)[first % times :][: last - first]
 
 
 def _unpacked(words: Tensor, bits: int) -> Tensor:

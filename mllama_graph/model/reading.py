@@ -1,18 +1,30 @@
 """Reads regions of stored tensors. Files are mapped into memory for one read at a time, which releases their pages."""
 
 import math
+import mmap
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from mllama_graph.model.pth import PthFile
+from mllama_graph.model.small import place_of
 
 # Approximate bytes of a file mapped into memory at once: the memory that loading needs besides the weights.
 BLOCK_BYTES = 64 << 20
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
 
 Region = tuple[slice, ...]
 
@@ -23,11 +35,17 @@ def block_rows(part: Tensor) -> int:
 
 
 def read_safetensors(path: Path, name: str, region: Region | None = None) -> Tensor:
-    """A region of a tensor of a safetensors file, or the whole."""
-    with safe_open(path, framework="pt") as file:
-        lazy = file.get_slice(name)
-        value: Tensor = lazy[region] if region is not None and lazy.get_shape() else lazy[...]
-        return value
+    """A region of a tensor of a safetensors file, or the whole, mapped from it: pages are read when they are used."""
+    place = place_of(path, name)
+    if place.start == place.stop:
+        return torch.empty(place.shape, dtype=DTYPES[place.kind])
+    first = place.start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+    with path.open("rb") as file:
+        # Private, since torch takes only memory that may be written. Unmapped as soon as no tensor uses it.
+        mapped = mmap.mmap(file.fileno(), place.stop - first, access=mmap.ACCESS_COPY, offset=first)
+    flat = torch.frombuffer(mapped, dtype=torch.uint8, offset=place.start - first).view(DTYPES[place.kind])
+    value = flat.view(place.shape)
+    return value[region] if region is not None and place.shape else value
 
 
 def read_pth(file: PthFile, name: str) -> Tensor:

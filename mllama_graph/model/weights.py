@@ -20,7 +20,7 @@ from mllama_graph.model.formats import Format
 from mllama_graph.model.merge import merged
 from mllama_graph.model.meta_files import MetaFiles
 from mllama_graph.model.meta_weights import reader
-from mllama_graph.model.published_codes import PublishedWeight
+from mllama_graph.model.published_codes import PublishedWeight, Repack
 from mllama_graph.model.reading import Region, block_rows, read_safetensors
 from mllama_graph.model.shape import ModelShape
 from mllama_graph.model.table import WHOLE, Entry, table
@@ -82,13 +82,14 @@ def quantising(fill: Fill, rounded: Callable[[Tensor, Format], Codes] = quantise
     return fill_quantised
 
 
-def published(files: CheckpointFiles) -> FillQuantised:
-    """A FillQuantised that takes a quantised checkpoint's codes as they are, a block of rows at a time."""
+def published(files: CheckpointFiles, repack: Repack | None = None) -> FillQuantised:
+    """A FillQuantised that takes a quantised checkpoint's codes as they are, a block of rows at a time.
+
+    repack: what writes codes that a file packs otherwise, faster than torch.
+    """
 
     def fill_quantised(entry: Entry, form: Format, parts: dict[str, Tensor], region: Region) -> None:
-        weight = PublishedWeight(files, files.published.stored[entry.name], entry)
-        for rows in weight.blocks(region[0]):
-            write_parts(parts, weight.parts(form, rows, region[1]), rows.start - region[0].start)
+        PublishedWeight(files, files.published.stored[entry.name], entry, repack).write(parts, form, *region)
 
     return fill_quantised
 

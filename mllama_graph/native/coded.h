@@ -1,7 +1,7 @@
 // Linear layers with a quantised weight and rows in fp32, for codes and machines that integers.h does not serve.
 //
 // A group's products with codes are summed first; the sum is then multiplied by the group's scale, and the shift by the
-// sum of the row's inputs. With few rows, codes are decoded in registers; with more, into a block that stays in cache.
+// sum of the row's inputs. With AVX-512 or few rows, codes are decoded in registers; else into a block in cache.
 // Either way a row's products are summed in the same order, so that its result has the same bits.
 
 #pragma once
@@ -16,12 +16,19 @@
 
 namespace {
 
-// Up to this many rows, codes are decoded in registers.
+// Rows of a tile whose codes are decoded in registers.
 template <class D>
 constexpr int kCodedRows = kRegisters == 32 ? 8 : D::kInputs == 1 ? 4 : 3;
+// Whether that is faster than a decoded block for any number of rows: few instructions decode a wide vector.
+#if defined(__AVX512F__)
+constexpr bool kDecodesEach = true;
+#else
+constexpr bool kDecodesEach = false;
+#endif
 
-// Inputs of a decoded block, unless a group is longer; it stays in L1. Rows of a task, which share its blocks.
-constexpr int64_t kDecoded = 128, kSharing = 192;
+// Inputs of a block, unless a group is longer: a decoded one stays in L1, one of codes in L2. Rows of a task, which share
+// its blocks.
+constexpr int64_t kDecoded = 128, kCoded = 2048, kSharing = 192;
 
 // A weight in panels, its scales and shifts in panels of their own, and how its inputs are grouped.
 template <class Word>
@@ -51,7 +58,7 @@ template <int R, int V, class D>
     for (int64_t i = 0; i < group; i += D::kInputs, a += D::kInputs, words += width) {
       const char* next = reinterpret_cast<const char*>(words) + ahead;
 #pragma GCC unroll 4
-      for (int64_t byte = 0; byte < kColumns * static_cast<int64_t>(sizeof(*words)); byte += kLine)
+      for (int64_t byte = 0; ahead && byte < kColumns * static_cast<int64_t>(sizeof(*words)); byte += kLine)
         __builtin_prefetch(next + byte, 0, kLocality<R>);
       typename D::Loaded loaded[V];
 #pragma GCC unroll 8
@@ -155,27 +162,36 @@ void coded_panel(const D& decoder, const float* x, const Coded<typename D::Word>
   // A single group is cut into blocks, and its scale is applied at the end.
   const bool scaled = groups > 1;
   for (int64_t t = 0; t < rows; t++) std::fill_n(y + t * w.outputs, width, 0.0f);
-  if (rows <= kCodedRows<D>) {
-    coded_rows<kCodedRows<D>>(decoder, x, w.inputs, words, width, group, groups, scale, shift, sums, groups, scaled, y,
-                              w.outputs, rows, kAhead);
-  } else {
-    const int64_t deep = scaled ? group * std::max<int64_t>(1, kDecoded / group) : kDecoded;
-    block.resize(deep * width);
-    for (int64_t i = 0; i < w.inputs; i += deep) {
-      const int64_t some = std::min(deep, w.inputs - i), part = scaled ? group : some, g = i / group;
-      decode_block(decoder, words + i / D::kInputs * width, width, some, block.data());
-      const int64_t tiles = (rows + kCodedRows<Floats> - 1) / kCodedRows<Floats>;
-      for (int64_t tile = 0; tile < tiles; tile++) {
-        const int64_t row = tile * rows / tiles, tall = (tile + 1) * rows / tiles - row;
-        coded_rows<kCodedRows<Floats>>(Floats{}, x + row * w.inputs + i, w.inputs, block.data(), width, part,
-                                       some / part, scale + g * width, shift ? shift + g * width : nullptr,
-                                       sums + row * groups + g, groups, scaled, y + row * w.outputs, w.outputs, tall,
-                                       0);
-      }
+  const auto each_tile = [&]<class Decoder>(const Decoder& of, const typename Decoder::Word* from, int64_t i,
+                                            int64_t some, int64_t ahead) {
+    const int64_t part = scaled ? group : some, g = i / group;
+    const int64_t tiles = (rows + kCodedRows<Decoder> - 1) / kCodedRows<Decoder>;
+    for (int64_t tile = 0; tile < tiles; tile++) {
+      const int64_t row = tile * rows / tiles, tall = (tile + 1) * rows / tiles - row;
+      coded_rows<kCodedRows<Decoder>>(of, x + row * w.inputs + i, w.inputs, from, width, part, some / part,
+                                      scale + g * width, shift ? shift + g * width : nullptr, sums + row * groups + g,
+                                      groups, scaled, y + row * w.outputs, w.outputs, tall, ahead);
+    }
+  };
+  const bool once = rows <= kCodedRows<D>, decodes_each = once || kDecodesEach;
+  const int64_t block_inputs = once ? w.inputs : kDecodesEach ? kCoded : kDecoded;
+  const int64_t deep = scaled ? group * std::max<int64_t>(1, block_inputs / group) : block_inputs;
+  for (int64_t i = 0; i < w.inputs; i += deep) {
+    const int64_t some = std::min(deep, w.inputs - i);
+    const auto* from = words + i / D::kInputs * width;
+    if (decodes_each) {
+      each_tile(decoder, from, i, some, once ? kAhead : 0);
+    } else {
+      // Its vectors lie in one cache line each.
+      block.resize(deep * width + kLine / sizeof(float));
+      float* decoded = block.data();
+      while (reinterpret_cast<uintptr_t>(decoded) % kLine) decoded++;
+      decode_block(decoder, from, width, some, decoded);
+      each_tile(Floats{}, decoded, i, some, 0);
     }
   }
   if (scaled) return;
-  const float factor = rows <= kCodedRows<D> ? D::kFactor : 1;
+  const float factor = decodes_each ? D::kFactor : 1;
   for (int64_t t = 0; t < rows; t++)
     for (int64_t o = 0; o < width; o++) {
       float& to = y[t * w.outputs + o];

@@ -139,6 +139,7 @@ OPERATORS: dict[str, dict[str, tuple[str | None, Callable[..., Any]]]] = {
     },
     "quantised": {
         "lay_out_codes_": ("(Tensor(a!) weight, bool whole) -> ()", _nothing),
+        "repack_": ("(Tensor(a!) codes, Tensor stored, int layout, Tensor? order) -> ()", _nothing),
         "round_rows": ("(Tensor rows, int groups, Tensor steps) -> (Tensor, Tensor)", _nothing),
         "linear_coded": (
             "(Tensor x, Tensor weight, Tensor scale, Tensor? shift, Tensor? order, Tensor? table, Tensor? bias, "

@@ -2,6 +2,7 @@
 
 #include "coded.h"
 #include "integers.h"
+#include "repack.h"
 #include "rounding.h"
 
 namespace {
@@ -21,8 +22,9 @@ void lay_out_codes_(Tensor weight, bool whole) {
   if (!weight.is_contiguous() || (words && bytes % 4)) fail("lay_out_codes_ takes contiguous rows of whole words");
   if (!words || kind == ScalarType::Float8_e4m3fn) return lay_out_rows<uint8_t>(data, outputs, bytes);
   if (kind == ScalarType::Char)
-    for_rows(outputs, bytes, [&](int64_t o) {
-      for (int64_t i = o * bytes; i < (o + 1) * bytes; i++) data[i] ^= 0x80;
+    for_rows(outputs, bytes, [=](int64_t o) {
+      auto* words = reinterpret_cast<uint32_t*>(data + o * bytes);
+      for (int64_t i = 0; i < bytes / 4; i++) words[i] ^= 0x80808080;
     });
   lay_out_rows<uint32_t>(data, outputs, bytes / 4);
 }
@@ -79,6 +81,7 @@ Tensor linear_coded(Tensor given, Tensor weight, Tensor scale, std::optional<Ten
 
 STABLE_TORCH_LIBRARY_IMPL(mllama_graph, CPU, library) {
   library.impl("lay_out_codes_", &boxed<lay_out_codes_>);
+  library.impl("repack_", &boxed<repack_>);
   library.impl("round_rows", &boxed<round_rows>);
   library.impl("linear_coded", &boxed<linear_coded>);
   library.impl("linear_integers", &boxed<linear_integers>);

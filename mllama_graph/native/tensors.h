@@ -70,7 +70,8 @@ void widen_elements(const Tensor& weight, int64_t first, int64_t count, float* t
     case ScalarType::Float: return copy(static_cast<const float*>(data));
     case ScalarType::BFloat16: return copy(static_cast<const BFloat16*>(data));
     case ScalarType::Half: return copy(static_cast<const Float16*>(data));
-    default: fail("a kernel takes weights of float32, bfloat16 and float16");
+    case ScalarType::Char: return copy(static_cast<const int8_t*>(data));
+    default: fail("a kernel takes weights of float32, bfloat16, float16 and int8");
   }
 }
 

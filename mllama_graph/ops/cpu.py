@@ -19,6 +19,8 @@ from mllama_graph.model.tree import Embedding, LayerNorm, Linear, Weights, linea
 from mllama_graph.ops.plain import PLAIN
 
 kernels = torch.ops.mllama_graph
+# Layouts of model/stored.py in the order of native/repack.h.
+REPACKED = ("packed", "gptq", "awq", "blocks")
 
 
 def lay_out(weights: Weights) -> None:
@@ -41,12 +43,22 @@ def rounded(rows_OI: Tensor, form: Format) -> Codes:
     return Codes(*kernels.round_rows(rows_OI, form.groups(rows_OI.shape[1]), steps))
 
 
+def repack(codes_OW: Tensor, stored: Tensor, layout: str, order: Tensor | None) -> None:
+    """A `Repack` of model/published_codes.py."""
+    kernels.repack_(codes_OW, stored, REPACKED.index(layout), order)
+
+
 def embed(ids_T: Tensor, leaf: Embedding, real_1: Tensor | None = None) -> Tensor:
-    return kernels.embed(ids_T, leaf.weight, None, real_1)
+    return _rows(ids_T, leaf, None, real_1)
 
 
 def embed_held(ids_T: Tensor, leaf: Embedding, real_1: Tensor | None = None) -> Tensor:
-    return kernels.embed(ids_T, leaf.weight, leaf.first, real_1)
+    return _rows(ids_T, leaf, leaf.first, real_1)
+
+
+def _rows(ids_T: Tensor, leaf: Embedding, first: Tensor | None, real_1: Tensor | None) -> Tensor:
+    x_TD = kernels.embed(ids_T, leaf.weight, first, real_1)
+    return x_TD if leaf.scale is None else x_TD * kernels.embed(ids_T, leaf.scale, first, real_1)
 
 
 def linear(x: Tensor, leaf: Linear, real_1: Tensor | None = None, largest: Tensor | None = None) -> Tensor:

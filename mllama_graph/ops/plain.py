@@ -14,16 +14,19 @@ from mllama_graph.ops.pages import as_stored, gather, write_pages_
 
 
 def embed(ids_T: Tensor, leaf: Embedding) -> Tensor:
-    """Look up rows of the embedding table: ids_T -> x_TD."""
-    return F.embedding(ids_T, leaf.weight)
+    """Look up rows of the embedding table: ids_T -> x_TD; those of an int8 table with their scales, in fp32."""
+    x_TD = F.embedding(ids_T, leaf.weight)
+    if leaf.format is None:
+        return x_TD
+    assert leaf.scale is not None
+    return x_TD.float() * F.embedding(ids_T, leaf.scale)
 
 
 def embed_held(ids_T: Tensor, leaf: Embedding) -> Tensor:
     """`embed` for a rank that holds only the rows from leaf.first on: zeros for ids of other ranks."""
     row_T = ids_T - leaf.first
     held_T = (row_T >= 0) & (row_T < leaf.weight.shape[0])
-    x_TD = F.embedding(torch.where(held_T, row_T, 0), leaf.weight)
-    return torch.where(held_T[:, None], x_TD, 0)
+    return torch.where(held_T[:, None], embed(torch.where(held_T, row_T, 0), leaf), 0)
 
 
 def linear(x: Tensor, leaf: Linear, largest: Tensor | None = None) -> Tensor:

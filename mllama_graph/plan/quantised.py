@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from mllama_graph.core.config import TorchairChoice
 from mllama_graph.core.devices import Device
 from mllama_graph.core.errors import UserError
-from mllama_graph.model.formats import FLOAT, STATIC, Format, Formats, is_linear, leaf_of
+from mllama_graph.model.formats import EMBEDDING, FLOAT, STATIC, Format, Formats, is_quantisable, leaf_of
 from mllama_graph.model.shape import ModelShape
 from mllama_graph.model.table import Shard, table
 
@@ -22,6 +22,10 @@ def on_device(formats: Formats, quant: str, shape: ModelShape, world: int, devic
         return formats
     source = f"quant={quant}" if quant != "none" else "weights="
     for path, form, outputs, inputs in sizes(formats, shape, world):
+        if path == EMBEDDING:
+            raise UserError(
+                f"quant_parts: device={device.name} looks up the embedding in floating point only. Leave embedding out."
+            )
         if form.code not in limits.codes:
             raise UserError(
                 f"{source}: {path} is in {form.code}, for which device={device.name} has no kernel. Use "
@@ -56,7 +60,7 @@ def sizes(formats: Formats, shape: ModelShape, world: int) -> Iterator[tuple[str
     """(path, format, outputs, inputs) of each quantised leaf of a rank."""
     rows: dict[str, list[tuple[int, ...]]] = {}
     for entry in table(shape):
-        if is_linear(entry):
+        if is_quantisable(entry):
             rows.setdefault(leaf_of(entry), []).append(entry.local(Shard(0, world)))
     for path, form in formats:
         yield path, form, sum(size[0] for size in rows[path]), rows[path][0][1]

@@ -292,6 +292,11 @@ class QuantizeOptions(TaskOptions):
             raise UserError("task=quantize needs a folder for the checkpoint: task.folder=OUT.")
         if run.quant == "none":
             raise UserError(f"task=quantize needs a format: quant= one of {', '.join(QUANTS[1:])}.")
+        if "embedding" in run.quant_parts:
+            raise UserError(
+                "task=quantize writes the embedding as it is: engines read a quantised one from few formats. Leave "
+                "embedding out of quant_parts=; quant= of a run can hold it in int8."
+            )
         if self.rounding == GPTQ and (run.quant != "w4a16" or "vision" in run.quant_parts or run.tp > 1):
             raise UserError(
                 "task.rounding=gptq is for quant=w4a16 at tp=1, without the vision tower: codes of 8 bits lose almost "

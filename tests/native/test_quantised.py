@@ -8,7 +8,7 @@ from mllama_graph import native
 from mllama_graph.model.codes import Codes, pack, quantise, rounded_rows, values
 from mllama_graph.model.formats import DYNAMIC, STATIC, Format
 from mllama_graph.model.tree import Linear
-from mllama_graph.ops import cpu
+from mllama_graph.ops import cpu, plain
 
 # Outputs around a panel of three vectors of 4, 8 or 16, and inputs that are no multiple of a decoded block.
 SIZES = [(48, 64), (53, 320), (7, 1024), (144, 416)]
@@ -118,6 +118,19 @@ def test_products_of_integers_are_exact(activations, size):
 def leaf_scales(leaf: Linear, size: tuple[int, int]) -> torch.Tensor:
     """The scales of a leaf with one group, which its layout leaves in order."""
     return leaf.scale.view(size[0])
+
+
+def test_rows_of_an_int8_embedding_are_looked_up_with_their_scales():
+    found = quantise(torch.randn(20, 24), Format("int8"))
+    leaf = linear_leaf(found.codes, format=Format("int8"), scale=found.scale)
+    leaf.first, ids = torch.tensor(7, dtype=torch.int32), torch.tensor([3, 19, 0, 12], dtype=torch.int32)
+    real = torch.tensor([3], dtype=torch.int32)
+    wanted = values(found, leaf.format)[ids.long()]
+    assert torch.equal(cpu.embed(ids, leaf), wanted) and torch.equal(plain.embed(ids, leaf), wanted)
+    assert torch.equal(cpu.embed(ids, leaf, real)[:3], wanted[:3])
+    # A part of the table that begins at id 7.
+    wanted = torch.where(ids[:, None] >= 7, values(found, leaf.format)[(ids.long() - 7).clamp(0)], 0)
+    assert torch.equal(cpu.embed_held(ids, leaf), wanted) and torch.equal(plain.embed_held(ids, leaf), wanted)
 
 
 def test_codes_are_the_nearest_values():

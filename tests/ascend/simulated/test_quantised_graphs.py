@@ -15,7 +15,7 @@ from mllama_graph.ops.npu import npu_ops
 
 # The released model's sizes, with one layer of each kind: no weight is allocated.
 RELEASED = shortened(shape_of({"model_type": "mllama"}))
-TEXT, ALL = ("text",), tuple(PARTS)
+TEXT, ALL = ("text",), tuple(part for part in PARTS if part != "embedding")
 
 
 def quantised(form, parts=TEXT, ranks=1, **changes):
