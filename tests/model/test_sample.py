@@ -7,8 +7,12 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mllama_graph.engine.sampler import noise
+from mllama_graph.engine.sampler import Sampler, noise
+from mllama_graph.engine.steps import NOT_FINITE
+from mllama_graph.inputs.request import Sampling
 from mllama_graph.model import sample
+from mllama_graph.model.table import Shard
+from mllama_graph.ops.plain import PLAIN
 
 V = 12
 LOGITS = st.lists(st.floats(-6, 6, width=32), min_size=V, max_size=V)
@@ -180,3 +184,82 @@ def test_every_rank_sees_the_row_whose_logits_are_not_finite(value, k, world):
     for (value_Bk, id_Bk, _), (value_Ck, id_Ck, _) in zip(candidates(rows, k, world), want):
         assert value_Bk[1::2, 0].isnan().all()
         assert torch.equal(value_Bk[::2], value_Ck) and torch.equal(id_Bk[::2], id_Ck)
+
+
+# ---- candidates that graphs find
+
+
+def found(logits_BV, k, world=1):
+    """What the graphs of `world` ranks give: the largest logits of each."""
+    size = -(-logits_BV.shape[-1] // world)
+    parts = torch.nn.functional.pad(logits_BV, (0, size * world - logits_BV.shape[-1])).split(size, -1)
+    padding = torch.zeros(world * size)
+    padding[logits_BV.shape[-1] :] = torch.finfo(torch.float32).min
+    return torch.cat([sample.best(part, k, pad, PLAIN) for part, pad in zip(parts, padding.split(size), strict=True)])
+
+
+@given(
+    rows=st.lists(st.lists(st.integers(-2, 2), min_size=V, max_size=V), min_size=1, max_size=3),
+    k=st.integers(1, V),
+    world=st.sampled_from([1, 2, 3, 5, 8]),
+)
+def test_graphs_find_the_candidates_of_all_logits(rows, k, world):
+    logits_BV = torch.tensor(rows, dtype=torch.float32)
+    [(value_Bk, id_Bk, total_B)] = candidates(logits_BV, k)
+    of = sample.merged(found(logits_BV, V, world), k, -(-V // world), V)
+    held = of.value_Bk.shape[-1]
+    assert held == min(k, -(-V // world)) and not of.failed_B.any()
+    assert torch.equal(of.value_Bk, value_Bk[:, :held]) and torch.equal(of.id_Bk, id_Bk[:, :held])
+    assert torch.allclose(of.total_B, total_B, atol=1e-6)
+    # With k from each rank, which of the ids with the k-th value are among them is left open.
+    few = sample.merged(found(logits_BV, k, world), k, -(-V // world), V)
+    assert torch.equal(few.value_Bk, value_Bk[:, :held])
+    assert torch.equal(logits_BV.gather(-1, few.id_Bk), few.value_Bk)
+
+
+@given(logits=LOGITS, k=st.integers(1, V), knobs=st.fixed_dictionaries(KNOBS | {"top_k": st.just(0)}))
+@settings(max_examples=200)
+def test_a_draw_that_the_candidates_decide_is_that_of_the_whole_distribution(logits, k, knobs):
+    logits_BV = torch.tensor(logits).expand(len(GRID), -1)
+    of = sample.merged(found(logits_BV, k), k, V, V)
+    temperature_B, top_p_B = (torch.full((len(GRID),), knobs[name]) for name in ("temperature", "top_p"))
+    at_B, decided_B = sample.draw_within(of, V, temperature_B, top_p_B, GRID)
+    drawn_B = of.id_Bk.gather(-1, at_B[:, None])[:, 0]
+    assert torch.equal(drawn_B[decided_B], draws(logits, GRID, **knobs)[decided_B])
+    # With all ids as candidates, only draws at the edge of an interval are left; at temperature 1, only the tail.
+    left = (~decided_B).float().mean().item()
+    if k == V and not any(abs(b - knobs["top_p"]) < 1e-4 for b in torch.tensor(logits).softmax(-1).cumsum(-1)):
+        assert left < 0.01 or knobs["top_p"] < 1
+    if knobs["top_p"] == 1 and knobs["temperature"] == 1:
+        assert abs(left - (1 - torch.tensor(logits).softmax(-1).topk(k).values.sum().item())) < 2 / len(GRID) + 1e-4
+
+
+OPTIONS = [
+    Sampling(),
+    Sampling(logprobs=3),
+    Sampling(temperature=0.7, top_k=5, seed=1, logprobs=2),
+    Sampling(temperature=0.4, top_p=0.8, seed=2),
+    Sampling(temperature=1.3, seed=3),
+    Sampling(temperature=1.0, top_k=40, seed=4),
+    Sampling(logprobs=30),
+]
+
+
+@pytest.mark.parametrize("held", [1, 8, 64])
+def test_tokens_are_the_same_from_candidates_and_from_logits(held):
+    generator, said = torch.Generator().manual_seed(held), []
+    sampler = Sampler(60, Shard(0, 1), lambda x: x[None], said.append)
+    for position in range(40):
+        logits_BV = 4 * torch.randn(len(OPTIONS), 60, generator=generator)
+        # One row in ten has a logit that is not finite, and one in five equal logits.
+        logits_BV[position % 10 % len(OPTIONS), 7] = (torch.nan, torch.inf, -torch.inf)[position % 3]
+        logits_BV = logits_BV.bfloat16().float() if position % 5 else logits_BV
+        at = [position] * len(OPTIONS)
+        want = sampler.tokens(lambda x=logits_BV: x.clone(), None, OPTIONS, at)
+        have = sampler.tokens(lambda x=logits_BV: x.clone(), found(logits_BV, held), OPTIONS, at)
+        assert [token.id for token in have] == [token.id for token in want]
+        assert sum(token.id == NOT_FINITE for token in have) == 1
+        for one, other in zip(have, want, strict=True):
+            assert one.top_ids == other.top_ids
+            assert one.top_logprobs == pytest.approx(other.top_logprobs, abs=1e-5)
+    assert len(said) == (held < 60), "what is slow is told once"

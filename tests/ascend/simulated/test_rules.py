@@ -181,7 +181,8 @@ def test_an_all_reduce_too_many_and_a_missing_one_are_found():
 def test_an_all_reduce_on_a_single_rank_is_found():
     ranks = spec_of("cross_first", 2)
     captured = capture(ranks, LEAN)
-    assert len(found("collectives", captured, LEAN, replace(ranks, world_size=1))) == 3
+    # Of the embedding, attention and MLP, and of the candidates.
+    assert len(found("collectives", captured, LEAN, replace(ranks, world_size=1))) == 4
 
 
 # ---- the operations' documentation
