@@ -46,7 +46,7 @@ def kernels(graph: LoweredGraph, context: Context) -> Faults:
                     yield op, f"has no kernel for {dtype} on a 910B's cores ({source}): it would run on AICPU"
         if op.type == "Cast":
             given, made = graph.dtype(sources["x"]), graph.dtype(f"{op.name}:0")
-            if given is None or made not in CASTS.get(given, ()):
+            if given != made and (given is None or made not in CASTS.get(given, ())):
                 yield (
                     op,
                     f"has no kernel from {given} to {made} on a 910B's cores ({CAST_SOURCE}): it would run on AICPU",

@@ -112,7 +112,7 @@ def best(logits_BV: Tensor, k: int, padding_V: Tensor | None, ops: Ops) -> Tenso
     if padding_V is not None:
         logits_BV = logits_BV + padding_V
     k = min(k, logits_BV.shape[-1])
-    value_Bk, column_Bk = ops.largest(logits_BV, k)
+    value_Bk, column_Bk = ops.top_k(logits_BV, k)
     mass_B1 = (logits_BV - value_Bk[:, :1]).exp().sum(-1, keepdim=True)
     return ops.all_gather(torch.cat((value_Bk, column_Bk.float(), mass_B1, sum_B1), -1))
 

@@ -13,20 +13,20 @@ from torch import Tensor
 from torchair._ge_concrete_graph import ge_apis as ge
 
 
-@torch.library.custom_op("mllama_graph::npu_largest", mutates_args=())
-def npu_largest(x_BV: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """See `largest` of model/ops.py; columns are int32. Captured kernels (npugraph_ex) run this body."""
+@torch.library.custom_op("mllama_graph::npu_top_k", mutates_args=())
+def npu_top_k(x_BV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """See `top_k` of model/ops.py; columns are int32. Captured kernels (npugraph_ex) run this body."""
     value_Bk, column_Bk = x_BV.topk(k)
     return value_Bk, column_Bk.int()
 
 
-@npu_largest.register_fake
+@npu_top_k.register_fake
 def _(x_BV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     value_Bk = x_BV.new_empty((*x_BV.shape[:-1], k))
     return value_Bk, torch.empty_like(value_Bk, dtype=torch.int32)
 
 
-@torchair.register_fx_node_ge_converter(torch.ops.mllama_graph.npu_largest.default)
+@torchair.register_fx_node_ge_converter(torch.ops.mllama_graph.npu_top_k.default)
 def _converter(x_BV: Any, k: int, meta_outputs: Any = None) -> tuple[Any, Any]:
     if k == 1:
         column_B1, value_B1 = ge.ArgMaxWithValue(x_BV, dimension=1, keep_dims=True)
@@ -36,5 +36,5 @@ def _converter(x_BV: Any, k: int, meta_outputs: Any = None) -> tuple[Any, Any]:
     return value_Bk, column_Bk
 
 
-def largest(x_BV: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    return torch.ops.mllama_graph.npu_largest(x_BV, k)
+def top_k(x_BV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return torch.ops.mllama_graph.npu_top_k(x_BV, k)

@@ -202,17 +202,17 @@ def test_a_graph_that_leaves_the_search_to_the_host_is_found():
 
 
 def test_a_search_as_torchair_lowers_it_is_found():
-    messages = found_with("candidates", LEAN, largest=PLAIN.largest)
+    messages = found_with("candidates", LEAN, top_k=PLAIN.top_k)
     assert re.match(
         r"TopKV2 \w+: k is not the constant 64 in int32, at mllama_graph/model/sample.py:\d+ in", messages[0]
     )
     assert "has a sort_policy, which CANN 8.5 does not know" in messages[1]
-    assert "computes in int64" in found_with("numbers", LEAN, largest=PLAIN.largest)[0]
+    assert "computes in int64" in found_with("numbers", LEAN, top_k=PLAIN.top_k)[0]
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
-    [("Cast:0", "searches Cast Cast, not the logits"), ("head", "searches in torch.bfloat16: sums of exp")],
+    [("Cast:0", "searches given.position_T, not the logits"), ("head", "searches in torch.bfloat16: sums of exp")],
 )
 def test_a_search_in_other_values_than_the_logits_in_fp32_is_found(source, message, decode):
     [head] = [name for name, role in decode.inputs.items() if role == "weights.text.head.weight"]

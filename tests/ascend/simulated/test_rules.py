@@ -130,7 +130,7 @@ def test_a_cast_that_undoes_another_is_found(decode):
         outer.input[0], outer.attr["dst_type"].i = f"{inner.name}:0", 3
 
     [message] = found_after("casts", decode, change)
-    assert re.match(r"Cast Cast_\d+: undoes Cast: torch.int32 to torch.float32 and back, at .*in cross_block", message)
+    assert re.match(r"Cast Cast_\d+: undoes Cast: torch.int32 to torch.float32 and back, at .*in best", message)
 
 
 # ---- weights and ranks
