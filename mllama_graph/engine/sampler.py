@@ -74,10 +74,10 @@ class Sampler:
         of = sample.merged(found_WBF, k, self._size, self._vocab)
         at_B, decided_B = torch.zeros(len(sampling), dtype=torch.long), torch.tensor([k <= held for k in wanted])
         if drawn:
-            at_B, (temperature_B, top_k_B, top_p_B, noise_B) = self._draw(of.value_Bk, sampling, positions)
+            at_B, (temperature_B, top_k_B, top_p_B, noise_B, min_p_B) = self._draw(of.value_Bk, sampling, positions)
             whole_B = (temperature_B > 0) & (top_k_B == 0)
             within_B, sure_B = sample.draw_within(
-                of, self._vocab, torch.where(whole_B, temperature_B, 1.0), top_p_B, noise_B
+                of, self._vocab, torch.where(whole_B, temperature_B, 1.0), top_p_B, noise_B, min_p_B
             )
             at_B, decided_B = torch.where(whole_B, within_B, at_B), decided_B & (sure_B | ~whole_B)
         known = (decided_B | of.failed_B).tolist()
@@ -118,7 +118,7 @@ class Sampler:
     def _draw(
         self, value_Bk: Tensor, sampling: Sequence[Sampling], positions: Sequence[int]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The chosen candidate of each row, and the options as columns: temperature, top_k, top_p and noise."""
+        """The chosen candidate of each row, and the options as columns: temperature, top_k, top_p, noise, min_p."""
 
         def column(values: list[float]) -> Tensor:
             return torch.tensor(values, device=value_Bk.device)
@@ -128,5 +128,6 @@ class Sampler:
             column([s.top_k for s in sampling]),
             column([float(s.top_p) for s in sampling]),
             column([noise(s.seed, position) for s, position in zip(sampling, positions)]),
+            column([float(s.min_p) for s in sampling]),
         )
         return sample.draw(value_Bk, *columns), columns

@@ -62,11 +62,14 @@ def total(logits_BV: Tensor, gather: Gather) -> Tensor:
     return gather(logits_BV.logsumexp(-1)).logsumexp(0)
 
 
-def draw(value_Bk: Tensor, temperature_B: Tensor, top_k_B: Tensor, top_p_B: Tensor, noise_B: Tensor) -> Tensor:
+def draw(
+    value_Bk: Tensor, temperature_B: Tensor, top_k_B: Tensor, top_p_B: Tensor, noise_B: Tensor, min_p_B: Tensor
+) -> Tensor:
     """The chosen candidate of each row, (B): inverts the cumulative distribution at `noise_B` in [0, 1).
 
     The candidates are sorted in descending order. temperature 0 is greedy; top_k 0 keeps all; top_p keeps the smallest
-    set of candidates whose probability, after temperature and top_k, reaches it, and always the first one.
+    set of candidates whose probability, after temperature and top_k, reaches it, and always the first one; of these,
+    min_p keeps those at least min_p times as probable as the first.
     """
     scale_B1 = torch.where(temperature_B > 0, temperature_B, 1.0)[:, None]
     # Relative to the largest, so that a tiny temperature drives the others to -inf, and never the largest to inf.
@@ -75,7 +78,8 @@ def draw(value_Bk: Tensor, temperature_B: Tensor, top_k_B: Tensor, top_p_B: Tens
     kept_Bk = (top_k_B[:, None] == 0) | (rank_k < top_k_B[:, None])
     p_Bk = torch.where(kept_Bk, ranked_Bk, -torch.inf).softmax(dim=-1)
     before_Bk = p_Bk.cumsum(dim=-1) - p_Bk
-    p_Bk = torch.where((before_Bk < top_p_B[:, None]) | (rank_k == 0), p_Bk, 0.0)
+    kept_Bk = (before_Bk < top_p_B[:, None]) & (ranked_Bk >= min_p_B.log()[:, None])
+    p_Bk = torch.where(kept_Bk | (rank_k == 0), p_Bk, 0.0)
     reach_Bk = p_Bk.cumsum(dim=-1)
     target_B1 = noise_B[:, None] * reach_Bk[:, -1:]
     # If rounding puts the target past the end, the last candidate with a positive probability is taken.
@@ -137,7 +141,9 @@ def merged(found_WBF: Tensor, k: int, size: int, vocab: int) -> Best:
     return Best(value_BN, id_BN.gather(-1, order_Bk), total_B, failed_B)
 
 
-def draw_within(of: Best, vocab: int, temperature_B: Tensor, top_p_B: Tensor, noise_B: Tensor) -> tuple[Tensor, Tensor]:
+def draw_within(
+    of: Best, vocab: int, temperature_B: Tensor, top_p_B: Tensor, noise_B: Tensor, min_p_B: Tensor
+) -> tuple[Tensor, Tensor]:
     """What `draw` chooses from the whole distribution (top_k 0), where the k largest logits decide it.
 
     Returns the chosen candidate, (B), and whether it is decided, (B): not where the draw or the top_p set reaches
@@ -156,17 +162,23 @@ def draw_within(of: Best, vocab: int, temperature_B: Tensor, top_p_B: Tensor, no
         log_B1 = (left_B1 + margin * whole_B1).clamp(min=0).log()
         ends += [(log_B1 + below_Bk[:, -1:] * (1 / T_B1 - 1)).exp(), n * ((log_B1 - math.log(n)) / T_B1).exp()]
     weight_Bk = (below_Bk / T_B1).exp()
+    # In fp32, as in `draw`.
+    likely_Bk = below_Bk.float() / temperature_B[:, None] >= min_p_B.log()[:, None]
     reach_Bk = weight_Bk.cumsum(-1)
+    # Whether top_p or min_p ends the set; with neither, all ids are in it.
+    ends_B1 = (top_p_B1 < 1) | ~likely_Bk[:, -1:]
     ranks, inside = [], []
     for rest_B1, margin in ((torch.stack(ends).amin(0), 1 - ROUNDING), (torch.stack(ends).amax(0), 1 + ROUNDING)):
         whole_B1 = (reach_Bk[:, -1:] + rest_B1) * margin
         limit_B1 = top_p_B1 * whole_B1
-        kept_Bk = reach_Bk - weight_Bk < limit_B1
+        kept_Bk = (reach_Bk - weight_Bk < limit_B1) & likely_Bk
         kept_Bk[:, 0] = True
-        reached_B1 = torch.where(top_p_B1 < 1, (weight_Bk * kept_Bk).sum(-1, keepdim=True), whole_B1)
+        reached_B1 = torch.where(ends_B1, (weight_Bk * kept_Bk).sum(-1, keepdim=True), whole_B1)
         rank_B1 = ((reach_Bk <= noise_B1 * reached_B1 * margin) & kept_Bk).sum(-1, keepdim=True)
         # A set that ends with the last candidate might go on behind it.
-        ends_inside_B1 = torch.where(top_p_B1 < 1, reach_Bk[:, -1:] >= limit_B1, rank_B1 < below_Bk.shape[-1])
+        ends_inside_B1 = torch.where(
+            ends_B1, (reach_Bk[:, -1:] >= limit_B1) | ~likely_Bk[:, -1:], rank_B1 < below_Bk.shape[-1]
+        )
         ranks.append(torch.minimum(rank_B1, kept_Bk.sum(-1, keepdim=True) - 1)[:, 0])
         inside.append(ends_inside_B1[:, 0])
     return ranks[0], (ranks[0] == ranks[1]) & inside[0] & inside[1] & ~of.failed_B
