@@ -52,8 +52,10 @@ class ShapeInterpreter(Interpreter):
             elif (node.type, name) == (SCATTER, "slot_mapping"):
                 found[value] = torch.arange(len(x), dtype=x.dtype)
             elif (node.type, name) == (ATTENTION, "actual_seq_lengths"):
-                rows = values[dict(node.inputs)["query"]].shape[1]
-                found[value] = torch.full(x.shape, rows, dtype=x.dtype)
+                query = values[dict(node.inputs)["query"]]
+                packed = node.attributes.get("input_layout") == "TND"
+                ends = torch.arange(1, len(x) + 1, dtype=x.dtype) * (len(query) // len(x))
+                found[value] = ends if packed else torch.full(x.shape, query.shape[1], dtype=x.dtype)
             elif (node.type, name) == (ATTENTION, "actual_seq_lengths_kv"):
                 found[value] = torch.full(x.shape, self._longest(node, values), dtype=x.dtype)
             elif (node.type, name) == (ATTENTION, "atten_mask"):
