@@ -82,7 +82,7 @@ def paged(graph: LoweredGraph, context: Context) -> Faults:
         return
     for op in graph.of_type(ATTENTION):
         sources, attributes = dict(inputs_of(op)), attributes_of(op)
-        if _pool(graph, sources["key0"]) != "pages":
+        if pool_of(graph, sources["key0"]) != "pages":
             continue
         missing = [name for name in (*LENGTHS, "block_table") if name not in sources]
         if attributes.get("sparse_mode") != 3 or missing:
@@ -90,7 +90,7 @@ def paged(graph: LoweredGraph, context: Context) -> Faults:
             yield op, f"reads a prompt's pages with sparse_mode {attributes.get('sparse_mode', 0)}{lacks}"
 
 
-def _pool(graph: LoweredGraph, value: str) -> str:
+def pool_of(graph: LoweredGraph, value: str) -> str:
     """The pool that a value is a layer's pages of, written before or not; empty if it is none's."""
     while True:
         if pool := graph.role(value).partition(".")[0]:

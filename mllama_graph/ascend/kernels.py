@@ -24,6 +24,7 @@ KERNELS: dict[str, tuple[tuple[torch.dtype, ...], str]] = {
     "LogicalOr": ((*FLOATS, *BYTES, torch.int32, torch.int64, torch.bool), "math/logical_or/op_api/logical_or.cpp"),
     "ReduceSum": ((*FLOATS, torch.int32, torch.int64), "math/reduce_sum/op_api/reduce_sum_op.cpp"),
     "ClipByValueV2": ((*FLOATS, torch.int32, torch.int64), "conversion/clip_by_value_v2/op_api/clip_by_value.cpp"),
+    "SoftmaxV2": (FLOATS, "activation/softmax_v2/op_api/softmax_v2_op.cpp"),
     "SplitV": ((*FLOATS, *BYTES, torch.int64), "conversion/split_v/op_api/split_v.cpp"),
     "PadV3": ((*FLOATS, torch.int8, torch.int32), "conversion/pad_v3/op_api/padv3.cpp"),
     "BroadcastTo": (

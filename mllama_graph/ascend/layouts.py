@@ -36,6 +36,8 @@ class ShapeInterpreter(Interpreter):
     def _compute(self, node: Node, values: dict[str, Any]) -> tuple[Any, ...]:
         if node.type == ALL_REDUCE:
             return (values[node.inputs[0][1]],)
+        if any(values[value] is None for _, value in node.inputs):
+            return super()._compute(node, values)  # refuses the operation
         inputs = [(name, _signature(values[value])) for name, value in node.inputs]
         key = (node.type, repr(node.attributes), *inputs)
         if key not in self._done:

@@ -11,6 +11,7 @@ import torch
 
 from mllama_graph.ascend import golden
 from mllama_graph.ascend.device_rules import LENGTHS, Faults, kernels, masks, paged, straight
+from mllama_graph.ascend.form_rules import forms
 from mllama_graph.ascend.ge_ops import OPERATIONS, GraphError
 from mllama_graph.ascend.graph import Context, LoweredGraph
 from mllama_graph.ascend.graphdef import (
@@ -257,6 +258,7 @@ RULES: dict[str, Rule] = {
         straight,
         masks,
         paged,
+        forms,
         writes,
         numbers,
         weights,

@@ -1,13 +1,28 @@
-"""Each form of a decode step's attention, lowered by torchair and executed by the interpreter, equals ops/plain.py."""
+"""Each form of a decode step's attention, lowered by torchair and executed by the interpreter, equals ops/plain.py; and
+the rule of forms finds its faults in modified graphs."""
+
+from dataclasses import replace
 
 import pytest
 import torch
+from conversation import Compiled, Conversation, Eager, play
+from findings import BASE, FAILED, FORMS
+from findings import found as findings_of
+from graphs import DECODE, LEAN, broken
 from test_npu_ops import DTYPES, P, close, int32, normal, padded, pages_of, run, wider
+from test_steps import CLOSE
+from torch.testing import assert_close
+from torchair._ge_concrete_graph import ge_ir_pb2
 
+from mllama_graph.ascend.capture import capture
+from mllama_graph.ascend.graph import Context
+from mllama_graph.ascend.graphdef import inputs_of
+from mllama_graph.ascend.lint import lint
 from mllama_graph.model.inputs import ImageInput, TokenInput
 from mllama_graph.ops.npu import NPU, with_prepared
 from mllama_graph.ops.npu_inputs import causal_mask, prepare
 from mllama_graph.ops.plain import PLAIN
+from mllama_graph.plan.cores import SPLIT, TND, Form, Forms
 
 # Of one token, to the end of a page, one beyond, and several pages.
 LENGTHS = [1, 128, 129, 600]
@@ -70,3 +85,134 @@ def test_parts_of_images_merged(dtype):
     close(got[sees], wanted[sees], dtype, roundings=2)
     assert torch.isfinite(got).all()
     assert operations["FusedInferAttentionScore"] == 1 and not {"LogicalAnd", "LogicalOr", "Less"} & operations.keys()
+
+
+def test_every_step_equals_plain_with_keys_in_parts(model):
+    talk = Conversation(model("base").shape)
+    compiled, eager = Compiled(model("base"), torch.float32, parts=(2, 2)), Eager(model("base"), *[torch.float32] * 2)
+    for got, want in zip(play(compiled, talk), play(eager, talk), strict=True):
+        assert_close(got, want, **CLOSE)
+    decode = next(lowered for key, lowered in compiled.lowered.items() if key[0] == "decode")
+    assert decode.operations["SoftmaxV2"] == len(talk.shape.text.self_layers) + len(talk.shape.text.cross_layers)
+
+
+# ---- the rule
+
+# Three text pages of two sequences in two parts, eight image pages in four.
+IN_PARTS = replace(BASE, forms=((DECODE, Forms(Form(SPLIT, 2), Form(SPLIT, 4))),))
+# A kernel of packed rows takes heads 128 wide.
+WIDE = replace(BASE.shape, text=replace(BASE.shape.text, head_width=128))
+PACKED = replace(BASE, shape=WIDE, forms=((LEAN, Forms(Form(TND))),))
+
+
+@pytest.fixture(scope="module")
+def in_parts():
+    return capture(IN_PARTS, DECODE)
+
+
+@pytest.fixture(scope="module")
+def packed():
+    return capture(PACKED, LEAN)
+
+
+def found(captured, change, spec=IN_PARTS, bucket=DECODE, rule="forms"):
+    return findings_of(rule, broken(captured, change), bucket, spec)
+
+
+def attentions(ops):
+    return [op for op in ops.values() if op.type == "FusedInferAttentionScore"]
+
+
+def reader(ops, value, kind):
+    """The operation of a type that takes a value, behind reshapes."""
+    for op in ops.values():
+        if value in op.input:
+            return op if op.type == kind else reader(ops, f"{op.name}:0", kind)
+    raise AssertionError(value)
+
+
+def test_graphs_of_each_form_are_clean(in_parts, packed):
+    assert lint(in_parts, Context(IN_PARTS, DECODE)) == []
+    names = {finding.rule for finding in lint(packed, Context(PACKED, LEAN))}
+    assert names <= {"histogram"}  # golden.json counts models whose width is that of their heads
+
+
+def test_another_form_than_the_chosen_one_is_found(in_parts):
+    messages = findings_of("forms", in_parts, DECODE, BASE)
+    assert "attends in SPLIT with 2 parts, but BSH with 1 was chosen (and 1 more), at" in messages[0]
+    assert "attends in SPLIT with 4 parts, but BSH with 1 was chosen, at" in messages[1]
+    assert "in cross_block: out_TQH = ops.attend_image(" in messages[1]
+
+
+def test_parts_without_a_log_sum_exp_are_found(in_parts):
+    def change(ops):
+        attentions(ops)[0].attr["softmax_lse_flag"].b = False
+
+    [message] = found(in_parts, change)
+    assert "has 4 entries for 2 sequences, but no log-sum-exp to merge them by, at" in message
+
+
+def test_a_log_sum_exp_in_sixteen_bits_is_found(in_parts):
+    def change(ops):
+        softmax = reader(ops, f"{attentions(ops)[0].name}:1", "SoftmaxV2")
+        cast = ops[softmax.input[0].split(":")[0]]
+        cast.type = "Cast"
+        del cast.input[1:]
+        cast.attr["_input_name_key"].list.s[:] = [b"x"]
+        cast.attr["dst_type"].i = 27
+
+    [message] = found(in_parts, change)
+    assert "takes the log-sum-exp of FusedInferAttentionScore, or what is computed from it, out of fp32, at" in message
+
+
+def test_a_log_sum_exp_that_weighs_nothing_is_found(in_parts):
+    def change(ops):
+        product = reader(ops, f"{attentions(ops)[0].name}:1", "Mul")
+        product.input[1] = product.input[0]
+
+    [message] = found(in_parts, change)
+    assert "gives a log-sum-exp by which its results are not weighed, at" in message
+
+
+def test_lengths_of_packed_rows_that_are_not_the_cumulative_ones_are_found(packed):
+    def change(ops):
+        for op in attentions(ops):
+            lengths = dict(inputs_of(op))["actual_seq_lengths_kv"]
+            at = list(op.input).index(dict(inputs_of(op))["actual_seq_lengths"])
+            op.input[at] = lengths
+
+    [message] = found(packed, change, PACKED, LEAN)
+    assert "takes given.len_B as the cumulative lengths of its packed rows, not given.prepared.ends_B (and" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "rule", "said"),
+    [
+        ("int64", "layouts", "a block table of torch.int64"),
+        ("constant", "straight", "block_table comes from a constant, not straight from an input"),
+    ],
+)
+def test_tables_of_parts_are_int32_straight_from_the_host(change, rule, said, in_parts):
+    def changed(ops):
+        op = attentions(ops)[0]
+        table = dict(inputs_of(op))["block_table"]
+        if change == "constant":
+            op.input[list(op.input).index(table)] = "Const:0"
+            return
+        description = ops[table.split(":")[0]].output_desc[0]
+        description.dtype = ge_ir_pb2.DataType.Value("DT_INT64")
+        if "_meta" in description.attr:
+            del description.attr["_meta"]
+
+    assert said in found(in_parts, changed, rule=rule)[0]
+
+
+@pytest.mark.parametrize(("size", "said"), [(256, "pages of 256 tokens, not 128"), (128, None)])
+def test_pages_of_packed_rows_have_the_size_of_their_kernel(size, said):
+    spec = replace(PACKED, page_size=size)
+    messages = findings_of("layouts", capture(spec, LEAN), LEAN, spec)
+    assert (said in messages[0]) if said else messages == []
+
+
+def test_the_rule_has_a_test():
+    assert FORMS <= FAILED
