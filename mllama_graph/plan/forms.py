@@ -14,7 +14,7 @@ from mllama_graph.model.formats import Storage
 from mllama_graph.model.shape import ModelShape
 from mllama_graph.plan.bucket import Bucket
 from mllama_graph.plan.buckets import Plan
-from mllama_graph.plan.cores import BSH, FORMS, SPLIT, TND, TND_PAGE, TND_WIDTH, Form, Forms, accepted
+from mllama_graph.plan.cores import BSH, BSH_ALONE, FORMS, SPLIT, TND, TND_PAGE, TND_WIDTH, Form, Forms, accepted
 from mllama_graph.plan.latency import BEST, BEST_WITHOUT_TND, Model
 
 # The forms of the decode buckets that don't attend in BSH alone.
@@ -57,27 +57,24 @@ def forms_of(
 
 
 def _chosen(model: Model, plan: Plan) -> Iterator[tuple[Bucket, Forms]]:
-    size = plan.page_size
     for bucket in plan.buckets():
-        if bucket.phase != "decode":
-            continue
-        text = model.choice(model.pages(bucket.rows, bucket.pages * size, False, size))
-        image = model.choice(model.pages(bucket.rows, bucket.image_pages * size, True, size))
-        forms = Forms(
-            _that_fits(text, bucket.rows * bucket.pages, plan.num_pages),
-            _that_fits(image, bucket.rows * bucket.image_pages, plan.num_image_pages) if bucket.image_pages else Form(),
-        )
-        if forms != Forms():
-            yield bucket, forms
+        if bucket.phase == "decode":
+            text = _form(model, plan, bucket.rows, bucket.pages, False, plan.num_pages)
+            image = _form(model, plan, bucket.rows, bucket.image_pages, True, plan.num_image_pages)
+            if (forms := Forms(text, image)) != BSH_ALONE:
+                yield bucket, forms
 
 
-def _that_fits(form: Form, most: int, pages: int) -> Form:
-    """BSH instead of SPLIT for a pool of `pages` that can't hold all `most` pages of a batch's block tables.
+def _form(model: Model, plan: Plan, rows: int, pages: int, masked: bool, pool: int) -> Form:
+    """The form of attention to block tables of `pages` pages in a pool of `pool`.
 
-    Attention must not read more pages in all of its entries than the pool has (docs npu_fused_infer_attention_score),
-    and a part without keys of its own reads one: see ops/npu_parts.py.
+    A pool that can't hold all pages of a batch's block tables has no SPLIT: all entries of attention must not have more
+    pages than the pool (docs npu_fused_infer_attention_score), and a part without keys of its own has one.
     """
-    return Form() if form.name == SPLIT and most > pages else form
+    if not pages:
+        return Form()
+    form = model.choice(model.pages(rows, pages * plan.page_size, masked, plan.page_size))
+    return Form() if form.name == SPLIT and rows * pages > pool else form
 
 
 def _check_tnd(model: Model, device: Device, page_size: int) -> None:
