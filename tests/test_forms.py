@@ -96,7 +96,14 @@ def test_a_pool_too_small_for_every_part_keeps_one():
     assert plan.decode(4, 64, 0) not in forms and forms[plan.decode(1, 64, 0)].text.name == SPLIT
 
 
-def test_other_devices_captured_kernels_and_hardware_without_figures_have_one_form():
-    assert chosen(device=CPU)[0] == chosen(mode="npugraph_ex")[0] == {}
+def test_captured_kernels_have_parts_alone():
+    forms, plan = chosen(mode="npugraph_ex")
+    assert forms[plan.decode(1, 64, 51)] == Forms(Form(SPLIT, 20), Form(SPLIT, 20))
+    with pytest.raises(UserError, match="attention=tnd: with backend.torchair.mode=npugraph_ex lengths are integers"):
+        chosen("tnd", mode="npugraph_ex")
+
+
+def test_other_devices_and_hardware_without_figures_have_one_form():
+    assert chosen(device=CPU)[0] == {}
     bare = replace(hardware(), calibration=replace(hardware().calibration, cores=0))
     assert chosen(known=bare)[0] == {}

@@ -38,7 +38,8 @@ class Prepared(NamedTuple):
 
     In a decode step, ends_B (int64) counts the rows up to the end of each sequence, for attention to packed rows. Where
     attention's keys are split into S parts, block table, lengths and mask have B * S rows, one for each part of each
-    sequence, and empty_BS11 or image_empty_BS11 (fp32) is added to the log-sum-exp of each part.
+    sequence, and empty_BS11 or image_empty_BS11 (fp32) is added to the log-sum-exp of each part. unseen_keys_B1RL: for
+    captured kernels, whose lengths are integers, the text keys of the whole block table that rows must not see.
     """
 
     causal_MM: Tensor | None = None
@@ -56,6 +57,7 @@ class Prepared(NamedTuple):
     ends_B: Tensor | None = None
     empty_BS11: Tensor | None = None
     image_empty_BS11: Tensor | None = None
+    unseen_keys_B1RL: Tensor | None = None
 
 
 class PromptInput(NamedTuple):

@@ -53,6 +53,21 @@ def prepare(
     return given._replace(prepared=made if given.table_J is None else made._replace(**_chunk(given, page_size)))
 
 
+def prepare_captured(given: TokenInput, page_size: int, held: range | None, parts: tuple[int, int]) -> TokenInput:
+    """A decode step's inputs for captured kernels, as `prepare` makes them; with masks instead of lengths."""
+    R = len(given.ids_T) // len(given.len_B)
+    found: TokenInput = prepare(given, page_size, torch.empty(0), held, False, parts)
+    (made, (_, J), len_B) = found.prepared, found.table_BJ.shape, found.len_B
+    assert made is not None
+    last_BR1 = (len_B[:, None] - R + torch.arange(R))[..., None]
+    unseen_B1RL = (torch.arange(J * page_size) > last_BR1)[:, None]
+    made = made._replace(unseen_keys_B1RL=unseen_B1RL, causal_MM=None)
+    if made.unseen_B1RL is not None and made.image_len_B is not None:
+        behind_BL = torch.arange(made.unseen_B1RL.shape[-1]) >= made.image_len_B[:, None]
+        made = made._replace(unseen_B1RL=made.unseen_B1RL | behind_BL[:, None, None])
+    return found._replace(prepared=made)
+
+
 def _split(given: TokenInput, P: int, packed: bool, parts: tuple[int, int]) -> TokenInput:
     """The inputs of a decode step with the keys of each sequence in parts; packed: with the ends of its rows."""
     made, image, B = given.prepared, given.image, len(given.len_B)

@@ -20,15 +20,17 @@ from mllama_graph.plan.latency import BEST, BEST_WITHOUT_TND, Model
 # The forms of the decode buckets that don't attend in BSH alone.
 BucketForms = tuple[tuple[Bucket, Forms], ...]
 AUTO = "auto"
-# The mode of torchair whose lengths are tensors; that of captured kernels takes integers, and attends in BSH.
+# The mode of torchair whose lengths are tensors; that of captured kernels takes integers, and masks.
 GE = "max-autotune"
 
 
 def form_of(choice: TorchairChoice, device: Device) -> str:
-    """`Model.form` of a run. CANN below 9.0, or one whose version is not known, has no TND to choose."""
+    """`Model.form` of a run. CANN below 9.0, one whose version is not known, and captured kernels have no TND."""
     if choice.attention != AUTO:
         return choice.attention.upper()
     version = cann.release(cann.installed() or "")
+    if choice.mode != GE:
+        return BEST_WITHOUT_TND
     return BEST if not device.uses_cann or version and version >= cann.ADVISED else BEST_WITHOUT_TND
 
 
@@ -50,8 +52,8 @@ def forms_of(
     asked = form_of(choice, device)
     model = Model(shape, storage, ranks, hardware, asked)
     if asked == TND:
-        _check_tnd(model, device, plan.page_size)
-    if asked == BSH or choice.mode != GE or not (hardware.calibration.cores or asked in FORMS):
+        _check_tnd(model, choice.mode, device, plan.page_size)
+    if asked == BSH or not (hardware.calibration.cores or asked in FORMS):
         return ()
     return tuple(_chosen(model, plan))
 
@@ -77,8 +79,13 @@ def _form(model: Model, plan: Plan, rows: int, pages: int, masked: bool, pool: i
     return Form() if form.name == SPLIT and rows * pages > pool else form
 
 
-def _check_tnd(model: Model, device: Device, page_size: int) -> None:
+def _check_tnd(model: Model, mode: str, device: Device, page_size: int) -> None:
     given, remedy = "backend.torchair.attention=tnd", "Use backend.torchair.attention=auto."
+    if mode != GE:
+        raise UserError(
+            f"{given}: with backend.torchair.mode={mode} lengths are integers, so that masks hide the rest of a block "
+            f"table, and this layout takes none. {remedy}"
+        )
     version = cann.installed() if device.uses_cann else None
     if (known := cann.release(version or "")) and known < cann.ADVISED:
         raise UserError(f"{given}: CANN {version} has no flash decoding, which begins with CANN 9.0. {remedy}")

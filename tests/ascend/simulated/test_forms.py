@@ -19,8 +19,8 @@ from mllama_graph.ascend.graph import Context
 from mllama_graph.ascend.graphdef import inputs_of
 from mllama_graph.ascend.lint import lint
 from mllama_graph.model.inputs import ImageInput, TokenInput
-from mllama_graph.ops.npu import NPU, with_prepared
-from mllama_graph.ops.npu_inputs import causal_mask, prepare
+from mllama_graph.ops.npu import NPU, npu_ops, with_prepared
+from mllama_graph.ops.npu_inputs import causal_mask, prepare, prepare_captured
 from mllama_graph.ops.plain import PLAIN
 from mllama_graph.plan.cores import SPLIT, TND, Form, Forms
 
@@ -85,6 +85,29 @@ def test_parts_of_images_merged(dtype):
     close(got[sees], wanted[sees], dtype, roundings=2)
     assert torch.isfinite(got).all()
     assert operations["FusedInferAttentionScore"] == 1 and not {"LogicalAnd", "LogicalOr", "Less"} & operations.keys()
+
+
+@pytest.mark.parametrize("parts", [(1, 1), (2, 3)])
+def test_captured_kernels_take_masks_from_the_host(parts):
+    """Lowered by GE's converter, as far as simulation can go: lengths are constants there."""
+    dtype, ops = torch.bfloat16, npu_ops(1, "npugraph_ex")
+    table, fill = int32([[4, 2, 1, 5], [6, 6, 6, 6]]), int32([[128, 100, 128, 3], [77, 0, 0, 0]])
+    see, lengths, text = int32([[0, 4], [0, 1]]), [600, 129], [TABLE[3], TABLE[2]]
+    zeros = int32([0] * 2)
+    given = TokenInput(zeros, zeros, zeros, zeros[:1], int32(text), int32(lengths), ImageInput(table, fill, see))
+    given = prepare_captured(given, P, None, parts)
+    pages, q = pages_of(20, 2, 32, dtype), normal(2, 4, 32, dtype=dtype)
+
+    def both(q, pages, given):
+        own = ops.without_padding(ops, given)
+        image = own.attend_image(q, pages, given.image.table_BJ, None, None)
+        return own.attend_pages(q, pages, given.table_BJ, None), image
+
+    (got, image), operations = run(both, q, pages, given, dtype=dtype)
+    wide = tuple(map(wider, pages))
+    close(got, PLAIN.attend_pages(q.float(), wide, int32(text), int32(lengths)), dtype, roundings=2)
+    close(image, PLAIN.attend_image(q.float(), wide, table, fill, see), dtype, roundings=2)
+    assert not {"Range", "Less", "Greater", "GreaterEqual", "LogicalOr", "LogicalAnd"} & operations.keys()
 
 
 def test_every_step_equals_plain_with_keys_in_parts(model):
