@@ -70,12 +70,14 @@ class ShapeInterpreter(Interpreter):
         """The largest length in tokens that all sequences of an attention can have at once.
 
         Sequences share image pages, so that each can use every entry of its block table. Other pages belong to one
-        sequence each, so that all sequences together can't use more pages than the pool has.
+        sequence each, so that all sequences together can't use more pages than the pool has; nor can the parts of
+        sequences (plan/forms.py).
         """
         inputs = dict(node.inputs)
         shape = values[inputs["block_table"]].shape
         rows, pages = shape if len(shape) == 2 else (1, 1)
-        shared = self._graph.role(self._graph.behind(inputs["key0"])).startswith("image_pages")
+        whole = not node.attributes.get("softmax_lse_flag")
+        shared = whole and self._graph.role(self._graph.behind(inputs["key0"])).startswith("image_pages")
         most = pages if shared else min(pages, len(values[inputs["key0"]]) // rows)
         return int(most * node.attributes["block_size"])
 

@@ -21,7 +21,8 @@ EMPTY = -1e30
 def repeated(q_B1QH: Tensor, S: int) -> Tensor:
     """The query row of each sequence for each of its parts: (B * S, 1, Q, H)."""
     B, _, Q, H = q_B1QH.shape
-    return q_B1QH.expand(B, S, Q, H).reshape(B * S, 1, Q, H)
+    # Contiguous for one sequence, too, so that its graph differs in sizes alone.
+    return q_B1QH.expand(B, S, Q, H).contiguous().view(B * S, 1, Q, H)
 
 
 def merged(out_BSQH: Tensor, lse_BSQ1: Tensor, empty_BS11: Tensor) -> Tensor:
