@@ -103,7 +103,7 @@ def paged(graph: LoweredGraph, context: Context) -> Faults:
         return
     for op in graph.of_type(ATTENTION):
         sources, attributes = dict(inputs_of(op)), attributes_of(op)
-        if _pool(graph, sources["key0"]) != "pages":
+        if pool_of(graph, sources["key0"]) != "pages":
             continue
         missing = [name for name in (*LENGTHS, "block_table") if name not in sources]
         if attributes.get("sparse_mode") != 3 or missing:
@@ -150,7 +150,7 @@ def search(graph: LoweredGraph, value: str) -> OpDef | None:
     return made if made.type in SEARCHES else None
 
 
-def _pool(graph: LoweredGraph, value: str) -> str:
+def pool_of(graph: LoweredGraph, value: str) -> str:
     """The pool that a value is a layer's pages of, written before or not; empty if it is none's."""
     while True:
         if pool := graph.role(value).partition(".")[0]:

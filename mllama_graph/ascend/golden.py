@@ -22,6 +22,7 @@ from mllama_graph.model.shape import ModelShape, shape_of
 from mllama_graph.model.table import table
 from mllama_graph.ops.npu_quantised import inputs_first
 from mllama_graph.plan.bucket import Bucket
+from mllama_graph.plan.cores import BSH, SPLIT, Form, Forms
 from mllama_graph.plan.quantised import sizes
 
 GOLDEN = Path(__file__).with_name("golden.json")
@@ -37,6 +38,11 @@ QUANTISED = (
     "static layer alone",
     "static layer after a norm",
     "static layer with a bias",
+)
+
+# Decode steps that split the keys of text alone, and those of text and images.
+SPLIT_STEPS = tuple(
+    (Bucket("decode", 2, 2, 8, images), Forms(Form(SPLIT, 2), Form(SPLIT if images else BSH, 3))) for images in (0, 9)
 )
 
 # phase -> part of a graph -> operation type -> count
@@ -57,7 +63,11 @@ def parts(context: Context) -> dict[str, int]:
     """How often a graph contains each part of golden.json."""
     text, vision, bucket = context.spec.shape.text, context.spec.shape.vision, context.bucket
     quantised = quantised_parts(context)
-    images, past = bucket.image_pages > 0, bucket.phase == "prefill" and bucket.pages > 0
+    forms, images, past = (
+        context.spec.forms_of(bucket),
+        bucket.image_pages > 0,
+        bucket.phase == "prefill" and bucket.pages > 0,
+    )
     # Heads are padded where no kernel supports their width.
     padded_text = padded_head(text.head_width) > text.head_width
     selves, crosses, layers = len(text.self_layers), len(text.cross_layers), sum(map(len, context.layers.values()))
@@ -82,6 +92,8 @@ def parts(context: Context) -> dict[str, int]:
         "cross layer": images * crosses,
         "earlier pages": past,
         "self layer after earlier pages": past * selves,
+        "split self layer": (forms.text.name == SPLIT) * selves,
+        "split cross layer": (forms.image.name == SPLIT) * images * crosses,
         "padded self layer": padded_text * selves,
         "padded cross layer": padded_text * images * crosses,
         "ranks": ranks,
@@ -142,7 +154,11 @@ def computed() -> Golden:
     Raises ValueError where the counts of a graph are not the sum over its parts.
     """
     rows: dict[str, list[tuple[dict[str, int], Counter[str]]]] = {}
-    specs = [_spec(*model) for model in _models()]
+    # Of a single rank in floating point, two decode steps split the keys of attention, too.
+    specs = [
+        _spec(shape, ranks, forms=SPLIT_STEPS if ranks == 1 and shape in _split_models() else ())
+        for shape, ranks in _models()
+    ]
     specs += [_spec(shape, ranks, formats=formats) for shape, ranks, formats in _quantised_models()]
     specs += [_spec(shape, ranks, candidates=count) for shape, ranks, count in _searching_models()]
     for spec in specs:
@@ -150,6 +166,7 @@ def computed() -> Golden:
             Bucket("vision", 1, 1, 0, 1),
             *(Bucket("decode", 2, 2, 3, i) for i in (0, 5)),
             *(Bucket("prefill", 1, 32, past, i) for past in (0, 3) for i in (0, 5)),
+            *(bucket for bucket, _ in spec.forms),
         ):
             graph = LoweredGraph(capture(spec, bucket))
             rows.setdefault(bucket.phase, []).append((parts(Context(spec, bucket)), counts(graph)))
@@ -175,6 +192,12 @@ def _models() -> Iterator[tuple[ModelShape, int]]:
         yield replace(wide, text=replace(wide.text, head_width=24)), 1
     yield replace(base, vision=replace(base.vision, heads=32)), 1
     yield replace(base, vision=replace(base.vision, max_tiles=1)), 1
+
+
+def _split_models() -> Iterator[ModelShape]:
+    """The shapes with which decode steps split keys, too."""
+    base = shortened(shape_of({"model_type": "mllama"}))
+    yield from (base, replace(base, text=replace(base.text, head_width=24)))
 
 
 def _quantised_models() -> Iterator[tuple[ModelShape, int, Formats]]:

@@ -24,6 +24,7 @@ KERNELS: dict[str, tuple[tuple[torch.dtype, ...], str]] = {
     "LogicalOr": ((*FLOATS, *BYTES, torch.int32, torch.int64, torch.bool), "math/logical_or/op_api/logical_or.cpp"),
     "ReduceSum": ((*FLOATS, torch.int32, torch.int64), "math/reduce_sum/op_api/reduce_sum_op.cpp"),
     "ClipByValueV2": ((*FLOATS, torch.int32, torch.int64), "conversion/clip_by_value_v2/op_api/clip_by_value.cpp"),
+    "SoftmaxV2": (FLOATS, "activation/softmax_v2/op_api/softmax_v2_op.cpp"),
     "SplitV": ((*FLOATS, *BYTES, torch.int64), "conversion/split_v/op_api/split_v.cpp"),
     "Exp": (FLOATS, "math/exp/op_api/exp.cpp"),
     "TopKV2": (FLOATS, "math/top_k_v2/op_api/topk.cpp"),

@@ -39,6 +39,8 @@ class ShapeInterpreter(Interpreter):
         if node.type == ALL_GATHER:
             part = values[node.inputs[0][1]]
             return (part.new_empty((node.attributes["rank_size"] * part.shape[0], *part.shape[1:])),)
+        if any(values[value] is None for _, value in node.inputs):
+            return super()._compute(node, values)  # refuses the operation
         inputs = [(name, _signature(values[value])) for name, value in node.inputs]
         key = (node.type, repr(node.attributes), *inputs)
         if key not in self._done:
@@ -55,8 +57,10 @@ class ShapeInterpreter(Interpreter):
             elif (node.type, name) == (SCATTER, "slot_mapping"):
                 found[value] = torch.arange(len(x), dtype=x.dtype)
             elif (node.type, name) == (ATTENTION, "actual_seq_lengths"):
-                rows = values[dict(node.inputs)["query"]].shape[1]
-                found[value] = torch.full(x.shape, rows, dtype=x.dtype)
+                query = values[dict(node.inputs)["query"]]
+                packed = node.attributes.get("input_layout") == "TND"
+                ends = torch.arange(1, len(x) + 1, dtype=x.dtype) * (len(query) // len(x))
+                found[value] = ends if packed else torch.full(x.shape, query.shape[1], dtype=x.dtype)
             elif (node.type, name) == (ATTENTION, "actual_seq_lengths_kv"):
                 found[value] = torch.full(x.shape, self._longest(node, values), dtype=x.dtype)
             elif (node.type, name) == (ATTENTION, "atten_mask"):
@@ -69,12 +73,14 @@ class ShapeInterpreter(Interpreter):
         """The largest length in tokens that all sequences of an attention can have at once.
 
         Sequences share image pages, so that each can use every entry of its block table. Other pages belong to one
-        sequence each, so that all sequences together can't use more pages than the pool has.
+        sequence each, so that all sequences together can't use more pages than the pool has; nor can the parts of
+        sequences (plan/forms.py).
         """
         inputs = dict(node.inputs)
         shape = values[inputs["block_table"]].shape
         rows, pages = shape if len(shape) == 2 else (1, 1)
-        shared = self._graph.role(self._graph.behind(inputs["key0"])).startswith("image_pages")
+        whole = not node.attributes.get("softmax_lse_flag")
+        shared = whole and self._graph.role(self._graph.behind(inputs["key0"])).startswith("image_pages")
         most = pages if shared else min(pages, len(values[inputs["key0"]]) // rows)
         return int(most * node.attributes["block_size"])
 

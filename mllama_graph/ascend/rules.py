@@ -11,6 +11,7 @@ import torch
 
 from mllama_graph.ascend import golden
 from mllama_graph.ascend.device_rules import HEAD, LENGTHS, Faults, candidates, kernels, masks, paged, search, straight
+from mllama_graph.ascend.form_rules import forms
 from mllama_graph.ascend.ge_ops import OPERATIONS, GraphError
 from mllama_graph.ascend.graph import Context, LoweredGraph
 from mllama_graph.ascend.graphdef import (
@@ -264,6 +265,7 @@ RULES: dict[str, Rule] = {
         masks,
         paged,
         candidates,
+        forms,
         writes,
         numbers,
         weights,

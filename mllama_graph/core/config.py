@@ -20,6 +20,7 @@ COLLECTIVES = ("auto", "shared_memory", "distributed")
 KERNELS = ("auto", "native", "plain")
 TORCHAIR_MODES = ("max-autotune", "npugraph_ex")
 WEIGHT_FORMATS = ("nd", "nz")
+ATTENTIONS = ("auto", "bsh", "tnd", "split")
 TOPOLOGIES = ("BFS", "DFS", "RDFS", "StableRDFS")
 
 
@@ -49,6 +50,7 @@ class TorchairChoice:
     ge_cache: bool = True
     static_kernel_compile: bool = False
     weight_format: str = "nd"
+    attention: str = "auto"
 
 
 @dataclass
@@ -266,6 +268,7 @@ def check(run: Run) -> None:
     one_of("collectives", run.collectives, COLLECTIVES)
     one_of("backend.torchair.mode", run.backend.torchair.mode, TORCHAIR_MODES)
     one_of("backend.torchair.weight_format", run.backend.torchair.weight_format, WEIGHT_FORMATS)
+    one_of("backend.torchair.attention", run.backend.torchair.attention, ATTENTIONS)
     one_of("backend.torchair.topology_sorting_strategy", run.backend.torchair.topology_sorting_strategy, TOPOLOGIES)
     if run.resume and (run.requests is None or run.task.name != "generate"):
         raise UserError("resume=true goes on with a requests file of task=generate. Give requests=, or leave it out.")

@@ -89,6 +89,7 @@ class Backend(ABC):
             self.place.rank,
             run.storage.formats,
             run.candidates,
+            run.forms,
         )
 
     def prepare(self, spec: GraphSpec, libraries: Path, say: Callable[[str], None]) -> None:

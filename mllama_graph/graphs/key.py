@@ -71,6 +71,7 @@ def key_fields(spec: GraphSpec, bucket: Bucket) -> dict[str, Any]:
         fields |= torchair.key_fields() | {"rank": spec.rank}
         # torch_npu asks CANN, which reads only the first of these files.
         fields["cann"] = fields["cann"] or cann.installed()
+        fields["attention"] = asdict(spec.forms_of(bucket))
     return fields
 
 

@@ -14,8 +14,9 @@ from mllama_graph.model.placement import Placement
 from mllama_graph.model.shape import ModelShape
 from mllama_graph.model.table import Shard
 from mllama_graph.model.tree import Pixels, Weights, build
-from mllama_graph.ops.npu_inputs import UNREAD, causal_mask, on_device, prepare
+from mllama_graph.ops.npu_inputs import UNREAD, causal_mask, on_device, prepare, prepare_captured
 from mllama_graph.plan.bucket import Bucket
+from mllama_graph.plan.cores import BSH_ALONE, TND, Forms
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class GraphSpec:
     """The model, its pages and dtypes, the compiler and the device. `options` are (name, value) pairs for the compiler.
 
     `device` is cpu, cuda, npu or npu-sim. `rank` only matters for torchair: with other backends ranks share graphs.
+    `forms`: how decode buckets of an NPU attend to pages, where not in BSH (plan/forms.py).
     """
 
     shape: ModelShape
@@ -44,6 +46,11 @@ class GraphSpec:
     formats: Formats = ()
     # The number of largest logits that a text graph gives beside all of them; 0: only the logits.
     candidates: int = 0
+    forms: tuple[tuple[Bucket, Forms], ...] = ()
+
+    def forms_of(self, bucket: Bucket) -> Forms:
+        """How a bucket's graph attends to pages."""
+        return dict(self.forms).get(bucket, BSH_ALONE)
 
     @property
     def compiles(self) -> bool:
@@ -124,13 +131,23 @@ class GraphSpec:
     def prepared(self, given: Any) -> Any:
         """A step's inputs, given on the host, as an NPU's graphs take them, on the device.
 
-        Captured kernels take integers as lengths, and compute masks in their graphs.
+        Captured kernels take integers as lengths. Their decode steps take masks instead; their prompts compute them.
         """
         captured = dict(self.options).get("mode", "max-autotune") != "max-autotune"
-        if not captured and not isinstance(given, TileInput):
+        if captured and not isinstance(given, TokenInput):
+            return on_device(given, self.torch_device, ())
+        if not isinstance(given, TileInput):
             held = range(*self.shard.bounds(self.shape.embeddings)) if self.world_size > 1 else None
-            given = prepare(given, self.page_size, causal_mask(self.torch_device), held)
-        return on_device(given, self.torch_device, () if captured or isinstance(given, TileInput) else UNREAD)
+            forms = BSH_ALONE
+            if isinstance(given, TokenInput):
+                (B, J), image = given.table_BJ.shape, given.image
+                forms = self.forms_of(Bucket("decode", B, len(given.ids_T), J, image.table_BJ.shape[1] if image else 0))
+            packed, parts = forms.text.name == TND, (forms.text.parts, forms.image.parts)
+            if captured:
+                given = prepare_captured(given, self.page_size, held, parts)
+                return on_device(given, self.torch_device, (*UNREAD, "len_B", "image_len_B"))
+            given = prepare(given, self.page_size, causal_mask(self.torch_device), held, packed, parts)
+        return on_device(given, self.torch_device, () if isinstance(given, TileInput) else UNREAD)
 
     def example(self, bucket: Bucket) -> Any:
         """Harmless inputs with a bucket's shapes: one image tile, or padding rows in scratch slots.

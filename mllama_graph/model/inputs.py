@@ -35,6 +35,11 @@ class Prepared(NamedTuple):
     length of each sequence's image pages in tokens (int64). sees_T1: which rows see an image. unseen_B1RL: the image
     keys that a decode step's rows must not see. Of a prompt, entry_L is the entry of the image table that a key belongs
     to, J if it is in no used slot, and from_T1, to_T1 the range of entries that a row sees: all if it sees no image.
+
+    In a decode step, ends_B (int64) counts the rows up to the end of each sequence, for attention to packed rows. Where
+    attention's keys are split into S parts, block table, lengths and mask have B * S rows, one for each part of each
+    sequence, and empty_BS11 or image_empty_BS11 (fp32) is added to the log-sum-exp of each part. unseen_keys_B1RL: for
+    captured kernels, whose lengths are integers, the text keys of the whole block table that rows must not see.
     """
 
     causal_MM: Tensor | None = None
@@ -49,6 +54,10 @@ class Prepared(NamedTuple):
     entry_L: Tensor | None = None
     from_T1: Tensor | None = None
     to_T1: Tensor | None = None
+    ends_B: Tensor | None = None
+    empty_BS11: Tensor | None = None
+    image_empty_BS11: Tensor | None = None
+    unseen_keys_B1RL: Tensor | None = None
 
 
 class PromptInput(NamedTuple):

@@ -39,6 +39,7 @@ from mllama_graph.model.ops import Ops, padded_head
 from mllama_graph.model.tree import Linear
 from mllama_graph.ops import npu_quantised
 from mllama_graph.ops.npu_candidates import top_k
+from mllama_graph.ops.npu_parts import merged, repeated
 from mllama_graph.ops.ranks import GROUP, max_in, ranked
 
 CAUSAL = 3
@@ -104,29 +105,38 @@ def attention(
     mask: Tensor | None,
     captured: bool = False,
     sparse_mode: int = 0,
+    packed: bool = False,
+    empty_BS11: Tensor | None = None,
     **paged: Any,
 ) -> Tensor:
     """Fused attention -> (B * R, Q, head_width). k and v are (B, L, K, H), or pages (N, P, K, H) with `block_table`.
+
+    packed: in the layout TND. empty_BS11: `paged` has an entry for each part of each sequence (npu_parts.py).
 
     torchair's form of the operation takes lengths as tensors, only in graphs of GE; torch_npu's takes integers.
     """
     B, R, Q, H = q_BRQH.shape
     fused = torch_npu.npu_fused_infer_attention_score if captured else torchair.ops.npu_fused_infer_attention_score
-    out_BRQH, _ = fused(
+    if empty_BS11 is not None:
+        q_BRQH = repeated(q_BRQH, empty_BS11.shape[1])
+    out, lse_BQR1 = fused(
         # BSH: rows keep the layout of the linear layers, and pages need no transpose.
-        q_BRQH.reshape(B, R, Q * H),
+        q_BRQH.reshape(B * R, Q, H) if packed else q_BRQH.reshape(len(q_BRQH), R, Q * H),
         k.flatten(2),
         v.flatten(2),
         num_heads=Q,
         num_key_value_heads=kv_heads,
-        input_layout="BSH",
+        input_layout="TND" if packed else "BSH",
         scale=head_width**-0.5,
         atten_mask=mask,
         sparse_mode=sparse_mode,
         inner_precise=0,
+        softmax_lse_flag=empty_BS11 is not None,
         **paged,
     )
-    return out_BRQH.view(B * R, Q, H)[..., :head_width]
+    if empty_BS11 is not None:
+        out = merged(out.view(B, -1, Q, H), lse_BQR1.view(B, -1, Q, 1), empty_BS11)
+    return out.view(B * R, Q, H)[..., :head_width]
 
 
 def attend_prompt(
@@ -162,10 +172,16 @@ def attend_prompt(
 
 
 def attend_pages(
-    q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, len_B: Tensor, causal_MM: Tensor | None = None
+    q_TQH: Tensor,
+    pages: LayerPages,
+    table_BJ: Tensor,
+    len_B: Tensor,
+    causal_MM: Tensor | None = None,
+    ends_B: Tensor | None = None,
+    empty_BS11: Tensor | None = None,
 ) -> Tensor:
-    """causal_MM: for several rows per sequence, the fixed mask. len_B is int64."""
-    B, H, (_, P, K, width) = table_BJ.shape[0], q_TQH.shape[-1], pages[0].shape
+    """causal_MM: for several rows per sequence, the fixed mask. len_B is int64. ends_B, empty_BS11: see `Prepared`."""
+    B, H, (_, P, K, width) = len(table_BJ if empty_BS11 is None else empty_BS11), q_TQH.shape[-1], pages[0].shape
     return attention(
         widen(q_TQH, width).view(B, -1, q_TQH.shape[1], width),
         pages[0],
@@ -175,8 +191,11 @@ def attend_pages(
         mask=causal_MM,
         # A single row sees its whole sequence; of several rows, only the last does.
         sparse_mode=0 if causal_MM is None else CAUSAL,
+        packed=ends_B is not None,
+        empty_BS11=empty_BS11,
         block_table=table_BJ,
         block_size=P,
+        actual_seq_lengths=ends_B,
         actual_seq_lengths_kv=len_B,
     )
 
@@ -184,8 +203,8 @@ def attend_pages(
 def attend_image(
     q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, fill_BJ: Tensor, see_T2: Tensor, *, made: Prepared
 ) -> Tensor:
-    B, H, (_, P, K, width) = table_BJ.shape[0], q_TQH.shape[-1], pages[0].shape
-    unseen_B1RL = made.unseen_B1RL
+    unseen_B1RL, empty_BS11 = made.unseen_B1RL, made.image_empty_BS11
+    B, H, (_, P, K, width) = len(table_BJ if empty_BS11 is None else empty_BS11), q_TQH.shape[-1], pages[0].shape
     if unseen_B1RL is None:
         assert made.entry_L is not None and made.from_T1 is not None and made.to_T1 is not None
         unseen_B1RL = ((made.entry_L < made.from_T1) | (made.entry_L >= made.to_T1))[None, None]
@@ -196,6 +215,7 @@ def attend_image(
         H,
         kv_heads=K,
         mask=unseen_B1RL,
+        empty_BS11=empty_BS11,
         block_table=table_BJ,
         block_size=P,
         actual_seq_lengths_kv=made.image_len_B,
@@ -232,8 +252,9 @@ def with_prepared(ops: Ops, given: PromptInput | TokenInput) -> Ops:
         "attend_image": partial(ops.attend_image, made=made),
         "sees_image": lambda see_T2: made.sees_T1,
     }
-    if made.causal_MM is not None:
-        found["attend_pages"] = partial(ops.attend_pages, causal_MM=made.causal_MM)
+    own = {"causal_MM": made.causal_MM, "ends_B": made.ends_B, "empty_BS11": made.empty_BS11}
+    if own := {name: value for name, value in own.items() if value is not None}:
+        found["attend_pages"] = partial(ops.attend_pages, **own)
     row_T, held_T1 = made.row_T, made.held_T1
     if row_T is not None and held_T1 is not None:
         found["embed"] = lambda ids_T, leaf: ops.all_reduce(torch.where(held_T1, F.embedding(row_T, leaf.weight), 0))

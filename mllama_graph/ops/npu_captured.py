@@ -1,16 +1,21 @@
-"""Attention for captured kernels (npugraph_ex), whose lengths are integers: masks made in the graph hide the rest."""
+"""Attention for captured kernels (npugraph_ex), whose lengths are integers: masks hide the rest of the block table.
+
+The masks of decode steps come from the host, and their keys may be in parts; the layout TND takes no mask, and is not
+used. Prompts make their masks in the graph.
+"""
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mllama_graph.model.inputs import LayerPages
+from mllama_graph.model.inputs import LayerPages, Prepared
 from mllama_graph.model.ops import Ops, padded_head
+from mllama_graph.ops import npu
 from mllama_graph.ops.npu import CAUSAL, attend_tiles, attention, widen
 from mllama_graph.ops.npu_inputs import MASK_SIDE
-from mllama_graph.ops.plain import PLAIN
 
 
 def causal_mask(device: torch.device) -> Tensor:
@@ -36,21 +41,21 @@ def attend_prompt(
     return attention(q_1TQH, k_1LKH, v_1LKH, H, kv_heads=K, mask=unseen_TL[None, None], captured=True)
 
 
-def attend_pages(q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, len_B: Tensor) -> Tensor:
-    """Reads the whole width of the block table; a mask hides the keys behind a sequence's end."""
-    (B, J), H, (_, P, _, width) = table_BJ.shape, q_TQH.shape[-1], pages[0].shape
-    q_BRQH = widen(q_TQH, width).view(B, -1, q_TQH.shape[1], width)
-    R, device = q_BRQH.shape[1], q_TQH.device
-    column_L = torch.arange(J * P, dtype=torch.int32, device=device)
-    row_R = torch.arange(R, dtype=torch.int32, device=device)
-    unseen_BRL = column_L > (len_B[:, None] - R + row_R)[..., None]
-    return _whole_table(q_BRQH, pages, table_BJ, H, unseen_BRL)
+def attend_pages(q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, len_B: Tensor | None, *, made: Prepared) -> Tensor:
+    """Reads the whole width of the block table; the host's mask hides the keys behind a sequence's end."""
+    return _whole_table(q_TQH, pages, table_BJ, made.unseen_keys_B1RL, made.empty_BS11)
+
+
+def attend_image_tokens(
+    q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, fill_BJ: Tensor, see_T2: Tensor, *, made: Prepared
+) -> Tensor:
+    """attend_image of a decode step, with the host's mask."""
+    return _whole_table(q_TQH, pages, table_BJ, made.unseen_B1RL, made.image_empty_BS11)
 
 
 def attend_image(q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, fill_BJ: Tensor, see_T2: Tensor) -> Tensor:
-    (B, J), H, (_, P, _, width) = table_BJ.shape, q_TQH.shape[-1], pages[0].shape
-    q_BRQH = widen(q_TQH, width).view(B, -1, q_TQH.shape[1], width)
-    R, device = q_BRQH.shape[1], q_TQH.device
+    (B, J), P = table_BJ.shape, pages[0].shape[1]
+    R, device = len(q_TQH) // B, q_TQH.device
     column_P = torch.arange(P, dtype=torch.int32, device=device)
     entry_J = torch.arange(J, dtype=torch.int32, device=device)
     # Slices, since a split of integers has no kernel on the device's cores (ascend/kernels.py).
@@ -60,30 +65,44 @@ def attend_image(q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, fill_BJ: Te
     empty_BJP = column_P >= fill_BJ[:, :, None]
     # The caller discards rows that see no image; they see every key here, so that no row is fully masked.
     unseen_BRL = (hidden_BRJ[..., None] | empty_BJP[:, None]).view(B, R, J * P) & (to_BR1 > from_BR1)
-    return _whole_table(q_BRQH, pages, table_BJ, H, unseen_BRL)
+    return _whole_table(q_TQH, pages, table_BJ, unseen_BRL[:, None])
 
 
-def _whole_table(q_BRQH: Tensor, pages: LayerPages, table_BJ: Tensor, head_width: int, unseen_BRL: Tensor) -> Tensor:
-    (B, J), (_, P, K, _) = table_BJ.shape, pages[0].shape
+def _whole_table(
+    q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, unseen_B1RL: Tensor | None, empty_BS11: Tensor | None = None
+) -> Tensor:
+    (entries, J), (_, P, K, width), (T, Q, H) = table_BJ.shape, pages[0].shape, q_TQH.shape
+    B = entries if empty_BS11 is None else len(empty_BS11)
     return attention(
-        q_BRQH,
+        widen(q_TQH, width).view(B, T // B, Q, width),
         pages[0],
         pages[1],
-        head_width,
+        H,
         kv_heads=K,
-        mask=unseen_BRL[:, None],
+        mask=unseen_B1RL,
+        empty_BS11=empty_BS11,
         block_table=table_BJ,
         block_size=P,
-        actual_seq_lengths_kv=[J * P] * B,
+        actual_seq_lengths_kv=[J * P] * entries,
         captured=True,
     )
+
+
+def with_prepared(ops: Ops, given: Any) -> Ops:
+    """The operations of a decode step, which take what the host has prepared for it."""
+    made = given.prepared
+    if made is None:
+        return ops
+    step = npu.with_prepared(ops, given._replace(prepared=made._replace(ends_B=None, empty_BS11=None)))
+    pages, image = partial(ops.attend_pages, made=made), partial(attend_image_tokens, made=made)
+    return replace(step, attend_pages=pages, attend_image=image)
 
 
 def captured(ops: Ops) -> Ops:
     """The same operations, with attention for captured kernels."""
     return replace(
         ops,
-        without_padding=PLAIN.without_padding,
+        without_padding=with_prepared,
         attend_prompt=attend_prompt,
         attend_pages=attend_pages,
         attend_image=attend_image,

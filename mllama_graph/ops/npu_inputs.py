@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mllama_graph.model.inputs import ImageInput, Prepared, PromptInput, TokenInput
+from mllama_graph.ops.npu_parts import image_parts, text_parts
 
 # docs of npu_fused_infer_attention_score: "(2048, 2048)" for sparse_mode 2, 3 and 4.
 MASK_SIDE = 2048
@@ -26,10 +27,18 @@ def causal_mask(device: torch.device) -> Tensor:
     return torch.ones(MASK_SIDE, MASK_SIDE, dtype=torch.bool).triu(1).to(device)
 
 
-def prepare(given: PromptInput | TokenInput, page_size: int, causal_MM: Tensor, held: range | None) -> Any:
+def prepare(
+    given: PromptInput | TokenInput,
+    page_size: int,
+    causal_MM: Tensor,
+    held: range | None,
+    packed: bool = False,
+    parts: tuple[int, int] = (1, 1),
+) -> Any:
     """A step's inputs with what its graph takes; all tensors are on the CPU, except causal_MM.
 
-    held: the ids whose rows of the embedding table this rank holds; None if it holds them all.
+    held: the ids whose rows of the embedding table this rank holds; None if it holds them all. packed: whether a decode
+    step attends to text in the layout TND. parts: of each sequence's text and image keys in a decode step.
     """
     T, decode = len(given.ids_T), isinstance(given, TokenInput)
     rows = T // len(given.len_B) if isinstance(given, TokenInput) else T
@@ -40,8 +49,39 @@ def prepare(given: PromptInput | TokenInput, page_size: int, causal_MM: Tensor, 
     if given.image is not None:
         made = made._replace(**_image(given.image, page_size, decode))
     if isinstance(given, TokenInput):
-        return given._replace(len_B=given.len_B.long(), prepared=made)
+        return _split(given._replace(len_B=given.len_B.long(), prepared=made), page_size, packed, parts)
     return given._replace(prepared=made if given.table_J is None else made._replace(**_chunk(given, page_size)))
+
+
+def prepare_captured(given: TokenInput, page_size: int, held: range | None, parts: tuple[int, int]) -> TokenInput:
+    """A decode step's inputs for captured kernels, as `prepare` makes them; with masks instead of lengths."""
+    R = len(given.ids_T) // len(given.len_B)
+    found: TokenInput = prepare(given, page_size, torch.empty(0), held, False, parts)
+    (made, (_, J), len_B) = found.prepared, found.table_BJ.shape, found.len_B
+    assert made is not None
+    last_BR1 = (len_B[:, None] - R + torch.arange(R))[..., None]
+    unseen_B1RL = (torch.arange(J * page_size) > last_BR1)[:, None]
+    made = made._replace(unseen_keys_B1RL=unseen_B1RL, causal_MM=None)
+    if made.unseen_B1RL is not None and made.image_len_B is not None:
+        behind_BL = torch.arange(made.unseen_B1RL.shape[-1]) >= made.image_len_B[:, None]
+        made = made._replace(unseen_B1RL=made.unseen_B1RL | behind_BL[:, None, None])
+    return found._replace(prepared=made)
+
+
+def _split(given: TokenInput, P: int, packed: bool, parts: tuple[int, int]) -> TokenInput:
+    """The inputs of a decode step with the keys of each sequence in parts; packed: with the ends of its rows."""
+    made, image, B = given.prepared, given.image, len(given.len_B)
+    assert made is not None and (max(parts) == 1 or len(given.ids_T) == B), "parts serve one row per sequence"
+    if packed:
+        made = made._replace(ends_B=torch.arange(1, B + 1) * (len(given.ids_T) // B))
+    if parts[0] > 1:
+        table_BJ, len_B, empty_BS11 = text_parts(given.table_BJ, given.len_B, parts[0], P)
+        made, given = made._replace(empty_BS11=empty_BS11), given._replace(table_BJ=table_BJ, len_B=len_B)
+    if image is not None and parts[1] > 1:
+        table_BJ, len_B, empty_BS11, unseen_B1RL = image_parts(image, parts[1], P)
+        made = made._replace(image_len_B=len_B, image_empty_BS11=empty_BS11, unseen_B1RL=unseen_B1RL)
+        given = given._replace(image=image._replace(table_BJ=table_BJ))
+    return given._replace(prepared=made)
 
 
 def _image(image: ImageInput, P: int, decode: bool) -> dict[str, Tensor]:

@@ -18,15 +18,15 @@ from mllama_graph.model.formats import DYNAMIC, FLOAT, Format, Storage, is_linea
 from mllama_graph.model.shape import ModelShape
 from mllama_graph.model.table import Shard, table
 from mllama_graph.plan.bucket import Bucket
-from mllama_graph.plan.cores import BSH, SPLIT, Attention, choices
+from mllama_graph.plan.cores import BSH, FORMS, SPLIT, TND, Attention, Form, Forms, choices, cores_of, forced, parts
 from mllama_graph.plan.cost import vision_rows
 
 # Rows that the matrix unit computes at once.
 TILE_ROWS = 16
-# Model.form: for each attention, the form that takes least.
-BEST = "BEST"
-# Operators that merge the parts of attention in SPLIT, for each attention.
-MERGE = 4
+# Model.form: for each attention, the form that takes least; or the fastest without TND, which CANN below 9 lacks.
+BEST, BEST_WITHOUT_TND = "BEST", "BEST_WITHOUT_TND"
+# Operators of each attention in SPLIT that repeat the queries and merge the parts: see ops/npu_parts.py.
+MERGE = 7
 # Operators of a text graph outside of its layers, and of its image masks; those of a vision graph. They move few bytes.
 ONCE, IMAGE_MASKS, VISION_ONCE = 10, 14, 30
 # Elementwise operators of the gates of a cross-attention layer, and of a global vision layer.
@@ -113,9 +113,9 @@ def products(shape: ModelShape, storage: Storage, ranks: int) -> dict[str, list[
 class Model:
     """What a step's latency depends on beside its sizes.
 
-    form: of attention to pages in a decode step, one of plan/cores.py or BEST; BSH where it serves none. shared_scales:
-    whether ranks agree on the scales of int8 activations, as ops/npu_quantised.py does. added: operators that each
-    self-attention layer has beside mllama's.
+    form: of attention to pages in a decode step, one of plan/cores.py, which is then taken wherever it can be, BEST or
+    BEST_WITHOUT_TND. shared_scales: whether ranks agree on the scales of int8 activations, as ops/npu_quantised.py
+    does. added: operators that each self-attention layer has beside mllama's.
     """
 
     shape: ModelShape
@@ -183,11 +183,11 @@ class Model:
         to.aicpu += self.known.aicpu
         to.operators["FusedInferAttentionScore"] += 1
 
-    def pages(self, batch: int, keys: float, masked: bool) -> Attention:
-        """A rank's attention of one query row of each of `batch` sequences to `keys` keys each."""
+    def pages(self, batch: int, keys: float, masked: bool, page: int = 128) -> Attention:
+        """A rank's attention of one query row of each of `batch` sequences to `keys` keys each, in pages of `page`."""
         text, int8 = self.shape.text, self.storage.page < self.storage.compute
         heads, kv_heads = text.heads // self.ranks, text.kv_heads // self.ranks
-        return Attention(batch, 1, heads, kv_heads, round(keys), int8, masked)
+        return Attention(batch, 1, heads, kv_heads, round(keys), int8, masked, page, text.head_width)
 
     def attend_pages(self, to: Latency, of: Attention, form: str, cores: int) -> None:
         """Add attention to pages in one of the forms of plan/cores.py."""
@@ -208,12 +208,15 @@ class Model:
             found[form] = cores, to.attention + to.vector
         return found
 
-    def choice(self, of: Attention) -> tuple[str, int]:
-        """The form in which attention to pages is computed, and its cores."""
-        found = self.forms(of)
-        form = min(found, key=lambda form: found[form][1]) if self.form == BEST else self.form
-        form = form if form in found else BSH
-        return form, found[form][0]
+    def choice(self, of: Attention) -> Form:
+        """The form in which attention to pages is computed."""
+        if self.form in FORMS:
+            return forced(of, self.known.cores, self.form)
+        found = {name: seconds for name, (_, seconds) in self.forms(of).items()}
+        if self.form == BEST_WITHOUT_TND:
+            found.pop(TND, None)
+        name = min(found, key=lambda name: found[name])
+        return Form(SPLIT, parts(of, self.known.cores, SPLIT)) if name == SPLIT else Form(name)
 
     @cached_property
     def blocks(self) -> dict[str, list[Product]]:
@@ -222,17 +225,21 @@ class Model:
 
     # ---- steps
 
-    def decode(self, batch: int, keys: float, image_keys: float) -> Latency:
-        """A decode step of `batch` sequences of `keys` text tokens each, and `image_keys` image tokens each."""
+    def decode(self, batch: int, keys: float, image_keys: float, forms: Forms | None = None) -> Latency:
+        """A decode step of `batch` sequences of `keys` text tokens each, and `image_keys` image tokens each.
+
+        forms: of its attention, chosen here if None.
+        """
         text, image = self.pages(batch, keys, False), self.pages(batch, image_keys, True)
-        form, cores = self.choice(text)
-        image_form, image_cores = self.choice(image) if image_keys else (BSH, 0)
+        forms = forms or Forms(self.choice(text), self.choice(image) if image_keys else Form())
+        cores = cores_of(text, self.known.cores, forms.text)
+        image_cores = cores_of(image, self.known.cores, forms.image) if image_keys else 0
         to = Latency(cores=cores, image_cores=image_cores)
         for cross in self._text(to, batch, image_keys > 0, batch):
             if cross:
-                self.attend_pages(to, image, image_form, image_cores)
+                self.attend_pages(to, image, forms.image.name, image_cores)
             else:
-                self.attend_pages(to, text, form, cores)
+                self.attend_pages(to, text, forms.text.name, cores)
         return to
 
     def prefill(self, tokens: int, past: float, image_keys: float, sequences: int = 1) -> Latency:
@@ -313,11 +320,11 @@ class Model:
         self.product(to, head, rows_of_logits)
 
 
-def latency_of(model: Model, page_size: int, bucket: Bucket) -> Latency:
-    """The latency of a full bucket: every page is read."""
+def latency_of(model: Model, page_size: int, bucket: Bucket, forms: Forms | None = None) -> Latency:
+    """The latency of a full bucket: every page is read. forms: see `Model.decode`."""
     keys, image_keys = bucket.pages * page_size, bucket.image_pages * page_size
     if bucket.phase == "vision":
         return model.vision()
     if bucket.phase == "prefill":
         return model.prefill(bucket.tokens, keys, image_keys, bucket.rows)
-    return model.decode(bucket.rows, keys, image_keys)
+    return model.decode(bucket.rows, keys, image_keys, forms)

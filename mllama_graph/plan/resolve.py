@@ -23,6 +23,7 @@ from mllama_graph.model.formats import Storage, page_bytes
 from mllama_graph.model.shape import ModelShape
 from mllama_graph.plan.buckets import Limits, Plan, make_plan
 from mllama_graph.plan.checkpoint import META, formats_of, model_of, weights_of
+from mllama_graph.plan.forms import BucketForms, forms_of
 from mllama_graph.plan.memory import Memory, memory, require
 from mllama_graph.plan.quantised import check_compiler, on_device
 
@@ -108,6 +109,8 @@ class ResolvedRun(ResolvedTask):
     limits: Limits
     plan_choice: PlanChoice
     plan: Plan
+    # How an NPU's decode steps attend to pages.
+    forms: BucketForms
     # What each rank will allocate.
     memory: Memory
     memory_gib: float | None
@@ -193,6 +196,7 @@ def resolve(run: Run, place: Place | None) -> ResolvedTask:
         limits=limits,
         plan_choice=run.plan,
         plan=plan,
+        forms=forms_of(run.backend.torchair, device, shape, storage, run.tp, run.hardware, plan),
         memory=needed,
         memory_gib=run.memory_gib,
         compile_mode=_compile_mode(run),

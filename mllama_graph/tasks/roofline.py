@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from mllama_graph.core.config import HardwareChoice
-from mllama_graph.core.devices import CPU, DEVICES
+from mllama_graph.core.config import HardwareChoice, TorchairChoice
+from mllama_graph.core.devices import CPU, DEVICES, NPU_SIM
 from mllama_graph.core.dtypes import BYTES, PAGE_BYTES
 from mllama_graph.core.errors import UserError
 from mllama_graph.core.machine import available_memory
@@ -21,6 +21,7 @@ from mllama_graph.model.formats import Storage, page_bytes
 from mllama_graph.model.shape import ModelShape
 from mllama_graph.plan.bucket import Bucket
 from mllama_graph.plan.cost import GB, Floor, floor_of, kv_bytes, sizes, step_work, work
+from mllama_graph.plan.forms import form_of
 from mllama_graph.plan.latency import Latency, Model, latency_of
 from mllama_graph.plan.memory import Memory, memory
 from mllama_graph.plan.resolve import RANDOM_DTYPE, ResolvedRun
@@ -45,7 +46,9 @@ class Roofline:
         page = page_bytes(PAGE_BYTES[precision.kv], run.shape.text.head_width)
         self.storage = Storage(BYTES[precision.store], BYTES[precision.compute], page, run.storage.formats)
         self.calibrated = hardware.calibration.cores > 0
-        self.model = Model(run.shape, self.storage, run.tp, hardware)
+        # As on the newest CANN: this host may have none.
+        form = form_of(TorchairChoice(**run.asked["backend"]["torchair"]), NPU_SIM)
+        self.model = Model(run.shape, self.storage, run.tp, hardware, form)
 
     def bucket_row(self, bucket: Bucket) -> Row:
         """The floor of a full bucket, and its modelled latency, per rank."""

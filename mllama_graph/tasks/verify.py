@@ -25,6 +25,7 @@ from mllama_graph.engine.device import backend_of
 from mllama_graph.graphs.spec import GraphSpec
 from mllama_graph.plan.bucket import Bucket
 from mllama_graph.plan.buckets import Plan
+from mllama_graph.plan.cores import BSH_ALONE, Forms
 from mllama_graph.plan.cost import bucket_cost, floor_of
 from mllama_graph.plan.latency import Model, latency_of
 from mllama_graph.plan.resolve import ResolvedRun
@@ -62,11 +63,20 @@ HEAD = (
 
 @dataclass(frozen=True)
 class Job:
-    """A graph to lower: its bucket and rank, for the whole model or for one layer of each kind."""
+    """A graph to lower: its bucket and rank, for the whole model or for one layer of each kind.
+
+    forms: of its attention to pages.
+    """
 
     bucket: Bucket
     whole: bool
     rank: int = 0
+    forms: Forms = BSH_ALONE
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """The class of the graph."""
+        return kind(self.bucket, self.forms)
 
 
 @dataclass
@@ -125,16 +135,17 @@ def main(run: ResolvedRun) -> None:
         )
 
 
-def kind(bucket: Bucket) -> tuple[str, bool, bool]:
+def kind(bucket: Bucket, forms: Forms = BSH_ALONE) -> tuple[object, ...]:
     """The class of a bucket. Buckets of one class have the same graph except for sizes."""
-    return bucket.phase, bucket.image_pages > 0, bucket.phase == "prefill" and bucket.pages > 0
+    past = bucket.phase == "prefill" and bucket.pages > 0
+    return bucket.phase, bucket.image_pages > 0, past, forms.text.name, forms.image.name
 
 
 def jobs(spec: GraphSpec, plan: Plan) -> list[Job]:
     """The graphs to lower, the longest jobs first."""
     classes: dict[tuple, list[Bucket]] = {}
     for bucket in plan.buckets():
-        classes.setdefault(kind(bucket), []).append(bucket)
+        classes.setdefault(kind(bucket, spec.forms_of(bucket)), []).append(bucket)
 
     def cost(bucket: Bucket) -> float:
         return bucket_cost(spec.shape, spec.page_size, bucket)
@@ -143,9 +154,9 @@ def jobs(spec: GraphSpec, plan: Plan) -> list[Job]:
     whole = dict.fromkeys(bucket for pair in ends for bucket in pair)
     last = [buckets[0] for buckets in classes.values()] if spec.world_size > 1 else []
     return [
-        *(Job(bucket, True) for bucket in whole),
-        *(Job(bucket, False) for bucket in plan.buckets()),
-        *(Job(bucket, False, spec.world_size - 1) for bucket in last),
+        *(Job(bucket, True, 0, spec.forms_of(bucket)) for bucket in whole),
+        *(Job(bucket, False, 0, spec.forms_of(bucket)) for bucket in plan.buckets()),
+        *(Job(bucket, False, spec.world_size - 1, spec.forms_of(bucket)) for bucket in last),
     ]
 
 
@@ -206,7 +217,7 @@ def all_findings(judged: list[Judged]) -> list[str]:
     first: dict[tuple, Judged] = {}
     alike: dict[tuple[str, str], list[str]] = {}
     for found in judged:
-        like = first.setdefault((kind(found.job.bucket), found.job.whole), found)
+        like = first.setdefault((found.job.kind, found.job.whole), found)
         parts = difference(like.structure, found.structure) if found.structure and like.structure else []
         told = [*found.findings, *(("structure", f"not in every graph of its class: {line}") for line in parts)]
         for name, message in told:
@@ -230,16 +241,16 @@ def rows(spec: GraphSpec, judged: Iterable[Judged], hardware: HardwareChoice) ->
     that has a row, and that of another rank, get rows only for their findings.
     """
     whole: dict[Bucket, Judged] = {}
-    standing: dict[tuple[str, bool, bool], Judged] = {}
+    standing: dict[tuple[object, ...], Judged] = {}
     for found in judged:
         job, bad = found.job, len(found.findings)
         if job.whole:
             whole[job.bucket] = found
-            standing.setdefault(kind(job.bucket), found)
+            standing.setdefault(job.kind, found)
         second = not job.whole and (job.bucket in whole or job.rank > 0)
         if second and not bad:
             continue
-        of = found if job.whole or second else standing[kind(job.bucket)]
+        of = found if job.whole or second else standing[job.kind]
         seconds, cores = modelled(spec, job.bucket, hardware)
         yield (
             str(job.bucket),
@@ -287,7 +298,8 @@ def modelled(spec: GraphSpec, bucket: Bucket, hardware: HardwareChoice) -> tuple
     if not hardware.calibration.cores:
         floor = floor_of(spec.shape, spec.page_size, bucket, spec.storage, spec.world_size, hardware)
         return floor.seconds, "-"
-    found = latency_of(Model(spec.shape, spec.storage, spec.world_size, hardware), spec.page_size, bucket)
+    model = Model(spec.shape, spec.storage, spec.world_size, hardware)
+    found = latency_of(model, spec.page_size, bucket, spec.forms_of(bucket))
     return found.seconds, found.described_cores
 
 

@@ -1,6 +1,7 @@
 """GE's fused attention: softmax(scale * q k^T + mask) v, over contiguous or paged keys, with its documented limits.
 
-B sequences   R query rows per sequence   Q query heads   K key-value heads   D head width   L keys
+B sequences   R query rows per sequence   T query rows of all sequences   Q query heads   K key-value heads
+D head width   L keys
 """
 
 import torch
@@ -13,6 +14,9 @@ INT_MAX = 2147483647
 MASK_SIDE = 2048
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 _DOCS = "docs npu_fused_infer_attention_score: "
+# TND with pages: its page size, and the widest head (tiling code of CANN 8.5 to 9.1, IsUsingFAI, CheckFAISinglePara).
+TND_PAGE, TND_WIDTH = 128, 256
+_TILING = "tiling code of fused_infer_attention_score, TND: "
 
 
 @operation("FusedInferAttentionScore", source="docs npu_fused_infer_attention_score")
@@ -42,10 +46,11 @@ def attention(
     pse_type: int = 0,
     out_dtype: int = 0,
     wide: bool = False,
-) -> tuple[Tensor, None]:
-    """Attention in layout BSH without quantisation. `wide` allows fp32, which no kernel supports.
+) -> tuple[Tensor, Tensor | None]:
+    """Attention in the layouts BSH and TND without quantisation. `wide` allows fp32, which no kernel supports.
 
-    Rows behind a sequence's own length are not computed: what a kernel leaves there is undefined, here NaN.
+    Rows behind a sequence's own length are not computed: what a kernel leaves there is undefined, here NaN. So are the
+    results of a sequence without keys; its log-sum-exp is +inf (ops-transformer, aclnnFusedInferAttentionScore.md).
     """
     unused = (
         pre_tokens != INT_MAX,
@@ -54,13 +59,15 @@ def attention(
         key_antiquant_mode,
         value_antiquant_mode,
         query_quant_mode,
-        softmax_lse_flag,
         pse_type,
         out_dtype,
     )
-    require(not any(unused), "quantisation, token windows, pse and softmax_lse are not known")
-    require(input_layout == "BSH", f"layout {input_layout!r} is not known")
-    kv_heads = num_key_value_heads or num_heads
+    require(not any(unused), "quantisation, token windows and pse are not known")
+    require(input_layout in ("BSH", "TND"), f"layout {input_layout!r} is not known")
+    kv_heads, shape = num_key_value_heads or num_heads, query.shape
+    if input_layout == "TND":
+        query = _padded(query, key0, num_heads, kv_heads, actual_seq_lengths, block_table, atten_mask, inner_precise)
+        actual_seq_lengths = None
     B, R, D = query.shape[0], query.shape[1], query.shape[2] // num_heads
     _check_heads(query, key0, value0, num_heads, kv_heads, D, wide)
     if block_table is not None:
@@ -73,7 +80,7 @@ def attention(
         lengths, columns = [key0.shape[1]] * B, key0.shape[1]
     _check_mask(atten_mask, sparse_mode, inner_precise, B, R, columns)
     rows = _check_rows(actual_seq_lengths, B, R)
-    out = torch.full((B, R, num_heads * D), torch.nan)
+    out, lse = torch.full((B, R, num_heads * D), torch.nan), torch.full((B, num_heads, R, 1), torch.inf)
     for b, (count, length) in enumerate(zip(rows, lengths, strict=True)):
         if block_table is not None:
             pages = block_table[b, : -(-length // block_size)].long()
@@ -88,9 +95,40 @@ def attention(
             unseen = torch.arange(length)[None, :] > torch.arange(count)[:, None] + length - count
         elif atten_mask is not None:
             unseen = atten_mask[b if atten_mask.shape[0] > 1 else 0, 0, :count, :length].bool()
-        out[b, :count] = _attend(query[b, :count].view(count, num_heads, D), k, v, unseen, scale)
-    # The second output, softmax_lse, is not computed; a graph that reads it is refused.
-    return out.to(query.dtype), None
+        if length:
+            out[b, :count], lse[b, :, :count, 0] = _attend(
+                query[b, :count].view(count, num_heads, D), k, v, unseen, scale
+            )
+    # Without its flag, the second output is not computed; a graph that reads it is refused.
+    given_lse = lse if input_layout == "BSH" else lse.transpose(1, 2).reshape(-1, num_heads, 1)
+    return out.to(query.dtype).view(shape), given_lse if softmax_lse_flag else None
+
+
+def _padded(
+    q_TQD: Tensor,
+    pages: Tensor,
+    heads: int,
+    kv_heads: int,
+    ends: Tensor | None,
+    table: Tensor | None,
+    mask: Tensor | None,
+    inner_precise: int,
+) -> Tensor:
+    """The query rows of a layout TND as (B, R, Q * D), after a check of its limits; each sequence has equally many."""
+    T, _, D = q_TQD.shape
+    if ends is None or ends.dtype != torch.int64:
+        raise GraphError(_DOCS + "TND needs actual_seq_lengths in int64")
+    values, rows = integers(ends), T // max(1, ends.numel())
+    require(
+        values == [rows * (b + 1) for b in range(len(values))] and values[-1] == T,
+        f"actual_seq_lengths {values} of TND must be the cumulative rows of sequences, equally many of each, up to {T}",
+    )
+    require(table is not None and pages.dim() == 3, _TILING + "known here only for pages (N, P, K * D)")
+    require(pages.shape[1] == TND_PAGE, _TILING + f"pages of {pages.shape[1]} tokens, not {TND_PAGE}")
+    require(D <= TND_WIDTH, _TILING + f"heads {D} wide are above {TND_WIDTH}")
+    require(heads > kv_heads and inner_precise == 0, _TILING + "serves grouped heads, with inner_precise 0")
+    require(mask is None or mask.shape[-1] == MASK_SIDE, _TILING + "takes no mask but the fixed one of sparse_mode 3")
+    return q_TQD.reshape(len(values), rows, heads * D)
 
 
 def _check_rows(lengths: Tensor | None, B: int, R: int) -> list[int]:
@@ -183,11 +221,17 @@ def _check_mask(mask: Tensor | None, sparse_mode: int, inner_precise: int, B: in
         )
 
 
-def _attend(q_RQD: Tensor, k_LKD: Tensor, v_LKD: Tensor, unseen_RL: Tensor | None, scale: float) -> Tensor:
-    """One sequence's attention in fp32, (R, Q * D); 0 for a row that sees no key. `unseen` broadcasts over heads."""
+def _attend(
+    q_RQD: Tensor, k_LKD: Tensor, v_LKD: Tensor, unseen_RL: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """One sequence's attention in fp32, (R, Q * D), and the log-sum-exp of its scores, (Q, R).
+
+    0 for a row that sees no key. `unseen` broadcasts over heads.
+    """
     group = q_RQD.shape[1] // k_LKD.shape[1]
     k_LQD, v_LQD = (x.float().repeat_interleave(group, dim=1) for x in (k_LKD, v_LKD))
     score = torch.einsum("rqd,lqd->qrl", q_RQD.float(), k_LQD) * scale
     if unseen_RL is not None:
         score = score.masked_fill(unseen_RL, -torch.inf)
-    return torch.einsum("qrl,lqd->rqd", score.softmax(-1).nan_to_num(0.0), v_LQD).reshape(q_RQD.shape[0], -1)
+    out = torch.einsum("qrl,lqd->rqd", score.softmax(-1).nan_to_num(0.0), v_LQD).reshape(q_RQD.shape[0], -1)
+    return out, score.logsumexp(-1)

@@ -73,6 +73,12 @@ def _rms(x: Tensor, gamma: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     return rounded(wide * scale * gamma.float(), x), scale
 
 
+@operation("SoftmaxV2", source="IR SoftmaxV2; torch.nn.functional.softmax")
+def softmax(x: Tensor, *, axes: Sequence[int] = (-1,), half_to_float: bool = False) -> Tensor:
+    require(len(axes) == 1, f"SoftmaxV2 over the axes {list(axes)} is not known")
+    return rounded(x.float().softmax(axes[0]), x)
+
+
 @operation("RmsNorm", source="docs npu_rms_norm")
 def rms_norm(x: Tensor, gamma: Tensor, *, epsilon: float = 1e-6) -> tuple[Tensor, Tensor]:
     return _rms(x, gamma, epsilon)

@@ -77,8 +77,8 @@ class Eager:
 class Compiled(Eager):
     """Runs the steps with npu.py through torchair: one graph for each combination of phase and shapes."""
 
-    def __init__(self, model, dtype):
-        self.shape, self.dtype = model.shape, dtype
+    def __init__(self, model, dtype, parts=(1, 1)):
+        self.shape, self.dtype, self.parts = model.shape, dtype, parts
         weights = rounded(model.weights, dtype)
         lay_out(weights, dtype)
         self.weights = weights.to("npu")
@@ -92,7 +92,7 @@ class Compiled(Eager):
             step = Step(phase, self.weights, self.shape, self.dtype, NPU)
             self.lowered[key] = lower(step.forward, wide=self.dtype == torch.float32)
         if phase != "vision":
-            given = prepare(given, P, causal_mask(torch.device("cpu")), None)
+            given = prepare(given, P, causal_mask(torch.device("cpu")), None, parts=self.parts)
         return self.lowered[key](to_npu(given), () if phase == "vision" else self.pages, self._image_pages(given))
 
 
