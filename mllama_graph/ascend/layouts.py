@@ -54,7 +54,7 @@ class ShapeInterpreter(Interpreter):
             elif (node.type, name) == (ATTENTION, "actual_seq_lengths"):
                 rows = values[dict(node.inputs)["query"]].shape[1]
                 found[value] = torch.full(x.shape, rows, dtype=x.dtype)
-            elif (node.type, name) == (ATTENTION, "actual_seq_lengths_kv"):
+            elif (node.type, name) == (ATTENTION, "actual_seq_lengths_kv") and "block_table" in dict(node.inputs):
                 found[value] = torch.full(x.shape, self._longest(node, values), dtype=x.dtype)
             elif (node.type, name) == (ATTENTION, "atten_mask"):
                 causal = node.attributes.get("sparse_mode") == 3 and tuple(x.shape) == (MASK_SIDE, MASK_SIDE)

@@ -178,7 +178,7 @@ def npu_graph(
 def cast_to_nz(weights: Weights) -> None:
     """Convert the weights of linear layers, in place and on an NPU, to the layout that its matrix unit reads.
 
-    Quantised ones have been laid out for it (npu_quantised.py), and stay as they are where their kernel takes no NZ.
+    They have been laid out for it (npu_layout.py); quantised ones stay as they are where their kernel takes no NZ.
     """
     import torch_npu
 

@@ -1,14 +1,13 @@
 """Attention for captured kernels (npugraph_ex), whose lengths are integers: masks made in the graph hide the rest."""
 
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from mllama_graph.model.inputs import LayerPages
 from mllama_graph.model.ops import Ops, padded_head
-from mllama_graph.ops.npu import CAUSAL, attend_tiles, attention, widen
+from mllama_graph.ops.npu import CAUSAL, attention, widen
 from mllama_graph.ops.npu_inputs import MASK_SIDE
 from mllama_graph.ops.plain import PLAIN
 
@@ -87,5 +86,4 @@ def captured(ops: Ops) -> Ops:
         attend_prompt=attend_prompt,
         attend_pages=attend_pages,
         attend_image=attend_image,
-        attend_tiles=partial(attend_tiles, captured=True),
     )
