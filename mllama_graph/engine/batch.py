@@ -157,7 +157,7 @@ def token_input(
 
 
 def tile_input(step: VisionStep, shape: ModelShape, plan: Plan, device: torch.device) -> TileInput:
-    """The inputs of a vision step: an image's real tiles, padded to those of the model where a graph takes any number."""
+    """The inputs of a vision step: an image's real tiles, padded to the model's where a graph takes any number."""
     vision, image = shape.vision, step.image
     count = image.count if plan.tiles else vision.max_tiles
     tiles = np.zeros((count, vision.channels, vision.tile, vision.tile), dtype=np.uint8)

@@ -10,14 +10,14 @@ is `dynamo/torchair`.
                          same pages that queries in BSH allow (docs of npu_fused_infer_attention_score)
     head width           a multiple of 16 (same docs, 16-bit types); other widths are padded with zeros, which change no
                          score or output. Pages are allocated with the padded width, so that none is copied to pad it.
-    sparse_mode 0        with an explicit mask, or without a mask: then every row sees its whole sequence. Without pages,
-                         actual_seq_lengths_kv is optional: the keys that are read, from the first on (same docs)
+    sparse_mode 0        with an explicit mask, or without a mask: then every row sees its whole sequence. Without
+                         pages, actual_seq_lengths_kv is optional: how many keys are read (same docs)
     sparse_mode 3        causal, aligned to the lower right corner, with the fixed mask of 2048 x 2048; for several rows
                          only, since one row silently resets the mode to 0 (tiling of CANN 8.5 to 9.1, ops-transformer)
     inner_precise 0      high precision; no row is fully masked, so that no row correction (modes 2 and 3) is needed
-    weights              npu_layout.py says which of two layouts a weight has. MatMul takes (in, out) from a matrix product,
-                         and (out, in) with a transpose flag from npu_linear alone: F.linear adds a Transpose of the
-                         weight to every step (converters aten/mm.py, custom/npu_linear.py, aten/t.py)
+    weights              npu_layout.py says which of two layouts a weight has. MatMul takes (in, out) from a matrix
+                         product, and (out, in) with a transpose flag from npu_linear alone: F.linear adds a Transpose
+                         of the weight to every step (converters aten/mm.py, custom/npu_linear.py, aten/t.py)
     gelu                 npu_gelu, GeluV2: the converter of F.gelu drops `approximate` and emits Gelu for both forms
                          (converters custom/npu_gelu.py, aten/gelu.py)
 

@@ -3,8 +3,8 @@
 Never run on an NPU. Layouts of linear layers in floating point (npu_quantised.py has those of quantised ones):
 
     ND                   (out, in), as in the checkpoint, with a transpose flag
-    NZ                   (in, out), cast to the tiles that the matrix unit reads (cann-recipes-infer and vllm-ascend give
-                         weights to matrix products in this form)
+    NZ                   (in, out), cast to the tiles that the matrix unit reads: so cann-recipes-infer and vllm-ascend
+                         give weights to matrix products
     NZ, with a bias      (out, in), cast likewise (torchair's use_internal_format_weight casts nn.Linear's weights so):
                          only npu_linear gives MatMul a bias in fp32. The vision tower's fc1, and the projector
 

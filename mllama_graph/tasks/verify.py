@@ -125,9 +125,9 @@ def main(run: ResolvedRun) -> None:
         )
 
 
-def kind(bucket: Bucket) -> tuple[str, bool, bool]:
+def kind(bucket: Bucket) -> tuple[str, bool, bool, int]:
     """The class of a bucket. Buckets of one class have the same graph except for sizes."""
-    return bucket.phase, bucket.image_pages > 0, bucket.phase == "prefill" and bucket.pages > 0
+    return bucket.phase, bucket.image_pages > 0, bucket.phase == "prefill" and bucket.pages > 0, bucket.tiles
 
 
 def jobs(spec: GraphSpec, plan: Plan) -> list[Job]:
@@ -230,7 +230,7 @@ def rows(spec: GraphSpec, judged: Iterable[Judged], hardware: HardwareChoice) ->
     that has a row, and that of another rank, get rows only for their findings.
     """
     whole: dict[Bucket, Judged] = {}
-    standing: dict[tuple[str, bool, bool], Judged] = {}
+    standing: dict[tuple[str, bool, bool, int], Judged] = {}
     for found in judged:
         job, bad = found.job, len(found.findings)
         if job.whole:

@@ -131,7 +131,9 @@ def _check_lengths(lengths: Tensor | None, B: int, L: int) -> list[int]:
     if lengths is None:
         return [L] * B
     values = integers(lengths)
-    require(lengths.dtype == torch.int64 and len(values) == B, _DOCS + f"{len(values)} lengths of keys, {lengths.dtype}")
+    require(
+        lengths.dtype == torch.int64 and len(values) == B, _DOCS + f"{len(values)} lengths of keys, {lengths.dtype}"
+    )
     require(all(0 < value <= L for value in values), _DOCS + f"lengths {values} of {L} keys")
     return values
 
