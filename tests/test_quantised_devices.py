@@ -9,9 +9,9 @@ from mllama_graph.core.devices import DEVICES
 from mllama_graph.core.errors import UserError
 from mllama_graph.model.formats import CHOICES, DYNAMIC, STATIC, Format, chosen
 from mllama_graph.model.shape import shape_of
-from mllama_graph.plan.quantised import check_compiler, on_device
+from mllama_graph.plan.quantised import compiler_choice, on_device
 
-RELEASED, NPU = shape_of({"model_type": "mllama"}), DEVICES["npu"]
+RELEASED, NPU, NPU_SIM = shape_of({"model_type": "mllama"}), DEVICES["npu"], DEVICES["npu-sim"]
 LEAF = "text.layers.0.qkv"
 
 
@@ -56,6 +56,29 @@ def test_what_has_no_kernel_is_refused_with_the_remedy(path, form, quant, messag
 def test_weights_in_tiles_need_graphs_for_float_activations():
     captured = TorchairChoice(mode="npugraph_ex", weight_format="nz")
     with pytest.raises(UserError, match="weight_format=nz"):
-        check_compiler(((LEAF, CHOICES["w8a16"]),), captured)
-    check_compiler(((LEAF, Format("int8", activations=DYNAMIC)),), captured)
-    check_compiler(((LEAF, CHOICES["w8a16"]),), TorchairChoice(weight_format="nz"))
+        compiler_choice(((LEAF, CHOICES["w8a16"]),), captured, NPU)
+    compiler_choice(((LEAF, Format("int8", activations=DYNAMIC)),), captured, NPU)
+    compiler_choice(((LEAF, CHOICES["w8a16"]),), TorchairChoice(weight_format="nz"), NPU)
+
+
+@pytest.mark.parametrize(
+    ("device", "mode", "form", "layout"),
+    [
+        (NPU, "max-autotune", None, "nz"),
+        (NPU, "max-autotune", "w8a16", "nz"),
+        (NPU, "npugraph_ex", None, "nz"),
+        # No kernel multiplies int8 weights in NZ by float activations outside of GE's graphs.
+        (NPU, "npugraph_ex", "w8a16", "nd"),
+        (NPU_SIM, "max-autotune", None, "nd"),
+    ],
+)
+def test_weights_are_in_nz_on_a_device_unless_one_has_no_kernel(device, mode, form, layout):
+    formats = ((LEAF, CHOICES[form]),) if form else ()
+    assert compiler_choice(formats, TorchairChoice(mode=mode), device).weight_format == layout
+    assert compiler_choice(formats, TorchairChoice(mode=mode, weight_format="nd"), device).weight_format == "nd"
+
+
+def test_heads_of_quantised_vision_layers_are_not_padded():
+    formats = (("vision.local_layers.0.qkv", CHOICES["w8a16"]),)
+    with pytest.raises(UserError, match="pad_vision_heads=true: vision.local_layers.0.qkv is quantised"):
+        compiler_choice(formats, TorchairChoice(pad_vision_heads=True), NPU)

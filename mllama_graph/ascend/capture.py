@@ -107,7 +107,7 @@ def _model(spec: GraphSpec) -> tuple[FakeTensorMode, Weights, Pages, Pages]:
     """A rank's weights and pages as fake tensors, kept for the next bucket of the same spec."""
     with (mode := FakeTensorMode()):
         weights = spec.unfilled_weights(spec.shard)
-        lay_out(weights, spec.compute, spec.tiled)
+        lay_out(weights, spec.compute, spec.tiled, spec.vision_heads)
         return mode, weights, *spec.unfilled_pages()
 
 

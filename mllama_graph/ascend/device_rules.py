@@ -61,9 +61,10 @@ def straight(graph: LoweredGraph, context: Context) -> Faults:
     """Lengths, block tables and slots come straight from the host, and so do a decode step's masks and indices.
 
     Attention in a static graph has a tiling task on the device that waits for its lengths (ge, tiling_schedule_optimize
-    and ops-transformer, fused_infer_attention_score): arithmetic before them delays the first layer.
+    and ops-transformer, fused_infer_attention_score): arithmetic before them delays the first layer. Lengths of a
+    vision graph belong to its bucket, and are constants.
     """
-    decode = context.bucket.phase == "decode"
+    decode, vision = context.bucket.phase == "decode", context.bucket.phase == "vision"
     for op in graph.of_type(*PLACES):
         for name, value in inputs_of(op):
             masks = decode and op.type == ATTENTION and name == "atten_mask"
@@ -71,7 +72,8 @@ def straight(graph: LoweredGraph, context: Context) -> Faults:
             rows = op.type == "GatherV2" and decode and graph.maker(inputs_of(op)[0][1]).type in INPUTS
             if masks or (name in PLACES[op.type] and (rows or op.type != "GatherV2")):
                 made = graph.maker(graph.behind(value))
-                if made.type not in INPUTS:
+                fixed = vision and name in LENGTHS and made.type == "Const"
+                if made.type not in INPUTS and not fixed:
                     yield op, f"{name} comes from {graph.described(f'{made.name}:0')}, not straight from an input"
 
 
@@ -79,12 +81,15 @@ def masks(graph: LoweredGraph, context: Context) -> Faults:
     """A mask that never changes is an input: GE folds no LogicalAnd, LogicalOr, Less or GreaterEqual of constants.
 
     Causal attention takes the fixed mask for several rows only: for one row, the tiling code of CANN 8.5 to 9.1 resets
-    sparse_mode to 0 and reads it as a plain mask.
+    sparse_mode to 0 and reads it as a plain mask. Attention among the rows of an image has none: a mask of 6432 rows
+    would be read again for each head and layer.
     """
     for op in graph.of_type(ATTENTION):
         sources, attributes = dict(inputs_of(op)), attributes_of(op)
         if "atten_mask" in sources and graph.is_constant(graph.maker(sources["atten_mask"])):
             yield op, "its mask never changes, but is computed in the graph"
+        elif "atten_mask" in sources and context.bucket.phase == "vision":
+            yield op, "a mask hides rows of an image, which the order of rows and a length can do"
         elif attributes.get("sparse_mode") and "atten_mask" not in sources:
             yield op, f"sparse_mode {attributes['sparse_mode']} without its fixed mask"
 

@@ -73,7 +73,7 @@ def parts(context: Context) -> dict[str, int]:
     selves, crosses, layers = len(text.self_layers), len(text.cross_layers), sum(map(len, context.layers.values()))
     ranks = context.spec.world_size > 1
     if bucket.phase == "vision":
-        width = vision.width // vision.heads
+        width = context.spec.vision_heads[1] if context.spec.vision_heads else vision.width // vision.heads
         return {
             "once": 1,
             "local layer": vision.layers,
@@ -81,7 +81,7 @@ def parts(context: Context) -> dict[str, int]:
             "cross layer": crosses,
             "padded layer": (padded_head(width) > width) * layers,
             "padded cross layer": padded_text * crosses,
-            "one tile": vision.max_tiles == 1,
+            "padding tiles": bucket.tiles < vision.max_tiles,
             "layer of ranks": ranks * layers,
             **quantised,
         }
@@ -163,7 +163,7 @@ def computed() -> Golden:
     specs += [_spec(shape, ranks, candidates=count) for shape, ranks, count in _searching_models()]
     for spec in specs:
         for bucket in (
-            Bucket("vision", 1, 1, 0, 1),
+            *(Bucket("vision", 1, 1, 0, 1, tiles) for tiles in sorted({1, shape.vision.max_tiles})),
             *(Bucket("decode", 2, 2, 3, i) for i in (0, 5)),
             *(Bucket("prefill", 1, 32, past, i) for past in (0, 3) for i in (0, 5)),
             *(bucket for bucket, _ in spec.forms),

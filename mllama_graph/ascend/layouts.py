@@ -61,7 +61,7 @@ class ShapeInterpreter(Interpreter):
                 packed = node.attributes.get("input_layout") == "TND"
                 ends = torch.arange(1, len(x) + 1, dtype=x.dtype) * (len(query) // len(x))
                 found[value] = ends if packed else torch.full(x.shape, query.shape[1], dtype=x.dtype)
-            elif (node.type, name) == (ATTENTION, "actual_seq_lengths_kv"):
+            elif (node.type, name) == (ATTENTION, "actual_seq_lengths_kv") and "block_table" in dict(node.inputs):
                 found[value] = torch.full(x.shape, self._longest(node, values), dtype=x.dtype)
             elif (node.type, name) == (ATTENTION, "atten_mask"):
                 causal = node.attributes.get("sparse_mode") == 3 and tuple(x.shape) == (MASK_SIDE, MASK_SIDE)

@@ -19,7 +19,7 @@ QUANT_PARTS = ("text", "head", "vision", "projector", "embedding")
 COLLECTIVES = ("auto", "shared_memory", "distributed")
 KERNELS = ("auto", "native", "plain")
 TORCHAIR_MODES = ("max-autotune", "npugraph_ex")
-WEIGHT_FORMATS = ("nd", "nz")
+WEIGHT_FORMATS = ("auto", "nd", "nz")
 ATTENTIONS = ("auto", "bsh", "tnd", "split")
 TOPOLOGIES = ("BFS", "DFS", "RDFS", "StableRDFS")
 
@@ -49,7 +49,8 @@ class TorchairChoice:
     topology_sorting_strategy: str = "StableRDFS"
     ge_cache: bool = True
     static_kernel_compile: bool = False
-    weight_format: str = "nd"
+    weight_format: str = "auto"
+    pad_vision_heads: bool = False
     attention: str = "auto"
 
 

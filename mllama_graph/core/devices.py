@@ -17,13 +17,15 @@ from mllama_graph.core.errors import UserError
 
 @dataclass(frozen=True)
 class Paging:
-    """Limits that a device's attention kernels put on K/V pages. The defaults impose none."""
+    """What a device's attention kernels ask of pages and buckets. The defaults ask for nothing."""
 
     # A page holds a multiple of this many tokens, and at most `largest_page`.
     page_multiple: int = 1
     largest_page: int | None = None
     # Whether the pool must have as many pages as all sequences read, shared pages counted once per sequence.
     counts_every_reader: bool = False
+    # Whether each number of an image's real tiles has a vision graph: then its attention needs no mask.
+    fixed_tiles: bool = False
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ CPU = Device("cpu", on_host=True, native=True, computes="fp32")
 CANDIDATES = 64
 CUDA = Device("cuda", variable="CUDA_VISIBLE_DEVICES", files="nvidia", candidates=CANDIDATES)
 # NPU attention takes only 16-bit types. Page limits: docs of npu_fused_infer_attention_score, for several query rows.
-_NPU_PAGING = Paging(page_multiple=128, largest_page=512, counts_every_reader=True)
+_NPU_PAGING = Paging(page_multiple=128, largest_page=512, counts_every_reader=True, fixed_tiles=True)
 # Docs of npu_weight_quant_batchmatmul, npu_quant_matmul (65535; fp16 only with a scale per row) and
 # npu_convert_weight_to_int4pack (8). A 910B has no FP8, and no operation looks codes up.
 _NPU_QUANTISED = Quantised(("int8", "int4"), group=32, outputs=8, largest=65535, refused_with_static=("fp16",))

@@ -21,7 +21,7 @@ Ints = NDArray[np.int32]
 def needs(plan: Plan, step: Step) -> Bucket:
     """The smallest bucket that holds a step."""
     if isinstance(step, VisionStep):
-        return plan.vision()
+        return plan.vision(step.image.count)
     if isinstance(step, PrefillStep):
         return plan.prefill(len(step.row.ids), pages_for(step.row.start, plan.page_size), step.row.image_pages)
     return plan.decode(
@@ -157,14 +157,15 @@ def token_input(
 
 
 def tile_input(step: VisionStep, shape: ModelShape, plan: Plan, device: torch.device) -> TileInput:
-    """The inputs of a vision step: an image's real tiles, padded to the model's number of tiles."""
+    """The inputs of a vision step: an image's real tiles, padded to the model's where a graph takes any number."""
     vision, image = shape.vision, step.image
-    tiles = np.zeros((vision.max_tiles, vision.channels, vision.tile, vision.tile), dtype=np.uint8)
+    count = image.count if plan.tiles else vision.max_tiles
+    tiles = np.zeros((count, vision.channels, vision.tile, vision.tile), dtype=np.uint8)
     tiles[: image.count] = image.data
     tokens = vision.max_tiles * vision.tokens
     return TileInput(
         tiles_C3hw=torch.from_numpy(tiles).to(device),
         aspect_1=_int32([image.aspect], device),
-        real_1=_int32([image.count], device),
+        real_1=None if plan.tiles else _int32([image.count], device),
         slot_S=_int32(slots(step.pages, 0, tokens, plan.page_size), device),
     )

@@ -247,8 +247,8 @@ class NpuBackend(Backend):
         from mllama_graph.graphs.torchair import cast_to_nz
         from mllama_graph.ops.npu_layout import lay_out
 
-        lay_out(weights, spec.compute, spec.tiled)
-        if spec.tiled:
+        lay_out(weights, spec.compute, spec.tiled, spec.vision_heads)
+        if spec.tiled and not self.run.device.simulated:
             cast_to_nz(weights)
 
     def rounded(self, rows_OI: Tensor, form: Format) -> Codes:

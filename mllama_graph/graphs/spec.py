@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mllama_graph.model.formats import Formats, Storage, page_bytes
 from mllama_graph.model.inputs import ImageInput, Pages, PromptInput, TileInput, TokenInput
-from mllama_graph.model.ops import padded_head
+from mllama_graph.model.ops import fast_head, padded_head
 from mllama_graph.model.placement import Placement
 from mllama_graph.model.shape import ModelShape
 from mllama_graph.model.table import Shard
@@ -61,6 +61,13 @@ class GraphSpec:
     def tiled(self) -> bool:
         """Whether an NPU's weights have the layout of its matrix unit (backend.torchair.weight_format)."""
         return dict(self.options).get("weight_format") == "nz"
+
+    @property
+    def vision_heads(self) -> tuple[int, int] | None:
+        """Widths of the vision tower's heads and of what they are padded to (backend.torchair.pad_vision_heads)."""
+        width = self.shape.vision.width // self.shape.vision.heads
+        padded = fast_head(width) if dict(self.options).get("pad_vision_heads") else width
+        return (width, padded) if padded > width else None
 
     @property
     def storage(self) -> Storage:
@@ -168,7 +175,9 @@ class GraphSpec:
         B, T, J = bucket.rows, bucket.tokens, bucket.pages
         if bucket.phase == "vision":
             tiles = torch.zeros((vision.max_tiles, vision.channels, vision.tile, vision.tile), dtype=torch.uint8)
-            return TileInput(tiles.to(device), ones(1), ones(1), slots(vision.max_tiles * vision.tokens))
+            # On an NPU, each number of real tiles has a graph of its own.
+            real, given = (None, tiles[: bucket.tiles]) if bucket.tiles else (ones(1), tiles)
+            return TileInput(given.to(device), ones(1), real, slots(vision.max_tiles * vision.tokens))
         image = (
             ImageInput(zeros(B, bucket.image_pages), zeros(B, bucket.image_pages), zeros(T, 2))
             if bucket.image_pages

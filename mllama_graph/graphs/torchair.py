@@ -166,19 +166,26 @@ def npu_graph(
     """A bucket's graph for the rank with these weights and pages: loaded from `folder`, or compiled into it.
 
     Compiling runs the graph once, on padding. `name` identifies it. Raises torchair's errors for what it can't lower.
+    Image pages have no scratch slots: those that a vision graph writes when it is compiled may hold another image's
+    K/V, and are restored.
     """
     inputs = arguments(bucket, spec.prepared(spec.example(bucket)), *pages)
     step = Flat(Step(bucket.phase, weights, spec.shape, spec.compute, ops, spec.candidates), inputs)
     options = dict(spec.options)
     if stored:
         return NpuGraph(load_step(step, name, options, folder), spec.prepared)
-    return NpuGraph(compile_step(step, name, tensors(inputs), options, folder), spec.prepared)
+    written = [data[: bucket.image_pages] for layer in pages[1] for data in layer] if bucket.phase == "vision" else []
+    kept = [data.cpu() for data in written]
+    run = compile_step(step, name, tensors(inputs), options, folder)
+    for data, before in zip(written, kept, strict=True):
+        data.copy_(before)
+    return NpuGraph(run, spec.prepared)
 
 
 def cast_to_nz(weights: Weights) -> None:
     """Convert the weights of linear layers, in place and on an NPU, to the layout that its matrix unit reads.
 
-    Quantised ones have been laid out for it (npu_quantised.py), and stay as they are where their kernel takes no NZ.
+    They have been laid out for it (npu_layout.py); quantised ones stay as they are where their kernel takes no NZ.
     """
     import torch_npu
 

@@ -140,5 +140,5 @@ def _first_floor(on: Measured, case: Case, image_tokens: int, ceiling: Limits) -
     seen = case.length * case.length / 2, case.length * image_tokens
     moved, flops = step_work(on.shape, case.images > 0, case.length, case.length, image_tokens, seen, 1, on.storage)
     prompt = max(moved / ceiling.bytes_per_second, flops / ceiling.flops)
-    encode = work(on.shape, on.plan.page_size, on.plan.vision(), on.storage)[1] / ceiling.flops
+    encode = work(on.shape, on.plan.page_size, on.plan.vision(on.shape.vision.max_tiles), on.storage)[1] / ceiling.flops
     return case.batch * (prompt + case.images * encode)

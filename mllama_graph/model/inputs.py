@@ -98,11 +98,11 @@ class TokenInput(NamedTuple):
 class TileInput(NamedTuple):
     """One image: all tiles of the canvas as uint8, padding tiles included.
 
-    aspect_1: aspect-ratio id, counted from 1. real_1: number of tiles that are not padding. slot_S: the slot to which
-    each token's K/V are written.
+    aspect_1: aspect-ratio id, counted from 1. real_1: number of tiles that are not padding; None in a graph for a fixed
+    number of them, which takes these tiles alone. slot_S: the slot to which each token's K/V are written.
     """
 
     tiles_C3hw: Tensor
     aspect_1: Tensor
-    real_1: Tensor
+    real_1: Tensor | None
     slot_S: Tensor

@@ -18,9 +18,18 @@ from torch import Tensor
 NPU_HEAD = 16
 
 
+# Head widths for which an NPU's attention has its fast template (tiling code of CANN 8.5 to 9.1, ops-transformer).
+FAST_HEADS = (64, 128)
+
+
 def padded_head(width: int) -> int:
     """The head width of an NPU's attention and pages for a model's head width."""
     return -(-width // NPU_HEAD) * NPU_HEAD
+
+
+def fast_head(width: int) -> int:
+    """The least head width, from a model's on, with an NPU's fast template of attention; its own if there is none."""
+    return next((fast for fast in FAST_HEADS if fast >= width), width)
 
 
 @dataclass(frozen=True)
@@ -70,9 +79,12 @@ class Ops:
     add_tile_embedding: Callable
     # (patches_CNE, class_E, position_LE, table, aspect_1, gate_1) -> x_CLE: class token first, positions added
     add_positions: Callable
-    # (x_CLE, real_1, multiple) -> (x_WE, pad_W): each tile's rows padded with zeros, and which rows are padding
+    # (x_CLE, real_1 or the number of real tiles, multiple) -> (x_WE, pad_W): each tile's rows padded with zeros, and
+    # which rows are padding, in the form that this backend's `attend_tiles` takes. A backend chooses the order of rows
     pad_rows: Callable
-    # (x_WE, kept list of x_WE, tiles, tokens) -> x_SU: each tile's first tokens, each followed by its kept features
+    # (x_WE of pad_rows, tiles, tokens) -> its rows by tile, as parts x_CrE that give x_WE again when they are joined
+    rows_by_tile: Callable
+    # (x_WE, kept list of x_WE, tiles, tokens) -> x_SU: each tile's tokens, each followed by its kept features
     join_features: Callable
     # (k_TKH, v_TKH, pages, slot_T): writes row t to slot slot_T[t]; slots are unique
     write_pages_: Callable
@@ -82,7 +94,7 @@ class Ops:
     attend_pages: Callable
     # (q_TQH, pages, table_BJ, fill_BJ, see_T2): row t sees the first fill tokens of table entries see[0] .. see[1]-1
     attend_image: Callable
-    # (q_SAH, k_SAH, v_SAH, pad_S): all rows see all rows, but padding does not see padding
+    # (q_SAH, k_SAH, v_SAH, pad_S, scale): all rows see all rows, but padding does not see padding
     attend_tiles: Callable
     # (x_BV, k) -> (value_Bk, column_Bk): the k largest of each row in descending order, equal ones in any order
     top_k: Callable

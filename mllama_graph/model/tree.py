@@ -105,7 +105,10 @@ class TextWeights(nn.Module):
 
 
 class VisionLayer(nn.Module):
-    """A layer of the vision tower; only global layers have gates. fc2_bias: added once, after the all-reduce."""
+    """A layer of the vision tower; only global layers have gates. fc2_bias: added once, after the all-reduce.
+
+    padded_head: the head width of qkv and o where a backend has padded the heads; None otherwise.
+    """
 
     fc2_bias: nn.Parameter
     attention_gate: nn.Parameter | None
@@ -115,6 +118,7 @@ class VisionLayer(nn.Module):
         super().__init__()
         self.attention_norm, self.mlp_norm = LayerNorm(), LayerNorm()
         self.qkv, self.o, self.fc1, self.fc2 = Linear(), Linear(), Linear(), Linear()
+        self.padded_head: int | None = None
         self.register_parameter("attention_gate", None)
         self.register_parameter("mlp_gate", None)
 

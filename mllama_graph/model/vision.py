@@ -6,6 +6,7 @@ U vision output   D model width   K kv heads
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mllama_graph.model.inputs import Pages, TileInput
@@ -22,8 +23,8 @@ def block(w: VisionLayer, x_WE: Tensor, pad_W: Tensor, head_width: int, eps: flo
     W = x_WE.shape[0]
     h_WE = ops.layer_norm(x_WE, w.attention_norm, eps)
     q, k, v = ops.linear(h_WE, w.qkv).chunk(3, dim=-1)
-    q_WAH, k_WAH, v_WAH = (part.view(W, -1, head_width) for part in (q, k, v))
-    out_WAH = ops.attend_tiles(q_WAH, k_WAH, v_WAH, pad_W)
+    q_WAH, k_WAH, v_WAH = (part.view(W, -1, w.padded_head or head_width) for part in (q, k, v))
+    out_WAH = ops.attend_tiles(q_WAH, k_WAH, v_WAH, pad_W, head_width**-0.5)
     y_WE = ops.all_reduce(ops.linear(out_WAH.reshape(W, -1), w.o))
     x_WE = ops.add_gated(x_WE, y_WE, None, w.attention_gate)
     h_WE = ops.layer_norm(x_WE, w.mlp_norm, eps)
@@ -32,10 +33,16 @@ def block(w: VisionLayer, x_WE: Tensor, pad_W: Tensor, head_width: int, eps: flo
     return ops.add_gated(x_WE, y_WE, w.fc2_bias, w.mlp_gate)
 
 
-def embed_tiles(w: VisionWeights, given: TileInput, dtype: torch.dtype, ops: Ops) -> Tensor:
-    """Patches plus tile embeddings and positions, class token first: (C, L, E), the input of norm_before."""
+def embed_tiles(w: VisionWeights, given: TileInput, tiles: int, dtype: torch.dtype, ops: Ops) -> Tensor:
+    """Patches plus tile embeddings and positions, class token first: (C, L, E), the input of norm_before.
+
+    tiles: all tiles of the canvas, padding included.
+    """
     x_C3hw = ops.normalise(given.tiles_C3hw, given.real_1, w.pixel_scale, w.pixel_mean, w.pixel_std, dtype)
     x_CNE = ops.patch_embed(x_C3hw, w.patch)
+    if len(x_CNE) < tiles:
+        # The patches of a padding tile, whose pixels are zero.
+        x_CNE = F.pad(x_CNE, (0, 0, 0, 0, 0, tiles - len(x_CNE)))
     x_CNE = ops.add_tile_embedding(x_CNE, w.pre_tile, given.aspect_1, w.pre_tile_gate)
     return ops.add_positions(x_CNE, w.class_token, w.position, w.tile_position, given.aspect_1, w.position_gate)
 
@@ -47,9 +54,10 @@ def encode(w: VisionWeights, given: TileInput, dtype: torch.dtype, shape: ModelS
     as (dim, layer). All tiles are encoded, including padding: real patches attend to them.
     """
     vision = shape.vision
-    x_CLE = ops.layer_norm(embed_tiles(w, given, dtype, ops), w.norm_before, OUTER_NORM_EPS)
+    x_CLE = ops.layer_norm(embed_tiles(w, given, vision.max_tiles, dtype, ops), w.norm_before, OUTER_NORM_EPS)
     C, L, E = x_CLE.shape
-    x_WE, pad_W = ops.pad_rows(x_CLE, given.real_1, ROW_MULTIPLE)
+    real = len(given.tiles_C3hw) if given.real_1 is None else given.real_1
+    x_WE, pad_W = ops.pad_rows(x_CLE, real, ROW_MULTIPLE)
 
     kept: dict[int, Tensor] = {}
     head_width = vision.width // vision.heads
@@ -58,8 +66,11 @@ def encode(w: VisionWeights, given: TileInput, dtype: torch.dtype, shape: ModelS
             kept[index] = x_WE
         x_WE = block(layer, x_WE, pad_W, head_width, vision.eps, ops)
     x_WE = ops.layer_norm(x_WE, w.norm_after, OUTER_NORM_EPS)
-    x_CRE = ops.add_tile_embedding(x_WE.view(C, -1, E), w.post_tile, given.aspect_1, w.post_tile_gate)
-    x_WE = x_CRE.view(-1, E)
+    parts = [
+        ops.add_tile_embedding(x_CrE, w.post_tile, given.aspect_1, w.post_tile_gate).view(-1, E)
+        for x_CrE in ops.rows_by_tile(x_WE, C, L)
+    ]
+    x_WE = parts[0] if len(parts) == 1 else torch.cat(parts)
     for layer in w.global_layers:
         x_WE = block(layer, x_WE, pad_W, head_width, vision.eps, ops)
 

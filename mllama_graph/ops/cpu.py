@@ -184,8 +184,8 @@ def attend_image(q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, fill_BJ: Te
     return kernels.attend_image(q_TQH, *_and_scales(pages), table_BJ, fill_BJ, see_T2, q_TQH.shape[-1] ** -0.5)
 
 
-def attend_tiles(q_SAH: Tensor, k_SAH: Tensor, v_SAH: Tensor, pad_S: Tensor) -> Tensor:
-    return kernels.attend_tiles(q_SAH, k_SAH, v_SAH, pad_S, q_SAH.shape[-1] ** -0.5)
+def attend_tiles(q_SAH: Tensor, k_SAH: Tensor, v_SAH: Tensor, pad_S: Tensor, scale: float) -> Tensor:
+    return kernels.attend_tiles(q_SAH, k_SAH, v_SAH, pad_S, scale)
 
 
 # Operations that take the number of rows that are not padding. In the others a padding row costs almost nothing: it
@@ -218,6 +218,7 @@ CPU = Ops(
     add_tile_embedding=add_tile_embedding,
     add_positions=add_positions,
     pad_rows=pad_rows,
+    rows_by_tile=PLAIN.rows_by_tile,
     join_features=join_features,
     write_pages_=write_pages_,
     attend_prompt=attend_prompt,

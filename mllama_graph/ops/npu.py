@@ -10,12 +10,14 @@ is `dynamo/torchair`.
                          same pages that queries in BSH allow (docs of npu_fused_infer_attention_score)
     head width           a multiple of 16 (same docs, 16-bit types); other widths are padded with zeros, which change no
                          score or output. Pages are allocated with the padded width, so that none is copied to pad it.
-    sparse_mode 0        with an explicit mask, or without a mask: then every row sees its whole sequence
+    sparse_mode 0        with an explicit mask, or without a mask: then every row sees its whole sequence. Without
+                         pages, actual_seq_lengths_kv is optional: how many keys are read (same docs)
     sparse_mode 3        causal, aligned to the lower right corner, with the fixed mask of 2048 x 2048; for several rows
                          only, since one row silently resets the mode to 0 (tiling of CANN 8.5 to 9.1, ops-transformer)
     inner_precise 0      high precision; no row is fully masked, so that no row correction (modes 2 and 3) is needed
-    weights (out, in)    as in the checkpoint: npu_linear passes them to MatMul with a transpose flag, while F.linear
-                         adds a Transpose of the weight to every step (converters custom/npu_linear.py, aten/t.py)
+    weights              npu_layout.py says which of two layouts a weight has. MatMul takes (in, out) from a matrix
+                         product, and (out, in) with a transpose flag from npu_linear alone: F.linear adds a Transpose
+                         of the weight to every step (converters aten/mm.py, custom/npu_linear.py, aten/t.py)
     gelu                 npu_gelu, GeluV2: the converter of F.gelu drops `approximate` and emits Gelu for both forms
                          (converters custom/npu_gelu.py, aten/gelu.py)
 
@@ -37,7 +39,7 @@ from torch import Tensor
 from mllama_graph.model.inputs import LayerPages, Prepared, PromptInput, TokenInput
 from mllama_graph.model.ops import Ops, padded_head
 from mllama_graph.model.tree import Linear
-from mllama_graph.ops import npu_quantised
+from mllama_graph.ops import npu_layout, npu_quantised, plain
 from mllama_graph.ops.npu_candidates import top_k
 from mllama_graph.ops.npu_parts import merged, repeated
 from mllama_graph.ops.ranks import GROUP, max_in, ranked
@@ -55,7 +57,11 @@ def linear(x: Tensor, leaf: Linear, nz: bool = False, over_ranks: Callable[[Tens
     if leaf.format:
         return npu_quantised.linear(x, leaf, nz, over_ranks)
     # The weight has the dtype of x: MatMul accepts no other (IR MatMul).
-    y = torch_npu.npu_linear(x.flatten(0, -2), leaf.weight, leaf.bias)
+    rows_TI = x.flatten(0, -2)
+    if npu_layout.inputs_first(leaf, nz):
+        y = rows_TI @ leaf.weight
+    else:
+        y = torch_npu.npu_linear(rows_TI, leaf.weight, leaf.bias)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -107,13 +113,16 @@ def attention(
     sparse_mode: int = 0,
     packed: bool = False,
     empty_BS11: Tensor | None = None,
+    scale: float | None = None,
     **paged: Any,
 ) -> Tensor:
     """Fused attention -> (B * R, Q, head_width). k and v are (B, L, K, H), or pages (N, P, K, H) with `block_table`.
 
-    packed: in the layout TND. empty_BS11: `paged` has an entry for each part of each sequence (npu_parts.py).
+    packed: in the layout TND. empty_BS11: `paged` has an entry for each part of each sequence (npu_parts.py). scale: None
+    for that of head_width.
 
-    torchair's form of the operation takes lengths as tensors, only in graphs of GE; torch_npu's takes integers.
+    torchair's form of the operation takes lengths as tensors, only in graphs of GE; torch_npu's takes integers, which
+    become constants of the graph (`captured`).
     """
     B, R, Q, H = q_BRQH.shape
     fused = torch_npu.npu_fused_infer_attention_score if captured else torchair.ops.npu_fused_infer_attention_score
@@ -127,7 +136,7 @@ def attention(
         num_heads=Q,
         num_key_value_heads=kv_heads,
         input_layout="TND" if packed else "BSH",
-        scale=head_width**-0.5,
+        scale=scale or head_width**-0.5,
         atten_mask=mask,
         sparse_mode=sparse_mode,
         inner_precise=0,
@@ -222,13 +231,41 @@ def attend_image(
     )
 
 
-def attend_tiles(q_SAH: Tensor, k_SAH: Tensor, v_SAH: Tensor, pad_S: Tensor, captured: bool = False) -> Tensor:
-    width = padded_head(q_SAH.shape[-1])
+def pad_rows(x_CLE: Tensor, real: int, multiple: int) -> tuple[Tensor, int]:
+    """`pad_rows` for a fixed number of real tiles: the tokens of all tiles, then the rows that pad each tile.
+
+    So the rows that are not padding come first, and their number stands for pad_W.
+    """
+    C, L, E = x_CLE.shape
+    return F.pad(x_CLE.reshape(C * L, E), (0, 0, 0, C * (-L % multiple))), real * L
+
+
+def rows_by_tile(x_WE: Tensor, tiles: int, tokens: int) -> tuple[Tensor, ...]:
+    """The tokens of each tile, and the rows that pad it, if there are some."""
+    W, E = x_WE.shape
+    parts = [size for size in (tiles * tokens, W - tiles * tokens) if size]
+    return tuple(part.view(tiles, -1, E) for part in x_WE.split(parts))
+
+
+def join_features(x_WE: Tensor, kept: list[Tensor], tiles: int, tokens: int) -> Tensor:
+    # The tokens of all tiles come first, as those of a single tile.
+    return plain.join_features(x_WE, kept, 1, tiles * tokens)
+
+
+def attend_tiles(q_SAH: Tensor, k_SAH: Tensor, v_SAH: Tensor, real: int, scale: float) -> Tensor:
+    """Two attentions without a mask: the first `real` rows see all rows, the rows of padding see the first `real`.
+
+    Both lengths belong to the bucket, so that they may be constants of the graph.
+    """
+    (S, A, H), width = q_SAH.shape, padded_head(q_SAH.shape[-1])
     q_1SAH, k_1SAH, v_1SAH = (widen(x, width)[None] for x in (q_SAH, k_SAH, v_SAH))
-    unseen_SS = pad_S[:, None] & pad_S[None, :]
-    return attention(
-        q_1SAH, k_1SAH, v_1SAH, q_SAH.shape[-1], kv_heads=q_SAH.shape[1], mask=unseen_SS[None, None], captured=captured
-    )
+    given: dict[str, Any] = {"kv_heads": A, "mask": None, "captured": True, "scale": scale}
+    if real == S:
+        return attention(q_1SAH, k_1SAH, v_1SAH, H, **given)
+    real_1RAH, padding_1PAH = q_1SAH.split([real, S - real], dim=1)
+    out_RAH = attention(real_1RAH, k_1SAH, v_1SAH, width, **given)
+    out_PAH = attention(padding_1PAH, k_1SAH, v_1SAH, width, actual_seq_lengths_kv=[real], **given)
+    return torch.cat((out_RAH, out_PAH))[..., :H]
 
 
 def gated(y_TD: Tensor, gate_1: Tensor, sees_T1: Tensor) -> Tensor:
@@ -283,6 +320,9 @@ def npu_ops(world: int, mode: str = "max-autotune", nz: bool = False) -> Ops:
         attend_image=attend_image,
         attend_tiles=attend_tiles,
         top_k=top_k,
+        pad_rows=pad_rows,
+        rows_by_tile=rows_by_tile,
+        join_features=join_features,
     )
     if mode == "max-autotune":
         return ops

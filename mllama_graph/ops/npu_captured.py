@@ -14,7 +14,7 @@ from torch import Tensor
 from mllama_graph.model.inputs import LayerPages, Prepared
 from mllama_graph.model.ops import Ops, padded_head
 from mllama_graph.ops import npu
-from mllama_graph.ops.npu import CAUSAL, attend_tiles, attention, widen
+from mllama_graph.ops.npu import CAUSAL, attention, widen
 from mllama_graph.ops.npu_inputs import MASK_SIDE
 
 
@@ -106,5 +106,4 @@ def captured(ops: Ops) -> Ops:
         attend_prompt=attend_prompt,
         attend_pages=attend_pages,
         attend_image=attend_image,
-        attend_tiles=partial(attend_tiles, captured=True),
     )

@@ -139,10 +139,12 @@ def take_row(x_TD: Tensor, at_1: Tensor) -> Tensor:
 
 
 def normalise(
-    tiles_C3hw: Tensor, real_1: Tensor, scale: Tensor, mean_311: Tensor, std_311: Tensor, dtype: torch.dtype
+    tiles_C3hw: Tensor, real_1: Tensor | None, scale: Tensor, mean_311: Tensor, std_311: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """(x * scale - mean) / std of uint8 pixels; padding tiles become exactly zero."""
+    """(x * scale - mean) / std of uint8 pixels; padding tiles become exactly zero. real_1: None if there are none."""
     x_C3hw = (tiles_C3hw.float() * scale - mean_311) / std_311
+    if real_1 is None:
+        return x_C3hw.to(dtype)
     # In the dtype of real_1: the NPU's comparison takes no mixed dtypes, and its compiler adds no cast.
     real_C = torch.arange(tiles_C3hw.shape[0], dtype=real_1.dtype, device=tiles_C3hw.device) < real_1
     return torch.where(real_C[:, None, None, None], x_C3hw, 0.0).to(dtype)
@@ -191,6 +193,11 @@ def pad_rows(x_CLE: Tensor, real_1: Tensor, multiple: int) -> tuple[Tensor, Tens
     R = L + padding
     row_W = torch.arange(C * R, dtype=real_1.dtype, device=x_WE.device)
     return x_WE, (row_W // R >= real_1) | (row_W % R >= L)
+
+
+def rows_by_tile(x_WE: Tensor, tiles: int, tokens: int) -> tuple[Tensor, ...]:
+    """The rows of each tile with their padding, as the only part: x_CRE."""
+    return (x_WE.view(tiles, -1, x_WE.shape[-1]),)
 
 
 def join_features(x_WE: Tensor, kept: list[Tensor], tiles: int, tokens: int) -> Tensor:
@@ -263,11 +270,11 @@ def attend_image(q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, fill_BJ: Te
     return _attend(q_BRQH, k_BLKH, v_BLKH, mask_BRL | blind_BR1)
 
 
-def attend_tiles(q_SAH: Tensor, k_SAH: Tensor, v_SAH: Tensor, pad_S: Tensor) -> Tensor:
+def attend_tiles(q_SAH: Tensor, k_SAH: Tensor, v_SAH: Tensor, pad_S: Tensor, scale: float) -> Tensor:
     """Attention among the S patch rows of one image's tiles; padding doesn't see padding: -> (S, A, H)."""
     mask_SS = ~(pad_S[:, None] & pad_S[None, :])
     q, k, v = (x.transpose(0, 1)[None] for x in (q_SAH, k_SAH, v_SAH))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_SS)[0].transpose(0, 1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_SS, scale=scale)[0].transpose(0, 1)
 
 
 def top_k(x_BV: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -308,6 +315,7 @@ PLAIN = Ops(
     add_tile_embedding=add_tile_embedding,
     add_positions=add_positions,
     pad_rows=pad_rows,
+    rows_by_tile=rows_by_tile,
     join_features=join_features,
     write_pages_=write_pages_,
     attend_prompt=attend_prompt,

@@ -8,7 +8,8 @@ class Bucket:
     """The static sizes of one graph.
 
     rows: sequences (B). tokens: token rows (T). pages: K/V pages per sequence (J); in a prefill, of earlier tokens.
-    image_pages: image K/V pages per sequence; a graph with 0 leaves out the cross-attention layers.
+    image_pages: image K/V pages per sequence; a graph with 0 leaves out the cross-attention layers. tiles: real tiles
+    of the image of a vision graph; 0 if the graph takes any number of them.
     """
 
     phase: str
@@ -16,10 +17,11 @@ class Bucket:
     tokens: int
     pages: int
     image_pages: int
+    tiles: int = 0
 
     def __str__(self) -> str:
         sizes = {
-            "vision": [],
+            "vision": [("tiles", self.tiles)] if self.tiles else [],
             "prefill": [("tokens", self.tokens), ("pages", self.pages)],
             "decode": [("batch", self.rows), ("pages", self.pages)],
         }[self.phase]
@@ -33,6 +35,7 @@ class Bucket:
         """
         return (
             self.phase == need.phase
+            and self.tiles == need.tiles
             and (self.image_pages == 0) == (need.image_pages == 0)
             and (self.pages == 0) == (need.pages == 0)
             and self.rows >= need.rows

@@ -58,6 +58,8 @@ class Plan:
     scratch_pages: int
     num_pages: int
     num_image_pages: int
+    # Most real tiles of an image, each number of which has a vision graph; 0 for one graph that takes any number.
+    tiles: int
 
     @property
     def max_images(self) -> int:
@@ -73,14 +75,14 @@ class Plan:
         past = pick(past_pages, self.pages) if past_pages or self.lengths_are_free else 0
         return Bucket("prefill", 1, pick(tokens, self.prefill_tokens), past, self._images(image_pages))
 
-    def vision(self) -> Bucket:
-        """The only vision bucket: one image with all its tiles."""
-        return Bucket("vision", 1, 1, 0, self.pages_per_image)
+    def vision(self, tiles: int) -> Bucket:
+        """The vision bucket of an image with `tiles` real tiles."""
+        return Bucket("vision", 1, 1, 0, self.pages_per_image, tiles if self.tiles else 0)
 
     def alone(self, prompt: int, max_new: int, tiles: Sequence[int]) -> list[Bucket]:
         """The buckets that a request served alone needs up to its full length. `tiles`: real tiles of each image."""
         images = sum(pages_for(count * self.tokens_per_tile, self.page_size) for count in tiles)
-        buckets, done = [self.vision()] if tiles else [], 0
+        buckets, done = [*dict.fromkeys(map(self.vision, tiles))], 0
         while done < prompt:
             chunk = self.chunk(prompt - done)
             buckets.append(self.prefill(chunk, pages_for(done, self.page_size), images))
@@ -97,7 +99,7 @@ class Plan:
         return pick(image_pages, [n * self.pages_per_image for n in self.images]) if image_pages else 0
 
     def buckets(self) -> list[Bucket]:
-        """Every bucket that a step can need, the vision bucket first."""
+        """Every bucket that a step can need, vision buckets first."""
         image_pages = [0] + [n * self.pages_per_image for n in self.images]
         past = self.pages
         if not self.lengths_are_free:
@@ -107,7 +109,8 @@ class Plan:
             past = (0, *(p for p in self.pages if p >= least)) if self.max_length - 1 > chunk else (0,)
         prefill = [Bucket("prefill", 1, t, p, i) for t, p, i in product(self.prefill_tokens, past, image_pages)]
         decode = [Bucket("decode", b, b, p, i) for b, p, i in product(self.decode_batch, self.pages, image_pages)]
-        return [self.vision(), *prefill, *decode]
+        vision = [self.vision(tiles) for tiles in range(self.tiles, 0, -1)] or [self.vision(0)]
+        return [*vision, *prefill, *decode]
 
     def describe(self) -> str:
         """The plan in one line, which a run prints at its start."""
@@ -195,6 +198,7 @@ def make_plan(choice: PlanChoice, limits: Limits, shape: ModelShape, paging: Pag
         scratch,
         num_pages,
         num_images * pages_per_image,
+        shape.vision.max_tiles if paging.fixed_tiles else 0,
     )
 
 

@@ -10,7 +10,7 @@ another device, given in conf/hardware/910b.yaml; tests/test_latency.py holds th
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from mllama_graph.core.config import Calibration, HardwareChoice
@@ -109,13 +109,19 @@ def products(shape: ModelShape, storage: Storage, ranks: int) -> dict[str, list[
     return blocks
 
 
+def _scaled(of: Product, times: float) -> Product:
+    """A linear layer with `times` its weight."""
+    return replace(of, bytes=round(of.bytes * times), elements=round(of.elements * times))
+
+
 @dataclass(frozen=True)
 class Model:
     """What a step's latency depends on beside its sizes.
 
     form: of attention to pages in a decode step, one of plan/cores.py, which is then taken wherever it can be, BEST or
     BEST_WITHOUT_TND. shared_scales: whether ranks agree on the scales of int8 activations, as ops/npu_quantised.py
-    does. added: operators that each self-attention layer has beside mllama's.
+    does. added: operators that each self-attention layer has beside mllama's. vision_head: the width to which heads of
+    the vision tower are padded; None for their own.
     """
 
     shape: ModelShape
@@ -125,6 +131,7 @@ class Model:
     form: str = BSH
     shared_scales: bool = True
     added: tuple[str, ...] = ()
+    vision_head: int | None = None
 
     @property
     def known(self) -> Calibration:
@@ -257,16 +264,19 @@ class Model:
             self.attend(to, moved, 4 * tokens * seen * heads * text.head_width, every)
         return to
 
-    def vision(self) -> Latency:
-        """The vision graph: one image with all its tiles."""
+    def vision(self, tiles: int = 0) -> Latency:
+        """The vision graph: one image with all its tiles, of which `tiles` are not padding; 0: all of them."""
         vision, text, every = self.shape.vision, self.shape.text, self.known.cores
         rows, tokens, E = vision_rows(vision), vision.max_tiles * vision.tokens, vision.width
-        to, local = Latency(step=self.known.step, image_cores=every), E // self.ranks
+        # q, k, v and o have the width of padded heads.
+        wider = (self.vision_head or E // vision.heads) * vision.heads / E
+        to, local = Latency(step=self.known.step, image_cores=every), wider * E / self.ranks
         pixels = vision.channels * vision.patch**2
         self.product(to, Product("vision.patch", pixels * E * self.storage.weight, pixels * E, None, False), tokens)
         for leaf in (leaf for block in self.blocks.values() for leaf in block):
             if leaf.path.startswith("vision."):
-                self.product(to, leaf, rows)
+                padded = wider if leaf.path.endswith((".qkv", ".o")) else 1
+                self.product(to, _scaled(leaf, padded), rows)
             elif leaf.path == "projector" or leaf.path.endswith(".kv"):
                 self.product(to, leaf, tokens)
         self.vector(to, "Add", 3 * rows * E, VISION_ONCE)
@@ -277,15 +287,26 @@ class Model:
             self.vector(to, "GeluV2", 2 * rows * vision.mlp / self.ranks)
             if layer >= vision.layers:
                 self.vector(to, "Mul", 0, VISION_GATES)
-            # The mask of a byte per pair of rows is read for each head.
-            mask = rows**2 * (vision.heads // self.ranks)
-            self.attend(to, mask + 8 * rows * local, 4 * rows**2 * local, every)
+            self._tiles(to, rows, (tiles or vision.max_tiles) * vision.tokens, local)
         kv = text.kv_heads // self.ranks * text.head_width
         for _ in text.cross_layers:
             self.vector(to, "SplitV", 4 * tokens * kv)
             self.vector(to, "RmsNorm", 2 * tokens * kv)
             self.vector(to, "ScatterPaKvCache", 4 * tokens * kv)
         return to
+
+    def _tiles(self, to: Latency, rows: int, real: int, width: float) -> None:
+        """Add a layer's attention among the rows of an image: `real` rows to all rows, padding to the `real` rows.
+
+        width: of a rank's heads.
+        """
+        for queries, keys in ((real, rows), (rows - real, real)):
+            if queries:
+                moved = 2 * (queries + keys) * width * self.storage.compute
+                self.attend(to, moved, 4 * queries * keys * width, self.known.cores)
+        if rows > real:
+            self.vector(to, "SplitV", 2 * rows * width)
+            self.vector(to, "ConcatV2", 2 * rows * width)
 
     def _text(self, to: Latency, rows: int, images: bool, rows_of_logits: int) -> Iterator[bool]:
         """Add a text step without attention; yields whether each layer is a cross-attention layer."""
@@ -324,7 +345,7 @@ def latency_of(model: Model, page_size: int, bucket: Bucket, forms: Forms | None
     """The latency of a full bucket: every page is read. forms: see `Model.decode`."""
     keys, image_keys = bucket.pages * page_size, bucket.image_pages * page_size
     if bucket.phase == "vision":
-        return model.vision()
+        return model.vision(bucket.tiles)
     if bucket.phase == "prefill":
         return model.prefill(bucket.tokens, keys, image_keys, bucket.rows)
     return model.decode(bucket.rows, keys, image_keys, forms)

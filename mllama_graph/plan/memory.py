@@ -42,8 +42,9 @@ def memory(shape: ModelShape, plan: Plan, storage: Storage, world: int = 1) -> M
     prefill = tokens * (4 * text.width + 3 * mlp) * compute_width
     patches = vision_rows(vision)
     encode = patches * ((8 + len(vision.features)) * vision.width + 2 * vision.mlp + text.width) * compute_width
-    # The attention mask of the vision encoder: one byte per pair of rows, and a copy in the compute dtype.
-    encode += patches**2 * (1 + compute_width)
+    if not plan.tiles:
+        # The attention mask of the vision encoder: one byte per pair of rows, and a copy in the compute dtype.
+        encode += patches**2 * (1 + compute_width)
     logits = plan.decode_batch[-1] * vocab * 4 * 2
     if storage.weight < compute_width or storage.formats:
         # A GEMM with many rows widens its weight first. The largest is the head, with one row per decoded sequence.

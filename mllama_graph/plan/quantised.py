@@ -2,6 +2,7 @@
 the graphs and the ranks agree."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from mllama_graph.core.config import TorchairChoice
 from mllama_graph.core.devices import Device
@@ -66,12 +67,25 @@ def sizes(formats: Formats, shape: ModelShape, world: int) -> Iterator[tuple[str
         yield path, form, sum(size[0] for size in rows[path]), rows[path][0][1]
 
 
-def check_compiler(formats: Formats, choice: TorchairChoice) -> None:
-    """Raises UserError for weights in NZ that only graphs of GE can multiply (docs npu_weight_quant_batchmatmul)."""
-    if choice.weight_format == "nz" and choice.mode != "max-autotune":
-        if any(form.activations == FLOAT for _, form in formats):
-            raise UserError(
-                f"backend.torchair.weight_format=nz: layers with int8 weights and float activations have a kernel for "
-                f"it only with backend.torchair.mode=max-autotune, not {choice.mode}. Use weight_format=nd, or "
-                "quant=w8a8."
-            )
+def compiler_choice(formats: Formats, choice: TorchairChoice, device: Device) -> TorchairChoice:
+    """torchair's options with the weights' layout decided.
+
+    auto: NZ on an NPU, where every layer has a kernel for it. Raises UserError for weights that have none.
+    """
+    # Docs of npu_weight_quant_batchmatmul: only graphs of GE multiply such weights in NZ.
+    refused = choice.mode != "max-autotune" and any(form.activations == FLOAT for _, form in formats)
+    if choice.weight_format == "nz" and refused:
+        raise UserError(
+            f"backend.torchair.weight_format=nz: layers with int8 weights and float activations have a kernel for "
+            f"it only with backend.torchair.mode=max-autotune, not {choice.mode}. Use weight_format=nd, or "
+            "quant=w8a8."
+        )
+    padded = [path for path, _ in formats if path.startswith("vision.") and path.endswith((".qkv", ".o"))]
+    if choice.pad_vision_heads and padded:
+        raise UserError(
+            f"backend.torchair.pad_vision_heads=true: {padded[0]} is quantised, and only layers in floating point are "
+            "padded. Use pad_vision_heads=false, or quantise the text layers alone."
+        )
+    if choice.weight_format != "auto":
+        return choice
+    return replace(choice, weight_format="nd" if device.simulated or refused else "nz")

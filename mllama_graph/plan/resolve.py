@@ -25,7 +25,7 @@ from mllama_graph.plan.buckets import Limits, Plan, make_plan
 from mllama_graph.plan.checkpoint import META, formats_of, model_of, weights_of
 from mllama_graph.plan.forms import BucketForms, forms_of
 from mllama_graph.plan.memory import Memory, memory, require
-from mllama_graph.plan.quantised import check_compiler, on_device
+from mllama_graph.plan.quantised import compiler_choice, on_device
 
 # Kinds of CPU kernels: native C++, or plain torch as the backend compiles it.
 NATIVE, PLAIN = "native", "plain"
@@ -161,7 +161,7 @@ def resolve(run: Run, place: Place | None) -> ResolvedTask:
     plan = make_plan(run.plan, limits, shape, device.paging, kernels == NATIVE)
     formats, notes = formats_of(run, shape, checkpoint)
     formats = on_device(formats, run.quant, shape, run.tp, device, precision.compute)
-    check_compiler(formats, run.backend.torchair)
+    torchair = compiler_choice(formats, run.backend.torchair, device)
     page = page_bytes(PAGE_BYTES[precision.kv], shape.text.head_width)
     storage = Storage(BYTES[precision.store], BYTES[precision.compute], page, formats)
     needed = memory(shape, plan, storage, run.tp)
@@ -174,7 +174,7 @@ def resolve(run: Run, place: Place | None) -> ResolvedTask:
         run, device=device.name, kv=precision.kv, backend=replace(run.backend, name=backend, kernels=kernels)
     )
     on_torchair = device.compiles_on_rank
-    options = asdict(run.backend.torchair) if on_torchair else run.backend.inductor
+    options = asdict(torchair) if on_torchair else run.backend.inductor
     return ResolvedRun(
         **_common(named, needs),
         model=run.model.name,
@@ -278,11 +278,6 @@ def _backend(run: Run, device: Device) -> str:
         raise UserError(
             f"backend.torchair.mode={choice.mode} captures kernels while they run, and the simulation has none. "
             "Use backend.torchair.mode=max-autotune, or an NPU."
-        )
-    if device.simulated and choice.weight_format != "nd":
-        raise UserError(
-            f"backend.torchair.weight_format={choice.weight_format}: only an NPU casts weights to its own "
-            "tiles. Use backend.torchair.weight_format=nd."
         )
     return device.backends[0] if name == "auto" else name
 

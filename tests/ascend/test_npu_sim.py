@@ -146,7 +146,6 @@ def test_an_interrupt_ends_the_run_and_keeps_every_finished_line(store, tmp_path
     ("given", "message"),
     [
         (["backend.torchair.mode=npugraph_ex"], "captures kernels while they run, and the simulation has none"),
-        (["backend.torchair.weight_format=nz"], "only an NPU casts weights to its own tiles"),
         (["plan.page_size=64"], "plan.page_size=64: an NPU's attention takes pages of 128 to 512 tokens"),
         (["plan.num_images=2", "batch=2"], "4 images for each of 2 sequences"),
         (["weights=meta", "model=11b"], "graphs are lowered without weights by task=verify"),

@@ -162,7 +162,7 @@ def test_attention_among_tiles(seed, heads, width, rows):
     q, k, v = (normal(rows, heads, width) for _ in range(3))
     pad = torch.rand(rows, generator=torch.Generator().manual_seed(seed)) < 0.3
     pad[0] = False
-    torch.testing.assert_close(CPU.attend_tiles(q, k, v, pad), plain.attend_tiles(q, k, v, pad), **CLOSE)
+    torch.testing.assert_close(CPU.attend_tiles(q, k, v, pad, 0.3), plain.attend_tiles(q, k, v, pad, 0.3), **CLOSE)
 
 
 def test_results_do_not_depend_on_the_number_of_threads():
@@ -177,7 +177,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             seen = CPU.attend_pages(torch.ones(1, 8, 32), pages, table.int(), length.int())
-            results.append((CPU.linear(x, leaf), CPU.attend_tiles(q, k, v, pad), seen))
+            results.append((CPU.linear(x, leaf), CPU.attend_tiles(q, k, v, pad, 0.3), seen))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))

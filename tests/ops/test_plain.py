@@ -255,5 +255,5 @@ def test_attend_tiles_masks_as_hugging_face_does(real, tokens):
     q, k, v = (normal(tiles * rows, 2, 8, seed=n) for n in range(3))
     wanted = F.scaled_dot_product_attention(*(x.transpose(0, 1)[None].double() for x in (q, k, v)), attn_mask=bias)
     row = torch.arange(tiles * rows)
-    out = PLAIN.attend_tiles(q, k, v, (row // rows >= real) | (row % rows >= tokens))
+    out = PLAIN.attend_tiles(q, k, v, (row // rows >= real) | (row % rows >= tokens), 8**-0.5)
     assert_close(out, wanted[0].transpose(0, 1).float(), **CLOSE)

@@ -74,10 +74,10 @@ def attention(
         lengths = _check_pages(key0, block_table, actual_seq_lengths_kv, block_size, B, R)
         columns = block_table.shape[1] * block_size
     else:
-        unknown = actual_seq_lengths is not None or actual_seq_lengths_kv is not None or block_size != 0
-        require(not unknown, "lengths without pages are not known")
+        unknown = actual_seq_lengths is not None or block_size != 0
+        require(not unknown, "lengths of queries, and a block size, are known with pages alone")
         require(key0.shape[0] == B, _DOCS + f"{key0.shape[0]} sequences of keys for {B} of queries")
-        lengths, columns = [key0.shape[1]] * B, key0.shape[1]
+        lengths, columns = _check_lengths(actual_seq_lengths_kv, B, key0.shape[1]), key0.shape[1]
     _check_mask(atten_mask, sparse_mode, inner_precise, B, R, columns)
     rows = _check_rows(actual_seq_lengths, B, R)
     out, lse = torch.full((B, R, num_heads * D), torch.nan), torch.full((B, num_heads, R, 1), torch.inf)
@@ -89,7 +89,7 @@ def attention(
             )
             k, v = (data[pages].view(-1, kv_heads, D)[:length] for data in (key0, value0))
         else:
-            k, v = (data[b].view(-1, kv_heads, D) for data in (key0, value0))
+            k, v = (data[b, :length].view(-1, kv_heads, D) for data in (key0, value0))
         unseen = None
         if R > 1 and sparse_mode == 3:
             unseen = torch.arange(length)[None, :] > torch.arange(count)[:, None] + length - count
@@ -162,6 +162,18 @@ def _check_heads(q: Tensor, k: Tensor, v: Tensor, heads: int, kv_heads: int, D: 
     )
     require(D % 16 == 0, _DOCS + f"a head width of {D} is not a multiple of 16")
     require(q.shape[1] == 1 or heads * D < 65535, _DOCS + f"N * D = {heads * D} is not below 65535")
+
+
+def _check_lengths(lengths: Tensor | None, B: int, L: int) -> list[int]:
+    """The number of keys of each sequence, which are the first of L contiguous ones."""
+    if lengths is None:
+        return [L] * B
+    values = integers(lengths)
+    require(
+        lengths.dtype == torch.int64 and len(values) == B, _DOCS + f"{len(values)} lengths of keys, {lengths.dtype}"
+    )
+    require(all(0 < value <= L for value in values), _DOCS + f"lengths {values} of {L} keys")
+    return values
 
 
 def _check_pages(pages: Tensor, table: Tensor, lengths: Tensor | None, block_size: int, B: int, R: int) -> list[int]:

@@ -11,8 +11,8 @@ from lowered import lower, to_host, to_npu
 
 from mllama_graph.graphs.step import Step
 from mllama_graph.model.inputs import ImageInput, PromptInput, TileInput, TokenInput
-from mllama_graph.model.ops import padded_head
-from mllama_graph.ops.npu import NPU
+from mllama_graph.model.ops import fast_head, padded_head
+from mllama_graph.ops.npu import npu_ops
 from mllama_graph.ops.npu_inputs import causal_mask, prepare
 from mllama_graph.ops.npu_layout import lay_out
 from mllama_graph.ops.plain import PLAIN
@@ -77,10 +77,10 @@ class Eager:
 class Compiled(Eager):
     """Runs the steps with npu.py through torchair: one graph for each combination of phase and shapes."""
 
-    def __init__(self, model, dtype, parts=(1, 1)):
-        self.shape, self.dtype, self.parts = model.shape, dtype, parts
-        weights = rounded(model.weights, dtype)
-        lay_out(weights, dtype)
+    def __init__(self, model, dtype, parts=(1, 1), nz=False, padded=False):
+        self.shape, self.dtype, self.parts, self.ops = model.shape, dtype, parts, npu_ops(1, nz=nz)
+        weights, width = rounded(model.weights, dtype), model.shape.vision.width // model.shape.vision.heads
+        lay_out(weights, dtype, nz, (width, fast_head(width)) if padded else None)
         self.weights = weights.to("npu")
         self.pages, self.image_pages = to_npu(pools(model.shape, dtype, padded=True))
         self.lowered = {}
@@ -89,9 +89,12 @@ class Compiled(Eager):
         shapes = (None if x is None else x.shape for x in given if not isinstance(x, tuple))
         key = (phase, *shapes, getattr(given, "image", None) is None)
         if key not in self.lowered:
-            step = Step(phase, self.weights, self.shape, self.dtype, NPU)
+            step = Step(phase, self.weights, self.shape, self.dtype, self.ops)
             self.lowered[key] = lower(step.forward, wide=self.dtype == torch.float32)
-        if phase != "vision":
+        if phase == "vision":
+            # A graph for this number of real tiles.
+            given = given._replace(tiles_C3hw=given.tiles_C3hw[: int(given.real_1)].clone(), real_1=None)
+        else:
             given = prepare(given, P, causal_mask(torch.device("cpu")), None, parts=self.parts)
         return self.lowered[key](to_npu(given), () if phase == "vision" else self.pages, self._image_pages(given))
 

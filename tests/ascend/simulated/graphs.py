@@ -14,7 +14,7 @@ from mllama_graph.graphs.spec import GraphSpec
 from mllama_graph.model.shape import shape_of
 from mllama_graph.plan.bucket import Bucket
 
-VISION = Bucket("vision", 1, 1, 0, 2)
+VISION = Bucket("vision", 1, 1, 0, 2, 1)
 DECODE, LEAN = Bucket("decode", 2, 2, 3, 8), Bucket("decode", 2, 2, 3, 0)
 PREFILL, PREFILL_LEAN = Bucket("prefill", 1, 32, 0, 8), Bucket("prefill", 1, 32, 0, 0)
 CHUNK, CHUNK_LEAN = Bucket("prefill", 1, 32, 3, 8), Bucket("prefill", 1, 32, 3, 0)

@@ -86,7 +86,7 @@ def test_a_model_of_released_width_is_lowered_in_no_memory():
     assert kilobytes < 200e3
 
 
-def scaled_dot_product(q_SAH, k_SAH, v_SAH, pad_S):
+def scaled_dot_product(q_SAH, k_SAH, v_SAH, real, scale):
     q, k, v = (x.transpose(0, 1)[None] for x in (q_SAH, k_SAH, v_SAH))
     return F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)
 

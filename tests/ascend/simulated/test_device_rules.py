@@ -149,6 +149,21 @@ def test_a_mask_that_never_changes_but_is_computed_is_found():
     )
 
 
+def masking_rows(q_WAH, k_WAH, v_WAH, real, scale):
+    unseen_11WW = (torch.arange(len(q_WAH), device=q_WAH.device) >= real).expand(1, 1, len(q_WAH), -1)
+    q, k, v = (x[None] for x in (q_WAH, k_WAH, v_WAH))
+    return attention(q, k, v, q_WAH.shape[-1], kv_heads=q_WAH.shape[1], mask=unseen_11WW & (q.sum() > 0))
+
+
+def test_a_mask_among_the_rows_of_an_image_is_found():
+    [message] = found_with("masks", VISION, attend_tiles=masking_rows)
+    assert re.match(
+        r"FusedInferAttentionScore \w+: a mask hides rows of an image, which the order of rows and a length can do "
+        r"\(and \d+ more\), at mllama_graph/model/vision.py:\d+ in block",
+        message,
+    )
+
+
 def test_the_mode_of_the_fixed_mask_without_it_is_found(decode):
     def change(ops):
         ops["FusedInferAttentionScore"].attr["sparse_mode"].i = 3

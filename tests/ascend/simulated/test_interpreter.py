@@ -255,8 +255,8 @@ def test_a_bias_in_bf16_is_refused():
 
 
 def test_a_row_that_sees_no_key_is_refused():
-    pad = torch.ones(32, dtype=torch.bool)
-    message = refusal(lambda *a: NPU.attend_tiles(*a), bf16(32, 2, 16), bf16(32, 2, 16), bf16(32, 2, 16), pad)
+    mask = torch.ones(1, 1, 32, 32, dtype=torch.bool)
+    message = refusal(lambda q, mask: attention(q, q, q, 16, kv_heads=2, mask=mask), bf16(1, 32, 2, 16), mask)
     assert "a row is wholly masked" in message
 
 

@@ -300,6 +300,7 @@ def test_gates_as_they_are_laid_out(dtype):
 @pytest.mark.parametrize("width", [16, 20])
 def test_attend_tiles_hides_padding_from_padding(dtype, width):
     q, k, v = (normal(48, 3, width, seed=n, dtype=dtype) for n in range(3))
-    pad = torch.arange(48) % 24 >= 17
-    got, _ = run(lambda q, k, v, pad: NPU.attend_tiles(q, k, v, pad), q, k, v, pad, dtype=dtype)
-    close(got, PLAIN.attend_tiles(q.float(), k.float(), v.float(), pad), dtype)
+    for real in (34, 48):
+        got, operations = run(lambda q, k, v: NPU.attend_tiles(q, k, v, real, 0.3), q, k, v, dtype=dtype)  # noqa: B023
+        close(got, PLAIN.attend_tiles(q.float(), k.float(), v.float(), torch.arange(48) >= real, 0.3), dtype)
+        assert operations["FusedInferAttentionScore"] == (1 if real == 48 else 2)

@@ -32,7 +32,9 @@ def found(spec, bucket, change=None):
 
 
 NZ = (("weight_format", "nz"),)
+PADDED = (*NZ, ("pad_vision_heads", True))
 CLEAN = {
+    "floating point in tiles, heads padded": (quantised(CHOICES["w8a16"], (), options=PADDED), (VISION, LEAN)),
     "w8a16": (quantised(CHOICES["w8a16"]), (DECODE, VISION, CHUNK)),
     "w8a16 in tiles, two ranks, everything": (quantised(CHOICES["w8a16"], ALL, 2, options=NZ), (DECODE, VISION)),
     "w4a16": (quantised(CHOICES["w4a16"]), (DECODE, VISION)),

@@ -5,7 +5,7 @@ from functools import cache
 import pytest
 import torch
 from checkpoints import SPECS
-from conversation import Compiled, Conversation, Eager, play
+from conversation import FIRST, Compiled, Conversation, Eager, play
 from torch.testing import assert_close
 
 # Models whose second sequence is text alone and uses graphs without images; in the others it uses those with images.
@@ -35,6 +35,21 @@ def test_every_step_equals_plain_in_fp32(name, played):
     for got, want in zip(compiled.contents(), eager.contents(), strict=True):
         assert want.any()
         assert_close(got, want, **CLOSE)
+
+
+def test_weights_in_nz_and_padded_heads_change_no_result(model, played):
+    """Weights as (in, out), which the simulation does not cast to tiles; heads of the vision tower 64 wide, not 16."""
+    shape, compiled = model("base").shape, Compiled(model("base"), torch.float32, nz=True, padded=True)
+    talk, expected = Conversation(shape), played("base", torch.float32)[3][0]
+    compiled("vision", talk.vision())
+    assert_close(compiled("prefill", talk.prompt(0, 0, FIRST, True)), expected, **CLOSE)
+    for layer in compiled.weights.vision.local_layers:
+        assert layer.qkv.weight.shape == (shape.vision.width, 3 * shape.vision.heads * 64)
+    # A product with (in, out) has no transpose flag; only those with a bias have kept it.
+    for lowered in compiled.lowered.values():
+        products = [op for op in lowered.graphs[0].graph.op if op.type == "MatMul"]
+        biased = [op for op in products if len([value for value in op.input if value]) == 3]
+        assert all(op.attr["transpose_x2"].b == (op in biased) for op in products)
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("base", torch.bfloat16), ("adjacent", torch.float16)])
