@@ -128,36 +128,56 @@ def attention(
     return out_BRQH.view(B * R, Q, H)[..., :head_width]
 
 
+def by_rows(x_TQH: Tensor, made: Prepared) -> Tensor:
+    """The rows of each sequence (B, T, Q, H), of which the first are real.
+
+    The doc of npu_fused_infer_attention_score excludes layout TND, which takes packed rows: not with pages (block_table)
+    nor with tiling_schedule_optimize, which keeps a graph of lengths static. So rows are gathered into BSH, where
+    actual_seq_lengths spares those that are padding.
+    """
+    if made.row_BT is None:
+        return x_TQH[None]
+    B, T = made.row_BT.shape
+    return x_TQH.index_select(0, made.row_BT.view(-1)).view(B, T, *x_TQH.shape[1:])
+
+
+def packed(out: Tensor, made: Prepared) -> Tensor:
+    """The inverse of `by_rows`, of attention's result (B * T, Q, H)."""
+    return out if made.at_T is None else out.index_select(0, made.at_T)
+
+
 def attend_prompt(
     q_TQH: Tensor,
     k_TKH: Tensor,
     v_TKH: Tensor,
     pages: LayerPages,
-    table_J: Tensor | None,
-    past_1: Tensor,
+    table_BJ: Tensor | None,
+    rows_B: Tensor,
+    past_B: Tensor,
     *,
     made: Prepared,
 ) -> Tensor:
     (T, K, H), mask = k_TKH.shape, made.causal_MM
     mode = CAUSAL if T > 1 else 0
-    if made.table_1J is None:
+    if table_BJ is None:
         q_1TQH, k_1LKH, v_1LKH = (widen(x, padded_head(H))[None] for x in (q_TQH, k_TKH, v_TKH))
         return attention(q_1TQH, k_1LKH, v_1LKH, H, kv_heads=K, mask=mask, sparse_mode=mode)
     # The new rows have been written: they are read from their pages, behind the earlier ones. The rows that are padding
     # are left out, and their results are undefined.
-    return attention(
-        widen(q_TQH, pages[0].shape[-1])[None],
+    out = attention(
+        by_rows(widen(q_TQH, pages[0].shape[-1]), made),
         pages[0],
         pages[1],
         H,
         kv_heads=K,
         mask=mask,
         sparse_mode=mode,
-        block_table=made.table_1J,
+        block_table=table_BJ,
         block_size=pages[0].shape[1],
-        actual_seq_lengths=made.rows_1 if T > 1 else None,
-        actual_seq_lengths_kv=made.keys_1,
+        actual_seq_lengths=made.new_B if T > 1 else None,
+        actual_seq_lengths_kv=made.keys_B,
     )
+    return packed(out, made)
 
 
 def attend_pages(
@@ -181,15 +201,23 @@ def attend_pages(
 
 
 def attend_image(
-    q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, fill_BJ: Tensor, see_T2: Tensor, *, made: Prepared
+    q_TQH: Tensor,
+    pages: LayerPages,
+    table_BJ: Tensor,
+    fill_BJ: Tensor,
+    see_T2: Tensor,
+    rows_B: Tensor | None = None,
+    *,
+    made: Prepared,
 ) -> Tensor:
     B, H, (_, P, K, width) = table_BJ.shape[0], q_TQH.shape[-1], pages[0].shape
-    unseen_B1RL = made.unseen_B1RL
+    q_TQH, unseen_B1RL = widen(q_TQH, width), made.unseen_B1RL
     if unseen_B1RL is None:
-        assert made.entry_L is not None and made.from_T1 is not None and made.to_T1 is not None
-        unseen_B1RL = ((made.entry_L < made.from_T1) | (made.entry_L >= made.to_T1))[None, None]
-    return attention(
-        widen(q_TQH, width).view(B, -1, q_TQH.shape[1], width),
+        assert made.entry_B1L is not None and made.from_BT1 is not None and made.to_BT1 is not None
+        unseen_B1RL = ((made.entry_B1L < made.from_BT1) | (made.entry_B1L >= made.to_BT1))[:, None]
+    several = made.row_BT is not None
+    out = attention(
+        by_rows(q_TQH, made) if several else q_TQH.view(B, -1, q_TQH.shape[1], width),
         pages[0],
         pages[1],
         H,
@@ -197,8 +225,10 @@ def attend_image(
         mask=unseen_B1RL,
         block_table=table_BJ,
         block_size=P,
+        actual_seq_lengths=made.new_B if several else None,
         actual_seq_lengths_kv=made.image_len_B,
     )
+    return packed(out, made)
 
 
 def attend_tiles(q_SAH: Tensor, k_SAH: Tensor, v_SAH: Tensor, pad_S: Tensor, captured: bool = False) -> Tensor:

@@ -319,5 +319,6 @@ def latency_of(model: Model, page_size: int, bucket: Bucket) -> Latency:
     if bucket.phase == "vision":
         return model.vision()
     if bucket.phase == "prefill":
-        return model.prefill(bucket.tokens, keys, image_keys, bucket.rows)
+        past = max(0.0, keys - bucket.tokens / bucket.rows)
+        return model.prefill(bucket.tokens, past, image_keys, bucket.rows)
     return model.decode(bucket.rows, keys, image_keys)

@@ -125,9 +125,10 @@ def main(run: ResolvedRun) -> None:
         )
 
 
-def kind(bucket: Bucket) -> tuple[str, bool, bool]:
+def kind(bucket: Bucket) -> tuple[str, bool, bool, bool]:
     """The class of a bucket. Buckets of one class have the same graph except for sizes."""
-    return bucket.phase, bucket.image_pages > 0, bucket.phase == "prefill" and bucket.pages > 0
+    prefill = bucket.phase == "prefill"
+    return bucket.phase, bucket.image_pages > 0, prefill and bucket.pages > 0, prefill and bucket.rows > 1
 
 
 def jobs(spec: GraphSpec, plan: Plan) -> list[Job]:
