@@ -57,6 +57,7 @@ def parts(context: Context) -> dict[str, int]:
     text, vision, bucket = context.spec.shape.text, context.spec.shape.vision, context.bucket
     quantised = quantised_parts(context)
     images, past = bucket.image_pages > 0, bucket.phase == "prefill" and bucket.pages > 0
+    several = bucket.phase == "prefill" and bucket.rows > 1
     # Heads are padded where no kernel supports their width.
     padded_text = padded_head(text.head_width) > text.head_width
     selves, crosses, layers = len(text.self_layers), len(text.cross_layers), sum(map(len, context.layers.values()))
@@ -81,6 +82,9 @@ def parts(context: Context) -> dict[str, int]:
         "cross layer": images * crosses,
         "earlier pages": past,
         "self layer after earlier pages": past * selves,
+        "several prompts": several,
+        "self layer of several prompts": several * selves,
+        "cross layer of several prompts": several * images * crosses,
         "padded self layer": padded_text * selves,
         "padded cross layer": padded_text * images * crosses,
         "ranks": ranks,
@@ -137,7 +141,7 @@ def computed() -> Golden:
         for bucket in (
             Bucket("vision", 1, 1, 0, 1),
             *(Bucket("decode", 2, 2, 3, i) for i in (0, 5)),
-            *(Bucket("prefill", 1, 32, past, i) for past in (0, 3) for i in (0, 5)),
+            *(Bucket("prefill", rows, 32, pages, i) for rows, pages in ((1, 0), (1, 3), (2, 3)) for i in (0, 5)),
         ):
             graph = LoweredGraph(capture(spec, bucket))
             rows.setdefault(bucket.phase, []).append((parts(Context(spec, bucket)), counts(graph)))

@@ -40,7 +40,7 @@ def prepare(given: PromptInput | TokenInput, page_size: int, causal_MM: Tensor, 
         made = made._replace(row_T=torch.where(held_T, given.ids_T - held.start, 0), held_T1=held_T[:, None])
     if isinstance(given, TokenInput):
         if given.image is not None:
-            made = made._replace(**_image(given.image, page_size, None))
+            made = made._replace(**_decode_image(given.image, page_size))
         return given._replace(len_B=given.len_B.long(), prepared=made)
     row_BT = torch.arange(T, dtype=torch.int32)[None]
     if given.table_BJ is not None:
@@ -51,29 +51,43 @@ def prepare(given: PromptInput | TokenInput, page_size: int, causal_MM: Tensor, 
             row_BT, at_T = (index.int() for index in by_sequence(given.rows_B, T))
             made = made._replace(row_BT=row_BT, at_T=at_T)
     if given.image is not None:
-        made = made._replace(**_image(given.image, page_size, row_BT))
+        made = made._replace(**_prompt_image(given.image, page_size, row_BT, given.rows_B))
     return given._replace(prepared=made)
 
 
-def _image(image: ImageInput, P: int, row_BT: Tensor | None) -> dict[str, Tensor]:
-    """row_BT: of prompts, the rows of each sequence; None for a decode step."""
-    (B, J), see_T2 = image.fill_BJ.shape, image.see_T2
-    entry_J = torch.arange(J, dtype=torch.int32)
-    empty_BJP = torch.arange(P) >= image.fill_BJ[:, :, None]
+def _image(image: ImageInput, P: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """What all steps take of images; and entry_J, empty_BJP: the entries of a table, and which slots hold no token."""
     # The caller discards rows that see no image; they see every key, so that no row is fully masked.
-    sees_T1 = see_T2[:, 1:] > see_T2[:, :1]
+    sees_T1 = image.see_T2[:, 1:] > image.see_T2[:, :1]
     # Pages after the last used entry are not read. A sequence without images reads one page, whatever it holds.
     used_B = (image.fill_BJ > 0).sum(-1).clamp(min=1)
     found = {"image_len_B": used_B * P, "sees_T1": sees_T1}
-    if row_BT is None:
-        from_BR1, to_BR1 = see_T2.view(B, -1, 2).split(1, dim=-1)
-        hidden_BRJ = (entry_J < from_BR1) | (entry_J >= to_BR1)
-        unseen_BRL = (hidden_BRJ[..., None] | empty_BJP[:, None]).view(B, -1, J * P) & sees_T1.view(B, -1, 1)
-        return found | {"unseen_B1RL": unseen_BRL[:, None]}
-    # The mask of a long prompt is made in its graph: it would take longer to copy than to compute.
+    return found, torch.arange(image.fill_BJ.shape[1], dtype=torch.int32), torch.arange(P) >= image.fill_BJ[:, :, None]
+
+
+def _decode_image(image: ImageInput, P: int) -> dict[str, Tensor]:
+    found, entry_J, empty_BJP = _image(image, P)
+    B, J = image.fill_BJ.shape
+    from_BR1, to_BR1 = image.see_T2.view(B, -1, 2).split(1, dim=-1)
+    hidden_BRJ = (entry_J < from_BR1) | (entry_J >= to_BR1)
+    unseen_BRL = (hidden_BRJ[..., None] | empty_BJP[:, None]).view(B, -1, J * P) & found["sees_T1"].view(B, -1, 1)
+    return found | {"unseen_B1RL": unseen_BRL[:, None]}
+
+
+def _prompt_image(image: ImageInput, P: int, row_BT: Tensor, rows_B: Tensor) -> dict[str, Tensor]:
+    """The mask of a long prompt is made in its graph: it would take longer to copy than to compute."""
+    found, entry_J, empty_BJP = _image(image, P)
+    B, J = image.fill_BJ.shape
     entry_BJP = torch.where(empty_BJP, J, entry_J[:, None])
-    from_T1, to_T1 = torch.where(sees_T1, see_T2[:, :1], 0), torch.where(sees_T1, see_T2[:, 1:], J + 1)
-    return found | {"entry_B1L": entry_BJP.view(B, 1, -1), "from_BT1": from_T1[row_BT], "to_BT1": to_T1[row_BT]}
+    # Rows behind a sequence's own are not computed, but their mask must not hide every key either.
+    own_BT1 = (torch.arange(row_BT.shape[1]) < rows_B[:, None])[..., None]
+    sees_BT1 = found["sees_T1"][row_BT] & own_BT1
+    from_BT1, to_BT1 = image.see_T2[row_BT].split(1, dim=-1)
+    return found | {
+        "entry_B1L": entry_BJP.view(B, 1, -1),
+        "from_BT1": torch.where(sees_BT1, from_BT1, 0),
+        "to_BT1": torch.where(sees_BT1, to_BT1, J + 1),
+    }
 
 
 def on_device(given: Any, device: torch.device, unread: tuple[str, ...] = UNREAD) -> Any:
