@@ -67,7 +67,9 @@ def plans(draw):
         num_images=draw(st.integers(MAX_IMAGES, 5)),
         prefill_tokens=draw(st.sampled_from([None, [5], [2, 16], [40]])),
     )
-    return make_plan(choice, Limits(batch, MAX_INPUT, MAX_NEW, MAX_IMAGES), SHAPE, CPU.paging, draw(st.booleans())), batch
+    return make_plan(
+        choice, Limits(batch, MAX_INPUT, MAX_NEW, MAX_IMAGES), SHAPE, CPU.paging, draw(st.booleans())
+    ), batch
 
 
 @dataclass

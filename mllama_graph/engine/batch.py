@@ -12,7 +12,7 @@ from mllama_graph.engine.steps import DecodeStep, ImageTable, Row, Step, VisionS
 from mllama_graph.inputs.request import Sampling
 from mllama_graph.model.inputs import ImageInput, PromptInput, TileInput, TokenInput
 from mllama_graph.model.shape import ModelShape
-from mllama_graph.plan.blocks import pages_for, slots
+from mllama_graph.plan.blocks import slots
 from mllama_graph.plan.bucket import Bucket
 from mllama_graph.plan.buckets import Plan
 

@@ -30,9 +30,9 @@ class Prepared(NamedTuple):
     """What an NPU's graphs take in place of masks and lengths computed from other inputs (ops/npu_inputs.py).
 
     causal_MM: the fixed mask of causal attention, kept on the device. row_T, held_T1: rows of a rank's part of the
-    embedding table, and which ids it holds; None for a single rank. new_B, keys_B: of prompts in pages, the number of new
-    tokens and that of all (int64), 1 for padding. row_BT, at_T: of several sequences, where the rows of each are among
-    all rows, and where each row is among those (T for each sequence). image_len_B: length of each sequence's
+    embedding table, and which ids it holds; None for a single rank. new_B, keys_B: of prompts in pages, the number of
+    new tokens and that of all (int64), 1 for padding. row_BT, at_T: of several sequences, where the rows of each are
+    among all rows, and where each row is among those (T for each sequence). image_len_B: length of each sequence's
     image pages in tokens (int64). sees_T1: which rows see an image. unseen_B1RL: the image keys that a decode step's
     rows must not see. Of a prompt, entry_B1L is the entry of the image table that a key belongs to, J if it is in no
     used slot, and from_BT1, to_BT1 the range of entries that a row sees: all if it sees no image.

@@ -81,8 +81,8 @@ class Ops:
     attend_prompt: Callable
     # (q_TQH, pages, table_BJ, len_B): T = B * q; row i of a sequence sees its first len - q + 1 + i tokens
     attend_pages: Callable
-    # (q_TQH, pages, table_BJ, fill_BJ, see_T2, rows_B): row t sees the first fill tokens of its sequence's table entries
-    # see[0] .. see[1]-1. rows_B: rows of each sequence; None: T / B
+    # (q_TQH, pages, table_BJ, fill_BJ, see_T2, rows_B): row t sees the first fill tokens of the entries
+    # see[0] .. see[1]-1 of its sequence. rows_B: rows of each sequence; None: T / B
     attend_image: Callable
     # (q_SAH, k_SAH, v_SAH, pad_S): all rows see all rows, but padding does not see padding
     attend_tiles: Callable

@@ -168,12 +168,7 @@ def attend_pages(q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, len_B: Tens
 
 
 def attend_image(
-    q_TQH: Tensor,
-    pages: LayerPages,
-    table_BJ: Tensor,
-    fill_BJ: Tensor,
-    see_T2: Tensor,
-    rows_B: Tensor | None = None,
+    q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, fill_BJ: Tensor, see_T2: Tensor, rows_B: Tensor | None = None
 ) -> Tensor:
     scale = q_TQH.shape[-1] ** -0.5
     return kernels.attend_image(q_TQH, *_and_scales(pages), table_BJ, fill_BJ, see_T2, rows_B, scale)

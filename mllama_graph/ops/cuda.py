@@ -294,12 +294,7 @@ def attend_pages(q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, len_B: Tens
 
 
 def attend_image(
-    q_TQH: Tensor,
-    pages: LayerPages,
-    table_BJ: Tensor,
-    fill_BJ: Tensor,
-    see_T2: Tensor,
-    rows_B: Tensor | None = None,
+    q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, fill_BJ: Tensor, see_T2: Tensor, rows_B: Tensor | None = None
 ) -> Tensor:
     if rows_B is not None or not _fits_one_program(q_TQH, pages, table_BJ):
         return plain.attend_image(q_TQH, pages, table_BJ, fill_BJ, see_T2, rows_B)

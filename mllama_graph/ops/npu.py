@@ -131,8 +131,8 @@ def attention(
 def by_rows(x_TQH: Tensor, made: Prepared) -> Tensor:
     """The rows of each sequence (B, T, Q, H), of which the first are real.
 
-    The doc of npu_fused_infer_attention_score excludes layout TND, which takes packed rows: not with pages (block_table)
-    nor with tiling_schedule_optimize, which keeps a graph of lengths static. So rows are gathered into BSH, where
+    docs of npu_fused_infer_attention_score: layout TND, which takes packed rows, serves neither pages (block_table) nor
+    tiling_schedule_optimize, which keeps a graph of lengths static. So rows are gathered into BSH, where
     actual_seq_lengths spares those that are padding.
     """
     if made.row_BT is None:

@@ -55,12 +55,7 @@ def attend_pages(q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, len_B: Tens
 
 
 def attend_image(
-    q_TQH: Tensor,
-    pages: LayerPages,
-    table_BJ: Tensor,
-    fill_BJ: Tensor,
-    see_T2: Tensor,
-    rows_B: Tensor | None = None,
+    q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, fill_BJ: Tensor, see_T2: Tensor, rows_B: Tensor | None = None
 ) -> Tensor:
     if rows_B is not None and len(rows_B) > 1:
         row_BT, at_T = by_sequence(rows_B, len(q_TQH))

@@ -264,12 +264,7 @@ def attend_pages(q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, len_B: Tens
 
 
 def attend_image(
-    q_TQH: Tensor,
-    pages: LayerPages,
-    table_BJ: Tensor,
-    fill_BJ: Tensor,
-    see_T2: Tensor,
-    rows_B: Tensor | None = None,
+    q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, fill_BJ: Tensor, see_T2: Tensor, rows_B: Tensor | None = None
 ) -> Tensor:
     """Cross-attention over image pages: row t sees the table entries see[0] .. see[1] - 1, each up to its fill.
 

@@ -8,7 +8,8 @@ class Bucket:
     """The static sizes of one graph.
 
     rows: sequences (B). tokens: token rows (T). pages: K/V pages per sequence (J); a prefill with 0 is that of one
-    sequence without earlier tokens, whose rows attend only to each other. image_pages: image K/V pages per sequence; a graph with 0 leaves out the cross-attention layers.
+    sequence without earlier tokens, whose rows attend only to each other. image_pages: image K/V pages per sequence; a
+    graph with 0 leaves out the cross-attention layers.
     """
 
     phase: str

@@ -247,6 +247,10 @@ class Model:
             length = sequences * image_keys if cross else sequences * past + tokens
             mask = heads * tokens * image_keys if cross else 0
             moved = 2 * length * kv * self.storage.page + mask
+            if sequences > 1:
+                # Rows are gathered by sequence, each padded to all rows, and back (ops/npu.py, by_rows).
+                for rows in (sequences * tokens, tokens):
+                    self.vector(to, "GatherV2", 2 * rows * heads * text.head_width)
             self.attend(to, moved, 4 * tokens * seen * heads * text.head_width, every)
         return to
 

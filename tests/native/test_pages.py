@@ -139,7 +139,7 @@ def test_a_prompt_in_two_chunks_has_the_bits_of_one(kind, shape, group, cut):
     for ops in (CPU, plain):
         pages = empty(kind, count + 1, page, heads, width)
 
-        def attend(start, stop):
+        def attend(start, stop, ops=ops, pages=pages):
             ops.write_pages_(k[start:stop], v[start:stop], pages, slots[start:stop])
             given = k[start:stop], v[start:stop], pages, table[None], int32(stop - start), int32(start)
             return ops.attend_prompt(q[start:stop], *given)

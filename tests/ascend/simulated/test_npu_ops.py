@@ -247,7 +247,10 @@ def test_attend_prompt_is_causal_over_the_new_rows(dtype, heads, width):
 def test_prompts_see_exactly_their_earlier_tokens_and_their_own_through_their_pages(dtype, heads, width, rows, past):
     T, real = 40, sum(rows)
     q, k, v = (normal(T, n, width, seed=n, dtype=dtype) for n in (heads[0], heads[1], heads[1]))
-    pages, table = pages_of(10, heads[1], width, dtype), int32([[4, 2, 5], [6, 7, 8], [1, 3, 9], [0, 0, 0]][: len(rows)])
+    pages, table = (
+        pages_of(10, heads[1], width, dtype),
+        int32([[4, 2, 5], [6, 7, 8], [1, 3, 9], [0, 0, 0]][: len(rows)]),
+    )
     new = [slots(one, start, count, P) for one, start, count in zip(table.tolist(), past, rows)]
     slot = int32([one for each in new for one in each] + [*range(T - real)])
 
