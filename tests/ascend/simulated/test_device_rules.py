@@ -69,9 +69,9 @@ def test_arithmetic_before_lengths_is_found():
     )
 
 
-def mask_in_the_graph(q_TQH, pages, table_BJ, fill_BJ, see_T2, *, made):
+def mask_in_the_graph(*given, made):
     unseen_B1RL = made.unseen_B1RL & made.sees_T1[:, None, None]
-    return NPU.attend_image(q_TQH, pages, table_BJ, fill_BJ, see_T2, made=made._replace(unseen_B1RL=unseen_B1RL))
+    return NPU.attend_image(*given, made=made._replace(unseen_B1RL=unseen_B1RL))
 
 
 def test_a_mask_that_a_decode_graph_computes_is_found():
