@@ -75,7 +75,8 @@ def test_all_chunks_of_a_prompt_but_the_last_have_the_largest_size(limits, left)
 def test_kernels_that_take_lengths_need_one_bucket_of_pages():
     plan = plan_of(4, batch=9, free=True)
     assert plan.pages == (pages_for(plan.max_length, plan.page_size),) and plan.images == (4,)
-    assert plan.decode_batch == (1, 4, 9)
+    # Absent sequences are free as well, so that packing adds no bucket.
+    assert plan.decode_batch == (1, 4, 9) and plan.prefill_rows == (9,)
     assert plan.prefill(5, 0, 0) == plan.prefill(5, 3, 0)
 
 
@@ -88,10 +89,13 @@ def test_a_step_gets_a_bucket_of_the_plan_that_holds_it(limits, data):
     chunk = pages_for(plan.prefill_tokens[-1], plan.page_size)
     chunked = plan.max_length - 1 > plan.prefill_tokens[-1]
     past = data.draw(st.just(0) | st.integers(chunk, plan.pages[-1]) if chunked else st.just(0))
-    for bucket, need in (
+    found = [
         (plan.decode(rows, pages, images), Bucket("decode", rows, rows, pages, images)),
         (plan.prefill(tokens, past, images), Bucket("prefill", 1, tokens, past, images)),
-    ):
+    ]
+    if rows > 1 and plan.packs(rows, tokens, pages * plan.page_size):
+        found.append((plan.prefill(tokens, pages, images, rows), Bucket("prefill", rows, tokens, pages, images)))
+    for bucket, need in found:
         assert bucket in plan.buckets()
         assert bucket.holds(need)
         assert not any(other.holds(need) and bucket.holds(other) and other != bucket for other in plan.buckets())

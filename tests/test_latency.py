@@ -203,6 +203,8 @@ def gain_row(name, ranks):
         steps = (model(released(name), ranks, form=form).decode(1, keys, image).seconds for form in (BSH, BEST))
         cells += [f"{MS * seconds:.1f}" for seconds in steps]
     return (name, str(ranks), *cells)
+
+
 def vision_row(name, ranks):
     """Milliseconds of the vision graph of 4, 2 and 1 real tiles, and of 4 with heads padded to 128."""
     own, padded = (model(released(name), ranks, vision_head=head) for head in (None, 128))
@@ -264,7 +266,7 @@ def test_the_figures_in_the_text_are_those_of_the_model():
         spared = of.vision().seconds - (padded.seconds - padded.attention)
         assert f"{padded.attention / spared:.1f}" == factor
     prompts = four.prefill(8 * 64, 0, 0, sequences=8).seconds, 8 * four.prefill(64, 0, 0).seconds
-    assert [f"{MS * found:.0f}" for found in prompts] == ["22", "60"]
+    assert [f"{MS * found:.0f}" for found in prompts] == ["23", "60"]
     # The weights of text layers and head, 15.0 GB in bf16.
     eight = model(shape, 8, form=BEST)
     assert 15.0e9 / 8 / eight.bandwidth / eight.decode(1, 2048, 0).seconds == pytest.approx(0.25, abs=0.03)

@@ -67,7 +67,9 @@ def plans(draw):
         num_images=draw(st.integers(MAX_IMAGES, 5)),
         prefill_tokens=draw(st.sampled_from([None, [5], [2, 16], [40]])),
     )
-    return make_plan(choice, Limits(batch, MAX_INPUT, MAX_NEW, MAX_IMAGES), SHAPE, CPU.paging, False), batch
+    return make_plan(
+        choice, Limits(batch, MAX_INPUT, MAX_NEW, MAX_IMAGES), SHAPE, CPU.paging, draw(st.booleans())
+    ), batch
 
 
 @dataclass
@@ -92,7 +94,7 @@ def serve(plan, batch, work, late=0, abort=frozenset()) -> Served:
     written: dict[int, tuple[int, int]] = {}  # slot -> (sequence, position) whose K/V it holds
     encoded: dict[int, tuple[str, int]] = {}  # image page -> (image, which of its pages)
     while waiting or not scheduler.idle:
-        if waiting and len(steps) % 3 == 0:
+        if waiting and (scheduler.idle or len(steps) % 3 == 0):
             scheduler.add(waiting.pop(0))
         step = scheduler.next()
         assert step is not None, "work is left and nothing is done"
@@ -114,10 +116,10 @@ def model(step, plan, scheduler, sequences, ranks, written, encoded) -> tuple[in
         assert len(step.pages) == len(set(step.pages)) == plan.pages_per_image
         encoded.update({page: (step.image.key, n) for n, page in enumerate(step.pages)})
         return ()
-    rows = (step.row,) if isinstance(step, PrefillStep) else step.rows
+    rows = step.rows
     bucket = needs(plan, step)
     assert bucket in plan.buckets()
-    assert isinstance(step, PrefillStep) or len(rows) <= scheduler.batch
+    assert len({row.sequence for row in rows}) == len(rows) <= scheduler.batch
     live = [page for sequence in scheduler.running for page in sequence.pages]
     assert len(live) == len(set(live)), "two live sequences share a page"
     # Ranks learn the block tables only from the steps.
@@ -138,8 +140,8 @@ def model(step, plan, scheduler, sequences, ranks, written, encoded) -> tuple[in
                 )
             }
         )
-    if isinstance(step, PrefillStep) and not step.sample:
-        return ()
+    if isinstance(step, PrefillStep):
+        rows = rows[: step.sampled]
     return tuple(answer(row.sequence, row.start + len(row.ids)) for row in rows)
 
 
@@ -220,8 +222,9 @@ def test_the_youngest_is_preempted_and_resumes_where_it_was():
     served = serve(tight(), 3, work)
     assert served.tokens == expected(work)
     assert served.scheduler.preemptions > 0
-    again = [step.row for step in served.steps if isinstance(step, PrefillStep) and step.row.sequence == 1]
-    assert not [step for step in served.steps if isinstance(step, PrefillStep) and step.row.sequence == 0][1:]
+    prompts = [row for step in served.steps if isinstance(step, PrefillStep) for row in step.rows]
+    again = [row for row in prompts if row.sequence == 1]
+    assert len([row for row in prompts if row.sequence == 0]) == 1
     assert len(again) > 1 and len(again[-1].ids) > 20, "the resumed prompt must hold the generated ids"
 
 
@@ -235,14 +238,14 @@ def test_decoding_goes_on_between_the_chunks_of_a_long_prompt():
     work = [((1,) * 3, (), 20), ((2,) * 40, (), 2)]
     steps = serve(tight(prefill_tokens=[8], num_pages=40), 3, work).steps
     kinds = [type(step) for step in steps]
-    chunks = [n for n, step in enumerate(steps) if isinstance(step, PrefillStep) and step.row.sequence == 1]
+    chunks = [n for n, step in enumerate(steps) if isinstance(step, PrefillStep) and step.rows[0].sequence == 1]
     assert len(chunks) == 5
     assert all(kinds[n + 1] is DecodeStep for n in chunks[:-1])
 
 
 def test_first_come_first_served():
     work = [((n,) * 30, (), 1) for n in range(6)]
-    first = [step.row.sequence for step in serve(tight(), 1, work).steps if isinstance(step, PrefillStep)]
+    first = [step.rows[0].sequence for step in serve(tight(), 1, work).steps if isinstance(step, PrefillStep)]
     assert first == sorted(first)
 
 
@@ -267,7 +270,7 @@ def size_of_decode_step(prompt: int) -> int:
     scheduler = Scheduler(plan, 1)
     scheduler.add(Sequence(0, (IMAGE_TOKEN, *[1] * (prompt - 1)), (image("a"),), (0,), MAX_NEW, Sampling()))
     while not isinstance(step := scheduler.next(), DecodeStep):
-        scheduler.commit((7,) if isinstance(step, PrefillStep) and step.sample else ())
+        scheduler.commit((7,) if isinstance(step, PrefillStep) and step.sampled else ())
     scheduler.commit((7,))
     return len(pickle.dumps(scheduler.next()))
 

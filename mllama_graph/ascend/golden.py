@@ -63,11 +63,8 @@ def parts(context: Context) -> dict[str, int]:
     """How often a graph contains each part of golden.json."""
     text, vision, bucket = context.spec.shape.text, context.spec.shape.vision, context.bucket
     quantised = quantised_parts(context)
-    forms, images, past = (
-        context.spec.forms_of(bucket),
-        bucket.image_pages > 0,
-        bucket.phase == "prefill" and bucket.pages > 0,
-    )
+    forms, images = context.spec.forms_of(bucket), bucket.image_pages > 0
+    past, several = (bucket.phase == "prefill" and more for more in (bucket.pages > 0, bucket.rows > 1))
     # Heads are padded where no kernel supports their width.
     padded_text = padded_head(text.head_width) > text.head_width
     selves, crosses, layers = len(text.self_layers), len(text.cross_layers), sum(map(len, context.layers.values()))
@@ -94,8 +91,11 @@ def parts(context: Context) -> dict[str, int]:
         "self layer after earlier pages": past * selves,
         "split self layer": (forms.text.name == SPLIT) * selves,
         "split cross layer": (forms.image.name == SPLIT) * images * crosses,
+        "self layer of several prompts": several * selves,
+        "cross layer of several prompts": several * images * crosses,
         "padded self layer": padded_text * selves,
         "padded cross layer": padded_text * images * crosses,
+        "padded layer of several prompts": several * padded_text * (selves + images * crosses),
         "ranks": ranks,
         "layer of ranks": ranks * layers,
         **_candidates(context),
@@ -163,9 +163,9 @@ def computed() -> Golden:
     specs += [_spec(shape, ranks, candidates=count) for shape, ranks, count in _searching_models()]
     for spec in specs:
         for bucket in (
-            *(Bucket("vision", 1, 1, 0, 1, tiles) for tiles in sorted({1, shape.vision.max_tiles})),
+            *(Bucket("vision", 1, 1, 0, 1, tiles) for tiles in sorted({1, spec.shape.vision.max_tiles})),
             *(Bucket("decode", 2, 2, 3, i) for i in (0, 5)),
-            *(Bucket("prefill", 1, 32, past, i) for past in (0, 3) for i in (0, 5)),
+            *(Bucket("prefill", rows, 32, pages, i) for rows, pages in ((1, 0), (1, 3), (2, 3)) for i in (0, 5)),
             *(bucket for bucket, _ in spec.forms),
         ):
             graph = LoweredGraph(capture(spec, bucket))

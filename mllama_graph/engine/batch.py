@@ -2,16 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mllama_graph.engine.steps import ImageTable, PrefillStep, Row, Step, VisionStep
+from mllama_graph.engine.steps import DecodeStep, ImageTable, Row, Step, VisionStep
 from mllama_graph.inputs.request import Sampling
 from mllama_graph.model.inputs import ImageInput, PromptInput, TileInput, TokenInput
 from mllama_graph.model.shape import ModelShape
-from mllama_graph.plan.blocks import pages_for, slots
+from mllama_graph.plan.blocks import slots
 from mllama_graph.plan.bucket import Bucket
 from mllama_graph.plan.buckets import Plan
 
@@ -22,11 +23,12 @@ def needs(plan: Plan, step: Step) -> Bucket:
     """The smallest bucket that holds a step."""
     if isinstance(step, VisionStep):
         return plan.vision(step.image.count)
-    if isinstance(step, PrefillStep):
-        return plan.prefill(len(step.row.ids), pages_for(step.row.start, plan.page_size), step.row.image_pages)
-    return plan.decode(
-        len(step.rows), max(row.used_pages for row in step.rows), max(row.image_pages for row in step.rows)
-    )
+    rows = len(step.rows)
+    used, images = max(row.used_pages for row in step.rows), max(row.image_pages for row in step.rows)
+    if isinstance(step, DecodeStep):
+        return plan.decode(rows, used, images)
+    alone = rows == 1 and step.rows[0].start == 0
+    return plan.prefill(sum(len(row.ids) for row in step.rows), 0 if alone else used, images, rows)
 
 
 @dataclass
@@ -57,7 +59,7 @@ class Sequences:
             return
         for sequence in step.ended:
             self._known.pop(sequence, None)
-        for row in (step.row,) if isinstance(step, PrefillStep) else step.rows:
+        for row in step.rows:
             if row.start == 0:
                 assert row.sampling is not None
                 self._known[row.sequence] = Known(row.sampling)
@@ -117,21 +119,30 @@ def _see(row: Row) -> Sequence[tuple[int, int]]:
     return row.see or [(0, row.image_pages)] * len(row.ids)
 
 
-def prompt_input(row: Row, known: Known, bucket: Bucket, plan: Plan, device: torch.device) -> PromptInput:
-    """The inputs of a prefill chunk, padded to the bucket. Padded rows write to scratch slots."""
-    new, T = len(row.ids), bucket.tokens
-    padding = T - new
-    row_slots = slots(known.pages.tolist(), row.start, new, plan.page_size) + list(range(padding))
-    earlier = known.pages[: pages_for(row.start, plan.page_size)]
+def prompt_input(
+    rows: Sequence[Row], sequences: Sequences, bucket: Bucket, plan: Plan, device: torch.device
+) -> PromptInput:
+    """The inputs of a prefill step, padded to the bucket. Padded rows write to scratch slots."""
+    counts = [len(row.ids) for row in rows]
+    padding, absent = bucket.tokens - sum(counts), bucket.rows - len(rows)
+    known = [sequences[row] for row in rows]
+    row_slots = [
+        slot
+        for row, one in zip(rows, known)
+        for slot in slots(one.pages.tolist(), row.start, len(row.ids), plan.page_size)
+    ]
+    tables = [one.pages[: row.used_pages] for row, one in zip(rows, known)]
     return PromptInput(
-        ids_T=_int32([*row.ids, *[0] * padding], device),
-        position_T=_int32([*range(row.start, row.start + new), *[0] * padding], device),
-        slot_T=_int32(row_slots, device),
-        last_1=_int32([new - 1], device),
-        real_1=_int32([new], device),
-        past_1=_int32([row.start], device),
-        table_J=_int32(_block_table([earlier], 1, bucket.pages)[0], device) if bucket.pages else None,
-        image=_image([known], _see(row), 1, T, bucket, device),
+        ids_T=_int32([id for row in rows for id in row.ids] + [0] * padding, device),
+        position_T=_int32([row.start + n for row in rows for n in range(len(row.ids))] + [0] * padding, device),
+        slot_T=_int32(row_slots + list(range(padding)), device),
+        last_B=_int32([end - 1 for end in accumulate(counts)] + [0] * absent, device),
+        real_1=_int32([sum(counts)], device),
+        sequences_1=_int32([len(rows)], device),
+        rows_B=_int32(counts + [0] * absent, device),
+        past_B=_int32([row.start for row in rows] + [0] * absent, device),
+        table_BJ=_int32(_block_table(tables, bucket.rows, bucket.pages), device) if bucket.pages else None,
+        image=_image(known, [span for row in rows for span in _see(row)], bucket.rows, bucket.tokens, bucket, device),
     )
 
 

@@ -11,7 +11,7 @@ from mllama_graph.engine.executor import Executor
 from mllama_graph.engine.results import Delta, Result
 from mllama_graph.engine.scheduler import Scheduler, Sequence
 from mllama_graph.engine.stats import Stats, Totals
-from mllama_graph.engine.steps import NOT_FINITE, DecodeStep, PrefillStep, Step, Token, VisionStep
+from mllama_graph.engine.steps import NOT_FINITE, DecodeStep, Step, Token
 from mllama_graph.inputs.detokenizer import Detokenizer
 from mllama_graph.inputs.processor import Processor
 from mllama_graph.inputs.request import Request
@@ -113,9 +113,8 @@ class Engine:
 
     def _forced(self, step: Step, tokens: list[Token]) -> list[Token]:
         """The tokens of a step, with the ids of requests that force theirs. Ranks learn ids from the next step."""
-        rows = (step.row,) if isinstance(step, PrefillStep) else () if isinstance(step, VisionStep) else step.rows
         taken = []
-        for row, token in zip(rows, tokens):
+        for row, token in zip(step.rows, tokens):
             state = self._running[row.sequence]
             at = len(state.sequence.generated)
             if at < len(state.request.forced) and token.id != NOT_FINITE:

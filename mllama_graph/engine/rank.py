@@ -131,8 +131,8 @@ class Rank:
             call(batch.tile_input(step, self.shape, self.plan, device))
             return []
         if isinstance(step, PrefillStep):
-            logits = call(batch.prompt_input(step.row, self.sequences[step.row], bucket, self.plan, device))
-            return self._sample(logits, (step.row,)) if step.sample else []
+            logits = call(batch.prompt_input(step.rows, self.sequences, bucket, self.plan, device))
+            return self._sample(logits, step.rows[: step.sampled]) if step.sampled else []
         logits = call(batch.token_input(step.rows, self.sequences, bucket, self.plan, device))
         return self._sample(logits, step.rows)
 

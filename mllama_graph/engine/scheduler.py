@@ -1,9 +1,10 @@
 """Decides the next step from the requests and the ids sampled so far. Uses no tensors.
 
-A step encodes one image, prefills one chunk of one prompt, or decodes one token for every running sequence.
+A step encodes one image, prefills prompts or a chunk of one, or decodes one token for every running sequence.
 """
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from mllama_graph.core.errors import UserError
@@ -66,8 +67,9 @@ class Sequence:
 class Scheduler:
     """Continuous batching: sequences join and leave between steps.
 
-    Waiting sequences are admitted in order of arrival while rows, pages and image pages suffice. Prompts longer than
-    the largest prefill bucket are computed in chunks, with a decode step of the running sequences between chunks. When
+    Waiting sequences are admitted in order of arrival while rows, pages and image pages suffice. Prompts that fit a
+    prefill bucket together are computed in one step. Prompts longer than the largest bucket are computed in chunks,
+    with a decode step of the running sequences between chunks. When
     pages run out, the youngest running sequence is preempted: it returns to the head of the queue, keeps its ids, and
     is computed again later.
     """
@@ -131,15 +133,12 @@ class Scheduler:
             self.images.trim(step.image.key)
             return []
         if isinstance(step, PrefillStep):
-            sequence = sequences[0]
-            sequence.computed += len(step.row.ids)
-            if not step.sample:
-                # Running sequences get their next token between the chunks of a long prompt.
-                self._decode_next = True
-                return []
-        else:
-            for sequence in sequences:
-                sequence.computed += 1
+            # Running sequences get their next token between the chunks of a long prompt.
+            self._decode_next = step.sampled < len(sequences)
+        for sequence, row in zip(sequences, step.rows, strict=True):
+            sequence.computed += len(row.ids)
+        if isinstance(step, PrefillStep):
+            sequences = sequences[: step.sampled]
         for sequence, token in zip(sequences, ids, strict=True):
             sequence.generated.append(token)
         return list(zip(sequences, ids))
@@ -166,15 +165,38 @@ class Scheduler:
         sequence.sent_pages, sequence.sent_images = 0, None
 
     def _admit(self) -> Step | None:
-        """The next vision or prefill step, of a running sequence that is not decoding yet or a newly admitted one."""
-        for sequence in self.running:
-            if not sequence.decoding:
-                return self._prepare(sequence)
-        if self.waiting and len(self.running) < self.batch and self._take_room(self.waiting[0]):
+        """The next vision or prefill step, in order of arrival: an image, a chunk, or whole prompts as far as they fit
+        a bucket and have their images encoded.
+        """
+        packed: list[Sequence] = []
+        tokens = longest = 0
+        for sequence in self._to_prefill():
+            tokens += sequence.length - sequence.computed
+            longest = max(longest, sequence.length)
+            unencoded = [image for image in sequence.images if not self.images[image.key].encoded]
+            if not packed and unencoded:
+                image = unencoded[0]
+                return self._issue(VisionStep(image, tuple(self.images[image.key].pages)), [sequence])
+            if packed and (unencoded or not self.plan.packs(len(packed) + 1, tokens, longest)):
+                break
+            packed.append(sequence)
+            if not self.plan.packs(len(packed) + 1, tokens + 1, longest):
+                break
+        if not packed:
+            return None
+        # Only a prompt by itself can be longer than the largest bucket.
+        counts = [self.plan.chunk(sequence.length - sequence.computed) for sequence in packed]
+        sampled = sum(s.computed + count == s.length for s, count in zip(packed, counts))
+        rows = tuple(self._row(sequence, count) for sequence, count in zip(packed, counts))
+        return self._issue(PrefillStep(rows, sampled, self._take_ended()), packed)
+
+    def _to_prefill(self) -> Iterator[Sequence]:
+        """Running sequences that are not decoding yet, then those that can be admitted, each admitted when taken."""
+        yield from [sequence for sequence in self.running if not sequence.decoding]
+        while self.waiting and len(self.running) < self.batch and self._take_room(self.waiting[0]):
             sequence = self.waiting.popleft()
             self.running.append(sequence)
-            return self._prepare(sequence)
-        return None
+            yield sequence
 
     def _take_room(self, sequence: Sequence) -> bool:
         """Allocate pages for the prompt, its first token and its images; False and none if too few are free."""
@@ -193,16 +215,6 @@ class Scheduler:
         sequence.holds_images = True
         sequence.pages = self.pool.allocate(needed)
         return True
-
-    def _prepare(self, sequence: Sequence) -> Step:
-        for image in sequence.images:
-            entry = self.images[image.key]
-            if not entry.encoded:
-                return self._issue(VisionStep(image, tuple(entry.pages)), [sequence])
-        count = self.plan.chunk(sequence.length - sequence.computed)
-        row = self._row(sequence, count)
-        last = sequence.computed + count == sequence.length
-        return self._issue(PrefillStep(row, last, self._take_ended()), [sequence])
 
     def _decode(self) -> Step | None:
         """A decode step for every decoding sequence. Preempts the youngest running sequence where pages run out."""

@@ -60,13 +60,20 @@ class VisionStep:
     image: TiledImage
     pages: tuple[int, ...]
 
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        return ()
+
 
 @dataclass(frozen=True)
 class PrefillStep:
-    """One chunk of a prompt; `sample` for its last chunk. `ended`: sequences that ended since the step before."""
+    """New tokens of one or several prompts. The first `sampled` of them are computed to their ends, and get a token.
 
-    row: Row
-    sample: bool
+    `ended`: sequences that ended since the step before.
+    """
+
+    rows: tuple[Row, ...]
+    sampled: int
     ended: tuple[int, ...] = ()
 
 

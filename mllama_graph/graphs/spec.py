@@ -185,6 +185,15 @@ class GraphSpec:
         )
         if bucket.phase == "prefill":
             return PromptInput(
-                zeros(T), zeros(T), slots(T), zeros(1), ones(1), zeros(1), zeros(J) if J else None, image
+                ids_T=zeros(T),
+                position_T=zeros(T),
+                slot_T=slots(T),
+                last_B=zeros(B),
+                real_1=ones(1),
+                sequences_1=ones(1),
+                rows_B=zeros(B),
+                past_B=zeros(B),
+                table_BJ=zeros(B, J) if J else None,
+                image=image,
             )
         return TokenInput(zeros(T), zeros(T), slots(T), zeros(1), zeros(B, J), ones(B), image)

@@ -30,11 +30,12 @@ class Prepared(NamedTuple):
     """What an NPU's graphs take in place of masks and lengths computed from other inputs (ops/npu_inputs.py).
 
     causal_MM: the fixed mask of causal attention, kept on the device. row_T, held_T1: rows of a rank's part of the
-    embedding table, and which ids it holds; None for a single rank. table_1J, rows_1, keys_1: of a chunk after earlier
-    pages, the block table of earlier and new tokens, the number of new ones and that of all (int64). image_len_B:
-    length of each sequence's image pages in tokens (int64). sees_T1: which rows see an image. unseen_B1RL: the image
-    keys that a decode step's rows must not see. Of a prompt, entry_L is the entry of the image table that a key belongs
-    to, J if it is in no used slot, and from_T1, to_T1 the range of entries that a row sees: all if it sees no image.
+    embedding table, and which ids it holds; None for a single rank. new_B, keys_B: of prompts in pages, the number of
+    new tokens and that of all (int64), 1 for padding. row_BT, at_T: of several sequences, where the rows of each are
+    among all rows, and where each row is among those (T for each sequence). image_len_B: length of each sequence's
+    image pages in tokens (int64). sees_T1: which rows see an image. unseen_B1RL: the image keys that a decode step's
+    rows must not see. Of a prompt, entry_B1L is the entry of the image table that a key belongs to, J if it is in no
+    used slot, and from_BT1, to_BT1 the range of entries that a row sees: all if it sees no image.
 
     In a decode step, ends_B (int64) counts the rows up to the end of each sequence, for attention to packed rows. Where
     attention's keys are split into S parts, block table, lengths and mask have B * S rows, one for each part of each
@@ -45,15 +46,16 @@ class Prepared(NamedTuple):
     causal_MM: Tensor | None = None
     row_T: Tensor | None = None
     held_T1: Tensor | None = None
-    table_1J: Tensor | None = None
-    rows_1: Tensor | None = None
-    keys_1: Tensor | None = None
+    new_B: Tensor | None = None
+    keys_B: Tensor | None = None
+    row_BT: Tensor | None = None
+    at_T: Tensor | None = None
     image_len_B: Tensor | None = None
     sees_T1: Tensor | None = None
     unseen_B1RL: Tensor | None = None
-    entry_L: Tensor | None = None
-    from_T1: Tensor | None = None
-    to_T1: Tensor | None = None
+    entry_B1L: Tensor | None = None
+    from_BT1: Tensor | None = None
+    to_BT1: Tensor | None = None
     ends_B: Tensor | None = None
     empty_BS11: Tensor | None = None
     image_empty_BS11: Tensor | None = None
@@ -61,19 +63,22 @@ class Prepared(NamedTuple):
 
 
 class PromptInput(NamedTuple):
-    """A chunk of one sequence's prompt, padded to T rows. All tensors are int32.
+    """New tokens of B prompts, sequence after sequence, padded to T rows. All tensors are int32.
 
-    slot_T: the slot to which each row's K/V are written. last_1: index of the row whose logits are returned. real_1:
-    number of rows that are not padding; they come first. past_1: number of earlier tokens, whose pages are in table_J.
+    slot_T: the slot to which each row's K/V are written. last_B: index of the row whose logits are returned. real_1,
+    sequences_1: number of rows and of sequences that are not padding; they come first. rows_B, past_B: number of new
+    and of earlier tokens; 0 for padding. table_BJ: the pages of both; None for one sequence without earlier tokens.
     """
 
     ids_T: Tensor
     position_T: Tensor
     slot_T: Tensor
-    last_1: Tensor
+    last_B: Tensor
     real_1: Tensor
-    past_1: Tensor
-    table_J: Tensor | None
+    sequences_1: Tensor
+    rows_B: Tensor
+    past_B: Tensor
+    table_BJ: Tensor | None
     image: ImageInput | None
     prepared: Prepared | None = None
 

@@ -69,8 +69,8 @@ class Ops:
     gated: Callable
     # (x_WE, y_WE, bias_E or None, gate_1 or None) -> x + tanh(gate) * (y + bias)
     add_gated: Callable
-    # (x_TD, at_1) -> x_1D, the row with that index
-    take_row: Callable
+    # (x_TD, at_B) -> x_BD, the rows with these indices
+    take_rows: Callable
     # (uint8 tiles_C3hw, real_1, scale, mean_311, std_311, dtype) -> x_C3hw, zeros in padding tiles
     normalise: Callable
     # (x_C3hw, weight_E3pp) -> patches_CNE
@@ -88,11 +88,13 @@ class Ops:
     join_features: Callable
     # (k_TKH, v_TKH, pages, slot_T): writes row t to slot slot_T[t]; slots are unique
     write_pages_: Callable
-    # (q_TQH, k_TKH, v_TKH, pages, table_J or None, past_1): causal over the new rows, and past_1 earlier tokens
+    # (q_TQH, k_TKH, v_TKH, pages, table_BJ, rows_B, past_B): each sequence's rows_B new rows see its past_B earlier
+    # tokens and, causally, each other. All have been written to the pages of table_BJ; None: one sequence, no earlier
     attend_prompt: Callable
     # (q_TQH, pages, table_BJ, len_B): T = B * q; row i of a sequence sees its first len - q + 1 + i tokens
     attend_pages: Callable
-    # (q_TQH, pages, table_BJ, fill_BJ, see_T2): row t sees the first fill tokens of table entries see[0] .. see[1]-1
+    # (q_TQH, pages, table_BJ, fill_BJ, see_T2, rows_B): row t sees the first fill tokens of the entries
+    # see[0] .. see[1]-1 of its sequence. rows_B: rows of each sequence; None: T / B
     attend_image: Callable
     # (q_SAH, k_SAH, v_SAH, pad_S, scale): all rows see all rows, but padding does not see padding
     attend_tiles: Callable

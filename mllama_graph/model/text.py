@@ -64,9 +64,16 @@ def self_block(
 
 
 def cross_block(
-    w: CrossLayer, x_TD: Tensor, y_TD: Tensor | None, pages: LayerPages, image: ImageInput, shape: ModelShape, ops: Ops
+    w: CrossLayer,
+    x_TD: Tensor,
+    y_TD: Tensor | None,
+    pages: LayerPages,
+    image: ImageInput,
+    rows_B: Tensor | None,
+    shape: ModelShape,
+    ops: Ops,
 ) -> tuple[Tensor, Tensor]:
-    """A cross-attention layer; attention and MLP are each scaled by a tanh gate.
+    """A cross-attention layer; attention and MLP are each scaled by a tanh gate. rows_B: see `Ops.attend_image`.
 
     A row that sees no image is unchanged by attention and MLP: Meta multiplies both by the row mask
     (llama_models/llama3/multimodal/model.py, CrossAttentionTransformerBlock).
@@ -76,7 +83,7 @@ def cross_block(
     h_TD, x_TD = ops.add_rms_norm(x_TD, y_TD, w.attention_norm, shape.text.eps)
     q_TQH = ops.linear(h_TD, w.q).view(T, -1, shape.text.head_width)
     q_TQH = ops.rms_norm(q_TQH, w.q_norm, shape.text.eps)
-    out_TQH = ops.attend_image(q_TQH, pages, image.table_BJ, image.fill_BJ, image.see_T2)
+    out_TQH = ops.attend_image(q_TQH, pages, image.table_BJ, image.fill_BJ, image.see_T2, rows_B)
     y_TD = ops.gated(ops.all_reduce(ops.linear(out_TQH.reshape(T, -1), w.o)), w.attention_gate, sees)
     h_TD, x_TD = ops.add_rms_norm(x_TD, y_TD, w.mlp_norm, shape.text.eps)
     return x_TD, ops.gated(mlp(w, h_TD, ops), w.mlp_gate, sees)
@@ -87,6 +94,7 @@ def trunk(
     ids_T: Tensor,
     position_T: Tensor,
     image: ImageInput | None,
+    rows_B: Tensor | None,
     pages: Pages,
     image_pages: Pages,
     attend: Attend,
@@ -94,7 +102,7 @@ def trunk(
     dtype: torch.dtype,
     ops: Ops,
 ) -> tuple[Tensor, Tensor | None]:
-    """All layers, with activations in `dtype`.
+    """All layers, with activations in `dtype`. rows_B: rows of each sequence; None if all have the same number.
 
     Without `image` the cross-attention layers are left out: equivalent if no row sees an image.
     """
@@ -105,7 +113,7 @@ def trunk(
         if isinstance(layer, SelfLayer):
             x_TD, y_TD = self_block(layer, x_TD, y_TD, angles, next(next_pages), attend, shape, ops)
         elif isinstance(layer, CrossLayer) and image is not None:
-            x_TD, y_TD = cross_block(layer, x_TD, y_TD, next(next_image_pages), image, shape, ops)
+            x_TD, y_TD = cross_block(layer, x_TD, y_TD, next(next_image_pages), image, rows_B, shape, ops)
     return x_TD, y_TD
 
 
@@ -124,17 +132,20 @@ def prefill(
     dtype: torch.dtype,
     ops: Ops,
 ) -> Tensor:
-    """Write a chunk's K/V into its slots; return logits_1V of row `last_1`. `dtype`: of activations."""
-    ops = ops.without_padding(ops, given)
+    """Write the new tokens' K/V into their slots; return logits_BV of the rows `last_B`. `dtype`: of activations."""
+    every, ops = ops, ops.without_padding(ops, given)
 
     def attend(q_TQH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cache: LayerPages) -> Tensor:
         ops.write_pages_(k_TKH, v_TKH, cache, given.slot_T)
-        return ops.attend_prompt(q_TQH, k_TKH, v_TKH, cache, given.table_J, given.past_1)
+        return ops.attend_prompt(q_TQH, k_TKH, v_TKH, cache, given.table_BJ, given.rows_B, given.past_B)
 
-    x_TD, y_TD = trunk(w, given.ids_T, given.position_T, given.image, pages, image_pages, attend, shape, dtype, ops)
-    x_1D = ops.take_row(x_TD, given.last_1)
-    y_1D = None if y_TD is None else ops.take_row(y_TD, given.last_1)
-    return logits(w, x_1D, y_1D, shape, ops)
+    x_TD, y_TD = trunk(
+        w, given.ids_T, given.position_T, given.image, given.rows_B, pages, image_pages, attend, shape, dtype, ops
+    )
+    x_BD = ops.take_rows(x_TD, given.last_B)
+    y_BD = None if y_TD is None else ops.take_rows(y_TD, given.last_B)
+    # One row of each sequence is left.
+    return logits(w, x_BD, y_BD, shape, every.without_padding(every, given._replace(real_1=given.sequences_1)))
 
 
 def decode(
@@ -147,5 +158,7 @@ def decode(
         ops.write_pages_(k_TKH, v_TKH, cache, given.slot_T)
         return ops.attend_pages(q_TQH, cache, given.table_BJ, given.len_B)
 
-    x_TD, y_TD = trunk(w, given.ids_T, given.position_T, given.image, pages, image_pages, attend, shape, dtype, ops)
+    x_TD, y_TD = trunk(
+        w, given.ids_T, given.position_T, given.image, None, pages, image_pages, attend, shape, dtype, ops
+    )
     return logits(w, x_TD, y_TD, shape, ops)

@@ -20,16 +20,23 @@ namespace {
 // Query rows (of all heads that share a kv head) and tokens per block: whole tiles.
 constexpr int64_t kQueries = 72, kKeys = 96;
 
-// The tokens that a set of rows attends to, in order. All are stored as in the pools.
+// The tokens that a set of rows attends to, in order. Those of each sequence begin at a multiple of kKeys, so that sums
+// have the same order whatever sequences come before.
 template <class E>
 struct Tokens {
   Pool<E> keys_pool, values_pool;
   std::vector<Token<E>> keys, values;
 
-  // Adds a token of pools that are laid out as these.
-  void add(const Pool<E>& k, const Pool<E>& v, int64_t slot) {
-    keys.push_back(k.at(slot));
-    values.push_back(v.at(slot));
+  int64_t count() const { return static_cast<int64_t>(keys.size()); }
+
+  void add(int64_t slot) {
+    keys.push_back(keys_pool.at(slot));
+    values.push_back(values_pool.at(slot));
+  }
+
+  // Repeats the last token, which no row sees again, up to a multiple of kKeys.
+  void end_sequence() {
+    while (count() % kKeys) keys.push_back(keys.back()), values.push_back(values.back());
   }
 };
 
@@ -38,26 +45,30 @@ struct Seen {
   int64_t first, last;
 };
 
-// Keys and values in blocks of kKeys tokens, in panels for multiply_matrix. The last block repeats its last token.
+// The query rows [first, last) are of one sequence.
+struct RowsOfSequence {
+  int64_t first, last;
+};
+
+// Keys and values in blocks of kKeys tokens, in panels for multiply_matrix.
 struct Blocks {
   int64_t count, width, wide;
   std::unique_ptr<float[]> keys, values;  // (heads, count, width by kKeys), (heads, count, kKeys by wide)
 
   template <class E>
   Blocks(const Tokens<E>& tokens, const Heads& heads)
-      : count((static_cast<int64_t>(tokens.keys.size()) + kKeys - 1) / kKeys),
+      : count(tokens.count() / kKeys),
         width(heads.width),
         wide((width + kLanes - 1) / kLanes * kLanes),
         keys(new float[heads.keys * count * kKeys * width]),
         values(new float[heads.keys * count * kKeys * wide]) {
-    const int64_t last = static_cast<int64_t>(tokens.keys.size()) - 1;
     parallel_for(heads.keys * count, 1, [&](int64_t from, int64_t to) {
       std::vector<float> space(width);
       for (int64_t task = from; task < to; task++) {
         const int64_t head = task / count, start = task % count * kKeys;
         float *key = keys.get() + task * kKeys * width, *value = values.get() + task * kKeys * wide;
         const auto of_token = [&](const Pool<E>& pool, const std::vector<Token<E>>& all, int64_t i) {
-          return pool.values(all[std::min(start + i, last)], head, space.data());
+          return pool.values(all[start + i], head, space.data());
         };
         panels(kKeys, [&](auto, auto vectors, int64_t v) {
           constexpr int64_t kSome = decltype(vectors)::value * kLanes;
@@ -106,19 +117,25 @@ inline float weigh(float* w, int64_t begin, int64_t end, float& top) {
 // Attention of q (T, Q, H) over `tokens`, of which row t sees seen[t]; zeros for a row that sees none. Weights are
 // computed as powers of two.
 template <class E>
-void attend_rows(const float* q, float* out, int64_t rows, const Heads& heads, const Tokens<E>& tokens,
-                 const std::vector<Seen>& seen, float scale) {
-  const int64_t G = heads.group(), H = heads.width, tasks = (rows * G + kQueries - 1) / kQueries;
-  const int64_t count = static_cast<int64_t>(tokens.keys.size());
+void attend_rows(const float* q, float* out, const std::vector<RowsOfSequence>& sequences, const Heads& heads,
+                 const Tokens<E>& tokens, const std::vector<Seen>& seen, float scale) {
+  const int64_t G = heads.group(), H = heads.width, count = tokens.count();
   const Blocks blocks(tokens, heads);
   const int64_t wide = blocks.wide;
+  // Queries (rows times heads of a group) that are computed together. They are of one sequence: a key of another one
+  // that is NaN would spoil them, as 0 * NaN is NaN.
+  std::vector<RowsOfSequence> queries;
+  for (const auto& rows : sequences)
+    for (int64_t first = rows.first * G; first < rows.last * G; first += kQueries)
+      queries.push_back({first, std::min(first + kQueries, rows.last * G)});
+  const int64_t tasks = static_cast<int64_t>(queries.size());
   constexpr float kPowers = 1.44269504f;  // log2(e)
   parallel_for(heads.keys * tasks, 1, [&](int64_t from, int64_t to) {
     std::vector<float> query(kQueries * H), weight(kQueries * kKeys), sum_of_values(kQueries * wide);
     std::vector<float> top(kQueries), sum(kQueries);
     for (int64_t task = from; task < to; task++) {
-      const int64_t head = task / tasks, row = task % tasks * kQueries;
-      const int64_t some = std::min(kQueries, rows * G - row);
+      const int64_t head = task / tasks, row = queries[task % tasks].first;
+      const int64_t some = queries[task % tasks].last - row;
       int64_t first = count, last = 0;
       for (int64_t r = 0; r < some; r++) {
         const int64_t t = (row + r) / G, g = (row + r) % G;
@@ -132,12 +149,12 @@ void attend_rows(const float* q, float* out, int64_t rows, const Heads& heads, c
       std::fill(sum_of_values.begin(), sum_of_values.end(), 0.0f);
       // Blocks begin at multiples of kKeys whatever the rows, so that sums have the same order in each batch.
       for (int64_t block = first / kKeys; block * kKeys < std::min(last, count); block++) {
-        const int64_t start = block * kKeys, held = std::min(kKeys, count - start);
+        const int64_t start = block * kKeys;
         const int64_t at = (head * blocks.count + block) * kKeys;
         multiply_matrix<true>(query.data(), H, blocks.keys.get() + at * H, weight.data(), kKeys, some, kKeys, H);
         for (int64_t r = 0; r < some; r++) {
           const Seen& sees = seen[(row + r) / G];
-          const int64_t begin = std::max<int64_t>(0, sees.first - start), end = std::min(held, sees.last - start);
+          const int64_t begin = std::max<int64_t>(0, sees.first - start), end = std::min(kKeys, sees.last - start);
           if (begin >= end) {
             std::fill_n(weight.data() + r * kKeys, kKeys, 0.0f);
             continue;
@@ -165,31 +182,48 @@ void attend_rows(const float* q, float* out, int64_t rows, const Heads& heads, c
 }
 
 template <class E>
-Tensor attend_rows(const Tensor& q, const Tokens<E>& tokens, const std::vector<Seen>& seen, double scale) {
+Tensor attend_rows(const Tensor& q, const std::vector<RowsOfSequence>& sequences, const Tokens<E>& tokens,
+                   const std::vector<Seen>& seen, double scale) {
   Tensor y = allocated(q.sizes());
-  attend_rows(floats(q), results(y), q.size(0), {q.size(1), tokens.keys_pool.heads, q.size(2)}, tokens, seen,
+  const int64_t real = sequences.empty() ? 0 : sequences.back().last, width = q.size(1) * q.size(2);
+  attend_rows(floats(q), results(y), sequences, {q.size(1), tokens.keys_pool.heads, q.size(2)}, tokens, seen,
               static_cast<float>(scale));
+  std::fill(results(y) + real * width, results(y) + q.size(0) * width, 0.0f);
   return y;
 }
 
-// Row t sees `past` tokens in the table's pages (none without a table) and the first t + 1 rows of k and v, rounded to
-// the format of the pages: a prompt in one chunk has the bits of the same prompt in several. Rows from `real` on get
-// zeros.
-Tensor attend_prompt(Tensor q, Tensor k, Tensor v, Tensor k_pages, Tensor v_pages, std::optional<Tensor> k_scales,
-                     std::optional<Tensor> v_scales, std::optional<Tensor> table, Tensor past,
-                     std::optional<Tensor> real, double scale) {
-  const int32_t* entries = table ? integers(*table) : nullptr;
-  const int64_t page = k_pages.size(1), rows = real_of(q.size(0), real);
-  const int64_t earlier = table ? std::min<int64_t>(*integers(past), table->size(0) * page) : 0;
-  std::vector<Seen> seen;
-  for (int64_t t = 0; t < rows; t++) seen.push_back({0, earlier + t + 1});
-  seen.resize(q.size(0), {0, 0});
+// The rows of each sequence, which follow each other. `rows`: their numbers, 0 for padding.
+std::vector<RowsOfSequence> sequences_of(const Tensor& q, const Tensor& rows, const Tensor& table) {
+  std::vector<RowsOfSequence> sequences;
+  int64_t first = 0;
+  if (rows.size(0) != table.size(0)) fail("attention takes a block table and a number of rows for each sequence");
+  for (int64_t b = 0; b < rows.size(0); b++) {
+    const int64_t last = first + integers(rows)[b];
+    if (last < first || last > q.size(0)) fail("attention takes numbers of rows whose sum is at most that of all rows");
+    sequences.push_back({first, last});
+    first = last;
+  }
+  return sequences;
+}
+
+// Row i of a sequence sees the first past + i + 1 tokens of its pages. Rows of no sequence get zeros.
+Tensor attend_prompt(Tensor q, Tensor k_pages, Tensor v_pages, std::optional<Tensor> k_scales,
+                     std::optional<Tensor> v_scales, Tensor table, Tensor rows, Tensor past, double scale) {
+  const int64_t page = k_pages.size(1), J = table.size(1);
+  const auto sequences = sequences_of(q, rows, table);
   return with_pools(k_pages, v_pages, k_scales, v_scales, [&]<class E>(const Pool<E>& keys, const Pool<E>& values) {
-    const NewRows<E> new_keys(k, rows, keys), new_values(v, rows, values);
     Tokens<E> tokens{keys, values};
-    for (int64_t i = 0; i < earlier; i++) tokens.add(keys, values, entries[i / page] * page + i % page);
-    for (int64_t t = 0; t < rows; t++) tokens.add(new_keys.pool, new_values.pool, t);
-    return attend_rows(packed(q), tokens, seen, scale);
+    std::vector<Seen> seen;
+    for (size_t b = 0; b < sequences.size(); b++) {
+      const int32_t* entries = integers(table) + b * J;
+      const int64_t start = tokens.count(), count = sequences[b].last - sequences[b].first;
+      const int64_t earlier = count ? integers(past)[b] : 0;
+      if (earlier < 0 || earlier + count > J * page) fail("a prompt is longer than the pages of its block table");
+      for (int64_t i = 0; i < earlier + count; i++) tokens.add(entries[i / page] * page + i % page);
+      for (int64_t i = 0; i < count; i++) seen.push_back({start, start + earlier + i + 1});
+      tokens.end_sequence();
+    }
+    return attend_rows(packed(q), sequences, tokens, seen, scale);
   });
 }
 
@@ -205,28 +239,35 @@ Tensor attend_tiles(Tensor q, Tensor given_k, Tensor given_v, Tensor pad, double
   Tokens<float> tokens{keys, values};
   for (const bool wanted : {false, true})
     for (int64_t s = 0; s < rows; s++)
-      if (padding[s] == wanted) tokens.add(keys, values, s);
+      if (padding[s] == wanted) tokens.add(s);
+  tokens.end_sequence();
   const int64_t real = std::count(padding, padding + rows, false);
   std::vector<Seen> seen;
   for (int64_t s = 0; s < rows; s++) seen.push_back({0, padding[s] ? real : rows});
-  return attend_rows(packed(q), tokens, seen, scale);
+  return attend_rows(packed(q), {{0, rows}}, tokens, seen, scale);
 }
 
-// attend_image for one sequence of many rows.
+// attend_image for sequences of different numbers of rows.
 template <class E>
-Tensor attend_image_rows(const Tensor& q, const Pool<E>& keys, const Pool<E>& values, const Tensor& table,
-                         const int32_t* fills, const int32_t* sees, double scale) {
-  const int32_t* entries = integers(table);
+Tensor attend_image_rows(const Tensor& q, const std::vector<RowsOfSequence>& sequences, const Pool<E>& keys,
+                         const Pool<E>& values, const Tensor& table, const int32_t* fills, const int32_t* sees,
+                         double scale) {
   const int64_t J = table.size(1);
   Tokens<E> tokens{keys, values};
-  std::vector<int64_t> start;
-  for (int64_t j = 0; j <= J; j++) {
-    start.push_back(static_cast<int64_t>(tokens.keys.size()));
-    for (int64_t i = 0; j < J && i < fills[j]; i++) tokens.add(keys, values, entries[j] * keys.page + i);
-  }
   std::vector<Seen> seen;
-  for (int64_t t = 0; t < q.size(0); t++) seen.push_back({start[sees[2 * t]], start[sees[2 * t + 1]]});
-  return attend_rows(q, tokens, seen, scale);
+  std::vector<int64_t> start(J + 1);
+  for (size_t b = 0; b < sequences.size(); b++) {
+    const int32_t *entries = integers(table) + b * J, *fill = fills + b * J;
+    const bool any = sequences[b].first < sequences[b].last;
+    for (int64_t j = 0; j <= J; j++) {
+      start[j] = tokens.count();
+      for (int64_t i = 0; any && j < J && i < fill[j]; i++) tokens.add(entries[j] * keys.page + i);
+    }
+    for (int64_t t = sequences[b].first; t < sequences[b].last; t++)
+      seen.push_back({start[sees[2 * t]], start[sees[2 * t + 1]]});
+    tokens.end_sequence();
+  }
+  return attend_rows(q, sequences, tokens, seen, scale);
 }
 
 // Row i of R = T / B rows of a sequence sees its first length - R + 1 + i tokens.
@@ -241,15 +282,16 @@ Tensor attend_pages(Tensor q, Tensor k_pages, Tensor v_pages, std::optional<Tens
   });
 }
 
-// Row t sees the first `fill` tokens of the table's entries see[0] .. see[1] - 1.
+// Row t sees the first `fill` tokens of its sequence's entries see[0] .. see[1] - 1. Sequences have `rows`, or T / B each.
 Tensor attend_image(Tensor q, Tensor k_pages, Tensor v_pages, std::optional<Tensor> k_scales,
-                    std::optional<Tensor> v_scales, Tensor table, Tensor fill, Tensor see, double scale) {
+                    std::optional<Tensor> v_scales, Tensor table, Tensor fill, Tensor see, std::optional<Tensor> rows,
+                    double scale) {
   const auto* fills = static_cast<const int32_t*>(fill.const_data_ptr());
   const auto* sees = static_cast<const int32_t*>(see.const_data_ptr());
   const int64_t R = q.size(0) / table.size(0), J = table.size(1);
   return with_pools(k_pages, v_pages, k_scales, v_scales, [&](const auto& keys, const auto& values) {
-    if (table.size(0) == 1 && R > kFewRows)
-      return attend_image_rows(packed(q), keys, values, table, fills, sees, scale);
+    if (rows)
+      return attend_image_rows(packed(q), sequences_of(q, *rows, table), keys, values, table, fills, sees, scale);
     return attend(packed(q), keys, values, table, scale, [=](int64_t row, int64_t j) -> int64_t {
       return sees[2 * row] <= j && j < sees[2 * row + 1] ? fills[row / R * J + j] : 0;
     });

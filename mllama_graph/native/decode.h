@@ -22,8 +22,6 @@ constexpr int64_t kSplit = 256, kBlockBytes = 1 << 18;
 // A task that reads fewer bytes is not split.
 constexpr int64_t kSplitBytes = 1 << 16;
 constexpr int kTokens = 64;
-// Up to this many rows of a sequence, each row reads the pages separately.
-constexpr int64_t kFewRows = 4;
 // The most query heads scored together, and tokens scored together by number of heads: their sums fill the registers.
 constexpr int kHeads = 4;
 constexpr int kScored[kHeads + 1] = {0, 8, kRegisters / 4, kRegisters / 8, kRegisters / 8};

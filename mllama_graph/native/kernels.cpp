@@ -31,7 +31,7 @@ STABLE_TORCH_LIBRARY_IMPL(mllama_graph, CPU, library) {
   library.impl("gated", &boxed<gated>);
   library.impl("add_gated", &boxed<add_gated>);
   library.impl("embed", &boxed<embed>);
-  library.impl("take_row", &boxed<take_row>);
+  library.impl("take_rows", &boxed<take_rows>);
   library.impl("normalise", &boxed<normalise>);
   library.impl("patch_embed", &boxed<patch_embed>);
   library.impl("add_tile_embedding", &boxed<add_tile_embedding>);

@@ -55,8 +55,8 @@ def _embed(id: Tensor, weight: Tensor, first: Maybe, real: Maybe) -> Tensor:
     return weight.new_empty((id.shape[0], weight.shape[1]), dtype=torch.float32)
 
 
-def _take_row(x: Tensor, at: Tensor) -> Tensor:
-    return x.new_empty((1, *x.shape[1:]))
+def _take_rows(x: Tensor, at: Tensor) -> Tensor:
+    return x.new_empty((at.shape[0], *x.shape[1:]))
 
 
 def _normalise(tiles: Tensor, real: Tensor, scale: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ OPERATORS: dict[str, dict[str, tuple[str | None, Callable[..., Any]]]] = {
         "gated": ("(Tensor y, Tensor gate, Tensor see) -> Tensor", _like),
         "add_gated": ("(Tensor x, Tensor y, Tensor? bias, Tensor? gate) -> Tensor", _like),
         "embed": ("(Tensor id, Tensor weight, Tensor? first, Tensor? real) -> Tensor", _embed),
-        "take_row": ("(Tensor x, Tensor at) -> Tensor", _take_row),
+        "take_rows": ("(Tensor x, Tensor at) -> Tensor", _take_rows),
         "normalise": ("(Tensor tiles, Tensor real, Tensor scale, Tensor mean, Tensor std) -> Tensor", _normalise),
         "patch_embed": ("(Tensor x, Tensor weight) -> Tensor", _patch_embed),
         "add_tile_embedding": ("(Tensor x, Tensor table, Tensor aspect, Tensor gate) -> Tensor", _like),
@@ -126,14 +126,14 @@ OPERATORS: dict[str, dict[str, tuple[str | None, Callable[..., Any]]]] = {
             _like,
         ),
         "attend_prompt": (
-            "(Tensor q, Tensor k, Tensor v, Tensor k_pages, Tensor v_pages, Tensor? k_scales, Tensor? v_scales, "
-            "Tensor? table, Tensor past, Tensor? real, float scale) -> Tensor",
+            "(Tensor q, Tensor k_pages, Tensor v_pages, Tensor? k_scales, Tensor? v_scales, Tensor table, "
+            "Tensor rows, Tensor past, float scale) -> Tensor",
             _like,
         ),
         "attend_tiles": ("(Tensor q, Tensor k, Tensor v, Tensor pad, float scale) -> Tensor", _like),
         "attend_image": (
             "(Tensor q, Tensor k_pages, Tensor v_pages, Tensor? k_scales, Tensor? v_scales, Tensor table, Tensor fill, "
-            "Tensor see, float scale) -> Tensor",
+            "Tensor see, Tensor? rows, float scale) -> Tensor",
             _like,
         ),
     },

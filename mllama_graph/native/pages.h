@@ -3,8 +3,7 @@
 //
 //     N pages   P tokens per page   K kv heads   H head width
 //
-// A row is rounded to the pages' format in one way, by Pool::put: what a row sees is the same whether a key was just
-// computed or is read from a page.
+// Attention reads all keys from pages, those of new rows too: what a row sees is the same in one chunk and in several.
 
 #pragma once
 
@@ -128,29 +127,6 @@ auto with_pools(const Tensor& k_pages, const Tensor& v_pages, const std::optiona
     default: fail("a kernel takes pages of float32, bfloat16 and int8");
   }
 }
-
-// New rows (T, K, H) as pages that are laid out as those of `like`: the rows themselves if these hold floats, or else
-// rounded as Pool::put does.
-template <class E>
-struct NewRows {
-  Tensor given;
-  std::vector<E> data;
-  std::vector<float> scales;
-  Pool<E> pool;
-
-  NewRows(const Tensor& rows, int64_t count, const Pool<E>& like) : given(packed(rows)), pool(like) {
-    const float* from = floats(given);
-    if constexpr (std::is_same_v<E, float>) {
-      pool.data = const_cast<float*>(from);
-    } else {
-      const int64_t pages = (count + pool.page - 1) / pool.page;
-      data.resize(count * pool.row());
-      if constexpr (Pool<E>::kScaled) scales.resize(pages * pool.heads * pool.page);
-      pool.data = data.data(), pool.scales = scales.data();
-      for_rows(count, pool.row(), [&](int64_t t) { pool.put(t, from + t * pool.row()); });
-    }
-  }
-};
 
 // Writes row t of k and v to slot[t] of their pages, an index over all pages; padding is not written.
 void write_pages_(Tensor given_k, Tensor given_v, Tensor k_pages, Tensor v_pages, std::optional<Tensor> k_scales,

@@ -239,13 +239,16 @@ Tensor embed(Tensor id, Tensor weight, std::optional<Tensor> first, std::optiona
   return y;
 }
 
-// The row of x with index `at`.
-Tensor take_row(Tensor given, Tensor at) {
+// The rows of x with the indices `at`.
+Tensor take_rows(Tensor given, Tensor at) {
   const Rows x(given);
-  const int64_t t = *integers(at);
-  if (t < 0 || t >= x.count) fail("take_row takes the number of a row");
-  Tensor y = allocated({1, x.width});
-  std::memcpy(results(y), x.row(t), x.width * sizeof(float));
+  const int32_t* wanted = integers(at);
+  const int64_t count = at.size(0);
+  Tensor y = allocated({count, x.width});
+  for (int64_t i = 0; i < count; i++) {
+    if (wanted[i] < 0 || wanted[i] >= x.count) fail("take_rows takes the numbers of rows");
+    std::memcpy(results(y) + i * x.width, x.row(wanted[i]), x.width * sizeof(float));
+  }
   return y;
 }
 

@@ -120,8 +120,8 @@ def add_gated(x_WE: Tensor, y_WE: Tensor, bias_E: Tensor | None, gate_1: Tensor 
     return kernels.add_gated(x_WE, y_WE, bias_E, gate_1)
 
 
-def take_row(x_TD: Tensor, at_1: Tensor) -> Tensor:
-    return kernels.take_row(x_TD, at_1)
+def take_rows(x_TD: Tensor, at_B: Tensor) -> Tensor:
+    return kernels.take_rows(x_TD, at_B)
 
 
 def normalise(
@@ -167,21 +167,23 @@ def attend_prompt(
     k_TKH: Tensor,
     v_TKH: Tensor,
     pages: LayerPages,
-    table_J: Tensor | None,
-    past_1: Tensor,
-    real_1: Tensor | None = None,
+    table_BJ: Tensor | None,
+    rows_B: Tensor,
+    past_B: Tensor,
 ) -> Tensor:
-    return kernels.attend_prompt(
-        q_TQH, k_TKH, v_TKH, *_and_scales(pages), table_J, past_1, real_1, q_TQH.shape[-1] ** -0.5
-    )
+    assert table_BJ is not None, "lengths are free: a bucket without pages would be one more graph"
+    return kernels.attend_prompt(q_TQH, *_and_scales(pages), table_BJ, rows_B, past_B, q_TQH.shape[-1] ** -0.5)
 
 
 def attend_pages(q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, len_B: Tensor) -> Tensor:
     return kernels.attend_pages(q_TQH, *_and_scales(pages), table_BJ, len_B, q_TQH.shape[-1] ** -0.5)
 
 
-def attend_image(q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, fill_BJ: Tensor, see_T2: Tensor) -> Tensor:
-    return kernels.attend_image(q_TQH, *_and_scales(pages), table_BJ, fill_BJ, see_T2, q_TQH.shape[-1] ** -0.5)
+def attend_image(
+    q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, fill_BJ: Tensor, see_T2: Tensor, rows_B: Tensor | None = None
+) -> Tensor:
+    scale = q_TQH.shape[-1] ** -0.5
+    return kernels.attend_image(q_TQH, *_and_scales(pages), table_BJ, fill_BJ, see_T2, rows_B, scale)
 
 
 def attend_tiles(q_SAH: Tensor, k_SAH: Tensor, v_SAH: Tensor, pad_S: Tensor, scale: float) -> Tensor:
@@ -190,7 +192,7 @@ def attend_tiles(q_SAH: Tensor, k_SAH: Tensor, v_SAH: Tensor, pad_S: Tensor, sca
 
 # Operations that take the number of rows that are not padding. In the others a padding row costs almost nothing: it
 # sees no image, and one token of the pages.
-SKIP_PADDING = ("embed", "linear", "rms_norm", "add_rms_norm", "rope", "swiglu", "write_pages_", "attend_prompt")
+SKIP_PADDING = ("embed", "linear", "rms_norm", "add_rms_norm", "rope", "swiglu", "write_pages_")
 
 
 def without_padding(ops: Ops, given: PromptInput | TokenInput) -> Ops:
@@ -212,7 +214,7 @@ CPU = Ops(
     sees_image=sees_image,
     gated=gated,
     add_gated=add_gated,
-    take_row=take_row,
+    take_rows=take_rows,
     normalise=normalise,
     patch_embed=patch_embed,
     add_tile_embedding=add_tile_embedding,

@@ -293,9 +293,11 @@ def attend_pages(q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, len_B: Tens
     return attend_pages_split(q_TQH, *pages[:2], table_BJ, len_B, _splits(pages, table_BJ), *pages[2:])
 
 
-def attend_image(q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, fill_BJ: Tensor, see_T2: Tensor) -> Tensor:
-    if not _fits_one_program(q_TQH, pages, table_BJ):
-        return plain.attend_image(q_TQH, pages, table_BJ, fill_BJ, see_T2)
+def attend_image(
+    q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, fill_BJ: Tensor, see_T2: Tensor, rows_B: Tensor | None = None
+) -> Tensor:
+    if rows_B is not None or not _fits_one_program(q_TQH, pages, table_BJ):
+        return plain.attend_image(q_TQH, pages, table_BJ, fill_BJ, see_T2, rows_B)
     return attend_image_split(q_TQH, *pages[:2], table_BJ, fill_BJ, see_T2, _splits(pages, table_BJ), *pages[2:])
 
 

@@ -33,23 +33,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import torch_npu
-import torchair  # registers torchair.ops
 from torch import Tensor
 
-from mllama_graph.model.inputs import LayerPages, Prepared, PromptInput, TokenInput
-from mllama_graph.model.ops import Ops, padded_head
+from mllama_graph.model.inputs import LayerPages, PromptInput, TokenInput
+from mllama_graph.model.ops import Ops
 from mllama_graph.model.tree import Linear
 from mllama_graph.ops import npu_layout, npu_quantised, plain
+from mllama_graph.ops.npu_attention import attend_image, attend_pages, attend_prompt, attend_tiles, widen
 from mllama_graph.ops.npu_candidates import top_k
-from mllama_graph.ops.npu_parts import merged, repeated
 from mllama_graph.ops.ranks import GROUP, max_in, ranked
-
-CAUSAL = 3
-
-
-def widen(x: Tensor, width: int) -> Tensor:
-    """Pad the last axis of x with zeros to `width`."""
-    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
 
 
 def linear(x: Tensor, leaf: Linear, nz: bool = False, over_ranks: Callable[[Tensor], Tensor] | None = None) -> Tensor:
@@ -101,136 +93,6 @@ def write_pages_(k_TKH: Tensor, v_TKH: Tensor, pages: LayerPages, slot_T: Tensor
     )
 
 
-def attention(
-    q_BRQH: Tensor,
-    k: Tensor,
-    v: Tensor,
-    head_width: int,
-    *,
-    kv_heads: int,
-    mask: Tensor | None,
-    captured: bool = False,
-    sparse_mode: int = 0,
-    packed: bool = False,
-    empty_BS11: Tensor | None = None,
-    scale: float | None = None,
-    **paged: Any,
-) -> Tensor:
-    """Fused attention -> (B * R, Q, head_width). k and v are (B, L, K, H), or pages (N, P, K, H) with `block_table`.
-
-    packed: in the layout TND. empty_BS11: `paged` has an entry for each part of each sequence (npu_parts.py). scale: None
-    for that of head_width.
-
-    torchair's form of the operation takes lengths as tensors, only in graphs of GE; torch_npu's takes integers, which
-    become constants of the graph (`captured`).
-    """
-    B, R, Q, H = q_BRQH.shape
-    fused = torch_npu.npu_fused_infer_attention_score if captured else torchair.ops.npu_fused_infer_attention_score
-    if empty_BS11 is not None:
-        q_BRQH = repeated(q_BRQH, empty_BS11.shape[1])
-    out, lse_BQR1 = fused(
-        # BSH: rows keep the layout of the linear layers, and pages need no transpose.
-        q_BRQH.reshape(B * R, Q, H) if packed else q_BRQH.reshape(len(q_BRQH), R, Q * H),
-        k.flatten(2),
-        v.flatten(2),
-        num_heads=Q,
-        num_key_value_heads=kv_heads,
-        input_layout="TND" if packed else "BSH",
-        scale=scale or head_width**-0.5,
-        atten_mask=mask,
-        sparse_mode=sparse_mode,
-        inner_precise=0,
-        softmax_lse_flag=empty_BS11 is not None,
-        **paged,
-    )
-    if empty_BS11 is not None:
-        out = merged(out.view(B, -1, Q, H), lse_BQR1.view(B, -1, Q, 1), empty_BS11)
-    return out.view(B * R, Q, H)[..., :head_width]
-
-
-def attend_prompt(
-    q_TQH: Tensor,
-    k_TKH: Tensor,
-    v_TKH: Tensor,
-    pages: LayerPages,
-    table_J: Tensor | None,
-    past_1: Tensor,
-    *,
-    made: Prepared,
-) -> Tensor:
-    (T, K, H), mask = k_TKH.shape, made.causal_MM
-    mode = CAUSAL if T > 1 else 0
-    if made.table_1J is None:
-        q_1TQH, k_1LKH, v_1LKH = (widen(x, padded_head(H))[None] for x in (q_TQH, k_TKH, v_TKH))
-        return attention(q_1TQH, k_1LKH, v_1LKH, H, kv_heads=K, mask=mask, sparse_mode=mode)
-    # The new rows have been written: they are read from their pages, behind the earlier ones. The rows that are padding
-    # are left out, and their results are undefined.
-    return attention(
-        widen(q_TQH, pages[0].shape[-1])[None],
-        pages[0],
-        pages[1],
-        H,
-        kv_heads=K,
-        mask=mask,
-        sparse_mode=mode,
-        block_table=made.table_1J,
-        block_size=pages[0].shape[1],
-        actual_seq_lengths=made.rows_1 if T > 1 else None,
-        actual_seq_lengths_kv=made.keys_1,
-    )
-
-
-def attend_pages(
-    q_TQH: Tensor,
-    pages: LayerPages,
-    table_BJ: Tensor,
-    len_B: Tensor,
-    causal_MM: Tensor | None = None,
-    ends_B: Tensor | None = None,
-    empty_BS11: Tensor | None = None,
-) -> Tensor:
-    """causal_MM: for several rows per sequence, the fixed mask. len_B is int64. ends_B, empty_BS11: see `Prepared`."""
-    B, H, (_, P, K, width) = len(table_BJ if empty_BS11 is None else empty_BS11), q_TQH.shape[-1], pages[0].shape
-    return attention(
-        widen(q_TQH, width).view(B, -1, q_TQH.shape[1], width),
-        pages[0],
-        pages[1],
-        H,
-        kv_heads=K,
-        mask=causal_MM,
-        # A single row sees its whole sequence; of several rows, only the last does.
-        sparse_mode=0 if causal_MM is None else CAUSAL,
-        packed=ends_B is not None,
-        empty_BS11=empty_BS11,
-        block_table=table_BJ,
-        block_size=P,
-        actual_seq_lengths=ends_B,
-        actual_seq_lengths_kv=len_B,
-    )
-
-
-def attend_image(
-    q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, fill_BJ: Tensor, see_T2: Tensor, *, made: Prepared
-) -> Tensor:
-    unseen_B1RL, empty_BS11 = made.unseen_B1RL, made.image_empty_BS11
-    B, H, (_, P, K, width) = len(table_BJ if empty_BS11 is None else empty_BS11), q_TQH.shape[-1], pages[0].shape
-    if unseen_B1RL is None:
-        assert made.entry_L is not None and made.from_T1 is not None and made.to_T1 is not None
-        unseen_B1RL = ((made.entry_L < made.from_T1) | (made.entry_L >= made.to_T1))[None, None]
-    return attention(
-        widen(q_TQH, width).view(B, -1, q_TQH.shape[1], width),
-        pages[0],
-        pages[1],
-        H,
-        kv_heads=K,
-        mask=unseen_B1RL,
-        empty_BS11=empty_BS11,
-        block_table=table_BJ,
-        block_size=P,
-        actual_seq_lengths_kv=made.image_len_B,
-    )
-
-
 def pad_rows(x_CLE: Tensor, real: int, multiple: int) -> tuple[Tensor, int]:
     """`pad_rows` for a fixed number of real tiles: the tokens of all tiles, then the rows that pad each tile.
 
@@ -250,22 +112,6 @@ def rows_by_tile(x_WE: Tensor, tiles: int, tokens: int) -> tuple[Tensor, ...]:
 def join_features(x_WE: Tensor, kept: list[Tensor], tiles: int, tokens: int) -> Tensor:
     # The tokens of all tiles come first, as those of a single tile.
     return plain.join_features(x_WE, kept, 1, tiles * tokens)
-
-
-def attend_tiles(q_SAH: Tensor, k_SAH: Tensor, v_SAH: Tensor, real: int, scale: float) -> Tensor:
-    """Two attentions without a mask: the first `real` rows see all rows, the rows of padding see the first `real`.
-
-    Both lengths belong to the bucket, so that they may be constants of the graph.
-    """
-    (S, A, H), width = q_SAH.shape, padded_head(q_SAH.shape[-1])
-    q_1SAH, k_1SAH, v_1SAH = (widen(x, width)[None] for x in (q_SAH, k_SAH, v_SAH))
-    given: dict[str, Any] = {"kv_heads": A, "mask": None, "captured": True, "scale": scale}
-    if real == S:
-        return attention(q_1SAH, k_1SAH, v_1SAH, H, **given)
-    real_1RAH, padding_1PAH = q_1SAH.split([real, S - real], dim=1)
-    out_RAH = attention(real_1RAH, k_1SAH, v_1SAH, width, **given)
-    out_PAH = attention(padding_1PAH, k_1SAH, v_1SAH, width, actual_seq_lengths_kv=[real], **given)
-    return torch.cat((out_RAH, out_PAH))[..., :H]
 
 
 def gated(y_TD: Tensor, gate_1: Tensor, sees_T1: Tensor) -> Tensor:

@@ -14,8 +14,9 @@ from torch import Tensor
 from mllama_graph.model.inputs import LayerPages, Prepared
 from mllama_graph.model.ops import Ops, padded_head
 from mllama_graph.ops import npu
-from mllama_graph.ops.npu import CAUSAL, attention, widen
+from mllama_graph.ops.npu_attention import CAUSAL, attention, widen
 from mllama_graph.ops.npu_inputs import MASK_SIDE
+from mllama_graph.ops.pages import by_sequence
 
 
 def causal_mask(device: torch.device) -> Tensor:
@@ -24,21 +25,27 @@ def causal_mask(device: torch.device) -> Tensor:
 
 
 def attend_prompt(
-    q_TQH: Tensor, k_TKH: Tensor, v_TKH: Tensor, pages: LayerPages, table_J: Tensor | None, past_1: Tensor
+    q_TQH: Tensor,
+    k_TKH: Tensor,
+    v_TKH: Tensor,
+    pages: LayerPages,
+    table_BJ: Tensor | None,
+    rows_B: Tensor,
+    past_B: Tensor,
 ) -> Tensor:
     T, K, H = k_TKH.shape
-    width = padded_head(H)
-    q_1TQH, k_1LKH, v_1LKH = (widen(x, width)[None] for x in (q_TQH, k_TKH, v_TKH))
-    if table_J is None:
+    if table_BJ is None:
+        q_1TQH, k_1LKH, v_1LKH = (widen(x, padded_head(H))[None] for x in (q_TQH, k_TKH, v_TKH))
         mask = causal_mask(q_TQH.device)
         return attention(q_1TQH, k_1LKH, v_1LKH, H, kv_heads=K, mask=mask, sparse_mode=CAUSAL, captured=True)
-    # Earlier tokens may end inside a page, and the new rows follow the last page: gather the pages and mask by length.
-    past_k, past_v = (data.index_select(0, table_J).flatten(0, 1)[None].to(q_TQH.dtype) for data in pages)
+    (B, J), P = table_BJ.shape, pages[0].shape[1]
     row_T = torch.arange(T, dtype=torch.int32, device=q_TQH.device)
-    column_L = torch.arange(past_k.shape[1], dtype=torch.int32, device=q_TQH.device)
-    unseen_TL = torch.cat(((column_L >= past_1).expand(T, -1), row_T[None, :] > row_T[:, None]), dim=1)
-    k_1LKH, v_1LKH = torch.cat((past_k, k_1LKH), dim=1), torch.cat((past_v, v_1LKH), dim=1)
-    return attention(q_1TQH, k_1LKH, v_1LKH, H, kv_heads=K, mask=unseen_TL[None, None], captured=True)
+    column_L = torch.arange(J * P, dtype=torch.int32, device=q_TQH.device)
+    unseen_BTL = column_L > (past_B[:, None] + row_T)[..., None]
+    if B == 1:
+        return _whole_table(q_TQH, pages, table_BJ, unseen_BTL[:, None])
+    row_BT, at_T = by_sequence(rows_B, T)
+    return _whole_table(q_TQH[row_BT.flatten()], pages, table_BJ, unseen_BTL[:, None])[at_T]
 
 
 def attend_pages(q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, len_B: Tensor | None, *, made: Prepared) -> Tensor:
@@ -53,7 +60,13 @@ def attend_image_tokens(
     return _whole_table(q_TQH, pages, table_BJ, made.unseen_B1RL, made.image_empty_BS11)
 
 
-def attend_image(q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, fill_BJ: Tensor, see_T2: Tensor) -> Tensor:
+def attend_image(
+    q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, fill_BJ: Tensor, see_T2: Tensor, rows_B: Tensor | None = None
+) -> Tensor:
+    if rows_B is not None and len(rows_B) > 1:
+        row_BT, at_T = by_sequence(rows_B, len(q_TQH))
+        one = row_BT.flatten()
+        return attend_image(q_TQH[one], pages, table_BJ, fill_BJ, see_T2[one])[at_T]
     (B, J), P = table_BJ.shape, pages[0].shape[1]
     R, device = len(q_TQH) // B, q_TQH.device
     column_P = torch.arange(P, dtype=torch.int32, device=device)

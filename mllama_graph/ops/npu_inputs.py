@@ -14,11 +14,12 @@ from torch import Tensor
 
 from mllama_graph.model.inputs import ImageInput, Prepared, PromptInput, TokenInput
 from mllama_graph.ops.npu_parts import image_parts, text_parts
+from mllama_graph.ops.pages import by_sequence
 
 # docs of npu_fused_infer_attention_score: "(2048, 2048)" for sparse_mode 2, 3 and 4.
 MASK_SIDE = 2048
 # Fields that prefill and decode graphs do not read. They stay on the host.
-UNREAD = ("real_1", "past_1", "table_J", "fill_BJ", "see_T2")
+UNREAD = ("real_1", "sequences_1", "rows_B", "past_B", "fill_BJ", "see_T2")
 
 
 @cache
@@ -40,17 +41,27 @@ def prepare(
     held: the ids whose rows of the embedding table this rank holds; None if it holds them all. packed: whether a decode
     step attends to text in the layout TND. parts: of each sequence's text and image keys in a decode step.
     """
-    T, decode = len(given.ids_T), isinstance(given, TokenInput)
+    T = len(given.ids_T)
     rows = T // len(given.len_B) if isinstance(given, TokenInput) else T
     made = Prepared(causal_MM=causal_MM if rows > 1 else None)
     if held is not None:
         held_T = (given.ids_T >= held.start) & (given.ids_T < held.stop)
         made = made._replace(row_T=torch.where(held_T, given.ids_T - held.start, 0), held_T1=held_T[:, None])
-    if given.image is not None:
-        made = made._replace(**_image(given.image, page_size, decode))
     if isinstance(given, TokenInput):
+        if given.image is not None:
+            made = made._replace(**_decode_image(given.image, page_size))
         return _split(given._replace(len_B=given.len_B.long(), prepared=made), page_size, packed, parts)
-    return given._replace(prepared=made if given.table_J is None else made._replace(**_chunk(given, page_size)))
+    row_BT = torch.arange(T, dtype=torch.int32)[None]
+    if given.table_BJ is not None:
+        # A sequence that is padding has one row, and one key in a scratch page.
+        keys_B = (given.past_B + given.rows_B).clamp(min=1).long()
+        made = made._replace(new_B=given.rows_B.clamp(min=1).long(), keys_B=keys_B)
+        if len(keys_B) > 1:
+            row_BT, at_T = (index.int() for index in by_sequence(given.rows_B, T))
+            made = made._replace(row_BT=row_BT, at_T=at_T)
+    if given.image is not None:
+        made = made._replace(**_prompt_image(given.image, page_size, row_BT, given.rows_B))
+    return given._replace(prepared=made)
 
 
 def prepare_captured(given: TokenInput, page_size: int, held: range | None, parts: tuple[int, int]) -> TokenInput:
@@ -84,37 +95,39 @@ def _split(given: TokenInput, P: int, packed: bool, parts: tuple[int, int]) -> T
     return given._replace(prepared=made)
 
 
-def _image(image: ImageInput, P: int, decode: bool) -> dict[str, Tensor]:
-    (B, J), see_T2 = image.fill_BJ.shape, image.see_T2
-    entry_J = torch.arange(J, dtype=torch.int32)
-    empty_BJP = torch.arange(P) >= image.fill_BJ[:, :, None]
+def _image(image: ImageInput, P: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """What all steps take of images; and entry_J, empty_BJP: the entries of a table, and which slots hold no token."""
     # The caller discards rows that see no image; they see every key, so that no row is fully masked.
-    sees_T1 = see_T2[:, 1:] > see_T2[:, :1]
+    sees_T1 = image.see_T2[:, 1:] > image.see_T2[:, :1]
     # Pages after the last used entry are not read. A sequence without images reads one page, whatever it holds.
     used_B = (image.fill_BJ > 0).sum(-1).clamp(min=1)
     found = {"image_len_B": used_B * P, "sees_T1": sees_T1}
-    if decode:
-        from_BR1, to_BR1 = see_T2.view(B, -1, 2).split(1, dim=-1)
-        hidden_BRJ = (entry_J < from_BR1) | (entry_J >= to_BR1)
-        unseen_BRL = (hidden_BRJ[..., None] | empty_BJP[:, None]).view(B, -1, J * P) & sees_T1.view(B, -1, 1)
-        return found | {"unseen_B1RL": unseen_BRL[:, None]}
-    # The mask of a long prompt is made in its graph: it would take longer to copy than to compute.
-    entry_L = torch.where(empty_BJP[0], J, entry_J[:, None]).view(-1)
-    from_T1, to_T1 = torch.where(sees_T1, see_T2[:, :1], 0), torch.where(sees_T1, see_T2[:, 1:], J + 1)
-    return found | {"entry_L": entry_L, "from_T1": from_T1, "to_T1": to_T1}
+    return found, torch.arange(image.fill_BJ.shape[1], dtype=torch.int32), torch.arange(P) >= image.fill_BJ[:, :, None]
 
 
-def _chunk(given: PromptInput, P: int) -> dict[str, Tensor]:
-    """Lengths, and the block table that names the pages of the new tokens too, which have been written."""
-    assert given.table_J is not None
-    past, new, T = int(given.past_1), int(given.real_1), len(given.ids_T)
-    earlier = -(-past // P)
-    table_J = torch.zeros(len(given.table_J) + -(-T // P), dtype=torch.int32)
-    table_J[:earlier] = given.table_J[:earlier]
-    table_J[torch.arange(past, past + new) // P] = given.slot_T[:new] // P
-    # Masked entries name a page of the same sequence: 0 * NaN is NaN.
-    table_J[-(-(past + new) // P) :] = table_J[0].clone()
-    return {"table_1J": table_J[None], "rows_1": torch.tensor([new]), "keys_1": torch.tensor([past + new])}
+def _decode_image(image: ImageInput, P: int) -> dict[str, Tensor]:
+    found, entry_J, empty_BJP = _image(image, P)
+    B, J = image.fill_BJ.shape
+    from_BR1, to_BR1 = image.see_T2.view(B, -1, 2).split(1, dim=-1)
+    hidden_BRJ = (entry_J < from_BR1) | (entry_J >= to_BR1)
+    unseen_BRL = (hidden_BRJ[..., None] | empty_BJP[:, None]).view(B, -1, J * P) & found["sees_T1"].view(B, -1, 1)
+    return found | {"unseen_B1RL": unseen_BRL[:, None]}
+
+
+def _prompt_image(image: ImageInput, P: int, row_BT: Tensor, rows_B: Tensor) -> dict[str, Tensor]:
+    """The mask of a long prompt is made in its graph: it would take longer to copy than to compute."""
+    found, entry_J, empty_BJP = _image(image, P)
+    B, J = image.fill_BJ.shape
+    entry_BJP = torch.where(empty_BJP, J, entry_J[:, None])
+    # Rows behind a sequence's own are not computed, but their mask must not hide every key either.
+    own_BT1 = (torch.arange(row_BT.shape[1]) < rows_B[:, None])[..., None]
+    sees_BT1 = found["sees_T1"][row_BT] & own_BT1
+    from_BT1, to_BT1 = image.see_T2[row_BT].split(1, dim=-1)
+    return found | {
+        "entry_B1L": entry_BJP.view(B, 1, -1),
+        "from_BT1": torch.where(sees_BT1, from_BT1, 0),
+        "to_BT1": torch.where(sees_BT1, to_BT1, J + 1),
+    }
 
 
 def on_device(given: Any, device: torch.device, unread: tuple[str, ...] = UNREAD) -> Any:

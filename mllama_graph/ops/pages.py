@@ -1,4 +1,4 @@
-"""K/V pages in pure torch: how rows are written to pages, and what is read from them.
+"""K/V pages in pure torch: how rows are written to pages, what is read from them, and which rows belong together.
 
     T token rows   J pages in a table   N pages   P tokens per page   K kv heads   H head width
 
@@ -55,3 +55,17 @@ def gather(pages: LayerPages, table: Tensor, dtype: torch.dtype) -> tuple[Tensor
 
     k_scales, v_scales = pages[2:] or (None, None)
     return take(pages[0], k_scales), take(pages[1], v_scales)
+
+
+def by_sequence(rows_B: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Of T packed rows, each sequence's as row_BT, and where among the B * T of these each packed row is: at_T.
+
+    Each sequence attends by itself: a masked key of another one that is NaN would spoil it, as 0 * NaN is NaN.
+    """
+    row_T = torch.arange(rows, device=rows_B.device)
+    end_B = rows_B.cumsum(0)
+    first_B = end_B - rows_B
+    row_BT = (first_B[:, None] + row_T).clamp(max=rows - 1)
+    # Padding rows count as the last sequence's.
+    of_T = (row_T[:, None] >= end_B).sum(-1).clamp(max=len(rows_B) - 1)
+    return row_BT, of_T * rows + row_T - first_B[of_T]

@@ -10,7 +10,7 @@ from mllama_graph.model.formats import DYNAMIC, FLOAT, MOST
 from mllama_graph.model.inputs import LayerPages, PromptInput, TokenInput
 from mllama_graph.model.ops import Ops
 from mllama_graph.model.tree import Embedding, LayerNorm, Linear
-from mllama_graph.ops.pages import as_stored, gather, write_pages_
+from mllama_graph.ops.pages import as_stored, by_sequence, gather, write_pages_
 
 
 def embed(ids_T: Tensor, leaf: Embedding) -> Tensor:
@@ -133,9 +133,9 @@ def add_gated(x_WE: Tensor, y_WE: Tensor, bias_E: Tensor | None, gate_1: Tensor 
     return x_WE + (y_WE if gate_1 is None else y_WE * gate_1.to(y_WE.dtype).tanh())
 
 
-def take_row(x_TD: Tensor, at_1: Tensor) -> Tensor:
-    """The row x_1D with index at_1."""
-    return x_TD.index_select(0, at_1)
+def take_rows(x_TD: Tensor, at_B: Tensor) -> Tensor:
+    """The rows x_BD with indices at_B."""
+    return x_TD.index_select(0, at_B)
 
 
 def normalise(
@@ -221,21 +221,30 @@ def _attend(q_BRQH: Tensor, k_BLKH: Tensor, v_BLKH: Tensor, mask_BRL: Tensor) ->
 
 
 def attend_prompt(
-    q_TQH: Tensor, k_TKH: Tensor, v_TKH: Tensor, pages: LayerPages, table_J: Tensor | None, past_1: Tensor
+    q_TQH: Tensor,
+    k_TKH: Tensor,
+    v_TKH: Tensor,
+    pages: LayerPages,
+    table_BJ: Tensor | None,
+    rows_B: Tensor,
+    past_B: Tensor,
 ) -> Tensor:
-    """Causal attention of T new rows over themselves and `past_1` tokens in the pages of table_J -> (T, Q, H).
+    """Causal attention of each sequence's new rows over its pages -> (T, Q, H). See `Ops.attend_prompt`.
 
-    New keys and values are rounded to the format of the pages first: a prompt in one chunk equals it in several.
+    Without a table, keys and values are rounded as pages hold them: a prompt in one chunk equals it in several.
     """
     row_T = torch.arange(q_TQH.shape[0], device=q_TQH.device)
-    mask_TL = row_T[None, :] <= row_T[:, None]
-    k_LKH, v_LKH = as_stored(k_TKH, pages), as_stored(v_TKH, pages)
-    if table_J is not None:
-        past_k, past_v = gather(pages, table_J, k_TKH.dtype)
-        k_LKH, v_LKH = torch.cat((past_k, k_LKH)), torch.cat((past_v, v_LKH))
-        earlier_L = torch.arange(past_k.shape[0], device=q_TQH.device) < past_1
-        mask_TL = torch.cat((earlier_L.expand(q_TQH.shape[0], -1), mask_TL), dim=1)
-    return _attend(q_TQH[None], k_LKH[None], v_LKH[None], mask_TL[None])
+    if table_BJ is None:
+        mask_TL = row_T[None, :] <= row_T[:, None]
+        k_LKH, v_LKH = as_stored(k_TKH, pages), as_stored(v_TKH, pages)
+        return _attend(q_TQH[None], k_LKH[None], v_LKH[None], mask_TL[None])
+    k_BLKH, v_BLKH = gather(pages, table_BJ, q_TQH.dtype)
+    key_L = torch.arange(k_BLKH.shape[1], device=q_TQH.device)
+    mask_BTL = key_L <= (past_B[:, None] + row_T)[..., None]
+    if len(rows_B) == 1:
+        return _attend(q_TQH[None], k_BLKH, v_BLKH, mask_BTL)
+    row_BT, at_T = by_sequence(rows_B, len(row_T))
+    return _attend(q_TQH[row_BT], k_BLKH, v_BLKH, mask_BTL)[at_T]
 
 
 def attend_pages(q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, len_B: Tensor) -> Tensor:
@@ -250,11 +259,17 @@ def attend_pages(q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, len_B: Tens
     return _attend(q_BRQH, k_BLKH, v_BLKH, mask_BRL)
 
 
-def attend_image(q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, fill_BJ: Tensor, see_T2: Tensor) -> Tensor:
+def attend_image(
+    q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, fill_BJ: Tensor, see_T2: Tensor, rows_B: Tensor | None = None
+) -> Tensor:
     """Cross-attention over image pages: row t sees the table entries see[0] .. see[1] - 1, each up to its fill.
 
     Returns (T, Q, H); the result of a row that sees no entry is finite but meaningless.
     """
+    if rows_B is not None and len(rows_B) > 1:
+        row_BT, at_T = by_sequence(rows_B, len(q_TQH))
+        one = row_BT.flatten()
+        return attend_image(q_TQH[one], pages, table_BJ, fill_BJ, see_T2[one])[at_T]
     B, J = table_BJ.shape
     P = pages[0].shape[1]
     q_BRQH = q_TQH.view(B, -1, *q_TQH.shape[1:])
@@ -309,7 +324,7 @@ PLAIN = Ops(
     sees_image=sees_image,
     gated=gated,
     add_gated=add_gated,
-    take_row=take_row,
+    take_rows=take_rows,
     normalise=normalise,
     patch_embed=patch_embed,
     add_tile_embedding=add_tile_embedding,

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 class Bucket:
     """The static sizes of one graph.
 
-    rows: sequences (B). tokens: token rows (T). pages: K/V pages per sequence (J); in a prefill, of earlier tokens.
-    image_pages: image K/V pages per sequence; a graph with 0 leaves out the cross-attention layers. tiles: real tiles
-    of the image of a vision graph; 0 if the graph takes any number of them.
+    rows: sequences (B). tokens: token rows (T). pages: K/V pages per sequence (J); a prefill with 0 is that of one
+    sequence without earlier tokens, whose rows attend only to each other. image_pages: image K/V pages per sequence; a
+    graph with 0 leaves out the cross-attention layers. tiles: real tiles of the image of a vision graph; 0 if the graph
+    takes any number of them.
     """
 
     phase: str
@@ -22,7 +23,7 @@ class Bucket:
     def __str__(self) -> str:
         sizes = {
             "vision": [("tiles", self.tiles)] if self.tiles else [],
-            "prefill": [("tokens", self.tokens), ("pages", self.pages)],
+            "prefill": [("rows", self.rows)] * (self.rows > 1) + [("tokens", self.tokens), ("pages", self.pages)],
             "decode": [("batch", self.rows), ("pages", self.pages)],
         }[self.phase]
         image = [("image_pages", self.image_pages)]

@@ -19,6 +19,11 @@ from mllama_graph.plan.bucket import Bucket
 LADDER = 4
 SMALLEST_PREFILL = 32
 LARGEST_PREFILL = 2048
+# The most tokens and sequences of a packed prefill where shapes are compiled: beyond them, a device is busy with one
+# prompt, and attention, which pads each sequence to all tokens, costs more than launches (plan/latency.py).
+PACKED_TOKENS, PACKED_ROWS = 512, 8
+# The number of prefill buckets, the largest that PACKED_TOKENS allows, that exist for several prompts.
+PACKED_SIZES = 2
 
 
 def pick(need: int, sizes: Sequence[int]) -> int:
@@ -48,6 +53,7 @@ class Plan:
     page_size: int
     max_length: int
     prefill_tokens: tuple[int, ...]
+    prefill_rows: tuple[int, ...]
     decode_batch: tuple[int, ...]
     pages: tuple[int, ...]
     images: tuple[int, ...]
@@ -70,10 +76,36 @@ class Plan:
         rows = pick(rows, self.decode_batch)
         return Bucket("decode", rows, rows, pick(pages, self.pages), self._images(image_pages))
 
-    def prefill(self, tokens: int, past_pages: int, image_pages: int) -> Bucket:
-        """The smallest prefill bucket for a chunk of `tokens` tokens after `past_pages` pages of earlier tokens."""
-        past = pick(past_pages, self.pages) if past_pages or self.lengths_are_free else 0
-        return Bucket("prefill", 1, pick(tokens, self.prefill_tokens), past, self._images(image_pages))
+    def prefill(self, tokens: int, pages: int, image_pages: int, rows: int = 1) -> Bucket:
+        """The smallest prefill bucket for `tokens` new tokens of `rows` prompts, of at most `pages` pages each with
+        their earlier tokens; pages is 0 for one prompt without earlier tokens.
+        """
+        images, rows = self._images(image_pages), pick(rows, self.prefill_rows)
+        if rows > 1:
+            return Bucket("prefill", rows, pick(tokens, self.packed_tokens), self.packed_pages, images)
+        held = pick(pages, self.pages) if pages or self.lengths_are_free else 0
+        return Bucket("prefill", rows, pick(tokens, self.prefill_tokens), held, images)
+
+    def packs(self, rows: int, tokens: int, length: int) -> bool:
+        """Whether a step holds `rows` prompts of `tokens` new tokens in all, of which the longest has `length` tokens,
+        earlier ones included.
+        """
+        pages = pages_for(length, self.page_size)
+        return rows <= self.prefill_rows[-1] and tokens <= self.packed_tokens[-1] and pages <= self.packed_pages
+
+    @property
+    def packed_tokens(self) -> tuple[int, ...]:
+        """Buckets of tokens for several prompts."""
+        if self.lengths_are_free:
+            return self.prefill_tokens
+        return tuple(size for size in self.prefill_tokens if size <= PACKED_TOKENS)[-PACKED_SIZES:] or (0,)
+
+    @property
+    def packed_pages(self) -> int:
+        """The only bucket of pages for several prompts: prompts that fit have few."""
+        if self.lengths_are_free:
+            return self.pages[-1]
+        return pick(min(pages_for(self.packed_tokens[-1] + 1, self.page_size), self.pages[-1]), self.pages)
 
     def vision(self, tiles: int) -> Bucket:
         """The vision bucket of an image with `tiles` real tiles."""
@@ -85,8 +117,9 @@ class Plan:
         buckets, done = [*dict.fromkeys(map(self.vision, tiles))], 0
         while done < prompt:
             chunk = self.chunk(prompt - done)
-            buckets.append(self.prefill(chunk, pages_for(done, self.page_size), images))
             done += chunk
+            used = pages_for(done, self.page_size) if done > chunk else 0
+            buckets.append(self.prefill(chunk, used, images))
         if max_new > 1:
             buckets.append(self.decode(1, pages_for(prompt + max_new, self.page_size), images))
         return buckets
@@ -103,11 +136,14 @@ class Plan:
         image_pages = [0] + [n * self.pages_per_image for n in self.images]
         past = self.pages
         if not self.lengths_are_free:
-            # Only a prompt longer than the largest chunk (or a preempted sequence) has earlier pages.
+            # Only a prompt longer than the largest chunk (or a preempted sequence) has earlier tokens.
             chunk = self.prefill_tokens[-1]
             least = pages_for(chunk, self.page_size)
             past = (0, *(p for p in self.pages if p >= least)) if self.max_length - 1 > chunk else (0,)
-        prefill = [Bucket("prefill", 1, t, p, i) for t, p, i in product(self.prefill_tokens, past, image_pages)]
+        least = self.prefill_rows[0]
+        prefill = [Bucket("prefill", least, t, p, i) for t, p, i in product(self.prefill_tokens, past, image_pages)]
+        packed = product(self.prefill_rows[1:], self.packed_tokens, image_pages)
+        prefill += [Bucket("prefill", b, t, self.packed_pages, i) for b, t, i in packed if t]
         decode = [Bucket("decode", b, b, p, i) for b, p, i in product(self.decode_batch, self.pages, image_pages)]
         vision = [self.vision(tiles) for tiles in range(self.tiles, 0, -1)] or [self.vision(0)]
         return [*vision, *prefill, *decode]
@@ -119,7 +155,8 @@ class Plan:
             return ",".join(map(str, sizes))
 
         return (
-            f"prefill_tokens={join(self.prefill_tokens)} decode_batch={join(self.decode_batch)} "
+            f"prefill_tokens={join(self.prefill_tokens)} prefill_rows={join(self.prefill_rows)} "
+            f"decode_batch={join(self.decode_batch)} "
             f"pages={join(self.pages)} images={join(self.images)} page_size={self.page_size} "
             f"num_pages={self.num_pages} num_image_pages={self.num_image_pages}"
         )
@@ -168,6 +205,9 @@ def make_plan(choice: PlanChoice, limits: Limits, shape: ModelShape, paging: Pag
         return (top,) if lengths_are_free else ladder(1, top)
 
     prefill = _sizes("prefill_tokens", choice.prefill_tokens, ladder(SMALLEST_PREFILL, chunk), 1)
+    # Where lengths are free, absent sequences are too: one size, so that no graph is added.
+    packed = (limits.batch,) if lengths_are_free else (1, min(PACKED_ROWS, limits.batch))
+    rows = _sizes("prefill_rows", choice.prefill_rows, tuple(sorted(set(packed))), 1)
     batch = _sizes("decode_batch", choice.decode_batch, ladder(1, limits.batch), limits.batch)
     pages = _sizes("pages", choice.pages, pages_ladder(pages_per_sequence), pages_per_sequence)
     images = _sizes("images", choice.images, pages_ladder(limits.max_images), limits.max_images)
@@ -175,7 +215,7 @@ def make_plan(choice: PlanChoice, limits: Limits, shape: ModelShape, paging: Pag
     scratch = pages_for(max(prefill[-1], batch[-1]), size)
     if paging.counts_every_reader:
         # The kernel counts at least one page per sequence of a batch, padding included.
-        scratch = max(scratch, batch[-1])
+        scratch = max(scratch, batch[-1], rows[-1])
     num_pages = scratch + (limits.batch * pages_per_sequence if choice.num_pages is None else choice.num_pages)
     if num_pages - scratch < pages_per_sequence:
         raise UserError(
@@ -189,6 +229,7 @@ def make_plan(choice: PlanChoice, limits: Limits, shape: ModelShape, paging: Pag
         size,
         longest,
         prefill,
+        rows,
         batch,
         pages,
         images,

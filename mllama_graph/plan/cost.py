@@ -87,9 +87,11 @@ def work(shape: ModelShape, page_size: int, bucket: Bucket, storage: Storage) ->
     images = bucket.image_pages > 0
     keys, image_keys = bucket.rows * bucket.pages * page_size, bucket.rows * bucket.image_pages * page_size
     if bucket.phase == "prefill":
-        # The mask is causal: on average, a new token sees half of the new tokens.
-        seen = bucket.tokens * (keys + bucket.tokens / 2), bucket.tokens * image_keys
-        return step_work(shape, images, bucket.tokens, keys, image_keys, seen, 1, storage)
+        # The mask is causal: on average, a new token sees half of its sequence's new tokens.
+        new = bucket.tokens / bucket.rows
+        earlier = max(0.0, bucket.pages * page_size - new)
+        seen = bucket.tokens * (earlier + new / 2), bucket.tokens * bucket.image_pages * page_size
+        return step_work(shape, images, bucket.tokens, keys, image_keys, seen, bucket.rows, storage)
     return step_work(shape, images, bucket.tokens, keys, image_keys, (keys, image_keys), bucket.tokens, storage)
 
 

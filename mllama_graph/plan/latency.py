@@ -10,16 +10,16 @@ another device, given in conf/hardware/910b.yaml; tests/test_latency.py holds th
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from mllama_graph.core.config import Calibration, HardwareChoice
-from mllama_graph.model.formats import DYNAMIC, FLOAT, Format, Storage, is_linear, leaf_of, stored_bytes
+from mllama_graph.model.formats import DYNAMIC, FLOAT, Storage
 from mllama_graph.model.shape import ModelShape
-from mllama_graph.model.table import Shard, table
 from mllama_graph.plan.bucket import Bucket
 from mllama_graph.plan.cores import BSH, FORMS, SPLIT, TND, Attention, Form, Forms, choices, cores_of, forced, parts
 from mllama_graph.plan.cost import vision_rows
+from mllama_graph.plan.products import Product, products, scaled
 
 # Rows that the matrix unit computes at once.
 TILE_ROWS = 16
@@ -31,18 +31,6 @@ MERGE = 7
 ONCE, IMAGE_MASKS, VISION_ONCE = 10, 14, 30
 # Elementwise operators of the gates of a cross-attention layer, and of a global vision layer.
 CROSS_GATES, VISION_GATES = 8, 6
-
-
-@dataclass(frozen=True)
-class Product:
-    """A linear layer of a rank: bytes and elements of its weight, and its format. `split`: over inputs, so that ranks
-    sum its results."""
-
-    path: str
-    bytes: int
-    elements: int
-    form: Format | None
-    split: bool
 
 
 @dataclass
@@ -86,32 +74,6 @@ class Latency:
     def described_cores(self) -> str:
         """Cores of attention to text pages and, after a plus, to image pages."""
         return "+".join(str(count) for count in (self.cores, self.image_cores) if count)
-
-
-def products(shape: ModelShape, storage: Storage, ranks: int) -> dict[str, list[Product]]:
-    """The linear layers of a rank, by the path of the block that they are in, such as text.layers.0."""
-    part, formats = Shard(0, ranks), dict(storage.formats)
-    sizes = stored_bytes(shape, storage, part)
-    elements: dict[str, int] = {}
-    split = set()
-    for entry in table(shape):
-        if is_linear(entry):
-            rows, columns = entry.local(part)
-            elements[leaf_of(entry)] = elements.get(leaf_of(entry), 0) + rows * columns
-            if entry.shard == 1:
-                split.add(leaf_of(entry))
-    blocks: dict[str, list[Product]] = {}
-    for path, size in elements.items():
-        held = sizes[path if path in formats else f"{path}.weight"]
-        blocks.setdefault(path.rpartition(".")[0], []).append(
-            Product(path, held, size, formats.get(path), path in split)
-        )
-    return blocks
-
-
-def _scaled(of: Product, times: float) -> Product:
-    """A linear layer with `times` its weight."""
-    return replace(of, bytes=round(of.bytes * times), elements=round(of.elements * times))
 
 
 @dataclass(frozen=True)
@@ -261,6 +223,10 @@ class Model:
             length = sequences * image_keys if cross else sequences * past + tokens
             mask = heads * tokens * image_keys if cross else 0
             moved = 2 * length * kv * self.storage.page + mask
+            if sequences > 1:
+                # Rows are gathered by sequence, each padded to all rows, and back (ops/npu.py, by_rows).
+                for rows in (sequences * tokens, tokens):
+                    self.vector(to, "GatherV2", 2 * rows * heads * text.head_width)
             self.attend(to, moved, 4 * tokens * seen * heads * text.head_width, every)
         return to
 
@@ -276,7 +242,7 @@ class Model:
         for leaf in (leaf for block in self.blocks.values() for leaf in block):
             if leaf.path.startswith("vision."):
                 padded = wider if leaf.path.endswith((".qkv", ".o")) else 1
-                self.product(to, _scaled(leaf, padded), rows)
+                self.product(to, scaled(leaf, padded), rows)
             elif leaf.path == "projector" or leaf.path.endswith(".kv"):
                 self.product(to, leaf, tokens)
         self.vector(to, "Add", 3 * rows * E, VISION_ONCE)
@@ -347,5 +313,6 @@ def latency_of(model: Model, page_size: int, bucket: Bucket, forms: Forms | None
     if bucket.phase == "vision":
         return model.vision(bucket.tiles)
     if bucket.phase == "prefill":
-        return model.prefill(bucket.tokens, keys, image_keys, bucket.rows)
+        past = max(0.0, keys - bucket.tokens / bucket.rows)
+        return model.prefill(bucket.tokens, past, image_keys, bucket.rows)
     return model.decode(bucket.rows, keys, image_keys, forms)

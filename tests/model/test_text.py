@@ -73,8 +73,10 @@ class Text:
             int32([self.slot(p) for p in positions] + [*range(padding)]),
             int32([stop - start - 1]),
             int32([stop - start]),
+            int32([1]),
+            int32([stop - start]),
             int32([start]),
-            int32(self.table[: pages_for(start, PAGE)]) if start else None,
+            int32([self.table[: pages_for(stop, PAGE)]]) if start else None,
             self.image(self.see[start:stop] + [(0, 0)] * padding, lean),
         )
         return self._run(prefill, given)[0]
@@ -180,7 +182,7 @@ def test_text_row_is_untouched_by_a_cross_layer(model):
     for pages, index in zip(text.image_pages, shape.text.cross_layers):
         layer = model("base").weights.text.layers[index]
         with torch.inference_mode():
-            after_x, after_y = cross_block(layer, x, y, pages, text.image(text.see), shape, PLAIN)
+            after_x, after_y = cross_block(layer, x, y, pages, text.image(text.see), None, shape, PLAIN)
         # Bit for bit: a text-only request must not depend on the batch it is in.
         assert torch.equal((after_x + after_y)[blind], (x + y)[blind])
         assert ((after_x + after_y)[~blind] - (x + y)[~blind]).abs().amax(-1).min() > 0.01
@@ -194,7 +196,7 @@ def test_a_text_row_takes_nothing_from_a_broken_image(model):
     x = torch.randn((len(ids), shape.text.width), generator=torch.Generator().manual_seed(0))
     layer = model("base").weights.text.layers[shape.text.cross_layers[0]]
     with torch.inference_mode():
-        after_x, after_y = cross_block(layer, x, None, text.image_pages[0], text.image(text.see), shape, PLAIN)
+        after_x, after_y = cross_block(layer, x, None, text.image_pages[0], text.image(text.see), None, shape, PLAIN)
     blind = torch.tensor([low == high for low, high in text.see])
     assert torch.equal((after_x + after_y)[blind], x[blind])
 

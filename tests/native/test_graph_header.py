@@ -22,7 +22,7 @@ class Calls(torch.nn.Module):
         normed, total = ops.add_rms_norm(x, x, self.weight, 1e-5, None)
         heads = normed[:, :8].view(4, 2, 4)
         ops.write_pages_(heads, heads, pages, pages, None, None, slot, None)
-        return ops.gelu(normed.view(2, 8, -1)).view(4, -1), ops.take_row(total, at)
+        return ops.gelu(normed.view(2, 8, -1)).view(4, -1), ops.take_rows(total, at)
 
 
 def inputs(row=1):
@@ -81,7 +81,7 @@ def test_no_header_of_torch_is_compiled_with_it_and_nothing_is_generated(package
 
 
 def test_an_operators_error_message_reaches_the_caller(package):
-    with pytest.raises(RuntimeError, match="take_row takes the number of a row"):
+    with pytest.raises(RuntimeError, match="take_rows takes the numbers of rows"):
         bound(package[0], Calls()).boxed_run(inputs(row=7))
 
 

@@ -58,15 +58,17 @@ def test_padded_rows_are_not_read_and_become_zeros(rows):
     normal = randoms(rows)
     leaf, pages, table = (
         laid_out(normal(51, 40), normal(51)),
-        (normal(3, 4, 2, 8), normal(3, 4, 2, 8)),
-        torch.tensor([2, 0]).int(),
+        (normal(3, 80, 2, 8), normal(3, 80, 2, 8)),
+        torch.tensor([[2, 0, 1], [0, 0, 0]]).int(),
     )
-    given = normal(rows, 40), normal(rows, 4, 8), normal(rows, 2, 8), normal(rows, 2, 8)
+    given = normal(rows, 40), normal(rows, 4, 8)
 
-    def results(x, q, k, v, real_1=None):
-        return (cpu.linear(x, leaf, real_1), cpu.attend_prompt(q, k, v, pages, table, torch.tensor([5]).int(), real_1))
+    def results(x, q, real_1):
+        rows_B = torch.cat((real_1, real_1 * 0))
+        past_B = torch.tensor([5, 0]).int()
+        return cpu.linear(x, leaf, real_1), cpu.attend_prompt(q, None, None, pages, table, rows_B, past_B)
 
-    whole = results(*given)
+    whole = results(*given, torch.tensor([rows]).int())
     for real in {0, 1, rows // 2, rows}:
         padded = [tensor.clone() for tensor in given]
         for tensor in padded:
@@ -145,15 +147,21 @@ def test_attention_to_images(shape, rows):
 
 
 @given(SHAPES, st.sampled_from((1, 7, 50, 140)))
-def test_attention_of_a_chunk(shape, rows):
+def test_attention_of_packed_chunks(shape, rows):
     normal = randoms(shape["seed"])
     pages, table, generator = pool(normal, shape)
-    q = 2 * normal(rows, shape["keys"] * shape["group"], shape["width"])
-    k, v = (normal(rows, shape["keys"], shape["width"]) for _ in range(2))
     most = shape["J"] * shape["page"]
-    for past in {0, 1, most - 1, most}:
-        given = (q, k, v, pages, table[0], torch.tensor([past]).int())
-        torch.testing.assert_close(CPU.attend_prompt(*given), plain.attend_prompt(*given), **CLOSE)
+    packed = torch.tensor([0, min(rows, most), min(3, most), 0]).int()
+    table = table[[0, 1 % len(table), 0, 0]]
+    q = 2 * normal(int(packed.sum()) + 2, shape["keys"] * shape["group"], shape["width"])
+    for past in {0, 1, most - rows - 1, most - rows} - {*range(-rows - 1, 0)}:
+        past_B = torch.tensor([0, past, most - int(packed[2]), 0]).int().clamp(max=most - packed)
+        given = (None, None, pages, table, packed, past_B)
+        ours, theirs = CPU.attend_prompt(q, *given), plain.attend_prompt(q, *given)
+        torch.testing.assert_close(ours[:-2], theirs[:-2], **CLOSE)
+        # A sequence by itself has the same bits.
+        alone = CPU.attend_prompt(q[packed[1] : -2], None, None, pages, table[2:3], packed[2:3], past_B[2:3])
+        assert torch.equal(ours[packed[1] : -2], alone)
 
 
 @given(st.integers(0, 99), st.integers(1, 3), st.sampled_from((1, 5, 16, 80)), st.sampled_from((1, 9, 60, 130)))

@@ -110,15 +110,19 @@ def test_attention_to_pages(kind, shape, group, rows, J):
 @given(shape=SHAPES, group=GROUPS, rows=st.sampled_from((1, 2, 33)), J=st.integers(1, 4))
 def test_attention_to_images(kind, shape, group, rows, J):
     pages, table = pool(kind, J=J, **shape)
-    B = 3 if rows < 5 else 1
     generator = torch.Generator().manual_seed(shape["seed"])
-    q = 2 * normal(B * rows, shape["heads"] * group, shape["width"])
-    fill = torch.randint(1, shape["page"] + 1, (B, J), generator=generator).int()
-    see = torch.tensor([[0, J]] * (B * rows)).int()
+    q = 2 * normal(3 * rows, shape["heads"] * group, shape["width"])
+    fill = torch.randint(1, shape["page"] + 1, (3, J), generator=generator).int()
+    see = torch.tensor([[0, J]] * (3 * rows)).int()
     see[::2] = torch.tensor([J - 1, J]).int()
-    ours = CPU.attend_image(q, pages, table[:B], fill, see)
-    torch.testing.assert_close(ours, plain.attend_image(q, pages, table[:B], fill, see), **CLOSE)
-    torch.testing.assert_close(ours, plain.attend_image(q, widened(pages), table[:B], fill, see), **CLOSE)
+    # Of sequences with equally many rows, and packed.
+    for packed in (None, int32(0, rows, 2 * rows), int32(rows + 1, 0, 2 * rows - 1)):
+        given = pages, table[:3], fill, see, packed
+        ours = CPU.attend_image(q, *given)
+        torch.testing.assert_close(ours, plain.attend_image(q, *given), **CLOSE)
+        torch.testing.assert_close(ours, plain.attend_image(q, widened(pages), *given[1:]), **CLOSE)
+    alone = CPU.attend_image(q[rows + 1 :], pages, table[2:3], fill[2:3], see[rows + 1 :], packed[2:])
+    assert torch.equal(ours[rows + 1 :], alone)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -134,13 +138,19 @@ def test_a_prompt_in_two_chunks_has_the_bits_of_one(kind, shape, group, cut):
     made = []
     for ops in (CPU, plain):
         pages = empty(kind, count + 1, page, heads, width)
-        whole = ops.attend_prompt(q, k, v, pages, None, int32(0))
-        ops.write_pages_(k[:cut], v[:cut], pages, slots[:cut])
-        some = table[: -(-cut // page)]
-        made.append((whole, ops.attend_prompt(q[cut:], k[cut:], v[cut:], pages, some, int32(cut))))
-    assert torch.equal(made[0][0][cut:], made[0][1])
-    torch.testing.assert_close(made[1][0][cut:], made[1][1], **CLOSE)
+
+        def attend(start, stop, ops=ops, pages=pages):
+            ops.write_pages_(k[start:stop], v[start:stop], pages, slots[start:stop])
+            given = k[start:stop], v[start:stop], pages, table[None], int32(stop - start), int32(start)
+            return ops.attend_prompt(q[start:stop], *given)
+
+        made.append((attend(0, T), attend(0, cut), attend(cut, T)))
+    for whole, first, second in made:
+        torch.testing.assert_close(torch.cat((first, second)), whole, **CLOSE)
+    assert torch.equal(torch.cat(made[0][1:]), made[0][0])
     torch.testing.assert_close(made[0][0], made[1][0], **CLOSE)
+    # Without a table, keys and values are rounded as the pages hold them.
+    torch.testing.assert_close(made[1][0], plain.attend_prompt(q, k, v, pages, None, int32(T), int32(0)), **CLOSE)
 
 
 @pytest.mark.parametrize("ops", [CPU, plain])
@@ -151,8 +161,14 @@ def test_a_value_that_is_not_finite_spoils_its_own_sequence_alone(ops, kind, val
     k, v = normal(12, 1, 20), normal(12, 1, 20, seed=1)
     v[5, 0, 7] = value
     ops.write_pages_(k, v, pages, torch.arange(12).int())
-    y = ops.attend_pages(normal(2, 2, 20), pages, torch.tensor([[1], [2]]).int(), int32(4, 4))
-    assert not y[0].isfinite().all() and y[1].isfinite().all()
+    q, table = normal(2, 2, 20), torch.tensor([[1], [2]]).int()
+    see = torch.tensor([[0, 1], [0, 1]]).int()
+    for y in (
+        ops.attend_pages(q, pages, table, int32(4, 4)),
+        ops.attend_prompt(q, None, None, pages, table, int32(1, 1), int32(3, 3)),
+        ops.attend_image(q, pages, table, torch.tensor([[4], [4]]).int(), see, int32(1, 1)),
+    ):
+        assert not y[0].isfinite().all() and y[1].isfinite().all()
 
 
 def test_pages_of_wrong_parts_are_refused():

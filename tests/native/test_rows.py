@@ -140,9 +140,9 @@ def test_extremes_stay_finite():
     torch.testing.assert_close(CPU.gelu(grid), PLAIN.gelu(grid.double()).float(), atol=1e-6, rtol=1e-6)
 
 
-def test_take_row_returns_one_row():
+def test_take_rows_returns_rows():
     x = normal(9, 20)
-    assert torch.equal(CPU.take_row(x, int32(4)), x[4:5])
+    assert torch.equal(CPU.take_rows(x, int32(4, 0)), x[[4, 0]])
 
 
 @pytest.mark.parametrize("width", [4, 24])
@@ -218,7 +218,7 @@ def test_arguments_of_wrong_shape_or_value_are_refused():
         lambda: CPU.rms_norm(x.double(), normal(16), 1e-5),
         lambda: CPU.embed(int32(4), leaf),
         lambda: CPU.embed(int32(-1), leaf),
-        lambda: CPU.take_row(x, int32(2)),
+        lambda: CPU.take_rows(x, int32(2)),
         lambda: CPU.add_gated(x, x, normal(15), None),
         lambda: CPU.write_pages_(x[:, None], x[:, None], (normal(3, 2, 1, 16),) * 2, int32(0, 6)),
     ):

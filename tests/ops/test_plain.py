@@ -188,25 +188,27 @@ def test_attend_prompt_without_earlier_pages_is_causal_attention(seed, T, heads)
         normal(T, heads[1], 8, seed=seed + 2),
     )
     causal = torch.ones(T, T, dtype=torch.bool).tril()
-    out = PLAIN.attend_prompt(q, k, v, pages_of(2, 4, heads[1], 8), None, torch.tensor([0]))
+    out = PLAIN.attend_prompt(q, k, v, pages_of(2, 4, heads[1], 8), None, torch.tensor([T]), torch.tensor([0]))
     assert_close(out, dense(q, k, v, causal), **CLOSE)
 
 
-@given(seed=SEEDS, T=st.integers(1, 9), past=st.integers(0, 20), heads=st.sampled_from([(4, 4), (4, 2), (6, 1)]))
-def test_attend_prompt_sees_exactly_the_earlier_tokens_of_its_pages(seed, T, past, heads):
-    q, k, v = (
-        normal(T, heads[0], 8, seed=seed),
-        normal(T, heads[1], 8, seed=seed + 1),
-        normal(T, heads[1], 8, seed=seed + 2),
-    )
-    pages, table = pages_of(9, 4, heads[1], 8, seed), [7, 2, 8, 0, 5]
-    old_k, old_v = gathered(pages, table)
-    mask = torch.cat((torch.ones(T, past, dtype=torch.bool), torch.ones(T, T, dtype=torch.bool).tril()), dim=1)
-    wanted = dense(q, torch.cat((old_k[:past], k)), torch.cat((old_v[:past], v)), mask)
-    out = PLAIN.attend_prompt(
-        q, k, v, pages, torch.tensor(table, dtype=torch.int32), torch.tensor([past], dtype=torch.int32)
-    )
-    assert_close(out, wanted, **CLOSE)
+@given(
+    seed=SEEDS,
+    rows=st.lists(st.integers(0, 5), min_size=1, max_size=4),
+    past=st.integers(0, 12),
+    heads=st.sampled_from([(4, 4), (4, 2), (6, 1)]),
+)
+def test_attend_prompt_sees_exactly_the_earlier_tokens_of_its_own_pages(seed, rows, past, heads):
+    pages, tables = pages_of(23, 4, heads[1], 8, seed), torch.randperm(23)[:20].view(4, 5)[: len(rows)].int()
+    q, past_B = normal(sum(rows) + 1, heads[0], 8, seed=seed), [(past + n) % 13 for n in range(len(rows))]
+    given = tables, torch.tensor(rows), torch.tensor(past_B)
+    out, first = PLAIN.attend_prompt(q, q, q, pages, *given), 0
+    for table, count, earlier in zip(tables.tolist(), rows, past_B):
+        if count:
+            k, v = (x[: earlier + count] for x in gathered(pages, table))
+            mask = torch.arange(earlier + count) <= torch.arange(count)[:, None] + earlier
+            assert_close(out[first : first + count], dense(q[first : first + count], k, v, mask), **CLOSE)
+        first += count
 
 
 @given(seed=SEEDS, fresh=st.sampled_from([1, 2, 3]), data=st.data(), heads=st.sampled_from([(4, 4), (4, 2), (6, 1)]))

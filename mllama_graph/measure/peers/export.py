@@ -118,9 +118,18 @@ def _greedy(weights: TextWeights, prompt: list[int], shape: ModelShape) -> list[
     pages = tuple((torch.zeros(page), torch.zeros(page)) for _ in shape.text.self_layers)
     for _ in range(PROOF_NEW):
         row_T = torch.arange(len(ids), dtype=torch.int32)
-        zero_1 = torch.zeros(1, dtype=torch.int32)
+        one_1, count_1 = torch.ones(1, dtype=torch.int32), row_T[-1:] + 1
         given = PromptInput(
-            torch.tensor(ids, dtype=torch.int32), row_T, row_T, row_T[-1:], row_T[-1:] + 1, zero_1, None, None
+            torch.tensor(ids, dtype=torch.int32),
+            position_T=row_T,
+            slot_T=row_T,
+            last_B=row_T[-1:],
+            real_1=count_1,
+            sequences_1=one_1,
+            rows_B=count_1,
+            past_B=one_1 - 1,
+            table_BJ=None,
+            image=None,
         )
         ids.append(int(prefill(weights, given, pages, (), shape, torch.float32, PLAIN).argmax()))
     return ids[PROOF_LENGTH:]

@@ -1,10 +1,12 @@
 """The inputs of one conversation's steps, and two ways to run them: plain.py eagerly, npu.py through torchair.
 
-An image is encoded, its prompt is prefilled in two chunks, and the sequence is decoded together with a second one.
+An image is encoded, its prompt is prefilled in two chunks, the second of them together with the first chunk of a second
+sequence, and both are decoded together.
 Steps share their pages, so that a wrong write of one step shows in the next.
 """
 
 import copy
+from itertools import accumulate
 
 import torch
 from lowered import lower, to_host, to_npu
@@ -132,25 +134,28 @@ class Conversation:
             int32(slots(self.image_table, 0, tokens, P)),
         )
 
-    def _image(self, see):
+    def _image(self, see, sequences):
         J = len(self.image_table)
-        rows = [[self.image_table, self.fill], [[0] * J, [0] * J]][: 1 if len(see) == BUCKET else 2]
+        rows = [([self.image_table, self.fill], [[0] * J, [0] * J])[sequence] for sequence in sequences]
         return ImageInput(int32([row[0] for row in rows]), int32([row[1] for row in rows]), int32(see))
 
-    def prompt(self, sequence, start, count, with_image):
-        """A chunk of `count` tokens from `start`, padded to BUCKET rows; earlier tokens are in the sequence's pages."""
-        padding = BUCKET - count
-        table = TABLES[sequence]
-        see = [(0, self.seen) if start + row >= 2 and row < count else (0, 0) for row in range(BUCKET)]
+    def prompt(self, chunks, with_image):
+        """Chunks (sequence, start, count) of `count` tokens from `start`, padded to BUCKET rows."""
+        new = [(sequence, start + row) for sequence, start, count in chunks for row in range(count)]
+        padding = BUCKET - len(new)
+        see = [(0, self.seen) if sequence == 0 and at >= 2 else (0, 0) for sequence, at in new] + [(0, 0)] * padding
+        sequences, starts, counts = zip(*chunks)
         return PromptInput(
-            torch.cat((self.ids[sequence, start : start + count], int32([0] * padding))),
-            int32([*range(start, start + count), *[0] * padding]),
-            int32(slots(table, start, count, P) + [*range(padding)]),
-            int32([count - 1]),
-            int32([count]),
-            int32([start]),
-            int32(table) if start else None,
-            self._image(see) if with_image else None,
+            int32([*(int(self.ids[place]) for place in new), *[0] * padding]),
+            int32([*(at for _, at in new), *[0] * padding]),
+            int32([slot for sequence, at in new for slot in slots(TABLES[sequence], at, 1, P)] + [*range(padding)]),
+            last_B=int32([end - 1 for end in accumulate(counts)]),
+            real_1=int32([len(new)]),
+            sequences_1=int32([len(chunks)]),
+            rows_B=int32(counts),
+            past_B=int32(starts),
+            table_BJ=int32([TABLES[sequence] for sequence in sequences]) if any(starts) else None,
+            image=self._image(see, sequences) if with_image else None,
         )
 
     def tokens(self, lengths, with_image):
@@ -163,17 +168,16 @@ class Conversation:
             int32([2]),
             int32(TABLES),
             int32(lengths),
-            self._image([(0, self.seen), (0, 0)]) if with_image else None,
+            self._image([(0, self.seen), (0, 0)], (0, 1)) if with_image else None,
         )
 
 
 def play(run, talk):
     """Logits of every step of the conversation. With text_alone, the second sequence uses graphs without images."""
     run("vision", talk.vision())
-    logits = [run("prefill", talk.prompt(0, 0, FIRST, True))]
-    logits.append(run("prefill", talk.prompt(1, 0, SECOND, not talk.text_alone)))
-    logits.append(run("prefill", talk.prompt(0, FIRST, SECOND, True)))
-    logits.append(run("prefill", talk.prompt(1, SECOND, FIRST, not talk.text_alone)))
+    logits = [run("prefill", talk.prompt([(0, 0, FIRST)], True))]
+    logits.append(run("prefill", talk.prompt([(0, FIRST, SECOND), (1, 0, SECOND)], True)))
+    logits.append(run("prefill", talk.prompt([(1, SECOND, FIRST)], not talk.text_alone)))
     for step in range(1, 4):
         logits.append(run("decode", talk.tokens([FIRST + SECOND + step] * 2, True)))
     logits.append(run("decode", talk.tokens([FIRST + SECOND + 4] * 2, not talk.text_alone)))

@@ -18,7 +18,8 @@ VISION = Bucket("vision", 1, 1, 0, 2, 1)
 DECODE, LEAN = Bucket("decode", 2, 2, 3, 8), Bucket("decode", 2, 2, 3, 0)
 PREFILL, PREFILL_LEAN = Bucket("prefill", 1, 32, 0, 8), Bucket("prefill", 1, 32, 0, 0)
 CHUNK, CHUNK_LEAN = Bucket("prefill", 1, 32, 3, 8), Bucket("prefill", 1, 32, 3, 0)
-CLASSES = (VISION, DECODE, LEAN, PREFILL, PREFILL_LEAN, CHUNK, CHUNK_LEAN)
+PACKED, PACKED_LEAN = Bucket("prefill", 2, 32, 3, 8), Bucket("prefill", 2, 32, 3, 0)
+CLASSES = (VISION, DECODE, LEAN, PREFILL, PREFILL_LEAN, CHUNK, CHUNK_LEAN, PACKED, PACKED_LEAN)
 
 
 def spec_of(name: str, ranks: int = 1, **changes: Any) -> GraphSpec:

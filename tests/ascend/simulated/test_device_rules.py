@@ -7,11 +7,12 @@ import pytest
 import torch
 import torch_npu
 from findings import BASE, DEVICE, FAILED, found, found_after, found_with
-from graphs import CHUNK_LEAN, DECODE, LEAN, PREFILL_LEAN, VISION, broken, spec_of
+from graphs import CHUNK_LEAN, DECODE, LEAN, PACKED_LEAN, PREFILL_LEAN, VISION, broken, spec_of
 from torchair._ge_concrete_graph import ge_ir_pb2
 
 from mllama_graph.ascend.capture import capture
-from mllama_graph.ops.npu import NPU, attention
+from mllama_graph.ops.npu import NPU
+from mllama_graph.ops.npu_attention import attention
 from mllama_graph.ops.plain import PLAIN
 
 
@@ -71,9 +72,9 @@ def test_arithmetic_before_lengths_is_found():
     )
 
 
-def mask_in_the_graph(q_TQH, pages, table_BJ, fill_BJ, see_T2, *, made):
+def mask_in_the_graph(*given, made):
     unseen_B1RL = made.unseen_B1RL & made.sees_T1[:, None, None]
-    return NPU.attend_image(q_TQH, pages, table_BJ, fill_BJ, see_T2, made=made._replace(unseen_B1RL=unseen_B1RL))
+    return NPU.attend_image(*given, made=made._replace(unseen_B1RL=unseen_B1RL))
 
 
 def test_a_mask_that_a_decode_graph_computes_is_found():
@@ -135,10 +136,10 @@ def test_a_bias_without_a_kernel_is_found():
 # ---- masks and pages
 
 
-def making_the_mask(q_TQH, k_TKH, v_TKH, pages, table_J, past_1, *, made):
-    row = torch.arange(2048, dtype=torch.int32, device=q_TQH.device)
+def making_the_mask(*given, made):
+    row = torch.arange(2048, dtype=torch.int32, device=given[0].device)
     causal_MM = row[None, :] > row[:, None]
-    return NPU.attend_prompt(q_TQH, k_TKH, v_TKH, pages, table_J, past_1, made=made._replace(causal_MM=causal_MM))
+    return NPU.attend_prompt(*given, made=made._replace(causal_MM=causal_MM))
 
 
 def test_a_mask_that_never_changes_but_is_computed_is_found():
@@ -173,8 +174,8 @@ def test_the_mode_of_the_fixed_mask_without_it_is_found(decode):
     assert "for one query row, which resets it to 0" in found_after("layouts", decode, change)[0]
 
 
-def gathering(q_TQH, k_TKH, v_TKH, pages, table_J, past_1, *, made):
-    k_1LKH, v_1LKH = (data.index_select(0, made.table_1J[0]).flatten(0, 1)[None] for data in pages)
+def gathering(q_TQH, k_TKH, v_TKH, pages, table_BJ, rows_B, past_B, *, made):
+    k_1LKH, v_1LKH = (data.index_select(0, table_BJ[0]).flatten(0, 1)[None] for data in pages)
     return attention(q_TQH[None], k_1LKH, v_1LKH, q_TQH.shape[-1], kv_heads=k_TKH.shape[1], mask=None)
 
 
@@ -187,13 +188,14 @@ def test_pages_that_a_prompt_gathers_are_found():
     )
 
 
-def test_a_chunk_without_lengths_or_the_causal_mode_is_found():
-    captured = capture(BASE, CHUNK_LEAN)
+@pytest.mark.parametrize("bucket", [CHUNK_LEAN, PACKED_LEAN], ids=str)
+def test_prompts_in_pages_without_lengths_or_the_causal_mode_are_found(bucket):
+    captured = capture(BASE, bucket)
 
     def change(ops):
         ops["FusedInferAttentionScore"].attr["sparse_mode"].i = 0
 
-    [message] = found("paged", broken(captured, change), CHUNK_LEAN)
+    [message] = found("paged", broken(captured, change), bucket)
     assert "reads a prompt's pages with sparse_mode 0, at" in message
 
     def unmeasured(ops):
@@ -202,7 +204,7 @@ def test_a_chunk_without_lengths_or_the_causal_mode_is_found():
         at = names.index(b"actual_seq_lengths")
         attention.input[at] = ""
 
-    [message] = found("paged", broken(captured, unmeasured), CHUNK_LEAN)
+    [message] = found("paged", broken(captured, unmeasured), bucket)
     assert "reads a prompt's pages with sparse_mode 3, without actual_seq_lengths, at" in message
 
 

@@ -15,7 +15,8 @@ from mllama_graph.ascend.graphdef import described_dtype
 from mllama_graph.ascend.interpreter import Interpreter
 from mllama_graph.ascend.simulation import SimulatedGraph
 from mllama_graph.model.inputs import Prepared
-from mllama_graph.ops.npu import NPU, attention
+from mllama_graph.ops.npu import NPU
+from mllama_graph.ops.npu_attention import attention
 
 BF16 = torch.bfloat16
 TORCHAIR = Path(torchair.__file__).parent
@@ -263,7 +264,7 @@ def test_a_row_that_sees_no_key_is_refused():
 def test_a_wrong_causal_mask_is_refused():
     made = Prepared(causal_MM=torch.zeros(2048, 2048, dtype=torch.bool))
     message = refusal(
-        lambda q, k, v, made: NPU.attend_prompt(q, k, v, None, None, None, made=made),
+        lambda q, k, v, made: NPU.attend_prompt(q, k, v, None, None, None, None, made=made),
         *(bf16(8, 2, 16) for _ in "qkv"),
         made,
     )

@@ -26,10 +26,11 @@ P = 128
 CAUSAL = causal_mask(torch.device("cpu"))
 
 
-def prompt(T, real=1, past=0, table=None, slot=None, image=None):
-    """A prompt's inputs as the host prepares them."""
+def prompt(T, rows=(1,), past=(0,), table=None, image=None):
+    """The inputs of prompts of `rows` new tokens as the host prepares them."""
     zeros = int32([0] * T)
-    given = PromptInput(zeros, zeros, slot, int32([0]), int32([real]), int32([past]), table, image)
+    count = int32([sum(rows)]), int32([len(rows)])
+    given = PromptInput(zeros, zeros, zeros, zeros[: len(rows)], *count, int32(rows), int32(past), table, image)
     return prepare(given, P, CAUSAL, None)
 
 
@@ -226,7 +227,7 @@ def test_attend_pages(dtype, heads, width, new):
 def test_attend_prompt_is_causal_over_the_new_rows(dtype, heads, width):
     q, k, v = (normal(40, n, width, seed=n, dtype=dtype) for n in (heads[0], heads[1], heads[1]))
     got, operations = run(
-        lambda q, k, v, made: NPU.attend_prompt(q, k, v, None, None, None, made=made),
+        lambda q, k, v, made: NPU.attend_prompt(q, k, v, None, None, None, None, made=made),
         q,
         k,
         v,
@@ -234,29 +235,39 @@ def test_attend_prompt_is_causal_over_the_new_rows(dtype, heads, width):
         dtype=dtype,
     )
     pages = pages_of(1, heads[1], width, torch.float32)
-    close(got, PLAIN.attend_prompt(q.float(), k.float(), v.float(), pages, None, int32([0])), dtype)
+    close(got, PLAIN.attend_prompt(q.float(), k.float(), v.float(), pages, None, int32([40]), int32([0])), dtype)
     assert operations["FusedInferAttentionScore"] == 1
 
 
 @DTYPES
-@pytest.mark.parametrize("past", [0, 1, 128, 200])
+@pytest.mark.parametrize(
+    ("rows", "past"), [((33,), (0,)), ((33,), (200,)), ((20, 1, 12), (1, 255, 128)), ((9, 0, 24, 0), (200, 0, 0, 0))]
+)
 @pytest.mark.parametrize(("heads", "width"), [((8, 2), 32), ((3, 1), 24)])
-def test_a_chunk_sees_exactly_the_earlier_tokens_and_its_own_through_its_pages(dtype, heads, width, past):
-    q, k, v = (normal(40, n, width, seed=n, dtype=dtype) for n in (heads[0], heads[1], heads[1]))
-    pages, table, real = pages_of(6, heads[1], width, dtype), int32([4, 2]), 33
-    slot = int32(slots([4, 2, 5], past, real, P) + list(range(40 - real)))
+def test_prompts_see_exactly_their_earlier_tokens_and_their_own_through_their_pages(dtype, heads, width, rows, past):
+    T, real = 40, sum(rows)
+    q, k, v = (normal(T, n, width, seed=n, dtype=dtype) for n in (heads[0], heads[1], heads[1]))
+    pages, table = (
+        pages_of(10, heads[1], width, dtype),
+        int32([[4, 2, 5], [6, 7, 8], [1, 3, 9], [0, 0, 0]][: len(rows)]),
+    )
+    new = [slots(one, start, count, P) for one, start, count in zip(table.tolist(), past, rows)]
+    slot = int32([one for each in new for one in each] + [*range(T - real)])
 
-    def step(q, k, v, pages, slot, made):
+    def step(q, k, v, pages, slot, table, made):
         NPU.write_pages_(k, v, pages, slot)
-        return NPU.attend_prompt(q, k, v, pages, None, None, made=made)
+        return NPU.attend_prompt(q, k, v, pages, table, None, None, made=made)
 
-    made = prompt(40, real, past, table, slot).prepared
-    got, operations = run(step, q, k, v, padded(pages), slot, made, dtype=dtype)
-    wanted = PLAIN.attend_prompt(q.float(), k.float(), v.float(), tuple(map(wider, pages)), table, int32([past]))
+    made = prompt(T, rows, past, table).prepared
+    got, operations = run(step, q, k, v, padded(pages), slot, table, made, dtype=dtype)
+    oracle = tuple(map(wider, pages))
+    PLAIN.write_pages_(k.float(), v.float(), oracle, slot)
+    wanted = PLAIN.attend_prompt(q.float(), k.float(), v.float(), oracle, table, int32(rows), int32(past))
     close(got[:real], wanted[:real], dtype)
-    # The results of padding rows are undefined.
-    assert got[real:].isnan().all()
-    assert not {"GatherV2", "ConcatV2", "TensorMove"} & operations.keys()
+    # Rows beyond a sequence's own are not computed; one that is padding has one row.
+    assert got[real + (rows[-1] == 0) :].isnan().all()
+    assert operations["FusedInferAttentionScore"] == 1 and operations.get("GatherV2", 0) == 2 * (len(rows) > 1)
+    assert not {"ConcatV2", "TensorMove"} & operations.keys()
 
 
 @DTYPES
@@ -275,10 +286,17 @@ def test_attend_image_sees_the_filled_part_of_the_entries_in_its_range(dtype, ro
     # The mask comes from the host.
     assert operations.keys() <= {"FusedInferAttentionScore", "PadV3", "Reshape", "StridedSliceV2", "Identity"}
     # A prompt of the first sequence, whose mask is made in its graph.
-    given = prompt(rows, image=ImageInput(table[:1], fill[:1], see[:rows]))
+    given = prompt(rows, (rows,), image=ImageInput(table[:1], fill[:1], see[:rows]))
     got, _ = run(attend_image, q[:rows], padded(pages), table[:1], given.prepared, dtype=dtype)
     close(got[sees[:rows]], wanted[:rows][sees[:rows]], dtype)
     assert torch.isfinite(got).all()
+    if rows > 1:
+        # Prompts of both, of different lengths, and of a sequence that is padding.
+        table, fill = (torch.cat((one, one[:1] * 0)) for one in (table, fill))
+        made = prompt(6, (2, 4, 0), (0, 0, 0), table, ImageInput(table, fill, see)).prepared
+        got, _ = run(attend_image, q, padded(pages), table, made, dtype=dtype)
+        wanted = PLAIN.attend_image(q.float(), tuple(map(wider, pages)), table, fill, see, int32([2, 4, 0]))
+        close(got[sees], wanted[sees], dtype)
 
 
 def attend_image(q, pages, table, made):

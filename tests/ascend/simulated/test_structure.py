@@ -30,15 +30,15 @@ def test_the_buckets_of_a_class_have_one_structure():
         VISION,
         *(Bucket("decode", rows, rows, pages, images) for rows, pages in ((1, 1), (4, 3)) for images in (0, 2)),
         *(
-            Bucket("prefill", 1, tokens, past, images)
-            for tokens, past in ((128, 0), (512, 0), (128, 3), (512, 4))
+            Bucket("prefill", rows, tokens, pages, images)
+            for rows, tokens, pages in ((1, 128, 0), (1, 512, 0), (1, 128, 3), (1, 512, 4), (2, 128, 1), (4, 512, 4))
             for images in (0, 1)
         ),
     ]
     found = {}
     for bucket in buckets:
         found.setdefault(kind(bucket), []).append(structure(capture(spec, bucket)))
-    assert len(found) == 7
+    assert len(found) == 9
     for structures in found.values():
         assert all(difference(structures[0], other) == [] for other in structures)
     assert all(difference(one[0], other[0]) for one in found.values() for other in found.values() if one is not other)
