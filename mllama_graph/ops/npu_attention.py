@@ -1,7 +1,7 @@
 """Attention on an NPU, to pages and to an image's tiles: torch_npu's fused operation. npu.py gives its sources.
 
-B sequences   T token rows   R rows per sequence   J pages per sequence   S parts of a sequence's keys, or rows of an image
-Q query heads   A vision heads   K kv heads   H head width
+B sequences   T token rows   R rows per sequence   J pages per sequence   S parts of a sequence's keys, or an image's
+rows   Q query heads   A vision heads   K kv heads   H head width
 """
 
 from typing import Any
