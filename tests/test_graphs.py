@@ -161,9 +161,7 @@ def test_a_truncated_package_is_rebuilt(checkpoint, lines, store, compiled, tmp_
     assert [(r.source, r.key) for r in engine.executor.graphs.records] == [("compiled", record.key)]
     assert tokens["text"] == compiled[1]["text"][:1]
     assert GraphStore(copy).find(record.key) == (package, None)
-    assert f"graph {record.key} ({record.bucket}): graph.pt2 is altered or truncated" in said(
-        engine
-    )
+    assert f"graph {record.key} ({record.bucket}): graph.pt2 is altered or truncated" in said(engine)
 
 
 def test_without_waiting_steps_run_uncompiled_while_their_graphs_compile(

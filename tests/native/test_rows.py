@@ -20,6 +20,11 @@ WIDTHS = (1, 5, 8, 20, 33, 96, 512)
 
 
 @pytest.fixture(scope="module", autouse=True)
+def embedding(weight, **fields):
+    """An embedding table in floating point."""
+    return SimpleNamespace(weight=weight, format=None, scale=None, **fields)
+
+
 def kernels(cache_home):
     native.load("kernels", cache_home)
 
@@ -63,8 +68,8 @@ def row_cases(T, width, dtype):
         "add_gated without a gate": (x, y, leaf.bias, None),
         "add_gated without a bias": (x, y, None, gate),
         "add_gated of both alone": (x, y, None, None),
-        "embed": (torch.arange(T).int() % 7, SimpleNamespace(weight=normal(7, width, dtype=dtype), scale=None)),
-        "embed_held": (torch.arange(T).int(), SimpleNamespace(weight=normal(5, width, dtype=dtype), first=int32(3)[0], scale=None)),
+        "embed": (torch.arange(T).int() % 7, embedding(normal(7, width, dtype=dtype))),
+        "embed_held": (torch.arange(T).int(), embedding(normal(5, width, dtype=dtype), first=int32(3)[0])),
     }
 
 
@@ -212,7 +217,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
 
 
 def test_arguments_of_wrong_shape_or_value_are_refused():
-    x, leaf = normal(2, 16), SimpleNamespace(weight=normal(4, 16), scale=None)
+    x, leaf = normal(2, 16), embedding(normal(4, 16))
     for refused in (
         lambda: CPU.rms_norm(x, normal(15), 1e-5),
         lambda: CPU.rms_norm(x.double(), normal(16), 1e-5),
