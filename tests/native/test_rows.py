@@ -20,13 +20,13 @@ WIDTHS = (1, 5, 8, 20, 33, 96, 512)
 
 
 @pytest.fixture(scope="module", autouse=True)
+def kernels(cache_home):
+    native.load("kernels", cache_home)
+
+
 def embedding(weight, **fields):
     """An embedding table in floating point."""
     return SimpleNamespace(weight=weight, format=None, scale=None, **fields)
-
-
-def kernels(cache_home):
-    native.load("kernels", cache_home)
 
 
 def normal(*size, seed=0, dtype=torch.float32):
