@@ -130,8 +130,6 @@ class _Case:
                     requests = self._our_turn(next(seeds), beside, counted)
                     for peer in list(self.peers):
                         self._peers_turn(peer, requests, beside, counted, repetitions - repetition)
-        # The first repetition warms up.
-        self.ceilings = self.ceilings[1:]
 
     def _our_turn(self, seed: int, beside: int, counted: bool) -> list[Request]:
         self.turns.begin(f"{OURS}, batch {self.case.batch}, {self.case.length} ids")
@@ -145,12 +143,14 @@ class _Case:
             backend, device = self.engine.executor.rank.backend, self.engine.executor.rank.spec.torch_device
             around.append(limits.measure(device, backend.name() is not None, backend.synchronize))
 
-        serve(self.engine, requests, self.case.new, timing, before_decode=look)
-        look()
-        timing.others.append(others.cores())
-        if not beside:
+        if counted and not beside:
             # A floor is what the machine allows when nothing else runs.
+            serve(self.engine, requests, self.case.new, timing, before_decode=look)
+            look()
             self.ceilings.append(middle(around))
+        else:
+            serve(self.engine, requests, self.case.new, timing)
+        timing.others.append(others.cores())
         serve(self.engine, requests_of(self.engine, self.case, seed + 500, seed)[0], 1, known := Timing(""))
         timing.again += known.first
         return requests
