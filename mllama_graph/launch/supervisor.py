@@ -26,15 +26,13 @@ from mllama_graph.launch.processes import (
 )
 from mllama_graph.plan.resolve import ResolvedRun, ResolvedTask
 
-# After an interrupt: seconds for rank 0 to finish its step.
-INTERRUPT_SECONDS = 20.0
-
 
 class Supervisor:
     """The processes of one run with `ranks` ranks. Rank 0 runs the task's function `entry`."""
 
     def __init__(self, run: ResolvedTask, entry: str, ranks: int):
         self._segment = run.segment if isinstance(run, ResolvedRun) else None
+        self._end_seconds = run.options.end_seconds
         given = Assignment(os.getpid(), run.output_dir, run, entry)
         if ranks == 1:
             self._ranks = [spawn(Place(), {}, given)]
@@ -63,7 +61,7 @@ class Supervisor:
                 except KeyboardInterrupt:
                     if interrupted:
                         break
-                    interrupted, deadline = True, time.monotonic() + INTERRUPT_SECONDS
+                    interrupted, deadline = True, time.monotonic() + self._end_seconds
                     self._ranks[0].process.terminate()
             # Determined here, since ranks that `_end` kills have not failed.
             failure = failure_of(self._ranks, TELL_SECONDS) if self._failed() else None
