@@ -5,6 +5,7 @@ import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable
+from importlib import import_module
 from typing import Any
 
 from starlette.applications import Starlette
@@ -16,13 +17,15 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from mllama_graph.core.errors import UserError
 from mllama_graph.core.report import versions
-from mllama_graph.server import chat
+from mllama_graph.server import chat, completions, responses, texts
 from mllama_graph.server.access import AccessLog
-from mllama_graph.server.answers import Answer, Events, Format, Left, collect, deadline, error_answer, while_connected
+from mllama_graph.server.answers import Answer, Events, Left, collect, deadline, error_answer, while_connected
 from mllama_graph.server.bodies import read_object
-from mllama_graph.server.errors import ApiError
-from mllama_graph.server.fields import Asked
+from mllama_graph.server.errors import ApiError, of_request
+from mllama_graph.server.jobs import Job
+from mllama_graph.server.metrics import METRICS
 from mllama_graph.server.service import READY, Generation, Service
 
 log = logging.getLogger(__name__)
@@ -45,7 +48,13 @@ class Api:
 
     def routes(self) -> list[Route]:
         """All routes."""
-        posts: dict[str, Endpoint] = {"/v1/chat/completions": self.chat}
+        posts: dict[str, Endpoint] = {
+            "/v1/chat/completions": self._generating(chat.job),
+            "/v1/completions": self._generating(completions.job),
+            "/v1/responses": self._generating(responses.job),
+            "/tokenize": self._in_thread(texts.tokenize),
+            "/detokenize": self._in_thread(texts.detokenize),
+        }
         gets: dict[str, Endpoint] = {
             "/v1/models": self.models,
             "/v1/models/{id:path}": self.one_model,
@@ -53,23 +62,12 @@ class Api:
             "/live": self.live,
             "/ping": self.health,
             "/version": self.version,
+            "/metrics": self.metrics,
         }
         return [
             *(Route(path, self._guarded(endpoint), methods=["POST"]) for path, endpoint in posts.items()),
             *(Route(path, self._guarded(endpoint), methods=["GET"]) for path, endpoint in gets.items()),
         ]
-
-    async def chat(self, request: Request) -> Response:
-        """POST /v1/chat/completions."""
-        service, arrived = self._service, time.perf_counter()
-        body = await self._body(request)
-        asked = chat.read(service, body)
-
-        async def begin() -> tuple[Generation, Format]:
-            generation = await service.generate(body, asked.choices, chat.prepare(service, body, asked), arrived)
-            return generation, chat.Chat(service, asked, generation.requests)
-
-        return await self._answered(request, asked, begin())
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models."""
@@ -88,11 +86,15 @@ class Api:
         """GET /live: 200 as long as the process answers."""
         return Answer({"status": "live"})
 
+    async def metrics(self, request: Request) -> Response:
+        """GET /metrics, in Prometheus' text format."""
+        return Response(self._service.metrics.text(), media_type=METRICS)
+
     async def version(self, request: Request) -> Response:
         """GET /version."""
-        from mllama_graph import __version__
-
-        return Answer({"version": __version__, "packages": versions()})
+        # Imported by name: the package's face imports this room.
+        found = import_module("mllama_graph").__version__
+        return Answer({"version": found, "packages": versions()})
 
     def _model(self, name: str) -> dict[str, Any]:
         service = self._service
@@ -111,31 +113,54 @@ class Api:
         self._access.body(request.scope, body)
         return body
 
-    async def _answered(self, request: Request, asked: Asked, begin: Any) -> Response:
-        """The answer of a generation that `begin` prepares and submits; it ends where the client leaves."""
-        note, seconds = request.scope["mllama.note"], self._service.bounds.seconds
+    def _generating(self, job_of: Callable[[Service, dict[str, Any]], Job]) -> Endpoint:
+        """The endpoint that runs the jobs of `job_of`. A job ends where its client leaves, even before a first token."""
 
-        async def prepared() -> tuple[Generation, Format]:
-            generation, form = await begin
-            note["tokens"] = lambda: sum(ticket.tokens for ticket in generation.tickets)
-            note["prompt_tokens"] = sum(ticket.prompt for ticket in generation.tickets[:: asked.choices])
-            return generation, form
+        async def generating(request: Request) -> Response:
+            service, note, arrived = self._service, request.scope["mllama.note"], time.perf_counter()
+            seconds = service.bounds.seconds
+            body = await self._body(request)
+            job = job_of(service, body)
 
-        if asked.stream:
-            return Events(*await while_connected(request, prepared()), seconds, lambda why: note.update(ended=why))
+            async def begin() -> Generation:
+                generation = await service.generate(body, job.count, job.prepare, arrived)
+                note["tokens"] = lambda: sum(ticket.tokens for ticket in generation.tickets)
+                note["prompt_tokens"] = sum(ticket.prompt for ticket in generation.tickets[:: job.asked.choices])
+                return generation
 
-        async def whole() -> Response:
-            generation, form = await prepared()
+            async def whole() -> Response:
+                generation = await begin()
+                try:
+                    async with asyncio.timeout(seconds):
+                        results = await collect(generation)
+                except TimeoutError:
+                    raise deadline(seconds) from None
+                finally:
+                    generation.close()
+                return Answer(job.form(generation.requests).whole(results))
+
+            if not job.asked.stream:
+                return await while_connected(request, whole())
+            generation = await while_connected(request, begin())
             try:
-                async with asyncio.timeout(seconds):
-                    results = await collect(generation)
-            except TimeoutError:
-                raise deadline(seconds) from None
-            finally:
+                return Events(generation, job.form(generation.requests), seconds, lambda why: note.update(ended=why))
+            except BaseException:
                 generation.close()
-            return Answer(form.whole(results))
+                raise
 
-        return await while_connected(request, whole())
+        return generating
+
+    def _in_thread(self, function: Callable[[Service, dict[str, Any]], dict[str, Any]]) -> Endpoint:
+        """The endpoint that answers with what a function of the body returns."""
+
+        async def answering(request: Request) -> Response:
+            body = await self._body(request)
+            try:
+                return Answer(await self._service.in_thread(function, self._service, body))
+            except UserError as error:
+                raise of_request(error, body) from None
+
+        return answering
 
     def _guarded(self, endpoint: Endpoint) -> Endpoint:
         async def guarded(request: Request) -> Response:
@@ -153,8 +178,9 @@ class Api:
 class Front:
     """Wraps the application: request ids, the API key, and one line of the access log per request."""
 
-    def __init__(self, app: ASGIApp, api_key: str | None, access: AccessLog):
-        self._app, self._key, self._access = app, api_key.encode() if api_key else None, access
+    def __init__(self, app: ASGIApp, service: Service, api_key: str | None, access: AccessLog):
+        self._app, self._metrics, self._access = app, service.metrics, access
+        self._key = api_key.encode() if api_key else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -182,6 +208,7 @@ class Front:
             if note["status"] is None:
                 await error_answer(ApiError(500, "internal error.", None, "internal_error"))(scope, receive, sent)
         finally:
+            self._metrics.answered(note["status"])
             self._access.write(scope, note, time.perf_counter() - start)
 
     def _refuses(self, scope: Scope, headers: dict[bytes, bytes]) -> bool:
@@ -217,4 +244,4 @@ def application(service: Service, api_key: str | None, cors_origins: list[str], 
         middleware=allow if cors_origins else [],
         exception_handlers={HTTPException: _of_routing},
     )
-    return Front(app, api_key, access)
+    return Front(app, service, api_key, access)

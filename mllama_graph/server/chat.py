@@ -3,7 +3,6 @@
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any, Protocol
 
 from mllama_graph.engine.results import Delta, Result
@@ -13,6 +12,7 @@ from mllama_graph.server import fields
 from mllama_graph.server.answers import DONE, event, text_json, to_json
 from mllama_graph.server.errors import ApiError, refused
 from mllama_graph.server.fields import Asked
+from mllama_graph.server.jobs import Job, choices_of
 from mllama_graph.server.service import Service
 from mllama_graph.server.usage import usage_of
 
@@ -66,18 +66,15 @@ def read(service: Service, body: Mapping[str, Any]) -> Asked:
     return asked
 
 
-def prepare(service: Service, body: Mapping[str, Any], asked: Asked) -> Callable[[], list[Request]]:
-    """A function that prepares one request per choice, which may take long."""
+def job(service: Service, body: Mapping[str, Any]) -> Job:
+    """The job of a chat completion. Raises ApiError with the field."""
+    asked = read(service, body)
 
-    def prepared() -> list[Request]:
+    def prepare() -> list[Request]:
         messages = service.pictures.resolved(body["messages"])
-        request = service.processor.request({**asked.of_choice(0), "messages": messages})
-        return [
-            replace(request, sampling=replace(request.sampling, seed=asked.of_choice(n)["seed"]))
-            for n in range(asked.choices)
-        ]
+        return choices_of(service.processor.request({**asked.of_request(), "messages": messages}), asked)
 
-    return prepared
+    return Job(asked, asked.choices, prepare, lambda requests: Chat(service, asked, requests))
 
 
 class Chat:

@@ -50,9 +50,13 @@ class Asked:
     logprobs: int | None
     seed: int
 
-    def of_choice(self, index: int) -> dict[str, Any]:
-        """The fields of one choice: each has a seed of its own."""
-        return {**self.fields, "seed": (self.seed + index * SEED_STEP) % SEEDS, "logprobs": self.logprobs}
+    def seed_of(self, choice: int) -> int:
+        """The seed of a choice."""
+        return (self.seed + choice * SEED_STEP) % SEEDS
+
+    def of_request(self) -> dict[str, Any]:
+        """The fields of the first choice's request."""
+        return {**self.fields, "seed": self.seed, "logprobs": self.logprobs}
 
 
 def flag(body: Mapping[str, Any], name: str, default: bool = False) -> bool:

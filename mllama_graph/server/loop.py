@@ -28,10 +28,10 @@ class Ticket:
     Times are of time.perf_counter: of arrival, of the first step with this request, of the first and latest token.
     """
 
-    __slots__ = ("mailbox", "index", "prompt", "arrived", "begun", "first", "latest", "tokens", "done")
+    __slots__ = ("mailbox", "index", "prompt", "images", "arrived", "begun", "first", "latest", "tokens", "done")
 
-    def __init__(self, mailbox: "Mailbox", index: int, prompt: int, arrived: float):
-        self.mailbox, self.index, self.prompt, self.arrived = mailbox, index, prompt, arrived
+    def __init__(self, mailbox: "Mailbox", index: int, prompt: int, images: int, arrived: float):
+        self.mailbox, self.index, self.prompt, self.images, self.arrived = mailbox, index, prompt, images, arrived
         self.begun = self.first = self.latest = 0.0
         self.tokens = 0
         self.done = False

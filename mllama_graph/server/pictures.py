@@ -62,7 +62,9 @@ class Pictures:
     def _read(self, source: str, number: int) -> bytes:
         scheme = source[:40].lstrip().partition(":")[0].lower()
         if scheme != "data":
-            text = f"picture {number} ({shorten(source)}): this server reads data: URIs only. Send data:image/png;base64,..."
+            text = (
+                f"picture {number} ({shorten(source)}): this server reads data: URIs only (data:image/png;base64,...)."
+            )
             raise refused(text, "messages", "invalid_image_url")
         try:
             data = read_source(source)

@@ -26,7 +26,7 @@ PREPARERS = 2
 
 
 class Service:
-    """All that routes need. `names`: the names of the model, the first of which answers show.
+    """All that routes need. `names`: the names of the model, the first of which is the default.
 
     `build` makes the engine and warms it up, in the engine's thread. `on_end` is called when the engine has ended, by
     `error` if it is not None. Used in the event loop's thread.
@@ -40,6 +40,7 @@ class Service:
         bounds: Bounds,
         pictures: Pictures,
         build: Callable[[], Engine],
+        vllm_names: bool = False,
     ):
         self.run, self.processor, self.names = run, processor, names
         self.created = int(time.time())
@@ -50,7 +51,7 @@ class Service:
         self.error: BaseException | None = None
         self.open: set[Generation] = set()
         self.engine_loop = EngineLoop(lambda: self._built(build), self._deliver, self._engine_ended)
-        self.metrics = Metrics(self)
+        self.metrics = Metrics(self, vllm_names)
         self._checks = Scheduler(run.plan, run.limits.batch)
         self._pool = ThreadPoolExecutor(PREPARERS, thread_name_prefix="prepare")
         self.on_end: Callable[[], None] = lambda: None
@@ -162,7 +163,10 @@ class Generation:
     def __init__(self, service: Service, requests: list[Request], arrived: float, load: Load):
         self.requests, self.arrived, self.mailbox = requests, arrived, Mailbox()
         self._service, self._load = service, load
-        self.tickets = [Ticket(self.mailbox, n, len(request.ids), arrived) for n, request in enumerate(requests)]
+        self.tickets = [
+            Ticket(self.mailbox, n, len(request.ids), len(request.images), arrived)
+            for n, request in enumerate(requests)
+        ]
         service.open.add(self)
         for ticket, request in zip(self.tickets, requests):
             service.engine_loop.submit(ticket, request)

@@ -26,7 +26,7 @@ class Tokens:
         self._tokenizer = self._codec.tokenizer if isinstance(self._codec, CheckpointTokenizer) else None
         self._cache: dict[int, bytes] = {}
 
-    def bytes(self, id: int) -> bytes:
+    def raw(self, id: int) -> bytes:
         """The exact bytes of a token, which may be part of a character. Those of a special token are its name's."""
         found = self._cache.get(id)
         if found is None:
@@ -52,11 +52,11 @@ class Tokens:
 
     def text(self, id: int) -> str:
         """The text of a token; bytes that are no whole character become U+FFFD."""
-        return self.bytes(id).decode("utf8", "replace")
+        return self.raw(id).decode("utf8", "replace")
 
     def label(self, id: int) -> str:
         """The text of a token; where it is no whole text, its bytes, so that different tokens have different labels."""
-        data = self.bytes(id)
+        data = self.raw(id)
         try:
             return data.decode()
         except UnicodeDecodeError:
@@ -71,7 +71,7 @@ class Tokens:
         }
 
     def _chat(self, id: int, logprob: float | None) -> dict[str, Any]:
-        return {"token": self.text(id), "logprob": finite(logprob), "bytes": list(self.bytes(id))}
+        return {"token": self.text(id), "logprob": finite(logprob), "bytes": list(self.raw(id))}
 
     def completions(self, entries: Iterable[Mapping[str, Any]], top: int, offset: int) -> dict[str, Any]:
         """choices[].logprobs of a completion. `offset`: where the first token's text begins.

@@ -45,15 +45,14 @@ def main(run: ResolvedRun) -> None:
             return engines[0]
 
         names = names_of(run, options)
-        service = Service(run, processor, names, bounds, Pictures(bounds), build)
+        service = Service(run, processor, names, bounds, Pictures(bounds), build, options.vllm_names)
         access = AccessLog(stack.enter_context(_log(run.output_dir, options)), options.log_prompts)
         key = options.api_key or os.environ.get(KEY) or None
         app = application(service, key, list(options.cors_origins), access)
         tls = {"ssl_certfile": options.ssl_certfile, "ssl_keyfile": options.ssl_keyfile} if options.ssl_certfile else {}
         host, port = opened.getsockname()[:2]
-        progress.say(
-            _greeting(names[0], f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}")
-        )
+        shown = f"[{host}]" if ":" in host else host
+        progress.say(f"serving {names[0]} at {'https' if tls else 'http'}://{shown}:{port}/v1")
         if host in ("127.0.0.1", "::1"):
             progress.say("only this machine reaches it; host=0.0.0.0 lets others in, with api_key= as you like")
         elif key is None:
@@ -104,7 +103,3 @@ def _log(folder: Path, options: ServeOptions) -> TextIO:
     if options.access_log == "-":
         return os.fdopen(os.dup(1), "w", encoding="utf8")
     return (folder / options.access_log).open("a", encoding="utf8")
-
-
-def _greeting(name: str, address: str) -> str:
-    return f"serving {name} at {address}/v1"
