@@ -99,13 +99,17 @@ async def _disconnect(receive: Callable[[], Awaitable[Any]]) -> None:
         pass
 
 
-async def collect(generation: Generation) -> list[Result]:
-    """Wait for all results. Raises ApiError where a request fails."""
+async def collect(generation: Generation, seconds: float) -> list[Result]:
+    """Wait for all results. Raises ApiError where a request fails or takes longer than `seconds`."""
     results: dict[int, Result] = {}
-    while len(results) < len(generation.tickets):
-        for index, delta in await generation.mailbox.take():
-            if delta.result:
-                results[index] = _good(delta.result)
+    try:
+        async with asyncio.timeout(seconds):
+            while len(results) < len(generation.tickets):
+                for index, delta in await generation.mailbox.take():
+                    if delta.result:
+                        results[index] = _good(delta.result)
+    except TimeoutError:
+        raise deadline(seconds) from None
     return [results[index] for index in sorted(results)]
 
 

@@ -1,6 +1,5 @@
 """The routes, and what every request passes: its id, the API key, the access log, and the form of errors."""
 
-import asyncio
 import logging
 import secrets
 import time
@@ -21,8 +20,8 @@ from mllama_graph.core.errors import UserError
 from mllama_graph.core.report import versions
 from mllama_graph.server import chat, completions, responses, texts
 from mllama_graph.server.access import AccessLog
-from mllama_graph.server.answers import Answer, Events, Left, collect, deadline, error_answer, while_connected
-from mllama_graph.server.bodies import read_object
+from mllama_graph.server.answers import Answer, Events, Format, Left, collect, error_answer, while_connected
+from mllama_graph.server.bodies import CLOSE, read_object
 from mllama_graph.server.errors import ApiError, of_request
 from mllama_graph.server.jobs import Job
 from mllama_graph.server.metrics import METRICS
@@ -108,8 +107,8 @@ class Api:
             "max_model_len": service.run.plan.max_length,
         }
 
-    async def _body(self, request: Request) -> dict[str, Any]:
-        body = await read_object(request, self._service.bounds, self._service.in_thread)
+    async def _body(self, request: Request, count: Callable[[int], None]) -> dict[str, Any]:
+        body = await read_object(request, self._service.bounds, count, self._service.in_thread)
         self._access.body(request.scope, body)
         return body
 
@@ -117,48 +116,50 @@ class Api:
         """The endpoint that runs the jobs of `job_of`. A job ends where its client leaves, even before a first token."""
 
         async def generating(request: Request) -> Response:
-            service, note, arrived = self._service, request.scope["mllama.note"], time.perf_counter()
-            seconds = service.bounds.seconds
-            body = await self._body(request)
-            job = job_of(service, body)
-
-            async def begin() -> Generation:
-                generation = await service.generate(body, job.count, job.prepare, arrived)
-                note["tokens"] = lambda: sum(ticket.tokens for ticket in generation.tickets)
-                note["prompt_tokens"] = sum(ticket.prompt for ticket in generation.tickets[:: job.asked.choices])
-                return generation
-
-            async def whole() -> Response:
-                generation = await begin()
-                try:
-                    async with asyncio.timeout(seconds):
-                        results = await collect(generation)
-                except TimeoutError:
-                    raise deadline(seconds) from None
-                finally:
-                    generation.close()
-                return Answer(job.form(generation.requests).whole(results))
-
-            if not job.asked.stream:
-                return await while_connected(request, whole())
-            generation = await while_connected(request, begin())
+            seconds, note = self._service.bounds.seconds, request.scope["mllama.note"]
+            generation, form, stream = await self._begun(request, job_of)
+            if stream:
+                return Events(generation, form, seconds, lambda why: note.update(ended=why))
             try:
-                return Events(generation, job.form(generation.requests), seconds, lambda why: note.update(ended=why))
-            except BaseException:
+                return Answer(form.whole(await while_connected(request, collect(generation, seconds))))
+            finally:
                 generation.close()
-                raise
 
         return generating
+
+    async def _begun(
+        self, request: Request, job_of: Callable[[Service, dict[str, Any]], Job]
+    ) -> tuple[Generation, Format, bool]:
+        """A submitted job: its generation, the form of its answer, and whether it is streamed.
+
+        Nothing of the body is kept beyond this call: it may hold large pictures.
+        """
+        service, note, arrived = self._service, request.scope["mllama.note"], time.perf_counter()
+        # Before a large body is read for nothing.
+        service.check_ready()
+        service.admission.check(1)
+        with service.admission.bodies.hold() as count:
+            body = await self._body(request, count)
+            job = job_of(service, body)
+            generation = await while_connected(request, service.generate(body, job.count, job.prepare, arrived))
+        note["tokens"] = generation.new_tokens
+        note["prompt_tokens"] = sum(ticket.prompt for ticket in generation.tickets[:: job.asked.choices])
+        try:
+            return generation, job.form(generation.requests), job.asked.stream
+        except BaseException:
+            generation.close()
+            raise
 
     def _in_thread(self, function: Callable[[Service, dict[str, Any]], dict[str, Any]]) -> Endpoint:
         """The endpoint that answers with what a function of the body returns."""
 
         async def answering(request: Request) -> Response:
-            body = await self._body(request)
-            try:
-                return Answer(await self._service.in_thread(function, self._service, body))
-            except UserError as error:
-                raise of_request(error, body) from None
+            with self._service.admission.bodies.hold() as count:
+                body = await self._body(request, count)
+                try:
+                    return Answer(await self._service.in_thread(function, self._service, body))
+                except UserError as error:
+                    raise of_request(error, body) from None
 
         return answering
 
@@ -199,7 +200,7 @@ class Front:
         try:
             if self._refuses(scope, headers):
                 text = "the API key is missing or wrong. Send it as Authorization: Bearer KEY."
-                error = ApiError(401, text, None, "invalid_api_key", {"www-authenticate": "Bearer"})
+                error = ApiError(401, text, None, "invalid_api_key", {"www-authenticate": "Bearer", **CLOSE})
                 await error_answer(error)(scope, receive, sent)
             else:
                 await self._app(scope, receive, sent)

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
 from mllama_graph.core.errors import UserError
 from mllama_graph.inputs.request_file import DEPTH, has_lone_surrogate, parse, too_deep
@@ -19,14 +19,16 @@ CLOSE = {"connection": "close"}
 InThread = Callable[..., Awaitable[Any]]
 
 
-async def read_object(request: Request, bounds: Bounds, in_thread: InThread) -> dict[str, Any]:
-    """The JSON object in a request's body. `in_thread` calls a function in another thread.
+async def read_object(
+    request: Request, bounds: Bounds, count: Callable[[int], None], in_thread: InThread
+) -> dict[str, Any]:
+    """The JSON object in a request's body. `count` counts its bytes; `in_thread` calls a function in another thread.
 
     Raises ApiError, or ClientDisconnect where the client leaves meanwhile.
     """
     try:
         async with asyncio.timeout(bounds.body_seconds):
-            data = await _read(request, bounds.body)
+            data = await _read(request, bounds.body, count)
     except TimeoutError:
         text = f"the body did not arrive within {bounds.body_seconds:g} s."
         raise ApiError(408, text, None, "body_timeout", CLOSE) from None
@@ -36,7 +38,7 @@ async def read_object(request: Request, bounds: Bounds, in_thread: InThread) -> 
     return found
 
 
-async def _read(request: Request, most: int) -> bytes:
+async def _read(request: Request, most: int, count: Callable[[int], None]) -> bytes:
     length = request.headers.get("content-length", "0")
     if length.isdigit() and int(length) > most:
         raise _too_large(most)
@@ -45,6 +47,7 @@ async def _read(request: Request, most: int) -> bytes:
         size += len(part)
         if size > most:
             raise _too_large(most)
+        count(len(part))
         parts.append(part)
     return b"".join(parts)
 
@@ -69,6 +72,3 @@ def _object(data: bytes) -> dict[str, Any]:
     if has_lone_surrogate(line, found):
         raise refused("the body holds a lone surrogate, such as \\ud800 without its second half.", code="invalid_json")
     return found
-
-
-__all__ = ["CLOSE", "ClientDisconnect", "read_object"]

@@ -13,6 +13,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from mllama_graph.core.errors import UserError
+from mllama_graph.server.connections import KEEP_ALIVE_SECONDS, Connection
 from mllama_graph.server.errors import ApiError
 from mllama_graph.server.service import FAILED, Service
 
@@ -65,13 +66,14 @@ def serve(
     """
     config = uvicorn.Config(
         app,
-        http="httptools",
+        http=Connection,
         ws="none",
         lifespan="off",
         access_log=False,
         log_config=None,
         server_header=False,
         proxy_headers=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=2,
         **tls,
     )

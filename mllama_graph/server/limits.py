@@ -1,10 +1,17 @@
 """Limits of what clients may send and of what waits: bodies, requests, tokens and pixels."""
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from mllama_graph.inputs.request import Request
 from mllama_graph.server.errors import ApiError
+
+# Bodies that may be held at a time, as a multiple of the largest one.
+BODIES = 4
+# Headers of an answer to a body of which the rest is not read.
+BUSY = {"retry-after": "2", "connection": "close"}
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,29 @@ class Bounds:
     seconds: float
 
 
+class Bodies:
+    """Bytes of bodies that are read or prepared at present, all together."""
+
+    def __init__(self, most: int):
+        self._most, self.held = most, 0
+
+    @contextmanager
+    def hold(self) -> Iterator[Callable[[int], None]]:
+        """A function that counts bytes until the context ends. It raises ApiError (429) beyond the bound."""
+        own = 0
+
+        def add(count: int) -> None:
+            nonlocal own
+            if own and self.held + count > self._most and self.held > own:
+                raise ApiError(429, "too many large requests at a time. Try again later.", None, "queue_full", BUSY)
+            own, self.held = own + count, self.held + count
+
+        try:
+            yield add
+        finally:
+            self.held -= own
+
+
 @dataclass
 class Load:
     """What is open at present, and what has been refused."""
@@ -41,6 +71,7 @@ class Admission:
 
     def __init__(self, bounds: Bounds, rows: int):
         self.bounds, self.load, self._rows = bounds, Load(), rows
+        self.bodies = Bodies(BODIES * bounds.body)
         # Seconds that a request has taken lately, for Retry-After.
         self._usual = 1.0
 

@@ -41,10 +41,11 @@ class Mailbox:
     """The deltas of one HTTP request that its task has not taken yet. Used in the event loop's thread only.
 
     A client that reads slowly leaves its deltas here: at most one per token of its own answers, and no other stream
-    waits. `error` ends the request instead of a result.
+    waits. `error` ends the request instead of a result. `ended` is called for each result that arrives.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ended: Callable[[], None] = lambda: None) -> None:
+        self._ended = ended
         self._deltas: list[tuple[int, Delta]] = []
         self._ready = asyncio.Event()
         self.error: Exception | None = None
@@ -53,6 +54,8 @@ class Mailbox:
         """Add a delta."""
         self._deltas.append((index, delta))
         self._ready.set()
+        if delta.result:
+            self._ended()
 
     def fail(self, error: Exception) -> None:
         """End the request: `take` raises `error` once the deltas before it are taken."""

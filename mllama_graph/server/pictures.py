@@ -3,24 +3,38 @@ allows it."""
 
 import io
 import warnings
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from PIL import Image
 
+from mllama_graph.core.errors import UserError
 from mllama_graph.inputs.chat import IMAGE_PARTS
 from mllama_graph.inputs.image_formats import formats
 from mllama_graph.inputs.image_sources import part_source, read_source, shorten
 from mllama_graph.server.errors import refused
+from mllama_graph.server.fetch import Fetcher
 from mllama_graph.server.limits import Bounds
 
 DETAILS = (None, "auto", "low", "high", "original")
 
 
 class Pictures:
-    """Replaces the pictures of a request by their bytes, within the bounds."""
+    """Replaces the pictures of a request by their bytes, within the bounds.
 
-    def __init__(self, bounds: Bounds):
-        self._bounds = bounds
+    fetch_hosts, below: the hosts and the folder that the operator allows; none by default.
+    """
+
+    def __init__(self, bounds: Bounds, fetch_hosts: Sequence[str] = (), below: Path | None = None):
+        self._bounds, self._below = bounds, below.resolve() if below else None
+        self._fetcher = Fetcher(fetch_hosts, bounds.body) if fetch_hosts else None
+
+    @property
+    def waits(self) -> bool:
+        """Whether reading a picture may wait for other hosts."""
+        return self._fetcher is not None
 
     def resolved(self, messages: Any) -> Any:
         """The messages with the bytes of each picture in place of its address. Other faults are left to the processor.
@@ -60,19 +74,39 @@ class Pictures:
         return data
 
     def _read(self, source: str, number: int) -> bytes:
-        scheme = source[:40].lstrip().partition(":")[0].lower()
-        if scheme != "data":
-            text = (
-                f"picture {number} ({shorten(source)}): this server reads data: URIs only (data:image/png;base64,...)."
-            )
-            raise refused(text, "messages", "invalid_image_url")
+        scheme, shown = source[:40].lstrip().partition(":")[0].lower(), f"picture {number} ({shorten(source)})"
         try:
-            data = read_source(source)
-        except Exception as error:
-            raise refused(
-                f"picture {number} ({shorten(source)}) can't be read: {error}", "messages", "invalid_image"
-            ) from None
-        assert isinstance(data, bytes)
+            if scheme == "data":
+                data = read_source(source)
+                assert isinstance(data, bytes)
+                return data
+            if scheme in ("http", "https") and self._fetcher:
+                return self._fetcher.fetch(source.strip())
+            if scheme == "file" and self._below:
+                return self._file(source.strip())
+        except UserError as error:
+            raise refused(f"{shown} can't be read: {error}", "messages", "invalid_image") from None
+        text = f"{shown}: this server reads data: URIs only (data:image/png;base64,...)."
+        raise refused(text, "messages", "invalid_image_url")
+
+    def _file(self, uri: str) -> bytes:
+        """The bytes of a file below the folder that the operator allows, after all links are followed."""
+        assert self._below is not None
+        parts = urlsplit(uri)
+        refusal = UserError("it is no file below the server's files_below=.")
+        if parts.netloc not in ("", "localhost") or "\0" in unquote(parts.path):
+            raise refusal
+        try:
+            path = Path(unquote(parts.path)).resolve(strict=True)
+            # The same message wherever the path leads, so that nobody learns which files exist.
+            if not path.is_relative_to(self._below) or not path.is_file():
+                raise refusal
+            with path.open("rb") as file:
+                data = file.read(self._bounds.body + 1)
+        except (OSError, RuntimeError):
+            raise refusal from None
+        if len(data) > self._bounds.body:
+            raise UserError(f"it has more than {self._bounds.body / (1 << 20):g} MiB.")
         return data
 
     def _check(self, data: bytes, number: int) -> None:

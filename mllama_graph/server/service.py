@@ -21,8 +21,8 @@ from mllama_graph.server.tokens import Tokens
 
 # States of a service.
 STARTING, READY, DRAINING, FAILED = "starting", "ready", "draining", "failed"
-# Threads that tokenize and decode pictures.
-PREPARERS = 2
+# Threads that tokenize and decode pictures; more where they wait for other hosts.
+PREPARERS, WAITING_PREPARERS = 2, 8
 
 
 class Service:
@@ -53,7 +53,9 @@ class Service:
         self.engine_loop = EngineLoop(lambda: self._built(build), self._deliver, self._engine_ended)
         self.metrics = Metrics(self, vllm_names)
         self._checks = Scheduler(run.plan, run.limits.batch)
-        self._pool = ThreadPoolExecutor(PREPARERS, thread_name_prefix="prepare")
+        self._pool = ThreadPoolExecutor(
+            WAITING_PREPARERS if pictures.waits else PREPARERS, thread_name_prefix="prepare"
+        )
         self.on_end: Callable[[], None] = lambda: None
 
     def start(self) -> None:
@@ -161,8 +163,10 @@ class Generation:
     """The running requests of one HTTP request: take deltas from its mailbox, and `close` it in any case."""
 
     def __init__(self, service: Service, requests: list[Request], arrived: float, load: Load):
-        self.requests, self.arrived, self.mailbox = requests, arrived, Mailbox()
-        self._service, self._load = service, load
+        self.requests, self.arrived, self.mailbox = requests, arrived, Mailbox(self._ended)
+        self._service = service
+        self._load: Load | None = load
+        self._left = len(requests)
         self.tickets = [
             Ticket(self.mailbox, n, len(request.ids), len(request.images), arrived)
             for n, request in enumerate(requests)
@@ -170,6 +174,10 @@ class Generation:
         service.open.add(self)
         for ticket, request in zip(self.tickets, requests):
             service.engine_loop.submit(ticket, request)
+
+    def new_tokens(self) -> int:
+        """The number of new tokens so far."""
+        return sum(ticket.tokens for ticket in self.tickets)
 
     def close(self) -> None:
         """Abort what has not ended, so that its rows and pages are free before the next step."""
@@ -181,4 +189,16 @@ class Generation:
                 ticket.done = True
                 self._service.metrics.aborted(ticket)
                 self._service.engine_loop.abort(ticket)
-        self._service.admission.release(self._load, time.perf_counter() - self.arrived)
+        self._release()
+
+    def _ended(self) -> None:
+        """Note that one of the requests has ended. The last one makes room in the queue, even if its client reads
+        slowly."""
+        self._left -= 1
+        if not self._left:
+            self._release()
+
+    def _release(self) -> None:
+        if self._load is not None:
+            self._service.admission.release(self._load, time.perf_counter() - self.arrived)
+            self._load = None

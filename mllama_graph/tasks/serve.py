@@ -45,7 +45,9 @@ def main(run: ResolvedRun) -> None:
             return engines[0]
 
         names = names_of(run, options)
-        service = Service(run, processor, names, bounds, Pictures(bounds), build, options.vllm_names)
+        below = Path(options.files_below).expanduser() if options.files_below else None
+        pictures = Pictures(bounds, options.fetch_hosts, below)
+        service = Service(run, processor, names, bounds, pictures, build, options.vllm_names)
         access = AccessLog(stack.enter_context(_log(run.output_dir, options)), options.log_prompts)
         key = options.api_key or os.environ.get(KEY) or None
         app = application(service, key, list(options.cors_origins), access)
