@@ -25,6 +25,7 @@ from mllama_graph.server.bodies import CLOSE, read_object
 from mllama_graph.server.errors import ApiError, of_request
 from mllama_graph.server.jobs import Job
 from mllama_graph.server.metrics import METRICS
+from mllama_graph.server.page import page
 from mllama_graph.server.service import READY, Generation, Service
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ class Api:
             "/ping": self.health,
             "/version": self.version,
             "/metrics": self.metrics,
+            "/": page(),
         }
         return [
             *(Route(path, self._guarded(endpoint), methods=["POST"]) for path, endpoint in posts.items()),
