@@ -123,6 +123,8 @@ class TaskOptions:
     RANKS: ClassVar[str] = "ranks"
     MODEL: ClassVar[str] = "model"
     NOTHING: ClassVar[str] = "nothing"
+    # Whether the task reads stdin and decides itself what Ctrl-C does, also where it runs in a process of its own.
+    interactive: ClassVar[bool] = False
 
     name: str = "generate"
 

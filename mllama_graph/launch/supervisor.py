@@ -33,7 +33,10 @@ class Supervisor:
     def __init__(self, run: ResolvedTask, entry: str, ranks: int):
         self._segment = run.segment if isinstance(run, ResolvedRun) else None
         self._end_seconds = run.options.end_seconds
-        given = Assignment(os.getpid(), run.output_dir, run, entry)
+        self._interactive = run.options.interactive
+        # A copy: the child's own stdin brings its assignment.
+        stdin = os.dup(0) if self._interactive and sys.stdin is not None else None
+        given = Assignment(os.getpid(), run.output_dir, run, entry, stdin)
         if ranks == 1:
             self._ranks = [spawn(Place(), {}, given)]
             return
@@ -54,6 +57,9 @@ class Supervisor:
         """
         previous, interrupted = signal.signal(signal.SIGTERM, raise_interrupt), False
         deadline = None
+        if self._interactive:
+            # The terminal sends Ctrl-C to rank 0, too, which decides what it ends.
+            signal.signal(signal.SIGINT, lambda number, frame: None)
         try:
             while not self._over() and (deadline is None or time.monotonic() < deadline):
                 try:

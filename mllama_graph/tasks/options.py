@@ -6,7 +6,7 @@ To add a task, add a module with `main(run)` to this package, an entry to TASKS,
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from mllama_graph.core.config import QUANTS, Run, TaskOptions, at_least, one_of
 from mllama_graph.core.devices import Device
@@ -366,6 +366,24 @@ class ServeOptions(TaskOptions):
 
 
 @dataclass
+class ChatOptions(TaskOptions):
+    """task=chat: a conversation in the terminal. `history`: a file of typed lines."""
+
+    interactive: ClassVar[bool] = True
+
+    name: str = "chat"
+    history: str | None = None
+
+    def prepared(self, run: Run) -> Run:
+        if run.requests is not None:
+            raise UserError("task=chat reads messages from the terminal or from stdin. Leave requests= out.")
+        return run
+
+    def images_asked(self, run: Run) -> int:
+        return len(list_images(run.image))
+
+
+@dataclass
 class TrainTinyOptions(TaskOptions):
     """task=train_tiny: train the tiny model for `steps` steps in `folder`."""
 
@@ -392,6 +410,7 @@ TASKS: dict[str, type[TaskOptions]] = {
         CompareOptions,
         QuantizeOptions,
         ServeOptions,
+        ChatOptions,
         TrainTinyOptions,
     )
 }
