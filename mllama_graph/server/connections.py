@@ -1,11 +1,12 @@
 """Connections: uvicorn's protocol on httptools, with bounds on the head of a request and on waiting for it."""
 
 import asyncio
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from mllama_graph.server.answers import to_json
+from mllama_graph.server.answers import WRITE_NOW, to_json
 from mllama_graph.server.errors import ApiError
 
 # The most bytes of a request's first line and headers, and the seconds in which they must arrive.
@@ -32,6 +33,7 @@ class Connection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        cast(dict[str, Any], self.scope)[WRITE_NOW] = self._write_now
         self._expect_head()
 
     def on_headers_complete(self) -> None:
@@ -54,6 +56,17 @@ class Connection(HttpToolsProtocol):
         )
         self.transport.write(head.encode() + body)
         self.transport.close()
+
+    def _write_now(self, make: Callable[..., bytes], *arguments: Any) -> bool:
+        """Write a part of a streamed body that `make` makes, in the place of a task that would be woken for it.
+
+        Returns False, and makes nothing, where the client has not read enough of what was written before.
+        """
+        if self.flow.write_paused or self.transport.is_closing():
+            return False
+        if data := make(*arguments):
+            self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        return True
 
     def _expect_head(self) -> None:
         self._in_head, self._head = True, 0
