@@ -14,18 +14,51 @@ MOST_HEAD, HEAD_SECONDS = 64 << 10, 20.0
 # Seconds that a connection may wait for its next request: longer than clients keep theirs, so that none is closed while
 # a client begins to use it (httpx: 5 s, nginx: 60 s).
 KEEP_ALIVE_SECONDS = 75
+# Seconds in which a client may read the answer to a body that is not read to its end.
+LINGER_SECONDS = 2.0
+
+
+class _Lingering:
+    """A transport that, when it is closed before the request's body has arrived, ends after the client has read.
+
+    Closing at once would reset the connection, and the client would lose the answer that it has not read yet.
+    """
+
+    def __init__(self, transport: Any, connection: "Connection"):
+        self._transport, self._connection = transport, connection
+        self.write = transport.write
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def close(self) -> None:
+        if not self._connection.linger():
+            self._transport.close()
+        elif self._transport.can_write_eof():
+            self._transport.write_eof()
 
 
 class Connection(HttpToolsProtocol):
     """One connection. Clients that send no head, a slow one or an endless one are disconnected."""
 
+    _lingering = False
     _timer: asyncio.TimerHandle | None = None
     _head = 0
     _in_head = True
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        self.transport = cast(Any, _Lingering(transport, self))
         self._expect_head()
+
+    def linger(self) -> bool:
+        """Whether to wait with closing, since the client still sends a body that nobody reads. Asked once."""
+        if self._lingering or self.cycle is None or not self.cycle.more_body or not self.cycle.response_complete:
+            return False
+        self._lingering = True
+        self.flow.resume_reading()
+        self.loop.call_later(LINGER_SECONDS, self.transport.close)
+        return True
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
@@ -42,6 +75,8 @@ class Connection(HttpToolsProtocol):
         super().on_headers_complete()
 
     def data_received(self, data: bytes) -> None:
+        if self._lingering:
+            return
         super().data_received(data)
         if self._in_head and not self.transport.is_closing():
             self._head += len(data)

@@ -109,6 +109,8 @@ class Running:
         """A server, once it is ready."""
         log, started = io.StringIO(), threading.Event()
         opened = listening("127.0.0.1", 0)
+        # Small, so that the system's buffers don't hold a whole answer that a client does not read.
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
         keys = {"pictures": Pictures(bounds), "api_key": KEY, "cors_origins": [], "prompts": False} | keys
         service = Service(
             self.run, processor_of(self.run), ["tiny"], bounds, keys["pictures"], build or (lambda: self.engine)
