@@ -124,7 +124,10 @@ class TaskOptions:
     MODEL: ClassVar[str] = "model"
     NOTHING: ClassVar[str] = "nothing"
     # Whether the task reads stdin and decides itself what Ctrl-C does, also where it runs in a process of its own.
-    interactive: ClassVar[bool] = False
+    INTERACTIVE: ClassVar[bool] = False
+
+    # Whether a second interrupt ends rank 0 at once, rather than after it has written its results.
+    ENDS_AT_ONCE: ClassVar[bool] = False
 
     name: str = "generate"
 

@@ -32,8 +32,8 @@ class Supervisor:
 
     def __init__(self, run: ResolvedTask, entry: str, ranks: int):
         self._segment = run.segment if isinstance(run, ResolvedRun) else None
-        self._end_seconds = run.options.end_seconds
-        self._interactive = run.options.interactive
+        self._end_seconds, self._at_once = run.options.end_seconds, run.options.ENDS_AT_ONCE
+        self._interactive = run.options.INTERACTIVE
         # A copy: the child's own stdin brings its assignment.
         stdin = os.dup(0) if self._interactive and sys.stdin is not None else None
         given = Assignment(os.getpid(), run.output_dir, run, entry, stdin)
@@ -66,6 +66,8 @@ class Supervisor:
                     collect(self._ranks, 0.5 if deadline else None)
                 except KeyboardInterrupt:
                     if interrupted:
+                        if self._at_once:
+                            self._ranks[0].kill()
                         break
                     interrupted, deadline = True, time.monotonic() + self._end_seconds
                     self._ranks[0].process.terminate()

@@ -310,6 +310,8 @@ class QuantizeOptions(TaskOptions):
 class ServeOptions(TaskOptions):
     """task=serve: OpenAI's API. conf/task/serve.yaml explains each key."""
 
+    ENDS_AT_ONCE: ClassVar[bool] = True
+
     name: str = "serve"
     port: int = 8000
     host: str = "127.0.0.1"
@@ -346,6 +348,8 @@ class ServeOptions(TaskOptions):
                 raise UserError(f"task.{key}={value:g} must be above 0.")
         if self.api_key == "":
             raise UserError("api_key= is empty. Give a key, or leave api_key= out to serve everybody.")
+        if not all("!" <= letter <= "~" for letter in self.api_key or ""):
+            raise UserError("api_key= must be of printable ASCII characters without spaces: HTTP headers hold no others.")
         if self.ssl_keyfile and not self.ssl_certfile:
             raise UserError("task.ssl_keyfile needs task.ssl_certfile, the certificate of the key.")
         for key in ("ssl_certfile", "ssl_keyfile"):
@@ -369,7 +373,7 @@ class ServeOptions(TaskOptions):
 class ChatOptions(TaskOptions):
     """task=chat: a conversation in the terminal. `history`: a file of typed lines."""
 
-    interactive: ClassVar[bool] = True
+    INTERACTIVE: ClassVar[bool] = True
 
     name: str = "chat"
     history: str | None = None
