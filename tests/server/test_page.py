@@ -110,6 +110,12 @@ def test_the_policy_allows_this_pages_script_and_style_and_its_own_origin_only(s
     assert rules["connect-src"] == "'self'" and "unsafe" not in answer.headers["content-security-policy"]
 
 
+def test_the_server_gives_the_page_to_browsers_without_a_key(server):
+    answer = httpx.get(server.url)
+    assert answer.status_code == 200 and answer.text == PAGE and "content-security-policy" in answer.headers
+    assert httpx.get(f"{server.url}/v1/models").status_code == 401
+
+
 def test_the_page_names_no_other_host_and_parses_no_html():
     assert not re.findall(r"https?://|//[a-z]+\.|\bimport\b", PAGE)
     assert not re.findall(r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\b|DOMParser", PAGE)
