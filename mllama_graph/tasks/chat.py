@@ -64,7 +64,9 @@ class Lines:
     """Reads lines from stdin: with a prompt and readline on a terminal, as they are from a pipe."""
 
     def __init__(self, interrupts: Interrupts, history: Path | None):
-        self._interrupts, self._history, self._readline = interrupts, history, None
+        self._interrupts, self._history = interrupts, history
+        # The module, where lines are edited with it.
+        self._readline: Any = None
         self.asks = sys.stdin is not None and sys.stdin.isatty()
         if sys.stdin is not None:
             # Bytes that are no text become an error of their line.

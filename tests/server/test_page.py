@@ -1,13 +1,12 @@
 """The page at `/`: its policy, and what it does in a real browser against a server whose answers are given here."""
 
 import asyncio
-import base64
 import json
 import re
 import shutil
 import subprocess
 import threading
-from base64 import b64encode
+from base64 import b64decode, b64encode
 from hashlib import sha256
 from io import BytesIO
 
@@ -173,7 +172,7 @@ def test_a_conversation_in_a_browser(scripted, tmp_path):
         assert system == {"role": "system", "content": "Be brief."}
         assert mine["content"][1] == {"type": "text", "text": "What is it?"}
         kind, _, data = mine["content"][0]["image_url"]["url"].partition(",")
-        assert kind == "data:image/jpeg;base64" and Image.open(BytesIO(base64.b64decode(data))).size == (2240, 1120)
+        assert kind == "data:image/jpeg;base64" and Image.open(BytesIO(b64decode(data))).size == (2240, 1120)
 
         # What a model says is text.
         assert text_of(found, ".assistant .text") == HOSTILE
@@ -190,12 +189,31 @@ def test_a_conversation_in_a_browser(scripted, tmp_path):
         roles = [message["role"] for message in scripted.asked.pop()["messages"]]
         assert roles == ["system", "user", "assistant", "user"]
 
+        # Pictures are dropped and pasted, too; what this browser can't decode goes to the server as it is.
+        for kind, name, field in (("DragEvent", "drop", "dataTransfer"), ("ClipboardEvent", "paste", "clipboardData")):
+            found.run(
+                "(() => { const given = new DataTransfer();"
+                "given.items.add(new File(['II*'], 'a.tiff', { type: 'image/tiff' }));"
+                f"document.dispatchEvent(new {kind}('{name}', {{ {field}: given }})); }})()"
+            )
+        found.wait("document.querySelectorAll('#pending .named').length === 2")
+        found.run("document.querySelector('#pending button').click()")
+        assert found.run("document.getElementById('pending').children.length") == 1
+
+        # Everything that can be operated has a name for readers of the screen.
+        nodes = found("Accessibility.getFullAXTree")["nodes"]
+        operated = [node for node in nodes if node.get("role", {}).get("value") in ("button", "textbox", "Disclosure")]
+        assert len(operated) >= 5 and all(node["name"]["value"] for node in operated)
+
         # A refused message goes back to where it was written.
         scripted.error = "the prompt is too long."
         ask(found, "One")
         found.wait("!document.getElementById('fault').hidden")
         assert text_of(found, "#fault") == scripted.error
         assert found.run("document.getElementById('prompt').value") == "One"
+        sent = scripted.asked.pop()["messages"][-1]["content"][0]["image_url"]["url"]
+        assert sent == "data:image/tiff;base64," + b64encode(b"II*").decode()
+        found.run("document.querySelector('#pending button').click()")
         assert found.run(ENDED.format(2))
         scripted.error, scripted.answer = None, ["Two"]
 
