@@ -17,7 +17,7 @@ from mllama_graph.engine.stats import Totals
 from mllama_graph.inputs.image_sources import list_images, read_source
 from mllama_graph.inputs.images import prepare_images
 from mllama_graph.plan.resolve import ResolvedRun
-from mllama_graph.tasks.options import ChatOptions
+from mllama_graph.tasks.chat_options import ChatOptions
 
 PROMPT = "> "
 IMAGE, SYSTEM, RESET, HELP, QUIT = "/image", "/system", "/reset", "/help", "/quit"

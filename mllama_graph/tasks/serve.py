@@ -19,7 +19,7 @@ from mllama_graph.server.limits import Bounds
 from mllama_graph.server.pictures import Pictures
 from mllama_graph.server.service import Service
 from mllama_graph.server.warm import warm_up
-from mllama_graph.tasks.options import ServeOptions
+from mllama_graph.tasks.serve_options import ServeOptions
 
 # Seconds between switches of Python's threads: the default of 5 ms would delay streams behind the step loop.
 SWITCH_SECONDS = 0.0005

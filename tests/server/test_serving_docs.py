@@ -1,4 +1,4 @@
-"""docs/serving.md: its examples run, its limits are the defaults, and it names the metrics that are exported."""
+"""docs/serving.md and docs/clients.md: examples run, limits are the defaults, and exported metrics have their names."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from mllama_graph.tasks.options import ServeOptions
 
 DOCS = ROOT / "docs"
-PAGE = (DOCS / "serving.md").read_text(encoding="utf8")
+SERVING, CLIENTS = DOCS / "serving.md", DOCS / "clients.md"
 SCENE = ROOT / "mllama_graph" / "tiny" / "scene.png"
 NAME = re.compile(r"\b(?:mllama_graph:|process_)\w+")
 SEEN, CAN = (
@@ -31,13 +31,13 @@ def served(running):
     running.stop()
 
 
-def section(title):
-    return PAGE.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+def section(page, title):
+    return page.read_text(encoding="utf8").partition(f"\n## {title}\n")[2].partition("\n## ")[0]
 
 
-def example(language, served):
+def example(page, language, served):
     """The first code block of a language among the clients', for the server that is running."""
-    return re.search(rf"```{language}\n(.*?)```", section("Clients"), re.DOTALL)[1].replace(
+    return re.search(rf"```{language}\n(.*?)```", section(page, "Clients"), re.DOTALL)[1].replace(
         "http://127.0.0.1:8000", served.url
     )
 
@@ -47,13 +47,14 @@ def run(served, tmp_path, *command):
     return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60).stdout
 
 
-def test_the_example_for_python_runs(served, tmp_path):
-    assert run(served, tmp_path, sys.executable, "-c", example("python", served)) == SEEN
+@pytest.mark.parametrize("page", [SERVING, CLIENTS], ids=lambda page: page.stem)
+def test_the_example_for_python_runs(page, served, tmp_path):
+    assert run(served, tmp_path, sys.executable, "-c", example(page, "python", served)) == SEEN
 
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
 def test_the_examples_for_curl_run(served, tmp_path):
-    streamed, _, whole = run(served, tmp_path, "sh", "-c", example("sh", served)).partition("data: [DONE]\n")
+    streamed, _, whole = run(served, tmp_path, "sh", "-c", example(CLIENTS, "sh", served)).partition("data: [DONE]\n")
     chunks = [json.loads(line[6:]) for line in streamed.splitlines() if line]
     assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks).startswith(CAN)
     assert json.loads(whole)["choices"][0]["message"]["content"] == SEEN
@@ -61,7 +62,7 @@ def test_the_examples_for_curl_run(served, tmp_path):
 
 def test_the_limits_are_the_defaults():
     defaults = ServeOptions()
-    found = dict(re.findall(r"^\| `task\.(\w+)` \| (\d+) \|", section("Limits"), re.MULTILINE))
+    found = dict(re.findall(r"^\| `task\.(\w+)` \| (\d+) \|", section(SERVING, "Limits"), re.MULTILINE))
     assert len(found) >= 6
     assert {name: float(value) for name, value in found.items()} == {name: getattr(defaults, name) for name in found}
 
@@ -85,6 +86,8 @@ def test_the_dashboard_asks_for_exported_metrics_only(served):
 
 def test_the_table_of_metrics_is_complete(served):
     families, _ = exported(served)
-    named = {name for line in section("Metrics").splitlines() if line.startswith("|") for name in NAME.findall(line)}
+    named = {
+        name for line in section(CLIENTS, "Metrics").splitlines() if line.startswith("|") for name in NAME.findall(line)
+    }
     assert named <= families
     assert {name for name in families if name.startswith("mllama_graph:")} <= named
