@@ -126,8 +126,18 @@ class TaskOptions:
     RANKS: ClassVar[str] = "ranks"
     MODEL: ClassVar[str] = "model"
     NOTHING: ClassVar[str] = "nothing"
+    # Whether the task reads stdin and decides itself what Ctrl-C does, also where it runs in a process of its own.
+    INTERACTIVE: ClassVar[bool] = False
+
+    # Whether a second interrupt ends rank 0 at once, rather than after it has written its results.
+    ENDS_AT_ONCE: ClassVar[bool] = False
 
     name: str = "generate"
+
+    @property
+    def end_seconds(self) -> float:
+        """Seconds that rank 0 may take after an interrupt, to finish what it does."""
+        return 20.0
 
     def needs(self, device: Device) -> str:
         """Return RANKS, MODEL or NOTHING. Raises UserError if the task can't run on the device."""
@@ -194,6 +204,13 @@ class Run:
     peers: Any = None
     a: str | None = None
     b: str | None = None
+    port: int | None = None
+    host: str | None = None
+    api_key: str | None = None
+    fetch_hosts: list[str] | None = None
+    files_below: str | None = None
+    drain_seconds: float | None = None
+    log_prompts: bool | None = None
     max_input_length: int = 2048
     max_output_length: int = 128
     max_images: int | None = None
@@ -219,6 +236,10 @@ SHORT_NAMES = {
     "peers": "only task=bench measures other engines. Add task=bench",
     "a": "only task=compare compares sessions. Add task=compare",
     "b": "only task=compare compares sessions. Add task=compare",
+    **dict.fromkeys(
+        ("port", "host", "api_key", "fetch_hosts", "files_below", "drain_seconds", "log_prompts"),
+        "only task=serve is a server. Add task=serve",
+    ),
 }
 
 
@@ -235,6 +256,7 @@ def with_task_keys(run: Run) -> Run:
     own = {entry.name for entry in fields(run.task)}
     for name, value in given.items():
         if name not in own:
+            value = "..." if name == "api_key" else value
             raise UserError(f"{name}={value}: {SHORT_NAMES[name]}, or leave {name}= out.")
     cleared: dict[str, Any] = dict.fromkeys(given)
     return replace(run, task=replace(run.task, **given), **cleared)

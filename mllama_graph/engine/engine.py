@@ -129,6 +129,10 @@ class Engine:
             for delta in self.step():
                 on_delta(delta)
 
+    def reset_stats(self) -> None:
+        """Forget the steps so far, such as those of a warm-up."""
+        self.stats, self.scheduler.preemptions = Stats(), 0
+
     def metrics(self, finished: Totals) -> dict[str, Any]:
         """The run's metrics for result.json."""
         run = self.executor.run
@@ -167,23 +171,23 @@ class Engine:
             self._end(sequence)
             error = NOT_FINITE_ERROR.format(step=len(sequence.generated))
             return Delta(request.id, None, "", Result.failed(request.id, error))
+        logprobs = None
         if request.sampling.logprobs is not None:
-            state.logprobs.append(
-                {
-                    "id": token.id,
-                    "logprob": token.logprob,
-                    "top_ids": list(token.top_ids),
-                    "top_logprobs": list(token.top_logprobs),
-                }
-            )
+            logprobs = {
+                "id": token.id,
+                "logprob": token.logprob,
+                "top_ids": list(token.top_ids),
+                "top_logprobs": list(token.top_logprobs),
+            }
+            state.logprobs.append(logprobs)
         ended = token.id in self.processor.eos and not request.ignore_eos
         text = "" if ended else state.text.add(token.id)
         if not (ended or state.text.stopped or len(sequence.generated) >= request.max_new):
-            return Delta(request.id, token.id, text)
+            return Delta(request.id, token.id, text, None, logprobs)
         reason = "stop" if ended or state.text.stopped else "length"
         text += state.text.flush()
         self._end(sequence)
-        return Delta(request.id, token.id, text, self._result(state, reason, now))
+        return Delta(request.id, token.id, text, self._result(state, reason, now), logprobs)
 
     def _end(self, sequence: Sequence) -> None:
         self.scheduler.finish(sequence)

@@ -74,6 +74,10 @@ class Executor:
         self.rank.profile(begin)
         self._workers.confirmed()
 
+    def lost_worker(self) -> int | None:
+        """A worker rank that has ended, or None. Any thread may ask."""
+        return self._workers.lost()
+
     def close(self) -> None:
         """Disconnect from the worker ranks, which then end. Nothing can be executed afterwards."""
         self._workers.close()

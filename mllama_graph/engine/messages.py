@@ -153,6 +153,19 @@ class Workers:
             except (EOFError, OSError) as error:
                 raise PeerGone(f"rank {rank} is gone") from error
 
+    def lost(self) -> int | None:
+        """A worker whose connection is closed, or None. Any thread may ask."""
+        for rank, connection in self._connections.items():
+            try:
+                with socket.socket(fileno=os.dup(connection.fileno())) as shared:
+                    if not shared.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                        return rank
+            except BlockingIOError:
+                continue
+            except OSError:
+                return None if self._closed.is_set() else rank
+        return None
+
     def close(self) -> None:
         """Close the connections; the workers then end."""
         self._closed.set()

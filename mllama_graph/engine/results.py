@@ -48,10 +48,12 @@ class Result:
 class Delta:
     """The output of one step for one request: its token, its new text, and the result if the request finished.
 
-    A request that could not be served gets one Delta without a token, whose result holds the error.
+    A request that could not be served gets one Delta without a token, whose result holds the error. `logprobs`: the
+    token's entry of the result's `logprobs`, where the request has them.
     """
 
     id: Any
     token: int | None
     text: str
     result: Result | None = None
+    logprobs: dict[str, Any] | None = None

@@ -65,6 +65,11 @@ class Graphs:
         if self.spec.compiles and not self.compiled_by_ranks:
             self._choose(need)
 
+    def load_stored(self) -> None:
+        """Have every rank load all stored graphs of the plan now, rather than at their first step."""
+        for bucket in sorted(self._stored, key=str):
+            self._load(bucket)
+
     def select(self, need: Bucket) -> tuple[Bucket, bool]:
         """The bucket that runs a step of size `need`, and whether its graph is compiled and loaded.
 

@@ -30,6 +30,10 @@ def main() -> None:
     os.set_inheritable(report, False)
     given: Assignment = pickle.load(sys.stdin.buffer)
     _die_with(given.parent)
+    if given.stdin is not None:
+        os.dup2(given.stdin, 0)
+        sys.stdin = open(0, closefd=False)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     place = place_from(os.environ) or Place()
     who = f"rank {place.rank}: " if place.world > 1 else ""
     where = f"ranks/{place.rank}.log" if place.world > 1 else "run.log"

@@ -35,12 +35,16 @@ FAILURES: dict[str, type[Exception]] = {
 
 @dataclass(frozen=True)
 class Assignment:
-    """The input of a rank's process: the task and its function; no task for a worker rank."""
+    """The input of a rank's process: the task and its function; no task for a worker rank.
+
+    `stdin`: the descriptor of the user's input, for a task that reads it and gets Ctrl-C itself.
+    """
 
     parent: int
     output_dir: Path
     task: ResolvedTask | None = None
     entry: str = ""
+    stdin: int | None = None
 
 
 @dataclass
@@ -99,7 +103,7 @@ def spawn(place: Place, variables: Mapping[str, str], given: Assignment, inherit
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
-            pass_fds=[writable, *inherited],
+            pass_fds=[writable, *inherited, *([] if given.stdin is None else [given.stdin])],
         )
     os.close(writable)
     assert process.stdin is not None

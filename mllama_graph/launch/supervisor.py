@@ -26,16 +26,17 @@ from mllama_graph.launch.processes import (
 )
 from mllama_graph.plan.resolve import ResolvedRun, ResolvedTask
 
-# After an interrupt: seconds for rank 0 to finish its step.
-INTERRUPT_SECONDS = 20.0
-
 
 class Supervisor:
     """The processes of one run with `ranks` ranks. Rank 0 runs the task's function `entry`."""
 
     def __init__(self, run: ResolvedTask, entry: str, ranks: int):
         self._segment = run.segment if isinstance(run, ResolvedRun) else None
-        given = Assignment(os.getpid(), run.output_dir, run, entry)
+        self._end_seconds, self._at_once = run.options.end_seconds, run.options.ENDS_AT_ONCE
+        self._interactive = run.options.INTERACTIVE
+        # A copy: the child's own stdin brings its assignment.
+        stdin = os.dup(0) if self._interactive and sys.stdin is not None else None
+        given = Assignment(os.getpid(), run.output_dir, run, entry, stdin)
         if ranks == 1:
             self._ranks = [spawn(Place(), {}, given)]
             return
@@ -56,14 +57,19 @@ class Supervisor:
         """
         previous, interrupted = signal.signal(signal.SIGTERM, raise_interrupt), False
         deadline = None
+        if self._interactive:
+            # The terminal sends Ctrl-C to rank 0, too, which decides what it ends.
+            signal.signal(signal.SIGINT, lambda number, frame: None)
         try:
             while not self._over() and (deadline is None or time.monotonic() < deadline):
                 try:
                     collect(self._ranks, 0.5 if deadline else None)
                 except KeyboardInterrupt:
                     if interrupted:
+                        if self._at_once:
+                            self._ranks[0].kill()
                         break
-                    interrupted, deadline = True, time.monotonic() + INTERRUPT_SECONDS
+                    interrupted, deadline = True, time.monotonic() + self._end_seconds
                     self._ranks[0].process.terminate()
             # Determined here, since ranks that `_end` kills have not failed.
             failure = failure_of(self._ranks, TELL_SECONDS) if self._failed() else None

@@ -13,6 +13,8 @@ from mllama_graph.core.errors import UserError
 from mllama_graph.inputs.image_sources import list_images
 from mllama_graph.inputs.request_file import is_stream, most_images, read_lines, spool
 from mllama_graph.measure.peers import ENVIRONMENTS, Setting, settings_of
+from mllama_graph.tasks.chat_options import ChatOptions
+from mllama_graph.tasks.serve_options import ServeOptions
 
 # Values that torch_npu.profiler accepts.
 PROFILER_LEVELS = (0, 1, 2)
@@ -336,6 +338,8 @@ TASKS: dict[str, type[TaskOptions]] = {
         CollectOptions,
         CompareOptions,
         QuantizeOptions,
+        ServeOptions,
+        ChatOptions,
         TrainTinyOptions,
     )
 }

@@ -1,0 +1,1 @@
+"""The HTTP server: OpenAI's API over the continuous batch. Needs the extra `serve`."""

@@ -1,0 +1,129 @@
+"""Fields that completions of all kinds share: reads a body into what the processor and the answer need.
+
+Unknown fields are ignored, as OpenAI-compatible servers do; wrong types and contradictions are refused with the field.
+"""
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mllama_graph.inputs.request import FIELDS
+from mllama_graph.model.fields import describe
+from mllama_graph.server.errors import refused
+
+MOST_CHOICES = 128
+MOST_TOP_LOGPROBS = 20
+SEEDS = 1 << 64
+# Steps between the seeds of a request's choices: an odd number near 2**64 / golden ratio, so that they spread.
+SEED_STEP = 0x9E3779B97F4A7C15
+# Fields of the API that the processor reads, under their names there; each with the value that changes nothing, or None
+# where every value counts. A field that this engine does not have yet is accepted with that value only.
+SAMPLING: dict[str, Any] = {
+    "temperature": None,
+    "top_p": None,
+    "top_k": None,
+    "stop": None,
+    "ignore_eos": None,
+    "min_p": 0,
+    "repetition_penalty": 1,
+    "frequency_penalty": 0,
+    "presence_penalty": 0,
+    "logit_bias": {},
+    "min_tokens": 0,
+}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a completion asks for, apart from its prompt.
+
+    fields: for the processor. logprobs: the number of most likely ids to report; None: none. seed: of the first choice.
+    """
+
+    model: str
+    fields: dict[str, Any]
+    choices: int
+    stream: bool
+    usage: bool
+    usage_always: bool
+    logprobs: int | None
+    seed: int
+
+    def seed_of(self, choice: int) -> int:
+        """The seed of a choice."""
+        return (self.seed + choice * SEED_STEP) % SEEDS
+
+    def of_request(self) -> dict[str, Any]:
+        """The fields of the first choice's request."""
+        return {**self.fields, "seed": self.seed, "logprobs": self.logprobs}
+
+
+def flag(body: Mapping[str, Any], name: str, default: bool = False) -> bool:
+    """A boolean field; null is the default. Raises ApiError for another type."""
+    value = body.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise refused(f"{name} is {describe(value)}; it must be true or false.", name)
+    return value
+
+
+def whole(body: Mapping[str, Any], name: str, least: int, most: int) -> int | None:
+    """A whole number; null is None. Raises ApiError for another type or a value out of range."""
+    value = body.get(name)
+    if value is None:
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise refused(f"{name} is {describe(value)}; it must be a whole number.", name, "invalid_type")
+    if not least <= value <= most:
+        raise refused(f"{name}={value} must be at least {least} and at most {most}.", name)
+    return value
+
+
+def read(body: Mapping[str, Any], model: str, limits: tuple[str, ...], logprobs: int | None) -> Asked:
+    """Read the common fields. `limits`: the names of the most new tokens, which must not contradict each other.
+
+    Raises ApiError with the field.
+    """
+    fields = {name: _known(name, body[name], neutral) for name, neutral in SAMPLING.items() if name in body}
+    fields = {name: value for name, value in fields.items() if value is not None}
+    given = {name: body[name] for name in limits if body.get(name) is not None}
+    if len({*map(str, given.values())}) > 1:
+        raise refused(f"{' and '.join(given)} contradict each other. Give one of them.", next(iter(given)))
+    for name in given:
+        fields["max_new_tokens"] = whole(body, name, 1, 2**31 - 1)
+    stream = flag(body, "stream")
+    options = body.get("stream_options")
+    if options is not None and not isinstance(options, dict):
+        raise refused(f"stream_options is {describe(options)}; it must be an object.", "stream_options")
+    if options is not None and not stream:
+        raise refused("stream_options is for stream=true only. Leave it out, or set stream=true.", "stream_options")
+    options = options or {}
+    choices = whole(body, "n", 1, MOST_CHOICES) or 1
+    best_of = whole(body, "best_of", 1, MOST_CHOICES)
+    if best_of is not None and best_of != choices:
+        raise refused(f"best_of={best_of} is not supported. Leave it out, or ask for n={best_of} answers.", "best_of")
+    seed = whole(body, "seed", -(1 << 63), SEEDS - 1)
+    continuous = flag(options, "continuous_usage_stats")
+    return Asked(
+        model=model,
+        fields=fields,
+        choices=choices,
+        stream=stream,
+        usage=flag(options, "include_usage") or continuous,
+        usage_always=continuous,
+        logprobs=logprobs,
+        seed=secrets.randbits(63) if seed is None else seed % SEEDS,
+    )
+
+
+def _known(name: str, value: Any, neutral: Any) -> Any:
+    """The value of a sampling field for the processor, or None to leave it out."""
+    if value is None or name in FIELDS:
+        return value
+    if value != neutral:
+        raise refused(f"{name} is not supported by this engine. Leave it out.", name, "unsupported_parameter")
+    return None

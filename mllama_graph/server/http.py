@@ -1,0 +1,140 @@
+"""Runs the application on uvicorn: sockets, signals, draining, and the end of the process."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from mllama_graph.core.errors import UserError
+from mllama_graph.server.connections import KEEP_ALIVE_SECONDS, Connection
+from mllama_graph.server.errors import ApiError
+from mllama_graph.server.service import FAILED, Service
+
+BACKLOG = 2048
+# Seconds in which answers that are ended with an error may still be sent.
+LAST_WORDS = 1.0
+# Seconds between looks at the worker ranks.
+WATCH = 0.5
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket that listens at an address; port 0 is a free one. Raises UserError where it is taken or not ours."""
+    try:
+        kind = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        opened = socket.socket(kind[0], kind[1])
+    except OSError as error:
+        raise UserError(f"host={host} is no address of this machine: {error.strerror}.") from error
+    try:
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        opened.bind(kind[4])
+        opened.listen(BACKLOG)
+    except OSError as error:
+        opened.close()
+        raise UserError(f"host={host} port={port} can't be used: {error.strerror}. Choose another port=.") from error
+    opened.setblocking(False)
+    return opened
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its handlers of signals, which raise them again and print stacks."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def server_of(app: ASGIApp, tls: Mapping[str, Any]) -> _Server:
+    """uvicorn with our connections. `tls`: its options for a certificate."""
+    config = uvicorn.Config(
+        app,
+        http=Connection,
+        ws="none",
+        lifespan="off",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=2,
+        **tls,
+    )
+    return _Server(config)
+
+
+def serve(
+    app: ASGIApp,
+    service: Service,
+    opened: socket.socket,
+    drain_seconds: float,
+    tls: Mapping[str, Any],
+    watch: Callable[[], Exception | None],
+    say: Callable[[str], None],
+) -> None:
+    """Serve until a signal or the engine ends it.
+
+    SIGTERM and SIGINT drain: new requests are refused, open ones finish within `drain_seconds`. A second SIGINT ends
+    the process at once. `watch` returns why a worker rank has ended, if one has. Raises what ended the engine.
+    """
+    server = server_of(app, tls)
+    with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
+        runner.run(_serve(server, service, opened, drain_seconds, watch, say))
+    if service.error is not None:
+        raise service.error
+
+
+async def _serve(
+    server: _Server,
+    service: Service,
+    opened: socket.socket,
+    drain_seconds: float,
+    watch: Callable[[], Exception | None],
+    say: Callable[[str], None],
+) -> None:
+    loop, ending = asyncio.get_running_loop(), asyncio.Event()
+    interrupts = 0
+
+    def interrupted(number: int) -> None:
+        nonlocal interrupts
+        interrupts += number == signal.SIGINT
+        if interrupts > 1:
+            say("ended at once")
+            os._exit(130)
+        if not ending.is_set():
+            say(f"finishing {len(service.open)} open requests, at most {drain_seconds:g} s; Ctrl-C twice ends at once")
+        service.drain()
+        ending.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, interrupted, number)
+    service.on_end = ending.set
+    service.start()
+    watching = asyncio.ensure_future(_watch(service, watch))
+    serving = asyncio.ensure_future(server.serve(sockets=[opened]))
+    await ending.wait()
+    until = time.monotonic() + drain_seconds
+    while service.open and service.state != FAILED and time.monotonic() < until:
+        await asyncio.sleep(0.02)
+    if service.state != FAILED:
+        service.end_all(ApiError(503, "the server has shut down before the answer was finished.", None, "draining"))
+    until = time.monotonic() + LAST_WORDS
+    while service.open and time.monotonic() < until:
+        await asyncio.sleep(0.02)
+    watching.cancel()
+    server.should_exit = True
+    await serving
+
+
+async def _watch(service: Service, watch: Callable[[], Exception | None]) -> None:
+    """End the service where a worker rank has ended: the engine may wait for it for a long time."""
+    while True:
+        await asyncio.sleep(WATCH)
+        if error := watch():
+            service.fail(error)
+            return
