@@ -131,7 +131,8 @@ def candidates(graph: LoweredGraph, context: Context) -> Faults:
     found = search(graph, ends[0])
     assert found, "just found"
     logits = graph.behind(inputs_of(found)[0][1], (*VIEWS, "Cast", "Add"))
-    if graph.role(graph.behind(dict(inputs_of(graph.maker(logits))).get("x2", logits))) != HEAD:
+    products = dict(inputs_of(graph.maker(logits)))
+    if graph.role(graph.behind(products.get("x2") or products.get("weight") or logits)) != HEAD:
         yield found, f"searches {graph.described(logits)}, not the logits"
     if (dtype := graph.dtype(inputs_of(found)[0][1])) != torch.float32:
         yield found, f"searches in {dtype}: sums of exponentials need fp32"

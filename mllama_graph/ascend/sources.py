@@ -13,6 +13,8 @@ SOURCES = {
     "straight": "ge, tiling_schedule_optimize; ops-transformer, fused_infer_attention_score",
     "masks": "ge's folding kernels; ops-transformer, tiling of fused_infer_attention_score in CANN 8.5 to 9.1",
     "paged": "ops-transformer, tiling of fused_infer_attention_score in CANN 8.5 to 9.1",
+    "candidates": "ops-math, top_k_v2_proto.h of CANN 8.5 to 9.1; this project: only candidates leave the device",
+    "forms": "docs npu_fused_infer_attention_score: layouts, lengths and softmax_lse_flag; plan/forms.py",
     "writes": "torchair, graph_pass.py: operations that write to their inputs",
     "numbers": "docs npu_fused_infer_attention_score: lengths in int64; no kernel of the hot path takes float64",
     "weights": "ops-nn, QuantBatchMatmulV3TransposeFusionPass and WeightQuantBatchMatmulV2TransposeFusionPass",

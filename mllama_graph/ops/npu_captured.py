@@ -54,7 +54,14 @@ def attend_pages(q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, len_B: Tens
 
 
 def attend_image_tokens(
-    q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, fill_BJ: Tensor, see_T2: Tensor, *, made: Prepared
+    q_TQH: Tensor,
+    pages: LayerPages,
+    table_BJ: Tensor,
+    fill_BJ: Tensor,
+    see_T2: Tensor,
+    rows_B: Tensor | None = None,
+    *,
+    made: Prepared,
 ) -> Tensor:
     """attend_image of a decode step, with the host's mask."""
     return _whole_table(q_TQH, pages, table_BJ, made.unseen_B1RL, made.image_empty_BS11)

@@ -83,7 +83,7 @@ def vision_rows(vision: VisionShape) -> int:
 def work(shape: ModelShape, page_size: int, bucket: Bucket, storage: Storage) -> tuple[float, float]:
     """Bytes that all ranks together move in a step of a full bucket, and the operations of its matrix products."""
     if bucket.phase == "vision":
-        return _vision_work(shape, storage)
+        return _vision_work(shape, storage, bucket.tiles)
     images = bucket.image_pages > 0
     keys, image_keys = bucket.rows * bucket.pages * page_size, bucket.rows * bucket.image_pages * page_size
     if bucket.phase == "prefill":
@@ -118,7 +118,7 @@ def step_work(
     return moved, flops + 2 * parts.head * rows_of_logits
 
 
-def _vision_work(shape: ModelShape, storage: Storage) -> tuple[float, float]:
+def _vision_work(shape: ModelShape, storage: Storage, tiles: int) -> tuple[float, float]:
     vision, parts, held, kept = shape.vision, sizes(shape), sizes(shape, storage), len(shape.text.cross_layers)
     rows, tokens, E = vision_rows(vision), vision.max_tiles * vision.tokens, vision.width
     layers, patches = vision.layers + vision.global_layers, vision.channels * vision.patch**2 * E
@@ -127,7 +127,9 @@ def _vision_work(shape: ModelShape, storage: Storage) -> tuple[float, float]:
     read = tower + patches + vision.tokens * E * (1 + vision.max_tiles)
     moved = read * held.vision / parts.vision + held.projector + held.cross_kv
     moved += tokens * kv_elements(shape, kept) * storage.page
-    return moved, 2 * rows * tower + 2 * tokens * (patches + late) + 4 * layers * rows**2 * E
+    # In a graph for a number of real tiles, padding does not see padding.
+    pairs = rows**2 - ((rows - tiles * vision.tokens) ** 2 if tiles else 0)
+    return moved, 2 * rows * tower + 2 * tokens * (patches + late) + 4 * layers * pairs * E
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ def first_buckets(plan: Plan, batch: int) -> list[Bucket]:
     pages = plan.pages[-1]
     images = (0, plan.pages_per_image)
     prompts = [plan.prefill(1, 0, image) for image in images]
-    return [plan.vision(), *prompts, *(plan.decode(rows, pages, image) for rows in (1, batch) for image in images)]
+    return [plan.vision(1), *prompts, *(plan.decode(rows, pages, image) for rows in (1, batch) for image in images)]
 
 
 def warm_up(engine: Engine, batch: int) -> None:

@@ -136,9 +136,12 @@ def main(run: ResolvedRun) -> None:
 
 
 def kind(bucket: Bucket, forms: Forms = BSH_ALONE) -> tuple[object, ...]:
-    """The class of a bucket. Buckets of one class have the same graph except for sizes."""
+    """The class of a bucket. Buckets of one class have the same graph except for sizes.
+
+    A vision graph of one tile lacks operations that move tiles.
+    """
     past, several = (bucket.phase == "prefill" and more for more in (bucket.pages > 0, bucket.rows > 1))
-    return bucket.phase, bucket.image_pages > 0, past, several, forms.text.name, forms.image.name
+    return bucket.phase, bucket.image_pages > 0, past, several, min(bucket.tiles, 2), forms.text.name, forms.image.name
 
 
 def jobs(spec: GraphSpec, plan: Plan) -> list[Job]:

@@ -195,7 +195,7 @@ def test_a_graph_that_breaks_a_rule_ends_verify_with_code_1_and_the_line_of_the_
     """Runs a copy of the project whose attention gets its lengths as Python numbers."""
     broken = tmp_path / "project"
     shutil.copytree(ROOT, broken, ignore=shutil.ignore_patterns(".git", ".venv*", "outputs", "__pycache__"))
-    source = broken / "mllama_graph" / "ops" / "npu.py"
+    source = broken / "mllama_graph" / "ops" / "npu_attention.py"
     right = re.compile(r"(block_size=P,\s+)actual_seq_lengths_kv=len_B,")
     changed, count = right.subn(r"\1actual_seq_lengths_kv=[5] * B, captured=True,", source.read_text())
     assert count == 1

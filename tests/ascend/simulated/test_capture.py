@@ -34,7 +34,7 @@ def test_the_captured_graph_is_the_one_that_runs(model):
     compiled, talk = Compiled(model("base"), torch.bfloat16), Conversation(model("base").shape)
     compiled("decode", talk.tokens([21, 9], True))
     [lowered] = compiled.lowered.values()
-    spec = spec_of("base", num_pages=5, num_image_pages=5)
+    spec = spec_of("base", num_pages=5, num_image_pages=5, candidates=0)
     assert edges(capture(spec, replace(DECODE, pages=2, image_pages=2)).graph) == edges(lowered.graphs[0].graph)
 
 

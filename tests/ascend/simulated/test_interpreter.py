@@ -98,7 +98,7 @@ def test_an_unknown_input_is_named(decode):
         Interpreter(graph)
 
 
-@pytest.mark.parametrize(("name", "value"), [("sparse_mode", 4), ("pre_tokens", 3), ("softmax_lse_flag", True)])
+@pytest.mark.parametrize(("name", "value"), [("sparse_mode", 4), ("pre_tokens", 3)])
 def test_a_mode_that_is_not_implemented_is_refused(decode, name, value):
     field = "b" if value is True else "i"
     message = run(broken(decode, lambda ops: setattr(ops["FusedInferAttentionScore"].attr[name], field, value)))

@@ -42,7 +42,7 @@ def test_weights_in_nz_and_padded_heads_change_no_result(model, played):
     shape, compiled = model("base").shape, Compiled(model("base"), torch.float32, nz=True, padded=True)
     talk, expected = Conversation(shape), played("base", torch.float32)[3][0]
     compiled("vision", talk.vision())
-    assert_close(compiled("prefill", talk.prompt(0, 0, FIRST, True)), expected, **CLOSE)
+    assert_close(compiled("prefill", talk.prompt([(0, 0, FIRST)], True)), expected, **CLOSE)
     for layer in compiled.weights.vision.local_layers:
         assert layer.qkv.weight.shape == (shape.vision.width, 3 * shape.vision.heads * 64)
     # A product with (in, out) has no transpose flag; only those with a bias have kept it.
