@@ -127,9 +127,10 @@ def _vision_work(shape: ModelShape, storage: Storage, tiles: int) -> tuple[float
     read = tower + patches + vision.tokens * E * (1 + vision.max_tiles)
     moved = read * held.vision / parts.vision + held.projector + held.cross_kv
     moved += tokens * kv_elements(shape, kept) * storage.page
-    # In a graph for a number of real tiles, padding does not see padding.
-    pairs = rows**2 - ((rows - tiles * vision.tokens) ** 2 if tiles else 0)
-    return moved, 2 * rows * tower + 2 * tokens * (patches + late) + 4 * layers * pairs * E
+    # A graph for a number of real tiles cuts only those into patches, and padding does not see padding.
+    real = tiles * vision.tokens or tokens
+    pairs = rows**2 - ((rows - real) ** 2 if tiles else 0)
+    return moved, 2 * rows * tower + 2 * real * patches + 2 * tokens * late + 4 * layers * pairs * E
 
 
 @dataclass(frozen=True)

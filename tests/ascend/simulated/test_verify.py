@@ -8,7 +8,7 @@ from graphs import CLASSES, DECODE, LEAN, spec_of
 
 from mllama_graph.ascend.capture import capture, shortened
 from mllama_graph.ascend.graph import LoweredGraph
-from mllama_graph.ascend.graphdef import attribute, described_shape, inputs_of, metadata
+from mllama_graph.ascend.graphdef import attribute, constant, described_shape, inputs_of, metadata
 from mllama_graph.model.table import table
 from mllama_graph.plan.cost import work
 from mllama_graph.tasks.verify import Job, judge
@@ -33,6 +33,9 @@ def products(graph, bucket):
         paged, several = "block_table" in inputs, bucket.rows if bucket.phase == "prefill" else 1
         keys = shape_of(graph, inputs["block_table"])[1] * 128 if paged else shape_of(graph, inputs["key0"])[1]
         query = shape_of(graph, inputs["query"])
+        length = graph.maker(inputs.get("actual_seq_lengths_kv", inputs["query"]))
+        if length.type == "Const":
+            keys = int(constant(length)[0])
         if paged and causal:
             # The table's last tokens are a sequence's new rows, of which a row sees half on average.
             keys -= query[1] / several / 2
