@@ -77,10 +77,11 @@ def test_sampled_text_is_that_of_one_rank(checkpoint, requests, tmp_path):
     ]
     path = written(tmp_path / "requests.jsonl", lines)
     one = serve(start(checkpoint("half"), batch=8), lines)
-    done = served(
-        tmp_path / "out", f"weights={checkpoint('half')}", f"requests={path}", "backend=eager", "batch=3", "tp=2"
-    )
-    assert len(done["lines"]) == len(lines) and not wrong(done["lines"], one)
+    given = [f"weights={checkpoint('half')}", f"requests={path}", "backend=eager", "batch=3", "tp=2"]
+    # From all logits, and from those that the graph finds, as on an accelerator.
+    for candidates in (0, 24):
+        done = served(tmp_path / f"out{candidates}", *given, f"plan.candidates={candidates}")
+        assert len(done["lines"]) == len(lines) and not wrong(done["lines"], one)
 
 
 def test_compiled_graphs_are_shared_by_the_ranks_and_found_again(checkpoint, requests, file, empty_store, tmp_path):

@@ -188,7 +188,10 @@ MESSAGES = st.lists(
     ),
     max_size=3,
 )
-FIELDS = {name: VALUES for name in ("id", "images", "max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop")}
+FIELDS = {
+    name: VALUES
+    for name in ("id", "images", "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
+}
 FIELDS |= {name: VALUES for name in ("ignore_eos", "logprobs", "answer", "kind", "tools")}
 REQUESTS = st.fixed_dictionaries(
     {},

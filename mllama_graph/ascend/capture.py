@@ -96,7 +96,7 @@ def capture(spec: GraphSpec, bucket: Bucket, ops: Ops | None = None) -> Capture:
     # torchair warns about each of its options and about deprecations inside torch.
     with warnings.catch_warnings(record=True), mode, torch.no_grad(), _without_collector(), _recorded(record):
         own = ops or npu_ops(spec.world_size, GE_MODE, spec.tiled)
-        step = Step(bucket.phase, weights, spec.shape, spec.compute, own)
+        step = Step(bucket.phase, weights, spec.shape, spec.compute, own, spec.candidates)
         given = arguments(bucket, pytree.tree_map(_fake, example), pages, image_pages)
         _compile(step, given, dict(spec.options) | {"mode": GE_MODE}, record)
     return Capture(record.graph.model.graph[0], record.lines, record.inputs)

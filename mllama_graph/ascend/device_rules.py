@@ -5,11 +5,25 @@ Each yields pairs (operation, what is wrong with it), as those of rules.py.
 
 from collections.abc import Iterator
 
+import torch
+
 from mllama_graph.ascend.graph import Context, LoweredGraph
-from mllama_graph.ascend.graphdef import ATTENTION, INPUTS, SCATTER, VIEWS, OpDef, attributes_of, inputs_of
-from mllama_graph.ascend.kernels import BIAS_SOURCE, BIASES, KERNELS, MISSING
+from mllama_graph.ascend.graphdef import (
+    ALL_GATHER,
+    ATTENTION,
+    INPUTS,
+    SCATTER,
+    SEARCHES,
+    VIEWS,
+    OpDef,
+    attributes_of,
+    constant,
+    inputs_of,
+)
+from mllama_graph.ascend.kernels import BIAS_SOURCE, BIASES, CAST_SOURCE, CASTS, KERNELS, MISSING
 
 PRODUCTS = ("MatMul", "MatMulV2")
+HEAD = "weights.text.head.weight"
 # Integer inputs that locate tokens and change from step to step.
 LENGTHS = ("actual_seq_lengths", "actual_seq_lengths_kv")
 PLACES = {ATTENTION: (*LENGTHS, "block_table"), SCATTER: ("slot_mapping",), "GatherV2": ("indices",)}
@@ -30,6 +44,13 @@ def kernels(graph: LoweredGraph, context: Context) -> Faults:
             for value in sources.values():
                 if not graph.is_constant(graph.maker(value)) and (dtype := graph.dtype(value)) not in allowed:
                     yield op, f"has no kernel for {dtype} on a 910B's cores ({source}): it would run on AICPU"
+        if op.type == "Cast":
+            given, made = graph.dtype(sources["x"]), graph.dtype(f"{op.name}:0")
+            if given != made and (given is None or made not in CASTS.get(given, ())):
+                yield (
+                    op,
+                    f"has no kernel from {given} to {made} on a 910B's cores ({CAST_SOURCE}): it would run on AICPU",
+                )
         if op.type in PRODUCTS and "bias" in sources:
             x, bias = graph.dtype(sources["x1"]), graph.dtype(sources["bias"])
             if x and bias not in BIASES.get(x, ()):
@@ -88,6 +109,45 @@ def paged(graph: LoweredGraph, context: Context) -> Faults:
         if attributes.get("sparse_mode") != 3 or missing:
             lacks = f", without {' and '.join(missing)}" if missing else ""
             yield op, f"reads a prompt's pages with sparse_mode {attributes.get('sparse_mode', 0)}{lacks}"
+
+
+def candidates(graph: LoweredGraph, context: Context) -> Faults:
+    """A text graph finds the largest logits and gathers them over ranks: only those leave the device (sample.best).
+
+    TopKV2 takes k in int32 and no sort_policy: CANN 8.5 knows no others (ops-math, top_k_v2_proto.h of its versions).
+    """
+    spec = context.spec
+    if not context.searches:
+        return
+    ends = [value for value in graph.outputs if search(graph, value)]
+    if not ends:
+        yield graph.of_type("NetOutput")[0], "gives no candidates, so that all logits go to the host in every step"
+        return
+    found = search(graph, ends[0])
+    assert found, "just found"
+    logits = graph.behind(inputs_of(found)[0][1], (*VIEWS, "Cast", "Add"))
+    if graph.role(graph.behind(dict(inputs_of(graph.maker(logits))).get("x2", logits))) != HEAD:
+        yield found, f"searches {graph.described(logits)}, not the logits"
+    if (dtype := graph.dtype(inputs_of(found)[0][1])) != torch.float32:
+        yield found, f"searches in {dtype}: sums of exponentials need fp32"
+    wanted = min(spec.candidates, spec.shard.size(spec.shape.text.vocab))
+    if found.type == "TopKV2":
+        k = graph.maker(dict(inputs_of(found))["k"])
+        if k.type != "Const" or constant(k).dtype != torch.int32 or int(constant(k)) != wanted:
+            yield found, f"k is not the constant {wanted} in int32"
+        if "sort_policy" in attributes_of(found):
+            yield found, "has a sort_policy, which CANN 8.5 does not know"
+    elif wanted != 1:
+        yield found, f"finds 1 candidate, not {wanted}"
+
+
+def search(graph: LoweredGraph, value: str) -> OpDef | None:
+    """The search whose candidates, joined with their columns and sums and gathered over ranks, are a value."""
+    joined = graph.maker(graph.behind(value, (*VIEWS, "Identity", ALL_GATHER)))
+    if joined.type != "ConcatV2":
+        return None
+    made = graph.maker(inputs_of(joined)[0][1])
+    return made if made.type in SEARCHES else None
 
 
 def _pool(graph: LoweredGraph, value: str) -> str:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -85,7 +86,19 @@ def parts(context: Context) -> dict[str, int]:
         "padded cross layer": padded_text * images * crosses,
         "ranks": ranks,
         "layer of ranks": ranks * layers,
+        **_candidates(context),
         **quantised,
+    }
+
+
+def _candidates(context: Context) -> dict[str, int]:
+    """How often a graph contains the parts of the search for the largest logits."""
+    spec, found = context.spec, context.searches
+    return {
+        "candidates": found and spec.candidates > 1,
+        "one candidate": found and spec.candidates == 1,
+        "candidates of ranks": found and spec.world_size > 1,
+        "padded vocabulary": found and spec.shape.text.vocab % spec.world_size > 0,
     }
 
 
@@ -129,11 +142,10 @@ def computed() -> Golden:
     Raises ValueError where the counts of a graph are not the sum over its parts.
     """
     rows: dict[str, list[tuple[dict[str, int], Counter[str]]]] = {}
-    for shape, ranks, formats in [*((*model, ()) for model in _models()), *_quantised_models()]:
-        bf16 = torch.bfloat16
-        spec = GraphSpec(
-            shape, 128, 64, 64, bf16, bf16, bf16, "torchair", "npu-sim", 1, ranks, "distributed", formats=formats
-        )
+    specs = [_spec(*model) for model in _models()]
+    specs += [_spec(shape, ranks, formats=formats) for shape, ranks, formats in _quantised_models()]
+    specs += [_spec(shape, ranks, candidates=count) for shape, ranks, count in _searching_models()]
+    for spec in specs:
         for bucket in (
             Bucket("vision", 1, 1, 0, 1),
             *(Bucket("decode", 2, 2, 3, i) for i in (0, 5)),
@@ -142,6 +154,11 @@ def computed() -> Golden:
             graph = LoweredGraph(capture(spec, bucket))
             rows.setdefault(bucket.phase, []).append((parts(Context(spec, bucket)), counts(graph)))
     return {phase: _solved(phase, found) for phase, found in rows.items()}
+
+
+def _spec(shape: ModelShape, ranks: int, **changes: Any) -> GraphSpec:
+    bf16 = torch.bfloat16
+    return GraphSpec(shape, 128, 64, 64, bf16, bf16, bf16, "torchair", "npu-sim", 1, ranks, "distributed", **changes)
 
 
 def _models() -> Iterator[tuple[ModelShape, int]]:
@@ -176,6 +193,13 @@ def _quantised_models() -> Iterator[tuple[ModelShape, int, Formats]]:
     ):
         leaves = chosen("w8a16", 128, parts, shape, ranks)
         yield shape, ranks, tuple((path, form) for path, _ in leaves)
+
+
+def _searching_models() -> Iterator[tuple[ModelShape, int, int]]:
+    """The same for graphs that find the largest logits: shape, number of ranks and of candidates."""
+    shape = shortened(shape_of({"model_type": "mllama"}))
+    odd = replace(shape, text=replace(shape.text, vocab=shape.text.vocab - 1))
+    yield from ((shape, 1, 64), (shape, 1, 1), (shape, 2, 64), (odd, 2, 64))
 
 
 def _solved(phase: str, rows: list[tuple[dict[str, int], Counter[str]]]) -> dict[str, dict[str, int]]:

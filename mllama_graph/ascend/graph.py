@@ -33,6 +33,11 @@ class Context:
             }
         return {"text.layers": tuple(range(text.layers)) if self.bucket.image_pages else text.self_layers}
 
+    @property
+    def searches(self) -> bool:
+        """Whether this graph finds the largest logits itself."""
+        return self.bucket.phase != "vision" and self.spec.candidates > 0
+
     def runs(self, leaf: str) -> bool:
         """Whether this graph runs a linear layer, given by its path. An image's K/V belong to the vision graph."""
         first, _, rest = leaf.partition(".")

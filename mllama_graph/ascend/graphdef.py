@@ -28,7 +28,10 @@ VIEWS = ("Reshape", "Transpose", "Unsqueeze", "Squeeze")
 # Products whose weight may be given as a transposed view: operation -> the input. CANN's fusion passes
 # (QuantBatchMatmulV3TransposeFusionPass and WeightQuantBatchMatmulV2TransposeFusionPass in ops-nn) turn it into a flag.
 TRANSPOSED = {"WeightQuantBatchMatmulV2": "weight", "QuantBatchMatmulV3": "x2"}
-ATTENTION, SCATTER, ALL_REDUCE = "FusedInferAttentionScore", "ScatterPaKvCache", "HcomAllReduce"
+ATTENTION, SCATTER = "FusedInferAttentionScore", "ScatterPaKvCache"
+ALL_REDUCE, ALL_GATHER = "HcomAllReduce", "HcomAllGather"
+# Operations that find the largest logits (ops/npu_candidates.py).
+SEARCHES = ("TopKV2", "ArgMaxWithValue")
 
 # What torchair records of an output's fake tensor in the attribute `_meta`.
 _META = re.compile(r"dtype=torch\.(\w+), shape=torch\.Size\(\[([^\]]*)\]\)")

@@ -25,12 +25,32 @@ KERNELS: dict[str, tuple[tuple[torch.dtype, ...], str]] = {
     "ReduceSum": ((*FLOATS, torch.int32, torch.int64), "math/reduce_sum/op_api/reduce_sum_op.cpp"),
     "ClipByValueV2": ((*FLOATS, torch.int32, torch.int64), "conversion/clip_by_value_v2/op_api/clip_by_value.cpp"),
     "SplitV": ((*FLOATS, *BYTES, torch.int64), "conversion/split_v/op_api/split_v.cpp"),
+    "Exp": (FLOATS, "math/exp/op_api/exp.cpp"),
+    "TopKV2": (FLOATS, "math/top_k_v2/op_api/topk.cpp"),
+    "ArgMaxWithValue": (FLOATS, "math/arg_max_with_value/op_graph/arg_max_with_value_proto.h"),
+    # HCCL, not a core; its IR lists no bf16.
+    "HcomAllGather": (
+        (torch.float32, torch.float16, torch.int8, torch.uint8, torch.int32, torch.int64),
+        "torchair, IR HcomAllGather",
+    ),
     "PadV3": ((*FLOATS, torch.int8, torch.int32), "conversion/pad_v3/op_api/padv3.cpp"),
     "BroadcastTo": (
         (*FLOATS, *BYTES, torch.int32, torch.int64, torch.bool),
         "conversion/broadcast_to/op_api/broadcast_to.cpp",
     ),
 }
+# dtype -> dtypes that Cast converts it to, of those that a step's tensors can have.
+CASTS: dict[torch.dtype, tuple[torch.dtype, ...]] = {
+    torch.float32: (torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.int32, torch.int64, torch.bool),
+    torch.float16: (torch.float32, torch.bfloat16, torch.int8, torch.uint8, torch.int32, torch.int64, torch.bool),
+    torch.bfloat16: (torch.float32, torch.float16, torch.int8, torch.uint8, torch.int32, torch.int64, torch.bool),
+    torch.int8: (torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.int32, torch.int64, torch.bool),
+    torch.uint8: (torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64),
+    torch.int32: (torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.int64, torch.bool),
+    torch.int64: (torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.int32, torch.bool),
+    torch.bool: (torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.int32, torch.int64),
+}
+CAST_SOURCE = "math/cast/op_api/cast.cpp"
 # Operations without a kernel whose source is public.
 MISSING = ("Sxpy",)
 # Pairs of dtypes that MatMul multiplies and adds: x -> the dtypes of a bias.

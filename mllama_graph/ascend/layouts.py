@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from mllama_graph.ascend.ge_ops.attention import MASK_SIDE
 from mllama_graph.ascend.graph import LoweredGraph
-from mllama_graph.ascend.graphdef import ALL_REDUCE, ATTENTION, INPUTS, SCATTER, described_shape
+from mllama_graph.ascend.graphdef import ALL_GATHER, ALL_REDUCE, ATTENTION, INPUTS, SCATTER, described_shape
 from mllama_graph.ascend.interpreter import Interpreter, Node
 
 # Inputs whose values ge_ops checks and for which zeros are valid.
@@ -36,6 +36,9 @@ class ShapeInterpreter(Interpreter):
     def _compute(self, node: Node, values: dict[str, Any]) -> tuple[Any, ...]:
         if node.type == ALL_REDUCE:
             return (values[node.inputs[0][1]],)
+        if node.type == ALL_GATHER:
+            part = values[node.inputs[0][1]]
+            return (part.new_empty((node.attributes["rank_size"] * part.shape[0], *part.shape[1:])),)
         inputs = [(name, _signature(values[value])) for name, value in node.inputs]
         key = (node.type, repr(node.attributes), *inputs)
         if key not in self._done:

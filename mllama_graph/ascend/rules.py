@@ -10,10 +10,11 @@ from collections.abc import Callable
 import torch
 
 from mllama_graph.ascend import golden
-from mllama_graph.ascend.device_rules import LENGTHS, Faults, kernels, masks, paged, straight
+from mllama_graph.ascend.device_rules import HEAD, LENGTHS, Faults, candidates, kernels, masks, paged, search, straight
 from mllama_graph.ascend.ge_ops import OPERATIONS, GraphError
 from mllama_graph.ascend.graph import Context, LoweredGraph
 from mllama_graph.ascend.graphdef import (
+    ALL_GATHER,
     ALL_REDUCE,
     BOUNDARY,
     INPUTS,
@@ -43,7 +44,7 @@ MOVERS = (
     "StridedSliceV2",
     "TransData",
 )
-HEAD, EMBED = "weights.text.head.weight", "weights.text.embed.weight"
+EMBED = "weights.text.embed.weight"
 # Weights of the row-parallel layers that end a block, whose results are summed over ranks.
 BLOCK_ENDS = {"text": ("o.weight", "down.weight"), "vision": ("o.weight", "fc2.weight")}
 
@@ -51,7 +52,7 @@ Rule = Callable[[LoweredGraph, Context], Faults]
 
 
 def outputs(graph: LoweredGraph, context: Context) -> Faults:
-    """A graph returns only logits.
+    """A graph returns only logits and the candidates among them.
 
     Outside of decode, pages that were written in place may be returned too.
     """
@@ -60,6 +61,8 @@ def outputs(graph: LoweredGraph, context: Context) -> Faults:
         made = graph.maker(graph.behind(value))
         if HEAD in {graph.role(graph.behind(source)) for _, source in inputs_of(made)}:
             logits += 1
+        elif context.searches and search(graph, value):
+            continue
         elif phase == "decode" or not _written_in_place(graph, value):
             yield made, f"{graph.role(value) or 'its output'} is returned, but only logits may be"
     if logits != (phase != "vision"):
@@ -140,9 +143,10 @@ def _is_flag(graph: LoweredGraph, op: OpDef) -> bool:
 
 
 def collectives(graph: LoweredGraph, context: Context) -> Faults:
-    """One all-reduce follows the embedding and each layer's attention and MLP; there are no other collectives.
+    """One all-reduce follows the embedding and each layer's attention and MLP, one all-gather the search of candidates.
 
-    int8 activations of which each rank has a part need the largest scale of all ranks before the product, too.
+    There are no others, except that int8 activations of which each rank has a part need the largest scale of all ranks
+    before the product, too.
     """
     expected = Counter(
         f"the result of weights.{stack}.{layer}.{end}"
@@ -153,13 +157,15 @@ def collectives(graph: LoweredGraph, context: Context) -> Faults:
     expected.update([f"the result of {EMBED}"] if context.bucket.phase != "vision" else [])
     dynamic = [f"weights.{path}.weight" for path, form in context.spec.formats if form.activations == DYNAMIC]
     expected.update([f"the scales of {role}" for role in dynamic if f"the result of {role}" in expected])
+    expected.update(["the candidates"] if context.searches else [])
     if context.spec.world_size == 1:
         expected.clear()
     for op in graph.ops.values():
         if op.type.startswith("Hcom"):
-            largest = attributes_of(op).get("reduction") == "max"
+            largest, found = attributes_of(op).get("reduction") == "max", search(graph, f"{op.name}:0")
             summed = _scaled_weight(graph, op) if largest else _summed_weight(graph, op)
-            if op.type != ALL_REDUCE or not expected[summed]:
+            summed = "the candidates" if found else summed
+            if op.type != (ALL_GATHER if found else ALL_REDUCE) or not expected[summed]:
                 yield op, f"ranks exchange {summed} without need"
             expected[summed] -= 1
     for missing in (+expected).elements():
@@ -257,6 +263,7 @@ RULES: dict[str, Rule] = {
         straight,
         masks,
         paged,
+        candidates,
         writes,
         numbers,
         weights,

@@ -162,6 +162,8 @@ class PlanChoice:
     reuse: float = 1.25
     # What happens to a step whose graph is not in the store.
     compile: str = "background"
+    # The number of largest logits that a graph finds itself; 0: the host samples from all logits. Null: the device's.
+    candidates: int | None = None
 
 
 @dataclass
@@ -294,6 +296,8 @@ def check(run: Run) -> None:
                 f"{key}= and requests= exclude each other: each line of a requests file has its own {HELD[key]}. "
                 f"Leave {key}= or requests= out."
             )
+    if run.plan.candidates is not None:
+        at_least("plan.candidates", run.plan.candidates, 0)
     for key in ("tp", "batch", "max_input_length", "max_output_length"):
         at_least(key, getattr(run, key), 1)
     at_least("temperature", run.temperature, 0)

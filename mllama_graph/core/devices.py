@@ -70,6 +70,8 @@ class Device:
     stores: Mapping[str, str] = field(default_factory=dict)
     computes: str | None = None
     refused_dtypes: tuple[str, ...] = ()
+    # plan.candidates: on a CPU nothing is gained, since logits are on the host already.
+    candidates: int = 0
     paging: Paging = Paging()
     # None: every format can be used.
     quantised: Quantised | None = None
@@ -126,7 +128,9 @@ class Device:
 # On a CPU, weights keep the checkpoint's dtype and are computed in fp32: few CPUs multiply 16-bit types faster than
 # fp32, but all of them read the narrower type faster.
 CPU = Device("cpu", on_host=True, native=True, computes="fp32")
-CUDA = Device("cuda", variable="CUDA_VISIBLE_DEVICES", files="nvidia")
+# Requests with top_k of 50 or 40, as is usual, take their candidates from the graph.
+CANDIDATES = 64
+CUDA = Device("cuda", variable="CUDA_VISIBLE_DEVICES", files="nvidia", candidates=CANDIDATES)
 # NPU attention takes only 16-bit types. Page limits: docs of npu_fused_infer_attention_score, for several query rows.
 _NPU_PAGING = Paging(page_multiple=128, largest_page=512, counts_every_reader=True)
 # Docs of npu_weight_quant_batchmatmul, npu_quant_matmul (65535; fp16 only with a scale per row) and
@@ -144,6 +148,7 @@ NPU = Device(
     uses_cann=True,
     stores={"fp32": "bf16"},
     refused_dtypes=("fp32",),
+    candidates=CANDIDATES,
     paging=_NPU_PAGING,
     quantised=_NPU_QUANTISED,
 )
@@ -156,6 +161,7 @@ NPU_SIM = Device(
     simulated=True,
     compiles_on_rank=True,
     stores={"fp32": "bf16"},
+    candidates=CANDIDATES,
     paging=_NPU_PAGING,
     quantised=_NPU_QUANTISED,
 )

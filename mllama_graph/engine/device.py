@@ -87,6 +87,7 @@ class Backend(ABC):
             run.compiler_options,
             self.place.rank,
             run.storage.formats,
+            run.candidates,
         )
 
     def prepare(self, spec: GraphSpec, libraries: Path, say: Callable[[str], None]) -> None:

@@ -6,7 +6,6 @@ import time
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.profiler import record_function
 
 from mllama_graph.core.errors import PeerGone
@@ -19,7 +18,7 @@ from mllama_graph.engine.sampler import Sampler
 from mllama_graph.engine.steps import NOT_FINITE, PrefillStep, Row, Step, Token, VisionStep
 from mllama_graph.graphs.aot import Graph
 from mllama_graph.graphs.cuda_graphs import CapturedStep
-from mllama_graph.graphs.step import arguments
+from mllama_graph.graphs.step import Output, arguments
 from mllama_graph.graphs.store import GraphStore
 from mllama_graph.graphs.torchair import NpuGraph
 from mllama_graph.measure.trace import GRAPH, SAMPLE
@@ -60,7 +59,7 @@ class Rank:
         self.graphs = self.backend.loaded(
             spec, self.weights, (self.pages, self.image_pages), self.ops, graphs, progress.say
         )
-        self.sampler = Sampler(run.shape.text.vocab, spec.shard, self.backend.gather(self.ops))
+        self.sampler = Sampler(run.shape.text.vocab, spec.shard, self.backend.gather(self.ops), progress.say)
         self.sequences = batch.Sequences()
         # Seconds spent on sampling. On an asynchronous device, they include waiting for the graph to finish.
         self.sample_seconds = 0.0
@@ -118,7 +117,7 @@ class Rank:
         on_host = isinstance(graph, (CapturedStep, NpuGraph))
         device = torch.device("cpu") if on_host else self.spec.torch_device
 
-        def call(given: object) -> Tensor | None:
+        def call(given: object) -> Output:
             with self._marked(GRAPH):
                 return graph(*arguments(bucket, given, *self._pages()))
 
@@ -136,12 +135,15 @@ class Rank:
     def _pages(self) -> tuple[Pages, Pages]:
         return self.pages, self.image_pages
 
-    def _sample(self, logits_BV: Tensor | None, rows: tuple[Row, ...]) -> list[Token]:
-        assert logits_BV is not None, "prefill and decode graphs give logits"
+    def _sample(self, output: Output, rows: tuple[Row, ...]) -> list[Token]:
+        assert output is not None, "prefill and decode graphs give logits"
         start = time.perf_counter()
+        logits_BV, found_WBF = output if isinstance(output, tuple) else (output, None)
         with self._marked(SAMPLE):
             tokens = self.sampler.tokens(
-                self.backend.logits(logits_BV[: len(rows)]),
+                lambda: self.backend.logits(logits_BV[: len(rows)]),
+                # The whole tensor in one copy: a slice of it would take a kernel.
+                None if found_WBF is None else found_WBF.cpu()[:, : len(rows)],
                 [self.sequences[row].sampling for row in rows],
                 [row.start + len(row.ids) for row in rows],
             )

@@ -1,7 +1,11 @@
-"""Samples tokens from logits. Each rank has the logits of its shard of the vocabulary, and all draw the same token."""
+"""Samples tokens from logits. Each rank has the logits of its shard of the vocabulary, and all draw the same token.
+
+Where a step's graph has found the largest logits of all ranks, tokens are sampled from those. Rows that need more than
+that are sampled from all logits, on the device that the backend gives them on.
+"""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -9,7 +13,7 @@ from torch import Tensor
 from mllama_graph.engine.steps import NOT_FINITE, Token
 from mllama_graph.inputs.request import Sampling
 from mllama_graph.model import sample
-from mllama_graph.model.sample import Gather
+from mllama_graph.model.sample import Best, Gather
 from mllama_graph.model.table import Shard
 
 
@@ -19,31 +23,86 @@ def noise(seed: int, position: int) -> float:
 
 
 class Sampler:
-    """Samples one token per row. `gather` stacks a tensor over ranks."""
+    """Samples one token per row. `gather` stacks a tensor over ranks; `say` is told of what is slow, once."""
 
-    def __init__(self, vocab: int, shard: Shard, gather: Gather):
-        self._vocab, self._first, self._gather = vocab, shard.rank * shard.size(vocab), gather
+    def __init__(self, vocab: int, shard: Shard, gather: Gather, say: Callable[[str], None]):
+        self._vocab, self._size, self._gather, self._say = vocab, shard.size(vocab), gather, say
+        self._first, self._told = shard.rank * self._size, False
 
-    def tokens(self, logits_BV: Tensor, sampling: Sequence[Sampling], positions: Sequence[int]) -> list[Token]:
+    def tokens(
+        self,
+        logits: Callable[[], Tensor],
+        found_WBF: Tensor | None,
+        sampling: Sequence[Sampling],
+        positions: Sequence[int],
+    ) -> list[Token]:
         """Sample a token for each row, with log-probabilities where its options request them.
 
         A row with logits that are not finite gets the token NOT_FINITE; the other rows are not affected.
 
-        `positions`: the positions of the sampled tokens.
+        `logits`: gives this rank's logits of the rows. `found_WBF`: the largest of all ranks (sample.best), on the CPU;
+        None if the graph gives none. `positions`: the positions of the sampled tokens.
         """
+        if found_WBF is None:
+            return self._from_logits(logits(), sampling, positions)
+        tokens = self._from_best(found_WBF, sampling, positions)
+        left = [row for row, token in enumerate(tokens) if token is None]
+        if left:
+            self._tell((found_WBF.shape[-1] - 2) // 2)
+            whole = self._from_logits(logits()[left], [sampling[i] for i in left], [positions[i] for i in left])
+            for row, token in zip(left, whole, strict=True):
+                tokens[row] = token
+        return [token for token in tokens if token is not None]
+
+    def _tell(self, held: int) -> None:
+        if not self._told:
+            self._told = True
+            self._say(
+                f"some tokens are sampled from all logits, since they need more than the {held} largest of each rank "
+                "that graphs find: this is slower. A request with top_k, or plan.candidates=, avoids it."
+            )
+
+    def _from_best(
+        self, found_WBF: Tensor, sampling: Sequence[Sampling], positions: Sequence[int]
+    ) -> list[Token | None]:
+        """The tokens that the candidates decide; None for other rows. The same on every rank."""
+        held = (found_WBF.shape[-1] - 2) // 2
+        drawn = any(s.temperature > 0 for s in sampling)
+        # A draw from the whole distribution may end among the candidates, whose number it does not say.
+        wanted = [self._offered(s, 1) for s in sampling]
+        k = held if any(s.temperature > 0 and not s.top_k for s in sampling) else min(max(wanted), held)
+        of = sample.merged(found_WBF, k, self._size, self._vocab)
+        at_B, decided_B = torch.zeros(len(sampling), dtype=torch.long), torch.tensor([k <= held for k in wanted])
+        if drawn:
+            at_B, (temperature_B, top_k_B, top_p_B, noise_B, min_p_B) = self._draw(of.value_Bk, sampling, positions)
+            whole_B = (temperature_B > 0) & (top_k_B == 0)
+            within_B, sure_B = sample.draw_within(
+                of, self._vocab, torch.where(whole_B, temperature_B, 1.0), top_p_B, noise_B, min_p_B
+            )
+            at_B, decided_B = torch.where(whole_B, within_B, at_B), decided_B & (sure_B | ~whole_B)
+        known = (decided_B | of.failed_B).tolist()
+        return [token if sure else None for token, sure in zip(self._told_of(of, at_B, sampling), known, strict=True)]
+
+    def _from_logits(self, logits_BV: Tensor, sampling: Sequence[Sampling], positions: Sequence[int]) -> list[Token]:
         logits_BV = sample.own_ids(logits_BV, self._first, self._vocab)
-        value_Bk, id_Bk = sample.candidates(logits_BV, self._offered(sampling), self._first, self._gather)
+        k = max(self._offered(s, self._vocab) for s in sampling)
+        value_Bk, id_Bk = sample.candidates(logits_BV, k, self._first, self._gather)
         at_B = torch.zeros(len(sampling), dtype=torch.long, device=logits_BV.device)
         if any(s.temperature > 0 for s in sampling):
-            at_B = self._draw(value_Bk, sampling, positions)
-        failed_B = value_Bk[:, 0].isnan()
+            at_B, _ = self._draw(value_Bk, sampling, positions)
+        reported = any(s.logprobs is not None for s in sampling)
+        total_B = sample.total(logits_BV, self._gather) if reported else value_Bk[:, 0]
+        return self._told_of(Best(value_Bk, id_Bk, total_B, value_Bk[:, 0].isnan()), at_B, sampling)
+
+    def _told_of(self, of: Best, at_B: Tensor, sampling: Sequence[Sampling]) -> list[Token]:
+        """The tokens of the chosen candidates."""
         # A draw from NaN may give any index.
-        at_B = at_B.masked_fill(failed_B, 0)
-        ids = id_Bk.gather(-1, at_B[:, None])[:, 0].masked_fill(failed_B, NOT_FINITE).tolist()
+        at_B = at_B.masked_fill(of.failed_B, 0)
+        ids = of.id_Bk.gather(-1, at_B[:, None])[:, 0].masked_fill(of.failed_B, NOT_FINITE).tolist()
         if all(s.logprobs is None for s in sampling):
             return [Token(id) for id in ids]
-        logp_Bk = value_Bk - sample.total(logits_BV, self._gather)[:, None]
-        own, top_ids, top = logp_Bk.gather(-1, at_B[:, None])[:, 0].tolist(), id_Bk.tolist(), logp_Bk.tolist()
+        logp_Bk = of.value_Bk - of.total_B[:, None]
+        own, top_ids, top = logp_Bk.gather(-1, at_B[:, None])[:, 0].tolist(), of.id_Bk.tolist(), logp_Bk.tolist()
         return [
             Token(ids[i])
             if s.logprobs is None or ids[i] == NOT_FINITE
@@ -51,20 +110,24 @@ class Sampler:
             for i, s in enumerate(sampling)
         ]
 
-    def _offered(self, sampling: Sequence[Sampling]) -> int:
-        """The number of candidates from each rank: enough for every row's draw and log-probabilities."""
-        drawn = (1 if s.temperature == 0 else s.top_k or self._vocab for s in sampling)
-        reported = (s.logprobs or 0 for s in sampling)
-        return min(max(1, *drawn, *reported), self._vocab)
+    def _offered(self, s: Sampling, whole: int) -> int:
+        """The candidates that a row needs for its draw and log-probabilities; `whole` for a draw without top_k."""
+        drawn = 1 if s.temperature == 0 else s.top_k or whole
+        return min(max(1, drawn, s.logprobs or 0), self._vocab)
 
-    def _draw(self, value_Bk: Tensor, sampling: Sequence[Sampling], positions: Sequence[int]) -> Tensor:
+    def _draw(
+        self, value_Bk: Tensor, sampling: Sequence[Sampling], positions: Sequence[int]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The chosen candidate of each row, and the options as columns: temperature, top_k, top_p, noise, min_p."""
+
         def column(values: list[float]) -> Tensor:
             return torch.tensor(values, device=value_Bk.device)
 
-        return sample.draw(
-            value_Bk,
+        columns = (
             column([float(s.temperature) for s in sampling]),
             column([s.top_k for s in sampling]),
             column([float(s.top_p) for s in sampling]),
             column([noise(s.seed, position) for s, position in zip(sampling, positions)]),
+            column([float(s.min_p) for s in sampling]),
         )
+        return sample.draw(value_Bk, *columns), columns

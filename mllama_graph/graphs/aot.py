@@ -12,15 +12,15 @@ from torch import Tensor
 
 from mllama_graph import native
 from mllama_graph.graphs.spec import GraphSpec
-from mllama_graph.graphs.step import Flat, Step, arguments, tensors
+from mllama_graph.graphs.step import Flat, Output, Step, arguments, tensors
 from mllama_graph.model.ops import Ops
 from mllama_graph.model.table import Shard
 from mllama_graph.ops.ranks import GROUP
 from mllama_graph.ops.select import ops_for
 from mllama_graph.plan.bucket import Bucket
 
-# Runs a step's graph: takes the step's arguments, returns logits, or None for a step without logits.
-Graph = Callable[..., Tensor | None]
+# Runs a step's graph: takes the step's arguments, returns its output.
+Graph = Callable[..., Output]
 
 
 def ops_of(spec: GraphSpec) -> Ops:
@@ -33,7 +33,7 @@ def trace(spec: GraphSpec, bucket: Bucket, shard: Shard | None = None) -> torch.
     """Export one rank's step of a bucket as a whole graph with static shapes. Raises the errors of torch.export."""
     weights = spec.unfilled_weights(shard or Shard(0, spec.world_size))
     inputs = arguments(bucket, spec.example(bucket), *spec.unfilled_pages())
-    step = Flat(Step(bucket.phase, weights, spec.shape, spec.compute, ops_of(spec)), inputs)
+    step = Flat(Step(bucket.phase, weights, spec.shape, spec.compute, ops_of(spec), spec.candidates), inputs)
     return torch.export.export(step, tuple(tensors(inputs)), strict=False)
 
 
@@ -44,8 +44,10 @@ def compile_package(spec: GraphSpec, bucket: Bucket, path: Path) -> None:
 
     # The generated loops need the number of threads that they were built for: more would overrun their buffers.
     settings = {"cpp.threads": spec.threads} | dict(spec.options)
-    # Whether all nodes call operators of ours: torch.distributed's collectives are torch's.
+    # Whether all nodes call operators of ours: torch.distributed's collectives are torch's, and so is the search for
+    # candidates.
     calls = spec.kernels == "native" and (spec.world_size == 1 or spec.collectives == "shared_memory")
+    calls = calls and not spec.candidates
     build_package(trace(spec, bucket), path, settings, spec.device == "cpu", calls)
 
 
@@ -68,6 +70,10 @@ def prepare_tracing(spec: GraphSpec, folder: Path) -> None:
         torch._C._distributed_c10d._register_process_group(GROUP, _stand_in)
 
 
+def _output(outputs: list[Tensor]) -> Output:
+    return tuple(outputs) if len(outputs) > 1 else outputs[0] if outputs else None
+
+
 class Package:
     """A loaded package, bound to the run's weights. Does not import the compiler."""
 
@@ -83,9 +89,8 @@ class Package:
         """Names of the weights that the package takes, as in `Flat`."""
         return list(self._loader.get_constant_fqns())
 
-    def __call__(self, *inputs: Any) -> Tensor | None:
-        outputs = self._loader.boxed_run(tensors(inputs))
-        return outputs[0] if outputs else None
+    def __call__(self, *inputs: Any) -> Output:
+        return _output(self._loader.boxed_run(tensors(inputs)))
 
 
 class RankPackage:
@@ -101,9 +106,8 @@ class RankPackage:
         names = self._ops.constant_names(self._handle)
         self._ops.load_constants(self._handle, names, [weights[name] for name in names])
 
-    def __call__(self, *inputs: Any) -> Tensor | None:
-        outputs = self._ops.run_package(self._handle, tensors(inputs))
-        return outputs[0] if outputs else None
+    def __call__(self, *inputs: Any) -> Output:
+        return _output(self._ops.run_package(self._handle, tensors(inputs)))
 
 
 def load_package(path: Path, weights: dict[str, Tensor], spec: GraphSpec, folder: Path) -> Graph:

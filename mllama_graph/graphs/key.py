@@ -50,6 +50,7 @@ def key_fields(spec: GraphSpec, bucket: Bucket) -> dict[str, Any]:
         "page_size": spec.page_size,
         "bucket": asdict(bucket),
         "model": asdict(spec.shape),
+        "candidates": spec.candidates,
     }
     if spec.formats:
         fields["formats"] = {path: asdict(form) for path, form in spec.formats}

@@ -62,7 +62,9 @@ class LoadedPackages(LoadedGraphs):
     ):
         super().__init__(spec, weights, pages, ops, store, say)
         self._compiler = GraphCompiler(spec, store, say)
-        self._uncompiled = {phase: Step(phase, weights, spec.shape, spec.compute, ops) for phase in PHASES}
+        self._uncompiled = {
+            phase: Step(phase, weights, spec.shape, spec.compute, ops, spec.candidates) for phase in PHASES
+        }
         self._cuda = Cuda(spec.torch_device) if spec.device == "cuda" else None
         self._weights = {f"{WEIGHT_PREFIX}{name}": value for name, value in weights.state_dict().items()}
 

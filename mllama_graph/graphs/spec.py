@@ -42,6 +42,8 @@ class GraphSpec:
     options: tuple[tuple[str, Any], ...] = ()
     rank: int = 0
     formats: Formats = ()
+    # The number of largest logits that a text graph gives beside all of them; 0: only the logits.
+    candidates: int = 0
 
     @property
     def compiles(self) -> bool:

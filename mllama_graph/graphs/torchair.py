@@ -17,7 +17,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from mllama_graph.graphs.spec import GraphSpec
-from mllama_graph.graphs.step import Flat, Step, arguments, tensors
+from mllama_graph.graphs.step import Flat, Output, Step, arguments, tensors
 from mllama_graph.model.inputs import Pages
 from mllama_graph.model.ops import Ops
 from mllama_graph.model.tree import Weights, linears
@@ -146,10 +146,10 @@ class NpuGraph:
     prepared: turns a step's inputs on the host into those of the graph, on the device.
     """
 
-    def __init__(self, run: Callable[..., Tensor | None], prepared: Callable[[Any], Any]):
+    def __init__(self, run: Callable[..., Output], prepared: Callable[[Any], Any]):
         self._run, self._prepared = run, prepared
 
-    def __call__(self, given: Any, *pages: Any) -> Tensor | None:
+    def __call__(self, given: Any, *pages: Any) -> Output:
         return self._run(*tensors((self._prepared(given), *pages)))
 
 
@@ -168,7 +168,7 @@ def npu_graph(
     Compiling runs the graph once, on padding. `name` identifies it. Raises torchair's errors for what it can't lower.
     """
     inputs = arguments(bucket, spec.prepared(spec.example(bucket)), *pages)
-    step = Flat(Step(bucket.phase, weights, spec.shape, spec.compute, ops), inputs)
+    step = Flat(Step(bucket.phase, weights, spec.shape, spec.compute, ops, spec.candidates), inputs)
     options = dict(spec.options)
     if stored:
         return NpuGraph(load_step(step, name, options, folder), spec.prepared)

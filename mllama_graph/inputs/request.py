@@ -18,6 +18,7 @@ class Sampling:
     top_k: int = 0
     seed: int = 0
     logprobs: int | None = None
+    min_p: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ FIELDS = frozenset(
         "temperature",
         "top_p",
         "top_k",
+        "min_p",
         "seed",
         "stop",
         "ignore_eos",
@@ -71,6 +73,7 @@ _NUMBERS: dict[str, tuple[type, int | None, float]] = {
     "temperature": (float, 0, 1e6),
     "top_p": (float, 0, 1),
     "top_k": (int, 0, LARGEST),
+    "min_p": (float, 0, 1),
     "seed": (int, None, 2**64 - 1),
     "logprobs": (int, 0, LARGEST),
 }
@@ -104,6 +107,7 @@ def read_options(given: Mapping[str, Any], max_new: int, defaults: Sampling) -> 
         _number(given, "top_k", defaults.top_k),
         _number(given, "seed", defaults.seed),
         _number(given, "logprobs", None),
+        _number(given, "min_p", defaults.min_p),
     )
     return Options(_number(given, "max_new_tokens", max_new), sampling, tuple(stop), ignore_eos)
 

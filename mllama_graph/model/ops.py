@@ -84,6 +84,8 @@ class Ops:
     attend_image: Callable
     # (q_SAH, k_SAH, v_SAH, pad_S): all rows see all rows, but padding does not see padding
     attend_tiles: Callable
+    # (x_BV, k) -> (value_Bk, column_Bk): the k largest of each row in descending order, equal ones in any order
+    top_k: Callable
     # sum over ranks
     all_reduce: Callable[[Tensor], Tensor]
     # stack over ranks: x -> (world, *x.shape)

@@ -88,10 +88,14 @@ class CrossLayer(TextLayer):
 
 
 class TextWeights(nn.Module):
-    """The language model. inv_freq: rotary frequencies, fp32 (H / 2,)."""
+    """The language model. inv_freq: rotary frequencies, fp32 (H / 2,).
+
+    padding_V: fp32, 0 for the head's own rows and the least number for rows of padding; None where no rank has padding.
+    """
 
     norm: nn.Parameter
     inv_freq: Tensor
+    padding_V: Tensor | None
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
@@ -213,10 +217,21 @@ def build(
     root.text.register_buffer("inv_freq", frequencies.to(placement.device))
     first = torch.tensor(shard.bounds(shape.embeddings)[0], dtype=torch.int32)
     root.text.embed.register_buffer("first", first.to(placement.device))
+    root.text.register_buffer("padding_V", _padding(shape.text.vocab, shard, placement))
     for name in ("scale", "mean", "std"):
         value = torch.tensor(getattr(pixels, name)).to(placement.device)
         root.vision.register_buffer(f"pixel_{name}", value if name == "scale" else value[:, None, None])
     return root
+
+
+def _padding(vocab: int, shard: Shard, placement: Placement) -> Tensor | None:
+    """TextWeights.padding_V of a rank."""
+    if vocab % shard.world == 0:
+        return None
+    start, stop = shard.bounds(vocab)
+    padding_V = torch.zeros(shard.size(vocab))
+    padding_V[stop - start :] = torch.finfo(torch.float32).min
+    return padding_V.to(placement.device)
 
 
 def _build_quantised(

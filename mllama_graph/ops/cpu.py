@@ -212,6 +212,7 @@ CPU = Ops(
     attend_pages=attend_pages,
     attend_image=attend_image,
     attend_tiles=attend_tiles,
+    top_k=PLAIN.top_k,
     all_reduce=PLAIN.all_reduce,
     all_gather=PLAIN.all_gather,
 )

@@ -38,6 +38,7 @@ from mllama_graph.model.inputs import LayerPages, Prepared, PromptInput, TokenIn
 from mllama_graph.model.ops import Ops, padded_head
 from mllama_graph.model.tree import Linear
 from mllama_graph.ops import npu_quantised
+from mllama_graph.ops.npu_candidates import top_k
 from mllama_graph.ops.ranks import GROUP, max_in, ranked
 
 CAUSAL = 3
@@ -260,6 +261,7 @@ def npu_ops(world: int, mode: str = "max-autotune", nz: bool = False) -> Ops:
         attend_pages=attend_pages,
         attend_image=attend_image,
         attend_tiles=attend_tiles,
+        top_k=top_k,
     )
     if mode == "max-autotune":
         return ops

@@ -267,6 +267,11 @@ def attend_tiles(q_SAH: Tensor, k_SAH: Tensor, v_SAH: Tensor, pad_S: Tensor) -> 
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_SS)[0].transpose(0, 1)
 
 
+def top_k(x_BV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest values of each row in descending order, and their columns."""
+    return x_BV.max(-1, keepdim=True) if k == 1 else x_BV.topk(k)
+
+
 def _with_padding(ops: Ops, given: PromptInput | TokenInput) -> Ops:
     return ops
 
@@ -306,6 +311,7 @@ PLAIN = Ops(
     attend_pages=attend_pages,
     attend_image=attend_image,
     attend_tiles=attend_tiles,
+    top_k=top_k,
     all_reduce=_single_rank_sum,
     all_gather=_single_rank_stack,
 )

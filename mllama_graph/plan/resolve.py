@@ -113,6 +113,7 @@ class ResolvedRun(ResolvedTask):
     memory_gib: float | None
     compile_mode: str
     reuse: float
+    candidates: int
     tp: int
     # The name of the ranks' shared memory segment.
     segment: str
@@ -196,6 +197,7 @@ def resolve(run: Run, place: Place | None) -> ResolvedTask:
         memory_gib=run.memory_gib,
         compile_mode=_compile_mode(run),
         reuse=1.0 if run.deterministic else run.plan.reuse,
+        candidates=device.candidates if run.plan.candidates is None else run.plan.candidates,
         tp=run.tp,
         segment=f"mllama_graph-{os.getpid()}-{secrets.token_hex(4)}",
         threads=run.threads,

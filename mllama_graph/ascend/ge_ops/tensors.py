@@ -190,6 +190,32 @@ def reduce_sum(x: Tensor, axes: Tensor, *, keep_dims: bool = False, noop_with_em
     return wide.sum(integers(axes), keepdim=keep_dims).to(x.dtype)
 
 
+@operation("Exp", source="IR Exp")
+def exp(x: Tensor, *, base: float = -1.0, scale: float = 1.0, shift: float = 0.0) -> Tensor:
+    require((base, scale, shift) == (-1.0, 1.0, 0.0), "Exp of another base or of a scaled value is not known")
+    return rounded(x.float().exp(), x)
+
+
+# No source says where equal values and NaN are put, so that these two put them where a host must not rely on: the last
+# of equal values first, and NaN behind all numbers.
+
+
+@operation("TopKV2", source="IR TopKV2")
+def top_k(x: Tensor, k: Tensor, *, sorted: bool = True, dim: int = -1, largest: bool = True) -> tuple[Tensor, Tensor]:
+    require(k.dtype == torch.int32, f"k is {k.dtype}; the IR of CANN 8.5 takes int32 alone")
+    require(sorted and largest and dim in (-1, x.dim() - 1), "only the largest of the last axis, sorted, are known")
+    order = x.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).flip(-1)
+    columns = x.shape[-1] - 1 - order.sort(dim=-1, descending=True, stable=True).indices[..., : int(k)]
+    return x.gather(-1, columns), columns.int()
+
+
+@operation("ArgMaxWithValue", source="IR ArgMaxWithValue")
+def arg_max(x: Tensor, *, dimension: int = 0, keep_dims: bool = False) -> tuple[Tensor, Tensor]:
+    require(keep_dims and dimension == x.dim() - 1, "only the last axis, kept, is known")
+    value, column = top_k(x, torch.tensor(1, dtype=torch.int32))
+    return column, value
+
+
 @operation("ClipByValueV2", source="IR ClipByValueV2")
 def clip(x: Tensor, clip_value_min: Tensor, clip_value_max: Tensor) -> Tensor:
     require(x.dtype == clip_value_min.dtype == clip_value_max.dtype, "the limits must have the dtype of x")

@@ -9,6 +9,7 @@ from checkpoints import SPECS, model_config
 from torchair._ge_concrete_graph import ge_ir_pb2
 
 from mllama_graph.ascend.capture import Capture
+from mllama_graph.core.devices import CANDIDATES
 from mllama_graph.graphs.spec import GraphSpec
 from mllama_graph.model.shape import shape_of
 from mllama_graph.plan.bucket import Bucket
@@ -22,6 +23,7 @@ CLASSES = (VISION, DECODE, LEAN, PREFILL, PREFILL_LEAN, CHUNK, CHUNK_LEAN)
 
 def spec_of(name: str, ranks: int = 1, **changes: Any) -> GraphSpec:
     """The spec of a small model's graphs: bf16, with pools for two sequences of up to four images each."""
+    changes = {"candidates": CANDIDATES} | changes
     pools = {"page_size": 128, "num_pages": 12, "num_image_pages": 16}
     spec = GraphSpec(
         shape_of(model_config(SPECS[name])),

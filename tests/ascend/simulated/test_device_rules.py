@@ -1,16 +1,18 @@
 """The rules of CANN's own sources find their faults in modified graphs, and name the line."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 import torch_npu
 from findings import BASE, DEVICE, FAILED, found, found_after, found_with
-from graphs import CHUNK_LEAN, DECODE, LEAN, PREFILL_LEAN, VISION, broken
+from graphs import CHUNK_LEAN, DECODE, LEAN, PREFILL_LEAN, VISION, broken, spec_of
 from torchair._ge_concrete_graph import ge_ir_pb2
 
 from mllama_graph.ascend.capture import capture
 from mllama_graph.ops.npu import NPU, attention
+from mllama_graph.ops.plain import PLAIN
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +189,55 @@ def test_a_chunk_without_lengths_or_the_causal_mode_is_found():
 
     [message] = found("paged", broken(captured, unmeasured), CHUNK_LEAN)
     assert "reads a prompt's pages with sparse_mode 3, without actual_seq_lengths, at" in message
+
+
+# ---- candidates
+
+
+def test_a_graph_that_leaves_the_search_to_the_host_is_found():
+    captured = capture(replace(BASE, candidates=0), LEAN)
+    [message] = found("candidates", captured, LEAN)
+    assert message.startswith("NetOutput NetOutput: gives no candidates, so that all logits go to the host")
+    assert not found("candidates", captured, LEAN, replace(BASE, candidates=0))
+
+
+def test_a_search_as_torchair_lowers_it_is_found():
+    messages = found_with("candidates", LEAN, top_k=PLAIN.top_k)
+    assert re.match(
+        r"TopKV2 \w+: k is not the constant 64 in int32, at mllama_graph/model/sample.py:\d+ in", messages[0]
+    )
+    assert "has a sort_policy, which CANN 8.5 does not know" in messages[1]
+    assert "computes in int64" in found_with("numbers", LEAN, top_k=PLAIN.top_k)[0]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [("Cast:0", "searches given.position_T, not the logits"), ("head", "searches in torch.bfloat16: sums of exp")],
+)
+def test_a_search_in_other_values_than_the_logits_in_fp32_is_found(source, message, decode):
+    [head] = [name for name, role in decode.inputs.items() if role == "weights.text.head.weight"]
+
+    def change(ops):
+        product = next(op.name for op in ops.values() if f"{head}:0" in op.input)
+        ops["TopKV2"].input[0] = f"{product}:0" if source == "head" else source
+
+    assert any(f"TopKV2 TopKV2: {message}" in text for text in found_after("candidates", decode, change))
+
+
+def test_a_search_for_another_number_of_candidates_is_found():
+    [message] = found("candidates", capture(replace(BASE, candidates=1), LEAN), LEAN)
+    assert message.startswith("ArgMaxWithValue ArgMaxWithValue: finds 1 candidate, not 64, at")
+
+
+def test_candidates_that_ranks_do_not_exchange_are_found():
+    ranks = spec_of("cross_first", 2)
+    messages = found_with("collectives", LEAN, ranks, all_gather=lambda x: x[None])
+    assert any("ranks do not exchange the candidates" in message for message in messages)
+
+
+def test_a_cast_without_a_kernel_is_found(decode):
+    [message] = found_after("kernels", decode, lambda ops: ops["Cast"].attr["dst_type"].__setattr__("i", 11))
+    assert message.startswith("Cast Cast: has no kernel from torch.int32 to torch.float64 on a 910B's cores (math/cast")
 
 
 def test_every_rule_of_the_device_has_a_test():
