@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,6 +37,18 @@ def own_ids(logits_BV: Tensor, first: int, vocab: int) -> Tensor:
             -1, torch.arange(held, logits_BV.shape[-1], device=logits_BV.device), -torch.inf
         )
     return logits_BV
+
+
+def allowed(mask: bytes, first: int, size: int) -> Tensor:
+    """Whether each of the ids first .. first + size - 1 is allowed: bool (size). `mask`: a bit per id, lowest first."""
+    begin, end = first // 8, -(-(first + size) // 8)
+    bits_V = np.unpackbits(np.frombuffer(mask[begin:end], np.uint8), bitorder="little")[first - 8 * begin :][:size]
+    return torch.from_numpy(np.pad(bits_V, (0, size - len(bits_V)))).bool()
+
+
+def masked(logits_BV: Tensor, allowed_BV: Tensor) -> Tensor:
+    """Logits with -inf at ids that are not allowed, except for the NaN that marks a row (own_ids)."""
+    return logits_BV.masked_fill(~(allowed_BV | logits_BV.isnan()), -torch.inf)
 
 
 def candidates(logits_BV: Tensor, k: int, first: int, gather: Gather) -> tuple[Tensor, Tensor]:
