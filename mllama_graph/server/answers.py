@@ -17,6 +17,8 @@ from mllama_graph.server.service import Generation
 
 T = TypeVar("T")
 
+# The key of a request's scope under which a connection gives a function that writes to it without a task.
+WRITE_NOW = "mllama.write_now"
 DONE = b"data: [DONE]\n\n"
 STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -137,8 +139,10 @@ class Events(Response):
         self.status_code, self.background, self.body = 200, None, b""
         self.raw_headers = list(STREAM_HEADERS)
         self._generation, self._form, self._seconds, self._log = generation, form, seconds, log
+        self._write_now: Callable[..., bool] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._write_now = scope.get(WRITE_NOW)
         writing = asyncio.ensure_future(self._write(send))
         gone = asyncio.ensure_future(_disconnect(receive))
         try:
@@ -170,6 +174,8 @@ class Events(Response):
         generation, form, left = self._generation, self._form, len(self._generation.tickets)
         if first := form.begin():
             await _send(send, first)
+        if self._write_now is not None:
+            generation.mailbox.sink = self._take
         while left:
             parts = []
             for index, delta in await generation.mailbox.take():
@@ -181,8 +187,14 @@ class Events(Response):
                 await _send(send, data)
         await _send(send, form.end(), more=False)
 
+    def _take(self, index: int, delta: Delta) -> bool:
+        """Write a delta that is not the last one of its request, unless the client is slow to read."""
+        assert self._write_now is not None
+        return delta.result is None and self._write_now(self._form.delta, index, delta)
+
     async def _fail(self, send: Send, error: ApiError) -> None:
         self._generation.close()
+        self._generation.mailbox.sink = None
         # Where the client reads nothing, this would wait for it: the connection is closed instead.
         try:
             async with asyncio.timeout(1.0):

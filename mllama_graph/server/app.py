@@ -113,7 +113,7 @@ class Api:
         return body
 
     def _generating(self, job_of: Callable[[Service, dict[str, Any]], Job]) -> Endpoint:
-        """The endpoint that runs the jobs of `job_of`. A job ends where its client leaves, even before a first token."""
+        """The endpoint that runs the jobs of `job_of`. A job ends where its client leaves, also before a token."""
 
         async def generating(request: Request) -> Response:
             seconds, note = self._service.bounds.seconds, request.scope["mllama.note"]

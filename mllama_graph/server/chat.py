@@ -16,7 +16,7 @@ from mllama_graph.server.jobs import Job, choices_of
 from mllama_graph.server.service import Service
 from mllama_graph.server.usage import usage_of
 
-LIMITS = ("max_completion_tokens", "max_tokens")
+LIMITS = ("max_tokens", "max_completion_tokens")
 TEMPLATE = ("tools", "documents", "chat_template_kwargs", "add_generation_prompt", "continue_final_message")
 
 

@@ -1,11 +1,12 @@
 """Connections: uvicorn's protocol on httptools, with bounds on the head of a request and on waiting for it."""
 
 import asyncio
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from mllama_graph.server.answers import to_json
+from mllama_graph.server.answers import WRITE_NOW, to_json
 from mllama_graph.server.errors import ApiError
 
 # The most bytes of a request's first line and headers, and the seconds in which they must arrive.
@@ -13,18 +14,51 @@ MOST_HEAD, HEAD_SECONDS = 64 << 10, 20.0
 # Seconds that a connection may wait for its next request: longer than clients keep theirs, so that none is closed while
 # a client begins to use it (httpx: 5 s, nginx: 60 s).
 KEEP_ALIVE_SECONDS = 75
+# Seconds in which a client may read the answer to a body that is not read to its end.
+LINGER_SECONDS = 2.0
+
+
+class _Lingering:
+    """A transport that, when it is closed before the request's body has arrived, ends after the client has read.
+
+    Closing at once would reset the connection, and the client would lose the answer that it has not read yet.
+    """
+
+    def __init__(self, transport: Any, connection: "Connection"):
+        self._transport, self._connection = transport, connection
+        self.write = transport.write
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def close(self) -> None:
+        if not self._connection.linger():
+            self._transport.close()
+        elif self._transport.can_write_eof():
+            self._transport.write_eof()
 
 
 class Connection(HttpToolsProtocol):
     """One connection. Clients that send no head, a slow one or an endless one are disconnected."""
 
+    _lingering = False
     _timer: asyncio.TimerHandle | None = None
     _head = 0
     _in_head = True
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        self.transport = cast(Any, _Lingering(transport, self))
         self._expect_head()
+
+    def linger(self) -> bool:
+        """Whether to wait with closing, since the client still sends a body that nobody reads. Asked once."""
+        if self._lingering or self.cycle is None or not self.cycle.more_body or not self.cycle.response_complete:
+            return False
+        self._lingering = True
+        self.flow.resume_reading()
+        self.loop.call_later(LINGER_SECONDS, self.transport.close)
+        return True
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
@@ -32,6 +66,7 @@ class Connection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        cast(dict[str, Any], self.scope)[WRITE_NOW] = self._write_now
         self._expect_head()
 
     def on_headers_complete(self) -> None:
@@ -40,6 +75,8 @@ class Connection(HttpToolsProtocol):
         super().on_headers_complete()
 
     def data_received(self, data: bytes) -> None:
+        if self._lingering:
+            return
         super().data_received(data)
         if self._in_head and not self.transport.is_closing():
             self._head += len(data)
@@ -54,6 +91,17 @@ class Connection(HttpToolsProtocol):
         )
         self.transport.write(head.encode() + body)
         self.transport.close()
+
+    def _write_now(self, make: Callable[..., bytes], *arguments: Any) -> bool:
+        """Write a part of a streamed body that `make` makes, in the place of a task that would be woken for it.
+
+        Returns False, and makes nothing, where the client has not read enough of what was written before.
+        """
+        if self.flow.write_paused or self.transport.is_closing():
+            return False
+        if data := make(*arguments):
+            self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        return True
 
     def _expect_head(self) -> None:
         self._in_head, self._head = True, 0

@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import uvicorn
@@ -50,20 +50,8 @@ class _Server(uvicorn.Server):
         yield
 
 
-def serve(
-    app: ASGIApp,
-    service: Service,
-    opened: socket.socket,
-    drain_seconds: float,
-    tls: dict[str, Any],
-    watch: Callable[[], Exception | None],
-    say: Callable[[str], None],
-) -> None:
-    """Serve until a signal or the engine ends it.
-
-    SIGTERM and SIGINT drain: new requests are refused, open ones finish within `drain_seconds`. A second SIGINT ends
-    the process at once. `watch` returns why a worker rank has ended, if one has. Raises what ended the engine.
-    """
+def server_of(app: ASGIApp, tls: Mapping[str, Any]) -> _Server:
+    """uvicorn with our connections. `tls`: its options for a certificate."""
     config = uvicorn.Config(
         app,
         http=Connection,
@@ -77,8 +65,26 @@ def serve(
         timeout_graceful_shutdown=2,
         **tls,
     )
-    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-        runner.run(_serve(_Server(config), service, opened, drain_seconds, watch, say))
+    return _Server(config)
+
+
+def serve(
+    app: ASGIApp,
+    service: Service,
+    opened: socket.socket,
+    drain_seconds: float,
+    tls: Mapping[str, Any],
+    watch: Callable[[], Exception | None],
+    say: Callable[[str], None],
+) -> None:
+    """Serve until a signal or the engine ends it.
+
+    SIGTERM and SIGINT drain: new requests are refused, open ones finish within `drain_seconds`. A second SIGINT ends
+    the process at once. `watch` returns why a worker rank has ended, if one has. Raises what ended the engine.
+    """
+    server = server_of(app, tls)
+    with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
+        runner.run(_serve(server, service, opened, drain_seconds, watch, say))
     if service.error is not None:
         raise service.error
 

@@ -46,14 +46,17 @@ class Mailbox:
 
     def __init__(self, ended: Callable[[], None] = lambda: None) -> None:
         self._ended = ended
+        # Takes a delta at once, without waking the task, and returns whether it has.
+        self.sink: Callable[[int, Delta], bool] | None = None
         self._deltas: list[tuple[int, Delta]] = []
         self._ready = asyncio.Event()
         self.error: Exception | None = None
 
     def put(self, index: int, delta: Delta) -> None:
         """Add a delta."""
-        self._deltas.append((index, delta))
-        self._ready.set()
+        if self.sink is None or self._deltas or not self.sink(index, delta):
+            self._deltas.append((index, delta))
+            self._ready.set()
         if delta.result:
             self._ended()
 
