@@ -347,7 +347,9 @@ class ServeOptions(TaskOptions):
         if self.api_key == "":
             raise UserError("api_key= is empty. Give a key, or leave api_key= out to serve everybody.")
         if not all("!" <= letter <= "~" for letter in self.api_key or ""):
-            raise UserError("api_key= must be of printable ASCII characters without spaces: HTTP headers hold no others.")
+            raise UserError(
+                "api_key= must be of printable ASCII characters without spaces: HTTP headers hold no others."
+            )
         if self.ssl_keyfile and not self.ssl_certfile:
             raise UserError("task.ssl_keyfile needs task.ssl_certfile, the certificate of the key.")
         for key in ("ssl_certfile", "ssl_keyfile"):
