@@ -69,8 +69,10 @@ class Engine:
         )
         self.scheduler.add(sequence)
         self._next += 1
-        text, constraint = self.processor.detokenizer(request.stop), request.grammar and Constraint(request.grammar)
-        self._running[sequence.id] = _Running(request, sequence, text, time.perf_counter(), constraint)
+        constraint = Constraint(request.grammar, request.max_new) if request.grammar else None
+        self._running[sequence.id] = _Running(
+            request, sequence, self.processor.detokenizer(request.stop), time.perf_counter(), constraint
+        )
         return sequence.id
 
     def abort(self, number: int) -> None:

@@ -96,9 +96,9 @@ class Sampler:
         logits_BV = sample.own_ids(logits_BV, self._first, self._vocab)
         reported = any(s.logprobs is not None for s in sampling)
         total_B = sample.total(logits_BV, self._gather) if reported else None
-        if rows := [row for row, mask in enumerate(masks) if mask]:
-            allowed_RV = torch.stack([sample.allowed(masks[row], self._first, self._size) for row in rows])
-            logits_BV[rows] = sample.masked(logits_BV[rows], allowed_RV.to(logits_BV.device))
+        for row, mask in enumerate(masks):
+            if mask:
+                sample.mask_(logits_BV, row, mask, self._first)
         k = max(self._offered(s, self._vocab) for s in sampling)
         value_Bk, id_Bk = sample.candidates(logits_BV, k, self._first, self._gather)
         at_B = torch.zeros(len(sampling), dtype=torch.long, device=logits_BV.device)

@@ -5,10 +5,11 @@ that can't be used is refused before it runs. JSON is generated without optional
 otherwise fill its answer with it.
 """
 
+import contextlib
 import json
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mllama_graph.core.errors import UserError
@@ -30,14 +31,37 @@ LIMITS = {"max_grammar_size": 200_000, "verbose_errors": False}
 
 
 class Grammar:
-    """A compiled grammar, from which each sequence gets a matcher of its own. `eos`: the id that ends an answer."""
+    """A compiled grammar, from which each sequence gets a matcher of its own.
 
-    def __init__(self, matcher: "LLMatcher", eos: int, vocab: int):
-        self._matcher, self.eos, self.vocab = matcher, eos, vocab
+    vocab: the number of ids that have a logit.
+    """
+
+    def __init__(self, matcher: "LLMatcher", vocab: int, closers: "Closers"):
+        self._matcher, self.vocab, self.closers = matcher, vocab, closers
 
     def matcher(self) -> "LLMatcher":
         """A matcher at the beginning of an answer."""
         return self._matcher.deep_copy()
+
+
+class Closers:
+    """The ids that end what is open in JSON, as sets with a bit for each id. `end`: the id that ends an answer."""
+
+    def __init__(self, vocabulary: Mapping[str, int], end: int):
+        texts = vocabulary.items()
+        # A string allows z, which begins no value of JSON; in a string, brackets close nothing.
+        self._inside = _bits(id for text, id in texts if text.startswith("z"))
+        self._quotes = _bits(id for text, id in texts if text.startswith('"') and not text.strip('"]}'))
+        self._brackets = _bits({end, *(id for text, id in texts if not text.strip("]}"))})
+        self._commas = _bits(id for text, id in texts if text.startswith(","))
+
+    def among(self, allowed: int) -> int:
+        """Those of the allowed ids that close a string, an object or a list, or else those that begin the next item.
+
+        All of the allowed ids if it has none of these.
+        """
+        inside = allowed & self._inside and allowed & self._quotes
+        return inside or allowed & self._brackets or allowed & self._commas or allowed
 
 
 class Grammars:
@@ -64,7 +88,7 @@ class Grammars:
         limits = guide.LLParserLimits(**LIMITS)
         matcher = guide.LLMatcher(self._of_codec(guide, end), grammar, log_level=0, limits=limits)
         refuse(field, matcher)
-        compiled = Grammar(matcher, end, self._vocab)
+        compiled = Grammar(matcher, self._vocab, self._closers)
         # The first mask shows what compiling does not, such as a grammar that no text satisfies.
         first = compiled.matcher()
         mask = first.compute_bitmask()
@@ -72,6 +96,11 @@ class Grammars:
         if not any_allowed(mask, self._vocab):
             raise UserError(f"{field}: no token that the model generates can begin this.")
         return compiled
+
+    def warm(self) -> None:
+        """Prepare the tokenizer for grammars, which takes a second for 128k ids, where there is llguidance and one."""
+        with contextlib.suppress(UserError):
+            self._of_codec(_guide(STRUCTURED), self._end(STRUCTURED))
 
     def _end(self, field: str) -> int:
         """The one id that ends an answer: that of a turn, where the tokenizer has it."""
@@ -90,6 +119,7 @@ class Grammars:
                 # has no logit; masks are cut to the logits.
                 ids = max(self._vocab, tokenizer.get_vocab_size(with_added_tokens=False), *(self._codec.added or {0}))
                 self._tokenizer = guide.LLTokenizer(tokenizer.to_str(), n_vocab=ids + 1, eos_token=end)
+                self._closers = Closers(tokenizer.get_vocab(with_added_tokens=False), end)
             return self._tokenizer
 
 
@@ -112,6 +142,15 @@ def reason(error: str) -> str:
     if error.startswith("NoExtensionBias"):
         return "no text satisfies it"
     return " ".join(error.replace("<non-verbose/>", "").split())[:300].rstrip(". ")
+
+
+def _bits(ids: Iterable[int]) -> int:
+    """A set of ids, a bit for each."""
+    found = bytearray(1)
+    for id in ids:
+        found.extend(bytes(max(0, id // 8 + 1 - len(found))))
+        found[id // 8] |= 1 << id % 8
+    return int.from_bytes(found, "little")
 
 
 def any_allowed(mask: bytes, vocab: int) -> bool:
