@@ -124,6 +124,9 @@ class TaskOptions:
     MODEL: ClassVar[str] = "model"
     NOTHING: ClassVar[str] = "nothing"
 
+    # Whether a second interrupt ends rank 0 at once, rather than after it has written its results.
+    ENDS_AT_ONCE: ClassVar[bool] = False
+
     name: str = "generate"
 
     @property

@@ -145,7 +145,7 @@ def write_result(
         {
             "status": status,
             "error": error,
-            "config": config,
+            "config": _without_keys(config),
             "versions": versions(),
             "metrics": metrics or {},
             "graphs": graphs or [],
@@ -153,6 +153,12 @@ def write_result(
             "token_ids": token_ids,
         },
     )
+
+
+def _without_keys(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration without the API key of task=serve."""
+    hidden = {name: "..." if name == "api_key" and value else value for name, value in config.items()}
+    return {name: _without_keys(value) if name == "task" else value for name, value in hidden.items()}
 
 
 def write_failure(folder: Path, config: dict[str, Any], message: str) -> None:

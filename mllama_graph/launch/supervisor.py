@@ -32,7 +32,7 @@ class Supervisor:
 
     def __init__(self, run: ResolvedTask, entry: str, ranks: int):
         self._segment = run.segment if isinstance(run, ResolvedRun) else None
-        self._end_seconds = run.options.end_seconds
+        self._end_seconds, self._at_once = run.options.end_seconds, run.options.ENDS_AT_ONCE
         given = Assignment(os.getpid(), run.output_dir, run, entry)
         if ranks == 1:
             self._ranks = [spawn(Place(), {}, given)]
@@ -60,6 +60,8 @@ class Supervisor:
                     collect(self._ranks, 0.5 if deadline else None)
                 except KeyboardInterrupt:
                     if interrupted:
+                        if self._at_once:
+                            self._ranks[0].kill()
                         break
                     interrupted, deadline = True, time.monotonic() + self._end_seconds
                     self._ranks[0].process.terminate()

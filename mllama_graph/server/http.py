@@ -118,7 +118,6 @@ async def _serve(
     watching = asyncio.ensure_future(_watch(service, watch))
     serving = asyncio.ensure_future(server.serve(sockets=[opened]))
     await ending.wait()
-    watching.cancel()
     until = time.monotonic() + drain_seconds
     while service.open and service.state != FAILED and time.monotonic() < until:
         await asyncio.sleep(0.02)
@@ -127,6 +126,7 @@ async def _serve(
     until = time.monotonic() + LAST_WORDS
     while service.open and time.monotonic() < until:
         await asyncio.sleep(0.02)
+    watching.cancel()
     server.should_exit = True
     await serving
 

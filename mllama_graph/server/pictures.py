@@ -116,6 +116,8 @@ class Pictures:
                 warnings.simplefilter("ignore")
                 with Image.open(io.BytesIO(data), formats=formats()) as image:
                     pixels = image.width * image.height
+        except Image.DecompressionBombError as error:
+            raise refused(f"picture {number}: {error}", "messages", "image_too_large") from None
         except Exception:
             # What is wrong with it is said by the processor, which knows more forms of damage.
             return

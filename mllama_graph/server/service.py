@@ -56,6 +56,7 @@ class Service:
         self._pool = ThreadPoolExecutor(
             WAITING_PREPARERS if pictures.waits else PREPARERS, thread_name_prefix="prepare"
         )
+        self.on_ready: Callable[[], None] = lambda: None
         self.on_end: Callable[[], None] = lambda: None
 
     def start(self) -> None:
@@ -144,6 +145,7 @@ class Service:
     def _ready(self) -> None:
         if self.state == STARTING:
             self.state = READY
+            self.on_ready()
 
     def _deliver(self, deltas: list[Delta], now: float) -> None:
         for delta in deltas:

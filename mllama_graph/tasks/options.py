@@ -6,7 +6,7 @@ To add a task, add a module with `main(run)` to this package, an entry to TASKS,
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from mllama_graph.core.config import QUANTS, Run, TaskOptions, at_least, one_of
 from mllama_graph.core.devices import Device
@@ -309,6 +309,8 @@ class QuantizeOptions(TaskOptions):
 @dataclass
 class ServeOptions(TaskOptions):
     """task=serve: OpenAI's API. conf/task/serve.yaml explains each key."""
+
+    ENDS_AT_ONCE: ClassVar[bool] = True
 
     name: str = "serve"
     port: int = 8000

@@ -3,6 +3,7 @@
 import os
 import sys
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -18,7 +19,7 @@ from mllama_graph.server.limits import Bounds
 from mllama_graph.server.pictures import Pictures
 from mllama_graph.server.service import Service
 from mllama_graph.server.warm import warm_up
-from mllama_graph.tasks.options import ServeOptions
+from mllama_graph.tasks.serve_options import ServeOptions
 
 # Seconds between switches of Python's threads: the default of 5 ms would delay streams behind the step loop.
 SWITCH_SECONDS = 0.0005
@@ -41,13 +42,13 @@ def main(run: ResolvedRun) -> None:
         def build() -> Engine:
             engines.append(start_engine(run, processor, progress))
             warm_up(engines[0], run.limits.batch)
-            progress.say("ready")
             return engines[0]
 
         names = names_of(run, options)
         below = Path(options.files_below).expanduser() if options.files_below else None
         pictures = Pictures(bounds, options.fetch_hosts, below)
         service = Service(run, processor, names, bounds, pictures, build, options.vllm_names)
+        service.on_ready = partial(progress.say, "ready")
         access = AccessLog(stack.enter_context(_log(run.output_dir, options)), options.log_prompts)
         key = options.api_key or os.environ.get(KEY) or None
         app = application(service, key, list(options.cors_origins), access)
@@ -67,7 +68,8 @@ def main(run: ResolvedRun) -> None:
         try:
             serve(app, service, opened, options.drain_seconds, tls, watch, progress.say)
         finally:
-            ended = service.close(STEP_SECONDS)
+            # A step that waits for a rank that is gone does not end.
+            ended = service.close(STEP_SECONDS if service.error is None else 0)
         if ended and engines:
             write_result(
                 run.output_dir, run.asked, metrics=service.metrics.summary(), graphs=engines[0].graph_records()
