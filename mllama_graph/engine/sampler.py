@@ -55,8 +55,8 @@ class Sampler:
         if left:
             if not all(masks[i] for i in left):
                 self._tell((found_WBF.shape[-1] - 2) // 2)
-            given = ([values[i] for i in left] for values in (sampling, positions, masks))
-            whole = self._from_logits(logits()[left], *given)
+            options, at, own = [sampling[i] for i in left], [positions[i] for i in left], [masks[i] for i in left]
+            whole = self._from_logits(logits()[left], options, at, own)
             for row, token in zip(left, whole, strict=True):
                 tokens[row] = token
         return [token for token in tokens if token is not None]

@@ -30,6 +30,10 @@ MOST_INTERSECTED = 8
 LIMITS = {"max_grammar_size": 200_000, "verbose_errors": False}
 
 
+class OwnGrammar(str):
+    """A Lark grammar that this package has made, from parts that are checked already."""
+
+
 class Grammar:
     """A compiled grammar, from which each sequence gets a matcher of its own.
 
@@ -164,7 +168,7 @@ def read_structured(given: Mapping[str, Any]) -> tuple[str, str] | None:
     Raises UserError with the field.
     """
     kind, structured = given.get(FORMAT), given.get(STRUCTURED)
-    asked = None if kind is None else _format(kind)
+    asked = None if kind is None else format_schema(kind)
     if structured is None:
         return None if asked is None else ("json", schema_text(asked, FORMAT))
     if asked is not None:
@@ -183,13 +187,13 @@ def read_structured(given: Mapping[str, Any]) -> tuple[str, str] | None:
         return "regex", _choices(value)
     if not isinstance(value, str):
         raise UserError(f"{STRUCTURED}.{name} is {describe(value)}; it must be a text.")
-    _bounded(value, f"{STRUCTURED}.{name}")
-    if name == "grammar" and max(map(value.count, "&~")) > MOST_INTERSECTED:
+    _bounded(value, f"{STRUCTURED}.{name}", MOST_CHARACTERS * (4 if isinstance(value, OwnGrammar) else 1))
+    if name == "grammar" and not isinstance(value, OwnGrammar) and max(map(value.count, "&~")) > MOST_INTERSECTED:
         raise UserError(f"{STRUCTURED}.grammar has more than {MOST_INTERSECTED} & or ~.")
     return ("lark" if name == "grammar" else name), value
 
 
-def _format(kind: Any) -> Any | None:
+def format_schema(kind: Any) -> Any | None:
     """The JSON schema of a response_format; None for text."""
     if not isinstance(kind, dict):
         raise UserError(f"{FORMAT} is {describe(kind)}; it must be an object.")
@@ -254,6 +258,6 @@ def _choices(value: Any) -> str:
     return pattern
 
 
-def _bounded(text: str, field: str) -> None:
-    if len(text) > MOST_CHARACTERS:
-        raise UserError(f"{field} has {len(text)} characters; at most {MOST_CHARACTERS} are taken.")
+def _bounded(text: str, field: str, most: int = MOST_CHARACTERS) -> None:
+    if len(text) > most:
+        raise UserError(f"{field} has {len(text)} characters; at most {most} are taken.")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mllama_graph.core.errors import UserError
-from mllama_graph.inputs.structured import FORMAT, STRUCTURED, checked_schema, schema_text
+from mllama_graph.inputs.structured import FORMAT, STRUCTURED, OwnGrammar, checked_schema, format_schema, schema_text
 from mllama_graph.model.fields import describe
 from mllama_graph.server import fields
 from mllama_graph.server.calls import Arguments, Call, CallParser
@@ -27,25 +27,31 @@ NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": Fal
 class ToolUse:
     """The tools that an answer may call: name -> JSON schema of its parameters.
 
-    enforced: the answer must consist of calls, one or, with `parallel`, several.
+    enforced: the answer must consist of calls, one or, with `parallel`, several. reply: the schema of an answer without
+    calls, where that is not free.
     """
 
     schemas: Mapping[str, dict[str, Any]]
     enforced: bool
     parallel: bool
+    reply: Any = None
 
-    def grammar(self) -> str:
-        """The grammar of an answer that consists of calls, in llguidance's variant of Lark."""
+    def grammar(self) -> OwnGrammar:
+        """The grammar of an answer that consists of calls, or else of the reply, in llguidance's variant of Lark."""
         calls = []
         for name, schema in self.schemas.items():
             head = json.dumps(f'{{"name": "{name}", "parameters": ')
             calls.append(f'{head} %json {schema_text(schema, "tools", **SPACED)} "}}"')
         more = f' ("; " call){{0,{MOST_CALLS - 1}}}' if self.parallel else ""
-        return f"start: call{more}\ncall: " + "\n    | ".join(calls) + "\n"
+        reply = "" if self.reply is None else f" | %json {schema_text(self.reply, FORMAT)}"
+        return OwnGrammar(f"start: call{more}{reply}\ncall: " + "\n    | ".join(calls) + "\n")
 
     def fields(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """The fields with which the model knows its tools, and calls them where that is required."""
-        return {"tools": body["tools"]} | ({STRUCTURED: {"grammar": self.grammar()}} if self.enforced else {})
+        constrained = self.enforced or self.reply is not None
+        return {"tools": body["tools"]} | (
+            {FORMAT: None, STRUCTURED: {"grammar": self.grammar()}} if constrained else {}
+        )
 
     def speaker(self) -> "Calls":
         """What shows one choice."""
@@ -61,9 +67,14 @@ def read(body: Mapping[str, Any]) -> ToolUse | None:
         return None
     if not schemas:
         raise refused("tool_choice needs tools. Give a list of functions.", "tool_choice")
+    try:
+        reply = None if body.get(FORMAT) is None else format_schema(body[FORMAT])
+        reply = None if reply is None else checked_schema(reply, FORMAT)
+    except UserError as error:
+        raise refused(str(error), FORMAT) from None
     if choice in (None, "auto"):
-        return ToolUse(schemas, False, parallel)
-    if body.get(STRUCTURED) is not None or (body.get(FORMAT) or {"type": "text"}).get("type") != "text":
+        return ToolUse(schemas, False, parallel, None if body.get(STRUCTURED) else reply)
+    if body.get(STRUCTURED) is not None or reply is not None:
         raise refused("tool_choice requires a call; the answer can't have another format, too.", "tool_choice")
     if choice == "required":
         return ToolUse(schemas, True, parallel)

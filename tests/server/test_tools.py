@@ -116,6 +116,14 @@ def test_one_call_only_without_parallel_calls(server):
         assert len(choice.message.tool_calls) == 1
 
 
+def test_with_a_response_format_an_answer_is_a_call_or_fits_the_schema(server):
+    for seed in range(4):
+        kind = {"type": "json_schema", "json_schema": {"name": "s", "schema": {"type": "integer", "minimum": 100}}}
+        ask = {"tools": TOOLS, "response_format": kind, "temperature": 3, "max_tokens": 150}
+        message = create(server, seed=seed, **ask).choices[0].message
+        assert all(map(fits, message.tool_calls)) if message.tool_calls else int(message.content) >= 100
+
+
 def test_answers_without_calls_stay_content_with_tools_at_hand(server):
     plain = create(server).choices[0].message.content
     for choice in ("auto", "none"):
