@@ -7,6 +7,7 @@ from typing import Any
 
 from mllama_graph.core.machine import process_age
 from mllama_graph.core.report import Progress
+from mllama_graph.engine.constrained import Constraint, masked
 from mllama_graph.engine.executor import Executor
 from mllama_graph.engine.results import Delta, Result
 from mllama_graph.engine.scheduler import Scheduler, Sequence
@@ -32,6 +33,7 @@ class _Running:
     sequence: Sequence
     text: Detokenizer
     submitted: float
+    constraint: Constraint | None = None
     first: float = 0.0
     logprobs: list[dict[str, Any]] = field(default_factory=list)
 
@@ -67,8 +69,9 @@ class Engine:
         )
         self.scheduler.add(sequence)
         self._next += 1
+        constraint = Constraint(request.grammar, request.max_new) if request.grammar else None
         self._running[sequence.id] = _Running(
-            request, sequence, self.processor.detokenizer(request.stop), time.perf_counter()
+            request, sequence, self.processor.detokenizer(request.stop), time.perf_counter(), constraint
         )
         return sequence.id
 
@@ -97,6 +100,7 @@ class Engine:
         if step is None:
             return []
         start = time.perf_counter()
+        step = masked(step, self._constraint)
         tokens = self.executor.execute(step)
         self.stats.count(
             step,
@@ -110,6 +114,11 @@ class Engine:
         return [
             (sequence.id, self._advance(sequence, token)) for (sequence, _), token in zip(moved, tokens, strict=True)
         ]
+
+    def _constraint(self, number: int) -> Constraint | None:
+        """What constrains the next id of a sequence, unless that id is given."""
+        state = self._running[number]
+        return None if len(state.sequence.generated) < len(state.request.forced) else state.constraint
 
     def _forced(self, step: Step, tokens: list[Token]) -> list[Token]:
         """The tokens of a step, with the ids of requests that force theirs. Ranks learn ids from the next step."""
@@ -171,6 +180,12 @@ class Engine:
             self._end(sequence)
             error = NOT_FINITE_ERROR.format(step=len(sequence.generated))
             return Delta(request.id, None, "", Result.failed(request.id, error))
+        constraint = state.constraint
+        if constraint:
+            constraint.accept(token.id)
+            if constraint.error:
+                self._end(sequence)
+                return Delta(request.id, None, "", Result.failed(request.id, constraint.error + "."))
         logprobs = None
         if request.sampling.logprobs is not None:
             logprobs = {
@@ -180,8 +195,9 @@ class Engine:
                 "top_logprobs": list(token.top_logprobs),
             }
             state.logprobs.append(logprobs)
-        ended = token.id in self.processor.eos and not request.ignore_eos
+        ended = token.id in self.processor.eos and (constraint is not None or not request.ignore_eos)
         text = "" if ended else state.text.add(token.id)
+        ended = ended or (constraint is not None and constraint.complete)
         if not (ended or state.text.stopped or len(sequence.generated) >= request.max_new):
             return Delta(request.id, token.id, text, None, logprobs)
         reason = "stop" if ended or state.text.stopped else "length"

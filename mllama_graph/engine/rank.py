@@ -150,6 +150,7 @@ class Rank:
                 None if found_WBF is None else found_WBF.cpu()[:, : len(rows)],
                 [self.sequences[row].sampling for row in rows],
                 [row.start + len(row.ids) for row in rows],
+                [row.mask for row in rows],
             )
         for row, token in zip(rows, tokens, strict=True):
             if token.id == NOT_FINITE:

@@ -35,21 +35,28 @@ class Sampler:
         found_WBF: Tensor | None,
         sampling: Sequence[Sampling],
         positions: Sequence[int],
+        masks: Sequence[bytes] = (),
     ) -> list[Token]:
         """Sample a token for each row, with log-probabilities where its options request them.
 
         A row with logits that are not finite gets the token NOT_FINITE; the other rows are not affected.
 
         `logits`: gives this rank's logits of the rows. `found_WBF`: the largest of all ranks (sample.best), on the CPU;
-        None if the graph gives none. `positions`: the positions of the sampled tokens.
+        None if the graph gives none. `positions`: the positions of the sampled tokens. `masks`: the allowed ids of each
+        row (Row.mask), which must not be empty; no masks allow all.
         """
+        masks = masks or [b""] * len(sampling)
         if found_WBF is None:
-            return self._from_logits(logits(), sampling, positions)
+            return self._from_logits(logits(), sampling, positions, masks)
         tokens = self._from_best(found_WBF, sampling, positions)
+        # A mask may leave none of the candidates.
+        tokens = [None if mask and token != Token(NOT_FINITE) else token for token, mask in zip(tokens, masks)]
         left = [row for row, token in enumerate(tokens) if token is None]
         if left:
-            self._tell((found_WBF.shape[-1] - 2) // 2)
-            whole = self._from_logits(logits()[left], [sampling[i] for i in left], [positions[i] for i in left])
+            if not all(masks[i] for i in left):
+                self._tell((found_WBF.shape[-1] - 2) // 2)
+            options, at, own = [sampling[i] for i in left], [positions[i] for i in left], [masks[i] for i in left]
+            whole = self._from_logits(logits()[left], options, at, own)
             for row, token in zip(left, whole, strict=True):
                 tokens[row] = token
         return [token for token in tokens if token is not None]
@@ -83,15 +90,21 @@ class Sampler:
         known = (decided_B | of.failed_B).tolist()
         return [token if sure else None for token, sure in zip(self._told_of(of, at_B, sampling), known, strict=True)]
 
-    def _from_logits(self, logits_BV: Tensor, sampling: Sequence[Sampling], positions: Sequence[int]) -> list[Token]:
+    def _from_logits(
+        self, logits_BV: Tensor, sampling: Sequence[Sampling], positions: Sequence[int], masks: Sequence[bytes]
+    ) -> list[Token]:
         logits_BV = sample.own_ids(logits_BV, self._first, self._vocab)
+        reported = any(s.logprobs is not None for s in sampling)
+        total_B = sample.total(logits_BV, self._gather) if reported else None
+        for row, mask in enumerate(masks):
+            if mask:
+                sample.mask_(logits_BV, row, mask, self._first)
         k = max(self._offered(s, self._vocab) for s in sampling)
         value_Bk, id_Bk = sample.candidates(logits_BV, k, self._first, self._gather)
         at_B = torch.zeros(len(sampling), dtype=torch.long, device=logits_BV.device)
         if any(s.temperature > 0 for s in sampling):
             at_B, _ = self._draw(value_Bk, sampling, positions)
-        reported = any(s.logprobs is not None for s in sampling)
-        total_B = sample.total(logits_BV, self._gather) if reported else value_Bk[:, 0]
+        total_B = value_Bk[:, 0] if total_B is None else total_B
         return self._told_of(Best(value_Bk, id_Bk, total_B, value_Bk[:, 0].isnan()), at_B, sampling)
 
     def _told_of(self, of: Best, at_B: Tensor, sampling: Sequence[Sampling]) -> list[Token]:
@@ -103,10 +116,13 @@ class Sampler:
             return [Token(id) for id in ids]
         logp_Bk = of.value_Bk - of.total_B[:, None]
         own, top_ids, top = logp_Bk.gather(-1, at_B[:, None])[:, 0].tolist(), of.id_Bk.tolist(), logp_Bk.tolist()
+        # Fewer where a mask allows fewer ids. The candidates that it does not allow come last.
+        counts = (of.value_Bk > -torch.inf).sum(-1).tolist()
+        tops = [0 if s.logprobs is None else min(s.logprobs, counts[i]) for i, s in enumerate(sampling)]
         return [
             Token(ids[i])
             if s.logprobs is None or ids[i] == NOT_FINITE
-            else Token(ids[i], own[i], tuple(top_ids[i][: s.logprobs]), tuple(top[i][: s.logprobs]))
+            else Token(ids[i], own[i], tuple(top_ids[i][: tops[i]]), tuple(top[i][: tops[i]]))
             for i, s in enumerate(sampling)
         ]
 

@@ -15,7 +15,10 @@ NOT_FINITE = -1
 
 @dataclass(frozen=True)
 class Token:
-    """A sampled id or NOT_FINITE, and log-probabilities of the raw logits where they were requested."""
+    """A sampled id or NOT_FINITE, and log-probabilities of the raw logits where they were requested.
+
+    Under a mask, top_ids are the most likely of the allowed ids.
+    """
 
     id: int
     logprob: float | None = None
@@ -39,7 +42,8 @@ class Row:
     pages: pages added to the block table since the sequence's last row. used_pages: the number of pages that hold
     positions 0 .. start + len(ids) - 1. image: the image table, if it changed since the last row; image_pages: its
     length. see: the range [from, to) of its entries that each new token attends to; empty if all attend to the whole
-    table. sampling: sent with the first row.
+    table. sampling: sent with the first row. mask: the ids that may be sampled after this row, one bit each in int32
+    words, the lowest bit first; empty if all may. Sent to every rank, which cuts it to its shard of the vocabulary.
     """
 
     sequence: int
@@ -51,6 +55,7 @@ class Row:
     image: ImageTable | None = None
     see: tuple[tuple[int, int], ...] = ()
     sampling: Sampling | None = None
+    mask: bytes = b""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from mllama_graph.inputs.image_settings import ImageSettings, read_image_setting
 from mllama_graph.inputs.image_sources import Source, request_images
 from mllama_graph.inputs.images import prepare_images
 from mllama_graph.inputs.request import FIELDS, Request, Sampling, read_options
+from mllama_graph.inputs.structured import Grammars
 from mllama_graph.inputs.template import DEFAULT, TOOL_USE, ChatOptions, ChatTemplate, find_templates
 from mllama_graph.inputs.tiktoken import IMAGE
 from mllama_graph.inputs.tokenizer import (
@@ -44,6 +45,7 @@ class Processor:
         self._templates: dict[str, ChatTemplate] = {}
         if folder is not None:
             self._load(folder)
+        self.grammars = Grammars(self.codec, self.eos, shape.text.vocab)
 
     def _load(self, folder: Path) -> None:
         self.codec = CheckpointTokenizer(folder)
@@ -116,6 +118,7 @@ class Processor:
                 f"Shorten it or raise max_input_length."
             )
         limits = read_options(given, self.max_new, self.sampling)
+        grammar = self.grammars.read(given)
         images = prepare_images(sources, base, self.shape.vision)
         return Request(
             given.get("id"),
@@ -126,6 +129,7 @@ class Processor:
             limits.sampling,
             limits.stop,
             limits.ignore_eos,
+            grammar=grammar,
         )
 
     def text(self, ids: Sequence[int]) -> str:

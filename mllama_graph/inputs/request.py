@@ -3,10 +3,13 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mllama_graph.core.errors import UserError
 from mllama_graph.inputs.images import TiledImage
+
+if TYPE_CHECKING:
+    from mllama_graph.inputs.structured import Grammar
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Request:
     """A request that is ready for the engine.
 
     `positions`: the positions of its image tokens, one per image. `forced`: ids that take the place of the sampled
-    ones, so that log-probabilities are those after given tokens.
+    ones, so that log-probabilities are those after given tokens. `grammar`: what the text must satisfy.
     """
 
     id: Any
@@ -38,6 +41,7 @@ class Request:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     forced: tuple[int, ...] = ()
+    grammar: "Grammar | None" = None
 
 
 # All known fields of a request, including those that only tasks read.
@@ -62,6 +66,8 @@ FIELDS = frozenset(
         "stop",
         "ignore_eos",
         "logprobs",
+        "response_format",
+        "structured_outputs",
         "answer",
         "kind",
     }

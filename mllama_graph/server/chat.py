@@ -7,8 +7,7 @@ from typing import Any, Protocol
 
 from mllama_graph.engine.results import Delta, Result
 from mllama_graph.inputs.request import Request
-from mllama_graph.model.fields import describe
-from mllama_graph.server import fields
+from mllama_graph.server import fields, tools
 from mllama_graph.server.answers import DONE, event, text_json, to_json
 from mllama_graph.server.errors import ApiError, refused
 from mllama_graph.server.fields import Asked
@@ -55,26 +54,27 @@ def read(service: Service, body: Mapping[str, Any]) -> Asked:
         raise refused("top_logprobs needs logprobs=true.", "top_logprobs")
     asked = fields.read(body, service.model(body), LIMITS, (top or 0) if show else None)
     for name in TEMPLATE:
-        if body.get(name) is not None:
+        if body.get(name) is not None and name != "tools":
             asked.fields[name] = body[name]
     if asked.fields.get("continue_final_message") and body.get("add_generation_prompt"):
         text = "add_generation_prompt starts a new message, continue_final_message goes on with the last one."
         raise refused(text, "add_generation_prompt")
-    kind = body.get("response_format")
-    if kind is not None and not isinstance(kind, dict):
-        raise refused(f"response_format is {describe(kind)}; it must be an object.", "response_format")
     return asked
 
 
 def job(service: Service, body: Mapping[str, Any]) -> Job:
     """The job of a chat completion. Raises ApiError with the field."""
-    asked = read(service, body)
+    asked, use = read(service, body), tools.read(body)
+    if use:
+        asked.fields.update(use.fields(body))
 
     def prepare() -> list[Request]:
-        messages = service.pictures.resolved(body["messages"])
+        messages = tools.one_call_each(service.pictures.resolved(body["messages"]))
         return choices_of(service.processor.request({**asked.of_request(), "messages": messages}), asked)
 
-    return Job(asked, asked.choices, prepare, lambda requests: Chat(service, asked, requests))
+    return Job(
+        asked, asked.choices, prepare, lambda requests: Chat(service, asked, requests, use.speaker if use else Plain)
+    )
 
 
 class Chat:

@@ -31,6 +31,8 @@ SAMPLING: dict[str, Any] = {
     "presence_penalty": 0,
     "logit_bias": {},
     "min_tokens": 0,
+    "response_format": None,
+    "structured_outputs": None,
 }
 
 

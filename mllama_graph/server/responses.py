@@ -7,6 +7,7 @@ from typing import Any
 
 from mllama_graph.engine.results import Delta, Result
 from mllama_graph.inputs.request import Request
+from mllama_graph.inputs.structured import FORMAT
 from mllama_graph.model.fields import describe
 from mllama_graph.server import fields
 from mllama_graph.server.answers import to_json
@@ -28,6 +29,9 @@ def job(service: Service, body: Mapping[str, Any]) -> Job:
     if body.get("tools"):
         raise refused("tools are taken by /v1/chat/completions.", "tools", "unsupported_parameter")
     asked = fields.read(body, service.model(body), ("max_output_tokens",), None)
+    shown = (body.get("text") or {}).get("format") if isinstance(body.get("text"), dict | None) else body["text"]
+    if shown is not None:
+        asked.fields[FORMAT] = _response_format(shown)
     messages = messages_of(body.get("input"), body.get("instructions"))
 
     def prepare() -> list[Request]:
@@ -35,6 +39,13 @@ def job(service: Service, body: Mapping[str, Any]) -> Job:
         return [service.processor.request({**asked.of_request(), "messages": resolved})]
 
     return Job(asked, 1, prepare, lambda requests: Responses(body, asked, requests))
+
+
+def _response_format(shown: Any) -> Any:
+    """text.format as a response_format: its schema stands beside the type there."""
+    if isinstance(shown, dict) and shown.get("type") == "json_schema":
+        return {"type": "json_schema", "json_schema": {"schema": shown.get("schema")}}
+    return shown
 
 
 def messages_of(given: Any, instructions: Any) -> list[Any]:
@@ -84,7 +95,7 @@ class Responses:
             "store": False,
             "temperature": requests[0].sampling.temperature,
             "top_p": requests[0].sampling.top_p,
-            "text": {"format": {"type": "text"}},
+            "text": body.get("text") or {"format": {"type": "text"}},
             "tool_choice": "auto",
             "tools": [],
             "truncation": "disabled",

@@ -38,6 +38,7 @@ def warm_up(engine: Engine, batch: int) -> None:
         graphs.drain(lambda done, total: None)
         graphs.load_stored()
     _serve_once(engine, graphs)
+    engine.processor.grammars.warm()
     engine.reset_stats()
 
 

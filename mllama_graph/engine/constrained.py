@@ -1,0 +1,105 @@
+"""Requests whose text must satisfy a grammar: which ids may come next, and when the text is complete.
+
+The state of a grammar lives beside the scheduler, with rank 0. It follows the ids that a request has, so it needs no
+rollback where a sequence is preempted: the sequence keeps its ids. Ranks get a mask with each row that samples.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from mllama_graph.engine.steps import DecodeStep, PrefillStep, Row, Step
+from mllama_graph.inputs.structured import Grammar, any_allowed, reason
+
+# The most ids to look ahead, which takes about 10 ms with 128k ids.
+MOST_LOOKED = 256
+
+
+class Constraint:
+    """The grammar of one running request, which ends after `limit` ids. `error`: why it can't go on, or "".
+
+    As the limit nears, what is open is closed: where a string, an object or a list may end, it must. The answer then
+    is complete at the limit, where it would otherwise be cut off. What the model must still choose, it chooses.
+    """
+
+    def __init__(self, grammar: Grammar, limit: int):
+        self._grammar, self._matcher, self._left = grammar, grammar.matcher(), limit
+        # Bytes of the int32 words that hold a bit for each id that has a logit.
+        self._bytes = -(-grammar.vocab // 32) * 4
+        # Whether to close, and with how many ids left to think of it again; 0 for never.
+        self._closing, self._think = False, limit
+        self.error = ""
+
+    def mask(self) -> bytes:
+        """The ids that may come next (Row.mask); empty where there are none, with the reason in `error`."""
+        mask = self._matcher.compute_bitmask()[: self._bytes]
+        if error := self._matcher.get_error():
+            self.error = f"the grammar can't be followed any further: {reason(error)}"
+            return b""
+        if not any_allowed(mask, self._grammar.vocab):
+            self.error = "the grammar allows no token that the model generates"
+            return b""
+        if self._left <= self._think and not self._closing:
+            self._look_ahead()
+        if self._closing:
+            return self._grammar.closers.among(int.from_bytes(mask, "little")).to_bytes(self._bytes, "little")
+        return mask
+
+    def accept(self, id: int) -> None:
+        """Go on by an id. An id that the grammar does not allow sets `error`."""
+        self._left -= 1
+        if not self._matcher.consume_token(id):
+            self.error = self.error or f"the grammar does not allow the id {id}"
+
+    @property
+    def complete(self) -> bool:
+        """Whether the text is complete: nothing can follow."""
+        return not self.error and self._matcher.is_stopped()
+
+    def _look_ahead(self) -> None:
+        """Decide whether it is time to close. The more ids are left beyond those needed, the later the next look."""
+        needed = closing_ids(self._matcher.deep_copy(), self._grammar, min(self._left, MOST_LOOKED))
+        if needed is None:
+            # Not found: the shortest text may be too long for the limit.
+            self._think = self._left // 2
+            return
+        # What the model chooses meanwhile, and what it opens by one id, may need more.
+        spare = self._left - needed - needed // 2 - 8
+        self._closing = spare <= 0
+        self._think = self._left - max(1, spare // 3)
+
+
+def closing_ids(matcher: Any, grammar: Grammar, most: int) -> int | None:
+    """The number of ids with which a text can be closed, or a little more; None if that is above `most`.
+
+    Moves the matcher on. Where the model would choose, the lowest id is taken, but not twice in a row: -0.000 may need
+    another digit.
+    """
+    known, last = (1 << grammar.vocab) - 1, -1
+    for count in range(most + 1):
+        if matcher.is_stopped():
+            return count
+        found = grammar.closers.among(int.from_bytes(matcher.compute_bitmask(), "little") & known)
+        id = (found & -found).bit_length() - 1
+        last = id if id != last else found.bit_length() - 1
+        if not found or not matcher.consume_token(last):
+            return None
+    return None
+
+
+def masked(step: Step, constraint_of: Callable[[int], Constraint | None]) -> Step:
+    """The step with a mask in each row that samples a token of a constrained request.
+
+    `constraint_of` gives the constraint of a sequence; None for other requests and for ids that are forced.
+    """
+
+    def with_mask(row: Row) -> Row:
+        constraint = constraint_of(row.sequence)
+        return row if constraint is None else replace(row, mask=constraint.mask())
+
+    if isinstance(step, PrefillStep):
+        return replace(step, row=with_mask(step.row)) if step.sample else step
+    if isinstance(step, DecodeStep):
+        rows = tuple(map(with_mask, step.rows))
+        return step if rows == step.rows else replace(step, rows=rows)
+    return step

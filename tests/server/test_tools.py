@@ -1,0 +1,164 @@
+"""Structured output and tools, as OpenAI's client sees them."""
+
+import json
+
+import pytest
+from json_schemas import satisfies
+from pydantic import BaseModel, Field
+
+ASK = [{"role": "user", "content": "What do you see?"}]
+WEATHER = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "maxLength": 8}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+TOOLS = [
+    {"type": "function", "function": {"name": "weather", "description": "The weather.", "parameters": WEATHER}},
+    {"type": "function", "function": {"name": "now"}},
+]
+NAMED = {"type": "function", "function": {"name": "weather"}}
+
+
+class Shape(BaseModel):
+    color: str = Field(max_length=10)
+    corners: int = Field(ge=0, le=12)
+
+
+def create(server, **fields):
+    return server.openai.chat.completions.create(**({"model": "tiny", "messages": ASK, "seed": 1} | fields))
+
+
+def fits(call):
+    """Whether the call is one of TOOLS with valid arguments."""
+    arguments = json.loads(call.function.arguments)
+    return satisfies(arguments, WEATHER) if call.function.name == "weather" else arguments == {}
+
+
+def test_pydantic_models_are_parsed_from_a_strict_schema(server):
+    found = server.openai.chat.completions.parse(model="tiny", messages=ASK, response_format=Shape, temperature=1)
+    assert isinstance(found.choices[0].message.parsed, Shape)
+
+
+@pytest.mark.parametrize("temperature", [0, 1, 3])
+def test_a_response_format_and_structured_outputs_hold_at_any_temperature(temperature, server):
+    common = {"temperature": temperature, "max_tokens": 200}
+    schema = {"type": "json_schema", "json_schema": {"name": "s", "strict": True, "schema": WEATHER}}
+    assert satisfies(json.loads(create(server, response_format=schema, **common).choices[0].message.content), WEATHER)
+    choice = create(server, extra_body={"structured_outputs": {"choice": ["yes", "no"]}}, **common).choices[0]
+    assert (choice.message.content in ("yes", "no"), choice.finish_reason) == (True, "stop")
+    found = server.openai.completions.create(
+        model="tiny", prompt="x", extra_body={"structured_outputs": {"regex": "[0-9]{3}/[a-c]"}}, **common
+    )
+    digits, letter = found.choices[0].text.split("/")
+    assert len(digits) == 3 and digits.isdigit() and letter in "abc"
+    shown = {"format": {"type": "json_schema", "name": "s", "schema": WEATHER}}
+    response = server.openai.responses.create(model="tiny", input="hi", text=shown, temperature=temperature)
+    assert satisfies(json.loads(response.output_text), WEATHER)
+
+
+@pytest.mark.parametrize(
+    "fields, param",
+    [
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": "json"}, "response_format"),
+        ({"structured_outputs": {"regex": "(a"}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
+        ({"structured_outputs": {"grammar": "start: start"}}, "structured_outputs"),
+        ({"structured_outputs": {"grammar": "start: <|image|>"}}, "structured_outputs"),
+        ({"structured_outputs": {"json": {"enum": ["x" * 70000]}}}, "structured_outputs"),
+        (
+            {"structured_outputs": {"json": {"allOf": [{"pattern": f".*a.{{{n}}}b"} for n in range(30)]}}},
+            "structured_outputs",
+        ),
+        ({"structured_outputs": {"json": {"properties": {f"k{n}": {} for n in range(3000)}}}}, "structured_outputs"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": "always"}, "tool_choice"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools"),
+        ({"tools": [*TOOLS, *TOOLS]}, "tools"),
+        ({"tools": {}}, "tools"),
+    ],
+)
+def test_what_cant_be_used_is_refused_with_its_field_and_a_reason(fields, param, server):
+    answer = server.post({"messages": ASK, **fields})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"], error["type"]) == (400, param, "invalid_request_error")
+    assert error["message"].endswith(".") and "\n" not in error["message"]
+
+
+@pytest.mark.parametrize("choice", ["required", NAMED])
+@pytest.mark.parametrize("temperature", [0, 2])
+def test_enforced_calls_are_valid_and_streamed_as_they_are_whole(choice, temperature, server):
+    ask = {"tools": TOOLS, "tool_choice": choice, "temperature": temperature, "max_tokens": 300}
+    [whole] = create(server, **ask).choices
+    assert whole.finish_reason == "tool_calls" and whole.message.content is None
+    assert all(map(fits, whole.message.tool_calls))
+    assert choice != NAMED or [call.function.name for call in whole.message.tool_calls] == ["weather"]
+    streamed, reasons = {}, []
+    for chunk in create(server, stream=True, **ask):
+        for call in chunk.choices[0].delta.tool_calls or []:
+            name, arguments = streamed.setdefault(call.index, [call.function.name, []])
+            assert call.id or arguments is not None
+            arguments.append(call.function.arguments)
+        reasons.append(chunk.choices[0].finish_reason)
+    assert reasons[-1] == "tool_calls"
+    found = [(name, "".join(pieces)) for name, pieces in streamed.values()]
+    assert found == [(call.function.name, call.function.arguments) for call in whole.message.tool_calls]
+    assert "weather" not in streamed or len(streamed[0][1]) > 2
+
+
+def test_one_call_only_without_parallel_calls(server):
+    for seed in range(5):
+        ask = {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False, "temperature": 5}
+        [choice] = create(server, seed=seed, max_tokens=200, **ask).choices
+        assert len(choice.message.tool_calls) == 1
+
+
+def test_with_a_response_format_an_answer_is_a_call_or_fits_the_schema(server):
+    for seed in range(4):
+        kind = {"type": "json_schema", "json_schema": {"name": "s", "schema": {"type": "integer", "minimum": 100}}}
+        ask = {"tools": TOOLS, "response_format": kind, "temperature": 3, "max_tokens": 150}
+        message = create(server, seed=seed, **ask).choices[0].message
+        assert all(map(fits, message.tool_calls)) if message.tool_calls else int(message.content) >= 100
+
+
+def test_answers_without_calls_stay_content_with_tools_at_hand(server):
+    plain = create(server).choices[0].message.content
+    for choice in ("auto", "none"):
+        [found] = create(server, tools=TOOLS, tool_choice=choice).choices
+        assert (found.message.content, found.message.tool_calls, found.finish_reason) == (plain, None, "stop")
+        chunks = create(server, tools=TOOLS, tool_choice=choice, stream=True)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == plain
+
+
+def test_results_of_tools_return_into_the_prompt(server):
+    [choice] = create(server, tools=TOOLS, tool_choice=NAMED).choices
+    call = choice.message.tool_calls[0]
+    calls = [call.model_dump(), call.model_dump() | {"id": "other"}]
+    results = [{"role": "tool", "tool_call_id": one["id"], "content": "sunny"} for one in reversed(calls)]
+    again = [*ASK, {"role": "assistant", "content": None, "tool_calls": calls}, *results]
+    assert create(server, messages=again, tools=TOOLS).choices[0].message.content
+    from mllama_graph.server.tools import one_call_each
+
+    split = one_call_each(again)
+    assert [message["role"] for message in split] == ["user", "assistant", "tool", "assistant", "tool"]
+    assert all(result["tool_call_id"] == call["tool_calls"][0]["id"] for call, result in zip(split[1::2], split[2::2]))
+
+
+def test_rows_of_one_batch_do_not_touch_each_other(server):
+    import threading
+
+    alone, found = create(server).choices[0].message.content, []
+    schema = {"type": "json_object"}
+    threads = [
+        threading.Thread(target=lambda: found.append(create(server).choices[0].message.content)),
+        threading.Thread(target=lambda: create(server, response_format=schema, max_tokens=60)),
+        threading.Thread(target=lambda: create(server, tools=TOOLS, tool_choice="required", temperature=1)),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [alone]
