@@ -157,8 +157,10 @@ def write_result(
 
 def _without_keys(config: dict[str, Any]) -> dict[str, Any]:
     """The configuration without the API key of task=serve."""
-    hidden = {name: "..." if name == "api_key" and value else value for name, value in config.items()}
-    return {name: _without_keys(value) if name == "task" else value for name, value in hidden.items()}
+    return {
+        name: "..." if name == "api_key" and value else _without_keys(value) if isinstance(value, dict) else value
+        for name, value in config.items()
+    }
 
 
 def write_failure(folder: Path, config: dict[str, Any], message: str) -> None:

@@ -66,11 +66,20 @@ def read(service: Service, body: Mapping[str, Any]) -> Asked:
     return asked
 
 
+def texts(messages: Any) -> list[str]:
+    """The texts of messages whose form is not checked yet."""
+    messages = messages if isinstance(messages, list) else []
+    contents = [message.get("content") for message in messages if isinstance(message, dict)]
+    parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
+    return [text for text in (*contents, *(part.get("text") for part in parts)) if isinstance(text, str)]
+
+
 def job(service: Service, body: Mapping[str, Any]) -> Job:
     """The job of a chat completion. Raises ApiError with the field."""
     asked = read(service, body)
 
     def prepare() -> list[Request]:
+        service.check_text(sum(map(len, texts(body["messages"]))), "messages")
         messages = service.pictures.resolved(body["messages"])
         return choices_of(service.processor.request({**asked.of_request(), "messages": messages}), asked)
 

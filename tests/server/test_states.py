@@ -10,17 +10,12 @@ ASK = [{"role": "user", "content": "What can you do?"}]
 LONG = {"messages": ASK, "max_tokens": 1500, "ignore_eos": True}
 
 
-def sequences(server):
-    scheduler = server.service.engine_loop.engine.scheduler
-    return len(scheduler.running) + len(scheduler.waiting)
-
-
 def test_metrics_count_what_happened(running):
     server = running.start()
     try:
         server.post({"messages": ASK})
         with server.raw(LONG):
-            wait_until(lambda: sequences(server) == 1)
+            wait_until(lambda: server.requests == 1)
             text = server.http.get("/metrics").text
             assert 'mllama_graph:num_requests_running{model_name="tiny"} 1.0' in text
         wait_until(server.idle)
@@ -47,7 +42,7 @@ def test_a_failing_engine_ends_every_stream_with_an_error(running):
     step = engine.step
     try:
         client = server.raw(LONG | {"stream": True})
-        wait_until(lambda: sequences(server) == 1)
+        wait_until(lambda: server.requests == 1)
 
         def fail():
             raise RuntimeError("rank 1 is gone")
