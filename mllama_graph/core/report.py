@@ -157,13 +157,10 @@ def write_result(
 
 def _without_keys(config: dict[str, Any]) -> dict[str, Any]:
     """The configuration without the API key of task=serve."""
-
-    def kept(name: str, value: Any) -> Any:
-        if name == "task":
-            return _without_keys(value)
-        return "..." if name == "api_key" and value else value
-
-    return {name: kept(name, value) for name, value in config.items()}
+    return {
+        name: "..." if name == "api_key" and value else _without_keys(value) if isinstance(value, dict) else value
+        for name, value in config.items()
+    }
 
 
 def write_failure(folder: Path, config: dict[str, Any], message: str) -> None:

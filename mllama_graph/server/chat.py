@@ -45,10 +45,19 @@ class Plain:
         return reason
 
 
+def texts(messages: Any) -> list[str]:
+    """The texts of messages whose form is not checked yet."""
+    messages = messages if isinstance(messages, list) else []
+    contents = [message.get("content") for message in messages if isinstance(message, dict)]
+    parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
+    return [text for text in (*contents, *(part.get("text") for part in parts)) if isinstance(text, str)]
+
+
 def read(service: Service, body: Mapping[str, Any]) -> Asked:
     """Read the fields of a chat completion. Raises ApiError with the field."""
     if body.get("messages") is None:
         raise refused("messages is missing: give a list of {role, content} objects.", "messages", "missing_field")
+    service.check_text(sum(map(len, texts(body["messages"]))), "messages")
     show, top = fields.flag(body, "logprobs"), fields.whole(body, "top_logprobs", 0, fields.MOST_TOP_LOGPROBS)
     if top and not show:
         raise refused("top_logprobs needs logprobs=true.", "top_logprobs")

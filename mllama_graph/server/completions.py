@@ -49,6 +49,7 @@ def job(service: Service, body: Mapping[str, Any]) -> Job:
     def prepare() -> list[Request]:
         found = []
         for prompt in prompts:
+            service.check_text(len(prompt) if isinstance(prompt, str) else 0, "prompt")
             given = {**asked.of_request(), "input_ids": ids_of(service.processor, prompt)}
             found += choices_of(service.processor.request(given), asked)
         return found

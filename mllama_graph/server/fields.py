@@ -14,6 +14,7 @@ from mllama_graph.server.errors import refused
 
 MOST_CHOICES = 128
 MOST_TOP_LOGPROBS = 20
+MOST_STOPS, MOST_STOP_LETTERS = 16, 1024
 SEEDS = 1 << 64
 # Steps between the seeds of a request's choices: an odd number near 2**64 / golden ratio, so that they spread.
 SEED_STEP = 0x9E3779B97F4A7C15
@@ -51,6 +52,7 @@ class Asked:
     usage_always: bool
     logprobs: int | None
     seed: int
+    priority: int
 
     def seed_of(self, choice: int) -> int:
         """The seed of a choice."""
@@ -92,6 +94,10 @@ def read(body: Mapping[str, Any], model: str, limits: tuple[str, ...], logprobs:
     """
     fields = {name: _known(name, body[name], neutral) for name, neutral in SAMPLING.items() if name in body}
     fields = {name: value for name, value in fields.items() if value is not None}
+    if fields.get("top_k") == -1:
+        # vLLM's way to say all.
+        fields["top_k"] = 0
+    _check_stops(fields.get("stop"))
     given = {name: body[name] for name in limits if body.get(name) is not None}
     if len({*map(str, given.values())}) > 1:
         raise refused(f"{' and '.join(given)} contradict each other. Give one of them.", next(iter(given)))
@@ -118,8 +124,16 @@ def read(body: Mapping[str, Any], model: str, limits: tuple[str, ...], logprobs:
         usage=flag(options, "include_usage") or continuous,
         usage_always=continuous,
         logprobs=logprobs,
+        priority=whole(body, "priority", -(1 << 31), 1 << 31) or 0,
         seed=secrets.randbits(63) if seed is None else seed % SEEDS,
     )
+
+
+def _check_stops(given: Any) -> None:
+    """Bound stop strings, which are searched for after every token. The processor checks their types."""
+    stops = given if isinstance(given, list) else [given] if isinstance(given, str) else []
+    if len(stops) > MOST_STOPS or sum(len(stop) for stop in stops if isinstance(stop, str)) > MOST_STOP_LETTERS:
+        raise refused(f"stop may have {MOST_STOPS} strings of {MOST_STOP_LETTERS} characters together.", "stop")
 
 
 def _known(name: str, value: Any, neutral: Any) -> Any:

@@ -141,7 +141,8 @@ class Metrics(Collector):
         pages = image_pages = 0.0
         if engine is not None:
             scheduler = engine.scheduler
-            running, waiting = len(scheduler.running), len(scheduler.waiting)
+            running = len(scheduler.running)
+            waiting = len(scheduler.waiting) + self._service.engine_loop.waiting
             pages = 1 - scheduler.pool.free / max(1, scheduler.pool.capacity)
             pool = scheduler.images.pool
             image_pages = 1 - pool.free / max(1, pool.capacity)

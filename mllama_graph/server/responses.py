@@ -11,6 +11,7 @@ from mllama_graph.inputs.structured import FORMAT
 from mllama_graph.model.fields import describe
 from mllama_graph.server import fields
 from mllama_graph.server.answers import to_json
+from mllama_graph.server.chat import texts
 from mllama_graph.server.errors import ApiError, refused
 from mllama_graph.server.fields import Asked
 from mllama_graph.server.jobs import Job
@@ -35,6 +36,7 @@ def job(service: Service, body: Mapping[str, Any]) -> Job:
     messages = messages_of(body.get("input"), body.get("instructions"))
 
     def prepare() -> list[Request]:
+        service.check_text(sum(map(len, texts(messages))), "input")
         resolved = service.pictures.resolved(messages)
         return [service.processor.request({**asked.of_request(), "messages": resolved})]
 

@@ -12,7 +12,7 @@ from mllama_graph.engine.scheduler import Scheduler
 from mllama_graph.inputs.processor import Processor
 from mllama_graph.inputs.request import Request
 from mllama_graph.plan.resolve import ResolvedRun
-from mllama_graph.server.errors import ApiError, of_request
+from mllama_graph.server.errors import ApiError, of_request, refused
 from mllama_graph.server.limits import Admission, Bounds, Load
 from mllama_graph.server.loop import EngineLoop, Mailbox, Ticket
 from mllama_graph.server.metrics import Metrics
@@ -23,6 +23,9 @@ from mllama_graph.server.tokens import Tokens
 STARTING, READY, DRAINING, FAILED = "starting", "ready", "draining", "failed"
 # Threads that tokenize and decode pictures; more where they wait for other hosts.
 PREPARERS, WAITING_PREPARERS = 2, 8
+
+# More characters than any token of a vocabulary has (Llama 3: 128).
+CHARACTERS_PER_TOKEN = 256
 
 
 class Service:
@@ -90,9 +93,9 @@ class Service:
         raise ApiError(503, f"{why}.", None, self.state, {"retry-after": "5"})
 
     async def generate(
-        self, body: Mapping[str, Any], count: int, prepare: Callable[[], list[Request]], arrived: float
+        self, body: Mapping[str, Any], count: int, prepare: Callable[[], list[Request]], arrived: float, priority: int
     ) -> "Generation":
-        """Prepare requests in another thread, check them and submit them. `count`: of the requests, as far as known.
+        """Prepare requests in another thread, check them and submit them. `count`: of the requests.
 
         Raises ApiError for requests that can't be served.
         """
@@ -113,7 +116,16 @@ class Service:
                 raise
             raise of_request(error, body) from None
         self.check_ready()
-        return Generation(self, requests, arrived, self.admission.admit(requests))
+        return Generation(self, requests, arrived, priority, self.admission.admit(requests))
+
+    def check_text(self, characters: int, field: str) -> None:
+        """Raises ApiError for a text that is too long for any prompt, before the time to tokenize it is spent."""
+        most = CHARACTERS_PER_TOKEN * self.run.limits.max_input
+        if characters > most:
+            text = (
+                f"the prompt has {characters} characters; one of max_input_length={self.run.limits.max_input} has less."
+            )
+            raise refused(text, field, "context_length_exceeded")
 
     def drain(self) -> None:
         """Refuse new requests from now on."""
@@ -164,7 +176,7 @@ class Service:
 class Generation:
     """The running requests of one HTTP request: take deltas from its mailbox, and `close` it in any case."""
 
-    def __init__(self, service: Service, requests: list[Request], arrived: float, load: Load):
+    def __init__(self, service: Service, requests: list[Request], arrived: float, priority: int, load: Load):
         self.requests, self.arrived, self.mailbox = requests, arrived, Mailbox(self._ended)
         self._service = service
         self._load: Load | None = load
@@ -175,7 +187,7 @@ class Generation:
         ]
         service.open.add(self)
         for ticket, request in zip(self.tickets, requests):
-            service.engine_loop.submit(ticket, request)
+            service.engine_loop.submit(ticket, request, priority)
 
     def new_tokens(self) -> int:
         """The number of new tokens so far."""

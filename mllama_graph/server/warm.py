@@ -16,10 +16,10 @@ log = logging.getLogger(__name__)
 
 def first_buckets(plan: Plan, batch: int) -> list[Bucket]:
     """What a plan serves first: an image, a short prompt and a full batch, with an image and without."""
-    pages = plan.pages[-1]
-    images = (0, plan.pages_per_image)
-    prompts = [plan.prefill(1, 0, image) for image in images]
-    return [plan.vision(1), *prompts, *(plan.decode(rows, pages, image) for rows in (1, batch) for image in images)]
+    tiles = plan.pages_per_image * plan.page_size // plan.tokens_per_tile
+    alone = [bucket for images in ([], [1], [tiles]) for bucket in plan.alone(len(images) + 1, 2, images)]
+    full = [plan.decode(batch, plan.pages[-1], pages) for pages in (0, plan.pages_per_image)]
+    return list(dict.fromkeys(alone + full))
 
 
 def warm_up(engine: Engine, batch: int) -> None:

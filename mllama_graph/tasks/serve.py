@@ -68,8 +68,9 @@ def main(run: ResolvedRun) -> None:
         try:
             serve(app, service, opened, options.drain_seconds, tls, watch, progress.say)
         finally:
-            # A step that waits for a rank that is gone does not end.
-            ended = service.close(STEP_SECONDS if service.error is None else 0)
+            # Loading and compiling may take minutes, and a step that waits for a rank that is gone does not end.
+            built = service.engine_loop.engine is not None
+            ended = service.close(STEP_SECONDS if built and service.error is None else 0)
         if ended and engines:
             write_result(
                 run.output_dir, run.asked, metrics=service.metrics.summary(), graphs=engines[0].graph_records()

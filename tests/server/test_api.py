@@ -167,6 +167,9 @@ def test_models_health_and_version_answer(server):
         ({"n": 0}, 400, "n"),
         ({"n": 1.5}, 400, "n"),
         ({"stop": [""]}, 400, "stop"),
+        ({"stop": ["x"] * 17}, 400, "stop"),
+        ({"stop": "x" * 2000}, 400, "stop"),
+        ({"priority": "high"}, 400, "priority"),
         ({"seed": "x"}, 400, "seed"),
         ({"stream": "yes"}, 400, "stream"),
         ({"max_tokens": 0}, 400, "max_tokens"),
@@ -177,6 +180,7 @@ def test_models_health_and_version_answer(server):
         ({"stream_options": {"include_usage": True}}, 400, "stream_options"),
         ({"add_generation_prompt": True, "continue_final_message": True}, 400, "add_generation_prompt"),
         ({"messages": [{"role": "user", "content": "x " * 400}]}, 400, "messages"),
+        ({"messages": [{"role": "user", "content": "x" * 100_000}]}, 400, "messages"),
     ],
     ids=str,
 )
@@ -202,6 +206,7 @@ def test_fields_of_other_clients_are_ignored_or_neutral(server):
         "parallel_tool_calls": True,
         "stop": None,
         "seed": None,
+        "top_k": -1,
     }
     assert server.post({"messages": ASK} | extra).json()["choices"][0]["message"]["content"] == ANSWER
 

@@ -17,11 +17,6 @@ ANSWER = "I can describe simple shapes, count them and read numbers."
 LONG = {"messages": ASK, "max_tokens": 1500, "ignore_eos": True}
 
 
-def sequences(server):
-    scheduler = server.service.engine_loop.engine.scheduler
-    return len(scheduler.running) + len(scheduler.waiting)
-
-
 @contextmanager
 def bounded(server, **changes):
     """The server with other bounds."""
@@ -36,17 +31,17 @@ def bounded(server, **changes):
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_rows_and_pages(stream, server):
     with server.raw(LONG | {"stream": stream, "n": 2}):
-        wait_until(lambda: sequences(server) == 2)
+        wait_until(lambda: server.requests == 2)
     wait_until(server.idle, 1.0)
 
 
 def test_a_client_that_leaves_while_it_waits_frees_its_place(server):
     running = [server.raw(LONG | {"stream": True}) for _ in range(BATCH)]
-    wait_until(lambda: sequences(server) == BATCH)
+    wait_until(lambda: server.requests == BATCH)
     waiting = server.raw(LONG)
-    wait_until(lambda: sequences(server) == BATCH + 1)
+    wait_until(lambda: server.requests == BATCH + 1)
     waiting.close()
-    wait_until(lambda: sequences(server) == BATCH, 1.0)
+    wait_until(lambda: server.requests == BATCH, 1.0)
     for client in running:
         client.close()
     wait_until(server.idle, 1.0)
@@ -63,9 +58,9 @@ def test_a_slow_reader_stalls_nobody_and_makes_room_in_the_queue(server):
         f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer secret\r\ncontent-length: {len(body)}"
     )
     client.sendall(f"{head}\r\n\r\n".encode() + body)
-    wait_until(lambda: sequences(server) == 1)
+    wait_until(lambda: server.requests == 1)
     assert server.post({"messages": ASK}).json()["choices"][0]["message"]["content"] == ANSWER
-    wait_until(lambda: sequences(server) == 0, 60)
+    wait_until(lambda: server.requests == 0, 60)
     wait_until(lambda: server.service.admission.load.requests == 0, 1.0)
     assert server.service.open, "the answer is not read yet"
     with client, client.makefile("rb") as stream:
@@ -75,10 +70,27 @@ def test_a_slow_reader_stalls_nobody_and_makes_room_in_the_queue(server):
     assert read.count(b'"finish_reason":"length"') == 1 and read.count(b'"top_logprobs":[') == 300
 
 
+def test_a_smaller_priority_is_served_first_and_equal_ones_in_order(server):
+    running = [server.raw(LONG) for _ in range(BATCH)]
+    wait_until(lambda: server.requests == BATCH)
+    first = []
+    with ThreadPoolExecutor(4) as pool:
+        for n, priority in enumerate((1, 1, 0, -5)):
+            ask = {"messages": ASK, "max_tokens": 1, "priority": priority}
+            pool.submit(server.post, ask).add_done_callback(lambda _, n=n: first.append(n))
+            wait_until(lambda n=n: server.requests == BATCH + n + 1)
+        # One row becomes free, so that they are served one after the other.
+        running.pop().close()
+    assert first == [3, 2, 0, 1]
+    for client in running:
+        client.close()
+    wait_until(server.idle)
+
+
 def test_a_full_queue_is_refused_with_the_time_to_wait(server):
     with bounded(server, requests=2):
         clients = [server.raw(LONG) for _ in range(2)]
-        wait_until(lambda: sequences(server) == 2)
+        wait_until(lambda: server.requests == 2)
         answer = server.post({"messages": ASK})
         assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
         assert int(answer.headers["retry-after"]) >= 1
@@ -95,7 +107,7 @@ def test_tokens_and_pixels_in_the_queue_are_bounded(bound, server, scene):
         picture = {"type": "image_url", "image_url": {"url": scene}}
         ask = LONG | {"messages": [{"role": "user", "content": [picture]}]}
         with server.raw(ask):
-            wait_until(lambda: sequences(server) == 1)
+            wait_until(lambda: server.requests == 1)
             assert server.post(ask).json()["error"]["code"] == "queue_full"
         wait_until(server.idle)
 

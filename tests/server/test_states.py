@@ -1,18 +1,16 @@
 """States of a server: starting, failed, with other options. Each test starts its own, on the shared engine."""
 
+import re
 import threading
+from pathlib import Path
 
 from conftest import wait_until
 
 from mllama_graph.server.metrics import Metrics
 
+ROOT = Path(__file__).parents[2]
 ASK = [{"role": "user", "content": "What can you do?"}]
 LONG = {"messages": ASK, "max_tokens": 1500, "ignore_eos": True}
-
-
-def sequences(server):
-    scheduler = server.service.engine_loop.engine.scheduler
-    return len(scheduler.running) + len(scheduler.waiting)
 
 
 def test_metrics_count_what_happened(running):
@@ -20,7 +18,7 @@ def test_metrics_count_what_happened(running):
     try:
         server.post({"messages": ASK})
         with server.raw(LONG):
-            wait_until(lambda: sequences(server) == 1)
+            wait_until(lambda: server.requests == 1)
             text = server.http.get("/metrics").text
             assert 'mllama_graph:num_requests_running{model_name="tiny"} 1.0' in text
         wait_until(server.idle)
@@ -34,6 +32,8 @@ def test_metrics_count_what_happened(running):
             'kv_cache_usage_perc{model_name="tiny"} 0.0',
         ):
             assert f"mllama_graph:{line}\n" in text, line
+        dashboard = (ROOT / "docs" / "grafana.json").read_text()
+        assert {*re.findall(r"mllama_graph:(\w+)", dashboard)} <= {*re.findall(r"^mllama_graph:(\w+)", text, re.M)}
         aliases = Metrics(server.service, vllm_names=True).text().decode()
         assert "\nvllm:num_requests_running{" in aliases and "\nvllm:time_to_first_token_seconds_bucket{" in aliases
     finally:
@@ -47,7 +47,7 @@ def test_a_failing_engine_ends_every_stream_with_an_error(running):
     step = engine.step
     try:
         client = server.raw(LONG | {"stream": True})
-        wait_until(lambda: sequences(server) == 1)
+        wait_until(lambda: server.requests == 1)
 
         def fail():
             raise RuntimeError("rank 1 is gone")
