@@ -8,7 +8,8 @@ from typing import Any
 class Result:
     """The result of a finished request. If it could not be served, finish_reason is "error" and `error` says why.
 
-    cached_tokens: prompt tokens that an earlier request had computed. The time to the first token counts from submission. Both times are in milliseconds.
+    cached_tokens: prompt tokens whose K/V were found from earlier requests. The time to the first token counts from
+    submission. Both times are in milliseconds.
     """
 
     id: Any

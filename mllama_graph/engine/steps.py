@@ -35,11 +35,11 @@ class ImageTable:
 class Row:
     """New tokens of one sequence.
 
-    start: position of the first token; the pages before it hold the K/V of all earlier ones. pages: pages added to the block table since the sequence's last row. used_pages: the number of pages that hold
-    positions 0 .. start + len(ids) - 1. image: the image table, if it changed since the last row; image_pages: its
-    length. see: the range [from, to) of its entries that each new token attends to; empty if all attend to the whole
-    table. sampling: sent with the first row of a sequence, and again with the first after it was preempted; then
-    `pages` is its whole block table.
+    start: position of the first token; pages hold the K/V of all earlier ones. pages: pages added to the block table
+    since the sequence's last row. used_pages: the number of pages that hold positions 0 .. start + len(ids) - 1. image:
+    the image table, if it changed since the last row; image_pages: its length. see: the range [from, to) of its entries
+    that each new token attends to; empty if all attend to the whole table. sampling: sent with the first row, and again
+    with the first after the sequence was preempted; such a row's `pages` are the whole block table.
     """
 
     sequence: int
