@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ from mllama_graph.core.devices import CPU
 from mllama_graph.core.errors import UserError
 from mllama_graph.engine.batch import Sequences, needs
 from mllama_graph.engine.scheduler import Scheduler, Sequence
-from mllama_graph.engine.steps import DecodeStep, PrefillStep, VisionStep
+from mllama_graph.engine.steps import NOT_FINITE, DecodeStep, PrefillStep, VisionStep
 from mllama_graph.inputs.images import TiledImage
 from mllama_graph.inputs.request import Sampling
 from mllama_graph.model.shape import shape_of
@@ -31,7 +32,8 @@ MAX_INPUT, MAX_NEW, MAX_IMAGES = 40, 20, 3
 
 def answer(sequence: int, position: int) -> int:
     """The fake model's id at a position of a sequence, which depends on nothing else in the batch."""
-    return int.from_bytes(hashlib.sha256(f"{sequence}/{position}".encode()).digest()[:2])
+    id = int.from_bytes(hashlib.sha256(f"{sequence}/{position}".encode()).digest()[:2])
+    return id + (id == IMAGE_TOKEN)
 
 
 def image(name: str) -> TiledImage:
@@ -44,14 +46,25 @@ def tokens(image: TiledImage) -> int:
 
 @st.composite
 def workloads(draw):
-    """A list of (prompt ids, images, new tokens); there are five images, so that requests share them."""
+    """A list of (prompt ids, images, new tokens); there are five images, so that requests share them.
+
+    Some begin as an earlier one does, or as its next turn, with the same pictures or others.
+    """
     work = []
     for number in range(draw(st.integers(1, 7))):
         length = draw(st.integers(1, MAX_INPUT))
         places = sorted(draw(st.sets(st.integers(0, length - 1), max_size=MAX_IMAGES)))
         ids = [IMAGE_TOKEN if at in places else answer(number, at) % 100 for at in range(length)]
-        images = tuple(image(draw(st.sampled_from("abcde"))) for _ in places)
-        work.append((tuple(ids), images, draw(st.integers(1, MAX_NEW))))
+        images = [image(draw(st.sampled_from("abcde"))) for _ in places]
+        if work and draw(st.booleans()):
+            earlier = draw(st.integers(0, number - 1))
+            before, shown, new = work[earlier]
+            before = (before + tuple(answer(earlier, len(before) + n) for n in range(new)))[: draw(st.integers(1, 60))]
+            ids = [*before, *(id for id in ids if id != IMAGE_TOKEN)][:MAX_INPUT]
+            images = list(shown[: ids.count(IMAGE_TOKEN)])
+            if images and draw(st.booleans()):
+                images[draw(st.integers(0, len(images) - 1))] = image(draw(st.sampled_from("abcde")))
+        work.append((tuple(ids), tuple(images), draw(st.integers(1, MAX_NEW))))
     return work
 
 
@@ -81,9 +94,12 @@ class Served:
     scheduler: Scheduler
 
 
-def serve(plan, batch, work, late=0, abort=frozenset()) -> Served:
-    """Run a workload to its end, checking every step; the last `late` requests join between steps."""
-    scheduler, steps, ranks = Scheduler(plan, batch), [], Sequences()
+def serve(plan, batch, work, late=0, abort=frozenset(), spoiled=frozenset(), prefix_cache=True) -> Served:
+    """Run a workload to its end, checking every step; the last `late` requests join between steps.
+
+    The third token of a `spoiled` request can't be sampled.
+    """
+    scheduler, steps, ranks = Scheduler(plan, batch, prefix_cache), [], Sequences()
     sequences = [
         Sequence(n, ids, images, tuple(at for at, id in enumerate(ids) if id == IMAGE_TOKEN), new, Sampling(seed=n))
         for n, (ids, images, new) in enumerate(work)
@@ -91,7 +107,7 @@ def serve(plan, batch, work, late=0, abort=frozenset()) -> Served:
     waiting = sequences[len(sequences) - late :]
     for sequence in sequences[: len(sequences) - late]:
         scheduler.add(sequence)
-    written: dict[int, tuple[int, int]] = {}  # slot -> (sequence, position) whose K/V it holds
+    written: dict[int, tuple[int, type]] = {}  # slot -> K/V that it holds (contents), and the step that wrote them
     encoded: dict[int, tuple[str, int]] = {}  # image page -> (image, which of its pages)
     while waiting or not scheduler.idle:
         if waiting and (scheduler.idle or len(steps) % 3 == 0):
@@ -101,13 +117,39 @@ def serve(plan, batch, work, late=0, abort=frozenset()) -> Served:
         steps.append(step)
         ranks.update(step)
         ids = model(step, plan, scheduler, sequences, ranks, written, encoded)
-        for sequence, _ in scheduler.commit(ids):
-            if len(sequence.generated) == sequence.max_new:
+        ids = sample(step, ids, plan, sequences, ranks, written, spoiled)
+        for sequence, id in scheduler.commit(ids):
+            if len(sequence.generated) == sequence.max_new or id == NOT_FINITE:
                 scheduler.finish(sequence)
         for id in [id for id in abort if len(steps) > 4 * id]:
             scheduler.abort(id)
         assert len(steps) < 5000, "the scheduler makes no progress"
     return Served({s.id: s.generated for s in sequences}, steps, scheduler)
+
+
+def contents(sequence) -> list[int]:
+    """What the K/V at each position of a sequence depend on, hashed: its ids and the images that each of them sees."""
+    known, found = 0, []
+    for position, id in enumerate((*sequence.prompt, *sequence.generated)):
+        first, last = sequence.visible(position)
+        known = hash((known, id, tuple(seen.key for seen in sequence.images[first:last])))
+        found.append(known)
+    return found
+
+
+def sample(step, ids, plan, sequences, ranks, written, spoiled) -> tuple[int, ...]:
+    """The ids of a step, NOT_FINITE for spoiled requests, whose pages are cleared as a rank does."""
+    sampled = list(ids)
+    for n, (row, _) in enumerate(zip(step.rows, ids)):
+        known = ranks[row]
+        if row.sequence in spoiled and len(sequences[row.sequence].generated) == 2:
+            sampled[n] = NOT_FINITE
+            for page in known.pages[known.finite // plan.page_size :].tolist():
+                for slot in range(page * plan.page_size, (page + 1) * plan.page_size):
+                    written.pop(slot, None)
+        else:
+            known.finite = row.start + len(row.ids)
+    return tuple(sampled)
 
 
 def model(step, plan, scheduler, sequences, ranks, written, encoded) -> tuple[int, ...]:
@@ -120,8 +162,10 @@ def model(step, plan, scheduler, sequences, ranks, written, encoded) -> tuple[in
     bucket = needs(plan, step)
     assert bucket in plan.buckets()
     assert len({row.sequence for row in rows}) == len(rows) <= scheduler.batch
-    live = [page for sequence in scheduler.running for page in sequence.pages]
-    assert len(live) == len(set(live)), "two live sequences share a page"
+    pool = scheduler.pool
+    live = Counter(page for sequence in scheduler.running for page in sequence.pages)
+    assert live == pool._users, "pages are counted for others than those that hold them"
+    assert pool.pool.free + len(live) + len(pool._idle) == pool.capacity, "a page leaked"
     # Ranks learn the block tables only from the steps.
     tables = {row.sequence: ranks[row].pages.tolist() for row in rows}
     for row in rows:
@@ -130,15 +174,13 @@ def model(step, plan, scheduler, sequences, ranks, written, encoded) -> tuple[in
     fresh = [slot for row in rows for slot in slots(tables[row.sequence], row.start, len(row.ids), plan.page_size)]
     assert len(fresh) == len(set(fresh)), "two rows write to one slot"
     assert all(slot >= plan.scratch_pages * plan.page_size for slot in fresh), "a row writes to scratch"
+    assert all(live[slot // plan.page_size] == 1 for slot in fresh), "a row writes to a page of two sequences"
+    assert not {slot // plan.page_size for slot in fresh} & set(pool._digest), "a row writes to a page that is kept"
     for row in rows:
         check_row(row, plan, sequences[row.sequence], ranks[row], written, encoded)
+        new = slots(tables[row.sequence], row.start, len(row.ids), plan.page_size)
         written.update(
-            {
-                slot: (row.sequence, position)
-                for position, slot in enumerate(
-                    slots(tables[row.sequence], row.start, len(row.ids), plan.page_size), start=row.start
-                )
-            }
+            {slot: (kv, type(step)) for slot, kv in zip(new, contents(sequences[row.sequence])[row.start :])}
         )
     if isinstance(step, PrefillStep):
         rows = rows[: step.sampled]
@@ -149,8 +191,10 @@ def check_row(row, plan, sequence, known, written, encoded) -> None:
     """Checks a row's ids, its earlier K/V, and the image pages that each new token sees."""
     assert row.ids == (*sequence.prompt, *sequence.generated)[row.start : row.start + len(row.ids)]
     assert known.sampling == sequence.sampling
-    for position, slot in enumerate(slots(known.pages.tolist(), 0, row.start, plan.page_size)):
-        assert written[slot] == (sequence.id, position), "earlier K/V were overwritten or never written"
+    before = [written.get(slot, (None, None)) for slot in slots(known.pages.tolist(), 0, row.start, plan.page_size)]
+    assert [kv for kv, _ in before] == contents(sequence)[: row.start], "earlier K/V were overwritten or never written"
+    if plan.lengths_are_free and row.sampling:
+        assert all(by is PrefillStep for _, by in before), "a decode step's bits are shared"
     assert row.image_pages == len(known.image_pages) == len(known.image_fill)
     see = row.see or [(0, row.image_pages)] * len(row.ids)
     for (low, high), position in zip(see, range(row.start, row.start + len(row.ids)), strict=True):
@@ -171,14 +215,21 @@ def expected(work) -> dict[int, list[int]]:
 @given(plan=plans(), work=workloads(), data=st.data())
 @settings(max_examples=150)
 def test_every_request_gets_exactly_its_ids_whatever_the_plan(plan, work, data):
-    served = serve(*plan, work, late=data.draw(st.integers(0, len(work))))
+    late, prefix_cache = data.draw(st.integers(0, len(work))), data.draw(st.sampled_from([True, True, False]))
+    served = serve(*plan, work, late=late, prefix_cache=prefix_cache)
     assert served.tokens == expected(work)
+    assert prefix_cache or not served.scheduler.pool._digest
 
 
-@given(plan=plans(), work=workloads())
-def test_nothing_leaks(plan, work):
-    scheduler = serve(*plan, work).scheduler
-    assert scheduler.pool.free == scheduler.pool.capacity
+@given(plan=plans(), work=workloads(), data=st.data())
+def test_nothing_leaks_and_spoiled_pages_are_never_shared(plan, work, data):
+    spoiled = data.draw(st.frozensets(st.integers(0, len(work) - 1)))
+    served, wanted = serve(*plan, work, spoiled=spoiled), expected(work)
+    for id, tokens in served.tokens.items():
+        cut = id in spoiled and len(wanted[id]) > 2
+        assert tokens == (wanted[id][:2] + [NOT_FINITE] if cut else wanted[id])
+    scheduler = served.scheduler
+    assert scheduler.pool.free == scheduler.pool.capacity and not scheduler.pool._users
     images = scheduler.images
     assert not images._used
     assert images.pool.free + sum(len(entry.pages) for entry in images._idle.values()) == images.pool.capacity
@@ -225,7 +276,10 @@ def test_the_youngest_is_preempted_and_resumes_where_it_was():
     prompts = [row for step in served.steps if isinstance(step, PrefillStep) for row in step.rows]
     again = [row for row in prompts if row.sequence == 1]
     assert len([row for row in prompts if row.sequence == 0]) == 1
-    assert len(again) > 1 and len(again[-1].ids) > 20, "the resumed prompt must hold the generated ids"
+    assert len(again) > 1 and again[-1].start + len(again[-1].ids) > 20, (
+        "the resumed prompt must hold the generated ids"
+    )
+    assert again[-1].start > 0, "pages of a preempted sequence that nobody took are found again"
 
 
 def test_a_shared_image_is_encoded_once():

@@ -221,6 +221,7 @@ class Run:
     graph_cache: str | None = None
     threads: int | None = None
     deterministic: bool = False
+    prefix_cache: bool = True
     collectives: str = "auto"
     timeout: float = 60.0
     memory_gib: float | None = None

@@ -33,9 +33,13 @@ def needs(plan: Plan, step: Step) -> Bucket:
 
 @dataclass
 class Known:
-    """A rank's state of a sequence: its block table, its image table and its sampling options."""
+    """A rank's state of a sequence: its sampling options, its block table and its image table.
+
+    finite: the number of its first tokens whose K/V are known to be finite, since logits after them were.
+    """
 
     sampling: Sampling
+    finite: int
     pages: Ints = field(default_factory=lambda: np.empty(0, np.int32))
     image_pages: Ints = field(default_factory=lambda: np.empty(0, np.int32))
     image_fill: Ints = field(default_factory=lambda: np.empty(0, np.int32))
@@ -60,9 +64,8 @@ class Sequences:
         for sequence in step.ended:
             self._known.pop(sequence, None)
         for row in step.rows:
-            if row.start == 0:
-                assert row.sampling is not None
-                self._known[row.sequence] = Known(row.sampling)
+            if row.sampling is not None:
+                self._known[row.sequence] = Known(row.sampling, row.start)
             known = self._known[row.sequence]
             if row.pages:
                 known.pages = np.concatenate((known.pages, np.asarray(row.pages, np.int32)))

@@ -219,6 +219,7 @@ class Engine:
             finish_reason=reason,
             prompt_tokens=len(request.ids),
             image_tokens=sum(image.count for image in request.images) * self._tokens_per_tile,
+            cached_tokens=state.sequence.cached or 0,
             time_to_first_token_ms=round((state.first - state.submitted) * 1e3, 3),
             time_per_output_token_ms=round((now - state.first) * 1e3 / after, 3) if after else None,
             logprobs=state.logprobs if request.sampling.logprobs is not None else None,

@@ -153,9 +153,13 @@ class Rank:
                 [row.mask for row in rows],
             )
         for row, token in zip(rows, tokens, strict=True):
+            known = self.sequences[row]
             if token.id == NOT_FINITE:
                 # Values of masked keys must be finite (see __init__), so the pages are cleared for their next owner.
-                self.backend.clear(self.pages, self.sequences[row].pages.tolist())
+                # Those before are finite, and other sequences may use them.
+                self.backend.clear(self.pages, known.pages[known.finite // self.plan.page_size :].tolist())
+            else:
+                known.finite = row.start + len(row.ids)
         self.sample_seconds += time.perf_counter() - start
         return tokens
 

@@ -8,7 +8,8 @@ from typing import Any
 class Result:
     """The result of a finished request. If it could not be served, finish_reason is "error" and `error` says why.
 
-    The time to the first token counts from submission. Both times are in milliseconds.
+    cached_tokens: prompt tokens whose K/V were found from earlier requests. The time to the first token counts from
+    submission. Both times are in milliseconds.
     """
 
     id: Any
@@ -17,6 +18,7 @@ class Result:
     finish_reason: str
     prompt_tokens: int = 0
     image_tokens: int = 0
+    cached_tokens: int = 0
     time_to_first_token_ms: float = 0.0
     time_per_output_token_ms: float | None = None
     logprobs: list[dict[str, Any]] | None = None

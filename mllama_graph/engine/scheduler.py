@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from mllama_graph.core.errors import UserError
-from mllama_graph.engine.steps import DecodeStep, ImageTable, PrefillStep, Row, Step, VisionStep
+from mllama_graph.engine.steps import NOT_FINITE, DecodeStep, ImageTable, PrefillStep, Row, Step, VisionStep
 from mllama_graph.inputs.images import TiledImage
 from mllama_graph.inputs.request import Sampling
-from mllama_graph.plan.blocks import BlockPool, ImageCache, OutOfPages, pages_for
+from mllama_graph.plan.blocks import BlockPool, ImageCache, OutOfPages, SharedPages, page_digest, pages_for
 from mllama_graph.plan.buckets import Plan
 
 
@@ -29,6 +29,11 @@ class Sequence:
     # Tokens whose K/V are in the pages.
     computed: int = 0
     pages: list[int] = field(default_factory=list)
+    # The digests of full pages, as far as they were needed, and the number of pages that are kept under them.
+    digests: list[bytes] = field(default_factory=list)
+    kept: int = 0
+    # Tokens whose K/V were found when the sequence was first admitted; None before that.
+    cached: int | None = None
     holds_images: bool = False
     # What the ranks have been sent: the number of pages, and the images [first, last) of their image table.
     sent_pages: int = 0
@@ -49,6 +54,17 @@ class Sequence:
         """The prompt and generated ids at positions start .. stop - 1."""
         split = len(self.prompt)
         return self.prompt[start:stop] + tuple(self.generated[max(start - split, 0) : max(stop - split, 0)])
+
+    def digests_of(self, pages: int, size: int) -> list[bytes]:
+        """The digests of the first full pages of `size` tokens."""
+        while len(self.digests) < pages:
+            start = len(self.digests) * size
+            images = [
+                (at, image.key) for at, image in zip(self.image_positions, self.images) if start <= at < start + size
+            ]
+            parent = self.digests[-1] if self.digests else b""
+            self.digests.append(page_digest(parent, self.ids(start, start + size), images))
+        return self.digests[:pages]
 
     def visible(self, position: int) -> tuple[int, int]:
         """The images [first, last) that the token at `position` attends to: the latest image at or before it, and the
@@ -72,11 +88,14 @@ class Scheduler:
     with a decode step of the running sequences between chunks. When
     pages run out, the youngest running sequence is preempted: it returns to the head of the queue, keeps its ids, and
     is computed again later.
+
+    `prefix_cache`: full pages are kept when their sequence ends, and a sequence that begins with the same ids and
+    images starts after them. It waits while a running prompt is computing the next page that both have.
     """
 
-    def __init__(self, plan: Plan, batch: int):
-        self.plan, self.batch = plan, batch
-        self.pool = BlockPool(plan.num_pages, reserved=plan.scratch_pages)
+    def __init__(self, plan: Plan, batch: int, prefix_cache: bool = True):
+        self.plan, self.batch, self.prefix_cache = plan, batch, prefix_cache
+        self.pool = SharedPages(BlockPool(plan.num_pages, reserved=plan.scratch_pages), plan.counts_every_reader)
         self.images = ImageCache(BlockPool(plan.num_image_pages), plan.page_size, plan.pages_per_image)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -139,7 +158,13 @@ class Scheduler:
             sequence.computed += len(row.ids)
         if isinstance(step, PrefillStep):
             sequences = sequences[: step.sampled]
+        # On a CPU a prompt step gives K/V bits that depend on nothing but the tokens, and a decode step gives others:
+        # there, pages that a decode step has written are not kept, so that the cache changes no result by a bit.
+        keep = self.prefix_cache and (isinstance(step, PrefillStep) or not self.plan.lengths_are_free)
         for sequence, token in zip(sequences, ids, strict=True):
+            # Finite logits mean finite K/V: a token attends to all before it.
+            if keep and token != NOT_FINITE:
+                self._keep(sequence)
             sequence.generated.append(token)
         return list(zip(sequences, ids))
 
@@ -161,7 +186,7 @@ class Scheduler:
 
     def _free(self, sequence: Sequence) -> None:
         self.pool.release(sequence.pages)
-        sequence.pages, sequence.computed = [], 0
+        sequence.pages, sequence.computed, sequence.kept = [], 0, 0
         sequence.sent_pages, sequence.sent_images = 0, None
 
     def _admit(self) -> Step | None:
@@ -199,9 +224,14 @@ class Scheduler:
             yield sequence
 
     def _take_room(self, sequence: Sequence) -> bool:
-        """Allocate pages for the prompt, its first token and its images; False and none if too few are free."""
-        needed = pages_for(min(sequence.length + 1, self.plan.max_length), self.plan.page_size)
-        if self.pool.free < needed:
+        """Allocate pages for the prompt, its first token and its images; False and none if too few are free, or if the
+        sequence waits for pages that are being computed.
+        """
+        size = self.plan.page_size
+        # At least one token is computed, to get its logits.
+        shared = self.pool.find(sequence.digests_of((sequence.length - 1) // size, size)) if self.prefix_cache else []
+        needed = pages_for(min(sequence.length + 1, self.plan.max_length), size) - len(shared)
+        if self.pool.free_beside(shared) < needed or self._is_being_computed(sequence, len(shared)):
             return False
         taken: list[str] = []
         try:
@@ -213,8 +243,32 @@ class Scheduler:
                 self.images.release(key)
             return False
         sequence.holds_images = True
-        sequence.pages = self.pool.allocate(needed)
+        sequence.pages, sequence.kept = self.pool.allocate(needed, shared), len(shared)
+        sequence.computed = len(shared) * size
+        if sequence.cached is None:
+            sequence.cached = sequence.computed
         return True
+
+    def _is_being_computed(self, sequence: Sequence, page: int) -> bool:
+        """Whether a running prompt is computing the page of this number of a sequence, counted from 0."""
+        size = self.plan.page_size
+        if not self.prefix_cache or page >= (sequence.length - 1) // size:
+            return False
+        wanted = sequence.digests[page]
+        return any(
+            page < other.length // size and other.digests_of(page + 1, size)[page] == wanted
+            for other in self.running
+            if not other.decoding
+        )
+
+    def _keep(self, sequence: Sequence) -> None:
+        """Keep the pages of a sequence that are full and computed, for sequences that begin with the same tokens."""
+        full = sequence.computed // self.plan.page_size
+        if full > sequence.kept:
+            digests = sequence.digests_of(full, self.plan.page_size)
+            for page, digest in zip(sequence.pages[sequence.kept : full], digests[sequence.kept :]):
+                self.pool.keep(page, digest)
+            sequence.kept = full
 
     def _decode(self) -> Step | None:
         """A decode step for every decoding sequence. Preempts the youngest running sequence where pages run out."""
@@ -244,9 +298,12 @@ class Scheduler:
 
     def _row(self, sequence: Sequence, count: int) -> Row:
         """The next `count` tokens of a sequence, with the changes that the ranks have not been sent yet."""
-        start, first_row = sequence.computed, sequence.computed == 0
+        start, first_row = sequence.computed, not sequence.sent_pages
         seen = [sequence.visible(position) for position in range(start, start + count)]
         low, high = min(first for first, _ in seen), max(last for _, last in seen)
+        if self.plan.lengths_are_free and not sequence.decoding:
+            # Sums over image tokens begin at the table's first: wherever a prompt is split, they have the same bits.
+            low = 0
         table = None
         if sequence.sent_images != (low, high):
             table, sequence.image_begins = self._image_table(sequence.images[low:high])

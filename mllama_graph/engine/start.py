@@ -56,4 +56,4 @@ def start_engine(
         )
     log.info("memory of a rank: %s", run.memory.describe())
     executor = Executor(run, pixels_of(processor), progress, first, place, rendezvous, check)
-    return Engine(processor, Scheduler(run.plan, run.limits.batch), executor)
+    return Engine(processor, Scheduler(run.plan, run.limits.batch, run.prefix_cache), executor)

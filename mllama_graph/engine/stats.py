@@ -17,6 +17,7 @@ class Totals:
     requests: int = 0
     prompt_tokens: int = 0
     image_tokens: int = 0
+    cached_tokens: int = 0
     new_tokens: int = 0
     first_token_ms: float = 0.0
     per_token_ms: float = 0.0
@@ -27,6 +28,7 @@ class Totals:
         self.requests += 1
         self.prompt_tokens += result.prompt_tokens
         self.image_tokens += result.image_tokens
+        self.cached_tokens += result.cached_tokens
         self.new_tokens += len(result.token_ids)
         self.first_token_ms += result.time_to_first_token_ms
         if result.time_per_output_token_ms is not None:
@@ -68,6 +70,7 @@ class Stats:
             "requests": finished.requests,
             "prompt_tokens": finished.prompt_tokens,
             "image_tokens": finished.image_tokens,
+            "cached_tokens": finished.cached_tokens,
             "new_tokens": finished.new_tokens,
             "start_to_first_token_s": self.start_to_first_token and round(self.start_to_first_token, 2),
             "time_to_first_token_ms": _mean(finished.first_token_ms, finished.requests),

@@ -38,12 +38,13 @@ class ImageTable:
 class Row:
     """New tokens of one sequence.
 
-    start: position of the first token; at 0 the sequence begins, or begins again after it was preempted.
-    pages: pages added to the block table since the sequence's last row. used_pages: the number of pages that hold
-    positions 0 .. start + len(ids) - 1. image: the image table, if it changed since the last row; image_pages: its
-    length. see: the range [from, to) of its entries that each new token attends to; empty if all attend to the whole
-    table. sampling: sent with the first row. mask: the ids that may be sampled after this row, one bit each in int32
-    words, the lowest bit first; empty if all may. Sent to every rank, which cuts it to its shard of the vocabulary.
+    start: position of the first token; pages hold the K/V of all earlier ones. pages: pages added to the block table
+    since the sequence's last row. used_pages: the number of pages that hold positions 0 .. start + len(ids) - 1. image:
+    the image table, if it changed since the last row; image_pages: its length. see: the range [from, to) of its entries
+    that each new token attends to; empty if all attend to the whole table. sampling: sent with the first row, and again
+    with the first after the sequence was preempted; such a row's `pages` are the whole block table. mask: the ids that
+    may be sampled after this row, one bit each in int32 words, the lowest bit first; empty if all may. Sent to every
+    rank, which cuts it to its shard of the vocabulary.
     """
 
     sequence: int

@@ -1,8 +1,10 @@
 """Allocation of K/V pages. Integers only: each rank owns the tensors that the page numbers index (engine/rank.py)."""
 
+from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 
 
 class OutOfPages(Exception):
@@ -51,6 +53,97 @@ def pages_for(tokens: int, page_size: int) -> int:
 def slots(pages: Sequence[int], start: int, count: int, page_size: int) -> list[int]:
     """The slots of positions start .. start + count - 1 of a sequence with the block table `pages`."""
     return [pages[t // page_size] * page_size + t % page_size for t in range(start, start + count)]
+
+
+def page_digest(parent: bytes, ids: Sequence[int], images: Iterable[tuple[int, str]]) -> bytes:
+    """The digest of a full page of text K/V: of its ids, its images as (position, key), and all that precedes it.
+
+    K/V of a position depend on the ids and on the images that it and earlier positions see. Those follow from the image
+    tokens up to it (engine/scheduler.py, Sequence.visible). `parent`: the digest of the page before; empty for none.
+    """
+    digest = blake2b(parent, digest_size=16)
+    digest.update(array("i", ids))
+    for position, key in images:
+        digest.update(f"{position} {key};".encode())
+    return digest.digest()
+
+
+class SharedPages:
+    """Pages of text K/V, with the number of sequences that use each.
+
+    A full page may be kept under the digest of its contents. It is then never written again, may be used by other
+    sequences, and stays in the pool without users until its page is needed; the least recently used goes first.
+    `counts_readers`: a page counts once for each user (core/devices.py, Paging.counts_every_reader).
+    """
+
+    def __init__(self, pool: BlockPool, counts_readers: bool = False):
+        self.pool, self.counts_readers = pool, counts_readers
+        self._users: dict[int, int] = {}
+        self._readers = 0
+        self._page: dict[bytes, int] = {}
+        self._digest: dict[int, bytes] = {}
+        # Kept pages without users, least recently used first.
+        self._idle: OrderedDict[int, None] = OrderedDict()
+
+    @property
+    def capacity(self) -> int:
+        return self.pool.capacity
+
+    @property
+    def free(self) -> int:
+        """The number of pages that can be allocated, kept pages without users included."""
+        return self.capacity - self._readers if self.counts_readers else self.pool.free + len(self._idle)
+
+    def free_beside(self, shared: Sequence[int]) -> int:
+        """The number of pages that can be allocated once kept pages have one more user each; may be negative."""
+        return self.free - (len(shared) if self.counts_readers else sum(page in self._idle for page in shared))
+
+    def find(self, digests: Iterable[bytes]) -> list[int]:
+        """The kept pages of the longest run of digests, from the first."""
+        pages = []
+        for digest in digests:
+            if (page := self._page.get(digest)) is None:
+                break
+            pages.append(page)
+        return pages
+
+    def allocate(self, count: int, shared: Sequence[int] = ()) -> list[int]:
+        """Add a user to the kept pages `shared`, and take `count` pages. Returns both, shared pages first.
+
+        Raises OutOfPages and takes none where fewer are free.
+        """
+        if count > (free := self.free_beside(shared)):
+            raise OutOfPages(f"{count} pages needed, {free} of {self.capacity} free")
+        for page in shared:
+            self._idle.pop(page, None)
+        while self.pool.free < count:
+            oldest, _ = self._idle.popitem(last=False)
+            del self._page[self._digest.pop(oldest)]
+            self.pool.release([oldest])
+        pages = [*shared, *self.pool.allocate(count)]
+        for page in pages:
+            self._users[page] = self._users.get(page, 0) + 1
+        self._readers += len(pages)
+        return pages
+
+    def keep(self, page: int, digest: bytes) -> None:
+        """Keep a full page under a digest, unless another page is kept under it. Nothing may be written to it again."""
+        assert page in self._users, f"page {page} is not allocated"
+        if digest not in self._page and page not in self._digest:
+            self._page[digest], self._digest[page] = page, digest
+
+    def release(self, pages: Sequence[int]) -> None:
+        """Remove a user of each page of a sequence. Pages without users are idle if they are kept, else free."""
+        # A page is of no use without those before it, so the last is the first to be evicted.
+        for page in reversed(pages):
+            self._users[page] -= 1
+            if self._users[page] == 0:
+                del self._users[page]
+                if page in self._digest:
+                    self._idle[page] = None
+                else:
+                    self.pool.release([page])
+        self._readers -= len(pages)
 
 
 @dataclass

@@ -66,6 +66,8 @@ class Plan:
     num_image_pages: int
     # Most real tiles of an image, each number of which has a vision graph; 0 for one graph that takes any number.
     tiles: int
+    # Whether a page of several sequences counts once for each (core/devices.py, Paging).
+    counts_every_reader: bool
 
     @property
     def max_images(self) -> int:
@@ -83,7 +85,7 @@ class Plan:
         images, rows = self._images(image_pages), pick(rows, self.prefill_rows)
         if rows > 1:
             return Bucket("prefill", rows, pick(tokens, self.packed_tokens), self.packed_pages, images)
-        held = pick(pages, self.pages) if pages or self.lengths_are_free else 0
+        held = pick(pages, self.past_pages) if pages or self.lengths_are_free else 0
         return Bucket("prefill", rows, pick(tokens, self.prefill_tokens), held, images)
 
     def packs(self, rows: int, tokens: int, length: int) -> bool:
@@ -92,6 +94,12 @@ class Plan:
         """
         pages = pages_for(length, self.page_size)
         return rows <= self.prefill_rows[-1] and tokens <= self.packed_tokens[-1] and pages <= self.packed_pages
+
+    @property
+    def past_pages(self) -> tuple[int, ...]:
+        """Buckets of pages for one prompt with earlier tokens: those of long prompts, which prefix hits use too."""
+        least = 0 if self.lengths_are_free else pages_for(self.prefill_tokens[-1], self.page_size)
+        return tuple(pages for pages in self.pages if pages >= min(least, self.pages[-1]))
 
     @property
     def packed_tokens(self) -> tuple[int, ...]:
@@ -134,12 +142,7 @@ class Plan:
     def buckets(self) -> list[Bucket]:
         """Every bucket that a step can need, vision buckets first."""
         image_pages = [0] + [n * self.pages_per_image for n in self.images]
-        past = self.pages
-        if not self.lengths_are_free:
-            # Only a prompt longer than the largest chunk (or a preempted sequence) has earlier tokens.
-            chunk = self.prefill_tokens[-1]
-            least = pages_for(chunk, self.page_size)
-            past = (0, *(p for p in self.pages if p >= least)) if self.max_length - 1 > chunk else (0,)
+        past = self.past_pages if self.lengths_are_free else (0, *self.past_pages)
         least = self.prefill_rows[0]
         prefill = [Bucket("prefill", least, t, p, i) for t, p, i in product(self.prefill_tokens, past, image_pages)]
         packed = product(self.prefill_rows[1:], self.packed_tokens, image_pages)
@@ -240,6 +243,7 @@ def make_plan(choice: PlanChoice, limits: Limits, shape: ModelShape, paging: Pag
         num_pages,
         num_images * pages_per_image,
         shape.vision.max_tiles if paging.fixed_tiles else 0,
+        paging.counts_every_reader,
     )
 
 

@@ -122,6 +122,7 @@ class ResolvedRun(ResolvedTask):
     segment: str
     threads: int | None
     deterministic: bool
+    prefix_cache: bool
     timeout: float
     defaults: Defaults
     question: Question
@@ -206,6 +207,8 @@ def resolve(run: Run, place: Place | None) -> ResolvedTask:
         segment=f"mllama_graph-{os.getpid()}-{secrets.token_hex(4)}",
         threads=run.threads,
         deterministic=run.deterministic,
+        # Where lengths are not free, the split of a prompt changes the order of sums.
+        prefix_cache=run.prefix_cache and not (run.deterministic and not plan.lengths_are_free),
         timeout=run.timeout,
         hardware=run.hardware,
         defaults=Defaults(run.max_output_length, run.max_input_length, run.temperature, run.top_p, run.top_k, run.seed),
