@@ -126,6 +126,7 @@ class Processor:
             limits.sampling,
             limits.stop,
             limits.ignore_eos,
+            priority=limits.priority,
         )
 
     def text(self, ids: Sequence[int]) -> str:

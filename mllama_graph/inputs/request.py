@@ -26,7 +26,8 @@ class Request:
     """A request that is ready for the engine.
 
     `positions`: the positions of its image tokens, one per image. `forced`: ids that take the place of the sampled
-    ones, so that log-probabilities are those after given tokens.
+    ones, so that log-probabilities are those after given tokens. `priority`: requests with higher ones are served
+    first, those with equal ones in order of arrival.
     """
 
     id: Any
@@ -38,6 +39,7 @@ class Request:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     forced: tuple[int, ...] = ()
+    priority: int = 0
 
 
 # All known fields of a request, including those that only tasks read.
@@ -62,6 +64,7 @@ FIELDS = frozenset(
         "stop",
         "ignore_eos",
         "logprobs",
+        "priority",
         "answer",
         "kind",
     }
@@ -76,6 +79,7 @@ _NUMBERS: dict[str, tuple[type, int | None, float]] = {
     "min_p": (float, 0, 1),
     "seed": (int, None, 2**64 - 1),
     "logprobs": (int, 0, LARGEST),
+    "priority": (int, -LARGEST, LARGEST),
 }
 
 
@@ -87,6 +91,7 @@ class Options:
     sampling: Sampling
     stop: tuple[str, ...]
     ignore_eos: bool
+    priority: int
 
 
 def read_options(given: Mapping[str, Any], max_new: int, defaults: Sampling) -> Options:
@@ -109,7 +114,8 @@ def read_options(given: Mapping[str, Any], max_new: int, defaults: Sampling) -> 
         _number(given, "logprobs", None),
         _number(given, "min_p", defaults.min_p),
     )
-    return Options(_number(given, "max_new_tokens", max_new), sampling, tuple(stop), ignore_eos)
+    priority = _number(given, "priority", 0)
+    return Options(_number(given, "max_new_tokens", max_new), sampling, tuple(stop), ignore_eos, priority)
 
 
 def _number(given: Mapping[str, Any], name: str, default: Any) -> Any:
