@@ -16,7 +16,8 @@ from mllama_graph.core.config import PlanChoice
 from mllama_graph.core.devices import CPU
 from mllama_graph.core.errors import UserError
 from mllama_graph.engine.batch import Sequences, needs
-from mllama_graph.engine.scheduler import Scheduler, Sequence
+from mllama_graph.engine.scheduler import Scheduler
+from mllama_graph.engine.sequence import Sequence
 from mllama_graph.engine.steps import NOT_FINITE, DecodeStep, PrefillStep, VisionStep
 from mllama_graph.inputs.images import TiledImage
 from mllama_graph.inputs.request import Sampling

@@ -214,6 +214,7 @@ class Run:
     max_input_length: int = 2048
     max_output_length: int = 128
     max_images: int | None = None
+    max_step_tokens: int | None = None
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
@@ -317,6 +318,11 @@ def check(run: Run) -> None:
         raise UserError(f"top_p={run.top_p} must be above 0 and at most 1.")
     if run.max_images is not None:
         at_least("max_images", run.max_images, 1)
+    if run.max_step_tokens is not None and run.max_step_tokens < run.batch:
+        raise UserError(
+            f"max_step_tokens={run.max_step_tokens} must be at least batch={run.batch}: each decoding sequence takes "
+            "one token of a step. Raise max_step_tokens, or lower batch."
+        )
     if run.threads is not None:
         at_least("threads", run.threads, 1)
     if not run.timeout > 0:

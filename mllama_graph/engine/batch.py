@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mllama_graph.engine.steps import DecodeStep, ImageTable, Row, Step, VisionStep
+from mllama_graph.engine.steps import DecodeStep, ImageTable, PrefillStep, Row, Step, VisionStep
 from mllama_graph.inputs.request import Sampling
 from mllama_graph.model.inputs import ImageInput, PromptInput, TileInput, TokenInput
 from mllama_graph.model.shape import ModelShape
@@ -123,9 +123,10 @@ def _see(row: Row) -> Sequence[tuple[int, int]]:
 
 
 def prompt_input(
-    rows: Sequence[Row], sequences: Sequences, bucket: Bucket, plan: Plan, device: torch.device
+    step: PrefillStep, sequences: Sequences, bucket: Bucket, plan: Plan, device: torch.device
 ) -> PromptInput:
     """The inputs of a prefill step, padded to the bucket. Padded rows write to scratch slots."""
+    rows = step.rows
     counts = [len(row.ids) for row in rows]
     padding, absent = bucket.tokens - sum(counts), bucket.rows - len(rows)
     known = [sequences[row] for row in rows]
@@ -142,6 +143,7 @@ def prompt_input(
         last_B=_int32([end - 1 for end in accumulate(counts)] + [0] * absent, device),
         real_1=_int32([sum(counts)], device),
         sequences_1=_int32([len(rows)], device),
+        decoding_1=_int32([step.decoding], device),
         rows_B=_int32(counts + [0] * absent, device),
         past_B=_int32([row.start for row in rows] + [0] * absent, device),
         table_BJ=_int32(_block_table(tables, bucket.rows, bucket.pages), device) if bucket.pages else None,

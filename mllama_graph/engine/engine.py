@@ -10,7 +10,8 @@ from mllama_graph.core.report import Progress
 from mllama_graph.engine.constrained import Constraint, masked
 from mllama_graph.engine.executor import Executor
 from mllama_graph.engine.results import Delta, Result
-from mllama_graph.engine.scheduler import Scheduler, Sequence
+from mllama_graph.engine.scheduler import Scheduler
+from mllama_graph.engine.sequence import Sequence
 from mllama_graph.engine.stats import Stats, Totals
 from mllama_graph.engine.steps import NOT_FINITE, DecodeStep, Step, Token
 from mllama_graph.inputs.detokenizer import Detokenizer
@@ -65,7 +66,13 @@ class Engine:
         Raises UserError for a request that the plan can never hold.
         """
         sequence = Sequence(
-            self._next, request.ids, request.images, request.positions, request.max_new, request.sampling
+            self._next,
+            request.ids,
+            request.images,
+            request.positions,
+            request.max_new,
+            request.sampling,
+            request.priority,
         )
         self.scheduler.add(sequence)
         self._next += 1

@@ -131,7 +131,7 @@ class Rank:
             call(batch.tile_input(step, self.shape, self.plan, device))
             return []
         if isinstance(step, PrefillStep):
-            logits = call(batch.prompt_input(step.rows, self.sequences, bucket, self.plan, device))
+            logits = call(batch.prompt_input(step, self.sequences, bucket, self.plan, device))
             return self._sample(logits, step.rows[: step.sampled]) if step.sampled else []
         logits = call(batch.token_input(step.rows, self.sequences, bucket, self.plan, device))
         return self._sample(logits, step.rows)

@@ -1,107 +1,51 @@
 """Decides the next step from the requests and the ids sampled so far. Uses no tensors.
 
-A step encodes one image, prefills prompts or a chunk of one, or decodes one token for every running sequence.
+A step encodes one image, prefills prompts or chunks of them, decodes one token for every running sequence, or does both
+of the latter.
 """
 
-from collections import deque
+from bisect import insort
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 from mllama_graph.core.errors import UserError
+from mllama_graph.engine.sequence import Sequence
 from mllama_graph.engine.steps import NOT_FINITE, DecodeStep, ImageTable, PrefillStep, Row, Step, VisionStep
 from mllama_graph.inputs.images import TiledImage
-from mllama_graph.inputs.request import Sampling
-from mllama_graph.plan.blocks import BlockPool, ImageCache, OutOfPages, SharedPages, page_digest, pages_for
+from mllama_graph.plan.blocks import BlockPool, ImageCache, OutOfPages, SharedPages, pages_for
 from mllama_graph.plan.buckets import Plan
-
-
-@dataclass(eq=False)
-class Sequence:
-    """A request in the scheduler. image_positions: the positions of its image tokens, one per image."""
-
-    id: int
-    prompt: tuple[int, ...]
-    images: tuple[TiledImage, ...]
-    image_positions: tuple[int, ...]
-    max_new: int
-    sampling: Sampling
-    generated: list[int] = field(default_factory=list)
-    # Tokens whose K/V are in the pages.
-    computed: int = 0
-    pages: list[int] = field(default_factory=list)
-    # The digests of full pages, as far as they were needed, and the number of pages that are kept under them.
-    digests: list[bytes] = field(default_factory=list)
-    kept: int = 0
-    # Tokens whose K/V were found when the sequence was first admitted; None before that.
-    cached: int | None = None
-    holds_images: bool = False
-    # What the ranks have been sent: the number of pages, and the images [first, last) of their image table.
-    sent_pages: int = 0
-    sent_images: tuple[int, int] | None = None
-    # The first entry of each image in that table, followed by the table's length.
-    image_begins: list[int] = field(default_factory=lambda: [0])
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt) + len(self.generated)
-
-    @property
-    def decoding(self) -> bool:
-        """Whether all tokens but the last are computed, so that the next step is a decode step."""
-        return bool(self.generated) and self.computed == self.length - 1
-
-    def ids(self, start: int, stop: int) -> tuple[int, ...]:
-        """The prompt and generated ids at positions start .. stop - 1."""
-        split = len(self.prompt)
-        return self.prompt[start:stop] + tuple(self.generated[max(start - split, 0) : max(stop - split, 0)])
-
-    def digests_of(self, pages: int, size: int) -> list[bytes]:
-        """The digests of the first full pages of `size` tokens."""
-        while len(self.digests) < pages:
-            start = len(self.digests) * size
-            images = [
-                (at, image.key) for at, image in zip(self.image_positions, self.images) if start <= at < start + size
-            ]
-            parent = self.digests[-1] if self.digests else b""
-            self.digests.append(page_digest(parent, self.ids(start, start + size), images))
-        return self.digests[:pages]
-
-    def visible(self, position: int) -> tuple[int, int]:
-        """The images [first, last) that the token at `position` attends to: the latest image at or before it, and the
-        images whose tokens directly precede that image's token.
-
-        Generated tokens attend to the same images as the last prompt token (transformers processing_mllama.py,
-        get_cross_attention_token_mask).
-        """
-        last = sum(at <= position for at in self.image_positions)
-        first = max(last - 1, 0)
-        while first > 0 and self.image_positions[first] == self.image_positions[first - 1] + 1:
-            first -= 1
-        return first, last
 
 
 class Scheduler:
     """Continuous batching: sequences join and leave between steps.
 
-    Waiting sequences are admitted in order of arrival while rows, pages and image pages suffice. Prompts that fit a
-    prefill bucket together are computed in one step. Prompts longer than the largest bucket are computed in chunks,
-    with a decode step of the running sequences between chunks. When
-    pages run out, the youngest running sequence is preempted: it returns to the head of the queue, keeps its ids, and
-    is computed again later.
+    Waiting sequences are admitted by priority, then in order of arrival, while rows, pages and image pages suffice.
+    Prompts that fit a prefill bucket together are computed in one step. Longer ones are computed in chunks and take
+    turns with the others, so that a short prompt waits for one chunk of each longer one at most.
+
+    While sequences decode, a step has at most `plan.step_tokens` tokens. Where lengths are data, prompts are computed
+    beside the decoding sequences in one step, so that these get a token in each step but those that encode an image.
+    Elsewhere the two alternate.
 
     `prefix_cache`: full pages are kept when their sequence ends, and a sequence that begins with the same ids and
     images starts after them. It waits while a running prompt is computing the next page that both have.
+
+    When pages run out, the youngest running sequence of the lowest priority is preempted: it returns to the head of the
+    queue, keeps its ids, and is computed again later.
     """
 
     def __init__(self, plan: Plan, batch: int, prefix_cache: bool = True):
         self.plan, self.batch, self.prefix_cache = plan, batch, prefix_cache
         self.pool = SharedPages(BlockPool(plan.num_pages, reserved=plan.scratch_pages), plan.counts_every_reader)
         self.images = ImageCache(BlockPool(plan.num_image_pages), plan.page_size, plan.pages_per_image)
-        self.waiting: deque[Sequence] = deque()
+        # In order of their turns.
+        self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = 0
         self._pending: tuple[Step, list[Sequence]] | None = None
-        self._decode_next = False
+        self._steps = 0
+        # Whether decoding sequences got no token in the last step, and what the last step did that did not only decode.
+        self._owed = False
+        self._encoded = self._prefilled = False
         # Sequences that ended, which the ranks have not been told yet.
         self._ended: list[int] = []
 
@@ -120,7 +64,8 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. Raises UserError as `check` does."""
         self.check(len(sequence.prompt), sequence.max_new, len(sequence.images))
-        self.waiting.append(sequence)
+        sequence.served = self._steps
+        insort(self.waiting, sequence, key=lambda one: one.turn)
 
     def abort(self, id: int) -> None:
         """Drop a sequence, waiting or running; unknown ids are ignored."""
@@ -135,10 +80,10 @@ class Scheduler:
     def next(self) -> Step | None:
         """The next step, or None if no sequence is left. Each step must be followed by `commit`."""
         assert self._pending is None, "the last step was not committed"
-        step = self._decode() if self._decode_next else None
-        step = step or self._admit() or self._decode()
-        self._decode_next = False
-        return step
+        decoding = self._decoding()
+        room = self._room_beside(decoding)
+        step = self._decode(decoding) if decoding and self._owed and not room else None
+        return step or self._admit(decoding, room) or self._decode(decoding)
 
     def commit(self, ids: tuple[int, ...]) -> list[tuple[Sequence, int]]:
         """Append the ids that a step sampled. Returns (sequence, id) for each sequence that got one.
@@ -148,22 +93,22 @@ class Scheduler:
         assert self._pending is not None
         step, sequences = self._pending
         self._pending = None
+        self._steps += 1
         if isinstance(step, VisionStep):
             self.images.trim(step.image.key)
             return []
-        if isinstance(step, PrefillStep):
-            # Running sequences get their next token between the chunks of a long prompt.
-            self._decode_next = step.sampled < len(sequences)
         for sequence, row in zip(sequences, step.rows, strict=True):
             sequence.computed += len(row.ids)
         if isinstance(step, PrefillStep):
+            for sequence in sequences[step.decoding :]:
+                sequence.served = self._steps
             sequences = sequences[: step.sampled]
-        # On a CPU a prompt step gives K/V bits that depend on nothing but the tokens, and a decode step gives others:
-        # there, pages that a decode step has written are not kept, so that the cache changes no result by a bit.
-        keep = self.prefix_cache and (isinstance(step, PrefillStep) or not self.plan.lengths_are_free)
-        for sequence, token in zip(sequences, ids, strict=True):
+        # On a CPU prompt rows give K/V bits that depend on nothing but the tokens, and decoding rows give others: there,
+        # pages that the latter have written are not kept, so that the cache changes no result by a bit.
+        decoding = step.decoding if isinstance(step, PrefillStep) else len(sequences)
+        for place, (sequence, token) in enumerate(zip(sequences, ids, strict=True)):
             # Finite logits mean finite K/V: a token attends to all before it.
-            if keep and token != NOT_FINITE:
+            if self.prefix_cache and token != NOT_FINITE and (place >= decoding or not self.plan.lengths_are_free):
                 self._keep(sequence)
             sequence.generated.append(token)
         return list(zip(sequences, ids))
@@ -179,6 +124,9 @@ class Scheduler:
             self.waiting.remove(sequence)
         self._free(sequence)
         self._ended.append(sequence.id)
+        self._release_images(sequence)
+
+    def _release_images(self, sequence: Sequence) -> None:
         if sequence.holds_images:
             for image in sequence.images:
                 self.images.release(image.key)
@@ -189,39 +137,74 @@ class Scheduler:
         sequence.pages, sequence.computed, sequence.kept = [], 0, 0
         sequence.sent_pages, sequence.sent_images = 0, None
 
-    def _admit(self) -> Step | None:
-        """The next vision or prefill step, in order of arrival: an image, a chunk, or whole prompts as far as they fit
-        a bucket and have their images encoded.
+    def _room_beside(self, decoding: list[Sequence]) -> int:
+        """The prompt tokens that fit a step with the decoding sequences; 0 if these need a step of their own."""
+        plan, rows = self.plan, len(decoding)
+        if not plan.lengths_are_free or rows >= min(plan.prefill_rows[-1], plan.prefill_tokens[-1]):
+            return 0
+        return max(1, min(plan.step_tokens, plan.prefill_tokens[-1]) - rows)
+
+    def _admit(self, decoding: list[Sequence], room: int) -> Step | None:
+        """The next vision or prefill step. `room`: see `_room_beside`; above 0, the step decodes as well.
+
+        A step whose lengths are data takes parts of prompts, up to `room`; another one takes whole prompts as far as
+        they fit a bucket, or one chunk. Where prompts wait for images, vision steps alternate with the others.
         """
-        packed: list[Sequence] = []
-        tokens = longest = 0
+        beside = decoding if room else []
+        most = room if beside else self.plan.chunk(self.plan.step_tokens if decoding else self.plan.max_length)
+        parts: list[tuple[Sequence, int]] = []
+        unencoded: tuple[Sequence, TiledImage] | None = None
+        tokens, longest = 0, max((sequence.length for sequence in beside), default=0)
         for sequence in self._to_prefill():
-            tokens += sequence.length - sequence.computed
+            image = next((image for image in sequence.images if not self.images[image.key].encoded), None)
+            if image:
+                unencoded = unencoded or (sequence, image)
+                if not self._encoded and (not parts or self._prefilled):
+                    parts = []
+                    break
+                continue
             longest = max(longest, sequence.length)
-            unencoded = [image for image in sequence.images if not self.images[image.key].encoded]
-            if not packed and unencoded:
-                image = unencoded[0]
-                return self._issue(VisionStep(image, tuple(self.images[image.key].pages)), [sequence])
-            if packed and (unencoded or not self.plan.packs(len(packed) + 1, tokens, longest)):
+            count = min(sequence.left, most - tokens) if beside or not parts else sequence.left
+            rows, new = len(beside) + len(parts) + 1, len(beside) + tokens + count
+            if parts and (tokens + count > most or not self.plan.packs(rows, new, longest)):
                 break
-            packed.append(sequence)
-            if not self.plan.packs(len(packed) + 1, tokens + 1, longest):
+            parts.append((sequence, count))
+            tokens += count
+            if tokens >= most or not self.plan.packs(rows + 1, new + 1, longest):
                 break
-        if not packed:
-            return None
-        # Only a prompt by itself can be longer than the largest bucket.
-        counts = [self.plan.chunk(sequence.length - sequence.computed) for sequence in packed]
-        sampled = sum(s.computed + count == s.length for s, count in zip(packed, counts))
-        rows = tuple(self._row(sequence, count) for sequence, count in zip(packed, counts))
-        return self._issue(PrefillStep(rows, sampled, self._take_ended()), packed)
+        if parts:
+            return self._prefill(beside, parts, owed=bool(decoding) and not beside)
+        if unencoded and not (decoding and self._owed):
+            sequence, image = unencoded
+            self._encoded, self._prefilled, self._owed = True, False, bool(decoding)
+            return self._issue(VisionStep(image, tuple(self.images[image.key].pages)), [sequence])
+        return None
+
+    def _prefill(self, beside: list[Sequence], parts: list[tuple[Sequence, int]], owed: bool) -> Step:
+        """A prefill step of the next tokens of some prompts, beside sequences that decode."""
+        self._encoded, self._prefilled, self._owed = False, True, owed
+        # Stable: prompts that the step ends are first.
+        parts = sorted(parts, key=lambda part: part[1] < part[0].left)
+        ended = sum(count == sequence.left for sequence, count in parts)
+        packed = [(sequence, 1) for sequence in beside] + parts
+        rows = tuple(self._row(sequence, count) for sequence, count in packed)
+        step = PrefillStep(rows, len(beside) + ended, len(beside), self._take_ended())
+        return self._issue(step, [sequence for sequence, _ in packed])
 
     def _to_prefill(self) -> Iterator[Sequence]:
-        """Running sequences that are not decoding yet, then those that can be admitted, each admitted when taken."""
-        yield from [sequence for sequence in self.running if not sequence.decoding]
-        while self.waiting and len(self.running) < self.batch and self._take_room(self.waiting[0]):
-            sequence = self.waiting.popleft()
-            self.running.append(sequence)
-            yield sequence
+        """Running and waiting sequences whose prompts are not computed, in order of their turns. Waiting ones are
+        admitted when they are taken, until one of them does not fit.
+        """
+        prompts = sorted((sequence for sequence in self.running if not sequence.decoding), key=lambda one: one.turn)
+        fits = True
+        while prompts or fits and self.waiting:
+            if fits and self.waiting and not (prompts and prompts[0].turn < self.waiting[0].turn):
+                fits = len(self.running) < self.batch and self._take_room(self.waiting[0])
+                if fits:
+                    self.running.append(self.waiting.pop(0))
+                    yield self.running[-1]
+            elif prompts:
+                yield prompts.pop(0)
 
     def _take_room(self, sequence: Sequence) -> bool:
         """Allocate pages for the prompt, its first token and its images; False and none if too few are free, or if the
@@ -235,7 +218,7 @@ class Scheduler:
             return False
         taken: list[str] = []
         try:
-            for image in sequence.images if not sequence.holds_images else ():
+            for image in sequence.images:
                 self.images.acquire(image.key, image.count * self.plan.tokens_per_tile)
                 taken.append(image.key)
         except OutOfPages:
@@ -270,23 +253,33 @@ class Scheduler:
                 self.pool.keep(page, digest)
             sequence.kept = full
 
-    def _decode(self) -> Step | None:
-        """A decode step for every decoding sequence. Preempts the youngest running sequence where pages run out."""
+    def _decoding(self) -> list[Sequence]:
+        """The decoding sequences, with a page for their next token. Preempts sequences where pages run out."""
         for sequence in [s for s in self.running if s.decoding]:
             while sequence in self.running and pages_for(sequence.length, self.plan.page_size) > len(sequence.pages):
                 try:
                     sequence.pages += self.pool.allocate(1)
                 except OutOfPages:
-                    self._preempt(self.running[-1])
-        rows = [s for s in self.running if s.decoding]
-        return self._issue(DecodeStep(tuple(self._row(s, 1) for s in rows), self._take_ended()), rows) if rows else None
+                    self._preempt(max(self.running, key=lambda one: (-one.priority, one.id)))
+        return [s for s in self.running if s.decoding]
+
+    def _decode(self, sequences: list[Sequence]) -> Step | None:
+        """A decode step."""
+        if not sequences:
+            return None
+        self._owed = False
+        rows = tuple(self._row(sequence, 1) for sequence in sequences)
+        return self._issue(DecodeStep(rows, self._take_ended()), sequences)
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Put a sequence back at the head of the queue. It keeps its images, since it is the next to be admitted."""
+        """Put a sequence back at the head of the queue, behind higher priorities."""
         self.preemptions += 1
         self.running.remove(sequence)
         self._free(sequence)
-        self.waiting.appendleft(sequence)
+        # Images may be needed by a sequence of a higher priority, which is admitted before this one.
+        self._release_images(sequence)
+        sequence.served = 0
+        insort(self.waiting, sequence, key=lambda one: one.turn)
 
     def _issue(self, step: Step, sequences: list[Sequence]) -> Step:
         self._pending = (step, sequences)

@@ -73,13 +73,15 @@ class VisionStep:
 
 @dataclass(frozen=True)
 class PrefillStep:
-    """New tokens of one or several prompts. The first `sampled` of them are computed to their ends, and get a token.
+    """New tokens of one or several prompts, and beside them a new token of running sequences.
 
-    `ended`: sequences that ended since the step before.
+    The first `decoding` rows are those of running sequences; after them come prompts that are computed to their ends.
+    Both get a token: the first `sampled` rows. `ended`: sequences that ended since the step before.
     """
 
     rows: tuple[Row, ...]
     sampled: int
+    decoding: int = 0
     ended: tuple[int, ...] = ()
 
 

@@ -39,8 +39,8 @@ def requests_of(engine: Engine, case: Case, seed: int, pictures: int) -> tuple[l
             spent += time.perf_counter() - start
         text = random.integers(0, shape.text.vocab, case.length - len(images)).tolist()
         ids = (*[shape.image_token] * len(images), *text)
-        # A request decodes up to one more token for each request that gets its first token after it.
-        most = case.new + case.batch
+        # `serve` aborts requests before they end: they decode while others are still prefilled.
+        most = engine.executor.run.limits.max_new
         requests.append(Request(number, ids, tuple(images), tuple(range(len(images))), most, ignore_eos=True))
     return requests, spent
 

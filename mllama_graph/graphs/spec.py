@@ -191,6 +191,7 @@ class GraphSpec:
                 last_B=zeros(B),
                 real_1=ones(1),
                 sequences_1=ones(1),
+                decoding_1=zeros(1),
                 rows_B=zeros(B),
                 past_B=zeros(B),
                 table_BJ=zeros(B, J) if J else None,

@@ -130,6 +130,7 @@ class Processor:
             limits.stop,
             limits.ignore_eos,
             grammar=grammar,
+            priority=limits.priority,
         )
 
     def text(self, ids: Sequence[int]) -> str:

@@ -29,7 +29,8 @@ class Request:
     """A request that is ready for the engine.
 
     `positions`: the positions of its image tokens, one per image. `forced`: ids that take the place of the sampled
-    ones, so that log-probabilities are those after given tokens. `grammar`: what the text must satisfy.
+    ones, so that log-probabilities are those after given tokens. `grammar`: what the text must satisfy. `priority`:
+    requests with higher ones are served first, those with equal ones in order of arrival.
     """
 
     id: Any
@@ -42,6 +43,7 @@ class Request:
     ignore_eos: bool = False
     forced: tuple[int, ...] = ()
     grammar: "Grammar | None" = None
+    priority: int = 0
 
 
 # All known fields of a request, including those that only tasks read.
@@ -68,6 +70,7 @@ FIELDS = frozenset(
         "logprobs",
         "response_format",
         "structured_outputs",
+        "priority",
         "answer",
         "kind",
     }
@@ -82,6 +85,7 @@ _NUMBERS: dict[str, tuple[type, int | None, float]] = {
     "min_p": (float, 0, 1),
     "seed": (int, None, 2**64 - 1),
     "logprobs": (int, 0, LARGEST),
+    "priority": (int, -LARGEST, LARGEST),
 }
 
 
@@ -93,6 +97,7 @@ class Options:
     sampling: Sampling
     stop: tuple[str, ...]
     ignore_eos: bool
+    priority: int
 
 
 def read_options(given: Mapping[str, Any], max_new: int, defaults: Sampling) -> Options:
@@ -115,7 +120,8 @@ def read_options(given: Mapping[str, Any], max_new: int, defaults: Sampling) -> 
         _number(given, "logprobs", None),
         _number(given, "min_p", defaults.min_p),
     )
-    return Options(_number(given, "max_new_tokens", max_new), sampling, tuple(stop), ignore_eos)
+    priority = _number(given, "priority", 0)
+    return Options(_number(given, "max_new_tokens", max_new), sampling, tuple(stop), ignore_eos, priority)
 
 
 def _number(given: Mapping[str, Any], name: str, default: Any) -> Any:

@@ -66,7 +66,8 @@ class PromptInput(NamedTuple):
     """New tokens of B prompts, sequence after sequence, padded to T rows. All tensors are int32.
 
     slot_T: the slot to which each row's K/V are written. last_B: index of the row whose logits are returned. real_1,
-    sequences_1: number of rows and of sequences that are not padding; they come first. rows_B, past_B: number of new
+    sequences_1: number of rows and of sequences that are not padding; they come first. decoding_1: number of the first
+    sequences that are running ones, whose only new token is decoded beside the prompts. rows_B, past_B: number of new
     and of earlier tokens; 0 for padding. table_BJ: the pages of both; None for one sequence without earlier tokens.
     """
 
@@ -76,6 +77,7 @@ class PromptInput(NamedTuple):
     last_B: Tensor
     real_1: Tensor
     sequences_1: Tensor
+    decoding_1: Tensor
     rows_B: Tensor
     past_B: Tensor
     table_BJ: Tensor | None

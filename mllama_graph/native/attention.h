@@ -19,6 +19,9 @@ namespace {
 
 // Query rows (of all heads that share a kv head) and tokens per block: whole tiles.
 constexpr int64_t kQueries = 72, kKeys = 96;
+// The most blocks of queries of a sequence whose threads write panels as they go, into their caches: for few queries,
+// memory would take longer to write and read all panels than to read keys and values several times.
+constexpr int64_t kFewTasks = 4;
 
 // The tokens that a set of rows attends to, in order. Those of each sequence begin at a multiple of kKeys, so that sums
 // have the same order whatever sequences come before.
@@ -50,46 +53,58 @@ struct RowsOfSequence {
   int64_t first, last;
 };
 
-// Keys and values in blocks of kKeys tokens, in panels for multiply_matrix.
+// Keys and values of one head in a block of kKeys tokens, in panels for multiply_matrix.
+struct Panels {
+  const float *keys, *values;  // (width by kKeys), (kKeys by wide)
+};
+
+// Writes the panels of a head for the kKeys tokens from `start` on. `space` holds `width` floats.
+template <class E>
+void write_panels(const Tokens<E>& tokens, int64_t head, int64_t start, int64_t width, int64_t wide, float* key,
+                  float* value, float* space) {
+  panels(kKeys, [&](auto, auto vectors, int64_t v) {
+    constexpr int64_t kSome = decltype(vectors)::value * kLanes;
+    float* to = key + v * kLanes * width;
+    for (int64_t i = 0; i < kSome; i++) {
+      const float* k = tokens.keys_pool.values(tokens.keys[start + v * kLanes + i], head, space);
+      for (int64_t h = 0; h < width; h++) to[h * kSome + i] = k[h];
+    }
+  });
+  for (int64_t i = 0; i < kKeys; i++) {
+    const float* from = tokens.values_pool.values(tokens.values[start + i], head, space);
+    panels(wide, [&](auto, auto vectors, int64_t v) {
+      constexpr int64_t kSome = decltype(vectors)::value * kLanes;
+      float* to = value + v * kLanes * kKeys + i * kSome;
+      const int64_t some = std::min(kSome, width - v * kLanes);
+      std::memcpy(to, from + v * kLanes, some * sizeof(float));
+      std::fill(to + some, to + kSome, 0.0f);
+    });
+  }
+}
+
+// The panels of all heads and blocks.
 struct Blocks {
   int64_t count, width, wide;
   std::unique_ptr<float[]> keys, values;  // (heads, count, width by kKeys), (heads, count, kKeys by wide)
 
   template <class E>
-  Blocks(const Tokens<E>& tokens, const Heads& heads)
+  Blocks(const Tokens<E>& tokens, const Heads& heads, int64_t wide)
       : count(tokens.count() / kKeys),
         width(heads.width),
-        wide((width + kLanes - 1) / kLanes * kLanes),
+        wide(wide),
         keys(new float[heads.keys * count * kKeys * width]),
         values(new float[heads.keys * count * kKeys * wide]) {
     parallel_for(heads.keys * count, 1, [&](int64_t from, int64_t to) {
       std::vector<float> space(width);
-      for (int64_t task = from; task < to; task++) {
-        const int64_t head = task / count, start = task % count * kKeys;
-        float *key = keys.get() + task * kKeys * width, *value = values.get() + task * kKeys * wide;
-        const auto of_token = [&](const Pool<E>& pool, const std::vector<Token<E>>& all, int64_t i) {
-          return pool.values(all[start + i], head, space.data());
-        };
-        panels(kKeys, [&](auto, auto vectors, int64_t v) {
-          constexpr int64_t kSome = decltype(vectors)::value * kLanes;
-          float* to = key + v * kLanes * width;
-          for (int64_t i = 0; i < kSome; i++) {
-            const float* k = of_token(tokens.keys_pool, tokens.keys, v * kLanes + i);
-            for (int64_t h = 0; h < width; h++) to[h * kSome + i] = k[h];
-          }
-        });
-        for (int64_t i = 0; i < kKeys; i++) {
-          const float* from = of_token(tokens.values_pool, tokens.values, i);
-          panels(wide, [&](auto, auto vectors, int64_t v) {
-            constexpr int64_t kSome = decltype(vectors)::value * kLanes;
-            float* to = value + v * kLanes * kKeys + i * kSome;
-            const int64_t some = std::min(kSome, width - v * kLanes);
-            std::memcpy(to, from + v * kLanes, some * sizeof(float));
-            std::fill(to + some, to + kSome, 0.0f);
-          });
-        }
-      }
+      for (int64_t task = from; task < to; task++)
+        write_panels(tokens, task / count, task % count * kKeys, width, wide, keys.get() + task * kKeys * width,
+                     values.get() + task * kKeys * wide, space.data());
     });
+  }
+
+  Panels at(int64_t head, int64_t block) const {
+    const int64_t first = (head * count + block) * kKeys;
+    return {keys.get() + first * width, values.get() + first * wide};
   }
 };
 
@@ -120,19 +135,24 @@ template <class E>
 void attend_rows(const float* q, float* out, const std::vector<RowsOfSequence>& sequences, const Heads& heads,
                  const Tokens<E>& tokens, const std::vector<Seen>& seen, float scale) {
   const int64_t G = heads.group(), H = heads.width, count = tokens.count();
-  const Blocks blocks(tokens, heads);
-  const int64_t wide = blocks.wide;
+  const int64_t wide = (H + kLanes - 1) / kLanes * kLanes;
   // Queries (rows times heads of a group) that are computed together. They are of one sequence: a key of another one
   // that is NaN would spoil them, as 0 * NaN is NaN.
   std::vector<RowsOfSequence> queries;
-  for (const auto& rows : sequences)
+  bool few = true;
+  for (const auto& rows : sequences) {
     for (int64_t first = rows.first * G; first < rows.last * G; first += kQueries)
       queries.push_back({first, std::min(first + kQueries, rows.last * G)});
+    few &= (rows.last - rows.first) * G <= kFewTasks * kQueries;
+  }
+  std::optional<Blocks> blocks;
+  if (!few) blocks.emplace(tokens, heads, wide);
   const int64_t tasks = static_cast<int64_t>(queries.size());
   constexpr float kPowers = 1.44269504f;  // log2(e)
   parallel_for(heads.keys * tasks, 1, [&](int64_t from, int64_t to) {
     std::vector<float> query(kQueries * H), weight(kQueries * kKeys), sum_of_values(kQueries * wide);
     std::vector<float> top(kQueries), sum(kQueries);
+    std::vector<float> key(few ? kKeys * H : 0), value(few ? kKeys * wide : 0), space(H);
     for (int64_t task = from; task < to; task++) {
       const int64_t head = task / tasks, row = queries[task % tasks].first;
       const int64_t some = queries[task % tasks].last - row;
@@ -150,8 +170,9 @@ void attend_rows(const float* q, float* out, const std::vector<RowsOfSequence>& 
       // Blocks begin at multiples of kKeys whatever the rows, so that sums have the same order in each batch.
       for (int64_t block = first / kKeys; block * kKeys < std::min(last, count); block++) {
         const int64_t start = block * kKeys;
-        const int64_t at = (head * blocks.count + block) * kKeys;
-        multiply_matrix<true>(query.data(), H, blocks.keys.get() + at * H, weight.data(), kKeys, some, kKeys, H);
+        if (few) write_panels(tokens, head, start, H, wide, key.data(), value.data(), space.data());
+        const Panels block_panels = few ? Panels{key.data(), value.data()} : blocks->at(head, block);
+        multiply_matrix<true>(query.data(), H, block_panels.keys, weight.data(), kKeys, some, kKeys, H);
         for (int64_t r = 0; r < some; r++) {
           const Seen& sees = seen[(row + r) / G];
           const int64_t begin = std::max<int64_t>(0, sees.first - start), end = std::min(kKeys, sees.last - start);
@@ -169,8 +190,8 @@ void attend_rows(const float* q, float* out, const std::vector<RowsOfSequence>& 
           }
           sum[r] += part;
         }
-        multiply_matrix<false>(weight.data(), kKeys, blocks.values.get() + at * wide, sum_of_values.data(), wide, some,
-                               wide, kKeys);
+        multiply_matrix<false>(weight.data(), kKeys, block_panels.values, sum_of_values.data(), wide, some, wide,
+                               kKeys);
       }
       for (int64_t r = 0; r < some; r++) {
         float* result = out + ((row + r) / G * heads.queries + head * G + (row + r) % G) * H;
@@ -192,28 +213,35 @@ Tensor attend_rows(const Tensor& q, const std::vector<RowsOfSequence>& sequences
   return y;
 }
 
-// The rows of each sequence, which follow each other. `rows`: their numbers, 0 for padding.
-std::vector<RowsOfSequence> sequences_of(const Tensor& q, const Tensor& rows, const Tensor& table) {
+// How many sequences decode: the first ones, with one row each.
+int64_t decoding_of(const std::optional<Tensor>& decoding) { return decoding ? *integers(*decoding) : 0; }
+
+// The rows of each sequence, which follow each other. `rows`: their numbers, 0 for padding. Those of the first
+// `decoding` sequences are left out: `attend` computes them, with the same bits as in a decode step.
+std::vector<RowsOfSequence> sequences_of(const Tensor& q, const Tensor& rows, const Tensor& table, int64_t decoding) {
   std::vector<RowsOfSequence> sequences;
   int64_t first = 0;
   if (rows.size(0) != table.size(0)) fail("attention takes a block table and a number of rows for each sequence");
   for (int64_t b = 0; b < rows.size(0); b++) {
     const int64_t last = first + integers(rows)[b];
     if (last < first || last > q.size(0)) fail("attention takes numbers of rows whose sum is at most that of all rows");
-    sequences.push_back({first, last});
+    if (b < decoding && last != first + 1) fail("attention takes one row of a sequence that decodes");
+    sequences.push_back({b < decoding ? last : first, last});
     first = last;
   }
   return sequences;
 }
 
-// Row i of a sequence sees the first past + i + 1 tokens of its pages. Rows of no sequence get zeros.
+// Row i of a sequence sees the first past + i + 1 tokens of its pages. Rows of no sequence get zeros. The first
+// `decoding` sequences have one row each.
 Tensor attend_prompt(Tensor q, Tensor k_pages, Tensor v_pages, std::optional<Tensor> k_scales,
-                     std::optional<Tensor> v_scales, Tensor table, Tensor rows, Tensor past, double scale) {
-  const int64_t page = k_pages.size(1), J = table.size(1);
-  const auto sequences = sequences_of(q, rows, table);
+                     std::optional<Tensor> v_scales, Tensor table, Tensor rows, Tensor past,
+                     std::optional<Tensor> decoding, double scale) {
+  const int64_t page = k_pages.size(1), J = table.size(1), tokenwise = decoding_of(decoding);
+  const auto sequences = sequences_of(q, rows, table, tokenwise);
   return with_pools(k_pages, v_pages, k_scales, v_scales, [&]<class E>(const Pool<E>& keys, const Pool<E>& values) {
     Tokens<E> tokens{keys, values};
-    std::vector<Seen> seen;
+    std::vector<Seen> seen(tokenwise);
     for (size_t b = 0; b < sequences.size(); b++) {
       const int32_t* entries = integers(table) + b * J;
       const int64_t start = tokens.count(), count = sequences[b].last - sequences[b].first;
@@ -223,7 +251,12 @@ Tensor attend_prompt(Tensor q, Tensor k_pages, Tensor v_pages, std::optional<Ten
       for (int64_t i = 0; i < count; i++) seen.push_back({start, start + earlier + i + 1});
       tokens.end_sequence();
     }
-    return attend_rows(packed(q), sequences, tokens, seen, scale);
+    const int32_t* earlier_tokens = integers(past);
+    const Tensor queries = packed(q), y = attend_rows(queries, sequences, tokens, seen, scale);
+    if (tokenwise)
+      attend(queries, keys, values, table, tokenwise, 1, scale,
+             [=](int64_t row, int64_t j) { return std::min(page, earlier_tokens[row] + 1 - j * page); }, results(y));
+    return y;
   });
 }
 
@@ -251,10 +284,10 @@ Tensor attend_tiles(Tensor q, Tensor given_k, Tensor given_v, Tensor pad, double
 template <class E>
 Tensor attend_image_rows(const Tensor& q, const std::vector<RowsOfSequence>& sequences, const Pool<E>& keys,
                          const Pool<E>& values, const Tensor& table, const int32_t* fills, const int32_t* sees,
-                         double scale) {
+                         int64_t decoding, double scale) {
   const int64_t J = table.size(1);
   Tokens<E> tokens{keys, values};
-  std::vector<Seen> seen;
+  std::vector<Seen> seen(decoding);
   std::vector<int64_t> start(J + 1);
   for (size_t b = 0; b < sequences.size(); b++) {
     const int32_t *entries = integers(table) + b * J, *fill = fills + b * J;
@@ -282,19 +315,27 @@ Tensor attend_pages(Tensor q, Tensor k_pages, Tensor v_pages, std::optional<Tens
   });
 }
 
-// Row t sees the first `fill` tokens of its sequence's entries see[0] .. see[1] - 1. Sequences have `rows`, or T / B each.
+// Row t sees the first `fill` tokens of its sequence's entries see[0] .. see[1] - 1. Sequences have `rows`, or T / B each;
+// of the first `decoding` sequences, one row each.
 Tensor attend_image(Tensor q, Tensor k_pages, Tensor v_pages, std::optional<Tensor> k_scales,
                     std::optional<Tensor> v_scales, Tensor table, Tensor fill, Tensor see, std::optional<Tensor> rows,
-                    double scale) {
+                    std::optional<Tensor> decoding, double scale) {
   const auto* fills = static_cast<const int32_t*>(fill.const_data_ptr());
   const auto* sees = static_cast<const int32_t*>(see.const_data_ptr());
   const int64_t R = q.size(0) / table.size(0), J = table.size(1);
   return with_pools(k_pages, v_pages, k_scales, v_scales, [&](const auto& keys, const auto& values) {
-    if (rows)
-      return attend_image_rows(packed(q), sequences_of(q, *rows, table), keys, values, table, fills, sees, scale);
-    return attend(packed(q), keys, values, table, scale, [=](int64_t row, int64_t j) -> int64_t {
-      return sees[2 * row] <= j && j < sees[2 * row + 1] ? fills[row / R * J + j] : 0;
-    });
+    const auto seen_by = [=](int64_t each) {
+      return [=](int64_t row, int64_t j) -> int64_t {
+        return sees[2 * row] <= j && j < sees[2 * row + 1] ? fills[row / each * J + j] : 0;
+      };
+    };
+    const Tensor queries = packed(q);
+    if (!rows) return attend(queries, keys, values, table, scale, seen_by(R));
+    const int64_t first = decoding_of(decoding);
+    const auto sequences = sequences_of(q, *rows, table, first);
+    const Tensor y = attend_image_rows(queries, sequences, keys, values, table, fills, sees, first, scale);
+    if (first) attend(queries, keys, values, table, first, 1, scale, seen_by(1), results(y));
+    return y;
   });
 }
 

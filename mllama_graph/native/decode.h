@@ -196,16 +196,17 @@ struct Task {
   std::vector<Piece> pieces;
 };
 
-// Attention of q (T, Q, H): a row sees the first seen(row, j) tokens of entry j of its block table, in table (B, J).
+// Attention of the first B * R rows of q (T, Q, H), R for each of the first B sequences: a row sees the first
+// seen(row, j) tokens of entry j of its block table, in table (.., J). Writes as many rows of `results`.
 template <class E, class Seen>
-Tensor attend(const Tensor& q, const Pool<E>& keys, const Pool<E>& values, const Tensor& table, double scale,
-              const Seen& seen) {
-  const int64_t rows = q.size(0), B = table.size(0), J = table.size(1), page = keys.page;
+void attend(const Tensor& q, const Pool<E>& keys, const Pool<E>& values, const Tensor& table, int64_t B, int64_t R,
+            double scale, const Seen& seen, float* results) {
+  const int64_t rows = B * R, J = table.size(1), page = keys.page;
   const Heads heads{q.size(1), keys.heads, q.size(2)};
   const float* queries = floats(q);
-  if (keys.width != heads.width || heads.queries % heads.keys || rows % B)
+  if (keys.width != heads.width || heads.queries % heads.keys || rows > q.size(0) || B > table.size(0))
     fail("attention takes q (T, Q, H), pages (N, P, K, H) and a table (B, J), Q a multiple of K and T of B");
-  const auto* tables = static_cast<const int32_t*>(table.const_data_ptr());
+  const int32_t* tables = integers(table);
 
   std::vector<Task> tasks;
   std::vector<int64_t> first_task(rows + 1, 0);
@@ -220,7 +221,7 @@ Tensor attend(const Tensor& q, const Pool<E>& keys, const Pool<E>& values, const
         tasks.push_back({row, {}});
         room = std::max(kSplit, page);
       }
-      const int64_t at = row / (rows / B) * J + j;
+      const int64_t at = row / R * J + j;
       tasks.back().pieces.push_back({tables[at], tokens, tables[std::min(at + 1, B * J - 1)]});
       room -= tokens;
       most = std::max(most, std::max(kSplit, page) - room);
@@ -278,8 +279,6 @@ Tensor attend(const Tensor& q, const Pool<E>& keys, const Pool<E>& values, const
     }
   });
 
-  Tensor y = allocated(q.sizes());
-  auto* results = static_cast<float*>(y.mutable_data_ptr());
   for (int64_t row = 0; row < rows; row++) {
     for (int64_t head = 0; head < heads.queries; head++) {
       float* result = results + (row * heads.queries + head) * heads.width;
@@ -297,6 +296,16 @@ Tensor attend(const Tensor& q, const Pool<E>& keys, const Pool<E>& values, const
       for (int64_t h = 0; h < heads.width && sum > 0; h++) result[h] /= sum;
     }
   }
+}
+
+// The same for all rows, T / B of each sequence.
+template <class E, class Seen>
+Tensor attend(const Tensor& q, const Pool<E>& keys, const Pool<E>& values, const Tensor& table, double scale,
+              const Seen& seen) {
+  const int64_t rows = q.size(0), B = table.size(0);
+  if (rows % B) fail("attention takes as many rows of each sequence");
+  Tensor y = allocated(q.sizes());
+  attend(q, keys, values, table, B, rows / B, scale, seen, results(y));
   return y;
 }
 

@@ -127,13 +127,13 @@ OPERATORS: dict[str, dict[str, tuple[str | None, Callable[..., Any]]]] = {
         ),
         "attend_prompt": (
             "(Tensor q, Tensor k_pages, Tensor v_pages, Tensor? k_scales, Tensor? v_scales, Tensor table, "
-            "Tensor rows, Tensor past, float scale) -> Tensor",
+            "Tensor rows, Tensor past, Tensor? decoding, float scale) -> Tensor",
             _like,
         ),
         "attend_tiles": ("(Tensor q, Tensor k, Tensor v, Tensor pad, float scale) -> Tensor", _like),
         "attend_image": (
             "(Tensor q, Tensor k_pages, Tensor v_pages, Tensor? k_scales, Tensor? v_scales, Tensor table, Tensor fill, "
-            "Tensor see, Tensor? rows, float scale) -> Tensor",
+            "Tensor see, Tensor? rows, Tensor? decoding, float scale) -> Tensor",
             _like,
         ),
     },

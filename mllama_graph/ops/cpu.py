@@ -170,9 +170,12 @@ def attend_prompt(
     table_BJ: Tensor | None,
     rows_B: Tensor,
     past_B: Tensor,
+    decoding_1: Tensor | None = None,
 ) -> Tensor:
+    """decoding_1: the number of the first sequences whose only row gets the bits that `attend_pages` gives it."""
     assert table_BJ is not None, "lengths are free: a bucket without pages would be one more graph"
-    return kernels.attend_prompt(q_TQH, *_and_scales(pages), table_BJ, rows_B, past_B, q_TQH.shape[-1] ** -0.5)
+    scale = q_TQH.shape[-1] ** -0.5
+    return kernels.attend_prompt(q_TQH, *_and_scales(pages), table_BJ, rows_B, past_B, decoding_1, scale)
 
 
 def attend_pages(q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, len_B: Tensor) -> Tensor:
@@ -180,10 +183,17 @@ def attend_pages(q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, len_B: Tens
 
 
 def attend_image(
-    q_TQH: Tensor, pages: LayerPages, table_BJ: Tensor, fill_BJ: Tensor, see_T2: Tensor, rows_B: Tensor | None = None
+    q_TQH: Tensor,
+    pages: LayerPages,
+    table_BJ: Tensor,
+    fill_BJ: Tensor,
+    see_T2: Tensor,
+    rows_B: Tensor | None = None,
+    decoding_1: Tensor | None = None,
 ) -> Tensor:
+    """decoding_1: as in `attend_prompt`; rows of these sequences have the bits of a decode step."""
     scale = q_TQH.shape[-1] ** -0.5
-    return kernels.attend_image(q_TQH, *_and_scales(pages), table_BJ, fill_BJ, see_T2, rows_B, scale)
+    return kernels.attend_image(q_TQH, *_and_scales(pages), table_BJ, fill_BJ, see_T2, rows_B, decoding_1, scale)
 
 
 def attend_tiles(q_SAH: Tensor, k_SAH: Tensor, v_SAH: Tensor, pad_S: Tensor, scale: float) -> Tensor:
@@ -196,7 +206,11 @@ SKIP_PADDING = ("embed", "linear", "rms_norm", "add_rms_norm", "rope", "swiglu",
 
 
 def without_padding(ops: Ops, given: PromptInput | TokenInput) -> Ops:
-    return replace(ops, **{name: partial(getattr(ops, name), real_1=given.real_1) for name in SKIP_PADDING})
+    bound = {name: partial(getattr(ops, name), real_1=given.real_1) for name in SKIP_PADDING}
+    if isinstance(given, PromptInput):
+        attention = {"attend_prompt": attend_prompt, "attend_image": attend_image}
+        bound |= {name: partial(op, decoding_1=given.decoding_1) for name, op in attention.items()}
+    return replace(ops, **bound)
 
 
 CPU = Ops(

@@ -19,6 +19,9 @@ from mllama_graph.plan.bucket import Bucket
 LADDER = 4
 SMALLEST_PREFILL = 32
 LARGEST_PREFILL = 2048
+# The most tokens of a step while sequences decode, where lengths are data and prompts are computed beside them: larger
+# chunks gain a prompt little, and make the others wait (docs/performance.md).
+MIXED_TOKENS = 64
 # The most tokens and sequences of a packed prefill where shapes are compiled: beyond them, a device is busy with one
 # prompt, and attention, which pads each sequence to all tokens, costs more than launches (plan/latency.py).
 PACKED_TOKENS, PACKED_ROWS = 512, 8
@@ -64,6 +67,8 @@ class Plan:
     scratch_pages: int
     num_pages: int
     num_image_pages: int
+    # The most tokens of a step while sequences decode.
+    step_tokens: int
     # Most real tiles of an image, each number of which has a vision graph; 0 for one graph that takes any number.
     tiles: int
     # Whether a page of several sequences counts once for each (core/devices.py, Paging).
@@ -185,12 +190,15 @@ def _sizes(name: str, given: Sequence[int] | None, default: tuple[int, ...], lea
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of a run: sequences in flight, ids per prompt, new tokens per request, images per request."""
+    """Limits of a run: sequences in flight, ids per prompt, new tokens per request, images per request, and tokens per
+    step while sequences decode (None: the device's default).
+    """
 
     batch: int
     max_input: int
     max_new: int
     max_images: int
+    step_tokens: int | None = None
 
 
 def make_plan(choice: PlanChoice, limits: Limits, shape: ModelShape, paging: Paging, lengths_are_free: bool) -> Plan:
@@ -242,6 +250,7 @@ def make_plan(choice: PlanChoice, limits: Limits, shape: ModelShape, paging: Pag
         scratch,
         num_pages,
         num_images * pages_per_image,
+        limits.step_tokens or (MIXED_TOKENS if lengths_are_free else prefill[-1]),
         shape.vision.max_tiles if paging.fixed_tiles else 0,
         paging.counts_every_reader,
     )

@@ -158,6 +158,7 @@ def resolve(run: Run, place: Place | None) -> ResolvedTask:
         run.max_input_length,
         run.max_output_length,
         run.max_images or max(DEFAULT_MAX_IMAGES, run.task.images_asked(run)),
+        run.max_step_tokens,
     )
     plan = make_plan(run.plan, limits, shape, device.paging, kernels == NATIVE)
     formats, notes = formats_of(run, shape, checkpoint)

@@ -13,6 +13,7 @@ from mllama_graph.core.errors import UserError
 from mllama_graph.inputs.image_sources import list_images
 from mllama_graph.inputs.request_file import is_stream, most_images, read_lines, spool
 from mllama_graph.measure.peers import ENVIRONMENTS, Setting, settings_of
+from mllama_graph.plan.buckets import LARGEST_PREFILL
 from mllama_graph.tasks.chat_options import ChatOptions
 from mllama_graph.tasks.serve_options import ServeOptions
 
@@ -107,14 +108,18 @@ class TimedOptions(WorkloadOptions):
     def prepared(self, run: Run) -> Run:
         """Raise the limits to hold every case, and have graphs compiled before they are timed.
 
-        A request decodes up to one more token for each request that gets its first token after it.
+        A request decodes a token in each step of the requests that get their first token after it: one for each image
+        and for each chunk, which are as large as without sequences that decode.
         """
+        longest, most = max(self.lengths), max(self.batch_sizes)
+        chunks = -(-longest // min(max(run.plan.prefill_tokens or [LARGEST_PREFILL]), LARGEST_PREFILL))
         compile_mode = "never" if run.plan.compile == "never" else "wait"
         return replace(
             run,
             batch=max(run.batch, *self.batch_sizes),
             max_input_length=max(run.max_input_length, *self.lengths),
-            max_output_length=max(run.max_output_length, self.new_tokens + max(self.batch_sizes)),
+            max_output_length=max(run.max_output_length, self.new_tokens + most * (chunks + self.images)),
+            max_step_tokens=run.max_step_tokens or LARGEST_PREFILL + most,
             plan=replace(run.plan, compile=compile_mode),
         )
 

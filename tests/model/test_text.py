@@ -74,6 +74,7 @@ class Text:
             int32([stop - start - 1]),
             int32([stop - start]),
             int32([1]),
+            int32([0]),
             int32([stop - start]),
             int32([start]),
             int32([self.table[: pages_for(stop, PAGE)]]) if start else None,

@@ -152,6 +152,7 @@ class Conversation:
             last_B=int32([end - 1 for end in accumulate(counts)]),
             real_1=int32([len(new)]),
             sequences_1=int32([len(chunks)]),
+            decoding_1=int32([0]),
             rows_B=int32(counts),
             past_B=int32(starts),
             table_BJ=int32([TABLES[sequence] for sequence in sequences]) if any(starts) else None,

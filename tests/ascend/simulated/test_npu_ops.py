@@ -29,7 +29,7 @@ CAUSAL = causal_mask(torch.device("cpu"))
 def prompt(T, rows=(1,), past=(0,), table=None, image=None):
     """The inputs of prompts of `rows` new tokens as the host prepares them."""
     zeros = int32([0] * T)
-    count = int32([sum(rows)]), int32([len(rows)])
+    count = int32([sum(rows)]), int32([len(rows)]), int32([0])
     given = PromptInput(zeros, zeros, zeros, zeros[: len(rows)], *count, int32(rows), int32(past), table, image)
     return prepare(given, P, CAUSAL, None)
 

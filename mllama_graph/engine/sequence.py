@@ -1,0 +1,90 @@
+"""A request in the scheduler: its ids, its pages, and what the ranks were told of both. Uses no tensors."""
+
+from dataclasses import dataclass, field
+
+from mllama_graph.inputs.images import TiledImage
+from mllama_graph.inputs.request import Sampling
+from mllama_graph.plan.blocks import page_digest
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request in the scheduler. image_positions: the positions of its image tokens, one per image.
+
+    priority: higher ones are served first. served: the step in which the sequence arrived, or got the last chunk of its
+    prompt.
+    """
+
+    id: int
+    prompt: tuple[int, ...]
+    images: tuple[TiledImage, ...]
+    image_positions: tuple[int, ...]
+    max_new: int
+    sampling: Sampling
+    priority: int = 0
+    served: int = 0
+    generated: list[int] = field(default_factory=list)
+    # Tokens whose K/V are in the pages.
+    computed: int = 0
+    pages: list[int] = field(default_factory=list)
+    # The digests of full pages, as far as they were needed, and the number of pages that are kept under them.
+    digests: list[bytes] = field(default_factory=list)
+    kept: int = 0
+    # Tokens whose K/V were found when the sequence was first admitted; None before that.
+    cached: int | None = None
+    holds_images: bool = False
+    # What the ranks have been sent: the number of pages, and the images [first, last) of their image table.
+    sent_pages: int = 0
+    sent_images: tuple[int, int] | None = None
+    # The first entry of each image in that table, followed by the table's length.
+    image_begins: list[int] = field(default_factory=lambda: [0])
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.generated)
+
+    @property
+    def decoding(self) -> bool:
+        """Whether all tokens but the last are computed, so that the next step is a decode step."""
+        return bool(self.generated) and self.computed == self.length - 1
+
+    @property
+    def left(self) -> int:
+        """Tokens that are not computed."""
+        return self.length - self.computed
+
+    @property
+    def turn(self) -> tuple[int, int, bool, int]:
+        """The order in which prompts get their next chunks: by priority, then the one that has waited longest. Of
+        those that are waiting since the same step, new ones are first, in order of arrival.
+        """
+        return -self.priority, self.served, self.computed > 0, self.id
+
+    def ids(self, start: int, stop: int) -> tuple[int, ...]:
+        """The prompt and generated ids at positions start .. stop - 1."""
+        split = len(self.prompt)
+        return self.prompt[start:stop] + tuple(self.generated[max(start - split, 0) : max(stop - split, 0)])
+
+    def digests_of(self, pages: int, size: int) -> list[bytes]:
+        """The digests of the first full pages of `size` tokens."""
+        while len(self.digests) < pages:
+            start = len(self.digests) * size
+            images = [
+                (at, image.key) for at, image in zip(self.image_positions, self.images) if start <= at < start + size
+            ]
+            parent = self.digests[-1] if self.digests else b""
+            self.digests.append(page_digest(parent, self.ids(start, start + size), images))
+        return self.digests[:pages]
+
+    def visible(self, position: int) -> tuple[int, int]:
+        """The images [first, last) that the token at `position` attends to: the latest image at or before it, and the
+        images whose tokens directly precede that image's token.
+
+        Generated tokens attend to the same images as the last prompt token (transformers processing_mllama.py,
+        get_cross_attention_token_mask).
+        """
+        last = sum(at <= position for at in self.image_positions)
+        first = max(last - 1, 0)
+        while first > 0 and self.image_positions[first] == self.image_positions[first - 1] + 1:
+            first -= 1
+        return first, last
