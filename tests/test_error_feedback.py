@@ -15,7 +15,7 @@ from mllama_graph.engine.forced import served
 from mllama_graph.model.codes import quantise, values
 from mllama_graph.model.error_feedback import DAMPING, factor, quantise_with_feedback
 from mllama_graph.model.formats import Format, chosen
-from mllama_graph.tasks.options import QuantizeOptions
+from mllama_graph.tasks.quantize_options import QuantizeOptions
 
 
 def correlated(inputs: int, seed: int = 0) -> torch.Tensor:

@@ -16,7 +16,7 @@ from mllama_graph.model.formats import is_linear, leaf_of
 from mllama_graph.model.table import WHOLE, table
 from mllama_graph.model.weights import from_checkpoint
 from mllama_graph.tasks import quantize
-from mllama_graph.tasks.options import QuantizeOptions
+from mllama_graph.tasks.quantize_options import QuantizeOptions
 
 QUANTS = ("w8a16", "w8a8", "w4a16", "fp8")
 

@@ -97,9 +97,9 @@ def masked(step: Step, constraint_of: Callable[[int], Constraint | None]) -> Ste
         constraint = constraint_of(row.sequence)
         return row if constraint is None else replace(row, mask=constraint.mask())
 
-    if isinstance(step, PrefillStep):
-        return replace(step, row=with_mask(step.row)) if step.sample else step
-    if isinstance(step, DecodeStep):
-        rows = tuple(map(with_mask, step.rows))
-        return step if rows == step.rows else replace(step, rows=rows)
-    return step
+    if not isinstance(step, (PrefillStep, DecodeStep)):
+        return step
+    # The rows that sample are first.
+    sampled = step.sampled if isinstance(step, PrefillStep) else len(step.rows)
+    rows = (*map(with_mask, step.rows[:sampled]), *step.rows[sampled:])
+    return step if rows == step.rows else replace(step, rows=rows)

@@ -103,8 +103,8 @@ class Scheduler:
             for sequence in sequences[step.decoding :]:
                 sequence.served = self._steps
             sequences = sequences[: step.sampled]
-        # On a CPU prompt rows give K/V bits that depend on nothing but the tokens, and decoding rows give others: there,
-        # pages that the latter have written are not kept, so that the cache changes no result by a bit.
+        # On a CPU prompt rows give K/V bits that depend on nothing but the tokens, and decoding rows give others: pages
+        # that the latter have written are not kept there, so that the cache changes no result by a bit.
         decoding = step.decoding if isinstance(step, PrefillStep) else len(sequences)
         for place, (sequence, token) in enumerate(zip(sequences, ids, strict=True)):
             # Finite logits mean finite K/V: a token attends to all before it.

@@ -208,8 +208,8 @@ SKIP_PADDING = ("embed", "linear", "rms_norm", "add_rms_norm", "rope", "swiglu",
 def without_padding(ops: Ops, given: PromptInput | TokenInput) -> Ops:
     bound = {name: partial(getattr(ops, name), real_1=given.real_1) for name in SKIP_PADDING}
     if isinstance(given, PromptInput):
-        attention = {"attend_prompt": attend_prompt, "attend_image": attend_image}
-        bound |= {name: partial(op, decoding_1=given.decoding_1) for name, op in attention.items()}
+        for name in ("attend_prompt", "attend_image"):
+            bound[name] = partial(getattr(ops, name), decoding_1=given.decoding_1)
     return replace(ops, **bound)
 
 

@@ -19,7 +19,7 @@ from mllama_graph.model.compressed import DTYPES, layout, planned, quantization_
 from mllama_graph.model.tree import Fill, FillQuantised
 from mllama_graph.model.weights import from_checkpoint, quantising, random_fill, whole_config
 from mllama_graph.plan.resolve import ResolvedRun, on_other_weights
-from mllama_graph.tasks.options import QuantizeOptions
+from mllama_graph.tasks.quantize_options import QuantizeOptions
 
 # Files beside the weights that belong to a checkpoint: tokenizer, templates, processor, generation, licence.
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "USE_POLICY*")
