@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from mllama_graph.plan.blocks import BlockPool, ImageCache, OutOfPages, pages_for, slots
+from mllama_graph.plan.blocks import BlockPool, ImageCache, OutOfPages, SharedPages, page_digest, pages_for, slots
 
 NUM_PAGES, RESERVED = 12, 2
 
@@ -59,6 +59,91 @@ def test_releasing_a_page_twice_fails_an_assertion():
 def test_releasing_a_scratch_page_fails_an_assertion():
     with pytest.raises(AssertionError, match="not allocated"):
         BlockPool(4, reserved=1).release([0])
+
+
+class SharedMachine(RuleBasedStateMachine):
+    """SharedPages next to a list of each sequence's pages, and of what kept pages hold, least recently used first."""
+
+    def __init__(self):
+        super().__init__()
+        self.pages = SharedPages(BlockPool(NUM_PAGES, reserved=RESERVED))
+        self.held: list[tuple[str, list[int]]] = []
+        self.kept: dict[bytes, int] = {}
+        self.idle: list[bytes] = []
+
+    def digests(self, text):
+        return [text[:n].encode() for n in range(1, len(text) + 1)]
+
+    @rule(text=st.text("ab", max_size=5))
+    def begin(self, text):
+        found = self.pages.find(self.digests(text))
+        wanted = [self.kept.get(digest) for digest in self.digests(text)]
+        assert found == wanted[: (wanted + [None]).index(None)]
+        used = {page for _, pages in self.held for page in pages}
+        new, idle = len(text) - len(found), [digest for digest in self.idle if self.kept[digest] not in found]
+        room = NUM_PAGES - RESERVED - len(used | set(found))
+        assert self.pages.free_beside(found) == room
+        if new > room:
+            with pytest.raises(OutOfPages):
+                self.pages.allocate(new, found)
+            return
+        evicted = idle[: max(0, new - (room - len(idle)))]
+        pages = self.pages.allocate(new, found)
+        assert pages[: len(found)] == found and not used & set(pages[len(found) :])
+        for digest in evicted:
+            del self.kept[digest]
+        self.idle = idle[len(evicted) :]
+        self.held.append((text, pages))
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def keep(self, data):
+        text, pages = data.draw(st.sampled_from(self.held))
+        for digest, page in zip(self.digests(text), pages):
+            self.pages.keep(page, digest)
+            self.kept.setdefault(digest, page)
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def end(self, data):
+        _, pages = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
+        self.pages.release(pages)
+        used = {page for _, others in self.held for page in others}
+        digests = {page: digest for digest, page in self.kept.items()}
+        self.idle += [digests[page] for page in reversed(pages) if page in digests and page not in used]
+
+    @invariant()
+    def pages_are_free_or_used_or_kept(self):
+        used = {page for _, pages in self.held for page in pages}
+        assert self.pages.free == NUM_PAGES - RESERVED - len(used)
+        assert self.pages.pool.free == NUM_PAGES - RESERVED - len(used | set(self.kept.values()))
+        assert all(self.pages.find([digest]) == [page] for digest, page in self.kept.items())
+
+
+TestSharedPages = SharedMachine.TestCase
+
+
+def test_where_readers_count_a_shared_page_counts_for_each():
+    pages = SharedPages(BlockPool(4), counts_readers=True)
+    first = pages.allocate(2)
+    pages.keep(first[0], b"a")
+    assert pages.allocate(0, first[:1]) == first[:1] and pages.free == 1
+    with pytest.raises(OutOfPages, match="1 pages needed, 0 of 4 free"):
+        pages.allocate(1, first[:1])
+
+
+def test_a_digest_follows_ids_pictures_and_what_precedes():
+    pages = [
+        (b"", (1, 2), []),
+        (b"", (2, 1), []),
+        (b"x", (1, 2), []),
+        (b"", (1, 2), [(0, "a")]),
+        (b"", (1, 2), [(1, "a")]),
+        (b"", (1, 2), [(0, "a"), (1, "a")]),
+        (b"", (1, 2), [(0, "b")]),
+    ]
+    assert len({page_digest(*page) for page in pages}) == len(pages)
+    assert page_digest(*pages[3]) == page_digest(b"", [1, 2], iter([(0, "a")]))
 
 
 PAGE, FULL, IMAGE_PAGES = 4, 5, 13

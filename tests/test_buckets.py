@@ -85,10 +85,7 @@ def test_a_step_gets_a_bucket_of_the_plan_that_holds_it(limits, data):
     plan = plan_of(3, **limits)
     pages, images = data.draw(st.integers(1, plan.pages[-1])), data.draw(st.integers(0, 3 * plan.pages_per_image))
     rows, tokens = data.draw(st.integers(1, limits["batch"])), data.draw(st.integers(1, plan.prefill_tokens[-1]))
-    # Earlier pages come from whole chunks, so there are either none or at least those of one chunk.
-    chunk = pages_for(plan.prefill_tokens[-1], plan.page_size)
-    chunked = plan.max_length - 1 > plan.prefill_tokens[-1]
-    past = data.draw(st.just(0) | st.integers(chunk, plan.pages[-1]) if chunked else st.just(0))
+    past = data.draw(st.just(0) | st.integers(1, plan.pages[-1]))
     found = [
         (plan.decode(rows, pages, images), Bucket("decode", rows, rows, pages, images)),
         (plan.prefill(tokens, past, images), Bucket("prefill", 1, tokens, past, images)),
