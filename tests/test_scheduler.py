@@ -45,14 +45,14 @@ def tokens(image: TiledImage) -> int:
 
 @st.composite
 def workloads(draw):
-    """A list of (prompt ids, images, new tokens); there are five images, so that requests share them."""
+    """A list of (prompt ids, images, new tokens, priority); there are five images, so that requests share them."""
     work = []
     for number in range(draw(st.integers(1, 7))):
         length = draw(st.integers(1, MAX_INPUT))
         places = sorted(draw(st.sets(st.integers(0, length - 1), max_size=MAX_IMAGES)))
         ids = [IMAGE_TOKEN if at in places else answer(number, at) % 100 for at in range(length)]
         images = tuple(image(draw(st.sampled_from("abcde"))) for _ in places)
-        work.append((tuple(ids), images, draw(st.integers(1, MAX_NEW))))
+        work.append((tuple(ids), images, draw(st.integers(1, MAX_NEW)), draw(st.sampled_from((0, 0, 0, 1, -3)))))
     return work
 
 
@@ -68,9 +68,8 @@ def plans(draw):
         num_images=draw(st.integers(MAX_IMAGES, 5)),
         prefill_tokens=draw(st.sampled_from([None, [5], [2, 16], [40]])),
     )
-    return make_plan(
-        choice, Limits(batch, MAX_INPUT, MAX_NEW, MAX_IMAGES), SHAPE, CPU.paging, draw(st.booleans())
-    ), batch
+    limits = Limits(batch, MAX_INPUT, MAX_NEW, MAX_IMAGES, draw(st.sampled_from([None, batch, 7, 30])))
+    return make_plan(choice, limits, SHAPE, CPU.paging, draw(st.booleans())), batch
 
 
 @dataclass
@@ -86,20 +85,37 @@ def serve(plan, batch, work, late=0, abort=frozenset()) -> Served:
     """Run a workload to its end, checking every step; the last `late` requests join between steps."""
     scheduler, steps, ranks = Scheduler(plan, batch), [], Sequences()
     sequences = [
-        Sequence(n, ids, images, tuple(at for at, id in enumerate(ids) if id == IMAGE_TOKEN), new, Sampling(seed=n))
-        for n, (ids, images, new) in enumerate(work)
+        Sequence(
+            n,
+            ids,
+            images,
+            tuple(at for at, id in enumerate(ids) if id == IMAGE_TOKEN),
+            new,
+            Sampling(seed=n),
+            *priority,
+        )
+        for n, (ids, images, new, *priority) in enumerate(work)
     ]
     waiting = sequences[len(sequences) - late :]
     for sequence in sequences[: len(sequences) - late]:
         scheduler.add(sequence)
+    skipped: set[int] = set()
     written: dict[int, tuple[int, int]] = {}  # slot -> (sequence, position) whose K/V it holds
     encoded: dict[int, tuple[str, int]] = {}  # image page -> (image, which of its pages)
     while waiting or not scheduler.idle:
         if waiting and (scheduler.idle or len(steps) % 3 == 0):
             scheduler.add(waiting.pop(0))
+        owed = {sequence.id for sequence in scheduler.running if sequence.decoding} if steps else set()
         step = scheduler.next()
         assert step is not None, "work is left and nothing is done"
         steps.append(step)
+        # A sequence that decodes gets a token in this step or the next, unless it is preempted.
+        got = {row.sequence for row in step.rows} if isinstance(step, DecodeStep) else set()
+        if isinstance(step, PrefillStep):
+            got = {row.sequence for row in step.rows[: step.decoding]}
+        running = {sequence.id for sequence in scheduler.running}
+        assert not (skipped & owed & running) - got, "a sequence that decodes gets nothing in two steps"
+        skipped = (owed & running) - got
         ranks.update(step)
         ids = model(step, plan, scheduler, sequences, ranks, written, encoded)
         for sequence, _ in scheduler.commit(ids):
@@ -120,6 +136,8 @@ def model(step, plan, scheduler, sequences, ranks, written, encoded) -> tuple[in
     rows = step.rows
     bucket = needs(plan, step)
     assert bucket in plan.buckets()
+    if isinstance(step, PrefillStep):
+        check_budget(step, plan, scheduler, sequences)
     assert len({row.sequence for row in rows}) == len(rows) <= scheduler.batch
     live = [page for sequence in scheduler.running for page in sequence.pages]
     assert len(live) == len(set(live)), "two live sequences share a page"
@@ -146,6 +164,17 @@ def model(step, plan, scheduler, sequences, ranks, written, encoded) -> tuple[in
     return tuple(answer(row.sequence, row.start + len(row.ids)) for row in rows)
 
 
+def check_budget(step, plan, scheduler, sequences) -> None:
+    """Checks the size of a prefill step, and the order of its rows."""
+    decoding = {sequence.id for sequence in scheduler.running if sequence.decoding}
+    assert {row.sequence for row in step.rows[: step.decoding]} == (decoding if step.decoding else set())
+    assert step.decoding == 0 or plan.lengths_are_free
+    ends = [row.start + len(row.ids) == sequences[row.sequence].length for row in step.rows]
+    assert ends == [True] * step.sampled + [False] * (len(ends) - step.sampled)
+    # One prompt token is computed even if decoding sequences fill the budget.
+    assert not decoding or sum(len(row.ids) for row in step.rows) <= max(plan.step_tokens, step.decoding + 1)
+
+
 def check_row(row, plan, sequence, known, written, encoded) -> None:
     """Checks a row's ids, its earlier K/V, and the image pages that each new token sees."""
     assert row.ids == (*sequence.prompt, *sequence.generated)[row.start : row.start + len(row.ids)]
@@ -166,7 +195,7 @@ def check_row(row, plan, sequence, known, written, encoded) -> None:
 
 
 def expected(work) -> dict[int, list[int]]:
-    return {n: [answer(n, len(ids) + k) for k in range(new)] for n, (ids, _, new) in enumerate(work)}
+    return {n: [answer(n, len(ids) + k) for k in range(new)] for n, (ids, _, new, *_) in enumerate(work)}
 
 
 @given(plan=plans(), work=workloads(), data=st.data())
@@ -212,10 +241,10 @@ def test_visibility_is_that_of_hugging_face(length, data):
         )
 
 
-def tight(**choice):
-    """A plan whose pages can't hold two sequences of the maximum length."""
+def tight(free=False, step_tokens=None, **choice):
+    """A plan whose pages can't hold two sequences of the maximum length; `free`: for kernels that take lengths."""
     choice = PlanChoice(**({"page_size": 4, "num_pages": 16, "num_images": 3} | choice))
-    return make_plan(choice, Limits(3, MAX_INPUT, MAX_NEW, MAX_IMAGES), SHAPE, CPU.paging, False)
+    return make_plan(choice, Limits(3, MAX_INPUT, MAX_NEW, MAX_IMAGES, step_tokens), SHAPE, CPU.paging, free)
 
 
 def test_the_youngest_is_preempted_and_resumes_where_it_was():
@@ -244,10 +273,60 @@ def test_decoding_goes_on_between_the_chunks_of_a_long_prompt():
     assert all(kinds[n + 1] is DecodeStep for n in chunks[:-1])
 
 
+def test_a_long_prompt_is_computed_beside_the_decoding_sequences():
+    work = [((1,) * 3, (), 20), ((2,) * 40, (), 2)]
+    first, *steps = serve(tight(free=True, step_tokens=9, num_pages=40), 3, work, late=1).steps
+    # The second prompt arrives after three steps.
+    chunks = [step for step in steps if isinstance(step, PrefillStep)]
+    assert [(step.decoding, len(step.rows[-1].ids)) for step in chunks] == [(1, 8)] * 5
+    assert all(step.rows[0].sequence == 0 for step in steps)
+
+
+@pytest.mark.parametrize("free", [False, True])
+@given(st.integers(1, 6), st.integers(0, 30), st.booleans())
+def test_a_short_prompt_that_arrives_gets_its_chunk_in_the_next_prefill_step(free, short, steps, seen):
+    plan = make_plan(PlanChoice(page_size=4), Limits(3, 400, MAX_NEW, MAX_IMAGES, 8), SHAPE, CPU.paging, free)
+    scheduler = Scheduler(plan, 3)
+    for id, (length, new) in enumerate([(3, 1000), (400, 5)]):
+        scheduler.add(Sequence(id, (1,) * length, (), (), min(new, MAX_NEW), Sampling()))
+    while scheduler.running[1:] == [] or not scheduler.running[1].computed or (steps := steps - 1) > 0:
+        step = scheduler.next()
+        scheduler.commit((7,) * len(step.rows) if isinstance(step, DecodeStep) else (7,) * step.sampled)
+    images = (image("a"),) if seen else ()
+    scheduler.add(Sequence(2, (1,) * short, images, (0,) * len(images), 5, Sampling()))
+    kinds = []
+    while not (kinds and 2 in [row.sequence for row in step.rows]):
+        step = scheduler.next()
+        ids = () if isinstance(step, VisionStep) else (7,) * len(step.rows)
+        scheduler.commit(ids[: step.sampled] if isinstance(step, PrefillStep) else ids)
+        kinds.append(type(step))
+    # An image is encoded first, after one more chunk of the long prompt at most.
+    assert kinds.count(PrefillStep) <= 1 + seen
+
+
+def served_first(work, plan, batch, **options) -> list[int]:
+    """The sequences in order of their first rows."""
+    steps = serve(plan, batch, work, **options).steps
+    return [*dict.fromkeys(row.sequence for step in steps for row in step.rows)]
+
+
 def test_first_come_first_served():
-    work = [((n,) * 30, (), 1) for n in range(6)]
-    first = [step.rows[0].sequence for step in serve(tight(), 1, work).steps if isinstance(step, PrefillStep)]
-    assert first == sorted(first)
+    assert served_first([((n,) * 30, (), 1) for n in range(6)], tight(), 1) == [*range(6)]
+
+
+@given(priorities=st.lists(st.integers(-2, 2), min_size=2, max_size=6), free=st.booleans())
+def test_higher_priorities_are_served_first(priorities, free):
+    work = [((n,) * 20, (), 3, priority) for n, priority in enumerate(priorities)]
+    wanted = sorted(range(len(work)), key=lambda n: -priorities[n])
+    assert served_first(work, tight(free=free), 1) == wanted
+
+
+def test_the_lowest_priority_is_preempted():
+    work = [((1,) * 20, (), 20, -1), ((2,) * 20, (), 20, 0)]
+    served = serve(tight(), 3, work)
+    assert served.tokens == expected(work) and served.scheduler.preemptions > 0
+    begun = [row.sequence for step in served.steps for row in step.rows if row.start == 0]
+    assert begun.count(0) > 1 and begun.count(1) == 1
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.preemptions = 0
         self._pending: tuple[Step, list[Sequence]] | None = None
-        self._steps = 0
+        self._prefills = 0
         # Whether decoding sequences got no token in the last step, and what the last step did that did not only decode.
         self._owed = False
         self._encoded = self._prefilled = False
@@ -61,7 +61,7 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. Raises UserError as `check` does."""
         self.check(len(sequence.prompt), sequence.max_new, len(sequence.images))
-        sequence.served = self._steps
+        sequence.served = self._prefills
         insort(self.waiting, sequence, key=lambda one: one.turn)
 
     def abort(self, id: int) -> None:
@@ -90,15 +90,15 @@ class Scheduler:
         assert self._pending is not None
         step, sequences = self._pending
         self._pending = None
-        self._steps += 1
         if isinstance(step, VisionStep):
             self.images.trim(step.image.key)
             return []
         for sequence, row in zip(sequences, step.rows, strict=True):
             sequence.computed += len(row.ids)
         if isinstance(step, PrefillStep):
+            self._prefills += 1
             for sequence in sequences[step.decoding :]:
-                sequence.served = self._steps
+                sequence.served = self._prefills
             sequences = sequences[: step.sampled]
         for sequence, token in zip(sequences, ids, strict=True):
             sequence.generated.append(token)

@@ -141,8 +141,8 @@ class Plan:
         image_pages = [0] + [n * self.pages_per_image for n in self.images]
         past = self.pages
         if not self.lengths_are_free:
-            # Only a prompt longer than the largest chunk (or a preempted sequence) has earlier tokens.
-            chunk = self.prefill_tokens[-1]
+            # Only a prompt longer than a chunk (or a preempted sequence) has earlier tokens.
+            chunk = self.chunk(self.step_tokens)
             least = pages_for(chunk, self.page_size)
             past = (0, *(p for p in self.pages if p >= least)) if self.max_length - 1 > chunk else (0,)
         least = self.prefill_rows[0]
