@@ -3,9 +3,9 @@
 import pytest
 import torch
 from engines import holds_nothing, resolved, run_of, serve, start
+from scheduling import IMAGE_TOKEN, answer, image, tight
+from scheduling import serve as simulate
 from test_finite import with_row
-from test_scheduler import IMAGE_TOKEN, answer, image, tight
-from test_scheduler import serve as simulate
 
 from mllama_graph.engine.steps import NOT_FINITE, PrefillStep, VisionStep
 

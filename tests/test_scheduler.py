@@ -1,216 +1,33 @@
 """The scheduler with a fake model that computes each id from (sequence, position), so that any mix-up shows."""
 
-import hashlib
 import pickle
-from collections import Counter
-from dataclasses import dataclass
 
-import numpy as np
 import pytest
-from checkpoints import SPECS, model_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scheduling import (
+    IMAGE_TOKEN,
+    MAX_IMAGES,
+    MAX_INPUT,
+    MAX_NEW,
+    SHAPE,
+    expected,
+    image,
+    plans,
+    serve,
+    tight,
+    workloads,
+)
 from transformers.models.mllama.processing_mllama import get_cross_attention_token_mask
 
 from mllama_graph.core.config import PlanChoice
 from mllama_graph.core.devices import CPU
 from mllama_graph.core.errors import UserError
-from mllama_graph.engine.batch import Sequences, needs
 from mllama_graph.engine.scheduler import Scheduler
 from mllama_graph.engine.sequence import Sequence
 from mllama_graph.engine.steps import NOT_FINITE, DecodeStep, PrefillStep, VisionStep
-from mllama_graph.inputs.images import TiledImage
 from mllama_graph.inputs.request import Sampling
-from mllama_graph.model.shape import shape_of
-from mllama_graph.plan.blocks import pages_for, slots
 from mllama_graph.plan.buckets import Limits, make_plan
-
-SHAPE = shape_of(model_config(SPECS["base"]))
-TILE = SHAPE.vision.tokens
-IMAGE_TOKEN = SHAPE.image_token
-MAX_INPUT, MAX_NEW, MAX_IMAGES = 40, 20, 3
-
-
-def answer(sequence: int, position: int) -> int:
-    """The fake model's id at a position of a sequence, which depends on nothing else in the batch."""
-    id = int.from_bytes(hashlib.sha256(f"{sequence}/{position}".encode()).digest()[:2])
-    return id + (id == IMAGE_TOKEN)
-
-
-def image(name: str) -> TiledImage:
-    return TiledImage(np.zeros((1 + ord(name) % SHAPE.vision.max_tiles, 0), np.uint8), 1, name)
-
-
-def tokens(image: TiledImage) -> int:
-    return image.count * TILE
-
-
-@st.composite
-def workloads(draw):
-    """A list of (prompt ids, images, new tokens); there are five images, so that requests share them.
-
-    Some begin as an earlier one does, or as its next turn, with the same pictures or others.
-    """
-    work = []
-    for number in range(draw(st.integers(1, 7))):
-        length = draw(st.integers(1, MAX_INPUT))
-        places = sorted(draw(st.sets(st.integers(0, length - 1), max_size=MAX_IMAGES)))
-        ids = [IMAGE_TOKEN if at in places else answer(number, at) % 100 for at in range(length)]
-        images = [image(draw(st.sampled_from("abcde"))) for _ in places]
-        if work and draw(st.booleans()):
-            earlier = draw(st.integers(0, number - 1))
-            before, shown, new = work[earlier]
-            before = (before + tuple(answer(earlier, len(before) + n) for n in range(new)))[: draw(st.integers(1, 60))]
-            ids = [*before, *(id for id in ids if id != IMAGE_TOKEN)][:MAX_INPUT]
-            images = list(shown[: ids.count(IMAGE_TOKEN)])
-            if images and draw(st.booleans()):
-                images[draw(st.integers(0, len(images) - 1))] = image(draw(st.sampled_from("abcde")))
-        work.append((tuple(ids), tuple(images), draw(st.integers(1, MAX_NEW))))
-    return work
-
-
-@st.composite
-def plans(draw):
-    """A plan with pools down to the least that one request needs, so that preemption and eviction are common."""
-    page = draw(st.sampled_from([1, 3, 4, 16, 64]))
-    least = pages_for(MAX_INPUT + MAX_NEW, page)
-    batch = draw(st.integers(1, 4))
-    choice = PlanChoice(
-        page_size=page,
-        num_pages=least + draw(st.integers(0, 2 * least)),
-        num_images=draw(st.integers(MAX_IMAGES, 5)),
-        prefill_tokens=draw(st.sampled_from([None, [5], [2, 16], [40]])),
-    )
-    return make_plan(
-        choice, Limits(batch, MAX_INPUT, MAX_NEW, MAX_IMAGES), SHAPE, CPU.paging, draw(st.booleans())
-    ), batch
-
-
-@dataclass
-class Served:
-    """The tokens, steps and scheduler of a simulated run."""
-
-    tokens: dict[int, list[int]]
-    steps: list
-    scheduler: Scheduler
-
-
-def serve(plan, batch, work, late=0, abort=frozenset(), spoiled=frozenset(), prefix_cache=True) -> Served:
-    """Run a workload to its end, checking every step; the last `late` requests join between steps.
-
-    The third token of a `spoiled` request can't be sampled.
-    """
-    scheduler, steps, ranks = Scheduler(plan, batch, prefix_cache), [], Sequences()
-    sequences = [
-        Sequence(n, ids, images, tuple(at for at, id in enumerate(ids) if id == IMAGE_TOKEN), new, Sampling(seed=n))
-        for n, (ids, images, new) in enumerate(work)
-    ]
-    waiting = sequences[len(sequences) - late :]
-    for sequence in sequences[: len(sequences) - late]:
-        scheduler.add(sequence)
-    written: dict[int, tuple[int, type]] = {}  # slot -> K/V that it holds (contents), and the step that wrote them
-    encoded: dict[int, tuple[str, int]] = {}  # image page -> (image, which of its pages)
-    while waiting or not scheduler.idle:
-        if waiting and (scheduler.idle or len(steps) % 3 == 0):
-            scheduler.add(waiting.pop(0))
-        step = scheduler.next()
-        assert step is not None, "work is left and nothing is done"
-        steps.append(step)
-        ranks.update(step)
-        ids = model(step, plan, scheduler, sequences, ranks, written, encoded)
-        ids = sample(step, ids, plan, sequences, ranks, written, spoiled)
-        for sequence, id in scheduler.commit(ids):
-            if len(sequence.generated) == sequence.max_new or id == NOT_FINITE:
-                scheduler.finish(sequence)
-        for id in [id for id in abort if len(steps) > 4 * id]:
-            scheduler.abort(id)
-        assert len(steps) < 5000, "the scheduler makes no progress"
-    return Served({s.id: s.generated for s in sequences}, steps, scheduler)
-
-
-def contents(sequence) -> list[int]:
-    """What the K/V at each position of a sequence depend on, hashed: its ids and the images that each of them sees."""
-    known, found = 0, []
-    for position, id in enumerate((*sequence.prompt, *sequence.generated)):
-        first, last = sequence.visible(position)
-        known = hash((known, id, tuple(seen.key for seen in sequence.images[first:last])))
-        found.append(known)
-    return found
-
-
-def sample(step, ids, plan, sequences, ranks, written, spoiled) -> tuple[int, ...]:
-    """The ids of a step, NOT_FINITE for spoiled requests, whose pages are cleared as a rank does."""
-    sampled = list(ids)
-    for n, (row, _) in enumerate(zip(step.rows, ids)):
-        known = ranks[row]
-        if row.sequence in spoiled and len(sequences[row.sequence].generated) == 2:
-            sampled[n] = NOT_FINITE
-            for page in known.pages[known.finite // plan.page_size :].tolist():
-                for slot in range(page * plan.page_size, (page + 1) * plan.page_size):
-                    written.pop(slot, None)
-        else:
-            known.finite = row.start + len(row.ids)
-    return tuple(sampled)
-
-
-def model(step, plan, scheduler, sequences, ranks, written, encoded) -> tuple[int, ...]:
-    """Simulates a rank: checks a step's inputs, records its writes to pages, returns an id for each row."""
-    if isinstance(step, VisionStep):
-        assert len(step.pages) == len(set(step.pages)) == plan.pages_per_image
-        encoded.update({page: (step.image.key, n) for n, page in enumerate(step.pages)})
-        return ()
-    rows = step.rows
-    bucket = needs(plan, step)
-    assert bucket in plan.buckets()
-    assert len({row.sequence for row in rows}) == len(rows) <= scheduler.batch
-    pool = scheduler.pool
-    live = Counter(page for sequence in scheduler.running for page in sequence.pages)
-    assert live == pool._users, "pages are counted for others than those that hold them"
-    assert pool.pool.free + len(live) + len(pool._idle) == pool.capacity, "a page leaked"
-    # Ranks learn the block tables only from the steps.
-    tables = {row.sequence: ranks[row].pages.tolist() for row in rows}
-    for row in rows:
-        assert tables[row.sequence] == sequences[row.sequence].pages
-        assert row.used_pages == pages_for(row.start + len(row.ids), plan.page_size)
-    fresh = [slot for row in rows for slot in slots(tables[row.sequence], row.start, len(row.ids), plan.page_size)]
-    assert len(fresh) == len(set(fresh)), "two rows write to one slot"
-    assert all(slot >= plan.scratch_pages * plan.page_size for slot in fresh), "a row writes to scratch"
-    assert all(live[slot // plan.page_size] == 1 for slot in fresh), "a row writes to a page of two sequences"
-    assert not {slot // plan.page_size for slot in fresh} & set(pool._digest), "a row writes to a page that is kept"
-    for row in rows:
-        check_row(row, plan, sequences[row.sequence], ranks[row], written, encoded)
-        new = slots(tables[row.sequence], row.start, len(row.ids), plan.page_size)
-        written.update(
-            {slot: (kv, type(step)) for slot, kv in zip(new, contents(sequences[row.sequence])[row.start :])}
-        )
-    if isinstance(step, PrefillStep):
-        rows = rows[: step.sampled]
-    return tuple(answer(row.sequence, row.start + len(row.ids)) for row in rows)
-
-
-def check_row(row, plan, sequence, known, written, encoded) -> None:
-    """Checks a row's ids, its earlier K/V, and the image pages that each new token sees."""
-    assert row.ids == (*sequence.prompt, *sequence.generated)[row.start : row.start + len(row.ids)]
-    assert known.sampling == sequence.sampling
-    before = [written.get(slot, (None, None)) for slot in slots(known.pages.tolist(), 0, row.start, plan.page_size)]
-    assert [kv for kv, _ in before] == contents(sequence)[: row.start], "earlier K/V were overwritten or never written"
-    if plan.lengths_are_free and row.sampling:
-        assert all(by is PrefillStep for _, by in before), "a decode step's bits are shared"
-    assert row.image_pages == len(known.image_pages) == len(known.image_fill)
-    see = row.see or [(0, row.image_pages)] * len(row.ids)
-    for (low, high), position in zip(see, range(row.start, row.start + len(row.ids)), strict=True):
-        got = [(*encoded[page], fill) for page, fill in zip(known.image_pages[low:high], known.image_fill[low:high])]
-        first, last = sequence.visible(position)
-        size = plan.page_size
-        assert got == [
-            (seen.key, n, min(size, tokens(seen) - n * size))
-            for seen in sequence.images[first:last]
-            for n in range(pages_for(tokens(seen), size))
-        ]
-
-
-def expected(work) -> dict[int, list[int]]:
-    return {n: [answer(n, len(ids) + k) for k in range(new)] for n, (ids, _, new) in enumerate(work)}
 
 
 @given(plan=plans(), work=workloads(), data=st.data())
@@ -263,12 +80,6 @@ def test_visibility_is_that_of_hugging_face(length, data):
         )
 
 
-def tight(**choice):
-    """A plan whose pages can't hold two sequences of the maximum length."""
-    choice = PlanChoice(**({"page_size": 4, "num_pages": 16, "num_images": 3} | choice))
-    return make_plan(choice, Limits(3, MAX_INPUT, MAX_NEW, MAX_IMAGES), SHAPE, CPU.paging, False)
-
-
 def test_the_youngest_is_preempted_and_resumes_where_it_was():
     work = [((1,) * 20, (), 20), ((2,) * 20, (), 20)]
     served = serve(tight(), 3, work)
@@ -298,10 +109,60 @@ def test_decoding_goes_on_between_the_chunks_of_a_long_prompt():
     assert all(kinds[n + 1] is DecodeStep for n in chunks[:-1])
 
 
+def test_a_long_prompt_is_computed_beside_the_decoding_sequences():
+    work = [((1,) * 3, (), 20), ((2,) * 40, (), 2)]
+    first, *steps = serve(tight(free=True, step_tokens=9, num_pages=40), 3, work, late=1).steps
+    # The second prompt arrives after three steps.
+    chunks = [step for step in steps if isinstance(step, PrefillStep)]
+    assert [(step.decoding, len(step.rows[-1].ids)) for step in chunks] == [(1, 8)] * 5
+    assert all(step.rows[0].sequence == 0 for step in steps)
+
+
+@pytest.mark.parametrize("free", [False, True])
+@given(st.integers(1, 6), st.integers(0, 30), st.booleans())
+def test_a_short_prompt_that_arrives_gets_its_chunk_in_the_next_prefill_step(free, short, steps, seen):
+    plan = make_plan(PlanChoice(page_size=4), Limits(3, 400, MAX_NEW, MAX_IMAGES, 8), SHAPE, CPU.paging, free)
+    scheduler = Scheduler(plan, 3)
+    for id, (length, new) in enumerate([(3, 1000), (400, 5)]):
+        scheduler.add(Sequence(id, (1,) * length, (), (), min(new, MAX_NEW), Sampling()))
+    while scheduler.running[1:] == [] or not scheduler.running[1].computed or (steps := steps - 1) > 0:
+        step = scheduler.next()
+        scheduler.commit((7,) * len(step.rows) if isinstance(step, DecodeStep) else (7,) * step.sampled)
+    images = (image("a"),) if seen else ()
+    scheduler.add(Sequence(2, (2,) * short, images, (0,) * len(images), 5, Sampling()))
+    kinds = []
+    while not (kinds and 2 in [row.sequence for row in step.rows]):
+        step = scheduler.next()
+        ids = () if isinstance(step, VisionStep) else (7,) * len(step.rows)
+        scheduler.commit(ids[: step.sampled] if isinstance(step, PrefillStep) else ids)
+        kinds.append(type(step))
+    # An image is encoded first, after one more chunk of the long prompt at most.
+    assert kinds.count(PrefillStep) <= 1 + seen
+
+
+def served_first(work, plan, batch, **options) -> list[int]:
+    """The sequences in order of their first rows."""
+    steps = serve(plan, batch, work, **options).steps
+    return [*dict.fromkeys(row.sequence for step in steps for row in step.rows)]
+
+
 def test_first_come_first_served():
-    work = [((n,) * 30, (), 1) for n in range(6)]
-    first = [step.rows[0].sequence for step in serve(tight(), 1, work).steps if isinstance(step, PrefillStep)]
-    assert first == sorted(first)
+    assert served_first([((n,) * 30, (), 1) for n in range(6)], tight(), 1) == [*range(6)]
+
+
+@given(priorities=st.lists(st.integers(-2, 2), min_size=2, max_size=6), free=st.booleans())
+def test_higher_priorities_are_served_first(priorities, free):
+    work = [((n,) * 20, (), 3, priority) for n, priority in enumerate(priorities)]
+    wanted = sorted(range(len(work)), key=lambda n: -priorities[n])
+    assert served_first(work, tight(free=free), 1) == wanted
+
+
+def test_the_lowest_priority_is_preempted():
+    work = [((1,) * 20, (), 20, -1), ((2,) * 20, (), 20, 0)]
+    served = serve(tight(), 3, work, prefix_cache=False)
+    assert served.tokens == expected(work) and served.scheduler.preemptions > 0
+    begun = [row.sequence for step in served.steps for row in step.rows if row.start == 0]
+    assert begun.count(0) > 1 and begun.count(1) == 1
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ A step encodes one image, prefills prompts or chunks of them, decodes one token 
 of the latter.
 """
 
-from bisect import insort
+from bisect import bisect_left, insort
 from collections.abc import Iterator
 
 from mllama_graph.core.errors import UserError
@@ -27,7 +27,7 @@ class Scheduler:
     Elsewhere the two alternate.
 
     `prefix_cache`: full pages are kept when their sequence ends, and a sequence that begins with the same ids and
-    images starts after them. It waits while a running prompt is computing the next page that both have.
+    images starts after them. It waits for a running prompt that is computing many of its pages.
 
     When pages run out, the youngest running sequence of the lowest priority is preempted: it returns to the head of the
     queue, keeps its ids, and is computed again later.
@@ -42,7 +42,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.preemptions = 0
         self._pending: tuple[Step, list[Sequence]] | None = None
-        self._steps = 0
+        self._prefills = 0
         # Whether decoding sequences got no token in the last step, and what the last step did that did not only decode.
         self._owed = False
         self._encoded = self._prefilled = False
@@ -64,7 +64,7 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. Raises UserError as `check` does."""
         self.check(len(sequence.prompt), sequence.max_new, len(sequence.images))
-        sequence.served = self._steps
+        sequence.served = self._prefills
         insort(self.waiting, sequence, key=lambda one: one.turn)
 
     def abort(self, id: int) -> None:
@@ -93,15 +93,15 @@ class Scheduler:
         assert self._pending is not None
         step, sequences = self._pending
         self._pending = None
-        self._steps += 1
         if isinstance(step, VisionStep):
             self.images.trim(step.image.key)
             return []
         for sequence, row in zip(sequences, step.rows, strict=True):
             sequence.computed += len(row.ids)
         if isinstance(step, PrefillStep):
+            self._prefills += 1
             for sequence in sequences[step.decoding :]:
-                sequence.served = self._steps
+                sequence.served = self._prefills
             sequences = sequences[: step.sampled]
         # On a CPU prompt rows give K/V bits that depend on nothing but the tokens, and decoding rows give others: pages
         # that the latter have written are not kept there, so that the cache changes no result by a bit.
@@ -232,17 +232,17 @@ class Scheduler:
             sequence.cached = sequence.computed
         return True
 
-    def _is_being_computed(self, sequence: Sequence, page: int) -> bool:
-        """Whether a running prompt is computing the page of this number of a sequence, counted from 0."""
+    def _is_being_computed(self, sequence: Sequence, found: int) -> bool:
+        """Whether a running prompt is computing so many of a sequence's pages after those `found`, that waiting for its
+        end costs at most twice what it saves.
+        """
         size = self.plan.page_size
-        if not self.prefix_cache or page >= (sequence.length - 1) // size:
-            return False
-        wanted = sequence.digests[page]
-        return any(
-            page < other.length // size and other.digests_of(page + 1, size)[page] == wanted
-            for other in self.running
-            if not other.decoding
-        )
+        wanted = sequence.digests_of((sequence.length - 1) // size, size) if self.prefix_cache else []
+        for other in self.running:
+            theirs = other.digests_of(min(len(wanted), other.length // size), size)
+            if not other.decoding and other.left <= 2 * size * (equal_pages(wanted, theirs) - found):
+                return True
+        return False
 
     def _keep(self, sequence: Sequence) -> None:
         """Keep the pages of a sequence that are full and computed, for sequences that begin with the same tokens."""
@@ -326,3 +326,8 @@ class Scheduler:
             fill += [min(size, tokens - size * n) for n in range(len(held))]
             begins.append(len(pages))
         return ImageTable(tuple(pages), tuple(fill)), begins
+
+
+def equal_pages(one: list[bytes], other: list[bytes]) -> int:
+    """The number of pages with which both sequences of digests begin. A digest covers the pages before it, too."""
+    return bisect_left(range(min(len(one), len(other))), True, key=lambda page: one[page] != other[page])

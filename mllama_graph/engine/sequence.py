@@ -11,8 +11,8 @@ from mllama_graph.plan.blocks import page_digest
 class Sequence:
     """A request in the scheduler. image_positions: the positions of its image tokens, one per image.
 
-    priority: higher ones are served first. served: the step in which the sequence arrived, or got the last chunk of its
-    prompt.
+    priority: higher ones are served first. served: how many prefill steps there were when the sequence arrived, or got
+    the last chunk of its prompt.
     """
 
     id: int

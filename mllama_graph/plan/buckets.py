@@ -103,7 +103,7 @@ class Plan:
     @property
     def past_pages(self) -> tuple[int, ...]:
         """Buckets of pages for one prompt with earlier tokens: those of long prompts, which prefix hits use too."""
-        least = 0 if self.lengths_are_free else pages_for(self.prefill_tokens[-1], self.page_size)
+        least = 0 if self.lengths_are_free else pages_for(self.chunk(self.step_tokens), self.page_size)
         return tuple(pages for pages in self.pages if pages >= min(least, self.pages[-1]))
 
     @property
