@@ -159,7 +159,8 @@ def _bits(ids: Iterable[int]) -> int:
 
 def any_allowed(mask: bytes, vocab: int) -> bool:
     """Whether a mask allows one of the ids 0 .. vocab - 1."""
-    return bool(int.from_bytes(mask, "little") & ((1 << vocab) - 1))
+    whole, rest = divmod(vocab, 8)
+    return bool(mask[:whole].strip(b"\0")) or any(mask[whole : whole + 1]) and bool(mask[whole] & ((1 << rest) - 1))
 
 
 def read_structured(given: Mapping[str, Any]) -> tuple[str, str] | None:

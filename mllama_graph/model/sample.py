@@ -45,21 +45,26 @@ def mask_(logits_BV: Tensor, row: int, mask: bytes, first: int) -> None:
     mask: a bit for each id, the lowest first, whose end means that no more ids are allowed; `first` is the id of column
     0, whose NaN, which marks a row (own_ids), stays.
     """
-    logits_V, size, byte = logits_BV[row], logits_BV.shape[-1], first // 8
+    size, byte = logits_BV.shape[-1], first // 8
     bits = np.unpackbits(np.frombuffer(mask[byte : -(-(first + size) // 8)], np.uint8), bitorder="little")
-    allowed = np.zeros(size, np.bool_)
     bits = bits[first - 8 * byte :][:size]
-    allowed[: len(bits)] = bits
-    mark_1 = logits_V[:1].clone()
-    # By ids, of which either few are allowed or few are not: a mask of the whole row is five times slower on a CPU.
+    allowed = (np.pad(bits, (0, size - len(bits))) if len(bits) < size else bits).view(np.bool_)
+    if not logits_BV.is_cpu:
+        allowed_V = torch.from_numpy(allowed).to(logits_BV.device)
+        logits_BV[row].masked_fill_(~allowed_V & ~logits_BV[row].isnan(), -torch.inf)
+        return
+    # By ids, of which either few are allowed or few are not: a selection from the whole row is five times slower.
+    logits = logits_BV[row].numpy()
+    mark = logits[0]
     if 2 * np.count_nonzero(allowed) < size:
-        kept = torch.from_numpy(np.flatnonzero(allowed)).to(logits_V.device)
-        values = logits_V[kept]
-        logits_V.fill_(-torch.inf)
-        logits_V[kept] = values
+        kept = np.flatnonzero(allowed)
+        values = logits[kept]
+        logits.fill(-np.inf)
+        logits[kept] = values
     else:
-        logits_V[torch.from_numpy(np.flatnonzero(~allowed)).to(logits_V.device)] = -torch.inf
-    logits_V[:1] = torch.where(mark_1.isnan(), mark_1, logits_V[:1])
+        logits[np.flatnonzero(~allowed)] = -np.inf
+    if np.isnan(mark):
+        logits[0] = mark
 
 
 def candidates(logits_BV: Tensor, k: int, first: int, gather: Gather) -> tuple[Tensor, Tensor]:
