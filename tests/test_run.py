@@ -102,6 +102,7 @@ def test_a_single_chat_also_writes_results_jsonl(chat):
         "finish_reason",
         "prompt_tokens",
         "image_tokens",
+        "cached_tokens",
         "time_to_first_token_ms",
         "time_per_output_token_ms",
     } == set(line)
