@@ -75,6 +75,7 @@ def test_all_chunks_of_a_prompt_but_the_last_have_the_largest_size(limits, left)
 def test_kernels_that_take_lengths_need_one_bucket_of_pages():
     plan = plan_of(4, batch=9, free=True)
     assert plan.pages == (pages_for(plan.max_length, plan.page_size),) and plan.images == (4,)
+    assert (plan.step_tokens, plan_of(batch=2, free=True).step_tokens, plan_of().step_tokens) == (18, 12, 2048)
     # Absent sequences are free as well, so that packing adds no bucket.
     assert plan.decode_batch == (1, 4, 9) and plan.prefill_rows == (9,)
     assert plan.prefill(5, 0, 0) == plan.prefill(5, 3, 0)

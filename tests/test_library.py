@@ -25,6 +25,7 @@ def llm(checkpoint):
         ({"model": "12b"}, "model='12b' is neither a folder nor one of 11b, 90b"),
         ({"model": None}, "model='None' is neither a folder nor one of 11b, 90b"),
         ({"batch": 0}, "batch=0 must be at least 1"),
+        ({"batch": 3, "max_step_tokens": 2}, "max_step_tokens=2 must be at least batch=3"),
         ({"bacth": 3}, "there is no key 'bacth'. Did you mean batch? conf/config.yaml lists every key."),
         ({"plan": {"page_sise": 8}}, "there is no key 'plan.page_sise'. conf/config.yaml lists its keys."),
         ({"model": "11b", "weights": "meta"}, "weights=meta"),

@@ -147,6 +147,7 @@ def test_the_eos_ids_of_the_generation_config_and_the_ends_of_the_tokenizer_are_
         ({"prompt": "x", "images": ["a" * 5000]}, "does not exist|can't be"),
         ({"input_ids": [1] * 301}, "has 301 ids, max_input_length=300"),
         ({"prompt": "x", "max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        ({"prompt": "x", "priority": 0.5}, "priority=0.5 must be a whole number"),
         ({"prompt": "x", "max_new_tokens": 2.5}, "max_new_tokens=2.5 must be a whole number"),
         ({"prompt": "x", "max_new_tokens": True}, "max_new_tokens=True"),
         ({"prompt": "x", "temperature": -1}, "temperature=-1"),

@@ -58,16 +58,26 @@ struct Panels {
   const float *keys, *values;  // (width by kKeys), (kKeys by wide)
 };
 
-// Writes the panels of a head for the kKeys tokens from `start` on. `space` holds `width` floats.
+// Writes the panels of a head for the kKeys tokens from `start` on. `space` holds kLanes * width floats.
 template <class E>
 void write_panels(const Tokens<E>& tokens, int64_t head, int64_t start, int64_t width, int64_t wide, float* key,
                   float* value, float* space) {
   panels(kKeys, [&](auto, auto vectors, int64_t v) {
     constexpr int64_t kSome = decltype(vectors)::value * kLanes;
-    float* to = key + v * kLanes * width;
-    for (int64_t i = 0; i < kSome; i++) {
-      const float* k = tokens.keys_pool.values(tokens.keys[start + v * kLanes + i], head, space);
-      for (int64_t h = 0; h < width; h++) to[h * kSome + i] = k[h];
+    for (int64_t first = 0; first < kSome; first += kLanes) {
+      float* to = key + v * kLanes * width + first;
+      const float* k[kLanes];
+      for (int i = 0; i < kLanes; i++)
+        k[i] = tokens.keys_pool.values(tokens.keys[start + v * kLanes + first + i], head, space + i * width);
+      int64_t h = 0;
+      for (; h + kLanes <= width; h += kLanes) {
+        Vector some[kLanes];
+        for (int i = 0; i < kLanes; i++) some[i] = load(k[i] + h);
+        transpose(some);
+        for (int i = 0; i < kLanes; i++) store(to + (h + i) * kSome, some[i]);
+      }
+      for (; h < width; h++)
+        for (int i = 0; i < kLanes; i++) to[h * kSome + i] = k[i][h];
     }
   });
   for (int64_t i = 0; i < kKeys; i++) {
@@ -95,7 +105,7 @@ struct Blocks {
         keys(new float[heads.keys * count * kKeys * width]),
         values(new float[heads.keys * count * kKeys * wide]) {
     parallel_for(heads.keys * count, 1, [&](int64_t from, int64_t to) {
-      std::vector<float> space(width);
+      std::vector<float> space(kLanes * width);
       for (int64_t task = from; task < to; task++)
         write_panels(tokens, task / count, task % count * kKeys, width, wide, keys.get() + task * kKeys * width,
                      values.get() + task * kKeys * wide, space.data());
@@ -152,7 +162,7 @@ void attend_rows(const float* q, float* out, const std::vector<RowsOfSequence>& 
   parallel_for(heads.keys * tasks, 1, [&](int64_t from, int64_t to) {
     std::vector<float> query(kQueries * H), weight(kQueries * kKeys), sum_of_values(kQueries * wide);
     std::vector<float> top(kQueries), sum(kQueries);
-    std::vector<float> key(few ? kKeys * H : 0), value(few ? kKeys * wide : 0), space(H);
+    std::vector<float> key(few ? kKeys * H : 0), value(few ? kKeys * wide : 0), space(kLanes * H);
     for (int64_t task = from; task < to; task++) {
       const int64_t head = task / tasks, row = queries[task % tasks].first;
       const int64_t some = queries[task % tasks].last - row;

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -217,6 +218,26 @@ template <int N = kLanes>
 inline Vector totals(const Vector* x) {
   if constexpr (N == 1) return *x;
   else return pair_sums(totals<N / 2>(x), totals<N / 2>(x + N / 2));
+}
+
+template <int... i>
+inline Vector interleaved(Vector a, Vector b, int half, std::integer_sequence<int, i...>) {
+  const auto x = reinterpret_cast<Integers>(a), y = reinterpret_cast<Integers>(b);
+  return reinterpret_cast<Vector>(half ? shuffled<(i / 2 + kLanes / 2 + i % 2 * kLanes)...>(x, y)
+                                       : shuffled<(i / 2 + i % 2 * kLanes)...>(x, y));
+}
+
+// Transposes kLanes vectors: each pass interleaves the first half of them with the second.
+inline void transpose(Vector (&x)[kLanes]) {
+  constexpr auto lanes = std::make_integer_sequence<int, kLanes>();
+#pragma GCC unroll 4
+  for (int pass = 1; pass < kLanes; pass *= 2) {
+    Vector y[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; i++) y[i] = interleaved(x[i / 2], x[i / 2 + kLanes / 2], i % 2, lanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; i++) x[i] = y[i];
+  }
 }
 
 // The largest of a vector's lanes.

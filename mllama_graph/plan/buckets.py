@@ -19,9 +19,9 @@ from mllama_graph.plan.bucket import Bucket
 LADDER = 4
 SMALLEST_PREFILL = 32
 LARGEST_PREFILL = 2048
-# The most tokens of a step while sequences decode, where lengths are data and prompts are computed beside them: larger
-# chunks gain a prompt little, and make the others wait (docs/performance.md).
-MIXED_TOKENS = 64
+# The most tokens of a step while sequences decode, where lengths are data and prompts are computed beside them, or
+# twice the batch if that is more. From 8 rows on, a step takes time in proportion to its rows (docs/performance.md).
+MIXED_TOKENS = 12
 # The most tokens and sequences of a packed prefill where shapes are compiled: beyond them, a device is busy with one
 # prompt, and attention, which pads each sequence to all tokens, costs more than launches (plan/latency.py).
 PACKED_TOKENS, PACKED_ROWS = 512, 8
@@ -250,7 +250,7 @@ def make_plan(choice: PlanChoice, limits: Limits, shape: ModelShape, paging: Pag
         scratch,
         num_pages,
         num_images * pages_per_image,
-        limits.step_tokens or (MIXED_TOKENS if lengths_are_free else prefill[-1]),
+        limits.step_tokens or (max(MIXED_TOKENS, 2 * limits.batch) if lengths_are_free else prefill[-1]),
         shape.vision.max_tiles if paging.fixed_tiles else 0,
         paging.counts_every_reader,
     )

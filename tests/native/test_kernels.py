@@ -159,6 +159,13 @@ def test_attention_of_packed_chunks(shape, rows):
         given = (None, None, pages, table, packed, past_B)
         ours, theirs = CPU.attend_prompt(q, *given), plain.attend_prompt(q, *given)
         torch.testing.assert_close(ours[:-2], theirs[:-2], **CLOSE)
+        # A row of a sequence that decodes has the bits of a decode step, whatever is beside it; others are unchanged.
+        mixed = torch.cat((packed[1:2] * 0 + 1, packed))
+        tables, pasts = torch.cat((table[1:2], table)), torch.cat((past_B[1:2], past_B))
+        rows_TQH = torch.cat((q[-1:], q))
+        beside = CPU.attend_prompt(rows_TQH, None, None, pages, tables, mixed, pasts, torch.tensor([1]).int())
+        assert torch.equal(beside[:1], CPU.attend_pages(q[-1:], pages, table[1:2], past_B[1:2] + 1))
+        assert torch.equal(beside[1:], ours)
         # A sequence by itself has the same bits.
         alone = CPU.attend_prompt(q[packed[1] : -2], None, None, pages, table[2:3], packed[2:3], past_B[2:3])
         assert torch.equal(ours[packed[1] : -2], alone)

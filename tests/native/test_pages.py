@@ -121,6 +121,8 @@ def test_attention_to_images(kind, shape, group, rows, J):
         ours = CPU.attend_image(q, *given)
         torch.testing.assert_close(ours, plain.attend_image(q, *given), **CLOSE)
         torch.testing.assert_close(ours, plain.attend_image(q, widened(pages), *given[1:]), **CLOSE)
+    beside = CPU.attend_image(q, *given[:-1], int32(1, 0, 3 * rows - 1), int32(1))
+    assert torch.equal(beside[:1], CPU.attend_image(q[:1], pages, table[:1], fill[:1], see[:1]))
     alone = CPU.attend_image(q[rows + 1 :], pages, table[2:3], fill[2:3], see[rows + 1 :], packed[2:])
     assert torch.equal(ours[rows + 1 :], alone)
 
