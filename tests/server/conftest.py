@@ -84,7 +84,7 @@ class Served:
         )
 
 
-def wait_until(condition, seconds=10.0):
+def wait_until(condition, seconds=30.0):
     """Wait for a condition; fails after `seconds`."""
     until = time.monotonic() + seconds
     while not condition():
