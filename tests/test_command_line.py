@@ -140,6 +140,8 @@ def test_a_literal_value_arrives_unchanged(text, key, composed):
         "task.against": ["task=evaluate"],
         "task.calibration": ["task=quantize"],
         "task.folder": ["task=train_tiny"],
+        "task.api_key": ["task=serve"],
+        "task.files_below": ["task=serve"],
     }.get(key, [])
     assert attrgetter(key)(composed(*task, f"{key}={text}")) == text
 

@@ -34,6 +34,7 @@ OPTIONAL = {
     "starlette": ("server/",),
     "uvicorn": ("server/",),
     "prometheus_client": ("server/",),
+    "llguidance": ("inputs/structured.py",),
     "transformers": ("measure/peers/transformers.py",),
     "mistralrs": ("measure/peers/mistralrs.py",),
     "gguf": ("measure/peers/llamacpp.py",),
