@@ -3,7 +3,7 @@
 import hashlib
 import pickle
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -80,9 +80,8 @@ def plans(draw):
         num_images=draw(st.integers(MAX_IMAGES, 5)),
         prefill_tokens=draw(st.sampled_from([None, [5], [2, 16], [40]])),
     )
-    return make_plan(
-        choice, Limits(batch, MAX_INPUT, MAX_NEW, MAX_IMAGES), SHAPE, CPU.paging, draw(st.booleans())
-    ), batch
+    plan = make_plan(choice, Limits(batch, MAX_INPUT, MAX_NEW, MAX_IMAGES), SHAPE, CPU.paging, draw(st.booleans()))
+    return replace(plan, counts_every_reader=draw(st.booleans())), batch
 
 
 @dataclass
@@ -165,6 +164,7 @@ def model(step, plan, scheduler, sequences, ranks, written, encoded) -> tuple[in
     pool = scheduler.pool
     live = Counter(page for sequence in scheduler.running for page in sequence.pages)
     assert live == pool._users, "pages are counted for others than those that hold them"
+    assert not plan.counts_every_reader or live.total() + pool.free == pool.capacity
     assert pool.pool.free + len(live) + len(pool._idle) == pool.capacity, "a page leaked"
     # Ranks learn the block tables only from the steps.
     tables = {row.sequence: ranks[row].pages.tolist() for row in rows}
