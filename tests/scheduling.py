@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from checkpoints import SPECS, model_config
@@ -78,7 +78,8 @@ def plans(draw):
         prefill_tokens=draw(st.sampled_from([None, [5], [2, 16], [40]])),
     )
     limits = Limits(batch, MAX_INPUT, MAX_NEW, MAX_IMAGES, draw(st.sampled_from([None, batch, 7, 30])))
-    return make_plan(choice, limits, SHAPE, CPU.paging, draw(st.booleans())), batch
+    plan = make_plan(choice, limits, SHAPE, CPU.paging, draw(st.booleans()))
+    return replace(plan, counts_every_reader=draw(st.booleans())), batch
 
 
 @dataclass
@@ -180,6 +181,7 @@ def model(step, plan, scheduler, sequences, ranks, written, encoded) -> tuple[in
     pool = scheduler.pool
     live = Counter(page for sequence in scheduler.running for page in sequence.pages)
     assert live == pool._users, "pages are counted for others than those that hold them"
+    assert not plan.counts_every_reader or live.total() + pool.free == pool.capacity
     assert pool.pool.free + len(live) + len(pool._idle) == pool.capacity, "a page leaked"
     # Ranks learn the block tables only from the steps.
     tables = {row.sequence: ranks[row].pages.tolist() for row in rows}

@@ -196,8 +196,8 @@ def test_a_graph_that_breaks_a_rule_ends_verify_with_code_1_and_the_line_of_the_
     broken = tmp_path / "project"
     shutil.copytree(ROOT, broken, ignore=shutil.ignore_patterns(".git", ".venv*", "outputs", "__pycache__"))
     source = broken / "mllama_graph" / "ops" / "npu_attention.py"
-    right = re.compile(r"(block_size=P,\s+)actual_seq_lengths_kv=len_B,")
-    changed, count = right.subn(r"\1actual_seq_lengths_kv=[5] * B, captured=True,", source.read_text())
+    right = re.compile(r"(actual_seq_lengths=ends_B,\s+)actual_seq_lengths_kv=len_B,")
+    changed, count = right.subn(r"\1actual_seq_lengths_kv=[5] * len(len_B), captured=True,", source.read_text())
     assert count == 1
     source.write_text(changed)
     command = [
