@@ -299,14 +299,15 @@ Tensor attend_image_rows(const Tensor& q, const std::vector<RowsOfSequence>& seq
   Tokens<E> tokens{keys, values};
   std::vector<Seen> seen(decoding);
   // Where an entry's tokens begin, and where those before it end. What a row sees begins at a multiple of kKeys, so that
-  // sums have the same order whatever other rows of a chunk see. Such a beginning is never within what another row sees.
+  // sums have the same order whatever other rows of a chunk see: unless it is within what another row sees, which models never ask for.
   std::vector<int64_t> start(J + 1), stop(J + 1);
   for (size_t b = 0; b < sequences.size(); b++) {
     const int32_t *entries = integers(table) + b * J, *fill = fills + b * J;
     const bool any = sequences[b].first < sequences[b].last;
     std::vector<bool> begins(J + 1, false);
+    for (int64_t t = sequences[b].first; t < sequences[b].last; t++) begins[sees[2 * t]] = true;
     for (int64_t t = sequences[b].first; t < sequences[b].last; t++)
-      if (sees[2 * t] < sees[2 * t + 1]) begins[sees[2 * t]] = true;
+      for (int64_t j = sees[2 * t] + 1; j < sees[2 * t + 1]; j++) begins[j] = false;
     for (int64_t j = 0; j <= J; j++) {
       stop[j] = tokens.count();
       if (begins[j]) tokens.end_sequence();
