@@ -299,7 +299,8 @@ Tensor attend_image_rows(const Tensor& q, const std::vector<RowsOfSequence>& seq
   Tokens<E> tokens{keys, values};
   std::vector<Seen> seen(decoding);
   // Where an entry's tokens begin, and where those before it end. What a row sees begins at a multiple of kKeys, so that
-  // sums have the same order whatever other rows of a chunk see: unless it is within what another row sees, which models never ask for.
+  // sums have the same order whatever other rows of a chunk see: unless it is within what another row sees, which models
+  // never ask for.
   std::vector<int64_t> start(J + 1), stop(J + 1);
   for (size_t b = 0; b < sequences.size(); b++) {
     const int32_t *entries = integers(table) + b * J, *fill = fills + b * J;
@@ -333,8 +334,8 @@ Tensor attend_pages(Tensor q, Tensor k_pages, Tensor v_pages, std::optional<Tens
   });
 }
 
-// Row t sees the first `fill` tokens of its sequence's entries see[0] .. see[1] - 1. Sequences have `rows`, or T / B each;
-// of the first `decoding` sequences, one row each.
+// Row t sees the first `fill` tokens of its sequence's entries see[0] .. see[1] - 1. Sequences have `rows`, or T / B
+// each; of the first `decoding` sequences, one row each.
 Tensor attend_image(Tensor q, Tensor k_pages, Tensor v_pages, std::optional<Tensor> k_scales,
                     std::optional<Tensor> v_scales, Tensor table, Tensor fill, Tensor see, std::optional<Tensor> rows,
                     std::optional<Tensor> decoding, double scale) {
