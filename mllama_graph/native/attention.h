@@ -298,9 +298,9 @@ Tensor attend_image_rows(const Tensor& q, const std::vector<RowsOfSequence>& seq
   const int64_t J = table.size(1);
   Tokens<E> tokens{keys, values};
   std::vector<Seen> seen(decoding);
-  // Where an entry's tokens begin, and where those before it end. What a row sees begins at a multiple of kKeys, so that
-  // sums have the same order whatever other rows of a chunk see: unless it is within what another row sees, which models
-  // never ask for.
+  // Where an entry's tokens begin, and where those before it end. What a row sees begins at a multiple of kKeys, so
+  // that sums have the same order whatever other rows of a chunk see: unless it is within what another row sees, which
+  // models never ask for.
   std::vector<int64_t> start(J + 1), stop(J + 1);
   for (size_t b = 0; b < sequences.size(); b++) {
     const int32_t *entries = integers(table) + b * J, *fill = fills + b * J;
