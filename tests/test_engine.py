@@ -124,6 +124,16 @@ def test_kernels_give_the_same_tokens(name, plan, checkpoint, requests, expected
     assert holds_nothing(engine)
 
 
+def test_the_budget_of_steps_changes_no_bit_of_kernels(checkpoint, requests):
+    lines = [line | {"logprobs": 2} for line in few(requests, "base")]
+    made = []
+    for budget in (4, 9, 2048):
+        engine = start(checkpoint("base"), kernels="native", batch=4, max_step_tokens=budget)
+        results = serve(engine, lines)
+        made.append({id: (result.token_ids, result.logprobs) for id, result in results.items()})
+    assert made[0] == made[1] == made[2]
+
+
 def test_kernels_read_weights_as_they_are_stored(checkpoint, requests):
     # Widening 16-bit weights is exact, so that the tokens equal those of the same weights kept in fp32.
     for name in ("cross_first", "half"):

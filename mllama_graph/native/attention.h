@@ -298,16 +298,25 @@ Tensor attend_image_rows(const Tensor& q, const std::vector<RowsOfSequence>& seq
   const int64_t J = table.size(1);
   Tokens<E> tokens{keys, values};
   std::vector<Seen> seen(decoding);
-  std::vector<int64_t> start(J + 1);
+  // Where an entry's tokens begin, and where those before it end. What a row sees begins at a multiple of kKeys, so
+  // that sums have the same order whatever other rows of a chunk see: unless it is within what another row sees, which
+  // models never ask for.
+  std::vector<int64_t> start(J + 1), stop(J + 1);
   for (size_t b = 0; b < sequences.size(); b++) {
     const int32_t *entries = integers(table) + b * J, *fill = fills + b * J;
     const bool any = sequences[b].first < sequences[b].last;
+    std::vector<bool> begins(J + 1, false);
+    for (int64_t t = sequences[b].first; t < sequences[b].last; t++) begins[sees[2 * t]] = true;
+    for (int64_t t = sequences[b].first; t < sequences[b].last; t++)
+      for (int64_t j = sees[2 * t] + 1; j < sees[2 * t + 1]; j++) begins[j] = false;
     for (int64_t j = 0; j <= J; j++) {
+      stop[j] = tokens.count();
+      if (begins[j]) tokens.end_sequence();
       start[j] = tokens.count();
       for (int64_t i = 0; any && j < J && i < fill[j]; i++) tokens.add(entries[j] * keys.page + i);
     }
     for (int64_t t = sequences[b].first; t < sequences[b].last; t++)
-      seen.push_back({start[sees[2 * t]], start[sees[2 * t + 1]]});
+      seen.push_back({start[sees[2 * t]], stop[sees[2 * t + 1]]});
     tokens.end_sequence();
   }
   return attend_rows(q, sequences, tokens, seen, scale);
@@ -325,8 +334,8 @@ Tensor attend_pages(Tensor q, Tensor k_pages, Tensor v_pages, std::optional<Tens
   });
 }
 
-// Row t sees the first `fill` tokens of its sequence's entries see[0] .. see[1] - 1. Sequences have `rows`, or T / B each;
-// of the first `decoding` sequences, one row each.
+// Row t sees the first `fill` tokens of its sequence's entries see[0] .. see[1] - 1. Sequences have `rows`, or T / B
+// each; of the first `decoding` sequences, one row each.
 Tensor attend_image(Tensor q, Tensor k_pages, Tensor v_pages, std::optional<Tensor> k_scales,
                     std::optional<Tensor> v_scales, Tensor table, Tensor fill, Tensor see, std::optional<Tensor> rows,
                     std::optional<Tensor> decoding, double scale) {
