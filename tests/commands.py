@@ -16,7 +16,7 @@ from filelock import FileLock
 
 ROOT = Path(__file__).parents[1]
 # How long each of the three fuzz tests runs; they draw the same cases in every run of the same length.
-FUZZ_SECONDS = float(os.environ.get("MLLAMA_GRAPH_FUZZ_SECONDS", "20"))
+FUZZ_SECONDS = float(os.environ.get("MLLAMA_GRAPH_FUZZ_SECONDS", "10"))
 # Small and quick: no compiler, and limits that hold the cases.
 QUICK = ["backend=eager", "dtype=fp32", "max_input_length=300", "max_output_length=8", "model=custom"]
 # Characters with a meaning in Hydra's grammar.
