@@ -212,9 +212,10 @@ class Scheduler:
         """
         size = self.plan.page_size
         # At least one token is computed, to get its logits.
-        shared = self.pool.find(sequence.digests_of((sequence.length - 1) // size, size)) if self.prefix_cache else []
+        wanted = sequence.digests_of((sequence.length - 1) // size, size) if self.prefix_cache else []
+        shared = self.pool.find(wanted)
         needed = pages_for(min(sequence.length + 1, self.plan.max_length), size) - len(shared)
-        if self.pool.free_beside(shared) < needed or self._is_being_computed(sequence, len(shared)):
+        if self.pool.free_beside(shared) < needed or self._is_being_computed(wanted, len(shared)):
             return False
         taken: list[str] = []
         try:
@@ -232,15 +233,16 @@ class Scheduler:
             sequence.cached = sequence.computed
         return True
 
-    def _is_being_computed(self, sequence: Sequence, found: int) -> bool:
-        """Whether a running prompt is computing so many of a sequence's pages after those `found`, that waiting for its
+    def _is_being_computed(self, wanted: list[bytes], found: int) -> bool:
+        """Whether a running prompt is computing so many of the wanted pages after those `found`, that waiting for its
         end costs at most twice what it saves.
         """
         size = self.plan.page_size
-        wanted = sequence.digests_of((sequence.length - 1) // size, size) if self.prefix_cache else []
         for other in self.running:
+            if other.decoding:
+                continue
             theirs = other.digests_of(min(len(wanted), other.length // size), size)
-            if not other.decoding and other.left <= 2 * size * (equal_pages(wanted, theirs) - found):
+            if other.left <= 2 * size * (equal_pages(wanted, theirs) - found):
                 return True
         return False
 

@@ -85,7 +85,7 @@ class Metrics(Collector):
             self._sums["generation_tokens"] += 1
         if result := delta.result:
             self._ends[result.finish_reason] += 1
-            self._sums["cached_tokens"] += getattr(result, "cached_tokens", 0)
+            self._sums["cached_tokens"] += result.cached_tokens
             self._whole.add(now - ticket.arrived)
             self._new.add(ticket.tokens)
 

@@ -16,11 +16,11 @@ def usage_of(
     """
     prompt = sum(len(request.ids) for request in requests[::choices])
     new = sum(len(result.token_ids) for result in results) if new is None else new
-    # Of each prompt's choices, the one that found most. 0 where the engine has no prefix cache.
+    # Of each prompt's choices, the one that found most.
     found: dict[int, int] = {}
     for result in results:
         at = result.id.index // choices
-        found[at] = max(found.get(at, 0), getattr(result, "cached_tokens", 0))
+        found[at] = max(found.get(at, 0), result.cached_tokens)
     cached = sum(found.values())
     return {
         "prompt_tokens": prompt,
