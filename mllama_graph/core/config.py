@@ -13,6 +13,7 @@ from mllama_graph.core.errors import UserError
 
 BACKENDS = ("auto", "inductor", "torchair", "eager")
 COMPILE_MODES = ("background", "wait", "never")
+SPECULATIONS = ("none", "ngram", "draft")
 QUANTS = ("none", "w8a16", "w8a8", "w4a16", "fp8")
 QUANT_GROUPS = (32, 64, 128)
 QUANT_PARTS = ("text", "head", "vision", "projector", "embedding")
@@ -215,6 +216,9 @@ class Run:
     max_output_length: int = 128
     max_images: int | None = None
     max_step_tokens: int | None = None
+    speculate: str = "none"
+    speculate_tokens: int = 4
+    draft: str | None = None
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
@@ -286,6 +290,14 @@ def check(run: Run) -> None:
     one_of("device", run.device, ("auto", *DEVICES))
     one_of("backend", run.backend.name, BACKENDS)
     one_of("quant", run.quant, QUANTS)
+    one_of("speculate", run.speculate, SPECULATIONS)
+    at_least("speculate_tokens", run.speculate_tokens, 1)
+    if (run.speculate == "draft") != (run.draft is not None):
+        raise UserError(
+            "speculate=draft needs the checkpoint folder of a smaller model: give draft=."
+            if run.draft is None
+            else f"draft={run.draft} is used with speculate=draft only. Add speculate=draft, or leave draft= out."
+        )
     one_of("quant_group", run.quant_group, QUANT_GROUPS)
     for part in run.quant_parts:
         one_of("quant_parts", part, QUANT_PARTS)
@@ -298,7 +310,7 @@ def check(run: Run) -> None:
     one_of("backend.torchair.topology_sorting_strategy", run.backend.torchair.topology_sorting_strategy, TOPOLOGIES)
     if run.resume and (run.requests is None or run.task.name != "generate"):
         raise UserError("resume=true goes on with a requests file of task=generate. Give requests=, or leave it out.")
-    for key in ("image", "requests", "weights", "adapter"):
+    for key in ("image", "requests", "weights", "adapter", "draft"):
         if getattr(run, key) == "":
             without = " for a prompt without a picture" if key == "image" else ""
             raise UserError(f"{key}= is empty. Give a value, or leave {key}= out{without}.")

@@ -12,7 +12,7 @@ from mllama_graph.engine.steps import DecodeStep, ImageTable, PrefillStep, Row, 
 from mllama_graph.inputs.request import Sampling
 from mllama_graph.model.inputs import ImageInput, PromptInput, TileInput, TokenInput
 from mllama_graph.model.shape import ModelShape
-from mllama_graph.plan.blocks import slots
+from mllama_graph.plan.blocks import pages_for, slots
 from mllama_graph.plan.bucket import Bucket
 from mllama_graph.plan.buckets import Plan
 
@@ -26,7 +26,13 @@ def needs(plan: Plan, step: Step) -> Bucket:
     rows = len(step.rows)
     used, images = max(row.used_pages for row in step.rows), max(row.image_pages for row in step.rows)
     if isinstance(step, DecodeStep):
-        return plan.decode(rows, used, images)
+        most = max(len(row.ids) for row in step.rows)
+        if most == 1:
+            return plan.decode(rows, used, images)
+        if plan.lengths_are_free:
+            return plan.decode(sum(len(row.ids) for row in step.rows), used, images)
+        used = max(pages_for(row.start + plan.row_tokens, plan.page_size) for row in step.rows)
+        return plan.decode(rows, used, images, plan.row_tokens)
     alone = rows == 1 and step.rows[0].start == 0
     return plan.prefill(sum(len(row.ids) for row in step.rows), 0 if alone else used, images, rows)
 
@@ -151,24 +157,49 @@ def prompt_input(
     )
 
 
+def places(rows: Sequence[Row], bucket: Bucket) -> list[int]:
+    """Where a decode step's graph has each id of the rows among its own: in a graph of several tokens of each sequence,
+    padding follows those of each.
+    """
+    if bucket.each == 1:
+        return list(range(sum(len(row.ids) for row in rows)))
+    return [n * bucket.each + i for n, row in enumerate(rows) for i in range(len(row.ids))]
+
+
 def token_input(
     rows: Sequence[Row], sequences: Sequences, bucket: Bucket, plan: Plan, device: torch.device
 ) -> TokenInput:
-    """The inputs of a decode step, padded to the bucket. A padded row is a one-token sequence with a scratch slot."""
-    padding, size = bucket.rows - len(rows), plan.page_size
-    known = [sequences[row] for row in rows]
-    row_slots = [int(one.pages[row.start // size]) * size + row.start % size for row, one in zip(rows, known)]
+    """The inputs of a decode step, padded to the bucket. A padded row is a one-token sequence with a scratch slot.
+
+    In a graph of one token of each sequence, each proposal counts as a sequence with the same block table. In another
+    one, each sequence is padded to as many tokens, which write to scratch slots: causal attention hides them from the
+    tokens before, and their results are not used.
+    """
+    size, each = plan.page_size, bucket.each
+    # (row, its first and last token) for each sequence of the graph.
+    entries = [(row, n, n + 1) for row in rows for n in range(len(row.ids))] if each == 1 else None
+    entries = entries or [(row, 0, len(row.ids)) for row in rows]
+    known = [sequences[row] for row, _, _ in entries]
+    absent, scratch = bucket.rows - len(entries), iter(range(bucket.tokens))
+    ids, positions, row_slots, see = [], [], [], []
+    for (row, first, last), one in zip(entries, known):
+        ids += [*row.ids[first:last]] + [0] * (each - last + first)
+        positions += range(row.start + first, row.start + first + each)
+        for position in range(row.start + first, row.start + last):
+            row_slots.append(int(one.pages[position // size]) * size + position % size)
+        row_slots += [next(scratch) for _ in range(each - last + first)]
+        seen = _see(row)[first:last]
+        see += [*seen, *[seen[-1]] * (each - last + first)]
+    padding = absent * each
+    tables = [one.pages[: row.used_pages] for (row, _, _), one in zip(entries, known)]
     return TokenInput(
-        ids_T=_int32([row.ids[0] for row in rows] + [0] * padding, device),
-        position_T=_int32([row.start for row in rows] + [0] * padding, device),
-        slot_T=_int32(row_slots + list(range(padding)), device),
-        real_1=_int32([len(rows)], device),
-        table_BJ=_int32(
-            _block_table([one.pages[: row.used_pages] for row, one in zip(rows, known)], bucket.rows, bucket.pages),
-            device,
-        ),
-        len_B=_int32([row.start + 1 for row in rows] + [1] * padding, device),
-        image=_image(known, [_see(row)[0] for row in rows], bucket.rows, bucket.tokens, bucket, device),
+        ids_T=_int32(ids + [0] * padding, device),
+        position_T=_int32(positions + [0] * padding, device),
+        slot_T=_int32(row_slots + [next(scratch) for _ in range(padding)], device),
+        real_1=_int32([len(ids)], device),
+        table_BJ=_int32(_block_table(tables, bucket.rows, bucket.pages), device),
+        len_B=_int32([row.start + first + each for row, first, _ in entries] + [each] * absent, device),
+        image=_image(known, see, bucket.rows, bucket.tokens, bucket, device),
     )
 
 

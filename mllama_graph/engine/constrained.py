@@ -4,7 +4,8 @@ The state of a grammar lives beside the scheduler, with rank 0. It follows the i
 rollback where a sequence is preempted: the sequence keeps its ids. Ranks get a mask with each row that samples.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -44,6 +45,23 @@ class Constraint:
         if self._closing:
             return self._grammar.closers.among(int.from_bytes(mask, "little")).to_bytes(self._bytes, "little")
         return mask
+
+    def after(self, ids: Sequence[int]) -> list["Constraint"]:
+        """What constrains the token after each of some ids: copies, as they would be if these ids came one by one.
+
+        They end before the first id that the grammar does not allow, or that completes the text.
+        """
+        found, last = [], self
+        for id in ids:
+            # Taking a mask may decide to close what is open.
+            last.mask()
+            last = copy(last)
+            last._matcher = last._matcher.deep_copy()
+            last.accept(id)
+            if last.error or last.complete:
+                break
+            found.append(last)
+        return found
 
     def accept(self, id: int) -> None:
         """Go on by an id. An id that the grammar does not allow sets `error`."""
@@ -87,15 +105,17 @@ def closing_ids(matcher: Any, grammar: Grammar, most: int) -> int | None:
     return None
 
 
-def masked(step: Step, constraint_of: Callable[[int], Constraint | None]) -> Step:
-    """The step with a mask in each row that samples a token of a constrained request.
+def masked(step: Step, constraints_of: Callable[[int], Sequence[Constraint]]) -> Step:
+    """The step with masks in each row that samples tokens of a constrained request.
 
-    `constraint_of` gives the constraint of a sequence; None for other requests and for ids that are forced.
+    `constraints_of` gives the constraint of a sequence and those after its proposed ids; none for other requests and
+    for ids that are forced.
     """
 
     def with_mask(row: Row) -> Row:
-        constraint = constraint_of(row.sequence)
-        return row if constraint is None else replace(row, mask=constraint.mask())
+        most = len(row.ids) if isinstance(step, DecodeStep) else 1
+        masks = tuple(constraint.mask() for constraint in constraints_of(row.sequence)[:most])
+        return replace(row, mask=masks[0], later_masks=masks[1:]) if masks else row
 
     if not isinstance(step, (PrefillStep, DecodeStep)):
         return step

@@ -1,7 +1,7 @@
 """The engine: connects the scheduler, the ranks and text processing, and returns tokens step by step."""
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -12,8 +12,9 @@ from mllama_graph.engine.executor import Executor
 from mllama_graph.engine.results import Delta, Result
 from mllama_graph.engine.scheduler import Scheduler
 from mllama_graph.engine.sequence import Sequence
+from mllama_graph.engine.speculation import Speculation
 from mllama_graph.engine.stats import Stats, Totals
-from mllama_graph.engine.steps import NOT_FINITE, DecodeStep, Step, Token
+from mllama_graph.engine.steps import NOT_FINITE, DecodeStep, Step, Token, agreeing
 from mllama_graph.inputs.detokenizer import Detokenizer
 from mllama_graph.inputs.processor import Processor
 from mllama_graph.inputs.request import Request
@@ -28,22 +29,40 @@ NOT_FINITE_ERROR = (
 
 @dataclass
 class _Running:
-    """A request in progress. Its generated ids are in `sequence`."""
+    """A request in progress. Its generated ids are in `sequence`, of which the first `count` were given out.
+
+    ahead: what constrains the tokens after each proposed id of the step. alone: whether to propose no ids.
+    """
 
     request: Request
     sequence: Sequence
     text: Detokenizer
     submitted: float
     constraint: Constraint | None = None
+    ahead: list[Constraint] = field(default_factory=list)
+    alone: bool = False
+    count: int = 0
+    proposed: int = 0
+    accepted: int = 0
     first: float = 0.0
     logprobs: list[dict[str, Any]] = field(default_factory=list)
+
+    def take_proposal(self) -> None:
+        """Go on from the next proposed id, which was sampled."""
+        self.accepted += 1
+        if self.ahead:
+            self.constraint = self.ahead.pop(0)
 
 
 class Engine:
     """Serves many requests with one model: `submit` requests, `step` until `idle`, then `close`."""
 
-    def __init__(self, processor: Processor, scheduler: Scheduler, executor: Executor):
-        self.processor, self.scheduler, self.executor = processor, scheduler, executor
+    def __init__(
+        self, processor: Processor, scheduler: Scheduler, executor: Executor, speculation: Speculation | None = None
+    ):
+        self.processor, self.scheduler, self.executor, self.speculation = processor, scheduler, executor, speculation
+        if speculation:
+            scheduler.propose = self._propose
         self.stats = Stats()
         self._running: dict[int, _Running] = {}
         self._unread: dict[int, list[Delta]] = {}
@@ -78,18 +97,23 @@ class Engine:
         self._next += 1
         constraint = Constraint(request.grammar, request.max_new) if request.grammar else None
         self._running[sequence.id] = _Running(
-            request, sequence, self.processor.detokenizer(request.stop), time.perf_counter(), constraint
+            request,
+            sequence,
+            self.processor.detokenizer(request.stop),
+            time.perf_counter(),
+            constraint,
+            alone=bool(request.forced),
         )
         return sequence.id
 
     def abort(self, number: int) -> None:
         """Drop a request and free its pages at once."""
         self.scheduler.abort(number)
-        self._running.pop(number, None)
+        self._forget(number)
         self._unread.pop(number, None)
 
     def step(self) -> list[Delta]:
-        """Run one step and return a delta for each request that got a token."""
+        """Run one step and return a delta for each token of a request, those of a request in their order."""
         return [delta for _, delta in self._step()]
 
     def deltas_of(self, numbers: Collection[int]) -> list[tuple[int, Delta]]:
@@ -107,30 +131,72 @@ class Engine:
         if step is None:
             return []
         start = time.perf_counter()
-        step = masked(step, self._constraint)
+        step = masked(step, self._constraints)
         tokens = self.executor.execute(step)
+        seconds = time.perf_counter() - start
+        tokens, counts = self._agreeing(step, self._forced(step, tokens))
         self.stats.count(
-            step,
-            time.perf_counter() - start,
-            self._image_tokens(step),
-            self.executor.run.shape,
-            self.executor.run.storage,
+            step, seconds, len(tokens), self._image_tokens(step), self.executor.run.shape, self.executor.run.storage
         )
-        tokens = self._forced(step, tokens)
-        moved = self.scheduler.commit(tuple(token.id for token in tokens))
-        return [
-            (sequence.id, self._advance(sequence, token)) for (sequence, _), token in zip(moved, tokens, strict=True)
-        ]
+        moved = self.scheduler.commit(tuple(token.id for token in tokens), counts)
+        deltas: list[tuple[int, Delta]] = []
+        for (sequence, _), token in zip(moved, tokens, strict=True):
+            # What follows the end of a request is dropped.
+            if state := self._running.get(sequence.id):
+                if deltas and deltas[-1][0] == sequence.id:
+                    state.take_proposal()
+                deltas.append((sequence.id, self._advance(sequence, token)))
+        return deltas
 
-    def _constraint(self, number: int) -> Constraint | None:
-        """What constrains the next id of a sequence, unless that id is given."""
+    def _propose(self, sequences: list[Sequence]) -> Mapping[int, tuple[int, ...]]:
+        """Ids that may follow those of running sequences."""
+        assert self.speculation
+        start, rooms = time.perf_counter(), {}
+        for sequence in sequences:
+            state = self._running[sequence.id]
+            state.ahead = []
+            rooms[sequence] = 0 if state.alone else state.request.max_new - state.count - 1
+        proposals = self.speculation.propose(rooms)
+        for number, ids in proposals.items():
+            state = self._running[number]
+            if state.constraint:
+                state.ahead = state.constraint.after(ids)
+                proposals[number] = ids[: len(state.ahead)]
+        self.stats.decode_seconds += time.perf_counter() - start
+        return proposals
+
+    def _agreeing(self, step: Step, tokens: list[Token]) -> tuple[list[Token], tuple[int, ...]]:
+        """The tokens of a step without those after a proposal that was not sampled, and how many each row has left."""
+        if not isinstance(step, DecodeStep) or len(tokens) == len(step.rows):
+            return tokens, ()
+        taken, counts, end = [], [], 0
+        for row in step.rows:
+            own = tokens[end : end + len(row.ids)]
+            end += len(row.ids)
+            counts.append(agreeing(row, [token.id for token in own]))
+            taken += own[: counts[-1]]
+            if proposed := len(row.ids) - 1:
+                state = self._running[row.sequence]
+                state.alone, state.proposed = not counts[-1], state.proposed + proposed
+                if counts[-1] and self.speculation:
+                    self.speculation.learn(row.sequence, proposed, counts[-1] - 1)
+        return taken, tuple(counts)
+
+    def _constraints(self, number: int) -> list[Constraint]:
+        """What constrains the next id of a sequence and those after its proposals, unless that id is given."""
         state = self._running[number]
-        return None if len(state.sequence.generated) < len(state.request.forced) else state.constraint
+        if state.constraint is None or len(state.sequence.generated) < len(state.request.forced):
+            return []
+        return [state.constraint, *state.ahead]
 
     def _forced(self, step: Step, tokens: list[Token]) -> list[Token]:
         """The tokens of a step, with the ids of requests that force theirs. Ranks learn ids from the next step."""
         taken = []
-        for row, token in zip(step.rows, tokens):
+        if not any(state.request.forced for state in self._running.values()):
+            return tokens
+        # Those of a row with proposals follow each other; a request with forced ids gets none.
+        rows = (row for row in step.rows for _ in (row.ids if isinstance(step, DecodeStep) else (0,)))
+        for row, token in zip(rows, tokens):
             state = self._running[row.sequence]
             at = len(state.sequence.generated)
             if at < len(state.request.forced) and token.id != NOT_FINITE:
@@ -180,12 +246,13 @@ class Engine:
     def _advance(self, sequence: Sequence, token: Token) -> Delta:
         state, now = self._running[sequence.id], time.perf_counter()
         state.first = state.first or now
+        state.count += 1
         if self.stats.start_to_first_token is None:
             self.stats.start_to_first_token = process_age()
         request = state.request
         if token.id == NOT_FINITE:
             self._end(sequence)
-            error = NOT_FINITE_ERROR.format(step=len(sequence.generated))
+            error = NOT_FINITE_ERROR.format(step=state.count)
             return Delta(request.id, None, "", Result.failed(request.id, error))
         constraint = state.constraint
         if constraint:
@@ -205,7 +272,7 @@ class Engine:
         ended = token.id in self.processor.eos and (constraint is not None or not request.ignore_eos)
         text = "" if ended else state.text.add(token.id)
         ended = ended or (constraint is not None and constraint.complete)
-        if not (ended or state.text.stopped or len(sequence.generated) >= request.max_new):
+        if not (ended or state.text.stopped or state.count >= request.max_new):
             return Delta(request.id, token.id, text, None, logprobs)
         reason = "stop" if ended or state.text.stopped else "length"
         text += state.text.flush()
@@ -214,10 +281,15 @@ class Engine:
 
     def _end(self, sequence: Sequence) -> None:
         self.scheduler.finish(sequence)
-        del self._running[sequence.id]
+        self._forget(sequence.id)
+
+    def _forget(self, number: int) -> None:
+        self._running.pop(number, None)
+        if self.speculation:
+            self.speculation.forget(number)
 
     def _result(self, state: _Running, reason: str, now: float) -> Result:
-        request, ids = state.request, list(state.sequence.generated)
+        request, ids = state.request, state.sequence.generated[: state.count]
         after = len(ids) - 1
         return Result(
             id=request.id,
@@ -230,6 +302,8 @@ class Engine:
             time_to_first_token_ms=round((state.first - state.submitted) * 1e3, 3),
             time_per_output_token_ms=round((now - state.first) * 1e3 / after, 3) if after else None,
             logprobs=state.logprobs if request.sampling.logprobs is not None else None,
+            proposed_tokens=state.proposed if self.speculation else None,
+            accepted_tokens=state.accepted if self.speculation else None,
         )
 
     def _image_tokens(self, step: Step) -> int:

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import time
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -134,34 +135,49 @@ class Rank:
             logits = call(batch.prompt_input(step, self.sequences, bucket, self.plan, device))
             return self._sample(logits, step.rows[: step.sampled]) if step.sampled else []
         logits = call(batch.token_input(step.rows, self.sequences, bucket, self.plan, device))
-        return self._sample(logits, step.rows)
+        return self._sample(logits, step.rows, batch.places(step.rows, bucket))
 
     def _pages(self) -> tuple[Pages, Pages]:
         return self.pages, self.image_pages
 
-    def _sample(self, output: Output, rows: tuple[Row, ...]) -> list[Token]:
+    def _sample(self, output: Output, rows: tuple[Row, ...], places: list[int] | None = None) -> list[Token]:
+        """The tokens after the last id of each row or, with `places`, after all ids: where the output has those."""
         assert output is not None, "prefill and decode graphs give logits"
         start = time.perf_counter()
         logits_BV, found_WBF = output if isinstance(output, tuple) else (output, None)
+        ends = [len(row.ids) for row in rows]
+        counts = [1] * len(rows) if places is None else ends
+        count = sum(counts)
+        last = count if places is None else places[-1] + 1
+        at: Any = slice(count) if last == count else places
         with self._marked(SAMPLE):
             tokens = self.sampler.tokens(
-                lambda: self.backend.logits(logits_BV[: len(rows)]),
+                lambda: self.backend.logits(logits_BV[:last])[at],
                 # The whole tensor in one copy: a slice of it would take a kernel.
-                None if found_WBF is None else found_WBF.cpu()[:, : len(rows)],
-                [self.sequences[row].sampling for row in rows],
-                [row.start + len(row.ids) for row in rows],
-                [row.mask for row in rows],
+                None if found_WBF is None else found_WBF.cpu()[:, at],
+                [self.sequences[row].sampling for row, n in zip(rows, counts) for _ in range(n)],
+                [row.start + end - n for row, end, m in zip(rows, ends, counts) for n in range(m - 1, -1, -1)],
+                [mask for row, n in zip(rows, counts) for mask in _masks(row, n)],
             )
-        for row, token in zip(rows, tokens, strict=True):
-            known = self.sequences[row]
-            if token.id == NOT_FINITE:
+        begin = 0
+        for row, n in zip(rows, counts, strict=True):
+            known, own = self.sequences[row], tokens[begin : begin + n]
+            begin += n
+            if any(token.id == NOT_FINITE for token in own):
                 # Values of masked keys must be finite (see __init__), so the pages are cleared for their next owner.
                 # Those before are finite, and other sequences may use them.
-                self.backend.clear(self.pages, known.pages[known.finite // self.plan.page_size :].tolist())
+                # Of those, the next step writes what followed a rejected proposal once more.
+                finite = min(known.finite, row.start) // self.plan.page_size
+                self.backend.clear(self.pages, known.pages[finite:].tolist())
             else:
                 known.finite = row.start + len(row.ids)
         self.sample_seconds += time.perf_counter() - start
         return tokens
+
+
+def _masks(row: Row, count: int) -> tuple[bytes, ...]:
+    """The masks of the `count` tokens that are sampled after a row."""
+    return (row.mask, *(row.later_masks or (b"",) * (count - 1)))
 
 
 def make_deterministic(deterministic: bool) -> None:

@@ -9,7 +9,8 @@ class Result:
     """The result of a finished request. If it could not be served, finish_reason is "error" and `error` says why.
 
     cached_tokens: prompt tokens whose K/V were found from earlier requests. The time to the first token counts from
-    submission. Both times are in milliseconds.
+    submission. Both times are in milliseconds. proposed_tokens, accepted_tokens: with speculate=, how many tokens were
+    proposed, and how many of these are in the result.
     """
 
     id: Any
@@ -22,6 +23,8 @@ class Result:
     time_to_first_token_ms: float = 0.0
     time_per_output_token_ms: float | None = None
     logprobs: list[dict[str, Any]] | None = None
+    proposed_tokens: int | None = None
+    accepted_tokens: int | None = None
     error: str | None = None
 
     def line(self) -> dict[str, Any]:
@@ -36,8 +39,9 @@ class Result:
             }
         fields = dict(self.__dict__)
         del fields["error"]
-        if self.logprobs is None:
-            del fields["logprobs"]
+        for name in ("logprobs", "proposed_tokens", "accepted_tokens"):
+            if fields[name] is None:
+                del fields[name]
         return fields
 
     @staticmethod

@@ -4,15 +4,19 @@ A step encodes one image, prefills prompts or chunks of them, decodes one token 
 of the latter.
 """
 
-from bisect import bisect_left, insort
-from collections.abc import Iterator
+from bisect import insort
+from collections.abc import Callable, Iterator, Mapping
 
 from mllama_graph.core.errors import UserError
-from mllama_graph.engine.sequence import Sequence
-from mllama_graph.engine.steps import NOT_FINITE, DecodeStep, ImageTable, PrefillStep, Row, Step, VisionStep
+from mllama_graph.engine.sequence import Sequence, equal_pages, image_table
+from mllama_graph.engine.steps import NOT_FINITE, DecodeStep, PrefillStep, Row, Step, VisionStep
 from mllama_graph.inputs.images import TiledImage
 from mllama_graph.plan.blocks import BlockPool, ImageCache, OutOfPages, SharedPages, pages_for
 from mllama_graph.plan.buckets import Plan
+
+
+# Proposed ids of the sequences that decode, by the sequence's id.
+Propose = Callable[[list[Sequence]], Mapping[int, tuple[int, ...]]]
 
 
 class Scheduler:
@@ -29,12 +33,15 @@ class Scheduler:
     `prefix_cache`: full pages are kept when their sequence ends, and a sequence that begins with the same ids and
     images starts after them. It waits for a running prompt that is computing many of its pages.
 
+    `propose` gives ids that may follow the sequences of a decode step, by the sequence's id: at most as many as the
+    plan and the sequence have room for.
+
     When pages run out, the youngest running sequence of the lowest priority is preempted: it returns to the head of the
     queue, keeps its ids, and is computed again later.
     """
 
-    def __init__(self, plan: Plan, batch: int, prefix_cache: bool = True):
-        self.plan, self.batch, self.prefix_cache = plan, batch, prefix_cache
+    def __init__(self, plan: Plan, batch: int, prefix_cache: bool = True, propose: Propose = lambda sequences: {}):
+        self.plan, self.batch, self.prefix_cache, self.propose = plan, batch, prefix_cache, propose
         self.pool = SharedPages(BlockPool(plan.num_pages, reserved=plan.scratch_pages), plan.counts_every_reader)
         self.images = ImageCache(BlockPool(plan.num_image_pages), plan.page_size, plan.pages_per_image)
         # In order of their turns.
@@ -85,10 +92,11 @@ class Scheduler:
         step = self._decode(decoding) if decoding and self._owed and not room else None
         return step or self._admit(decoding, room) or self._decode(decoding)
 
-    def commit(self, ids: tuple[int, ...]) -> list[tuple[Sequence, int]]:
-        """Append the ids that a step sampled. Returns (sequence, id) for each sequence that got one.
+    def commit(self, ids: tuple[int, ...], counts: tuple[int, ...] = ()) -> list[tuple[Sequence, int]]:
+        """Append the ids that a step sampled. Returns (sequence, id) for each of them.
 
-        The caller ends sequences with `finish`.
+        `counts`: how many each row got that got any, one if it is empty: those that `agreeing` counts. A row with none
+        is computed again from its beginning. The caller ends sequences with `finish`.
         """
         assert self._pending is not None
         step, sequences = self._pending
@@ -96,8 +104,12 @@ class Scheduler:
         if isinstance(step, VisionStep):
             self.images.trim(step.image.key)
             return []
+        got = counts or (1,) * len(sequences) if isinstance(step, DecodeStep) else ()
         for sequence, row in zip(sequences, step.rows, strict=True):
             sequence.computed += len(row.ids)
+        for sequence, row, count in zip(sequences, step.rows, got):
+            # What was written for proposals that were not taken is written again.
+            sequence.computed += count - len(row.ids)
         if isinstance(step, PrefillStep):
             self._prefills += 1
             for sequence in sequences[step.decoding :]:
@@ -106,12 +118,18 @@ class Scheduler:
         # On a CPU prompt rows give K/V bits that depend on nothing but the tokens, and decoding rows give others: pages
         # that the latter have written are not kept there, so that the cache changes no result by a bit.
         decoding = step.decoding if isinstance(step, PrefillStep) else len(sequences)
-        for place, (sequence, token) in enumerate(zip(sequences, ids, strict=True)):
+        moved, taken = [], iter(ids)
+        for place, (sequence, count) in enumerate(zip(sequences, counts or (1,) * len(sequences), strict=True)):
+            if not count:
+                self._preempt(sequence)
+                continue
+            own = [next(taken) for _ in range(count)]
+            sequence.generated += own
+            moved += [(sequence, token) for token in own]
             # Finite logits mean finite K/V: a token attends to all before it.
-            if self.prefix_cache and token != NOT_FINITE and (place >= decoding or not self.plan.lengths_are_free):
+            if self.prefix_cache and own[-1] != NOT_FINITE and (place >= decoding or not self.plan.lengths_are_free):
                 self._keep(sequence)
-            sequence.generated.append(token)
-        return list(zip(sequences, ids))
+        return moved
 
     def finish(self, sequence: Sequence) -> None:
         """End a sequence: free its pages and release its images."""
@@ -270,8 +288,19 @@ class Scheduler:
         if not sequences:
             return None
         self._owed = False
-        rows = tuple(self._row(sequence, 1) for sequence in sequences)
+        proposals = self.propose(sequences)
+        rows = tuple(
+            self._row(sequence, 1, self._with_room(sequence, proposals.get(sequence.id, ()))) for sequence in sequences
+        )
         return self._issue(DecodeStep(rows, self._take_ended()), sequences)
+
+    def _with_room(self, sequence: Sequence, proposal: tuple[int, ...]) -> tuple[int, ...]:
+        """As much of a proposal as the sequence has pages for, or gets without taking them from others."""
+        size = self.plan.page_size
+        missing = pages_for(sequence.length + len(proposal), size) - len(sequence.pages)
+        if missing > 0 and missing <= self.pool.free:
+            sequence.pages += self.pool.allocate(missing)
+        return proposal[: len(sequence.pages) * size - sequence.length]
 
     def _preempt(self, sequence: Sequence) -> None:
         """Put a sequence back at the head of the queue, behind higher priorities."""
@@ -291,8 +320,10 @@ class Scheduler:
         ended, self._ended = tuple(self._ended), []
         return ended
 
-    def _row(self, sequence: Sequence, count: int) -> Row:
-        """The next `count` tokens of a sequence, with the changes that the ranks have not been sent yet."""
+    def _row(self, sequence: Sequence, count: int, proposal: tuple[int, ...] = ()) -> Row:
+        """The next `count` tokens of a sequence and a proposal, with the changes that the ranks have not been sent yet."""
+        ids = sequence.ids(sequence.computed, sequence.computed + count) + proposal
+        count += len(proposal)
         start, first_row = sequence.computed, not sequence.sent_pages
         seen = [sequence.visible(position) for position in range(start, start + count)]
         low, high = min(first for first, _ in seen), max(last for _, last in seen)
@@ -301,14 +332,15 @@ class Scheduler:
             low = 0
         table = None
         if sequence.sent_images != (low, high):
-            table, sequence.image_begins = self._image_table(sequence.images[low:high])
+            held = [self.images[image.key] for image in sequence.images[low:high]]
+            table, sequence.image_begins = image_table(held, self.plan.page_size)
         begins = sequence.image_begins
         see = [(begins[first - low], begins[last - low]) if last > first else (0, 0) for first, last in seen]
         new_pages = tuple(sequence.pages[sequence.sent_pages :])
         sequence.sent_pages, sequence.sent_images = len(sequence.pages), (low, high)
         return Row(
             sequence.id,
-            sequence.ids(start, start + count),
+            ids,
             start,
             new_pages,
             pages_for(start + count, self.plan.page_size),
@@ -317,19 +349,3 @@ class Scheduler:
             see=() if all(span == (0, begins[-1]) for span in see) else tuple(see),
             sampling=sequence.sampling if first_row else None,
         )
-
-    def _image_table(self, images: tuple[TiledImage, ...]) -> tuple[ImageTable, list[int]]:
-        """The table of some images' pages, and the first entry of each image in it, followed by the table's length."""
-        begins, pages, fill, size = [0], [], [], self.plan.page_size
-        for image in images:
-            held = self.images[image.key].pages
-            tokens = image.count * self.plan.tokens_per_tile
-            pages += held
-            fill += [min(size, tokens - size * n) for n in range(len(held))]
-            begins.append(len(pages))
-        return ImageTable(tuple(pages), tuple(fill)), begins
-
-
-def equal_pages(one: list[bytes], other: list[bytes]) -> int:
-    """The number of pages with which both sequences of digests begin. A digest covers the pages before it, too."""
-    return bisect_left(range(min(len(one), len(other))), True, key=lambda page: one[page] != other[page])

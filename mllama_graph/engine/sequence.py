@@ -1,10 +1,12 @@
 """A request in the scheduler: its ids, its pages, and what the ranks were told of both. Uses no tensors."""
 
+from bisect import bisect_left
 from dataclasses import dataclass, field
 
+from mllama_graph.engine.steps import ImageTable
 from mllama_graph.inputs.images import TiledImage
 from mllama_graph.inputs.request import Sampling
-from mllama_graph.plan.blocks import page_digest
+from mllama_graph.plan.blocks import ImagePages, page_digest
 
 
 @dataclass(eq=False)
@@ -88,3 +90,18 @@ class Sequence:
         while first > 0 and self.image_positions[first] == self.image_positions[first - 1] + 1:
             first -= 1
         return first, last
+
+
+def image_table(images: list[ImagePages], size: int) -> tuple[ImageTable, list[int]]:
+    """The table of some images' pages, and the first entry of each image in it, followed by the table's length."""
+    begins, pages, fill = [0], [], []
+    for image in images:
+        pages += image.pages
+        fill += [min(size, image.tokens - size * n) for n in range(len(image.pages))]
+        begins.append(len(pages))
+    return ImageTable(tuple(pages), tuple(fill)), begins
+
+
+def equal_pages(one: list[bytes], other: list[bytes]) -> int:
+    """The number of pages with which both sequences of digests begin. A digest covers the pages before it, too."""
+    return bisect_left(range(min(len(one), len(other))), True, key=lambda page: one[page] != other[page])

@@ -7,7 +7,9 @@ from mllama_graph.core.place import Place, Rendezvous
 from mllama_graph.core.report import Progress
 from mllama_graph.engine.engine import Engine
 from mllama_graph.engine.executor import Executor
+from mllama_graph.engine.ngram import Ngram
 from mllama_graph.engine.scheduler import Scheduler
+from mllama_graph.engine.speculation import Speculation
 from mllama_graph.inputs.processor import Processor
 from mllama_graph.inputs.request import Sampling
 from mllama_graph.model.tree import Pixels
@@ -56,4 +58,5 @@ def start_engine(
         )
     log.info("memory of a rank: %s", run.memory.describe())
     executor = Executor(run, pixels_of(processor), progress, first, place, rendezvous, check)
-    return Engine(processor, Scheduler(run.plan, run.limits.batch, run.prefix_cache), executor)
+    speculation = Speculation(Ngram(), run.plan, run.device.row_cost) if run.speculate == "ngram" else None
+    return Engine(processor, Scheduler(run.plan, run.limits.batch, run.prefix_cache), executor, speculation)

@@ -37,12 +37,17 @@ class Totals:
 
 @dataclass
 class Stats:
-    """Counts and seconds of each kind of step. `decode_bytes`: bytes that decode steps read, modelled from shapes."""
+    """Counts and seconds of each kind of step. `decode_bytes`: bytes that decode steps read, modelled from shapes.
+
+    decode_tokens: those that decode steps gave, proposals that were accepted included.
+    """
 
     vision_steps: int = 0
     prefill_steps: int = 0
     decode_steps: int = 0
     decode_rows: int = 0
+    decode_tokens: int = 0
+    proposed_tokens: int = 0
     vision_seconds: float = 0.0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -50,8 +55,10 @@ class Stats:
     # Seconds from the start of the process to its first token; None before that.
     start_to_first_token: float | None = None
 
-    def count(self, step: Step, seconds: float, image_tokens: int, shape: ModelShape, storage: Storage) -> None:
-        """Add a step. `image_tokens`: attended to, summed over rows. `storage`: of weights and pages."""
+    def count(
+        self, step: Step, seconds: float, tokens: int, image_tokens: int, shape: ModelShape, storage: Storage
+    ) -> None:
+        """Add a step that gave `tokens`. `image_tokens`: attended to, summed over rows. `storage`: of weights and pages."""
         if isinstance(step, VisionStep):
             self.vision_steps, self.vision_seconds = self.vision_steps + 1, self.vision_seconds + seconds
         elif isinstance(step, PrefillStep):
@@ -59,9 +66,11 @@ class Stats:
         elif isinstance(step, DecodeStep):
             self.decode_steps += 1
             self.decode_rows += len(step.rows)
+            self.decode_tokens += tokens
+            self.proposed_tokens += sum(len(row.ids) - 1 for row in step.rows)
             self.decode_seconds += seconds
-            tokens = sum(row.start + 1 for row in step.rows)
-            self.decode_bytes += step_bytes(shape, image_tokens > 0, tokens, image_tokens, storage)
+            keys = sum(row.start + len(row.ids) for row in step.rows)
+            self.decode_bytes += step_bytes(shape, image_tokens > 0, keys, image_tokens, storage)
 
     def metrics(self, finished: Totals, preemptions: int) -> dict[str, Any]:
         """The metrics for result.json: sums over requests, means over steps. Bytes are modelled, times measured."""
@@ -75,7 +84,7 @@ class Stats:
             "start_to_first_token_s": self.start_to_first_token and round(self.start_to_first_token, 2),
             "time_to_first_token_ms": _mean(finished.first_token_ms, finished.requests),
             "time_per_output_token_ms": _mean(finished.per_token_ms, finished.timed),
-            "tokens_per_second": round(self.decode_rows / self.decode_seconds, 3) if steps else None,
+            "tokens_per_second": round(self.decode_tokens / self.decode_seconds, 3) if steps else None,
             "bytes_per_step": round(self.decode_bytes / steps) if steps else None,
             "gb_per_second": round(self.decode_bytes / self.decode_seconds / 1e9, 3) if steps else None,
             "vision_steps": self.vision_steps,
@@ -84,6 +93,8 @@ class Stats:
             "vision_seconds": round(self.vision_seconds, 4),
             "prefill_seconds": round(self.prefill_seconds, 4),
             "decode_seconds": round(self.decode_seconds, 4),
+            "proposed_tokens": self.proposed_tokens,
+            "accepted_tokens": self.decode_tokens - self.decode_rows,
             "preemptions": preemptions,
         }
 

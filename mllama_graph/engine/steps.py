@@ -4,6 +4,7 @@ A sequence's pages, image table and sampling options are sent once, when they be
 (engine/batch.py, Sequences). So a decode step costs the same to send after 10 tokens and after 10,000.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mllama_graph.inputs.images import TiledImage
@@ -45,6 +46,10 @@ class Row:
     with the first after the sequence was preempted; such a row's `pages` are the whole block table. mask: the ids that
     may be sampled after this row, one bit each in int32 words, the lowest bit first; empty if all may. Sent to every
     rank, which cuts it to its shard of the vocabulary.
+
+    In a decode step, ids after the first are proposals: a token is sampled after each id, and those after a proposal
+    count only if it is what was sampled before it (`agreeing`). `mask` is then for the token after the first id, and
+    `later_masks` for those after proposals, where the request has masks.
     """
 
     sequence: int
@@ -57,6 +62,7 @@ class Row:
     see: tuple[tuple[int, int], ...] = ()
     sampling: Sampling | None = None
     mask: bytes = b""
+    later_masks: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,10 +93,23 @@ class PrefillStep:
 
 @dataclass(frozen=True)
 class DecodeStep:
-    """One new token for each row. `ended`: sequences that ended since the step before."""
+    """A new token for each row, and one more after each proposal that it has. `ended`: sequences that ended since the
+    step before.
+    """
 
     rows: tuple[Row, ...]
     ended: tuple[int, ...] = ()
 
 
 Step = VisionStep | PrefillStep | DecodeStep
+
+
+def agreeing(row: Row, sampled: Sequence[int]) -> int:
+    """How many of the tokens sampled after a decode row's ids are those that steps of one token would have sampled.
+
+    That after the first id is, and each after a proposal that equals the token sampled before it. 0 if a token after a
+    proposal could not be sampled: what it wrote may spoil the others, and the row must be computed without proposals.
+    """
+    if len(row.ids) > 1 and NOT_FINITE in sampled:
+        return 0
+    return 1 + next((n for n, pair in enumerate(zip(row.ids[1:], sampled)) if pair[0] != pair[1]), len(row.ids) - 1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 class Bucket:
     """The static sizes of one graph.
 
-    rows: sequences (B). tokens: token rows (T). pages: K/V pages per sequence (J); a prefill with 0 is that of one
+    rows: sequences (B). tokens: token rows (T); in a decode step, as many of each sequence. pages: K/V pages per sequence (J); a prefill with 0 is that of one
     sequence without earlier tokens, whose rows attend only to each other. image_pages: image K/V pages per sequence; a
     graph with 0 leaves out the cross-attention layers. tiles: real tiles of the image of a vision graph; 0 if the graph
     takes any number of them.
@@ -24,10 +24,15 @@ class Bucket:
         sizes = {
             "vision": [("tiles", self.tiles)] if self.tiles else [],
             "prefill": [("rows", self.rows)] * (self.rows > 1) + [("tokens", self.tokens), ("pages", self.pages)],
-            "decode": [("batch", self.rows), ("pages", self.pages)],
+            "decode": [("batch", self.rows)] + [("each", self.each)] * (self.each > 1) + [("pages", self.pages)],
         }[self.phase]
         image = [("image_pages", self.image_pages)]
         return self.phase + " " + " ".join(f"{name}={size}" for name, size in sizes + image)
+
+    @property
+    def each(self) -> int:
+        """Token rows of each sequence in a decode step."""
+        return self.tokens // self.rows
 
     def holds(self, need: "Bucket") -> bool:
         """Whether a graph of this bucket can run a step that needs `need`.
@@ -36,6 +41,7 @@ class Bucket:
         """
         return (
             self.phase == need.phase
+            and (self.phase != "decode" or self.each == need.each)
             and self.tiles == need.tiles
             and (self.image_pages == 0) == (need.image_pages == 0)
             and (self.pages == 0) == (need.pages == 0)

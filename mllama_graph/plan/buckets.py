@@ -25,6 +25,9 @@ MIXED_TOKENS = 12
 # The most tokens and sequences of a packed prefill where shapes are compiled: beyond them, a device is busy with one
 # prompt, and attention, which pads each sequence to all tokens, costs more than launches (plan/latency.py).
 PACKED_TOKENS, PACKED_ROWS = 512, 8
+# The most rows of a decode step with proposals where lengths are data, unless the batch is larger: beyond, a step takes
+# time in proportion to its rows, and few proposals pay.
+SPECULATIVE_ROWS = 16
 # The number of prefill buckets, the largest that PACKED_TOKENS allows, that exist for several prompts.
 PACKED_SIZES = 2
 
@@ -73,15 +76,24 @@ class Plan:
     tiles: int
     # Whether a page of several sequences counts once for each (core/devices.py, Paging).
     counts_every_reader: bool
+    # The most tokens of a sequence in a decode step: its last one, and proposals.
+    row_tokens: int = 1
 
     @property
     def max_images(self) -> int:
         return self.images[-1]
 
-    def decode(self, rows: int, pages: int, image_pages: int) -> Bucket:
-        """The smallest decode bucket for `rows` sequences of at most `pages` and `image_pages` pages each."""
+    def decode(self, rows: int, pages: int, image_pages: int, each: int = 1) -> Bucket:
+        """The smallest decode bucket for `rows` sequences of at most `pages` and `image_pages` pages each, which
+        compute `each` tokens.
+        """
         rows = pick(rows, self.decode_batch)
-        return Bucket("decode", rows, rows, pick(pages, self.pages), self._images(image_pages))
+        return Bucket("decode", rows, rows * each, pick(pages, self.pages), self._images(image_pages))
+
+    @property
+    def decode_tokens(self) -> int:
+        """The most token rows of a decode step."""
+        return self.decode_batch[-1] * (1 if self.lengths_are_free else self.row_tokens)
 
     def prefill(self, tokens: int, pages: int, image_pages: int, rows: int = 1) -> Bucket:
         """The smallest prefill bucket for `tokens` new tokens of `rows` prompts, of at most `pages` pages each with
@@ -134,7 +146,11 @@ class Plan:
             used = pages_for(done, self.page_size) if done > chunk else 0
             buckets.append(self.prefill(chunk, used, images))
         if max_new > 1:
-            buckets.append(self.decode(1, pages_for(prompt + max_new, self.page_size), images))
+            pages = pages_for(prompt + max_new, self.page_size)
+            buckets.append(self.decode(1, pages, images))
+            if self.row_tokens > 1:
+                rows, each = (self.row_tokens, 1) if self.lengths_are_free else (1, self.row_tokens)
+                buckets.append(self.decode(min(rows, self.decode_batch[-1]), pages, images, each))
         return buckets
 
     def chunk(self, left: int) -> int:
@@ -152,7 +168,10 @@ class Plan:
         prefill = [Bucket("prefill", least, t, p, i) for t, p, i in product(self.prefill_tokens, past, image_pages)]
         packed = product(self.prefill_rows[1:], self.packed_tokens, image_pages)
         prefill += [Bucket("prefill", b, t, self.packed_pages, i) for b, t, i in packed if t]
-        decode = [Bucket("decode", b, b, p, i) for b, p, i in product(self.decode_batch, self.pages, image_pages)]
+        # Where lengths are data, each proposal is a row of its own.
+        each = (1,) if self.lengths_are_free or self.row_tokens == 1 else (1, self.row_tokens)
+        sizes = product(self.decode_batch, each, self.pages, image_pages)
+        decode = [Bucket("decode", b, b * n, p, i) for b, n, p, i in sizes]
         vision = [self.vision(tiles) for tiles in range(self.tiles, 0, -1)] or [self.vision(0)]
         return [*vision, *prefill, *decode]
 
@@ -191,7 +210,7 @@ def _sizes(name: str, given: Sequence[int] | None, default: tuple[int, ...], lea
 @dataclass(frozen=True)
 class Limits:
     """Limits of a run: sequences in flight, ids per prompt, new tokens per request, images per request, and tokens per
-    step while sequences decode (None: the device's default).
+    step while sequences decode (None: the device's default), and tokens proposed per sequence and decode step.
     """
 
     batch: int
@@ -199,6 +218,7 @@ class Limits:
     max_new: int
     max_images: int
     step_tokens: int | None = None
+    proposals: int = 0
 
 
 def make_plan(choice: PlanChoice, limits: Limits, shape: ModelShape, paging: Paging, lengths_are_free: bool) -> Plan:
@@ -209,7 +229,8 @@ def make_plan(choice: PlanChoice, limits: Limits, shape: ModelShape, paging: Pag
     size = choice.page_size
     _check_page(size, paging)
     longest = limits.max_input + limits.max_new
-    pages_per_sequence = pages_for(longest, size)
+    # Where each sequence of a step is padded to as many tokens, padding may reach behind the longest one.
+    pages_per_sequence = pages_for(longest + (0 if lengths_are_free else limits.proposals), size)
     chunk = min(LARGEST_PREFILL, limits.max_input)
 
     def pages_ladder(top: int) -> tuple[int, ...]:
@@ -219,11 +240,16 @@ def make_plan(choice: PlanChoice, limits: Limits, shape: ModelShape, paging: Pag
     # Where lengths are free, absent sequences are too: one size, so that no graph is added.
     packed = (limits.batch,) if lengths_are_free else (1, min(PACKED_ROWS, limits.batch))
     rows = _sizes("prefill_rows", choice.prefill_rows, tuple(sorted(set(packed))), 1)
-    batch = _sizes("decode_batch", choice.decode_batch, ladder(1, limits.batch), limits.batch)
+    decode = ladder(1, limits.batch)
+    if lengths_are_free and limits.proposals:
+        most = min(limits.batch * (1 + limits.proposals), SPECULATIVE_ROWS)
+        decode = tuple(sorted({*decode, max(most, limits.batch)}))
+    batch = _sizes("decode_batch", choice.decode_batch, decode, limits.batch)
     pages = _sizes("pages", choice.pages, pages_ladder(pages_per_sequence), pages_per_sequence)
     images = _sizes("images", choice.images, pages_ladder(limits.max_images), limits.max_images)
     # Each padded token row writes to its own slot in the scratch pages, so that slots are unique.
-    scratch = pages_for(max(prefill[-1], batch[-1]), size)
+    decoded = batch[-1] * (1 if lengths_are_free else 1 + limits.proposals)
+    scratch = pages_for(max(prefill[-1], decoded), size)
     if paging.counts_every_reader:
         # The kernel counts at least one page per sequence of a batch, padding included.
         scratch = max(scratch, batch[-1], rows[-1])
@@ -253,6 +279,7 @@ def make_plan(choice: PlanChoice, limits: Limits, shape: ModelShape, paging: Pag
         limits.step_tokens or (max(MIXED_TOKENS, 2 * limits.batch) if lengths_are_free else prefill[-1]),
         shape.vision.max_tiles if paging.fixed_tiles else 0,
         paging.counts_every_reader,
+        1 + limits.proposals,
     )
 
 

@@ -60,7 +60,8 @@ def forms_of(
 
 def _chosen(model: Model, plan: Plan) -> Iterator[tuple[Bucket, Forms]]:
     for bucket in plan.buckets():
-        if bucket.phase == "decode":
+        # TND and parts serve one row of a sequence.
+        if bucket.phase == "decode" and bucket.each == 1:
             text = _form(model, plan, bucket.rows, bucket.pages, False, plan.num_pages)
             image = _form(model, plan, bucket.rows, bucket.image_pages, True, plan.num_image_pages)
             if (forms := Forms(text, image)) != BSH_ALONE:

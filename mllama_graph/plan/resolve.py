@@ -123,6 +123,7 @@ class ResolvedRun(ResolvedTask):
     threads: int | None
     deterministic: bool
     prefix_cache: bool
+    speculate: str
     timeout: float
     defaults: Defaults
     question: Question
@@ -159,6 +160,7 @@ def resolve(run: Run, place: Place | None) -> ResolvedTask:
         run.max_output_length,
         run.max_images or max(DEFAULT_MAX_IMAGES, run.task.images_asked(run)),
         run.max_step_tokens,
+        run.speculate_tokens if run.speculate != "none" else 0,
     )
     plan = make_plan(run.plan, limits, shape, device.paging, kernels == NATIVE)
     formats, notes = formats_of(run, shape, checkpoint)
@@ -210,6 +212,7 @@ def resolve(run: Run, place: Place | None) -> ResolvedTask:
         deterministic=run.deterministic,
         # Where lengths are not free, the split of a prompt changes the order of sums.
         prefix_cache=run.prefix_cache and not (run.deterministic and not plan.lengths_are_free),
+        speculate=run.speculate,
         timeout=run.timeout,
         hardware=run.hardware,
         defaults=Defaults(run.max_output_length, run.max_input_length, run.temperature, run.top_p, run.top_k, run.seed),

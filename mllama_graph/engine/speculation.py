@@ -1,0 +1,111 @@
+"""How many ids are proposed for each sequence of a decode step, and who proposes them.
+
+A token is sampled after every proposal with the draw of its own position (engine/sampler.py), which depends on neither
+the batch nor the proposals. Those that agree with the proposals are taken: so the tokens are those of steps without
+proposals, whatever is proposed. This is rejection sampling: a proposal that does not depend on the position's draw is
+accepted with its probability, and what replaces a rejected one follows the distribution without it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from mllama_graph.engine.sequence import Sequence
+from mllama_graph.plan.buckets import Plan
+
+# The weight of a step's outcome against those before it, when the share of accepted proposals is estimated.
+DECAY = 0.8
+# The most steps between two proposals for a sequence whose proposals are not accepted.
+LONGEST_WAIT = 64
+
+
+class Proposer(Protocol):
+    """Proposes ids that may follow the last id of sequences."""
+
+    def propose(self, wanted: Mapping[Sequence, int]) -> dict[int, tuple[int, ...]]:
+        """At most as many ids as are wanted for each sequence, by its id."""
+
+    def forget(self, id: int) -> None:
+        """Forget a sequence that has ended."""
+
+
+@dataclass
+class Pace:
+    """A sequence's experience: decayed sums of proposals that were judged, and of those accepted.
+
+    waited: steps without a proposal; one is made after `wait` of them, even if it is not expected to pay.
+    """
+
+    judged: float = 2.0
+    accepted: float = 1.0
+    wait: int = 1
+    waited: int = 0
+
+    @property
+    def share(self) -> float:
+        """The expected share of accepted proposals."""
+        return self.accepted / self.judged
+
+    def learn(self, proposed: int, accepted: int) -> None:
+        """Add a step's outcome. Proposals after the first rejected one were not judged."""
+        self.judged = DECAY * self.judged + accepted + (accepted < proposed)
+        self.accepted = DECAY * self.accepted + accepted
+        self.wait = 1 if accepted else min(2 * self.wait, LONGEST_WAIT)
+
+
+class Speculation:
+    """Proposals for decode steps. `most`: for a sequence and step. `cost`: what a further row adds to a step's time, as
+    a share of the time of a step with one row.
+    """
+
+    def __init__(self, proposer: Proposer, plan: Plan, cost: float):
+        self.proposer, self.cost, self.most = proposer, cost, plan.row_tokens - 1
+        # Where each sequence is padded to the same number of tokens, it is as if each had all of them.
+        self._rows = plan.decode_batch[-1] if plan.lengths_are_free else plan.decode_tokens
+        self._paces: dict[int, Pace] = {}
+        self.proposed = self.accepted = 0
+
+    def propose(self, rooms: Mapping[Sequence, int]) -> dict[int, tuple[int, ...]]:
+        """Proposals for the sequences of a decode step, by their ids; `rooms`: the most ids for each."""
+        wanted = self._wanted(rooms)
+        found = self.proposer.propose(wanted) if wanted else {}
+        return {id: ids for id, ids in found.items() if ids}
+
+    def learn(self, id: int, proposed: int, accepted: int) -> None:
+        """Take note of how many proposals for a sequence were accepted."""
+        self.proposed += proposed
+        self.accepted += accepted
+        self._paces.setdefault(id, Pace()).learn(proposed, accepted)
+
+    def forget(self, id: int) -> None:
+        """Forget a sequence that has ended."""
+        self._paces.pop(id, None)
+        self.proposer.forget(id)
+
+    def _wanted(self, rooms: Mapping[Sequence, int]) -> dict[Sequence, int]:
+        """How many ids to propose for each sequence, so that the step gives the most tokens per time.
+
+        A further proposal is accepted with the probability that all before it and itself are. It pays if that is more
+        than the step's tokens times the share by which one more row lengthens it.
+        """
+        rows = tokens = float(len(rooms))
+        counts = dict.fromkeys(rooms, 0)
+        gains = {sequence: self._pace(sequence).share for sequence, room in rooms.items() if min(room, self.most) > 0}
+        while gains and rows < self._rows:
+            sequence = max(gains, key=gains.__getitem__)
+            if gains[sequence] * (1 + self.cost * (rows - 1)) <= tokens * self.cost:
+                break
+            counts[sequence] += 1
+            tokens, rows = tokens + gains[sequence], rows + 1
+            gains[sequence] *= self._pace(sequence).share
+            if counts[sequence] == min(self.most, rooms[sequence]):
+                del gains[sequence]
+        for sequence in gains:
+            pace = self._pace(sequence)
+            pace.waited = 0 if counts[sequence] else pace.waited + 1
+            if pace.waited > pace.wait and rows < self._rows:
+                counts[sequence], rows, pace.waited = 1, rows + 1, 0
+        return {sequence: count for sequence, count in counts.items() if count}
+
+    def _pace(self, sequence: Sequence) -> Pace:
+        return self._paces.setdefault(sequence.id, Pace())
