@@ -5,18 +5,15 @@ of the latter.
 """
 
 from bisect import insort
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 
 from mllama_graph.core.errors import UserError
 from mllama_graph.engine.sequence import Sequence, equal_pages, image_table
+from mllama_graph.engine.speculation import Propose, no_proposals
 from mllama_graph.engine.steps import NOT_FINITE, DecodeStep, PrefillStep, Row, Step, VisionStep
 from mllama_graph.inputs.images import TiledImage
 from mllama_graph.plan.blocks import BlockPool, ImageCache, OutOfPages, SharedPages, pages_for
 from mllama_graph.plan.buckets import Plan
-
-
-# Proposed ids of the sequences that decode, by the sequence's id.
-Propose = Callable[[list[Sequence]], Mapping[int, tuple[int, ...]]]
 
 
 class Scheduler:
@@ -40,7 +37,7 @@ class Scheduler:
     queue, keeps its ids, and is computed again later.
     """
 
-    def __init__(self, plan: Plan, batch: int, prefix_cache: bool = True, propose: Propose = lambda sequences: {}):
+    def __init__(self, plan: Plan, batch: int, prefix_cache: bool = True, propose: Propose = no_proposals):
         self.plan, self.batch, self.prefix_cache, self.propose = plan, batch, prefix_cache, propose
         self.pool = SharedPages(BlockPool(plan.num_pages, reserved=plan.scratch_pages), plan.counts_every_reader)
         self.images = ImageCache(BlockPool(plan.num_image_pages), plan.page_size, plan.pages_per_image)
@@ -321,7 +318,7 @@ class Scheduler:
         return ended
 
     def _row(self, sequence: Sequence, count: int, proposal: tuple[int, ...] = ()) -> Row:
-        """The next `count` tokens of a sequence and a proposal, with the changes that the ranks have not been sent yet."""
+        """The next `count` tokens of a sequence, its proposal, and the changes that the ranks have not been sent yet."""
         ids = sequence.ids(sequence.computed, sequence.computed + count) + proposal
         count += len(proposal)
         start, first_row = sequence.computed, not sequence.sent_pages

@@ -6,7 +6,7 @@ proposals, whatever is proposed. This is rejection sampling: a proposal that doe
 accepted with its probability, and what replaces a rejected one follows the distribution without it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +17,14 @@ from mllama_graph.plan.buckets import Plan
 DECAY = 0.8
 # The most steps between two proposals for a sequence whose proposals are not accepted.
 LONGEST_WAIT = 64
+
+# Proposed ids of the sequences that decode, by the sequence's id.
+Propose = Callable[[list[Sequence]], Mapping[int, tuple[int, ...]]]
+
+
+def no_proposals(sequences: list[Sequence]) -> Mapping[int, tuple[int, ...]]:
+    """A `Propose` of a run without speculation."""
+    return {}
 
 
 class Proposer(Protocol):

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 class Bucket:
     """The static sizes of one graph.
 
-    rows: sequences (B). tokens: token rows (T); in a decode step, as many of each sequence. pages: K/V pages per sequence (J); a prefill with 0 is that of one
-    sequence without earlier tokens, whose rows attend only to each other. image_pages: image K/V pages per sequence; a
-    graph with 0 leaves out the cross-attention layers. tiles: real tiles of the image of a vision graph; 0 if the graph
-    takes any number of them.
+    rows: sequences (B). tokens: token rows (T); in a decode step, as many of each sequence. pages: K/V pages per
+    sequence (J); a prefill with 0 is that of one sequence without earlier tokens, whose rows attend only to each other.
+    image_pages: image K/V pages per sequence; a graph with 0 leaves out the cross-attention layers. tiles: real tiles
+    of the image of a vision graph; 0 if the graph takes any number of them.
     """
 
     phase: str
