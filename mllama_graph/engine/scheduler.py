@@ -318,7 +318,7 @@ class Scheduler:
         return ended
 
     def _row(self, sequence: Sequence, count: int, proposal: tuple[int, ...] = ()) -> Row:
-        """The next `count` tokens of a sequence, its proposal, and the changes that the ranks have not been sent yet."""
+        """The next `count` tokens of a sequence, its proposal, and what the ranks have not been sent yet."""
         ids = sequence.ids(sequence.computed, sequence.computed + count) + proposal
         count += len(proposal)
         start, first_row = sequence.computed, not sequence.sent_pages

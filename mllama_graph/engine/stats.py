@@ -58,7 +58,7 @@ class Stats:
     def count(
         self, step: Step, seconds: float, tokens: int, image_tokens: int, shape: ModelShape, storage: Storage
     ) -> None:
-        """Add a step that gave `tokens`. `image_tokens`: attended to, over all rows. `storage`: of weights and pages."""
+        """Add a step that gave `tokens`. `image_tokens`: attended to by all rows. `storage`: of weights and pages."""
         if isinstance(step, VisionStep):
             self.vision_steps, self.vision_seconds = self.vision_steps + 1, self.vision_seconds + seconds
         elif isinstance(step, PrefillStep):
