@@ -228,6 +228,8 @@ class Engine:
     def close(self, progress: Progress | None = None) -> None:
         """End the worker ranks. With `progress`, first finish and store graphs still compiling; Ctrl-C stops that."""
         self.executor.close()
+        if self.speculation:
+            self.speculation.proposer.close()
         graphs = self.executor.graphs
         pending = graphs.compiler.pending
         if progress and pending and not graphs.store.warning:

@@ -15,8 +15,8 @@ from mllama_graph.graphs.store import GraphStore
 from mllama_graph.model.tree import Pixels
 from mllama_graph.plan.bucket import Bucket
 from mllama_graph.plan.cost import bucket_cost
-from mllama_graph.plan.memory import require
-from mllama_graph.plan.resolve import ResolvedRun, require_on_host
+from mllama_graph.plan.memory import require, require_on_host
+from mllama_graph.plan.resolve import ResolvedRun
 
 
 class Executor:

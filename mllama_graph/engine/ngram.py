@@ -27,6 +27,9 @@ class Ngram:
         """Forget a sequence that has ended."""
         self._ids.pop(id, None)
 
+    def close(self) -> None:
+        pass
+
     def _next(self, sequence: Sequence, count: int) -> tuple[int, ...]:
         held = self._ids.setdefault(sequence.id, bytearray())
         held += array("i", sequence.ids(len(held) // 4, sequence.length)).tobytes()

@@ -36,6 +36,9 @@ class Proposer(Protocol):
     def forget(self, id: int) -> None:
         """Forget a sequence that has ended."""
 
+    def close(self) -> None:
+        """Release what it holds."""
+
 
 @dataclass
 class Pace:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 from mllama_graph.core.place import Place, Rendezvous
 from mllama_graph.core.report import Progress
+from mllama_graph.engine.draft import Draft
 from mllama_graph.engine.engine import Engine
 from mllama_graph.engine.executor import Executor
 from mllama_graph.engine.ngram import Ngram
@@ -58,5 +59,8 @@ def start_engine(
         )
     log.info("memory of a rank: %s", run.memory.describe())
     executor = Executor(run, pixels_of(processor), progress, first, place, rendezvous, check)
-    speculation = Speculation(Ngram(), run.plan, run.device.row_cost) if run.speculate == "ngram" else None
+    speculation = None
+    if run.speculate != "none":
+        draft = run.draft and Draft(Executor(run.draft, pixels_of(processor_of(run.draft)), progress, place=Place()))
+        speculation = Speculation(draft or Ngram(), run.plan, run.device.row_cost)
     return Engine(processor, Scheduler(run.plan, run.limits.batch, run.prefix_cache), executor, speculation)

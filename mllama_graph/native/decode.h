@@ -196,6 +196,27 @@ struct Task {
   std::vector<Piece> pieces;
 };
 
+// The tasks in the order in which threads take them: of rows that follow each other and begin with the same page, such as
+// a token and the proposals after it, first the first task of each, then the second, so that what one has read from
+// memory, the next reads from a cache. `first_task`: of each row, followed by the number of tasks.
+inline std::vector<int64_t> in_order(const std::vector<Task>& tasks, const std::vector<int64_t>& first_task) {
+  const int64_t rows = static_cast<int64_t>(first_task.size()) - 1;
+  const auto page_of = [&](int64_t row) {
+    return first_task[row] < first_task[row + 1] ? tasks[first_task[row]].pieces.front().page : -1;
+  };
+  std::vector<int64_t> order;
+  order.reserve(tasks.size());
+  for (int64_t first = 0, last; first < rows; first = last) {
+    int64_t most = 0;
+    for (last = first; last < rows && page_of(last) == page_of(first); last++)
+      most = std::max(most, first_task[last + 1] - first_task[last]);
+    for (int64_t n = 0; n < most; n++)
+      for (int64_t row = first; row < last; row++)
+        if (first_task[row] + n < first_task[row + 1]) order.push_back(first_task[row] + n);
+  }
+  return order;
+}
+
 // Attention of the first B * R rows of q (T, Q, H), R for each of the first B sequences: a row sees the first
 // seen(row, j) tokens of entry j of its block table, in table (.., J). Writes as many rows of `results`.
 template <class E, class Seen>
@@ -228,6 +249,7 @@ void attend(const Tensor& q, const Pool<E>& keys, const Pool<E>& values, const T
     }
   }
   first_task[rows] = static_cast<int64_t>(tasks.size());
+  const std::vector<int64_t> order = in_order(tasks, first_task);
 
   // Layout of a task's partial result: the largest scores, the sums, the values.
   const int64_t width = heads.queries * (heads.width + 2), token = heads.keys * heads.width;
@@ -246,7 +268,7 @@ void attend(const Tensor& q, const Pool<E>& keys, const Pool<E>& values, const T
   parallel_for(count * parts, 1, [&](int64_t from, int64_t to) {
     const std::unique_ptr<float[][kTokens]> weights(new float[heads.queries][kTokens]);
     for (; from < to; from++) {
-      const int64_t task = from / parts, first = from % parts * heads.keys / parts;
+      const int64_t task = order[from / parts], first = from % parts * heads.keys / parts;
       const int64_t last = (from % parts + 1) * heads.keys / parts;
       const Partial out = partial(task);
       std::fill(out.largest + first * heads.group(), out.largest + last * heads.group(),

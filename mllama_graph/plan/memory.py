@@ -4,11 +4,15 @@ from dataclasses import dataclass
 
 from mllama_graph.core.dtypes import WIDEN_ROWS
 from mllama_graph.core.errors import UserError
+from mllama_graph.core.machine import available_memory
 from mllama_graph.model.formats import Storage, stored_bytes
 from mllama_graph.model.shape import ModelShape
 from mllama_graph.model.table import Shard
 from mllama_graph.plan.buckets import Plan
 from mllama_graph.plan.cost import GB, kv_elements, vision_rows
+
+# Memory of a process besides weights, pages and workspace: torch and the compiled graphs.
+PROCESS_BYTES = 400_000_000
 
 
 @dataclass(frozen=True)
@@ -68,3 +72,11 @@ def require(needed: Memory, available: int, where: str, ranks: int = 1) -> None:
             f"({where}). Lower batch, max_input_length, max_images or plan.num_pages, use dtype=bf16, or use a larger "
             "machine."
         )
+
+
+def require_on_host(needed: Memory, memory_gib: float | None, ranks: int) -> None:
+    """Raises UserError where this host's memory can't hold `ranks` ranks."""
+    available, where = (
+        (int(memory_gib * 2**30), f"memory_gib={memory_gib:g}") if memory_gib is not None else available_memory()
+    )
+    require(needed, available - ranks * PROCESS_BYTES, where, ranks)

@@ -15,7 +15,6 @@ from mllama_graph.core.config import HardwareChoice, PlanChoice, Run, TaskOption
 from mllama_graph.core.devices import CPU, DEVICES, Device
 from mllama_graph.core.dtypes import BYTES, PAGE_BYTES, Precision
 from mllama_graph.core.errors import UserError
-from mllama_graph.core.machine import available_memory
 from mllama_graph.core.paths import in_package, store_folder
 from mllama_graph.core.place import Place
 from mllama_graph.model.files import CheckpointFiles
@@ -23,8 +22,9 @@ from mllama_graph.model.formats import Storage, page_bytes
 from mllama_graph.model.shape import ModelShape
 from mllama_graph.plan.buckets import Limits, Plan, make_plan
 from mllama_graph.plan.checkpoint import META, formats_of, model_of, weights_of
+from mllama_graph.plan.draft import check_draft, draft_run
 from mllama_graph.plan.forms import BucketForms, forms_of
-from mllama_graph.plan.memory import Memory, memory, require
+from mllama_graph.plan.memory import Memory, memory, require_on_host
 from mllama_graph.plan.quantised import compiler_choice, on_device
 
 # Kinds of CPU kernels: native C++, or plain torch as the backend compiles it.
@@ -33,8 +33,6 @@ NATIVE, PLAIN = "native", "plain"
 RANDOM_DTYPE = "bf16"
 # The least number of images per request that a plan holds if max_images is not given.
 DEFAULT_MAX_IMAGES = 4
-# Memory of a process besides weights, pages and workspace: torch and the compiled graphs.
-PROCESS_BYTES = 400_000_000
 
 
 @dataclass(frozen=True)
@@ -124,6 +122,8 @@ class ResolvedRun(ResolvedTask):
     deterministic: bool
     prefix_cache: bool
     speculate: str
+    # The run of speculate=draft's own model, on rank 0.
+    draft: "ResolvedRun | None"
     timeout: float
     defaults: Defaults
     question: Question
@@ -213,6 +213,7 @@ def resolve(run: Run, place: Place | None) -> ResolvedTask:
         # Where lengths are not free, the split of a prompt changes the order of sums.
         prefix_cache=run.prefix_cache and not (run.deterministic and not plan.lengths_are_free),
         speculate=run.speculate,
+        draft=_draft(run, shape) if run.draft and needs == TaskOptions.RANKS else None,
         timeout=run.timeout,
         hardware=run.hardware,
         defaults=Defaults(run.max_output_length, run.max_input_length, run.temperature, run.top_p, run.top_k, run.seed),
@@ -226,6 +227,17 @@ def resolve(run: Run, place: Place | None) -> ResolvedTask:
             in_package(run.model.image),
         ),
     )
+
+
+def _draft(run: Run, shape: ModelShape) -> ResolvedRun:
+    """The run of speculate=draft's own model. Raises UserError where it does not fit the other."""
+    try:
+        found = resolve(draft_run(run), None)
+    except UserError as error:
+        raise UserError(f"draft={run.draft}: {error}") from error
+    assert isinstance(found, ResolvedRun)
+    check_draft(run, shape, found.shape)
+    return found
 
 
 def on_other_weights(run: ResolvedRun, checkpoint: CheckpointFiles | None) -> ResolvedRun:
@@ -340,11 +352,3 @@ def _collectives(run: Run, device: Device, place: Place | None) -> str:
 def _compile_mode(run: Run) -> str:
     """How a missing graph is handled. A deterministic run waits, so that no step ever runs uncompiled."""
     return "wait" if run.deterministic and run.plan.compile == "background" else run.plan.compile
-
-
-def require_on_host(needed: Memory, memory_gib: float | None, ranks: int) -> None:
-    """Raises UserError where this host's memory can't hold `ranks` ranks."""
-    available, where = (
-        (int(memory_gib * 2**30), f"memory_gib={memory_gib:g}") if memory_gib is not None else available_memory()
-    )
-    require(needed, available - ranks * PROCESS_BYTES, where, ranks)
