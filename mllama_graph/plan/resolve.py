@@ -22,7 +22,7 @@ from mllama_graph.model.formats import Storage, page_bytes
 from mllama_graph.model.shape import ModelShape
 from mllama_graph.plan.buckets import Limits, Plan, make_plan
 from mllama_graph.plan.checkpoint import META, formats_of, model_of, weights_of
-from mllama_graph.plan.draft import check_draft, draft_run
+from mllama_graph.plan.draft import draft_of
 from mllama_graph.plan.forms import BucketForms, forms_of
 from mllama_graph.plan.memory import Memory, memory, require_on_host
 from mllama_graph.plan.quantised import compiler_choice, on_device
@@ -213,7 +213,7 @@ def resolve(run: Run, place: Place | None) -> ResolvedTask:
         # Where lengths are not free, the split of a prompt changes the order of sums.
         prefix_cache=run.prefix_cache and not (run.deterministic and not plan.lengths_are_free),
         speculate=run.speculate,
-        draft=_draft(run, shape) if run.draft and needs == TaskOptions.RANKS else None,
+        draft=draft_of(run, shape, resolve) if run.draft and needs == TaskOptions.RANKS else None,
         timeout=run.timeout,
         hardware=run.hardware,
         defaults=Defaults(run.max_output_length, run.max_input_length, run.temperature, run.top_p, run.top_k, run.seed),
@@ -227,17 +227,6 @@ def resolve(run: Run, place: Place | None) -> ResolvedTask:
             in_package(run.model.image),
         ),
     )
-
-
-def _draft(run: Run, shape: ModelShape) -> ResolvedRun:
-    """The run of speculate=draft's own model. Raises UserError where it does not fit the other."""
-    try:
-        found = resolve(draft_run(run), None)
-    except UserError as error:
-        raise UserError(f"draft={run.draft}: {error}") from error
-    assert isinstance(found, ResolvedRun)
-    check_draft(run, shape, found.shape)
-    return found
 
 
 def on_other_weights(run: ResolvedRun, checkpoint: CheckpointFiles | None) -> ResolvedRun:
