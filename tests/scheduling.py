@@ -13,7 +13,7 @@ from mllama_graph.core.devices import CPU
 from mllama_graph.engine.batch import Sequences, needs
 from mllama_graph.engine.scheduler import Scheduler
 from mllama_graph.engine.sequence import Sequence
-from mllama_graph.engine.steps import NOT_FINITE, DecodeStep, PrefillStep, VisionStep
+from mllama_graph.engine.steps import NOT_FINITE, DecodeStep, PrefillStep, VisionStep, agreeing
 from mllama_graph.inputs.images import TiledImage
 from mllama_graph.inputs.request import Sampling
 from mllama_graph.model.shape import shape_of
@@ -77,7 +77,8 @@ def plans(draw):
         num_images=draw(st.integers(MAX_IMAGES, 5)),
         prefill_tokens=draw(st.sampled_from([None, [5], [2, 16], [40]])),
     )
-    limits = Limits(batch, MAX_INPUT, MAX_NEW, MAX_IMAGES, draw(st.sampled_from([None, batch, 7, 30])))
+    proposals = draw(st.integers(0, 3))
+    limits = Limits(batch, MAX_INPUT, MAX_NEW, MAX_IMAGES, draw(st.sampled_from([None, batch, 7, 30])), proposals)
     plan = make_plan(choice, limits, SHAPE, CPU.paging, draw(st.booleans()))
     return replace(plan, counts_every_reader=draw(st.booleans())), batch
 
@@ -94,9 +95,21 @@ class Served:
 def serve(plan, batch, work, late=0, abort=frozenset(), spoiled=frozenset(), prefix_cache=True) -> Served:
     """Run a workload to its end, checking every step; the last `late` requests join between steps.
 
-    The third token of a `spoiled` request can't be sampled.
+    The third token of a `spoiled` request can't be sampled. As many ids are proposed as the plan has room for; two of
+    three are right. A request whose proposals came before a token that can't be sampled gets none any more.
     """
-    scheduler, steps, ranks = Scheduler(plan, batch, prefix_cache), [], Sequences()
+    alone: set[int] = set()
+
+    def propose(decoding):
+        found, room = {}, plan.decode_batch[-1] - len(decoding) if plan.lengths_are_free else MAX_NEW * batch
+        for one in decoding:
+            most = min(plan.row_tokens - 1, one.max_new - len(one.generated) - 1, room)
+            ids = [answer(one.id, one.length + n) for n in range(most if one.id not in alone else 0)]
+            found[one.id] = tuple(id if (one.length + n) % 3 else id + 1 for n, id in enumerate(ids))
+            room -= len(ids)
+        return found
+
+    scheduler, steps, ranks = Scheduler(plan, batch, prefix_cache, propose), [], Sequences()
     sequences = [
         Sequence(
             n,
@@ -132,8 +145,14 @@ def serve(plan, batch, work, late=0, abort=frozenset(), spoiled=frozenset(), pre
         ranks.update(step)
         ids = model(step, plan, scheduler, sequences, ranks, written, encoded)
         ids = sample(step, ids, plan, sequences, ranks, written, spoiled)
-        for sequence, id in scheduler.commit(ids):
-            if len(sequence.generated) == sequence.max_new or id == NOT_FINITE:
+        counts, end = [], 0
+        for row in step.rows if isinstance(step, DecodeStep) else ():
+            counts.append(agreeing(row, ids[end : end + len(row.ids)]))
+            ids = ids[: end + counts[-1]] + ids[end + len(row.ids) :]
+            end += counts[-1]
+            alone |= set() if counts[-1] else {row.sequence}
+        for sequence, id in scheduler.commit(ids, tuple(counts)):
+            if sequence in scheduler.running and len(sequence.generated) == sequence.max_new or id == NOT_FINITE:
                 scheduler.finish(sequence)
         for id in [id for id in abort if len(steps) > 4 * id]:
             scheduler.abort(id)
@@ -141,10 +160,10 @@ def serve(plan, batch, work, late=0, abort=frozenset(), spoiled=frozenset(), pre
     return Served({s.id: s.generated for s in sequences}, steps, scheduler)
 
 
-def contents(sequence) -> list[int]:
+def contents(sequence, proposal=()) -> list[int]:
     """What the K/V at each position of a sequence depend on, hashed: its ids and the images that each of them sees."""
     known, found = 0, []
-    for position, id in enumerate((*sequence.prompt, *sequence.generated)):
+    for position, id in enumerate((*sequence.prompt, *sequence.generated, *proposal)):
         first, last = sequence.visible(position)
         known = hash((known, id, tuple(seen.key for seen in sequence.images[first:last])))
         found.append(known)
@@ -153,12 +172,14 @@ def contents(sequence) -> list[int]:
 
 def sample(step, ids, plan, sequences, ranks, written, spoiled) -> tuple[int, ...]:
     """The ids of a step, NOT_FINITE for spoiled requests, whose pages are cleared as a rank does."""
-    sampled = list(ids)
-    for n, (row, _) in enumerate(zip(step.rows, ids)):
-        known = ranks[row]
-        if row.sequence in spoiled and len(sequences[row.sequence].generated) == 2:
-            sampled[n] = NOT_FINITE
-            for page in known.pages[known.finite // plan.page_size :].tolist():
+    sampled, end = list(ids), 0
+    for row in step.rows if isinstance(step, DecodeStep) else step.rows[: len(ids)]:
+        known, count = ranks[row], len(row.ids) if isinstance(step, DecodeStep) else 1
+        third = len(sequences[row.sequence].prompt) + 2 - (row.start + len(row.ids) - count + 1)
+        end += count
+        if row.sequence in spoiled and 0 <= third < count:
+            sampled[end - count + third] = NOT_FINITE
+            for page in known.pages[min(known.finite, row.start) // plan.page_size :].tolist():
                 for slot in range(page * plan.page_size, (page + 1) * plan.page_size):
                     written.pop(slot, None)
         else:
@@ -194,19 +215,21 @@ def model(step, plan, scheduler, sequences, ranks, written, encoded) -> tuple[in
     assert all(live[slot // plan.page_size] == 1 for slot in fresh), "a row writes to a page of two sequences"
     assert not {slot // plan.page_size for slot in fresh} & set(pool._digest), "a row writes to a page that is kept"
     for row in rows:
-        check_row(row, plan, sequences[row.sequence], ranks[row], written, encoded)
+        sequence = sequences[row.sequence]
+        proposal = row.ids[1:] if isinstance(step, DecodeStep) else ()
+        check_row(row, plan, sequence, ranks[row], written, encoded, proposal)
         new = slots(tables[row.sequence], row.start, len(row.ids), plan.page_size)
-        written.update(
-            {slot: (kv, type(step)) for slot, kv in zip(new, contents(sequences[row.sequence])[row.start :])}
-        )
+        written.update({slot: (kv, type(step)) for slot, kv in zip(new, contents(sequence, proposal)[row.start :])})
     if isinstance(step, PrefillStep):
-        rows = rows[: step.sampled]
-    return tuple(answer(row.sequence, row.start + len(row.ids)) for row in rows)
+        return tuple(answer(row.sequence, row.start + len(row.ids)) for row in rows[: step.sampled])
+    return tuple(answer(row.sequence, row.start + 1 + n) for row in rows for n in range(len(row.ids)))
 
 
 def check_budget(step, plan, scheduler, sequences) -> None:
     """Checks the size of a prefill step, and the order of its rows."""
-    decoding = {sequence.id for sequence in scheduler.running if sequence.decoding}
+    # One whose pages were all found again after it was preempted is admitted by this step.
+    admitted = {row.sequence for row in step.rows if row.sampling}
+    decoding = {sequence.id for sequence in scheduler.running if sequence.decoding} - admitted
     assert {row.sequence for row in step.rows[: step.decoding]} == (decoding if step.decoding else set())
     assert step.decoding == 0 or plan.lengths_are_free
     ends = [row.start + len(row.ids) == sequences[row.sequence].length for row in step.rows]
@@ -215,9 +238,9 @@ def check_budget(step, plan, scheduler, sequences) -> None:
     assert not decoding or sum(len(row.ids) for row in step.rows) <= max(plan.step_tokens, step.decoding + 1)
 
 
-def check_row(row, plan, sequence, known, written, encoded) -> None:
+def check_row(row, plan, sequence, known, written, encoded, proposal) -> None:
     """Checks a row's ids, its earlier K/V, and the image pages that each new token sees."""
-    assert row.ids == (*sequence.prompt, *sequence.generated)[row.start : row.start + len(row.ids)]
+    assert row.ids == (*sequence.prompt, *sequence.generated, *proposal)[row.start : row.start + len(row.ids)]
     assert known.sampling == sequence.sampling
     before = [written.get(slot, (None, None)) for slot in slots(known.pages.tolist(), 0, row.start, plan.page_size)]
     assert [kv for kv, _ in before] == contents(sequence)[: row.start], "earlier K/V were overwritten or never written"

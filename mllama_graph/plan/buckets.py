@@ -229,8 +229,9 @@ def make_plan(choice: PlanChoice, limits: Limits, shape: ModelShape, paging: Pag
     size = choice.page_size
     _check_page(size, paging)
     longest = limits.max_input + limits.max_new
+    pages_per_sequence = pages_for(longest, size)
     # Where each sequence of a step is padded to as many tokens, padding may reach behind the longest one.
-    pages_per_sequence = pages_for(longest + (0 if lengths_are_free else limits.proposals), size)
+    widest = pages_for(longest + (0 if lengths_are_free else limits.proposals), size)
     chunk = min(LARGEST_PREFILL, limits.max_input)
 
     def pages_ladder(top: int) -> tuple[int, ...]:
@@ -245,7 +246,7 @@ def make_plan(choice: PlanChoice, limits: Limits, shape: ModelShape, paging: Pag
         most = min(limits.batch * (1 + limits.proposals), SPECULATIVE_ROWS)
         decode = tuple(sorted({*decode, max(most, limits.batch)}))
     batch = _sizes("decode_batch", choice.decode_batch, decode, limits.batch)
-    pages = _sizes("pages", choice.pages, pages_ladder(pages_per_sequence), pages_per_sequence)
+    pages = _sizes("pages", choice.pages, pages_ladder(widest), widest)
     images = _sizes("images", choice.images, pages_ladder(limits.max_images), limits.max_images)
     # Each padded token row writes to its own slot in the scratch pages, so that slots are unique.
     decoded = batch[-1] * (1 if lengths_are_free else 1 + limits.proposals)
