@@ -13,8 +13,8 @@ from typing import Protocol
 from mllama_graph.engine.sequence import Sequence
 from mllama_graph.plan.buckets import Plan
 
-# The weight of a step's outcome against those before it, when the share of accepted proposals is estimated.
-DECAY = 0.8
+# The weight of one proposal's outcome in the estimate of how many are accepted, and the estimate before any.
+WEIGHT, FIRST = 0.25, 0.5
 # The most steps between two proposals for a sequence whose proposals are not accepted.
 LONGEST_WAIT = 64
 
@@ -42,25 +42,19 @@ class Proposer(Protocol):
 
 @dataclass
 class Pace:
-    """A sequence's experience: decayed sums of proposals that were judged, and of those accepted.
+    """A sequence's experience. share: the expected share of accepted proposals.
 
     waited: steps without a proposal; one is made after `wait` of them, even if it is not expected to pay.
     """
 
-    judged: float = 2.0
-    accepted: float = 1.0
+    share: float = FIRST
     wait: int = 1
     waited: int = 0
 
-    @property
-    def share(self) -> float:
-        """The expected share of accepted proposals."""
-        return self.accepted / self.judged
-
     def learn(self, proposed: int, accepted: int) -> None:
         """Add a step's outcome. Proposals after the first rejected one were not judged."""
-        self.judged = DECAY * self.judged + accepted + (accepted < proposed)
-        self.accepted = DECAY * self.accepted + accepted
+        for outcome in (1,) * accepted + (0,) * (accepted < proposed):
+            self.share += WEIGHT * (outcome - self.share)
         self.wait = 1 if accepted else min(2 * self.wait, LONGEST_WAIT)
 
 

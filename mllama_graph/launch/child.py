@@ -55,11 +55,13 @@ def main() -> None:
         silence()
     except PeerGone as error:
         kind, message = "peer", f"{who}{error} {stack}"
+        log.info("another rank is gone", exc_info=True)
     except RankFailed as error:
         kind, message = "failed", str(error)
     except Exception as error:
         kind, message = "failed", f"{who}internal error: {type(error).__name__}: {error} {stack}"
-    log.exception("the rank ended early")
+        log.info("an internal error", exc_info=True)
+    log.error("the rank ended early")
     os.write(report, json.dumps([kind, message]).encode())
     sys.stdout.flush()
     # Skips the exit handlers of threads and libraries, which may wait for ranks that are gone.

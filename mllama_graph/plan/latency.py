@@ -194,17 +194,17 @@ class Model:
 
     # ---- steps
 
-    def decode(self, batch: int, keys: float, image_keys: float, forms: Forms | None = None) -> Latency:
+    def decode(self, batch: int, keys: float, image_keys: float, forms: Forms | None = None, each: int = 1) -> Latency:
         """A decode step of `batch` sequences of `keys` text tokens each, and `image_keys` image tokens each.
 
-        forms: of its attention, chosen here if None.
+        forms: of its attention, chosen here if None. each: new tokens of a sequence, which read its pages together.
         """
         text, image = self.pages(batch, keys, False), self.pages(batch, image_keys, True)
         forms = forms or Forms(self.choice(text), self.choice(image) if image_keys else Form())
         cores = cores_of(text, self.known.cores, forms.text)
         image_cores = cores_of(image, self.known.cores, forms.image) if image_keys else 0
         to = Latency(cores=cores, image_cores=image_cores)
-        for cross in self._text(to, batch, image_keys > 0, batch):
+        for cross in self._text(to, batch * each, image_keys > 0, batch * each):
             if cross:
                 self.attend_pages(to, image, forms.image.name, image_cores)
             else:
@@ -315,4 +315,4 @@ def latency_of(model: Model, page_size: int, bucket: Bucket, forms: Forms | None
     if bucket.phase == "prefill":
         past = max(0.0, keys - bucket.tokens / bucket.rows)
         return model.prefill(bucket.tokens, past, image_keys, bucket.rows)
-    return model.decode(bucket.rows, keys, image_keys, forms)
+    return model.decode(bucket.rows, keys, image_keys, forms, bucket.each)

@@ -86,6 +86,8 @@ class Metrics(Collector):
         if result := delta.result:
             self._ends[result.finish_reason] += 1
             self._sums["cached_tokens"] += result.cached_tokens
+            self._sums["proposed_tokens"] += result.proposed_tokens or 0
+            self._sums["accepted_tokens"] += result.accepted_tokens or 0
             self._whole.add(now - ticket.arrived)
             self._new.add(ticket.tokens)
 
@@ -168,5 +170,7 @@ class Metrics(Collector):
         yield "prefix_cache_hits", sums["cached_tokens"], "Prompt tokens found in the prefix cache."
         yield "mm_cache_queries", sums["images"], "Pictures of requests."
         yield "mm_cache_hits", self._image_hits, "Pictures that were encoded before."
+        yield "spec_decode_num_draft_tokens", sums["proposed_tokens"], "Proposed tokens of requests that ended."
+        yield "spec_decode_num_accepted_tokens", sums["accepted_tokens"], "Proposed tokens that were accepted."
         yield "graph_compilations", compiled, "Graphs compiled since the start."
         yield "requests_aborted", self._ends["abort"], "Requests whose client left or that took too long."

@@ -10,6 +10,7 @@ from functools import cache
 import pytest
 import torch
 from engines import serve, start
+from proposals import Replay
 from test_engine import LOGPROB, few
 
 from mllama_graph.ascend.simulation import SimulatedGraph
@@ -177,3 +178,18 @@ def test_each_mode_gets_only_its_own_options():
     captured = compiler_config(mode="npugraph_ex", static_kernel_compile=True)
     assert captured.experimental_config.aclgraph._aclnn_static_shape_kernel.value == "1"
     assert compiler_config().experimental_config.topology_sorting_strategy.value == "StableRDFS"
+
+
+def test_decode_steps_of_several_tokens_of_each_sequence_give_the_same_tokens(checkpoint, requests, tmp_path):
+    """Attention with sparse_mode 3 over pages, several rows of each sequence, of which padded ones are hidden."""
+    lines = [line | {"max_new_tokens": 12} for line in few(requests, "base")]
+    wanted = serve(start(checkpoint("base"), dtype="fp32", backend="eager", **PLAN), lines)
+    plan = NPU_SIM | {"speculate": "ngram", "speculate_tokens": 3, "graph_cache": str(tmp_path)}
+    engine = start(checkpoint("base"), dtype="fp32", **plan)
+    engine.speculation.proposer = Replay([wanted[line["id"]] for line in lines], 0.6)
+    found = serve(engine, lines)
+    assert same_tokens(found, wanted)
+    assert 0 < sum(result.accepted_tokens for result in found.values()) < engine.stats.proposed_tokens
+    assert {"decode batch=8 each=4 pages=4 image_pages=0"} <= {
+        record.bucket for record in engine.executor.graphs.records
+    }
