@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mllama_graph.inputs.request import FIELDS
+from mllama_graph.inputs.request import FIELDS, LARGEST
 from mllama_graph.model.fields import describe
 from mllama_graph.server.errors import refused
 
@@ -59,8 +59,8 @@ class Asked:
         return (self.seed + choice * SEED_STEP) % SEEDS
 
     def of_request(self) -> dict[str, Any]:
-        """The fields of the first choice's request."""
-        return {**self.fields, "seed": self.seed, "logprobs": self.logprobs}
+        """The fields of the first choice's request. As in vLLM's API, a smaller priority is served first."""
+        return {**self.fields, "seed": self.seed, "logprobs": self.logprobs, "priority": -self.priority}
 
 
 def flag(body: Mapping[str, Any], name: str, default: bool = False) -> bool:
@@ -124,7 +124,7 @@ def read(body: Mapping[str, Any], model: str, limits: tuple[str, ...], logprobs:
         usage=flag(options, "include_usage") or continuous,
         usage_always=continuous,
         logprobs=logprobs,
-        priority=whole(body, "priority", -(1 << 31), 1 << 31) or 0,
+        priority=whole(body, "priority", -LARGEST, LARGEST) or 0,
         seed=secrets.randbits(63) if seed is None else seed % SEEDS,
     )
 
