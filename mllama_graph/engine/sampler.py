@@ -6,10 +6,12 @@ that are sampled from all logits, on the device that the backend gives them on.
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from mllama_graph.engine.edits import Edit
 from mllama_graph.engine.steps import NOT_FINITE, Token
 from mllama_graph.inputs.request import Sampling
 from mllama_graph.model import sample
@@ -36,6 +38,7 @@ class Sampler:
         sampling: Sequence[Sampling],
         positions: Sequence[int],
         masks: Sequence[bytes] = (),
+        edits: Sequence[Edit | None] = (),
     ) -> list[Token]:
         """Sample a token for each row, with log-probabilities where its options request them.
 
@@ -43,20 +46,21 @@ class Sampler:
 
         `logits`: gives this rank's logits of the rows. `found_WBF`: the largest of all ranks (sample.best), on the CPU;
         None if the graph gives none. `positions`: the positions of the sampled tokens. `masks`: the allowed ids of each
-        row (Row.mask), which must not be empty; no masks allow all.
+        row (Row.mask), which must not be empty; no masks allow all. `edits`: what else changes each row's token.
         """
-        masks = masks or [b""] * len(sampling)
+        masks, edits = masks or [b""] * len(sampling), edits or [None] * len(sampling)
         if found_WBF is None:
-            return self._from_logits(logits(), sampling, positions, masks)
+            return self._from_logits(logits(), sampling, positions, masks, edits)
         tokens = self._from_best(found_WBF, sampling, positions)
-        # A mask may leave none of the candidates.
-        tokens = [None if mask and token != Token(NOT_FINITE) else token for token, mask in zip(tokens, masks)]
+        # A mask may leave none of the candidates, and an edit may make others the largest.
+        altered = [bool(mask or edit) for mask, edit in zip(masks, edits, strict=True)]
+        tokens = [None if alter and token != Token(NOT_FINITE) else token for token, alter in zip(tokens, altered)]
         left = [row for row, token in enumerate(tokens) if token is None]
         if left:
-            if not all(masks[i] for i in left):
+            if not all(altered[i] for i in left):
                 self._tell((found_WBF.shape[-1] - 2) // 2)
-            options, at, own = [sampling[i] for i in left], [positions[i] for i in left], [masks[i] for i in left]
-            whole = self._from_logits(logits()[left], options, at, own)
+            columns = ([column[i] for i in left] for column in (sampling, positions, masks, edits))
+            whole = self._from_logits(logits()[left], *columns)
             for row, token in zip(left, whole, strict=True):
                 tokens[row] = token
         return [token for token in tokens if token is not None]
@@ -91,11 +95,22 @@ class Sampler:
         return [token if sure else None for token, sure in zip(self._told_of(of, at_B, sampling), known, strict=True)]
 
     def _from_logits(
-        self, logits_BV: Tensor, sampling: Sequence[Sampling], positions: Sequence[int], masks: Sequence[bytes]
+        self,
+        logits_BV: Tensor,
+        sampling: Sequence[Sampling],
+        positions: Sequence[int],
+        masks: Sequence[bytes],
+        edits: Sequence[Edit | None],
     ) -> list[Token]:
         logits_BV = sample.own_ids(logits_BV, self._first, self._vocab)
         reported = any(s.logprobs is not None for s in sampling)
         total_B = sample.total(logits_BV, self._gather) if reported else None
+        # Log-probabilities are those of the raw logits.
+        apart = [row for row, edit in enumerate(edits) if edit and sampling[row].logprobs is not None]
+        raw_BV = logits_BV[apart] if apart else None
+        for row, edit in enumerate(edits):
+            if edit:
+                edit.apply_(logits_BV[row], self._first, self._vocab)
         for row, mask in enumerate(masks):
             if mask:
                 sample.mask_(logits_BV, row, mask, self._first)
@@ -104,8 +119,42 @@ class Sampler:
         at_B = torch.zeros(len(sampling), dtype=torch.long, device=logits_BV.device)
         if any(s.temperature > 0 for s in sampling):
             at_B, _ = self._draw(value_Bk, sampling, positions)
-        total_B = value_Bk[:, 0] if total_B is None else total_B
-        return self._told_of(Best(value_Bk, id_Bk, total_B, value_Bk[:, 0].isnan()), at_B, sampling)
+        all_B = value_Bk[:, 0] if total_B is None else total_B
+        tokens = self._told_of(Best(value_Bk, id_Bk, all_B, value_Bk[:, 0].isnan()), at_B, sampling)
+        for row, edit in enumerate(edits):
+            if edit and edit.given is not None and tokens[row].id != NOT_FINITE:
+                tokens[row] = replace(tokens[row], id=edit.given)
+        if raw_BV is not None and total_B is not None:
+            columns = ([column[row] for row in apart] for column in (tokens, sampling, masks))
+            for row, token in zip(apart, self._reported(raw_BV, total_B[apart], *columns), strict=True):
+                tokens[row] = token
+        return tokens
+
+    def _reported(
+        self,
+        raw_BV: Tensor,
+        total_B: Tensor,
+        tokens: Sequence[Token],
+        sampling: Sequence[Sampling],
+        masks: Sequence[bytes],
+    ) -> list[Token]:
+        """The tokens, whose logits were edited, with the log-probabilities of the raw logits."""
+        ids_B = torch.tensor([token.id for token in tokens], device=raw_BV.device)
+        column_B = ids_B - self._first
+        held_B = (column_B >= 0) & (column_B < min(self._size, self._vocab - self._first))
+        own_B = raw_BV.gather(-1, column_B.where(held_B, 0)[:, None])[:, 0].where(held_B, -torch.inf)
+        own_B = self._gather(own_B).amax(0) - total_B
+        for row, mask in enumerate(masks):
+            if mask:
+                sample.mask_(raw_BV, row, mask, self._first)
+        k = max(1, *(s.logprobs or 0 for s in sampling))
+        value_Bk, id_Bk = sample.candidates(raw_BV, k, self._first, self._gather)
+        best = Best(value_Bk, id_Bk, total_B, value_Bk[:, 0].isnan())
+        found = self._told_of(best, torch.zeros_like(ids_B), sampling)
+        return [
+            token if token.id == NOT_FINITE else replace(told, id=token.id, logprob=own)
+            for token, told, own in zip(tokens, found, own_B.tolist(), strict=True)
+        ]
 
     def _told_of(self, of: Best, at_B: Tensor, sampling: Sequence[Sampling]) -> list[Token]:
         """The tokens of the chosen candidates."""

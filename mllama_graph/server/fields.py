@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mllama_graph.inputs.request import FIELDS, LARGEST
+from mllama_graph.inputs.request import LARGEST
 from mllama_graph.model.fields import describe
 from mllama_graph.server.errors import refused
 
@@ -18,23 +18,22 @@ MOST_STOPS, MOST_STOP_LETTERS = 16, 1024
 SEEDS = 1 << 64
 # Steps between the seeds of a request's choices: an odd number near 2**64 / golden ratio, so that they spread.
 SEED_STEP = 0x9E3779B97F4A7C15
-# Fields of the API that the processor reads, under their names there; each with the value that changes nothing, or None
-# where every value counts. A field that this engine does not have yet is accepted with that value only.
-SAMPLING: dict[str, Any] = {
-    "temperature": None,
-    "top_p": None,
-    "top_k": None,
-    "stop": None,
-    "ignore_eos": None,
-    "min_p": 0,
-    "repetition_penalty": 1,
-    "frequency_penalty": 0,
-    "presence_penalty": 0,
-    "logit_bias": {},
-    "min_tokens": 0,
-    "response_format": None,
-    "structured_outputs": None,
-}
+# Fields of the API that the processor reads, under their names there.
+SAMPLING = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "stop",
+    "ignore_eos",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+    "logit_bias",
+    "min_tokens",
+    "response_format",
+    "structured_outputs",
+)
 
 
 @dataclass(frozen=True)
@@ -92,8 +91,7 @@ def read(body: Mapping[str, Any], model: str, limits: tuple[str, ...], logprobs:
 
     Raises ApiError with the field.
     """
-    fields = {name: _known(name, body[name], neutral) for name, neutral in SAMPLING.items() if name in body}
-    fields = {name: value for name, value in fields.items() if value is not None}
+    fields = {name: body[name] for name in SAMPLING if body.get(name) is not None}
     if fields.get("top_k") == -1:
         # vLLM's way to say all.
         fields["top_k"] = 0
@@ -134,12 +132,3 @@ def _check_stops(given: Any) -> None:
     stops = given if isinstance(given, list) else [given] if isinstance(given, str) else []
     if len(stops) > MOST_STOPS or sum(len(stop) for stop in stops if isinstance(stop, str)) > MOST_STOP_LETTERS:
         raise refused(f"stop may have {MOST_STOPS} strings of {MOST_STOP_LETTERS} characters together.", "stop")
-
-
-def _known(name: str, value: Any, neutral: Any) -> Any:
-    """The value of a sampling field for the processor, or None to leave it out."""
-    if value is None or name in FIELDS:
-        return value
-    if value != neutral:
-        raise refused(f"{name} is not supported by this engine. Leave it out.", name, "unsupported_parameter")
-    return None
