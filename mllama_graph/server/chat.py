@@ -153,7 +153,8 @@ class Chat:
             reason = speaker.finish(result.finish_reason)
             choices.append({"index": index, "message": message, "logprobs": shown, "finish_reason": reason})
         usage = usage_of(self._requests, results, self._asked.choices)
-        return self._head | {"choices": choices, "usage": usage, "system_fingerprint": None}
+        prompt = self._service.tokens.prompt(results[0].prompt_logprobs, self._asked.prompt_logprobs)
+        return self._head | {"choices": choices, "usage": usage, "system_fingerprint": None} | prompt
 
     def _chunk(self, index: int, part: dict[str, Any], logprobs: Any = None, reason: str | None = None) -> bytes:
         choice = {"index": index, "delta": part, "logprobs": logprobs, "finish_reason": reason}

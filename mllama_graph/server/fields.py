@@ -40,7 +40,8 @@ SAMPLING = (
 class Asked:
     """What a completion asks for, apart from its prompt.
 
-    fields: for the processor. logprobs: the number of most likely ids to report; None: none. seed: of the first choice.
+    fields: for the processor. logprobs, prompt_logprobs: the number of most likely ids to report for each token of the
+    answer and of the prompt; None: none. seed: of the first choice.
     """
 
     model: str
@@ -52,6 +53,7 @@ class Asked:
     logprobs: int | None
     seed: int
     priority: int
+    prompt_logprobs: int | None = None
 
     def seed_of(self, choice: int) -> int:
         """The seed of a choice."""
@@ -59,7 +61,8 @@ class Asked:
 
     def of_request(self) -> dict[str, Any]:
         """The fields of the first choice's request. As in vLLM's API, a smaller priority is served first."""
-        return {**self.fields, "seed": self.seed, "logprobs": self.logprobs, "priority": -self.priority}
+        reported = {"logprobs": self.logprobs, "prompt_logprobs": self.prompt_logprobs}
+        return {**self.fields, **reported, "seed": self.seed, "priority": -self.priority}
 
 
 def flag(body: Mapping[str, Any], name: str, default: bool = False) -> bool:
@@ -86,8 +89,12 @@ def whole(body: Mapping[str, Any], name: str, least: int, most: int) -> int | No
     return value
 
 
-def read(body: Mapping[str, Any], model: str, limits: tuple[str, ...], logprobs: int | None) -> Asked:
+def read(
+    body: Mapping[str, Any], model: str, limits: tuple[str, ...], logprobs: int | None, echo: int | None = None
+) -> Asked:
     """Read the common fields. `limits`: the names of the most new tokens, which must not contradict each other.
+
+    `echo`: the number of most likely ids to report for each token of an echoed prompt.
 
     Raises ApiError with the field.
     """
@@ -113,6 +120,9 @@ def read(body: Mapping[str, Any], model: str, limits: tuple[str, ...], logprobs:
     if best_of is not None and best_of != choices:
         raise refused(f"best_of={best_of} is not supported. Leave it out, or ask for n={best_of} answers.", "best_of")
     seed = whole(body, "seed", -(1 << 63), SEEDS - 1)
+    prompt = whole(body, "prompt_logprobs", 0, MOST_TOP_LOGPROBS)
+    if prompt is not None and stream:
+        raise refused("prompt_logprobs is for whole answers only. Leave it or stream=true out.", "prompt_logprobs")
     continuous = flag(options, "continuous_usage_stats")
     return Asked(
         model=model,
@@ -123,6 +133,7 @@ def read(body: Mapping[str, Any], model: str, limits: tuple[str, ...], logprobs:
         usage_always=continuous,
         logprobs=logprobs,
         priority=whole(body, "priority", -LARGEST, LARGEST) or 0,
+        prompt_logprobs=max((count for count in (prompt, echo) if count is not None), default=None),
         seed=secrets.randbits(63) if seed is None else seed % SEEDS,
     )
 
