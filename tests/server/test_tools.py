@@ -127,10 +127,67 @@ def test_with_a_response_format_an_answer_is_a_call_or_fits_the_schema(server):
 def test_answers_without_calls_stay_content_with_tools_at_hand(server):
     plain = create(server).choices[0].message.content
     for choice in ("auto", "none"):
-        [found] = create(server, tools=TOOLS, tool_choice=choice).choices
+        [found] = create(server, tools=STRICT if choice == "auto" else TOOLS, tool_choice=choice).choices
         assert (found.message.content, found.message.tool_calls, found.finish_reason) == (plain, None, "stop")
         chunks = create(server, tools=TOOLS, tool_choice=choice, stream=True)
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == plain
+
+
+STRICT = [{"type": "function", "function": tool["function"] | {"strict": True}} for tool in TOOLS]
+HEADS = [
+    '{"name": "weather", "parameters": ',
+    '{"name":"weather","arguments":{"city":"',
+    '<|python_tag|>{"name": "weather", "parameters": {"',
+]
+
+
+def test_strict_arguments_are_valid_once_a_call_has_begun_and_other_texts_stay_free(server):
+    """The tiny model begins no calls: their beginnings are given to it."""
+    from dataclasses import replace
+
+    from mllama_graph.server import tools
+
+    # A call that the limit cuts off is content.
+    def run(given, count, ends=("stop",), **fields):
+        use = tools.read(fields | {"tools": STRICT})
+        line = {"messages": ASK, "temperature": 3.0, "max_new_tokens": 90} | fields | use.fields({"tools": STRICT})
+
+        def served(engine):
+            results = []
+            for seed in range(count):
+                request = engine.processor.request(line | {"seed": seed})
+                engine.submit(replace(request, forced=tuple(engine.processor.codec.encode(given))))
+            engine.run(lambda delta: delta.result and results.append(delta.result))
+            return results
+
+        results = server.service.engine_loop.call(served).result(60)
+        return [use.speaker().message(result.text) for result in results if result.finish_reason in ends]
+
+    for head in HEADS:
+        complete = run(head, 8)
+        assert len(complete) > 2
+        for message in complete:
+            assert message["content"] is None and message["tool_calls"][0]["function"]["name"] == "weather"
+            for call in message["tool_calls"]:
+                valid = WEATHER if call["function"]["name"] == "weather" else tools.NO_PARAMETERS
+                assert satisfies(json.loads(call["function"]["arguments"]), valid)
+    assert all(len(m["tool_calls"]) == 1 for m in run(HEADS[0], 4, parallel_tool_calls=False))
+    free = run('{"name": "Bob", "x": ', 4, ("stop", "length"))
+    assert all(message["content"].startswith('{"name": "Bob"') and "tool_calls" not in message for message in free)
+
+
+def test_calls_after_the_first_are_dropped_where_calls_are_not_parallel():
+    from mllama_graph.server import tools
+
+    texts = ['{"name": "now", "parameters": {}}; {"name": "now", "parameters": {}}', "[now(), weather(city='x')]"]
+    for text in texts:
+        for parallel, count in ((True, 2), (False, 1)):
+            use = tools.read({"tools": TOOLS, "parallel_tool_calls": parallel})
+            whole, speaker = use.speaker().message(text), use.speaker()
+            assert len(whole["tool_calls"]) == count and whole["content"] is None
+            parts = [part for n, letter in enumerate(text) for part in speaker.add(letter, n == len(text) - 1)]
+            assert {call["index"] for part in parts for call in part.get("tool_calls", ())} == set(range(count))
+            assert speaker.finish("stop") == "tool_calls"
 
 
 def test_results_of_tools_return_into_the_prompt(server):
