@@ -84,6 +84,8 @@ def read(body: Mapping[str, Any]) -> ToolUse | None:
     parallel = fields.flag(body, "parallel_tool_calls", True)
     if choice == "none" or (not schemas and choice in (None, "auto")):
         return None
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+        choice, schemas = _allowed(choice.get("allowed_tools", choice), schemas)
     if not schemas:
         raise refused("tool_choice needs tools. Give a list of functions.", "tool_choice")
     try:
@@ -94,7 +96,7 @@ def read(body: Mapping[str, Any]) -> ToolUse | None:
     if choice in (None, "auto"):
         if body.get(STRUCTURED) is not None:
             return ToolUse(schemas, False, parallel)
-        return ToolUse(schemas, False, parallel, reply, _strict(body["tools"]))
+        return ToolUse(schemas, False, parallel, reply, _strict(body["tools"]) & schemas.keys())
     if body.get(STRUCTURED) is not None or reply is not None:
         raise refused("tool_choice requires a call; the answer can't have another format, too.", "tool_choice")
     if choice == "required":
@@ -103,6 +105,15 @@ def read(body: Mapping[str, Any]) -> ToolUse | None:
     if name not in schemas:
         raise refused(f"tool_choice names {describe(name)}, which is not one of tools.", "tool_choice")
     return ToolUse({name: schemas[name]}, True, False)
+
+
+def _allowed(choice: Any, schemas: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The mode of a choice among some tools, and their schemas."""
+    given = choice.get("tools") if isinstance(choice, dict) else None
+    named = [_named(one) for one in given] if isinstance(given, list) else []
+    if not named or any(name not in schemas for name in named) or choice.get("mode") not in ("auto", "required"):
+        raise refused("tool_choice: allowed_tools needs a mode, auto or required, and some of tools.", "tool_choice")
+    return choice["mode"], {name: schemas[name] for name in named}
 
 
 def _named(choice: Any) -> Any:

@@ -79,6 +79,8 @@ def test_a_response_format_and_structured_outputs_hold_at_any_temperature(temper
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools"),
         ({"tools": [*TOOLS, *TOOLS]}, "tools"),
         ({"tools": {}}, "tools"),
+        ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto"}}}, "tool_choice"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "strict": 1}}]}, "strict"),
     ],
 )
 def test_what_cant_be_used_is_refused_with_its_field_and_a_reason(fields, param, server):
@@ -174,6 +176,46 @@ def test_strict_arguments_are_valid_once_a_call_has_begun_and_other_texts_stay_f
     assert all(len(m["tool_calls"]) == 1 for m in run(HEADS[0], 4, parallel_tool_calls=False))
     free = run('{"name": "Bob", "x": ', 4, ("stop", "length"))
     assert all(message["content"].startswith('{"name": "Bob"') and "tool_calls" not in message for message in free)
+
+
+FLAT = [{"type": "function", **tool["function"]} for tool in TOOLS]
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "weather"}])
+def test_a_response_calls_tools_whole_and_streamed_and_takes_their_results(choice, server):
+    make = server.openai.responses.create
+    ask = {"model": "tiny", "input": "Hi", "tools": FLAT, "tool_choice": choice, "temperature": 2}
+    ask["extra_body"] = {"seed": 3}
+    whole = make(**ask)
+    assert whole.status == "completed" and whole.output and whole.tools[0].name == "weather"
+    for item in whole.output:
+        arguments = json.loads(item.arguments)
+        assert (item.type, item.status) == ("function_call", "completed")
+        assert satisfies(arguments, WEATHER) if item.name == "weather" else arguments == {}
+    events = [*make(**ask, stream=True)]
+    assert [e.sequence_number for e in events] == [*range(len(events))] and events[-1].type == "response.completed"
+    assert [(i.name, i.arguments) for i in events[-1].response.output] == [(i.name, i.arguments) for i in whole.output]
+    for index, item in enumerate(whole.output):
+        own = [e for e in events if getattr(e, "output_index", None) == index]
+        pieces = [e.delta for e in own if e.type == "response.function_call_arguments.delta"]
+        assert "".join(pieces) == item.arguments and own[0].type == "response.output_item.added"
+        assert own[-2].type == "response.function_call_arguments.done" and own[-2].arguments == item.arguments
+        assert own[-1].item.status == "completed" and own[-1].item.call_id.startswith("call_")
+    results = [{"type": "function_call_output", "call_id": i.call_id, "output": "sunny"} for i in whole.output]
+    calls = [item.model_dump(exclude_none=True) for item in whole.output]
+    again = make(model="tiny", input=[{"role": "user", "content": "Hi"}, *calls, *results], tools=FLAT)
+    assert again.output[0].type == "message" and again.output_text
+    plain = make(model="tiny", input="Hi", include=["message.output_text.logprobs"], top_logprobs=2)
+    shown = plain.output[0].content[0]
+    assert bytes(b for token in shown.logprobs for b in token.bytes).decode() == shown.text
+    assert len(shown.logprobs[0].top_logprobs) == 2
+
+
+def test_only_allowed_tools_are_called(server):
+    allowed = {"mode": "required", "tools": [{"type": "function", "function": {"name": "now"}}]}
+    choice = {"type": "allowed_tools", "allowed_tools": allowed}
+    found = create(server, tools=TOOLS, tool_choice=choice, temperature=3).choices[0].message.tool_calls
+    assert {call.function.name for call in found} == {"now"}
 
 
 def test_calls_after_the_first_are_dropped_where_calls_are_not_parallel():
