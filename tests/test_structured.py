@@ -148,6 +148,7 @@ def test_greedy_rows_take_the_largest_logit_that_their_mask_allows(held):
     for count in range(1, 60):
         # Few distinct logits: among equal ones the lowest id counts.
         logits_BV = torch.from_numpy(random.integers(-2, 3, (4, 24))).float()
+        logits_BV[1] = torch.from_numpy(random.permutation(24)).float()
         logits_BV[3, 9] = torch.nan
         allowed = [random.random(24) < random.choice([0.2, 0.9]) for _ in range(4)]
         for row in allowed:
