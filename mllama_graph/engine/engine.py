@@ -2,20 +2,21 @@
 
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from typing import Any
 
 from mllama_graph.core.machine import process_age
 from mllama_graph.core.report import Progress
 from mllama_graph.engine.constrained import Constraint, masked
+from mllama_graph.engine.edits import told
 from mllama_graph.engine.executor import Executor
 from mllama_graph.engine.results import Delta, Result
+from mllama_graph.engine.running import Running, entry
 from mllama_graph.engine.scheduler import Scheduler
 from mllama_graph.engine.sequence import Sequence
 from mllama_graph.engine.speculation import Speculation
 from mllama_graph.engine.stats import Stats, Totals
-from mllama_graph.engine.steps import NOT_FINITE, DecodeStep, Step, Token, agreeing
-from mllama_graph.inputs.detokenizer import Detokenizer
+from mllama_graph.engine.steps import NOT_FINITE, DecodeStep, History, Step, Token, agreeing
 from mllama_graph.inputs.processor import Processor
 from mllama_graph.inputs.request import Request
 from mllama_graph.model.formats import described
@@ -25,33 +26,6 @@ NOT_FINITE_ERROR = (
     "logits are not finite at step {step}: the checkpoint holds weights that are not finite, or a value left the range "
     "of its dtype. Check the checkpoint, or use dtype=fp32."
 )
-
-
-@dataclass
-class _Running:
-    """A request in progress. Its generated ids are in `sequence`, of which the first `count` were given out.
-
-    ahead: what constrains the tokens after each proposed id of the step. alone: whether to propose no ids.
-    """
-
-    request: Request
-    sequence: Sequence
-    text: Detokenizer
-    submitted: float
-    constraint: Constraint | None = None
-    ahead: list[Constraint] = field(default_factory=list)
-    alone: bool = False
-    count: int = 0
-    proposed: int = 0
-    accepted: int = 0
-    first: float = 0.0
-    logprobs: list[dict[str, Any]] = field(default_factory=list)
-
-    def take_proposal(self) -> None:
-        """Go on from the next proposed id, which was sampled."""
-        self.accepted += 1
-        if self.ahead:
-            self.constraint = self.ahead.pop(0)
 
 
 class Engine:
@@ -64,7 +38,7 @@ class Engine:
         if speculation:
             scheduler.propose = self._propose
         self.stats = Stats()
-        self._running: dict[int, _Running] = {}
+        self._running: dict[int, Running] = {}
         self._unread: dict[int, list[Delta]] = {}
         self._next = 0
         self._tokens_per_tile = scheduler.plan.tokens_per_tile
@@ -84,25 +58,28 @@ class Engine:
 
         Raises UserError for a request that the plan can never hold.
         """
+        scored = len(request.ids) - 1 if request.sampling.prompt_logprobs is not None else 0
         sequence = Sequence(
             self._next,
-            request.ids,
+            request.ids[: len(request.ids) - scored],
             request.images,
             request.positions,
-            request.max_new,
+            request.max_new + scored,
             request.sampling,
             request.priority,
         )
         self.scheduler.add(sequence)
         self._next += 1
         constraint = Constraint(request.grammar, request.max_new) if request.grammar else None
-        self._running[sequence.id] = _Running(
+        self._running[sequence.id] = Running(
             request,
             sequence,
             self.processor.detokenizer(request.stop),
             time.perf_counter(),
             constraint,
-            alone=bool(request.forced),
+            count=-scored,
+            scored=scored,
+            given=request.ids[len(request.ids) - scored :] + request.forced,
         )
         return sequence.id
 
@@ -131,21 +108,24 @@ class Engine:
         if step is None:
             return []
         start = time.perf_counter()
-        step = masked(step, self._constraints)
+        step = told(masked(step, self._constraints), self._history, self._given)
         tokens = self.executor.execute(step)
         seconds = time.perf_counter() - start
-        tokens, counts = self._agreeing(step, self._forced(step, tokens))
+        tokens, counts = self._agreeing(step, tokens)
         self.stats.count(
             step, seconds, len(tokens), self._image_tokens(step), self.executor.run.shape, self.executor.run.storage
         )
         moved = self.scheduler.commit(tuple(token.id for token in tokens), counts)
         deltas: list[tuple[int, Delta]] = []
+        before = None
         for (sequence, _), token in zip(moved, tokens, strict=True):
             # What follows the end of a request is dropped.
             if state := self._running.get(sequence.id):
-                if deltas and deltas[-1][0] == sequence.id:
+                if before is sequence:
                     state.take_proposal()
-                deltas.append((sequence.id, self._advance(sequence, token)))
+                if delta := self._advance(sequence, token):
+                    deltas.append((sequence.id, delta))
+            before = sequence
         return deltas
 
     def _propose(self, sequences: list[Sequence]) -> Mapping[int, tuple[int, ...]]:
@@ -155,7 +135,8 @@ class Engine:
         for sequence in sequences:
             state = self._running[sequence.id]
             state.ahead = []
-            rooms[sequence] = 0 if state.alone else state.request.max_new - state.count - 1
+            alone = state.alone or self._given(sequence.id) is not None
+            rooms[sequence] = 0 if alone else state.request.max_new - state.count - 1
         proposals = self.speculation.propose(rooms)
         for number, ids in proposals.items():
             state = self._running[number]
@@ -185,25 +166,24 @@ class Engine:
     def _constraints(self, number: int) -> list[Constraint]:
         """What constrains the next id of a sequence and those after its proposals, unless that id is given."""
         state = self._running[number]
-        if state.constraint is None or len(state.sequence.generated) < len(state.request.forced):
+        if state.constraint is None or self._given(number) is not None:
             return []
         return [state.constraint, *state.ahead]
 
-    def _forced(self, step: Step, tokens: list[Token]) -> list[Token]:
-        """The tokens of a step, with the ids of requests that force theirs. Ranks learn ids from the next step."""
-        taken = []
-        if not any(state.request.forced for state in self._running.values()):
-            return tokens
-        # Those of a row with proposals follow each other; a request with forced ids gets none.
-        rows = (row for row in step.rows for _ in (row.ids if isinstance(step, DecodeStep) else (0,)))
-        for row, token in zip(rows, tokens):
-            state = self._running[row.sequence]
-            at = len(state.sequence.generated)
-            if at < len(state.request.forced) and token.id != NOT_FINITE:
-                id = state.request.forced[at]
-                token = replace(token, id=id, logprob=dict(zip(token.top_ids, token.top_logprobs)).get(id))
-            taken.append(token)
-        return taken
+    def _history(self, number: int) -> History | None:
+        """What ranks must know of a sequence to sample for it; None where logits are enough."""
+        state = self._running[number]
+        request = state.request
+        if not (state.scored or request.sampling.edits):
+            return None
+        ends = () if request.ignore_eos and not request.grammar else tuple(sorted(self.processor.eos))
+        return History(state.sequence.ids(0, state.sequence.length), len(request.ids), ends)
+
+    def _given(self, number: int) -> int | None:
+        """The id that a sequence gets next, if it is given."""
+        state = self._running[number]
+        at = len(state.sequence.generated)
+        return state.given[at] if at < len(state.given) else None
 
     def run(self, on_delta: Callable[[Delta], None]) -> None:
         """Step until no request is left."""
@@ -245,16 +225,20 @@ class Engine:
                 )
         graphs.compiler.close()
 
-    def _advance(self, sequence: Sequence, token: Token) -> Delta:
+    def _advance(self, sequence: Sequence, token: Token) -> Delta | None:
+        """The delta of a token; None for a token of the prompt, which only has log-probabilities."""
         state, now = self._running[sequence.id], time.perf_counter()
-        state.first = state.first or now
         state.count += 1
+        if state.count <= 0 and token.id != NOT_FINITE:
+            state.prompt_logprobs.append(entry(token))
+            return None
+        state.first = state.first or now
         if self.stats.start_to_first_token is None:
             self.stats.start_to_first_token = process_age()
         request = state.request
         if token.id == NOT_FINITE:
             self._end(sequence)
-            error = NOT_FINITE_ERROR.format(step=state.count)
+            error = NOT_FINITE_ERROR.format(step=max(1, state.count))
             return Delta(request.id, None, "", Result.failed(request.id, error))
         constraint = state.constraint
         if constraint:
@@ -264,22 +248,18 @@ class Engine:
                 return Delta(request.id, None, "", Result.failed(request.id, constraint.error + "."))
         logprobs = None
         if request.sampling.logprobs is not None:
-            logprobs = {
-                "id": token.id,
-                "logprob": token.logprob,
-                "top_ids": list(token.top_ids),
-                "top_logprobs": list(token.top_logprobs),
-            }
+            logprobs = entry(token)
             state.logprobs.append(logprobs)
         ended = token.id in self.processor.eos and (constraint is not None or not request.ignore_eos)
-        text = "" if ended else state.text.add(token.id)
+        text = "" if ended else state.text.add(token.id, state.count > request.sampling.min_tokens)
         ended = ended or (constraint is not None and constraint.complete)
+        prompt = state.told_prompt() if state.count == 1 else None
         if not (ended or state.text.stopped or state.count >= request.max_new):
-            return Delta(request.id, token.id, text, None, logprobs)
+            return Delta(request.id, token.id, text, None, logprobs, prompt)
         reason = "stop" if ended or state.text.stopped else "length"
         text += state.text.flush()
         self._end(sequence)
-        return Delta(request.id, token.id, text, self._result(state, reason, now), logprobs)
+        return Delta(request.id, token.id, text, self._result(state, reason, now), logprobs, prompt)
 
     def _end(self, sequence: Sequence) -> None:
         self.scheduler.finish(sequence)
@@ -290,8 +270,10 @@ class Engine:
         if self.speculation:
             self.speculation.forget(number)
 
-    def _result(self, state: _Running, reason: str, now: float) -> Result:
-        request, ids = state.request, state.sequence.generated[: state.count]
+    def _result(self, state: Running, reason: str, now: float) -> Result:
+        request = state.request
+        # What follows the end in a step is no part of the answer.
+        ids = state.sequence.generated[state.scored : state.scored + state.count]
         after = len(ids) - 1
         return Result(
             id=request.id,
@@ -306,6 +288,7 @@ class Engine:
             logprobs=state.logprobs if request.sampling.logprobs is not None else None,
             proposed_tokens=state.proposed if self.speculation else None,
             accepted_tokens=state.accepted if self.speculation else None,
+            prompt_logprobs=state.told_prompt(),
         )
 
     def _image_tokens(self, step: Step) -> int:

@@ -145,19 +145,22 @@ class Rank:
         assert output is not None, "prefill and decode graphs give logits"
         start = time.perf_counter()
         logits_BV, found_WBF = output if isinstance(output, tuple) else (output, None)
-        ends = [len(row.ids) for row in rows]
-        counts = [1] * len(rows) if places is None else ends
-        count = sum(counts)
-        last = count if places is None else places[-1] + 1
-        at: Any = slice(count) if last == count else places
+        counts = [1 if places is None else len(row.ids) for row in rows]
+        # Each row with the positions of the tokens that are sampled after it.
+        each = [
+            (row, row.start + len(row.ids) - n) for row, count in zip(rows, counts) for n in range(count - 1, -1, -1)
+        ]
+        last = len(each) if places is None else places[-1] + 1
+        at: Any = slice(last) if last == len(each) else places
         with self._marked(SAMPLE):
             tokens = self.sampler.tokens(
                 lambda: self.backend.logits(logits_BV[:last])[at],
                 # The whole tensor in one copy: a slice of it would take a kernel.
                 None if found_WBF is None else found_WBF.cpu()[:, at],
-                [self.sequences[row].sampling for row, n in zip(rows, counts) for _ in range(n)],
-                [row.start + end - n for row, end, m in zip(rows, ends, counts) for n in range(m - 1, -1, -1)],
-                [mask for row, n in zip(rows, counts) for mask in _masks(row, n)],
+                [self.sequences[row].options(position) for row, position in each],
+                [position for _, position in each],
+                [mask for row, count in zip(rows, counts) for mask in _masks(row, count)],
+                [self.sequences[row].edit(position, row.given) for row, position in each],
             )
         begin = 0
         for row, n in zip(rows, counts, strict=True):

@@ -26,6 +26,7 @@ class Result:
     proposed_tokens: int | None = None
     accepted_tokens: int | None = None
     error: str | None = None
+    prompt_logprobs: list[dict[str, Any]] | None = None
 
     def line(self) -> dict[str, Any]:
         """The result as a line of results.jsonl."""
@@ -39,7 +40,7 @@ class Result:
             }
         fields = dict(self.__dict__)
         del fields["error"]
-        for name in ("logprobs", "proposed_tokens", "accepted_tokens"):
+        for name in ("logprobs", "prompt_logprobs", "proposed_tokens", "accepted_tokens"):
             if fields[name] is None:
                 del fields[name]
         return fields
@@ -55,7 +56,8 @@ class Delta:
     """The output of one step for one request: its token, its new text, and the result if the request finished.
 
     A request that could not be served gets one Delta without a token, whose result holds the error. `logprobs`: the
-    token's entry of the result's `logprobs`, where the request has them.
+    token's entry of the result's `logprobs`, where the request has them. `prompt_logprobs`: in the first delta, those
+    of the result.
     """
 
     id: Any
@@ -63,3 +65,4 @@ class Delta:
     text: str
     result: Result | None = None
     logprobs: dict[str, Any] | None = None
+    prompt_logprobs: list[dict[str, Any]] | None = None
