@@ -183,7 +183,7 @@ def test_proposals_follow_what_they_gain():
         if count := counts(speculation, {first: 50})[0]:
             speculation.learn(0, count, 0)
             tried += count
-    # About the first ten steps, in which the estimate falls, and then 1 step in 2, 4, ... 64.
+    # About the first ten steps, in which the estimate falls, and then 1 step in 4, 8, ... 64.
     assert tried < 30
     # An acceptance that recovers is noticed.
     speculation.learn(0, 1, 1)

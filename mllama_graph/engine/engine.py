@@ -152,7 +152,8 @@ class Engine:
     def _propose(self, sequences: list[Sequence]) -> Mapping[int, tuple[int, ...]]:
         """Ids that may follow those of running sequences."""
         assert self.speculation
-        start, rooms = time.perf_counter(), {}
+        start = time.perf_counter()
+        rooms: dict[Sequence, int] = {}
         for sequence in sequences:
             state = self._running[sequence.id]
             state.ahead = []
