@@ -209,7 +209,10 @@ def token_input(
     entries = entries or [(row, 0, len(row.ids)) for row in rows]
     known = [sequences[row] for row, _, _ in entries]
     absent, scratch = bucket.rows - len(entries), iter(range(bucket.tokens))
-    ids, positions, row_slots, see = [], [], [], []
+    ids: list[int] = []
+    positions: list[int] = []
+    row_slots: list[int] = []
+    see: list[tuple[int, int]] = []
     for (row, first, last), one in zip(entries, known):
         ids += [*row.ids[first:last]] + [0] * (each - last + first)
         positions += range(row.start + first, row.start + first + each)

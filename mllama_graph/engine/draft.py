@@ -11,6 +11,7 @@ from mllama_graph.engine.executor import Executor
 from mllama_graph.engine.scheduler import Scheduler
 from mllama_graph.engine.sequence import Sequence
 from mllama_graph.engine.steps import NOT_FINITE
+from mllama_graph.plan.blocks import OutOfPages, pages_for
 
 
 class Draft:
@@ -37,6 +38,7 @@ class Draft:
                 self._scheduler.running.append(own)
             _follow(own, target)
             goals[target.id] = len(target.generated) + count
+            self._take_pages(own)
         left = set(goals)
         while left and (step := self._scheduler.next()):
             tokens = self.executor.execute(step)
@@ -46,7 +48,18 @@ class Draft:
                 if id == NOT_FINITE or len(own.generated) >= goals[own.id]:
                     self._scheduler.running.remove(own)
                     left.discard(own.id)
+        # Of those that got no pages.
+        self._scheduler.running.clear()
         return {target.id: tuple(self._own[target.id].generated[len(target.generated) :]) for target in wanted}
+
+    def _take_pages(self, own: Sequence) -> None:
+        """Have pages for what a running sequence has got since it was continued last, or put it in the queue."""
+        missing = pages_for(own.length, self.executor.plan.page_size) - len(own.pages)
+        if own in self._scheduler.running and missing > 0:
+            try:
+                own.pages += self._scheduler.pool.allocate(missing)
+            except OutOfPages:
+                self._scheduler.preempt(own)
 
     def forget(self, id: int) -> None:
         """Forget a sequence that has ended, and free its pages."""

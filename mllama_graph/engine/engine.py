@@ -16,7 +16,7 @@ from mllama_graph.engine.scheduler import Scheduler
 from mllama_graph.engine.sequence import Sequence
 from mllama_graph.engine.speculation import Speculation
 from mllama_graph.engine.stats import Stats, Totals
-from mllama_graph.engine.steps import NOT_FINITE, DecodeStep, History, Step, Token, agreeing
+from mllama_graph.engine.steps import NOT_FINITE, DecodeStep, History, Step, Token, agreed
 from mllama_graph.inputs.processor import Processor
 from mllama_graph.inputs.request import Request
 from mllama_graph.model.formats import described
@@ -111,7 +111,8 @@ class Engine:
         step = told(masked(step, self._constraints), self._history, self._given)
         tokens = self.executor.execute(step)
         seconds = time.perf_counter() - start
-        tokens, counts = self._agreeing(step, tokens)
+        tokens, counts = agreed(step, tokens)
+        self._learn(step, counts)
         self.stats.count(
             step, seconds, len(tokens), self._image_tokens(step), self.executor.run.shape, self.executor.run.storage
         )
@@ -131,7 +132,8 @@ class Engine:
     def _propose(self, sequences: list[Sequence]) -> Mapping[int, tuple[int, ...]]:
         """Ids that may follow those of running sequences."""
         assert self.speculation
-        start, rooms = time.perf_counter(), {}
+        start = time.perf_counter()
+        rooms: dict[Sequence, int] = {}
         for sequence in sequences:
             state = self._running[sequence.id]
             state.ahead = []
@@ -146,22 +148,14 @@ class Engine:
         self.stats.decode_seconds += time.perf_counter() - start
         return proposals
 
-    def _agreeing(self, step: Step, tokens: list[Token]) -> tuple[list[Token], tuple[int, ...]]:
-        """The tokens of a step without those after a proposal that was not sampled, and how many each row has left."""
-        if not isinstance(step, DecodeStep) or len(tokens) == len(step.rows):
-            return tokens, ()
-        taken, counts, end = [], [], 0
-        for row in step.rows:
-            own = tokens[end : end + len(row.ids)]
-            end += len(row.ids)
-            counts.append(agreeing(row, [token.id for token in own]))
-            taken += own[: counts[-1]]
+    def _learn(self, step: Step, counts: tuple[int, ...]) -> None:
+        """Take note of how many tokens each row of a step with proposals got."""
+        for row, count in zip(step.rows, counts):
             if proposed := len(row.ids) - 1:
                 state = self._running[row.sequence]
-                state.alone, state.proposed = not counts[-1], state.proposed + proposed
-                if counts[-1] and self.speculation:
-                    self.speculation.learn(row.sequence, proposed, counts[-1] - 1)
-        return taken, tuple(counts)
+                state.alone, state.proposed = not count, state.proposed + proposed
+                if count and self.speculation:
+                    self.speculation.learn(row.sequence, proposed, count - 1)
 
     def _constraints(self, number: int) -> list[Constraint]:
         """What constrains the next id of a sequence and those after its proposals, unless that id is given."""

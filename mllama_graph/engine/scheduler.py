@@ -118,7 +118,7 @@ class Scheduler:
         moved, taken = [], iter(ids)
         for place, (sequence, count) in enumerate(zip(sequences, counts or (1,) * len(sequences), strict=True)):
             if not count:
-                self._preempt(sequence)
+                self.preempt(sequence)
                 continue
             own = [next(taken) for _ in range(count)]
             sequence.generated += own
@@ -277,7 +277,7 @@ class Scheduler:
                 try:
                     sequence.pages += self.pool.allocate(1)
                 except OutOfPages:
-                    self._preempt(max(self.running, key=lambda one: (-one.priority, one.id)))
+                    self.preempt(max(self.running, key=lambda one: (-one.priority, one.id)))
         return [s for s in self.running if s.decoding]
 
     def _decode(self, sequences: list[Sequence]) -> Step | None:
@@ -299,7 +299,7 @@ class Scheduler:
             sequence.pages += self.pool.allocate(missing)
         return proposal[: len(sequence.pages) * size - sequence.length]
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def preempt(self, sequence: Sequence) -> None:
         """Put a sequence back at the head of the queue, behind higher priorities."""
         self.preemptions += 1
         self.running.remove(sequence)

@@ -15,8 +15,9 @@ from mllama_graph.plan.buckets import Plan
 
 # The weight of one proposal's outcome in the estimate of how many are accepted, and the estimate before any.
 WEIGHT, FIRST = 0.25, 0.5
-# The most steps between two proposals for a sequence whose proposals are not accepted.
-LONGEST_WAIT = 64
+# Steps without a proposal before one is tried for a sequence whose proposals are not expected to pay, at first and at
+# most: each that is not accepted doubles them.
+FIRST_WAIT, LONGEST_WAIT = 4, 64
 
 # Proposed ids of the sequences that decode, by the sequence's id.
 Propose = Callable[[list[Sequence]], Mapping[int, tuple[int, ...]]]
@@ -44,18 +45,19 @@ class Proposer(Protocol):
 class Pace:
     """A sequence's experience. share: the expected share of accepted proposals.
 
-    waited: steps without a proposal; one is made after `wait` of them, even if it is not expected to pay.
+    waited: steps without a proposal; one is tried after `wait` of them.
     """
 
     share: float = FIRST
-    wait: int = 1
+    wait: int = FIRST_WAIT
     waited: int = 0
 
     def learn(self, proposed: int, accepted: int) -> None:
         """Add a step's outcome. Proposals after the first rejected one were not judged."""
         for outcome in (1,) * accepted + (0,) * (accepted < proposed):
             self.share += WEIGHT * (outcome - self.share)
-        self.wait = 1 if accepted else min(2 * self.wait, LONGEST_WAIT)
+        if accepted:
+            self.wait = FIRST_WAIT
 
 
 class Speculation:
@@ -108,8 +110,9 @@ class Speculation:
         for sequence in gains:
             pace = self._pace(sequence)
             pace.waited = 0 if counts[sequence] else pace.waited + 1
-            if pace.waited > pace.wait and rows < self._rows:
+            if pace.waited >= pace.wait and rows < self._rows:
                 counts[sequence], rows, pace.waited = 1, rows + 1, 0
+                pace.wait = min(2 * pace.wait, LONGEST_WAIT)
         return {sequence: count for sequence, count in counts.items() if count}
 
     def _pace(self, sequence: Sequence) -> Pace:

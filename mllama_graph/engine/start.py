@@ -10,7 +10,7 @@ from mllama_graph.engine.engine import Engine
 from mllama_graph.engine.executor import Executor
 from mllama_graph.engine.ngram import Ngram
 from mllama_graph.engine.scheduler import Scheduler
-from mllama_graph.engine.speculation import Speculation
+from mllama_graph.engine.speculation import Proposer, Speculation
 from mllama_graph.inputs.processor import Processor
 from mllama_graph.inputs.request import Sampling
 from mllama_graph.model.tree import Pixels
@@ -59,8 +59,10 @@ def start_engine(
         )
     log.info("memory of a rank: %s", run.memory.describe())
     executor = Executor(run, pixels_of(processor), progress, first, place, rendezvous, check)
-    speculation = None
+    speculation: Speculation | None = None
     if run.speculate != "none":
-        draft = run.draft and Draft(Executor(run.draft, pixels_of(processor_of(run.draft)), progress, place=Place()))
-        speculation = Speculation(draft or Ngram(), run.plan, run.device.row_cost)
+        proposer: Proposer = Ngram()
+        if run.draft:
+            proposer = Draft(Executor(run.draft, pixels_of(processor_of(run.draft)), progress, place=Place()))
+        speculation = Speculation(proposer, run.plan, run.device.row_cost)
     return Engine(processor, Scheduler(run.plan, run.limits.batch, run.prefix_cache), executor, speculation)

@@ -128,3 +128,17 @@ def agreeing(row: Row, sampled: Sequence[int]) -> int:
     if len(row.ids) > 1 and NOT_FINITE in sampled:
         return 0
     return 1 + next((n for n, pair in enumerate(zip(row.ids[1:], sampled)) if pair[0] != pair[1]), len(row.ids) - 1)
+
+
+def agreed(step: Step, tokens: list[Token]) -> tuple[list[Token], tuple[int, ...]]:
+    """The tokens of a step that `agreeing` counts, and their number for each row; no numbers if it has no proposals."""
+    if not isinstance(step, DecodeStep) or len(tokens) == len(step.rows):
+        return tokens, ()
+    taken: list[Token] = []
+    counts, end = [], 0
+    for row in step.rows:
+        own = tokens[end : end + len(row.ids)]
+        end += len(row.ids)
+        counts.append(agreeing(row, [token.id for token in own]))
+        taken += own[: counts[-1]]
+    return taken, tuple(counts)

@@ -108,6 +108,11 @@ class TimedOptions(WorkloadOptions):
         A request decodes a token in each step of the requests that get their first token after it: one for each image
         and for each chunk, which are as large as without sequences that decode.
         """
+        if run.speculate != "none":
+            raise UserError(
+                f"speculate={run.speculate}: task={self.name} times steps that give each request one token. Leave "
+                "speculate= out; tests/speculation_speed.py times steps with proposals."
+            )
         longest, most = max(self.lengths), max(self.batch_sizes)
         chunks = -(-longest // min(max(run.plan.prefill_tokens or [LARGEST_PREFILL]), LARGEST_PREFILL))
         compile_mode = "never" if run.plan.compile == "never" else "wait"
