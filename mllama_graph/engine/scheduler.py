@@ -115,7 +115,8 @@ class Scheduler:
         # On a CPU prompt rows give K/V bits that depend on nothing but the tokens, and decoding rows give others: pages
         # that the latter have written are not kept there, so that the cache changes no result by a bit.
         decoding = step.decoding if isinstance(step, PrefillStep) else len(sequences)
-        moved, taken = [], iter(ids)
+        moved: list[tuple[Sequence, int]] = []
+        taken = iter(ids)
         for place, (sequence, count) in enumerate(zip(sequences, counts or (1,) * len(sequences), strict=True)):
             if not count:
                 self.preempt(sequence)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 from mllama_graph.core.config import ModelChoice, PlanChoice, Run
 from mllama_graph.core.errors import UserError
@@ -20,7 +20,7 @@ def draft_of(run: Run, shape: ModelShape, resolve: Callable[..., "ResolvedTask"]
     plan = PlanChoice(run.plan.page_size, compile=run.plan.compile)
     own = replace(run, model=ModelChoice(), weights=run.draft, adapter=None, quant="none", tp=1, plan=plan)
     try:
-        found: Any = resolve(replace(own, draft=None, speculate="none"), None)
+        found = cast("ResolvedRun", resolve(replace(own, draft=None, speculate="none"), None))
     except UserError as error:
         raise UserError(f"draft={run.draft}: {error}") from error
     draft = found.shape
