@@ -255,13 +255,8 @@ class Sampler:
         held_B = (column_B >= 0) & (column_B < min(self._size, self._vocab - self._first))
         own_B = raw_BV.gather(-1, column_B.where(held_B, 0)[:, None])[:, 0].where(held_B, -torch.inf)
         own_B = self._gather(own_B).amax(0) - total_B
-        for row, mask in enumerate(masks):
-            if mask:
-                sample.mask_(raw_BV, row, mask, self._first)
-        k = max(1, *(s.logprobs or 0 for s in sampling))
-        value_Bk, id_Bk = sample.candidates(raw_BV, k, self._first, self._gather)
-        best = Best(value_Bk, id_Bk, total_B, value_Bk[:, 0].isnan())
-        found = self._told_of(best, torch.zeros_like(ids_B), sampling)
+        options = [Sampling(logprobs=s.logprobs) for s in sampling]
+        found = self._several(raw_BV, total_B, options, [0] * len(tokens), masks)
         return [
             token if token.id == NOT_FINITE else replace(told, id=token.id, logprob=own)
             for token, told, own in zip(tokens, found, own_B.tolist(), strict=True)
