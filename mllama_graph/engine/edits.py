@@ -16,7 +16,9 @@ from torch import Tensor
 from mllama_graph.engine.steps import DecodeStep, History, PrefillStep, Row, Step
 from mllama_graph.inputs.request import Sampling
 
-Ints, Places, Floats = NDArray[np.int32], NDArray[np.intp], NDArray[np.floating[Any]]
+Ints = NDArray[np.int32]
+Places = NDArray[np.intp]
+Floats = NDArray[np.floating[Any]]
 # Not -inf: an id that may not be drawn yet remains where a grammar allows no other.
 LEAST = torch.finfo(torch.float32).min
 
