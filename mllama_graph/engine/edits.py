@@ -6,6 +6,7 @@ Ranks know the ids of the sequences concerned (steps.History), so that a step ca
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from operator import is_
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from mllama_graph.engine.steps import DecodeStep, History, PrefillStep, Row, Ste
 from mllama_graph.inputs.request import Sampling
 
 Ints = NDArray[np.int32]
+Places = NDArray[np.intp]
+Floats = NDArray[np.floating[Any]]
 # Not -inf: an id that may not be drawn yet remains where a grammar allows no other.
 LEAST = torch.finfo(torch.float32).min
 
@@ -51,12 +54,12 @@ class Edit:
         s, held = self.sampling, min(len(logits_V), vocab - first)
         generated = self.ids[self.prompt :]
 
-        def columns(ids: Ints) -> tuple[Tensor, Ints]:
+        def columns(ids: Ints) -> tuple[Tensor, Places]:
             """The columns of the ids that this rank has, and their places among `ids`."""
             places = np.flatnonzero((ids >= first) & (ids < first + held))
             return torch.from_numpy((ids[places] - first).astype(np.int64)).to(logits_V.device), places
 
-        def values(numbers: NDArray[np.float64]) -> Tensor:
+        def values(numbers: Floats) -> Tensor:
             return torch.from_numpy(numbers.astype(np.float32)).to(logits_V.device)
 
         if s.logit_bias:
