@@ -89,14 +89,12 @@ def test_a_smaller_priority_is_served_first_and_equal_ones_in_order(server):
 
 def test_a_full_queue_is_refused_with_the_time_to_wait(server):
     with bounded(server, requests=2):
-        clients = [server.raw(LONG) for _ in range(2)]
-        wait_until(lambda: server.requests == 2)
-        answer = server.post({"messages": ASK})
-        assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
-        assert int(answer.headers["retry-after"]) >= 1
-        assert server.post({"messages": ASK, "n": 3}).status_code == 429
-        for client in clients:
-            client.close()
+        with server.held(), server.raw(LONG), server.raw(LONG):
+            wait_until(lambda: server.open == 2)
+            answer = server.post({"messages": ASK})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
+            assert int(answer.headers["retry-after"]) >= 1
+            assert server.post({"messages": ASK, "n": 3}).status_code == 429
         wait_until(server.idle)
         assert server.post({"messages": ASK}).status_code == 200
 
@@ -106,8 +104,8 @@ def test_tokens_and_pixels_in_the_queue_are_bounded(bound, server, scene):
     with bounded(server, **bound):
         picture = {"type": "image_url", "image_url": {"url": scene}}
         ask = LONG | {"messages": [{"role": "user", "content": [picture]}]}
-        with server.raw(ask):
-            wait_until(lambda: server.requests == 1)
+        with server.held(), server.raw(ask):
+            wait_until(lambda: server.open == 1)
             assert server.post(ask).json()["error"]["code"] == "queue_full"
         wait_until(server.idle)
 
