@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from engines import holds_nothing
 
-from mllama_graph import LLM, UserError
+from mllama_graph import LLM, Sampling, UserError
 
 EAGER = {"backend": "eager", "backend.kernels": "plain", "dtype": "fp32", "quiet": True}
 
@@ -78,6 +78,17 @@ def test_a_warning_of_an_unknown_field_names_the_callers_line(llm):
         with pytest.warns(UserWarning, match="unknown fields are ignored: temprature") as caught:
             call()
         assert [(warning.filename, warning.lineno) for warning in caught] == [(__file__, call.__code__.co_firstlineno)]
+
+
+def test_options_of_sampling_are_those_of_requests(llm):
+    options = {"repetition_penalty": 1.5, "logit_bias": {7: 100}, "min_tokens": 3, "prompt_logprobs": 1, "logprobs": 1}
+    asked = {"input_ids": [3, 4, 5], "max_new_tokens": 8}
+    [by_field], [by_sampling] = llm.generate(asked | options), llm.generate(asked, Sampling(**options))
+    assert by_field.token_ids == by_sampling.token_ids and 7 in by_field.token_ids
+    assert by_field.prompt_logprobs == by_sampling.prompt_logprobs and len(by_field.prompt_logprobs) == 3
+    deltas = [*llm.stream(asked | options)]
+    assert [delta.token for delta in deltas] == by_field.token_ids
+    assert [delta.prompt_logprobs for delta in deltas] == [by_field.prompt_logprobs] + [None] * 7
 
 
 def test_threads_share_an_llm_and_each_gets_the_results_that_it_gets_alone(llm):

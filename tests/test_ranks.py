@@ -37,7 +37,10 @@ def wrong(lines: list[dict], results: dict) -> list:
         one = results[line["id"]]
         if line["token_ids"] != one.token_ids:
             faults.append(line["id"])
-        for ours, theirs in zip(line.get("logprobs") or [], one.logprobs or [], strict=True):
+        scored = [entry for entry in line.get("prompt_logprobs") or [] if entry["logprob"] is not None]
+        prompt = [entry for entry in one.prompt_logprobs or [] if entry["logprob"] is not None]
+        reported = zip(scored + (line.get("logprobs") or []), prompt + (one.logprobs or []), strict=True)
+        for ours, theirs in reported:
             if (
                 max(
                     abs(a - b)
@@ -69,12 +72,14 @@ def test_sampled_text_is_that_of_one_rank(checkpoint, requests, tmp_path):
     changes = [
         {"temperature": 0.9, "top_p": 0.9, "seed": 7},
         {"temperature": 0.8, "top_k": 20, "seed": 8, "logprobs": 3},
+        {"repetition_penalty": 1.3, "logit_bias": {"5": 3, "300": 2}, "min_tokens": 4, "logprobs": 3},
     ]
     lines = [
         line | change | {"id": f"{line['id']} {n}"}
         for line in few(requests, "half")
         for n, change in enumerate(changes)
     ]
+    lines[-1] |= {"prompt_logprobs": 2, "frequency_penalty": 0.5}
     path = written(tmp_path / "requests.jsonl", lines)
     one = serve(start(checkpoint("half"), batch=8), lines)
     given = [f"weights={checkpoint('half')}", f"requests={path}", "backend=eager", "batch=3", "tp=2"]

@@ -17,6 +17,7 @@ from mllama_graph.engine.steps import NOT_FINITE
 from mllama_graph.inputs.request import Sampling
 from mllama_graph.model import sample
 from mllama_graph.model.table import Shard
+from mllama_graph.ops.plain import PLAIN
 
 TINY = Path(__file__).parents[1] / "mllama_graph" / "tiny" / "checkpoint"
 FREE = {"prompt": "What do you see?"}
@@ -139,6 +140,28 @@ def test_each_rank_cuts_its_shard_of_a_mask(world):
             # The last byte of a mask is padded with zeros by its maker.
             assert torch.equal(logits_BV[1] > -torch.inf, allowed) and torch.equal(logits_BV[0], before[0])
             assert torch.equal(logits_BV[1][allowed], before[1][allowed])
+
+
+@pytest.mark.parametrize("held", [0, 1, 4, 24])
+def test_greedy_rows_take_the_largest_logit_that_their_mask_allows(held):
+    sampler, random = Sampler(24, Shard(0, 1), lambda x: x[None], print), np.random.default_rng(held)
+    for count in range(1, 60):
+        # Few distinct logits: among equal ones the lowest id counts.
+        logits_BV = torch.from_numpy(random.integers(-2, 3, (4, 24))).float()
+        logits_BV[1] = torch.from_numpy(random.permutation(24)).float()
+        logits_BV[3, 9] = torch.nan
+        allowed = [random.random(24) < random.choice([0.2, 0.9]) for _ in range(4)]
+        for row in allowed:
+            row[int(random.integers(24))] = True
+        masks = [np.packbits(row, bitorder="little").tobytes() + b"\0" for row in allowed]
+        masks[1] = b""
+        found = sample.best(logits_BV, held, None, PLAIN) if held else None
+        tokens = sampler.tokens(lambda x=logits_BV: x.clone(), found, [Sampling()] * 4, [count] * 4, masks)
+        want = [
+            int(np.where(row if mask else True, logits, -np.inf).argmax())
+            for row, mask, logits in zip(allowed, masks, logits_BV.numpy())
+        ]
+        assert [token.id for token in tokens] == [*want[:3], NOT_FINITE]
 
 
 def test_a_mask_leaves_the_mark_of_a_row_that_is_not_finite_and_rows_without_one():

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mllama_graph.engine.steps import DecodeStep, ImageTable, PrefillStep, Row, Step, VisionStep
+from mllama_graph.engine.edits import Edit
+from mllama_graph.engine.steps import DecodeStep, History, ImageTable, PrefillStep, Row, Step, VisionStep
 from mllama_graph.inputs.request import Sampling
 from mllama_graph.model.inputs import ImageInput, PromptInput, TileInput, TokenInput
 from mllama_graph.model.shape import ModelShape
@@ -35,7 +36,8 @@ def needs(plan: Plan, step: Step) -> Bucket:
 class Known:
     """A rank's state of a sequence: its sampling options, its block table and its image table.
 
-    finite: the number of its first tokens whose K/V are known to be finite, since logits after them were.
+    finite: the number of its first tokens whose K/V are known to be finite, since logits after them were. history: of
+    a request that has one; its ids are in `ids`, which grows.
     """
 
     sampling: Sampling
@@ -43,6 +45,28 @@ class Known:
     pages: Ints = field(default_factory=lambda: np.empty(0, np.int32))
     image_pages: Ints = field(default_factory=lambda: np.empty(0, np.int32))
     image_fill: Ints = field(default_factory=lambda: np.empty(0, np.int32))
+    history: History | None = None
+    ids: Ints = field(default_factory=lambda: np.empty(0, np.int32))
+
+    def learn(self, row: Row) -> None:
+        """Note the ids of a row, in the place of those that were there before."""
+        end = row.start + len(row.ids)
+        if end > len(self.ids):
+            self.ids = np.resize(self.ids, 2 * end)
+        self.ids[row.start : end] = row.ids
+
+    def options(self, position: int) -> Sampling:
+        """The sampling options of the token at a position; those of a prompt's token say what to report of it."""
+        if self.history is None or position >= self.history.prompt:
+            return self.sampling
+        return Sampling(logprobs=self.sampling.prompt_logprobs)
+
+    def edit(self, position: int, given: int | None) -> Edit | None:
+        """What happens to the logits of the token at a position, or to the token; None for nothing."""
+        if self.history is None:
+            return None if given is None else Edit(self.sampling, self.ids, 0, (), given)
+        edit = Edit(self.options(position), self.ids[:position], self.history.prompt, self.history.ends, given)
+        return edit if edit.changes else None
 
 
 class Sequences:
@@ -65,8 +89,12 @@ class Sequences:
             self._known.pop(sequence, None)
         for row in step.rows:
             if row.sampling is not None:
-                self._known[row.sequence] = Known(row.sampling, row.start)
+                self._known[row.sequence] = Known(row.sampling, row.start, history=row.history)
             known = self._known[row.sequence]
+            if row.history is not None:
+                known.ids = np.array(row.history.ids, np.int32)
+            if known.history is not None:
+                known.learn(row)
             if row.pages:
                 known.pages = np.concatenate((known.pages, np.asarray(row.pages, np.int32)))
             if row.image is not None:

@@ -20,6 +20,9 @@ class Constraint:
 
     As the limit nears, what is open is closed: where a string, an object or a list may end, it must. The answer then
     is complete at the limit, where it would otherwise be cut off. What the model must still choose, it chooses.
+
+    Where the grammar waits for a text that begins in a certain way, such as a tool call, any id is allowed before, and
+    for ever if the text begins otherwise.
     """
 
     def __init__(self, grammar: Grammar, limit: int):
@@ -29,9 +32,14 @@ class Constraint:
         # Whether to close, and with how many ids left to think of it again; 0 for never.
         self._closing, self._think = False, limit
         self.error = ""
+        # The ids so far, while it is open whether the text begins as the grammar's texts do; None afterwards.
+        self._before: tuple[int, ...] | None = () if grammar.waits else None
+        self._free = False
 
     def mask(self) -> bytes:
-        """The ids that may come next (Row.mask); empty where there are none, with the reason in `error`."""
+        """The ids that may come next (Row.mask): empty for all, or for none, with the reason in `error`."""
+        if self._free or self._before is not None:
+            return b""
         mask = self._matcher.compute_bitmask()[: self._bytes]
         if error := self._matcher.get_error():
             self.error = f"the grammar can't be followed any further: {reason(error)}"
@@ -48,13 +56,28 @@ class Constraint:
     def accept(self, id: int) -> None:
         """Go on by an id. An id that the grammar does not allow sets `error`."""
         self._left -= 1
-        if not self._matcher.consume_token(id):
+        if self._free:
+            return
+        if self._before is not None:
+            self._wait(id)
+        elif not self._matcher.consume_token(id):
             self.error = self.error or f"the grammar does not allow the id {id}"
 
     @property
     def complete(self) -> bool:
         """Whether the text is complete: nothing can follow."""
         return not self.error and self._matcher.is_stopped()
+
+    def _wait(self, id: int) -> None:
+        """Take note of an id before the text is known to be the grammar's."""
+        assert self._before is not None
+        self._before = (*self._before, id)
+        begun = self._grammar.begun(self._before)
+        if begun is None:
+            return
+        ids, self._before = self._grammar.plain(self._before), None
+        # A call in a form that the grammar does not have stays free, too.
+        self._free = not begun or self._matcher.try_consume_tokens(ids) < len(ids)
 
     def _look_ahead(self) -> None:
         """Decide whether it is time to close. The more ids are left beyond those needed, the later the next look."""

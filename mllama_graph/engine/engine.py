@@ -1,19 +1,21 @@
 """The engine: connects the scheduler, the ranks and text processing, and returns tokens step by step."""
 
+import math
 import time
 from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mllama_graph.core.machine import process_age
 from mllama_graph.core.report import Progress
 from mllama_graph.engine.constrained import Constraint, masked
+from mllama_graph.engine.edits import told
 from mllama_graph.engine.executor import Executor
 from mllama_graph.engine.results import Delta, Result
 from mllama_graph.engine.scheduler import Scheduler
 from mllama_graph.engine.sequence import Sequence
 from mllama_graph.engine.stats import Stats, Totals
-from mllama_graph.engine.steps import NOT_FINITE, DecodeStep, Step, Token
+from mllama_graph.engine.steps import NOT_FINITE, DecodeStep, History, Step, Token
 from mllama_graph.inputs.detokenizer import Detokenizer
 from mllama_graph.inputs.processor import Processor
 from mllama_graph.inputs.request import Request
@@ -28,7 +30,11 @@ NOT_FINITE_ERROR = (
 
 @dataclass
 class _Running:
-    """A request in progress. Its generated ids are in `sequence`."""
+    """A request in progress. Its generated ids are in `sequence`.
+
+    given: the first ids that the sequence gets, in place of sampled ones: where log-probabilities of the prompt are
+    wanted, the prompt's `scored` ids after the first, and then the request's `forced` ones.
+    """
 
     request: Request
     sequence: Sequence
@@ -37,6 +43,31 @@ class _Running:
     constraint: Constraint | None = None
     first: float = 0.0
     logprobs: list[dict[str, Any]] = field(default_factory=list)
+    prompt_logprobs: list[dict[str, Any]] = field(default_factory=list)
+    scored: int = 0
+    given: tuple[int, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """The number of new tokens."""
+        return len(self.sequence.generated) - self.scored
+
+    def told_prompt(self) -> list[dict[str, Any]] | None:
+        """The log-probabilities of the prompt's tokens, where they are wanted. Nothing precedes the first one."""
+        if self.request.sampling.prompt_logprobs is None:
+            return None
+        return [_entry(Token(self.request.ids[0])), *self.prompt_logprobs]
+
+
+def _entry(token: Token) -> dict[str, Any]:
+    """A token's entry of a result's log-probabilities. None: it has none, such as an image's token."""
+    own = token.logprob
+    return {
+        "id": token.id,
+        "logprob": None if own is None or math.isinf(own) else own,
+        "top_ids": list(token.top_ids),
+        "top_logprobs": list(token.top_logprobs),
+    }
 
 
 class Engine:
@@ -65,12 +96,13 @@ class Engine:
 
         Raises UserError for a request that the plan can never hold.
         """
+        scored = len(request.ids) - 1 if request.sampling.prompt_logprobs is not None else 0
         sequence = Sequence(
             self._next,
-            request.ids,
+            request.ids[: len(request.ids) - scored],
             request.images,
             request.positions,
-            request.max_new,
+            request.max_new + scored,
             request.sampling,
             request.priority,
         )
@@ -78,7 +110,13 @@ class Engine:
         self._next += 1
         constraint = Constraint(request.grammar, request.max_new) if request.grammar else None
         self._running[sequence.id] = _Running(
-            request, sequence, self.processor.detokenizer(request.stop), time.perf_counter(), constraint
+            request,
+            sequence,
+            self.processor.detokenizer(request.stop),
+            time.perf_counter(),
+            constraint,
+            scored=scored,
+            given=request.ids[len(request.ids) - scored :] + request.forced,
         )
         return sequence.id
 
@@ -107,7 +145,7 @@ class Engine:
         if step is None:
             return []
         start = time.perf_counter()
-        step = masked(step, self._constraint)
+        step = told(masked(step, self._constraint), self._history, self._given)
         tokens = self.executor.execute(step)
         self.stats.count(
             step,
@@ -116,28 +154,31 @@ class Engine:
             self.executor.run.shape,
             self.executor.run.storage,
         )
-        tokens = self._forced(step, tokens)
         moved = self.scheduler.commit(tuple(token.id for token in tokens))
-        return [
+        deltas = (
             (sequence.id, self._advance(sequence, token)) for (sequence, _), token in zip(moved, tokens, strict=True)
-        ]
+        )
+        return [(number, delta) for number, delta in deltas if delta is not None]
 
     def _constraint(self, number: int) -> Constraint | None:
         """What constrains the next id of a sequence, unless that id is given."""
         state = self._running[number]
-        return None if len(state.sequence.generated) < len(state.request.forced) else state.constraint
+        return None if len(state.sequence.generated) < len(state.given) else state.constraint
 
-    def _forced(self, step: Step, tokens: list[Token]) -> list[Token]:
-        """The tokens of a step, with the ids of requests that force theirs. Ranks learn ids from the next step."""
-        taken = []
-        for row, token in zip(step.rows, tokens):
-            state = self._running[row.sequence]
-            at = len(state.sequence.generated)
-            if at < len(state.request.forced) and token.id != NOT_FINITE:
-                id = state.request.forced[at]
-                token = replace(token, id=id, logprob=dict(zip(token.top_ids, token.top_logprobs)).get(id))
-            taken.append(token)
-        return taken
+    def _history(self, number: int) -> History | None:
+        """What ranks must know of a sequence to sample for it; None where logits are enough."""
+        state = self._running[number]
+        request = state.request
+        if not (state.scored or request.sampling.edits):
+            return None
+        ends = () if request.ignore_eos and not request.grammar else tuple(sorted(self.processor.eos))
+        return History(state.sequence.ids(0, state.sequence.length), len(request.ids), ends)
+
+    def _given(self, number: int) -> int | None:
+        """The id that a sequence gets next, if it is given."""
+        state = self._running[number]
+        at = len(state.sequence.generated)
+        return state.given[at] if at < len(state.given) else None
 
     def run(self, on_delta: Callable[[Delta], None]) -> None:
         """Step until no request is left."""
@@ -177,15 +218,19 @@ class Engine:
                 )
         graphs.compiler.close()
 
-    def _advance(self, sequence: Sequence, token: Token) -> Delta:
+    def _advance(self, sequence: Sequence, token: Token) -> Delta | None:
+        """The delta of a token; None for a token of the prompt, which only has log-probabilities."""
         state, now = self._running[sequence.id], time.perf_counter()
+        if state.count <= 0 and token.id != NOT_FINITE:
+            state.prompt_logprobs.append(_entry(token))
+            return None
         state.first = state.first or now
         if self.stats.start_to_first_token is None:
             self.stats.start_to_first_token = process_age()
         request = state.request
         if token.id == NOT_FINITE:
             self._end(sequence)
-            error = NOT_FINITE_ERROR.format(step=len(sequence.generated))
+            error = NOT_FINITE_ERROR.format(step=max(1, state.count))
             return Delta(request.id, None, "", Result.failed(request.id, error))
         constraint = state.constraint
         if constraint:
@@ -195,29 +240,25 @@ class Engine:
                 return Delta(request.id, None, "", Result.failed(request.id, constraint.error + "."))
         logprobs = None
         if request.sampling.logprobs is not None:
-            logprobs = {
-                "id": token.id,
-                "logprob": token.logprob,
-                "top_ids": list(token.top_ids),
-                "top_logprobs": list(token.top_logprobs),
-            }
+            logprobs = _entry(token)
             state.logprobs.append(logprobs)
         ended = token.id in self.processor.eos and (constraint is not None or not request.ignore_eos)
-        text = "" if ended else state.text.add(token.id)
+        text = "" if ended else state.text.add(token.id, state.count > request.sampling.min_tokens)
         ended = ended or (constraint is not None and constraint.complete)
-        if not (ended or state.text.stopped or len(sequence.generated) >= request.max_new):
-            return Delta(request.id, token.id, text, None, logprobs)
+        prompt = state.told_prompt() if state.count == 1 else None
+        if not (ended or state.text.stopped or state.count >= request.max_new):
+            return Delta(request.id, token.id, text, None, logprobs, prompt)
         reason = "stop" if ended or state.text.stopped else "length"
         text += state.text.flush()
         self._end(sequence)
-        return Delta(request.id, token.id, text, self._result(state, reason, now), logprobs)
+        return Delta(request.id, token.id, text, self._result(state, reason, now), logprobs, prompt)
 
     def _end(self, sequence: Sequence) -> None:
         self.scheduler.finish(sequence)
         del self._running[sequence.id]
 
     def _result(self, state: _Running, reason: str, now: float) -> Result:
-        request, ids = state.request, list(state.sequence.generated)
+        request, ids = state.request, state.sequence.generated[state.scored :]
         after = len(ids) - 1
         return Result(
             id=request.id,
@@ -230,6 +271,7 @@ class Engine:
             time_to_first_token_ms=round((state.first - state.submitted) * 1e3, 3),
             time_per_output_token_ms=round((now - state.first) * 1e3 / after, 3) if after else None,
             logprobs=state.logprobs if request.sampling.logprobs is not None else None,
+            prompt_logprobs=state.told_prompt(),
         )
 
     def _image_tokens(self, step: Step) -> int:

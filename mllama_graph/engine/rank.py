@@ -143,14 +143,16 @@ class Rank:
         assert output is not None, "prefill and decode graphs give logits"
         start = time.perf_counter()
         logits_BV, found_WBF = output if isinstance(output, tuple) else (output, None)
+        positions = [row.start + len(row.ids) for row in rows]
         with self._marked(SAMPLE):
             tokens = self.sampler.tokens(
                 lambda: self.backend.logits(logits_BV[: len(rows)]),
                 # The whole tensor in one copy: a slice of it would take a kernel.
                 None if found_WBF is None else found_WBF.cpu()[:, : len(rows)],
-                [self.sequences[row].sampling for row in rows],
-                [row.start + len(row.ids) for row in rows],
+                [self.sequences[row].options(at) for row, at in zip(rows, positions)],
+                positions,
                 [row.mask for row in rows],
+                [self.sequences[row].edit(at, row.given) for row, at in zip(rows, positions)],
             )
         for row, token in zip(rows, tokens, strict=True):
             known = self.sequences[row]

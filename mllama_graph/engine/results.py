@@ -23,6 +23,7 @@ class Result:
     time_per_output_token_ms: float | None = None
     logprobs: list[dict[str, Any]] | None = None
     error: str | None = None
+    prompt_logprobs: list[dict[str, Any]] | None = None
 
     def line(self) -> dict[str, Any]:
         """The result as a line of results.jsonl."""
@@ -36,8 +37,9 @@ class Result:
             }
         fields = dict(self.__dict__)
         del fields["error"]
-        if self.logprobs is None:
-            del fields["logprobs"]
+        for name in ("logprobs", "prompt_logprobs"):
+            if fields[name] is None:
+                del fields[name]
         return fields
 
     @staticmethod
@@ -51,7 +53,8 @@ class Delta:
     """The output of one step for one request: its token, its new text, and the result if the request finished.
 
     A request that could not be served gets one Delta without a token, whose result holds the error. `logprobs`: the
-    token's entry of the result's `logprobs`, where the request has them.
+    token's entry of the result's `logprobs`, where the request has them. `prompt_logprobs`: in the first delta, those
+    of the result.
     """
 
     id: Any
@@ -59,3 +62,4 @@ class Delta:
     text: str
     result: Result | None = None
     logprobs: dict[str, Any] | None = None
+    prompt_logprobs: list[dict[str, Any]] | None = None

@@ -35,6 +35,19 @@ class ImageTable:
 
 
 @dataclass(frozen=True)
+class History:
+    """What sampling depends on besides logits, for a request with penalties and the like, or with given ids.
+
+    ids: all ids so far, of which the first `prompt` are the prompt's. ends: the ids that end the text. Sent with a
+    row's `sampling`; afterwards ranks learn the ids from rows.
+    """
+
+    ids: tuple[int, ...]
+    prompt: int
+    ends: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Row:
     """New tokens of one sequence.
 
@@ -44,7 +57,7 @@ class Row:
     that each new token attends to; empty if all attend to the whole table. sampling: sent with the first row, and again
     with the first after the sequence was preempted; such a row's `pages` are the whole block table. mask: the ids that
     may be sampled after this row, one bit each in int32 words, the lowest bit first; empty if all may. Sent to every
-    rank, which cuts it to its shard of the vocabulary.
+    rank, which cuts it to its shard of the vocabulary. given: the id that takes the place of the sampled one.
     """
 
     sequence: int
@@ -57,6 +70,8 @@ class Row:
     see: tuple[tuple[int, int], ...] = ()
     sampling: Sampling | None = None
     mask: bytes = b""
+    history: History | None = None
+    given: int | None = None
 
 
 @dataclass(frozen=True)

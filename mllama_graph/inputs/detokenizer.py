@@ -11,9 +11,14 @@ class StopStrings:
         self._text, self._sent = "", 0
         self.stopped = False
 
-    def add(self, piece: str) -> str:
-        """Add a piece and return the text that is now final. Sets `stopped` once a stop string is complete."""
+    def add(self, piece: str, may_stop: bool = True) -> str:
+        """Add a piece and return the text that is now final. Sets `stopped` once a stop string is complete.
+
+        Unless the text may stop, all of it is final: no stop string is looked for in it.
+        """
         self._text += piece
+        if not may_stop:
+            return self._send(len(self._text))
         # Text that was returned before can't be part of a stop string.
         found = [at for stop in self._stops if (at := self._text.find(stop, self._sent)) >= 0]
         if found:
@@ -52,8 +57,11 @@ class Detokenizer:
         self._taken = 0
         self._whole = True
 
-    def add(self, id: int) -> str:
-        """Add an id and return the text that is now final. Sets `stopped` once a stop string is complete."""
+    def add(self, id: int, may_stop: bool = True) -> str:
+        """Add an id and return the text that is now final. Sets `stopped` once a stop string is complete.
+
+        `may_stop`: see StopStrings.
+        """
         self._ids.append(id)
         try:
             piece = (self._step(id) or "") if self._whole else ""
@@ -61,7 +69,7 @@ class Detokenizer:
             # These ids can't be decoded one by one; `flush` decodes them as a whole.
             self._whole, piece = False, ""
         self._taken += len(piece)
-        return self._stops.add(piece)
+        return self._stops.add(piece, may_stop)
 
     def flush(self) -> str:
         """The text held back, after the last id."""

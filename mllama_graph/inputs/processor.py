@@ -117,7 +117,7 @@ class Processor:
                 f"the prompt has {len(ids)} ids, max_input_length={self.max_input}. "
                 f"Shorten it or raise max_input_length."
             )
-        limits = read_options(given, self.max_new, self.sampling)
+        limits = read_options(given, self.max_new, self.sampling, self.shape.text.vocab)
         grammar = self.grammars.read(given)
         images = prepare_images(sources, base, self.shape.vision)
         return Request(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mllama_graph.core.errors import UserError
 from mllama_graph.inputs.images import TiledImage
+from mllama_graph.model.fields import describe
 
 if TYPE_CHECKING:
     from mllama_graph.inputs.structured import Grammar
@@ -14,7 +15,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling options of one request. `logprobs`: the number of most likely ids to report; None reports none."""
+    """Sampling options of one request. `logprobs`: the number of most likely ids to report; None reports none.
+
+    `prompt_logprobs`: the same for each token of the prompt. `logit_bias`: id -> what is added to its logit.
+    `min_tokens`: the text does not end before it has as many.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -22,6 +27,18 @@ class Sampling:
     seed: int = 0
     logprobs: int | None = None
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    min_tokens: int = 0
+    prompt_logprobs: int | None = None
+
+    @property
+    def edits(self) -> bool:
+        """Whether logits are changed before a token is drawn."""
+        penalised = self.repetition_penalty != 1 or self.frequency_penalty or self.presence_penalty
+        return bool(penalised or self.logit_bias or self.min_tokens)
 
 
 @dataclass(frozen=True)
@@ -64,6 +81,12 @@ FIELDS = frozenset(
         "top_p",
         "top_k",
         "min_p",
+        "repetition_penalty",
+        "frequency_penalty",
+        "presence_penalty",
+        "logit_bias",
+        "min_tokens",
+        "prompt_logprobs",
         "seed",
         "stop",
         "ignore_eos",
@@ -77,7 +100,7 @@ FIELDS = frozenset(
 )
 LARGEST = 2**31 - 1
 # Numeric field of a request -> (type, minimum or None, maximum).
-_NUMBERS: dict[str, tuple[type, int | None, float]] = {
+_NUMBERS: dict[str, tuple[type, float | None, float]] = {
     "max_new_tokens": (int, 1, LARGEST),
     "temperature": (float, 0, 1e6),
     "top_p": (float, 0, 1),
@@ -86,7 +109,15 @@ _NUMBERS: dict[str, tuple[type, int | None, float]] = {
     "seed": (int, None, 2**64 - 1),
     "logprobs": (int, 0, LARGEST),
     "priority": (int, -LARGEST, LARGEST),
+    # Nearer to 0, a logit might leave fp32.
+    "repetition_penalty": (float, 0.01, 100),
+    "frequency_penalty": (float, -2, 2),
+    "presence_penalty": (float, -2, 2),
+    "min_tokens": (int, 0, LARGEST),
+    "prompt_logprobs": (int, 0, LARGEST),
 }
+# The largest bias, as in OpenAI's API, and the most ids that have one.
+MOST_BIAS, MOST_BIASES = 100, 1024
 
 
 @dataclass(frozen=True)
@@ -100,8 +131,11 @@ class Options:
     priority: int
 
 
-def read_options(given: Mapping[str, Any], max_new: int, defaults: Sampling) -> Options:
-    """Read and check the options of a request. Raises UserError for a value of the wrong type or out of range."""
+def read_options(given: Mapping[str, Any], max_new: int, defaults: Sampling, vocab: int) -> Options:
+    """Read and check the options of a request. `vocab`: the number of ids that have a logit.
+
+    Raises UserError for a value of the wrong type or out of range.
+    """
     top_p = _number(given, "top_p", defaults.top_p)
     if top_p == 0:
         raise UserError("top_p=0 keeps no token; it must be above 0 and at most 1.")
@@ -119,9 +153,38 @@ def read_options(given: Mapping[str, Any], max_new: int, defaults: Sampling) -> 
         _number(given, "seed", defaults.seed),
         _number(given, "logprobs", None),
         _number(given, "min_p", defaults.min_p),
+        _number(given, "repetition_penalty", defaults.repetition_penalty),
+        _number(given, "frequency_penalty", defaults.frequency_penalty),
+        _number(given, "presence_penalty", defaults.presence_penalty),
+        _biases(given.get("logit_bias"), vocab),
+        _number(given, "min_tokens", defaults.min_tokens),
+        _number(given, "prompt_logprobs", None),
     )
+    max_new = _number(given, "max_new_tokens", max_new)
+    if sampling.min_tokens > max_new:
+        raise UserError(f"min_tokens={sampling.min_tokens} is more than the {max_new} tokens that may be generated.")
     priority = _number(given, "priority", 0)
-    return Options(_number(given, "max_new_tokens", max_new), sampling, tuple(stop), ignore_eos, priority)
+    return Options(max_new, sampling, tuple(stop), ignore_eos, priority)
+
+
+def _biases(given: Any, vocab: int) -> dict[int, float]:
+    """The biases of ids, which may be written as texts: JSON has no other keys."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise UserError(f"logit_bias is {describe(given)}; it must be an object of ids and numbers.")
+    if len(given) > MOST_BIASES:
+        raise UserError(f"logit_bias has {len(given)} ids; at most {MOST_BIASES} may have a bias.")
+    found = {}
+    for key, value in given.items():
+        text = str(key)
+        if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) < vocab):
+            raise UserError(f"logit_bias holds the id {describe(key)}; ids run from 0 to {vocab - 1}.")
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not -MOST_BIAS <= value <= MOST_BIAS:
+            raise UserError(f"logit_bias of {text} is {describe(value)}; it must be from -{MOST_BIAS} to {MOST_BIAS}.")
+        found[int(text)] = float(value)
+    return found
 
 
 def _number(given: Mapping[str, Any], name: str, default: Any) -> Any:

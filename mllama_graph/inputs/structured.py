@@ -9,7 +9,7 @@ import contextlib
 import json
 import re
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mllama_graph.core.errors import UserError
@@ -31,17 +31,42 @@ LIMITS = {"max_grammar_size": 200_000, "verbose_errors": False}
 
 
 class OwnGrammar(str):
-    """A Lark grammar that this package has made, from parts that are checked already."""
+    """A Lark grammar that this package has made, from parts that are checked already.
+
+    begin: the grammar holds for texts that begin with this pattern, others are free; None: for all. A text that may
+    still begin with it starts with whitespace or `first`, and is at most `most` characters long.
+    """
+
+    begin: re.Pattern[str] | None = None
+    first = "{"
+    most = 256
 
 
 class Grammar:
     """A compiled grammar, from which each sequence gets a matcher of its own.
 
-    vocab: the number of ids that have a logit.
+    vocab: the number of ids that have a logit. source: what was compiled. tokenizer: of the ids.
     """
 
-    def __init__(self, matcher: "LLMatcher", vocab: int, closers: "Closers"):
-        self._matcher, self.vocab, self.closers = matcher, vocab, closers
+    def __init__(self, matcher: "LLMatcher", vocab: int, closers: "Closers", source: str, tokenizer: "LLTokenizer"):
+        self._matcher, self.vocab, self.closers, self._tokenizer = matcher, vocab, closers, tokenizer
+        self._own = source if isinstance(source, OwnGrammar) else OwnGrammar()
+
+    @property
+    def waits(self) -> bool:
+        """Whether texts are free before they begin in a certain way."""
+        return self._own.begin is not None
+
+    def begun(self, ids: Sequence[int]) -> bool | None:
+        """Whether the text of `ids` begins as the grammar's texts do; None while that is open."""
+        text = self._tokenizer.decode_str(self.plain(ids)).lstrip()
+        if self._own.begin is None or self._own.begin.match(text):
+            return True
+        return None if (not text or text.startswith(self._own.first)) and len(text) <= self._own.most else False
+
+    def plain(self, ids: Sequence[int]) -> list[int]:
+        """The ids without those of special tokens, such as <|python_tag|>."""
+        return [id for id in ids if not self._tokenizer.is_special_token(id)]
 
     def matcher(self) -> "LLMatcher":
         """A matcher at the beginning of an answer."""
@@ -90,9 +115,10 @@ class Grammars:
         grammar_of = {"json": guide.LLMatcher.grammar_from_json_schema, "regex": guide.LLMatcher.grammar_from_regex}
         grammar = grammar_of[form](text) if form in grammar_of else guide.LLMatcher.grammar_from_lark(text)
         limits = guide.LLParserLimits(**LIMITS)
-        matcher = guide.LLMatcher(self._of_codec(guide, end), grammar, log_level=0, limits=limits)
+        tokenizer = self._of_codec(guide, end)
+        matcher = guide.LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
         refuse(field, matcher)
-        compiled = Grammar(matcher, self._vocab, self._closers)
+        compiled = Grammar(matcher, self._vocab, self._closers, text, tokenizer)
         # The first mask shows what compiling does not, such as a grammar that no text satisfies.
         first = compiled.matcher()
         mask = first.compute_bitmask()

@@ -143,7 +143,7 @@ class Api:
         with service.admission.bodies.hold() as count:
             body = await self._body(request, count)
             job = job_of(service, body)
-            beginning = service.generate(body, job.count, job.prepare, arrived, job.asked.priority)
+            beginning = service.generate(body, job.count, job.prepare, arrived)
             generation = await while_connected(request, beginning)
         note["tokens"] = generation.new_tokens
         note["prompt_tokens"] = sum(ticket.prompt for ticket in generation.tickets[:: job.asked.choices])

@@ -16,6 +16,12 @@ from mllama_graph.server.service import Service
 from mllama_graph.server.usage import usage_of
 
 LIMITS = ("max_tokens", "max_completion_tokens")
+# What would make an answer that this server can't give, with the remedy.
+REFUSED = {
+    "functions": "Give tools.",
+    "function_call": "Give tool_choice.",
+    "web_search_options": "This server calls nothing itself.",
+}
 TEMPLATE = ("tools", "documents", "chat_template_kwargs", "add_generation_prompt", "continue_final_message")
 
 
@@ -57,6 +63,11 @@ def read(service: Service, body: Mapping[str, Any]) -> Asked:
     """Read the fields of a chat completion. Raises ApiError with the field."""
     if body.get("messages") is None:
         raise refused("messages is missing: give a list of {role, content} objects.", "messages", "missing_field")
+    for name, remedy in REFUSED.items():
+        if body.get(name) is not None:
+            raise refused(f"{name} is not supported. {remedy}", name, "unsupported_parameter")
+    if body.get("modalities") not in (None, ["text"]):
+        raise refused('modalities must be ["text"]: the model generates texts only.', "modalities")
     service.check_text(sum(map(len, texts(body["messages"]))), "messages")
     show, top = fields.flag(body, "logprobs"), fields.whole(body, "top_logprobs", 0, fields.MOST_TOP_LOGPROBS)
     if top and not show:
@@ -153,7 +164,8 @@ class Chat:
             reason = speaker.finish(result.finish_reason)
             choices.append({"index": index, "message": message, "logprobs": shown, "finish_reason": reason})
         usage = usage_of(self._requests, results, self._asked.choices)
-        return self._head | {"choices": choices, "usage": usage, "system_fingerprint": None}
+        prompt = self._service.tokens.prompt(results[0].prompt_logprobs, self._asked.prompt_logprobs)
+        return self._head | {"choices": choices, "usage": usage, "system_fingerprint": None} | prompt
 
     def _chunk(self, index: int, part: dict[str, Any], logprobs: Any = None, reason: str | None = None) -> bytes:
         choice = {"index": index, "delta": part, "logprobs": logprobs, "finish_reason": reason}

@@ -32,18 +32,12 @@ def job(service: Service, body: Mapping[str, Any]) -> Job:
         raise refused("suffix is not supported: the model completes texts at their end.", "suffix")
     echo = fields.flag(body, "echo")
     top = fields.whole(body, "logprobs", 0, fields.MOST_TOP_LOGPROBS)
-    if echo and top is not None:
-        raise refused(
-            "echo with logprobs needs log-probabilities of prompts, which this engine does not compute.",
-            "logprobs",
-            "unsupported_parameter",
-        )
     if body.get("max_tokens") == 0 and echo:
         # The engine generates one token at least; `Completions` leaves it out.
         body, empty = {**body, "max_tokens": 1}, True
     else:
         empty = False
-    asked = fields.read(body, service.model(body), ("max_tokens", "max_completion_tokens"), top)
+    asked = fields.read(body, service.model(body), ("max_tokens", "max_completion_tokens"), top, top if echo else None)
     asked.fields.setdefault("max_new_tokens", NEW_TOKENS)
 
     def prepare() -> list[Request]:
@@ -101,6 +95,7 @@ class Completions:
         empty: bool,
     ):
         self._service, self._asked, self._requests, self._empty = service, asked, requests, empty
+        self._echo = echo
         self._head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
@@ -114,7 +109,9 @@ class Completions:
         self._results: list[Result] = []
 
     def begin(self) -> bytes:
-        """The prompts, where they are echoed."""
+        """The prompts, where they are echoed; those with log-probabilities come with the first token."""
+        if self._asked.logprobs is not None:
+            return b""
         return b"".join(self._chunk(n, prompt) for n, prompt in enumerate(self._prompts) if prompt)
 
     def delta(self, index: int, delta: Delta) -> bytes:
@@ -122,15 +119,18 @@ class Completions:
         self._tokens += delta.token is not None and not self._empty
         if delta.result:
             self._results.append(self._kept(delta.result))
+        prompt = b""
+        if delta.prompt_logprobs is not None:
+            prompt = self._chunk(index, self._prompts[index], self._shown(delta.prompt_logprobs, 0))
         text = "" if self._empty else delta.text
         entries = [] if delta.logprobs is None or self._empty else self._entries([delta.logprobs])
         if not text and not entries and not delta.result:
-            return b""
+            return prompt
         logprobs = None
         if self._asked.logprobs is not None:
-            logprobs = self._service.tokens.completions(entries, self._asked.logprobs, self._offsets[index])
+            logprobs = self._shown(entries, self._offsets[index])
             self._offsets[index] += sum(len(token) for token in logprobs["tokens"])
-        return self._chunk(index, text, logprobs, delta.result.finish_reason if delta.result else None)
+        return prompt + self._chunk(index, text, logprobs, delta.result.finish_reason if delta.result else None)
 
     def end(self) -> bytes:
         if not self._asked.usage:
@@ -146,14 +146,17 @@ class Completions:
         for index, (result, prompt) in enumerate(zip(map(self._kept, results), self._prompts)):
             logprobs = None
             if result.logprobs is not None and self._asked.logprobs is not None:
-                entries = self._entries(result.logprobs)
-                logprobs = self._service.tokens.completions(entries, self._asked.logprobs, len(prompt))
+                logprobs = self._shown([] if self._empty else self._entries(result.logprobs), len(prompt))
+                if self._echo:
+                    echoed = self._shown(result.prompt_logprobs or [], 0)
+                    logprobs = {name: echoed[name] + values for name, values in logprobs.items()}
             choices.append(
                 {
                     "index": index,
                     "text": prompt + result.text,
                     "logprobs": logprobs,
                     "finish_reason": result.finish_reason,
+                    **self._service.tokens.prompt(result.prompt_logprobs, self._asked.prompt_logprobs),
                 }
             )
         return self._head | {"choices": choices, "usage": self._usage([*map(self._kept, results)])}
@@ -165,9 +168,13 @@ class Completions:
         return replace(result, token_ids=[], text="", finish_reason="length") if self._empty else result
 
     def _entries(self, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The entries of the tokens that are text."""
-        ends = frozenset() if self._asked.fields.get("ignore_eos") else self._service.processor.eos
+        """The entries of the tokens that are text; beside an echoed prompt of all, so that places can be counted."""
+        ends = self._service.processor.eos
+        ends = frozenset() if self._echo or self._asked.fields.get("ignore_eos") else ends
         return [entry for entry in entries if entry["id"] not in ends]
+
+    def _shown(self, entries: list[dict[str, Any]], offset: int) -> dict[str, Any]:
+        return self._service.tokens.completions(entries, self._asked.logprobs or 0, offset)
 
     def _chunk(self, index: int, text: str, logprobs: Any = None, reason: str | None = None) -> bytes:
         chunk = self._head | {

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mllama_graph.inputs.request import FIELDS
+from mllama_graph.inputs.request import LARGEST
 from mllama_graph.model.fields import describe
 from mllama_graph.server.errors import refused
 
@@ -18,30 +18,30 @@ MOST_STOPS, MOST_STOP_LETTERS = 16, 1024
 SEEDS = 1 << 64
 # Steps between the seeds of a request's choices: an odd number near 2**64 / golden ratio, so that they spread.
 SEED_STEP = 0x9E3779B97F4A7C15
-# Fields of the API that the processor reads, under their names there; each with the value that changes nothing, or None
-# where every value counts. A field that this engine does not have yet is accepted with that value only.
-SAMPLING: dict[str, Any] = {
-    "temperature": None,
-    "top_p": None,
-    "top_k": None,
-    "stop": None,
-    "ignore_eos": None,
-    "min_p": 0,
-    "repetition_penalty": 1,
-    "frequency_penalty": 0,
-    "presence_penalty": 0,
-    "logit_bias": {},
-    "min_tokens": 0,
-    "response_format": None,
-    "structured_outputs": None,
-}
+# Fields of the API that the processor reads, under their names there.
+SAMPLING = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "stop",
+    "ignore_eos",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+    "logit_bias",
+    "min_tokens",
+    "response_format",
+    "structured_outputs",
+)
 
 
 @dataclass(frozen=True)
 class Asked:
     """What a completion asks for, apart from its prompt.
 
-    fields: for the processor. logprobs: the number of most likely ids to report; None: none. seed: of the first choice.
+    fields: for the processor. logprobs, prompt_logprobs: the number of most likely ids to report for each token of the
+    answer and of the prompt; None: none. seed: of the first choice.
     """
 
     model: str
@@ -53,14 +53,16 @@ class Asked:
     logprobs: int | None
     seed: int
     priority: int
+    prompt_logprobs: int | None = None
 
     def seed_of(self, choice: int) -> int:
         """The seed of a choice."""
         return (self.seed + choice * SEED_STEP) % SEEDS
 
     def of_request(self) -> dict[str, Any]:
-        """The fields of the first choice's request."""
-        return {**self.fields, "seed": self.seed, "logprobs": self.logprobs}
+        """The fields of the first choice's request. As in vLLM's API, a smaller priority is served first."""
+        reported = {"logprobs": self.logprobs, "prompt_logprobs": self.prompt_logprobs}
+        return {**self.fields, **reported, "seed": self.seed, "priority": -self.priority}
 
 
 def flag(body: Mapping[str, Any], name: str, default: bool = False) -> bool:
@@ -87,13 +89,16 @@ def whole(body: Mapping[str, Any], name: str, least: int, most: int) -> int | No
     return value
 
 
-def read(body: Mapping[str, Any], model: str, limits: tuple[str, ...], logprobs: int | None) -> Asked:
+def read(
+    body: Mapping[str, Any], model: str, limits: tuple[str, ...], logprobs: int | None, echo: int | None = None
+) -> Asked:
     """Read the common fields. `limits`: the names of the most new tokens, which must not contradict each other.
+
+    `echo`: the number of most likely ids to report for each token of an echoed prompt.
 
     Raises ApiError with the field.
     """
-    fields = {name: _known(name, body[name], neutral) for name, neutral in SAMPLING.items() if name in body}
-    fields = {name: value for name, value in fields.items() if value is not None}
+    fields = {name: body[name] for name in SAMPLING if body.get(name) is not None}
     if fields.get("top_k") == -1:
         # vLLM's way to say all.
         fields["top_k"] = 0
@@ -115,6 +120,9 @@ def read(body: Mapping[str, Any], model: str, limits: tuple[str, ...], logprobs:
     if best_of is not None and best_of != choices:
         raise refused(f"best_of={best_of} is not supported. Leave it out, or ask for n={best_of} answers.", "best_of")
     seed = whole(body, "seed", -(1 << 63), SEEDS - 1)
+    prompt = whole(body, "prompt_logprobs", 0, MOST_TOP_LOGPROBS)
+    if prompt is not None and stream:
+        raise refused("prompt_logprobs is for whole answers only. Leave it or stream=true out.", "prompt_logprobs")
     continuous = flag(options, "continuous_usage_stats")
     return Asked(
         model=model,
@@ -124,7 +132,8 @@ def read(body: Mapping[str, Any], model: str, limits: tuple[str, ...], logprobs:
         usage=flag(options, "include_usage") or continuous,
         usage_always=continuous,
         logprobs=logprobs,
-        priority=whole(body, "priority", -(1 << 31), 1 << 31) or 0,
+        priority=whole(body, "priority", -LARGEST, LARGEST) or 0,
+        prompt_logprobs=max((count for count in (prompt, echo) if count is not None), default=None),
         seed=secrets.randbits(63) if seed is None else seed % SEEDS,
     )
 
@@ -134,12 +143,3 @@ def _check_stops(given: Any) -> None:
     stops = given if isinstance(given, list) else [given] if isinstance(given, str) else []
     if len(stops) > MOST_STOPS or sum(len(stop) for stop in stops if isinstance(stop, str)) > MOST_STOP_LETTERS:
         raise refused(f"stop may have {MOST_STOPS} strings of {MOST_STOP_LETTERS} characters together.", "stop")
-
-
-def _known(name: str, value: Any, neutral: Any) -> Any:
-    """The value of a sampling field for the processor, or None to leave it out."""
-    if value is None or name in FIELDS:
-        return value
-    if value != neutral:
-        raise refused(f"{name} is not supported by this engine. Leave it out.", name, "unsupported_parameter")
-    return None

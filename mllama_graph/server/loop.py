@@ -11,8 +11,6 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
-from heapq import heapify, heappop, heappush
-from itertools import count
 
 from mllama_graph.core.errors import UserError
 from mllama_graph.engine.engine import Engine
@@ -98,9 +96,6 @@ class EngineLoop:
         self._wake = threading.Event()
         self._closing = False
         self._numbers: dict[Ticket, int] = {}
-        # Requests that the engine has no row for: (priority, order of arrival, ticket, request), as a heap.
-        self._waiting: list[tuple[int, int, Ticket, Request]] = []
-        self._order = count()
         # Tickets that have not been in a step yet.
         self._unbegun: dict[int, Ticket] = {}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -112,14 +107,9 @@ class EngineLoop:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
-    @property
-    def waiting(self) -> int:
-        """The number of requests that wait for a row of the batch."""
-        return len(self._waiting)
-
-    def submit(self, ticket: Ticket, request: Request, priority: int) -> None:
-        """Queue a request; a smaller `priority` is served earlier. One that the engine refuses gets a failed result."""
-        self._do(lambda engine: heappush(self._waiting, (priority, next(self._order), ticket, request)))
+    def submit(self, ticket: Ticket, request: Request) -> None:
+        """Queue a request. One that the engine refuses gets a failed result."""
+        self._do(lambda engine: self._submit(engine, ticket, request))
 
     def abort(self, ticket: Ticket) -> None:
         """Drop a request and free its row and pages before the next step; without effect on one that has ended."""
@@ -161,9 +151,6 @@ class EngineLoop:
                 self._wake.clear()
                 while self._commands:
                     self._commands.popleft()(engine)
-                while self._waiting and engine.load < engine.scheduler.batch:
-                    _, _, ticket, request = heappop(self._waiting)
-                    self._submit(engine, ticket, request)
                 if not engine.idle:
                     self._step(engine)
         except BaseException as raised:
@@ -199,9 +186,6 @@ class EngineLoop:
         if number is not None:
             self._unbegun.pop(number, None)
             engine.abort(number)
-        elif any(entry[2] is ticket for entry in self._waiting):
-            self._waiting = [entry for entry in self._waiting if entry[2] is not ticket]
-            heapify(self._waiting)
 
     def _post(self, function: Callable[..., None], *arguments: object) -> None:
         try:

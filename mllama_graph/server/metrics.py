@@ -142,7 +142,7 @@ class Metrics(Collector):
         if engine is not None:
             scheduler = engine.scheduler
             running = len(scheduler.running)
-            waiting = len(scheduler.waiting) + self._service.engine_loop.waiting
+            waiting = len(scheduler.waiting)
             pages = 1 - scheduler.pool.free / max(1, scheduler.pool.capacity)
             pool = scheduler.images.pool
             image_pages = 1 - pool.free / max(1, pool.capacity)

@@ -9,16 +9,18 @@ from mllama_graph.engine.results import Delta, Result
 from mllama_graph.inputs.request import Request
 from mllama_graph.inputs.structured import FORMAT
 from mllama_graph.model.fields import describe
-from mllama_graph.server import fields
+from mllama_graph.server import fields, tools
 from mllama_graph.server.answers import to_json
-from mllama_graph.server.chat import texts
+from mllama_graph.server.chat import Plain, Speaker, texts
 from mllama_graph.server.errors import ApiError, refused
 from mllama_graph.server.fields import Asked
 from mllama_graph.server.jobs import Job
 from mllama_graph.server.service import Service
+from mllama_graph.server.tools import ToolUse
 from mllama_graph.server.usage import usage_of
 
 # What needs a store of earlier responses, or an agent of the server's own.
+LOGPROBS = "message.output_text.logprobs"
 REFUSED = ("previous_response_id", "conversation", "background", "prompt")
 
 
@@ -27,20 +29,37 @@ def job(service: Service, body: Mapping[str, Any]) -> Job:
     for name in REFUSED:
         if body.get(name):
             raise refused(f"{name} is not supported: this server keeps nothing.", name, "unsupported_parameter")
-    if body.get("tools"):
-        raise refused("tools are taken by /v1/chat/completions.", "tools", "unsupported_parameter")
-    asked = fields.read(body, service.model(body), ("max_output_tokens",), None)
+    include, top = body.get("include"), fields.whole(body, "top_logprobs", 0, fields.MOST_TOP_LOGPROBS)
+    reported = top or 0 if isinstance(include, list) and LOGPROBS in include else None
+    asked = fields.read(body, service.model(body), ("max_output_tokens",), reported)
     shown = (body.get("text") or {}).get("format") if isinstance(body.get("text"), dict | None) else body["text"]
     if shown is not None:
         asked.fields[FORMAT] = _response_format(shown)
+    chat = {**body, **asked.fields, "tools": _chat_tools(body.get("tools"))}
+    use = tools.read(chat)
+    if use:
+        asked.fields.update(use.fields(chat))
     messages = messages_of(body.get("input"), body.get("instructions"))
 
     def prepare() -> list[Request]:
         service.check_text(sum(map(len, texts(messages))), "input")
-        resolved = service.pictures.resolved(messages)
+        resolved = tools.one_call_each(service.pictures.resolved(messages))
         return [service.processor.request({**asked.of_request(), "messages": resolved})]
 
-    return Job(asked, 1, prepare, lambda requests: Responses(body, asked, requests))
+    return Job(asked, 1, prepare, lambda requests: Responses(service, body, asked, requests, use))
+
+
+def _chat_tools(given: Any) -> Any:
+    """Tools in the form of chats, where a function has an object of its own. What is no list is checked later."""
+    if not isinstance(given, list):
+        return given
+    found = []
+    for n, tool in enumerate(given):
+        if not isinstance(tool, dict) or tool.get("type") != "function":
+            kind = describe(tool.get("type") if isinstance(tool, dict) else tool)
+            raise refused(f"tools[{n}] is {kind}; this server calls nothing itself, and takes functions only.", "tools")
+        found.append({"type": "function", "function": {name: tool[name] for name in tool if name != "type"}})
+    return found
 
 
 def _response_format(shown: Any) -> Any:
@@ -59,7 +78,13 @@ def messages_of(given: Any, instructions: Any) -> list[Any]:
         return [*first, {"role": "user", "content": given}]
     if not isinstance(given, list) or not given:
         raise refused("input must be a text or a list of items.", "input", "missing_field")
-    return first + [_message(item, f"input[{n}]") for n, item in enumerate(given)]
+    found: list[dict[str, Any]] = []
+    for message in (_message(item, f"input[{n}]") for n, item in enumerate(given)):
+        if found and found[-1].get("tool_calls") and message.get("tool_calls"):
+            found[-1]["tool_calls"] += message["tool_calls"]
+        else:
+            found.append(message)
+    return first + found
 
 
 def _message(item: Any, where: str) -> dict[str, Any]:
@@ -78,12 +103,20 @@ def _message(item: Any, where: str) -> dict[str, Any]:
 
 
 class Responses:
-    """The form of responses: one message of text."""
+    """The form of responses: items, of which each is a message of text or a function call. `use`: tools, if any.
 
-    def __init__(self, body: Mapping[str, Any], asked: Asked, requests: list[Request]):
-        self._asked, self._requests = asked, requests
-        self._item, self._text, self._number = f"msg_{uuid.uuid4().hex}", "", 0
+    The last of the items is open until the next one begins, or the response ends.
+    """
+
+    def __init__(
+        self, service: Service, body: Mapping[str, Any], asked: Asked, requests: list[Request], use: ToolUse | None
+    ):
+        self._service, self._asked, self._requests, self._number = service, asked, requests, 0
+        self._speaker: Speaker = use.speaker() if use else Plain()
+        self._items: list[dict[str, Any]] = []
         self._result: Result | None = None
+        # Without tools, the answer is one message, which is announced at once.
+        self._plain = use is None
         self._head: dict[str, Any] = {
             "id": f"resp_{uuid.uuid4().hex}",
             "object": "response",
@@ -92,50 +125,45 @@ class Responses:
             "instructions": body.get("instructions"),
             "max_output_tokens": body.get("max_output_tokens"),
             "metadata": body.get("metadata") or {},
-            "parallel_tool_calls": True,
+            "parallel_tool_calls": fields.flag(body, "parallel_tool_calls", True),
             "previous_response_id": None,
             "store": False,
             "temperature": requests[0].sampling.temperature,
             "top_p": requests[0].sampling.top_p,
             "text": body.get("text") or {"format": {"type": "text"}},
-            "tool_choice": "auto",
-            "tools": [],
+            "tool_choice": body.get("tool_choice") or "auto",
+            "tools": body.get("tools") or [],
             "truncation": "disabled",
         }
 
     def begin(self) -> bytes:
-        """The events that open the response, its message and its text."""
+        """The events that open the response."""
         response = self._response("in_progress", [])
-        return b"".join(
-            (
-                self._event("response.created", response=response),
-                self._event("response.in_progress", response=response),
-                self._event("response.output_item.added", output_index=0, item=self._message("in_progress", [])),
-                self._text_event("response.content_part.added", part=_part("")),
-            )
-        )
+        events = self._event("response.created", response=response)
+        events += self._event("response.in_progress", response=response)
+        return events + (self._open(_message_item()) if self._plain else b"")
 
     def delta(self, index: int, delta: Delta) -> bytes:
-        """The event of new text."""
-        self._text += delta.text
+        """The events of new text."""
         self._result = delta.result or self._result
-        if not delta.text:
-            return b""
-        return self._text_event("response.output_text.delta", delta=delta.text, logprobs=[])
+        logprobs = [] if delta.logprobs is None else self._logprobs([delta.logprobs])
+        parts = self._speaker.add(delta.text, delta.result is not None)
+        events = []
+        for part in parts or ([{"content": ""}] if logprobs else []):
+            if "content" in part:
+                events.append(self._text(part["content"], logprobs))
+                logprobs = []
+            for call in part.get("tool_calls", ()):
+                events.append(self._call(call))
+        return b"".join(events)
 
     def end(self) -> bytes:
-        """The events that close the text, its message and the response."""
+        """The events that close the last item and the response."""
         assert self._result is not None
-        response = self.whole([self._result])
-        closing = "response.completed" if response["status"] == "completed" else "response.incomplete"
-        return b"".join(
-            (
-                self._text_event("response.output_text.done", text=self._text, logprobs=[]),
-                self._text_event("response.content_part.done", part=_part(self._text)),
-                self._event("response.output_item.done", output_index=0, item=response["output"][0]),
-                self._event(closing, response=response),
-            )
-        )
+        status = _status(self._result)
+        events = self._close(status) if self._items else self._open(_message_item()) + self._close(status)
+        closing = "response.completed" if status == "completed" else "response.incomplete"
+        return events + self._event(closing, response=self._finished(self._result))
 
     def failed(self, error: ApiError) -> bytes:
         told = {"code": error.code or "server_error", "message": error.message}
@@ -145,9 +173,16 @@ class Responses:
     def whole(self, results: list[Result]) -> dict[str, Any]:
         """A response."""
         [result] = results
-        status = "incomplete" if result.finish_reason == "length" else "completed"
-        response = self._response(status, [self._message(status, [_part(result.text)])])
-        used = usage_of(self._requests, results, 1)
+        self.delta(0, Delta(None, None, result.text, result))
+        self.end()
+        for item in self._items:
+            if item["type"] == "message" and result.logprobs is not None:
+                item["content"][0]["logprobs"] = self._logprobs(result.logprobs)
+        return self._finished(result)
+
+    def _finished(self, result: Result) -> dict[str, Any]:
+        response = self._response(_status(result), self._items)
+        used = usage_of(self._requests, [result], 1)
         response["usage"] = {
             "input_tokens": used["prompt_tokens"],
             "input_tokens_details": {"cached_tokens": used["prompt_tokens_details"]["cached_tokens"]},
@@ -167,11 +202,62 @@ class Responses:
             "usage": None,
         }
 
-    def _message(self, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
-        return {"id": self._item, "type": "message", "role": "assistant", "status": status, "content": content}
+    # ---- items
 
-    def _text_event(self, kind: str, **fields: Any) -> bytes:
-        return self._event(kind, item_id=self._item, output_index=0, content_index=0, **fields)
+    def _text(self, text: str, logprobs: list[dict[str, Any]]) -> bytes:
+        """The events of text: it goes on with the open message, or opens one."""
+        events = b""
+        if not self._items or self._items[-1]["type"] != "message":
+            events = self._close("completed") + self._open(_message_item())
+        part = self._items[-1]["content"][0]
+        part["text"] += text
+        part["logprobs"] += logprobs
+        return events + self._item_event("response.output_text.delta", content_index=0, delta=text, logprobs=logprobs)
+
+    def _call(self, call: Mapping[str, Any]) -> bytes:
+        """The events of a part of a tool call, in the form of chats; the part with the name opens an item."""
+        events = b""
+        if "id" in call:
+            item = {"id": f"fc_{uuid.uuid4().hex}", "type": "function_call", "status": "in_progress"}
+            item |= {"call_id": call["id"], "name": call["function"]["name"], "arguments": ""}
+            events = self._close("completed") + self._open(item)
+        if new := call["function"]["arguments"]:
+            self._items[-1]["arguments"] += new
+            events += self._item_event("response.function_call_arguments.delta", delta=new)
+        return events
+
+    def _open(self, item: dict[str, Any]) -> bytes:
+        self._items.append(item)
+        parts = item.get("content")
+        # A message is announced without its part, which has an event of its own.
+        shown = item if parts is None else item | {"content": []}
+        events = self._event("response.output_item.added", output_index=len(self._items) - 1, item=shown)
+        if parts is not None:
+            events += self._item_event("response.content_part.added", content_index=0, part=parts[0])
+        return events
+
+    def _close(self, status: str) -> bytes:
+        """The events that close the last item, if there is one."""
+        if not self._items:
+            return b""
+        item = self._items[-1]
+        item["status"] = status
+        if item["type"] == "message":
+            part = item["content"][0]
+            told = {"content_index": 0, "text": part["text"], "logprobs": part["logprobs"]}
+            events = self._item_event("response.output_text.done", **told)
+            events += self._item_event("response.content_part.done", content_index=0, part=part)
+        else:
+            told = {"name": item["name"], "arguments": item["arguments"]}
+            events = self._item_event("response.function_call_arguments.done", **told)
+        return events + self._event("response.output_item.done", output_index=len(self._items) - 1, item=item)
+
+    def _logprobs(self, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        ends, top = self._service.processor.eos, self._asked.logprobs or 0
+        return [self._service.tokens.chat(entry, top) for entry in entries if entry["id"] not in ends]
+
+    def _item_event(self, kind: str, **fields: Any) -> bytes:
+        return self._event(kind, item_id=self._items[-1]["id"], output_index=len(self._items) - 1, **fields)
 
     def _event(self, kind: str, **fields: Any) -> bytes:
         number, self._number = self._number, self._number + 1
@@ -179,5 +265,11 @@ class Responses:
         return b"event: " + kind.encode() + b"\ndata: " + data + b"\n\n"
 
 
-def _part(text: str) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+def _message_item() -> dict[str, Any]:
+    part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+    item = {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "status": "in_progress"}
+    return item | {"content": [part]}
+
+
+def _status(result: Result) -> str:
+    return "incomplete" if result.finish_reason == "length" else "completed"

@@ -93,7 +93,7 @@ class Service:
         raise ApiError(503, f"{why}.", None, self.state, {"retry-after": "5"})
 
     async def generate(
-        self, body: Mapping[str, Any], count: int, prepare: Callable[[], list[Request]], arrived: float, priority: int
+        self, body: Mapping[str, Any], count: int, prepare: Callable[[], list[Request]], arrived: float
     ) -> "Generation":
         """Prepare requests in another thread, check them and submit them. `count`: of the requests.
 
@@ -116,7 +116,7 @@ class Service:
                 raise
             raise of_request(error, body) from None
         self.check_ready()
-        return Generation(self, requests, arrived, priority, self.admission.admit(requests))
+        return Generation(self, requests, arrived, self.admission.admit(requests))
 
     def check_text(self, characters: int, field: str) -> None:
         """Raises ApiError for a text that is too long for any prompt, before the time to tokenize it is spent."""
@@ -176,7 +176,7 @@ class Service:
 class Generation:
     """The running requests of one HTTP request: take deltas from its mailbox, and `close` it in any case."""
 
-    def __init__(self, service: Service, requests: list[Request], arrived: float, priority: int, load: Load):
+    def __init__(self, service: Service, requests: list[Request], arrived: float, load: Load):
         self.requests, self.arrived, self.mailbox = requests, arrived, Mailbox(self._ended)
         self._service = service
         self._load: Load | None = load
@@ -187,7 +187,7 @@ class Generation:
         ]
         service.open.add(self)
         for ticket, request in zip(self.tickets, requests):
-            service.engine_loop.submit(ticket, request, priority)
+            service.engine_loop.submit(ticket, request)
 
     def new_tokens(self) -> int:
         """The number of new tokens so far."""

@@ -92,6 +92,20 @@ class Tokens:
             offset += len(self.text(entry["id"])) if entry["id"] not in self._codec.added else 0
         return shown
 
+    def prompt(self, entries: Iterable[Mapping[str, Any]] | None, top: int | None) -> dict[str, Any]:
+        """The field prompt_logprobs as in vLLM's API: an object of ids for each token but the first; {} without it."""
+        if entries is None or top is None:
+            return {}
+        shown: list[dict[str, Any] | None] = []
+        for entry in entries:
+            found = {
+                str(id): {"logprob": finite(value), "rank": rank, "decoded_token": self.text(id)}
+                for rank, (id, value) in enumerate(zip(entry["top_ids"][:top], entry["top_logprobs"]), start=1)
+            }
+            own = {"logprob": finite(entry["logprob"]), "rank": None, "decoded_token": self.text(entry["id"])}
+            shown.append({str(entry["id"]): own} | found if shown else None)
+        return {"prompt_logprobs": shown}
+
 
 def finite(logprob: float | None) -> float:
     """A log-probability that JSON can hold."""

@@ -20,6 +20,8 @@ MOST_TOOLS = 128
 MOST_CALLS = 8
 # As Python writes JSON, and so as the model has seen arguments in training.
 SPACED = {"item_separator": ", ", "key_separator": ": "}
+# As a model may have begun to write them. One space or line's end at a time, so that no answer is filled with them.
+LOOSE = {"whitespace_flexible": True, "whitespace_pattern": r"[ \n]?"}
 NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -27,14 +29,15 @@ NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": Fal
 class ToolUse:
     """The tools that an answer may call: name -> JSON schema of its parameters.
 
-    enforced: the answer must consist of calls, one or, with `parallel`, several. reply: the schema of an answer without
-    calls, where that is not free.
+    enforced: the answer must consist of calls, one or, with `parallel`, several. strict: the tools whose arguments must
+    be valid even where calls are not enforced. reply: the schema of an answer without calls, where that is not free.
     """
 
     schemas: Mapping[str, dict[str, Any]]
     enforced: bool
     parallel: bool
     reply: Any = None
+    strict: frozenset[str] = frozenset()
 
     def grammar(self) -> OwnGrammar:
         """The grammar of an answer that consists of calls, or else of the reply, in llguidance's variant of Lark."""
@@ -46,16 +49,32 @@ class ToolUse:
         reply = "" if self.reply is None else f" | %json {schema_text(self.reply, FORMAT)}"
         return OwnGrammar(f"start: call{more}{reply}\ncall: " + "\n    | ".join(calls) + "\n")
 
+    def begun(self) -> OwnGrammar:
+        """The grammar of an answer that has begun with a call of a strict tool; any other answer is free.
+
+        The model wrote the beginning freely: there may be a space or a line's end wherever JSON allows one.
+        """
+        anything, calls = {"type": "object"}, []
+        for name, schema in self.schemas.items():
+            text = schema_text(schema if name in self.strict else anything, "tools", **LOOSE)
+            head = f'"{{" W "\\"name\\"" W ":" W {json.dumps(json.dumps(name))} W "," W'
+            calls.append(f'{head} ("\\"parameters\\"" | "\\"arguments\\"") W ":" W %json {text} W "}}"')
+        more = f' (W ";" W call){{0,{MOST_CALLS - 1}}}' if self.parallel else ""
+        made = OwnGrammar(f"start: call{more}\ncall: " + "\n    | ".join(calls) + "\nW: /[ \\n]?/\n")
+        names = "|".join(map(re.escape, sorted(self.strict)))
+        made.begin = re.compile(rf'\{{\s*"name"\s*:\s*"(?:{names})"\s*,\s*"(?:parameters|arguments)"\s*:')
+        return made
+
     def fields(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """The fields with which the model knows its tools, and calls them where that is required."""
-        constrained = self.enforced or self.reply is not None
-        return {"tools": body["tools"]} | (
-            {FORMAT: None, STRUCTURED: {"grammar": self.grammar()}} if constrained else {}
-        )
+        shown = {"tools": body["tools"]}
+        if self.enforced or self.reply is not None:
+            return shown | {FORMAT: None, STRUCTURED: {"grammar": self.grammar()}}
+        return shown | {STRUCTURED: {"grammar": self.begun()}} if self.strict else shown
 
     def speaker(self) -> "Calls":
         """What shows one choice."""
-        return Calls(CallParser(self.schemas.keys(), self.enforced))
+        return Calls(CallParser(self.schemas.keys(), self.enforced), MOST_TOOLS if self.parallel else 1)
 
 
 def read(body: Mapping[str, Any]) -> ToolUse | None:
@@ -65,6 +84,8 @@ def read(body: Mapping[str, Any]) -> ToolUse | None:
     parallel = fields.flag(body, "parallel_tool_calls", True)
     if choice == "none" or (not schemas and choice in (None, "auto")):
         return None
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+        choice, schemas = _allowed(choice.get("allowed_tools", choice), schemas)
     if not schemas:
         raise refused("tool_choice needs tools. Give a list of functions.", "tool_choice")
     try:
@@ -73,7 +94,9 @@ def read(body: Mapping[str, Any]) -> ToolUse | None:
     except UserError as error:
         raise refused(str(error), FORMAT) from None
     if choice in (None, "auto"):
-        return ToolUse(schemas, False, parallel, None if body.get(STRUCTURED) else reply)
+        if body.get(STRUCTURED) is not None:
+            return ToolUse(schemas, False, parallel)
+        return ToolUse(schemas, False, parallel, reply, _strict(body["tools"]) & schemas.keys())
     if body.get(STRUCTURED) is not None or reply is not None:
         raise refused("tool_choice requires a call; the answer can't have another format, too.", "tool_choice")
     if choice == "required":
@@ -84,6 +107,15 @@ def read(body: Mapping[str, Any]) -> ToolUse | None:
     return ToolUse({name: schemas[name]}, True, False)
 
 
+def _allowed(choice: Any, schemas: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The mode of a choice among some tools, and their schemas."""
+    given = choice.get("tools") if isinstance(choice, dict) else None
+    named = [_named(one) for one in given] if isinstance(given, list) else []
+    if not named or any(name not in schemas for name in named) or choice.get("mode") not in ("auto", "required"):
+        raise refused("tool_choice: allowed_tools needs a mode, auto or required, and some of tools.", "tool_choice")
+    return choice["mode"], {name: schemas[name] for name in named}
+
+
 def _named(choice: Any) -> Any:
     inner = choice.get("function", choice) if isinstance(choice, dict) and choice.get("type") == "function" else None
     if not isinstance(inner, dict):
@@ -92,6 +124,11 @@ def _named(choice: Any) -> Any:
         )
         raise refused(text, "tool_choice")
     return inner.get("name")
+
+
+def _strict(tools: Sequence[Mapping[str, Any]]) -> frozenset[str]:
+    """The names of the tools that are strict."""
+    return frozenset(tool["function"]["name"] for tool in tools if fields.flag(tool["function"], "strict"))
 
 
 def _schemas(given: Any) -> dict[str, dict[str, Any]]:
@@ -124,10 +161,10 @@ def _schemas(given: Any) -> dict[str, dict[str, Any]]:
 
 
 class Calls:
-    """Shows a choice that may call tools."""
+    """Shows a choice that may call tools, of which the first `most` calls count."""
 
-    def __init__(self, parser: CallParser):
-        self._parser = parser
+    def __init__(self, parser: CallParser, most: int):
+        self._parser, self._most = parser, most
 
     def add(self, text: str, last: bool) -> list[dict[str, Any]]:
         """The `delta` objects that new text completes."""
@@ -139,9 +176,12 @@ class Calls:
                 call = {"index": first, "id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": called}
                 parts.append({"tool_calls": [call]})
                 first += 1
+                if first > self._most:
+                    parts.pop()
             elif isinstance(piece, Arguments):
-                parts.append({"tool_calls": [{"index": first - 1, "function": {"arguments": piece.text}}]})
-            else:
+                if first <= self._most:
+                    parts.append({"tool_calls": [{"index": first - 1, "function": {"arguments": piece.text}}]})
+            elif first <= self._most:
                 parts.append({"content": piece})
         return parts
 

@@ -82,8 +82,7 @@ class Served:
     @property
     def requests(self) -> int:
         """The number of requests that run or wait."""
-        loop = self.service.engine_loop
-        return loop.waiting + loop.engine.load
+        return self.service.engine_loop.engine.load
 
     def idle(self) -> bool:
         """Whether the engine holds no request and no page, and nothing counts as open."""
@@ -91,7 +90,6 @@ class Served:
         return (
             engine.scheduler.idle
             and not engine._running
-            and not self.service.engine_loop.waiting
             and engine.scheduler.pool.free == engine.scheduler.pool.capacity
             and not engine.scheduler.images._used
             and not self.service.open

@@ -126,6 +126,65 @@ def test_completions_take_texts_and_ids_and_echo_them(server):
     assert "".join(c.choices[0].text for c in create(model="tiny", prompt=ids, max_tokens=5, stream=True)) == one.text
 
 
+def test_an_echoed_prompt_has_the_log_probabilities_its_tokens_had_when_they_were_generated(server):
+    create = server.openai.completions.create
+    ids = server.post({"prompt": "I see"}, "/tokenize").json()["tokens"]
+    one = create(model="tiny", prompt=ids, max_tokens=6, logprobs=2).choices[0]
+    again = ids + server.post({"prompt": one.text, "add_special_tokens": False}, "/tokenize").json()["tokens"]
+    ask = {"model": "tiny", "prompt": again, "echo": True, "logprobs": 2}
+    for count, fields in ((0, {"max_tokens": 0}), (1, {"max_tokens": 1})):
+        choice = create(**ask, **fields, extra_body={"prompt_logprobs": 1}).choices[0]
+        shown, new = choice.logprobs, slice(len(ids), len(again))
+        assert len(shown.tokens) == len(shown.text_offset) == len(again) + count and shown.token_logprobs[0] is None
+        assert shown.tokens[new] == one.logprobs.tokens
+        # The two paths add up sums in another order.
+        assert shown.token_logprobs[new] == pytest.approx(one.logprobs.token_logprobs, abs=1e-4)
+        assert all(max(top, key=top.get) == token for token, top in zip(shown.tokens[new], shown.top_logprobs[new]))
+        told = choice.prompt_logprobs
+        assert len(told) == len(again) and told[0] is None
+        assert [entry[str(id)]["rank"] for id, entry in zip(again[new], told[new])] == [1] * len(one.logprobs.tokens)
+    # What begins and ends texts has a token, but no text.
+    assert "".join(shown.tokens[1:]).replace("<|eot_id|>", "") == choice.text and choice.text.startswith(
+        "I see" + one.text
+    )
+    for max_tokens in (0, 3):
+        parts = [chunk.choices[0] for chunk in create(**ask, max_tokens=max_tokens, stream=True)]
+        whole = create(**ask, max_tokens=max_tokens).choices[0]
+        assert "".join(part.text for part in parts) == whole.text
+        for name in ("tokens", "token_logprobs", "text_offset"):
+            streamed = [value for part in parts if part.logprobs for value in getattr(part.logprobs, name)]
+            assert streamed == getattr(whole.logprobs, name)
+
+
+def test_sampling_options_are_those_of_the_engine(server):
+    from engines import serve
+
+    options = {"repetition_penalty": 1.5, "frequency_penalty": 1.0, "presence_penalty": 0.5, "min_tokens": 20}
+    options |= {"logit_bias": {"300": 5}, "min_p": 0.1, "temperature": 1.2, "seed": 3, "top_k": 30}
+    found = server.post({"messages": ASK, "max_tokens": 30, "prompt_logprobs": 2} | options).json()
+    assert found["usage"]["completion_tokens"] > 20
+    line = {"id": 0, "messages": ASK, "max_new_tokens": 30, "prompt_logprobs": 2} | options
+    want = server.service.engine_loop.call(lambda engine: serve(engine, [line])[0]).result(30)
+    assert found["choices"][0]["message"]["content"] == want.text != ANSWER
+    assert [None, *(entry["id"] for entry in want.prompt_logprobs[1:])] == [
+        told and int(next(iter(told))) for told in found["prompt_logprobs"]
+    ]
+
+
+def test_a_template_gets_the_variables_and_the_start_that_a_request_names(server):
+    shown = {}
+    for name, fields in (
+        ("plain", {}),
+        ("without a start", {"add_generation_prompt": False}),
+        ("with a variable", {"chat_template_kwargs": {"bos_token": ""}}),
+    ):
+        body = {"messages": ASK} | fields
+        shown[name] = server.post(body, "/tokenize").json()["tokens"]
+        assert server.post(body | {"max_tokens": 1}).json()["usage"]["prompt_tokens"] == len(shown[name])
+    assert shown["with a variable"] == shown["plain"][1:] and shown["plain"] != shown["without a start"]
+    assert shown["plain"][: len(shown["without a start"])] == shown["without a start"]
+
+
 def test_a_response_is_the_chats_answer_whole_and_streamed(server, scene):
     create = server.openai.responses.create
     assert create(model="tiny", input="What can you do?").output_text == ANSWER
@@ -177,6 +236,13 @@ def test_models_health_and_version_answer(server):
         ({"max_tokens": 3, "max_completion_tokens": 4}, 400, "max_tokens"),
         ({"top_logprobs": 3}, 400, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs"),
+        ({"logit_bias": {"100000": 1}}, 400, "logit_bias"),
+        ({"logit_bias": {"1": -101}}, 400, "logit_bias"),
+        ({"frequency_penalty": 3}, 400, "frequency_penalty"),
+        ({"repetition_penalty": -1}, 400, "repetition_penalty"),
+        ({"min_tokens": 3}, 400, "min_tokens"),
+        ({"prompt_logprobs": 1, "stream": True}, 400, "prompt_logprobs"),
+        ({"prompt_logprobs": 21}, 400, "prompt_logprobs"),
         ({"stream_options": {"include_usage": True}}, 400, "stream_options"),
         ({"add_generation_prompt": True, "continue_final_message": True}, 400, "add_generation_prompt"),
         ({"messages": [{"role": "user", "content": "x " * 400}]}, 400, "messages"),

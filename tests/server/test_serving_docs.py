@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 from commands import ROOT
@@ -65,6 +66,39 @@ def test_the_limits_are_the_defaults():
     found = dict(re.findall(r"^\| `task\.(\w+)` \| (\d+) \|", section(SERVING, "Limits"), re.MULTILINE))
     assert len(found) >= 6
     assert {name: float(value) for name, value in found.items()} == {name: getattr(defaults, name) for name in found}
+
+
+PATHS = {"chat completions": "chat/completions", "completions": "completions", "responses": "responses"}
+
+
+def test_parameters_are_refused_or_ignored_as_the_table_says_and_openais_client_has_no_others(served):
+    from openai.types import completion_create_params as completions
+    from openai.types.chat import completion_create_params as chat
+    from openai.types.responses import response_create_params as responses
+
+    types = {"chat completions": chat.CompletionCreateParamsBase, "completions": completions.CompletionCreateParamsBase}
+    types["responses"] = responses.ResponseCreateParamsBase
+    table, endpoint = {}, ""
+    for line in section(SERVING, "Parameters").splitlines():
+        if cells := re.fullmatch(r"\| ([\w ]*)\| (honoured|ignored|refused) \| (.*) \|", line):
+            endpoint = cells[1].strip() or endpoint
+            table.setdefault(endpoint, {})[cells[2]] = re.findall(r"`(\w+)`", cells[3])
+    for endpoint, path in PATHS.items():
+        own = table[endpoint]
+        named = [name for names in own.values() for name in names]
+        # The client is that of the table, or an earlier one.
+        unknown = types[endpoint].__annotations__.keys() - {*named}
+        assert len(set(named)) == len(named) and (not unknown or version("openai") > "3.57"), unknown
+        body = {"messages": [{"role": "user", "content": "Hi"}], "input": "Hi", "prompt": "Hi"}
+        field = {"chat completions": "messages", "completions": "prompt", "responses": "input"}[endpoint]
+        body = {field: body[field]} | {"max_output_tokens" if endpoint == "responses" else "max_tokens": 2}
+        for name in own["refused"]:
+            error = served.post(body | {name: "x"}, f"/v1/{path}")
+            assert (error.status_code, error.json()["error"]["param"]) == (400, name)
+        # A stream option needs a stream.
+        ignored = {name: {"x": 1} for name in own["ignored"] if name != "stream_options"}
+        answer = served.post(body | ignored, f"/v1/{path}")
+        assert answer.status_code == 200, answer.json()
 
 
 def exported(served):

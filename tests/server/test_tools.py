@@ -79,6 +79,8 @@ def test_a_response_format_and_structured_outputs_hold_at_any_temperature(temper
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools"),
         ({"tools": [*TOOLS, *TOOLS]}, "tools"),
         ({"tools": {}}, "tools"),
+        ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto"}}}, "tool_choice"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "strict": 1}}]}, "strict"),
     ],
 )
 def test_what_cant_be_used_is_refused_with_its_field_and_a_reason(fields, param, server):
@@ -127,10 +129,107 @@ def test_with_a_response_format_an_answer_is_a_call_or_fits_the_schema(server):
 def test_answers_without_calls_stay_content_with_tools_at_hand(server):
     plain = create(server).choices[0].message.content
     for choice in ("auto", "none"):
-        [found] = create(server, tools=TOOLS, tool_choice=choice).choices
+        [found] = create(server, tools=STRICT if choice == "auto" else TOOLS, tool_choice=choice).choices
         assert (found.message.content, found.message.tool_calls, found.finish_reason) == (plain, None, "stop")
         chunks = create(server, tools=TOOLS, tool_choice=choice, stream=True)
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == plain
+
+
+STRICT = [{"type": "function", "function": tool["function"] | {"strict": True}} for tool in TOOLS]
+HEADS = [
+    '{"name": "weather", "parameters": ',
+    '{"name":"weather","arguments":{"city":"',
+    '<|python_tag|>{"name": "weather", "parameters": {"',
+]
+
+
+def test_strict_arguments_are_valid_once_a_call_has_begun_and_other_texts_stay_free(server):
+    """The tiny model begins no calls: their beginnings are given to it."""
+    from dataclasses import replace
+
+    from mllama_graph.server import tools
+
+    # A call that the limit cuts off is content.
+    def run(given, count, ends=("stop",), **fields):
+        use = tools.read(fields | {"tools": STRICT})
+        line = {"messages": ASK, "temperature": 3.0, "max_new_tokens": 90} | fields | use.fields({"tools": STRICT})
+
+        def served(engine):
+            results = []
+            for seed in range(count):
+                request = engine.processor.request(line | {"seed": seed})
+                engine.submit(replace(request, forced=tuple(engine.processor.codec.encode(given))))
+            engine.run(lambda delta: delta.result and results.append(delta.result))
+            return results
+
+        results = server.service.engine_loop.call(served).result(60)
+        return [use.speaker().message(result.text) for result in results if result.finish_reason in ends]
+
+    for head in HEADS:
+        complete = run(head, 8)
+        assert len(complete) > 2
+        for message in complete:
+            assert message["content"] is None and message["tool_calls"][0]["function"]["name"] == "weather"
+            for call in message["tool_calls"]:
+                valid = WEATHER if call["function"]["name"] == "weather" else tools.NO_PARAMETERS
+                assert satisfies(json.loads(call["function"]["arguments"]), valid)
+    assert all(len(m["tool_calls"]) == 1 for m in run(HEADS[0], 4, parallel_tool_calls=False))
+    free = run('{"name": "Bob", "x": ', 4, ("stop", "length"))
+    assert all(message["content"].startswith('{"name": "Bob"') and "tool_calls" not in message for message in free)
+
+
+FLAT = [{"type": "function", **tool["function"]} for tool in TOOLS]
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "weather"}])
+def test_a_response_calls_tools_whole_and_streamed_and_takes_their_results(choice, server):
+    make = server.openai.responses.create
+    ask = {"model": "tiny", "input": "Hi", "tools": FLAT, "tool_choice": choice, "temperature": 2}
+    ask["extra_body"] = {"seed": 3}
+    whole = make(**ask)
+    assert whole.status == "completed" and whole.output and whole.tools[0].name == "weather"
+    for item in whole.output:
+        arguments = json.loads(item.arguments)
+        assert (item.type, item.status) == ("function_call", "completed")
+        assert satisfies(arguments, WEATHER) if item.name == "weather" else arguments == {}
+    events = [*make(**ask, stream=True)]
+    assert [e.sequence_number for e in events] == [*range(len(events))] and events[-1].type == "response.completed"
+    assert [(i.name, i.arguments) for i in events[-1].response.output] == [(i.name, i.arguments) for i in whole.output]
+    for index, item in enumerate(whole.output):
+        own = [e for e in events if getattr(e, "output_index", None) == index]
+        pieces = [e.delta for e in own if e.type == "response.function_call_arguments.delta"]
+        assert "".join(pieces) == item.arguments and own[0].type == "response.output_item.added"
+        assert own[-2].type == "response.function_call_arguments.done" and own[-2].arguments == item.arguments
+        assert own[-1].item.status == "completed" and own[-1].item.call_id.startswith("call_")
+    results = [{"type": "function_call_output", "call_id": i.call_id, "output": "sunny"} for i in whole.output]
+    calls = [item.model_dump(exclude_none=True) for item in whole.output]
+    again = make(model="tiny", input=[{"role": "user", "content": "Hi"}, *calls, *results], tools=FLAT)
+    assert again.output[0].type == "message" and again.output_text
+    plain = make(model="tiny", input="Hi", include=["message.output_text.logprobs"], top_logprobs=2)
+    shown = plain.output[0].content[0]
+    assert bytes(b for token in shown.logprobs for b in token.bytes).decode() == shown.text
+    assert len(shown.logprobs[0].top_logprobs) == 2
+
+
+def test_only_allowed_tools_are_called(server):
+    allowed = {"mode": "required", "tools": [{"type": "function", "function": {"name": "now"}}]}
+    choice = {"type": "allowed_tools", "allowed_tools": allowed}
+    found = create(server, tools=TOOLS, tool_choice=choice, temperature=3).choices[0].message.tool_calls
+    assert {call.function.name for call in found} == {"now"}
+
+
+def test_calls_after_the_first_are_dropped_where_calls_are_not_parallel():
+    from mllama_graph.server import tools
+
+    texts = ['{"name": "now", "parameters": {}}; {"name": "now", "parameters": {}}', "[now(), weather(city='x')]"]
+    for text in texts:
+        for parallel, count in ((True, 2), (False, 1)):
+            use = tools.read({"tools": TOOLS, "parallel_tool_calls": parallel})
+            whole, speaker = use.speaker().message(text), use.speaker()
+            assert len(whole["tool_calls"]) == count and whole["content"] is None
+            parts = [part for n, letter in enumerate(text) for part in speaker.add(letter, n == len(text) - 1)]
+            assert {call["index"] for part in parts for call in part.get("tool_calls", ())} == set(range(count))
+            assert speaker.finish("stop") == "tool_calls"
 
 
 def test_results_of_tools_return_into_the_prompt(server):
