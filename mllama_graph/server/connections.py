@@ -26,7 +26,8 @@ class _Lingering:
 
     def __init__(self, transport: Any, connection: "Connection"):
         self._transport, self._connection = transport, connection
-        self.write = transport.write
+        # What is used for every token.
+        self.write, self.is_closing = transport.write, transport.is_closing
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
@@ -36,6 +37,16 @@ class _Lingering:
             self._transport.close()
         elif self._transport.can_write_eof():
             self._transport.write_eof()
+
+
+class _ToTheEnd(int):
+    """The length of a body that lasts until the connection ends, as uvicorn counts down what is left to send."""
+
+    def __lt__(self, other: int) -> bool:
+        return False
+
+    def __sub__(self, other: int) -> "_ToTheEnd":
+        return self
 
 
 class Connection(HttpToolsProtocol):
@@ -73,6 +84,9 @@ class Connection(HttpToolsProtocol):
         self._in_head = False
         self._stop_timer()
         super().on_headers_complete()
+        if self.cycle is not None and self.scope["http_version"] == "1.0":
+            # Such a client knows no chunks (RFC 9112, section 6.1).
+            self.cycle.chunked_encoding, self.cycle.expected_content_length = False, _ToTheEnd(0)
 
     def data_received(self, data: bytes) -> None:
         if self._lingering:
@@ -100,7 +114,8 @@ class Connection(HttpToolsProtocol):
         if self.flow.write_paused or self.transport.is_closing():
             return False
         if data := make(*arguments):
-            self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+            chunked = self.scope["http_version"] != "1.0"
+            self.transport.write(b"%x\r\n%b\r\n" % (len(data), data) if chunked else data)
         return True
 
     def _expect_head(self) -> None:

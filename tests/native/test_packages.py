@@ -3,12 +3,16 @@
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 from teams import segment
 
 from mllama_graph import native
+from mllama_graph.graphs import aot
 
 WIDTH = 16
 # The name of the process group, which is compiled into the package.
@@ -155,6 +159,18 @@ def run_late(rank, world, folder, path, name):
 
 def test_other_threads_run_while_a_package_waits(team, libraries, packages):
     assert team(2, run_late, libraries, packages["shared"], segment())[0] > 1
+
+
+def test_a_package_loaded_beside_the_main_thread_releases_the_interpreter(monkeypatch, tmp_path):
+    """As a server's engine loads them; without a compiler, the server goes on with packages that hold it."""
+    alone = SimpleNamespace(world_size=1, device="cpu")
+    for name in ("Package", "FreePackage"):
+        monkeypatch.setattr(aot, name, lambda *given, name=name, **keys: name)
+    with ThreadPoolExecutor(1) as other:
+        assert aot.load_package(tmp_path, {}, alone, tmp_path) == "Package"
+        assert other.submit(aot.load_package, tmp_path, {}, alone, tmp_path).result() == "FreePackage"
+        monkeypatch.setattr(aot, "FreePackage", Mock(side_effect=native.BuildError("no compiler")))
+        assert other.submit(aot.load_package, tmp_path, {}, alone, tmp_path).result() == "Package"
 
 
 def run_bound(rank, world, folder, path, name):

@@ -156,6 +156,17 @@ def test_heads_that_are_wrong_endless_or_missing_end_their_connection(server, mo
             assert client.recv(100) == b""
 
 
+def test_a_client_of_http_1_0_gets_a_stream_without_chunks(server):
+    body = json.dumps({"messages": ASK, "stream": True}).encode()
+    client = socket.create_connection(("127.0.0.1", server.port), timeout=20)
+    head = f"POST /v1/chat/completions HTTP/1.0\r\nauthorization: Bearer secret\r\ncontent-length: {len(body)}\r\n\r\n"
+    client.sendall(head.encode() + body)
+    status, rest = answered(client)
+    headers, _, events = rest.partition(b"\r\n\r\n")
+    assert status == "200" and b"transfer-encoding" not in headers and events.startswith(b"data: {")
+    assert events.endswith(b"}\n\ndata: [DONE]\n\n") and b"\r\n" not in events
+
+
 def test_many_clients_at_once_get_the_answers_they_get_alone(server, scene):
     """Half with a picture; some leave, and some send nonsense in between."""
     picture = {"type": "image_url", "image_url": {"url": scene}}
