@@ -3,8 +3,6 @@
 Packages contain no weights: all graphs of a run bind the same Parameters.
 """
 
-import logging
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,8 +18,6 @@ from mllama_graph.model.table import Shard
 from mllama_graph.ops.ranks import GROUP
 from mllama_graph.ops.select import ops_for
 from mllama_graph.plan.bucket import Bucket
-
-log = logging.getLogger(__name__)
 
 # Runs a step's graph: takes the step's arguments, returns its output.
 Graph = Callable[..., Output]
@@ -97,11 +93,10 @@ class Package:
         return _output(self._loader.boxed_run(tensors(inputs)))
 
 
-class FreePackage:
-    """A loaded package that releases the GIL while it runs, so that other threads of the process go on.
+class RankPackage:
+    """A loaded package of a CPU rank, which releases the GIL while it runs, since it may wait for other ranks.
 
-    `Package` holds it. Then a server's HTTP would wait for every step; and a package that waits for gloo would hold
-    the GIL that gloo's own thread needs (pytorch issue 197516).
+    A package that waits for gloo would otherwise hold the GIL that gloo's own thread needs (pytorch issue 197516).
     """
 
     def __init__(self, path: Path, weights: dict[str, Tensor], folder: Path):
@@ -116,16 +111,7 @@ class FreePackage:
 
 
 def load_package(path: Path, weights: dict[str, Tensor], spec: GraphSpec, folder: Path) -> Graph:
-    """Load a stored graph, which is called with a step's arguments. `folder` holds native libraries.
-
-    On a CPU, it releases the GIL while it runs if there is more than one rank, or if this is not the main thread: then
-    others work beside the engine. Raises native.BuildError where ranks need the library for it, and it can't be built.
-    """
-    if spec.device == "cpu" and (spec.world_size > 1 or threading.current_thread() is not threading.main_thread()):
-        try:
-            return FreePackage(path, weights, folder)
-        except native.BuildError as error:
-            if spec.world_size > 1:
-                raise
-            log.warning("steps hold up the process' other threads, such as HTTP: %s", error)
+    """Load a stored graph, which is called with a step's arguments. `folder` holds native libraries."""
+    if spec.world_size > 1 and spec.device == "cpu":
+        return RankPackage(path, weights, folder)
     return Package(path, weights, captured=spec.device == "cuda")

@@ -12,7 +12,8 @@ import torch
 from teams import segment
 
 from mllama_graph import native
-from mllama_graph.graphs import aot
+from mllama_graph.graphs import loaded
+from mllama_graph.graphs.loaded import LoadedPackages
 
 WIDTH = 16
 # The name of the process group, which is compiled into the package.
@@ -161,16 +162,20 @@ def test_other_threads_run_while_a_package_waits(team, libraries, packages):
     assert team(2, run_late, libraries, packages["shared"], segment())[0] > 1
 
 
-def test_a_package_loaded_beside_the_main_thread_releases_the_interpreter(monkeypatch, tmp_path):
-    """As a server's engine loads them; without a compiler, the server goes on with packages that hold it."""
-    alone = SimpleNamespace(world_size=1, device="cpu")
-    for name in ("Package", "FreePackage"):
-        monkeypatch.setattr(aot, name, lambda *given, name=name, **keys: name)
+def test_an_engine_beside_the_main_thread_releases_the_interpreter(monkeypatch, tmp_path):
+    """As a server's engine does; where the library for that can't be built, it says so and goes on without."""
+    said = []
+    graphs = LoadedPackages.__new__(LoadedPackages)
+    graphs.spec, graphs.store = SimpleNamespace(device="cpu"), SimpleNamespace(libraries=tmp_path)
+    graphs._weights, graphs.say = {}, said.append
+    monkeypatch.setattr(loaded, "load_package", lambda *given: "holds the GIL")
+    monkeypatch.setattr(loaded, "RankPackage", lambda *given: "releases the GIL")
     with ThreadPoolExecutor(1) as other:
-        assert aot.load_package(tmp_path, {}, alone, tmp_path) == "Package"
-        assert other.submit(aot.load_package, tmp_path, {}, alone, tmp_path).result() == "FreePackage"
-        monkeypatch.setattr(aot, "FreePackage", Mock(side_effect=native.BuildError("no compiler")))
-        assert other.submit(aot.load_package, tmp_path, {}, alone, tmp_path).result() == "Package"
+        assert graphs._package(tmp_path) == "holds the GIL"
+        assert other.submit(graphs._package, tmp_path).result() == "releases the GIL"
+        monkeypatch.setattr(loaded, "RankPackage", Mock(side_effect=native.BuildError("no compiler")))
+        assert other.submit(graphs._package, tmp_path).result() == "holds the GIL"
+    assert said == ["other threads wait while a graph runs: no compiler"]
 
 
 def run_bound(rank, world, folder, path, name):
