@@ -2,7 +2,8 @@
 
 import os
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TextIO
@@ -104,7 +105,15 @@ def bounds_of(run: ResolvedRun, options: ServeOptions) -> Bounds:
     )
 
 
-def _log(folder: Path, options: ServeOptions) -> TextIO:
+@contextmanager
+def _log(folder: Path, options: ServeOptions) -> Iterator[TextIO]:
     if options.access_log == "-":
-        return os.fdopen(os.dup(1), "w", encoding="utf8")
-    return (folder / options.access_log).open("a", encoding="utf8")
+        log = os.fdopen(os.dup(1), "w", encoding="utf8")
+    else:
+        log = (folder / options.access_log).open("a", encoding="utf8")
+    try:
+        yield log
+    finally:
+        # What could not be written, to a full disk or a closed pipe, must not fail the run at its end.
+        with suppress(OSError):
+            log.close()
