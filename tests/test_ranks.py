@@ -80,6 +80,8 @@ def test_sampled_text_is_that_of_one_rank(checkpoint, requests, tmp_path):
         for n, change in enumerate(changes)
     ]
     lines[-1] |= {"prompt_logprobs": 2, "frequency_penalty": 0.5}
+    lines[0] |= {"temperature": 0, "structured_outputs": {"regex": "[0-9a-f]{3}-(yes|no)"}}
+    lines[3] |= {"structured_outputs": {"json": {"type": "object"}}, "max_new_tokens": 20}
     path = written(tmp_path / "requests.jsonl", lines)
     one = serve(start(checkpoint("half"), batch=8), lines)
     given = [f"weights={checkpoint('half')}", f"requests={path}", "backend=eager", "batch=3", "tp=2"]

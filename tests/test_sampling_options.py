@@ -1,6 +1,9 @@
 """Penalties, biases, least lengths and prompts' log-probabilities, against transformers and OpenAI's formula."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +16,9 @@ from transformers.generation import logits_process as hf
 
 from mllama_graph.core.errors import UserError
 from mllama_graph.engine.edits import LEAST, Edit
+from mllama_graph.engine.sampler import Sampler
 from mllama_graph.inputs.request import Sampling, read_options
+from mllama_graph.model.table import Shard
 
 OPTIONS = {
     "repetition": {"repetition_penalty": 1.4},
@@ -187,3 +192,45 @@ def test_options_out_of_range_are_refused_with_the_rule(fields, reason):
     with pytest.raises(UserError, match=reason):
         read_options(fields, 30, Sampling(), 20)
     assert not replace(Sampling(), logprobs=3).edits
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_sample_the_tokens_of_one_rank_with_edits_masks_and_a_search(world):
+    vocab, count, generator = 50, 6, torch.Generator().manual_seed(world)
+    size, barrier, slots = -(-vocab // world), threading.Barrier(world), [None] * world
+
+    def gather(rank, x):
+        slots[rank] = x
+        barrier.wait()
+        found = torch.stack(slots)
+        barrier.wait()
+        return found
+
+    def sampler(rank, gather, world):
+        found = Sampler(vocab, Shard(rank, world), gather, print)
+        found.small = 0
+        return found
+
+    alone = sampler(0, lambda x: x[None], 1)
+    ranks = [sampler(rank, partial(gather, rank), world) for rank in range(world)]
+    options = [Sampling(), Sampling(logprobs=2), Sampling(temperature=0.8, top_k=9, seed=1)]
+    options += [Sampling(temperature=0.7, seed=2, logprobs=3), Sampling(logprobs=0), Sampling(temperature=1.0, seed=4)]
+    for position in range(8, 30):
+        logits_BV = 4 * torch.randn(count, vocab, generator=generator)
+        logits_BV[position % 9 % count, 41] = torch.nan
+        ids = torch.randint(0, vocab, (position,), generator=generator).int().numpy()
+        changed = replace(Sampling(), repetition_penalty=1.3, frequency_penalty=0.5, logit_bias={40: 3.0})
+        edits = [Edit(changed, ids, 4, (1,), None if row % 3 else 7) if row % 2 else None for row in range(count)]
+        masks = [bytes([position, 0, 255, 1, 9, 9, 1]) if (row + position) % 3 == 0 else b"" for row in range(count)]
+        padded = torch.nn.functional.pad(logits_BV, (0, size * world - vocab))
+
+        def of(rank, padded=padded, rest=(None, options, [position] * count, masks, edits)):
+            return ranks[rank].tokens(lambda: padded[:, rank * size : (rank + 1) * size].clone(), *rest)
+
+        want = alone.tokens(lambda x=logits_BV: x.clone(), None, options, [position] * count, masks, edits)
+        with ThreadPoolExecutor(world) as pool:
+            for have in pool.map(of, range(world)):
+                for one, other in zip(have, want, strict=True):
+                    assert (one.id, one.top_ids) == (other.id, other.top_ids)
+                    assert one.top_logprobs == pytest.approx(other.top_logprobs, abs=1e-5)
+                    assert one.logprob == pytest.approx(other.logprob, abs=1e-5)

@@ -194,8 +194,8 @@ def draw_within(
     # In fp32, as in `draw`.
     likely_Bk = below_Bk.float() / temperature_B[:, None] >= min_p_B.log()[:, None]
     reach_Bk = weight_Bk.cumsum(-1)
-    # Whether top_p or min_p ends the set; with neither, all ids are in it.
-    ends_B1 = (top_p_B1 < 1) | ~likely_Bk[:, -1:]
+    # Whether top_p or min_p ends the set, perhaps beyond the candidates; with neither, all ids are in it.
+    ends_B1 = (top_p_B1 < 1) | (min_p_B[:, None] > 0)
     ranks, inside = [], []
     for rest_B1, margin in ((torch.stack(ends).amin(0), 1 - ROUNDING), (torch.stack(ends).amax(0), 1 + ROUNDING)):
         whole_B1 = (reach_Bk[:, -1:] + rest_B1) * margin

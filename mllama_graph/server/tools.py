@@ -128,7 +128,10 @@ def _named(choice: Any) -> Any:
 
 def _strict(tools: Sequence[Mapping[str, Any]]) -> frozenset[str]:
     """The names of the tools that are strict."""
-    return frozenset(tool["function"]["name"] for tool in tools if fields.flag(tool["function"], "strict"))
+    functions = [tool["function"] for tool in tools]
+    if wrong := next((one for one in functions if one.get("strict") not in (None, True, False)), None):
+        raise refused(f"tools: strict is {describe(wrong['strict'])}; it must be true or false.", "tools")
+    return frozenset(one["name"] for one in functions if one.get("strict"))
 
 
 def _schemas(given: Any) -> dict[str, dict[str, Any]]:

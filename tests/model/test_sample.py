@@ -267,6 +267,32 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.parametrize("searched", [5, 64])
+def test_a_search_for_the_largest_logits_gives_the_tokens_that_a_sort_gives(searched, monkeypatch):
+    monkeypatch.setattr("mllama_graph.engine.sampler.SEARCHED", searched)
+    generator = torch.Generator().manual_seed(searched)
+    sorting, searching = (Sampler(60, Shard(0, 1), lambda x: x[None], print) for _ in range(2))
+    searching.small, undecided, search = 0, [], searching._searched
+    searching._searched = lambda *given: undecided.append(search(*given)) or undecided[-1]
+    for position in range(60):
+        logits_BV = 4 * torch.randn(len(OPTIONS), 60, generator=generator)
+        logits_BV[position % 10 % len(OPTIONS), 7] = (torch.nan, torch.inf, -torch.inf)[position % 3]
+        # Half of the steps have many equal logits.
+        logits_BV = logits_BV.round() if position % 2 else logits_BV
+        at = [position] * len(OPTIONS)
+        masks = [bytes([row + 1, 0, 255, 1]) * 2 if row % 3 == position % 3 else b"" for row in range(len(OPTIONS))]
+        masks[4] = bytes([3, 1]) if position % 4 else masks[4]
+        want, have = (
+            one.tokens(lambda x=logits_BV: x.clone(), None, OPTIONS, at, masks) for one in (sorting, searching)
+        )
+        for one, other in zip(have, want, strict=True):
+            assert (one.id, one.top_ids) == (other.id, other.top_ids)
+            assert one.top_logprobs == pytest.approx(other.top_logprobs, abs=1e-5)
+            assert one.logprob == pytest.approx(other.logprob, abs=1e-5)
+    found = [token is not None for tokens in undecided for token in tokens]
+    assert sum(found) > len(found) * (0.3 if searched == 5 else 0.95)
+
+
 @pytest.mark.parametrize("held", [1, 8, 64])
 def test_tokens_are_the_same_from_candidates_and_from_logits(held):
     generator, said = torch.Generator().manual_seed(held), []
