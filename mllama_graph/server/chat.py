@@ -132,6 +132,9 @@ class Chat:
         speaker, result = self._speakers[index], delta.result
         parts = speaker.add(delta.text, result is not None)
         logprobs = self._logprobs(delta)
+        if not parts and not result and isinstance(speaker, Plain):
+            # Clients count chunks and measure the time between them: a token without text has one, too.
+            parts = [{"content": ""}]
         if self._plain and not result and len(parts) == 1 and parts[0].keys() == {"content"}:
             return self._opening[index] + text_json(parts[0]["content"]) + self._closing
         if logprobs and not parts:
