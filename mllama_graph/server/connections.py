@@ -53,6 +53,7 @@ class Connection(HttpToolsProtocol):
     """One connection. Clients that send no head, a slow one or an endless one are disconnected."""
 
     _lingering = False
+    _chunked = True
     _timer: asyncio.TimerHandle | None = None
     _head = 0
     _in_head = True
@@ -84,7 +85,8 @@ class Connection(HttpToolsProtocol):
         self._in_head = False
         self._stop_timer()
         super().on_headers_complete()
-        if self.cycle is not None and self.scope["http_version"] == "1.0":
+        self._chunked = self.scope["http_version"] != "1.0"
+        if self.cycle is not None and not self._chunked:
             # Such a client knows no chunks (RFC 9112, section 6.1).
             self.cycle.chunked_encoding, self.cycle.expected_content_length = False, _ToTheEnd(0)
 
@@ -114,8 +116,7 @@ class Connection(HttpToolsProtocol):
         if self.flow.write_paused or self.transport.is_closing():
             return False
         if data := make(*arguments):
-            chunked = self.scope["http_version"] != "1.0"
-            self.transport.write(b"%x\r\n%b\r\n" % (len(data), data) if chunked else data)
+            self.transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
         return True
 
     def _expect_head(self) -> None:
