@@ -50,7 +50,7 @@ def main(run: ResolvedRun) -> None:
         pictures = Pictures(bounds, options.fetch_hosts, below)
         service = Service(run, processor, names, bounds, pictures, build, options.vllm_names)
         service.on_ready = partial(progress.say, "ready")
-        access = AccessLog(stack.enter_context(_log(run.output_dir, options)), options.log_prompts)
+        access = AccessLog(stack.enter_context(access_log(run.output_dir, options)), options.log_prompts)
         key = options.api_key or os.environ.get(KEY) or None
         app = application(service, key, list(options.cors_origins), access)
         tls = {"ssl_certfile": options.ssl_certfile, "ssl_keyfile": options.ssl_keyfile} if options.ssl_certfile else {}
@@ -106,7 +106,8 @@ def bounds_of(run: ResolvedRun, options: ServeOptions) -> Bounds:
 
 
 @contextmanager
-def _log(folder: Path, options: ServeOptions) -> Iterator[TextIO]:
+def access_log(folder: Path, options: ServeOptions) -> Iterator[TextIO]:
+    """The stream that takes the lines of the access log."""
     if options.access_log == "-":
         log = os.fdopen(os.dup(1), "w", encoding="utf8")
     else:
