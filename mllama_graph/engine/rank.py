@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -65,6 +66,8 @@ class Rank:
         # Seconds spent on sampling. On an asynchronous device, they include waiting for the graph to finish.
         self.sample_seconds = 0.0
         self.profiler: Profiler | None = None
+        # Called when a step's inputs are ready: from now on the graph runs, and Python is free for other threads.
+        self.on_graph: Callable[[], None] = lambda: None
 
     def _load(self, pixels: Pixels, progress: Progress) -> Weights:
         """Load this rank's weights from the checkpoint, or fill them with random values."""
@@ -123,8 +126,10 @@ class Rank:
         device = torch.device("cpu") if on_host else self.spec.torch_device
 
         def call(given: object) -> Output:
+            inputs = arguments(bucket, given, *self._pages())
+            self.on_graph()
             with self._marked(GRAPH):
-                return graph(*arguments(bucket, given, *self._pages()))
+                return graph(*inputs)
 
         if isinstance(step, VisionStep):
             # The image may not fill its last page; the rest could hold non-finite values of an earlier image.

@@ -1,12 +1,13 @@
 """The graphs that one rank has loaded, and how it loads or compiles more."""
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from mllama_graph.graphs.aot import Graph, load_package
+from mllama_graph.graphs.aot import Graph, RankPackage, load_package
 from mllama_graph.graphs.compiler import GraphCompiler
 from mllama_graph.graphs.cuda_graphs import CapturedStep, Cuda
 from mllama_graph.graphs.key import key, key_fields
@@ -17,6 +18,7 @@ from mllama_graph.graphs.torchair import npu_graph
 from mllama_graph.model.inputs import Pages
 from mllama_graph.model.ops import Ops
 from mllama_graph.model.tree import Weights
+from mllama_graph.native import BuildError
 from mllama_graph.plan.bucket import Bucket
 
 
@@ -85,13 +87,24 @@ class LoadedPackages(LoadedGraphs):
                     raise RuntimeError(f"{done} could not be compiled: {error}")
         path = path or self._compiler.stored(bucket)
         assert path is not None, "compiled just now"
-        run = load_package(path, self._weights, self.spec, self.store.libraries)
+        run = self._package(path)
         if self._cuda and bucket.phase == "decode":
             run = CapturedStep(run, arguments(bucket, self.spec.example(bucket), *self.pages), self._cuda, self.say)
         self.ready[bucket] = run
 
     def graph(self, bucket: Bucket, compiled: bool) -> Graph:
         return self.ready[bucket] if compiled else self._uncompiled[bucket.phase]
+
+    def _package(self, path: Path) -> Graph:
+        """The package at `path`. Where the engine is not the main thread, others work beside it (HTTP):
+        then a CPU's package releases the GIL while it runs, if the library for that is there or can be built.
+        """
+        if self.spec.device == "cpu" and threading.current_thread() is not threading.main_thread():
+            try:
+                return RankPackage(path, self._weights, self.store.libraries)
+            except BuildError as error:
+                self.say(f"other threads wait while a graph runs: {error}")
+        return load_package(path, self._weights, self.spec, self.store.libraries)
 
 
 class LoadedNpuGraphs(LoadedGraphs):

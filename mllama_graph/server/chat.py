@@ -130,11 +130,15 @@ class Chat:
         if delta.result:
             self._results.append(delta.result)
         speaker, result = self._speakers[index], delta.result
+        # Clients count chunks and measure the time between them: a token without text has one, too.
+        always = result is None and isinstance(speaker, Plain)
+        if always and self._plain:
+            return self._opening[index] + text_json(delta.text) + self._closing
         parts = speaker.add(delta.text, result is not None)
         logprobs = self._logprobs(delta)
         if self._plain and not result and len(parts) == 1 and parts[0].keys() == {"content"}:
             return self._opening[index] + text_json(parts[0]["content"]) + self._closing
-        if logprobs and not parts:
+        if not parts and (logprobs or always):
             parts = [{"content": ""}]
         chunks = []
         for part in parts:

@@ -124,7 +124,8 @@ class Completions:
             prompt = self._chunk(index, self._prompts[index], self._shown(delta.prompt_logprobs, 0))
         text = "" if self._empty else delta.text
         entries = [] if delta.logprobs is None or self._empty else self._entries([delta.logprobs])
-        if not text and not entries and not delta.result:
+        # A token without text has a chunk, too, as in chats.
+        if delta.token is None and not entries and not delta.result:
             return prompt
         logprobs = None
         if self._asked.logprobs is not None:

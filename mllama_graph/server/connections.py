@@ -1,7 +1,9 @@
 """Connections: uvicorn's protocol on httptools, with bounds on the head of a request and on waiting for it."""
 
 import asyncio
+import os
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -26,7 +28,9 @@ class _Lingering:
 
     def __init__(self, transport: Any, connection: "Connection"):
         self._transport, self._connection = transport, connection
-        self.write = transport.write
+        # What is used for every token.
+        self.write, self.is_closing = transport.write, transport.is_closing
+        self.get_write_buffer_size = transport.get_write_buffer_size
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
@@ -38,10 +42,23 @@ class _Lingering:
             self._transport.write_eof()
 
 
+class _ToTheEnd(int):
+    """The length of a body that lasts until the connection ends, as uvicorn counts down what is left to send."""
+
+    def __lt__(self, other: int) -> bool:
+        return False
+
+    def __sub__(self, other: int) -> "_ToTheEnd":
+        return self
+
+
 class Connection(HttpToolsProtocol):
     """One connection. Clients that send no head, a slow one or an endless one are disconnected."""
 
     _lingering = False
+    _chunked = True
+    # The socket's file, unless what is written to it is encrypted.
+    _handle: int | None = None
     _timer: asyncio.TimerHandle | None = None
     _head = 0
     _in_head = True
@@ -49,6 +66,8 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self.transport = cast(Any, _Lingering(transport, self))
+        if transport.get_extra_info("sslcontext") is None:
+            self._handle = transport.get_extra_info("socket").fileno()
         self._expect_head()
 
     def linger(self) -> bool:
@@ -73,6 +92,10 @@ class Connection(HttpToolsProtocol):
         self._in_head = False
         self._stop_timer()
         super().on_headers_complete()
+        self._chunked = self.scope["http_version"] != "1.0"
+        if self.cycle is not None and not self._chunked:
+            # Such a client knows no chunks (RFC 9112, section 6.1).
+            self.cycle.chunked_encoding, self.cycle.expected_content_length = False, _ToTheEnd(0)
 
     def data_received(self, data: bytes) -> None:
         if self._lingering:
@@ -100,7 +123,14 @@ class Connection(HttpToolsProtocol):
         if self.flow.write_paused or self.transport.is_closing():
             return False
         if data := make(*arguments):
-            self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+            data = b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data
+            if self._handle is not None and not self.transport.get_write_buffer_size():
+                # Releases the GIL, which uvloop's own writes hold: the engine need not wait until all streams are sent.
+                with suppress(OSError):
+                    data = data[os.write(self._handle, data) :]
+            if data:
+                # What did not fit; or the client has left, which the transport finds out.
+                self.transport.write(data)
         return True
 
     def _expect_head(self) -> None:

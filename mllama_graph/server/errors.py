@@ -48,6 +48,11 @@ def refused(message: str, param: str | None = None, code: str | None = None) -> 
     return ApiError(400, message, param, code or "invalid_value")
 
 
+def too_long(message: str, field: str | None) -> ApiError:
+    """The error of a prompt that is too long. Clients such as litellm know it by the beginning of OpenAI's sentence."""
+    return refused(f"{message} This model's maximum context length is exceeded.", field, "context_length_exceeded")
+
+
 def of_request(error: BaseException, body: Mapping[str, Any]) -> ApiError:
     """The error of a request that can't be prepared. Our messages begin with the field at fault, if there is one."""
     if isinstance(error, ApiError):
@@ -63,7 +68,7 @@ def of_request(error: BaseException, body: Mapping[str, Any]) -> ApiError:
             break
     text = next((name for name in ("messages", "prompt", "input") if name in body), None)
     if "max_input_length" in message:
-        return refused(message, text, "context_length_exceeded")
+        return too_long(message, text)
     if message.startswith("picture") or "image" in message.partition(" in one request")[0][:12]:
         return refused(message, text, "invalid_image")
     return refused(message, param if param in body else text)

@@ -1,6 +1,8 @@
 """The step loop: a thread that owns the engine. HTTP submits and aborts through a queue and never waits for a step.
 
-Deltas leave with one `call_soon_threadsafe` per step, whatever the number of streams.
+Deltas leave with one `call_soon_threadsafe` per step, whatever the number of streams, and when the next step's graph
+begins: while it runs, HTTP has the interpreter. Woken at the end of a step, HTTP would take the GIL at the first of
+torch's operations that releases it, and the engine would wait for all writes of the step.
 """
 
 import asyncio
@@ -98,6 +100,8 @@ class EngineLoop:
         self._numbers: dict[Ticket, int] = {}
         # Tickets that have not been in a step yet.
         self._unbegun: dict[int, Ticket] = {}
+        # The deltas that have not left yet, and when their step ended.
+        self._leaving: tuple[list[Delta], float] | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         # Set in the thread once the engine is built.
         self.engine: Engine | None = None
@@ -144,7 +148,10 @@ class EngineLoop:
         error: BaseException | None = None
         try:
             engine = self.engine = self._build()
+            engine.executor.rank.on_graph = self._leave
             while not self._closing:
+                if engine.idle or self._commands:
+                    self._leave()
                 if engine.idle and not self._commands:
                     self._wake.wait()
                 # Cleared before the queue is read, so that a command that comes meanwhile wakes the loop again.
@@ -156,6 +163,7 @@ class EngineLoop:
         except BaseException as raised:
             log.exception("the engine has ended")
             error = raised
+        self._leave()
         self._post(self._ended, error)
 
     def _step(self, engine: Engine) -> None:
@@ -169,8 +177,16 @@ class EngineLoop:
                 # Of a request that ended in its first step.
                 if self._unbegun.pop(number, None):
                     delta.id.begun = start
+        # Of the step before, if this one has run no graph.
+        self._leave()
         if deltas:
-            self._post(self._deliver, deltas, time.perf_counter())
+            self._leaving = deltas, time.perf_counter()
+
+    def _leave(self) -> None:
+        """Hand the deltas of the latest step to HTTP."""
+        if self._leaving:
+            leaving, self._leaving = self._leaving, None
+            self._post(self._deliver, *leaving)
 
     def _submit(self, engine: Engine, ticket: Ticket, request: Request) -> None:
         try:

@@ -12,7 +12,7 @@ from mllama_graph.engine.scheduler import Scheduler
 from mllama_graph.inputs.processor import Processor
 from mllama_graph.inputs.request import Request
 from mllama_graph.plan.resolve import ResolvedRun
-from mllama_graph.server.errors import ApiError, of_request, refused
+from mllama_graph.server.errors import ApiError, of_request, too_long
 from mllama_graph.server.limits import Admission, Bounds, Load
 from mllama_graph.server.loop import EngineLoop, Mailbox, Ticket
 from mllama_graph.server.metrics import Metrics
@@ -125,7 +125,7 @@ class Service:
             text = (
                 f"the prompt has {characters} characters; one of max_input_length={self.run.limits.max_input} has less."
             )
-            raise refused(text, field, "context_length_exceeded")
+            raise too_long(text, field)
 
     def drain(self) -> None:
         """Refuse new requests from now on."""

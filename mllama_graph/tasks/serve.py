@@ -2,7 +2,8 @@
 
 import os
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TextIO
@@ -49,7 +50,7 @@ def main(run: ResolvedRun) -> None:
         pictures = Pictures(bounds, options.fetch_hosts, below)
         service = Service(run, processor, names, bounds, pictures, build, options.vllm_names)
         service.on_ready = partial(progress.say, "ready")
-        access = AccessLog(stack.enter_context(_log(run.output_dir, options)), options.log_prompts)
+        access = AccessLog(stack.enter_context(access_log(run.output_dir, options)), options.log_prompts)
         key = options.api_key or os.environ.get(KEY) or None
         app = application(service, key, list(options.cors_origins), access)
         tls = {"ssl_certfile": options.ssl_certfile, "ssl_keyfile": options.ssl_keyfile} if options.ssl_certfile else {}
@@ -104,7 +105,16 @@ def bounds_of(run: ResolvedRun, options: ServeOptions) -> Bounds:
     )
 
 
-def _log(folder: Path, options: ServeOptions) -> TextIO:
+@contextmanager
+def access_log(folder: Path, options: ServeOptions) -> Iterator[TextIO]:
+    """The stream that takes the lines of the access log."""
     if options.access_log == "-":
-        return os.fdopen(os.dup(1), "w", encoding="utf8")
-    return (folder / options.access_log).open("a", encoding="utf8")
+        log = os.fdopen(os.dup(1), "w", encoding="utf8")
+    else:
+        log = (folder / options.access_log).open("a", encoding="utf8")
+    try:
+        yield log
+    finally:
+        # What could not be written, to a full disk or a closed pipe, must not fail the run at its end.
+        with suppress(OSError):
+            log.close()

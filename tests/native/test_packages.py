@@ -3,12 +3,17 @@
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 from teams import segment
 
 from mllama_graph import native
+from mllama_graph.graphs import loaded
+from mllama_graph.graphs.loaded import LoadedPackages
 
 WIDTH = 16
 # The name of the process group, which is compiled into the package.
@@ -155,6 +160,22 @@ def run_late(rank, world, folder, path, name):
 
 def test_other_threads_run_while_a_package_waits(team, libraries, packages):
     assert team(2, run_late, libraries, packages["shared"], segment())[0] > 1
+
+
+def test_an_engine_beside_the_main_thread_releases_the_interpreter(monkeypatch, tmp_path):
+    """As a server's engine does; where the library for that can't be built, it says so and goes on without."""
+    said = []
+    graphs = LoadedPackages.__new__(LoadedPackages)
+    graphs.spec, graphs.store = SimpleNamespace(device="cpu"), SimpleNamespace(libraries=tmp_path)
+    graphs._weights, graphs.say = {}, said.append
+    monkeypatch.setattr(loaded, "load_package", lambda *given: "holds the GIL")
+    monkeypatch.setattr(loaded, "RankPackage", lambda *given: "releases the GIL")
+    with ThreadPoolExecutor(1) as other:
+        assert graphs._package(tmp_path) == "holds the GIL"
+        assert other.submit(graphs._package, tmp_path).result() == "releases the GIL"
+        monkeypatch.setattr(loaded, "RankPackage", Mock(side_effect=native.BuildError("no compiler")))
+        assert other.submit(graphs._package, tmp_path).result() == "holds the GIL"
+    assert said == ["other threads wait while a graph runs: no compiler"]
 
 
 def run_bound(rank, world, folder, path, name):

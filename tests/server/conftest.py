@@ -6,6 +6,8 @@ import json
 import socket
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,22 @@ class Served:
         head = f"POST {path} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}\r\ncontent-length: {len(data)}\r\n\r\n"
         client.sendall(head.encode() + data)
         return client
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Meanwhile the engine waits between two steps, so that no request ends by itself, however slow the machine."""
+        go = threading.Event()
+        waiting = self.service.engine_loop.call(lambda engine: go.wait(60))
+        try:
+            yield
+        finally:
+            go.set()
+            waiting.result()
+
+    @property
+    def open(self) -> int:
+        """The number of requests that are admitted and not ended, as the queue counts them."""
+        return self.service.admission.load.requests
 
     @property
     def requests(self) -> int:

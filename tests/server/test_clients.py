@@ -89,14 +89,12 @@ def test_a_smaller_priority_is_served_first_and_equal_ones_in_order(server):
 
 def test_a_full_queue_is_refused_with_the_time_to_wait(server):
     with bounded(server, requests=2):
-        clients = [server.raw(LONG) for _ in range(2)]
-        wait_until(lambda: server.requests == 2)
-        answer = server.post({"messages": ASK})
-        assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
-        assert int(answer.headers["retry-after"]) >= 1
-        assert server.post({"messages": ASK, "n": 3}).status_code == 429
-        for client in clients:
-            client.close()
+        with server.held(), server.raw(LONG), server.raw(LONG):
+            wait_until(lambda: server.open == 2)
+            answer = server.post({"messages": ASK})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
+            assert int(answer.headers["retry-after"]) >= 1
+            assert server.post({"messages": ASK, "n": 3}).status_code == 429
         wait_until(server.idle)
         assert server.post({"messages": ASK}).status_code == 200
 
@@ -106,8 +104,8 @@ def test_tokens_and_pixels_in_the_queue_are_bounded(bound, server, scene):
     with bounded(server, **bound):
         picture = {"type": "image_url", "image_url": {"url": scene}}
         ask = LONG | {"messages": [{"role": "user", "content": [picture]}]}
-        with server.raw(ask):
-            wait_until(lambda: server.requests == 1)
+        with server.held(), server.raw(ask):
+            wait_until(lambda: server.open == 1)
             assert server.post(ask).json()["error"]["code"] == "queue_full"
         wait_until(server.idle)
 
@@ -156,6 +154,17 @@ def test_heads_that_are_wrong_endless_or_missing_end_their_connection(server, mo
     for client in (silent, partial):
         with client:
             assert client.recv(100) == b""
+
+
+def test_a_client_of_http_1_0_gets_a_stream_without_chunks(server):
+    body = json.dumps({"messages": ASK, "stream": True}).encode()
+    client = socket.create_connection(("127.0.0.1", server.port), timeout=20)
+    head = f"POST /v1/chat/completions HTTP/1.0\r\nauthorization: Bearer secret\r\ncontent-length: {len(body)}\r\n\r\n"
+    client.sendall(head.encode() + body)
+    status, rest = answered(client)
+    headers, _, events = rest.partition(b"\r\n\r\n")
+    assert status == "200" and b"transfer-encoding" not in headers and events.startswith(b"data: {")
+    assert events.endswith(b"}\n\ndata: [DONE]\n\n") and b"\r\n" not in events
 
 
 def test_many_clients_at_once_get_the_answers_they_get_alone(server, scene):

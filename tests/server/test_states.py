@@ -1,10 +1,14 @@
 """States of a server: starting, failed, with other options. Each test starts its own, on the shared engine."""
 
 import threading
+from pathlib import Path
 
 from conftest import wait_until
 
+from mllama_graph.server.access import AccessLog
 from mllama_graph.server.metrics import Metrics
+from mllama_graph.tasks.serve import access_log
+from mllama_graph.tasks.serve_options import ServeOptions
 
 ASK = [{"role": "user", "content": "What can you do?"}]
 LONG = {"messages": ASK, "max_tokens": 1500, "ignore_eos": True}
@@ -15,9 +19,8 @@ def test_metrics_count_what_happened(running):
     try:
         server.post({"messages": ASK})
         with server.raw(LONG):
-            wait_until(lambda: server.requests == 1)
-            text = server.http.get("/metrics").text
-            assert 'mllama_graph:num_requests_running{model_name="tiny"} 1.0' in text
+            line = 'mllama_graph:num_requests_running{model_name="tiny"} 1.0'
+            wait_until(lambda: line in server.http.get("/metrics").text)
         wait_until(server.idle)
         text = server.http.get("/metrics").text
         for line in (
@@ -92,3 +95,10 @@ def test_pages_of_other_origins_may_use_the_server_only_if_they_are_named(runnin
         assert "What can you do?" in server.log.getvalue(), "log_prompts=true"
     finally:
         running.stop()
+
+
+def test_a_full_disk_ends_the_access_log_and_nothing_else():
+    with access_log(Path("/dev"), ServeOptions(access_log="full")) as stream:
+        access = AccessLog(stream)
+        for _ in range(2):
+            access.write({"method": "GET", "path": "/live"}, {}, 0.1)
