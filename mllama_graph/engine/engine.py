@@ -109,9 +109,12 @@ class Engine:
         start = time.perf_counter()
         step = masked(step, self._constraint)
         tokens = self.executor.execute(step)
+        seconds = time.perf_counter() - start
+        if self.scheduler.pace:
+            self.scheduler.pace.took(step, seconds)
         self.stats.count(
             step,
-            time.perf_counter() - start,
+            seconds,
             self._image_tokens(step),
             self.executor.run.shape,
             self.executor.run.storage,

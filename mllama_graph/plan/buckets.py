@@ -67,12 +67,15 @@ class Plan:
     scratch_pages: int
     num_pages: int
     num_image_pages: int
-    # The most tokens of a step while sequences decode.
+    # The most tokens of a step while sequences decode. paced: only the first steps', until their times are known.
     step_tokens: int
+    paced: bool
     # Most real tiles of an image, each number of which has a vision graph; 0 for one graph that takes any number.
     tiles: int
     # Whether a page of several sequences counts once for each (core/devices.py, Paging).
     counts_every_reader: bool
+    # The model's positions, where they limit max_length; None where the configured lengths do.
+    positions: int | None
 
     @property
     def max_images(self) -> int:
@@ -191,7 +194,7 @@ def _sizes(name: str, given: Sequence[int] | None, default: tuple[int, ...], lea
 @dataclass(frozen=True)
 class Limits:
     """Limits of a run: sequences in flight, ids per prompt, new tokens per request, images per request, and tokens per
-    step while sequences decode (None: the device's default).
+    step while sequences decode (None: the device's default). extended: sequences may exceed the model's positions.
     """
 
     batch: int
@@ -199,6 +202,7 @@ class Limits:
     max_new: int
     max_images: int
     step_tokens: int | None = None
+    extended: bool = False
 
 
 def make_plan(choice: PlanChoice, limits: Limits, shape: ModelShape, paging: Paging, lengths_are_free: bool) -> Plan:
@@ -208,7 +212,9 @@ def make_plan(choice: PlanChoice, limits: Limits, shape: ModelShape, paging: Pag
     """
     size = choice.page_size
     _check_page(size, paging)
-    longest = limits.max_input + limits.max_new
+    longest, positions = limits.max_input + limits.max_new, shape.text.positions
+    limited = longest > positions and not limits.extended
+    longest = positions if limited else longest
     pages_per_sequence = pages_for(longest, size)
     chunk = min(LARGEST_PREFILL, limits.max_input)
 
@@ -251,8 +257,10 @@ def make_plan(choice: PlanChoice, limits: Limits, shape: ModelShape, paging: Pag
         num_pages,
         num_images * pages_per_image,
         limits.step_tokens or (max(MIXED_TOKENS, 2 * limits.batch) if lengths_are_free else prefill[-1]),
+        lengths_are_free and limits.step_tokens is None,
         shape.vision.max_tiles if paging.fixed_tiles else 0,
         paging.counts_every_reader,
+        positions if limited else None,
     )
 
 
