@@ -62,5 +62,7 @@ def test_a_request_beyond_the_models_positions_is_refused_unless_asked_for(check
     request = Request(0, (1,) * 2040, (), (), 9)
     with pytest.raises(UserError, match="2049 tokens; the model has 2048 positions .* or set extend_context=true"):
         engine.submit(request)
-    assert resolved(run_of(checkpoint("cross_last"), max_input_length=3000, extend_context=True)).plan.max_length == 3100
+    assert (
+        resolved(run_of(checkpoint("cross_last"), max_input_length=3000, extend_context=True)).plan.max_length == 3100
+    )
     engine.submit(Request(0, (1,) * 2040, (), (), 8))

@@ -112,13 +112,7 @@ class Engine:
         seconds = time.perf_counter() - start
         if self.scheduler.pace:
             self.scheduler.pace.took(step, seconds)
-        self.stats.count(
-            step,
-            seconds,
-            self._image_tokens(step),
-            self.executor.run.shape,
-            self.executor.run.storage,
-        )
+        self.stats.count(step, seconds, self._image_tokens(step), self.executor.run.shape, self.executor.run.storage)
         tokens = self._forced(step, tokens)
         moved = self.scheduler.commit(tuple(token.id for token in tokens))
         return [

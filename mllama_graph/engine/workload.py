@@ -51,10 +51,12 @@ def requests_of(engine: Engine, case: Case, seed: int, pictures: int) -> tuple[l
 
 
 def fill_pages(engine: Engine) -> None:
-    """Give each page K/V of its own in memory, with the same random values: unwritten pages would all be one in cache."""
+    """Fill all pages with random K/V: memory that was never written would be read from the cache."""
     for layer in engine.executor.rank.pages:
         for part in layer:
-            first = torch.randn(part[:1].shape) if part.is_floating_point() else torch.randint(-127, 128, part[:1].shape)
+            first = (
+                torch.randn(part[:1].shape) if part.is_floating_point() else torch.randint(-127, 128, part[:1].shape)
+            )
             part.copy_(first.abs() / 127 if len(layer) == 4 and part.dim() == 3 else first)
 
 

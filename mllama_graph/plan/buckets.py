@@ -19,8 +19,8 @@ from mllama_graph.plan.bucket import Bucket
 LADDER = 4
 SMALLEST_PREFILL = 32
 LARGEST_PREFILL = 2048
-# The most tokens of a step while sequences decode, where lengths are data and prompts are computed beside them, or
-# twice the batch if that is more. From 8 rows on, a step takes time in proportion to its rows (docs/performance.md).
+# The most tokens of a step while sequences decode, or twice the batch if that is more, where lengths are data and
+# prompts are computed beside them: until measured times decide (engine/pace.py).
 MIXED_TOKENS = 12
 # The most tokens and sequences of a packed prefill where shapes are compiled: beyond them, a device is busy with one
 # prompt, and attention, which pads each sequence to all tokens, costs more than launches (plan/latency.py).
