@@ -215,6 +215,7 @@ class Run:
     max_input_length: int = 2048
     max_output_length: int = 128
     max_images: int | None = None
+    extend_context: bool = False
     max_step_tokens: int | None = None
     speculate: str = "none"
     speculate_tokens: int = 4

@@ -111,6 +111,8 @@ class Engine:
         step = told(masked(step, self._constraints), self._history, self._given)
         tokens = self.executor.execute(step)
         seconds = time.perf_counter() - start
+        if self.scheduler.pace:
+            self.scheduler.pace.took(step, seconds)
         tokens, counts = agreed(step, tokens)
         self._learn(step, counts)
         self.stats.count(

@@ -8,6 +8,7 @@ from bisect import insort
 from collections.abc import Iterator
 
 from mllama_graph.core.errors import UserError
+from mllama_graph.engine.pace import Pace
 from mllama_graph.engine.sequence import Sequence, equal_pages, image_table
 from mllama_graph.engine.speculation import Propose, no_proposals
 from mllama_graph.engine.steps import NOT_FINITE, DecodeStep, PrefillStep, Row, Step, VisionStep
@@ -23,9 +24,9 @@ class Scheduler:
     Prompts that fit a prefill bucket together are computed in one step. Longer ones are computed in chunks and take
     turns with the others, so that a short prompt waits for one chunk of each longer one at most.
 
-    While sequences decode, a step has at most `plan.step_tokens` tokens. Where lengths are data, prompts are computed
-    beside the decoding sequences in one step, so that these get a token in each step but those that encode an image.
-    Elsewhere the two alternate.
+    While sequences decode, a step has at most `plan.step_tokens` tokens, or as many as `pace` allows. Where lengths are
+    data, prompts are computed beside the decoding sequences in one step, so that these get a token in each step but
+    those that encode an image. Elsewhere the two alternate.
 
     `prefix_cache`: full pages are kept when their sequence ends, and a sequence that begins with the same ids and
     images starts after them. It waits for a running prompt that is computing many of its pages.
@@ -41,6 +42,7 @@ class Scheduler:
         self.plan, self.batch, self.prefix_cache, self.propose = plan, batch, prefix_cache, propose
         self.pool = SharedPages(BlockPool(plan.num_pages, reserved=plan.scratch_pages), plan.counts_every_reader)
         self.images = ImageCache(BlockPool(plan.num_image_pages), plan.page_size, plan.pages_per_image)
+        self.pace = Pace(max(1, plan.step_tokens - batch), plan.prefill_tokens[-1]) if plan.paced else None
         # In order of their turns.
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
@@ -55,11 +57,15 @@ class Scheduler:
 
     def check(self, prompt: int, max_new: int, images: int) -> None:
         """Raises UserError for a request whose sizes exceed the plan, so that it could never run."""
-        if prompt + max_new > self.plan.max_length:
-            raise UserError(
-                f"{prompt} prompt ids and {max_new} new ones are {prompt + max_new} tokens; the plan holds "
-                f"{self.plan.max_length}. Raise max_input_length or max_output_length."
-            )
+        plan = self.plan
+        if prompt + max_new > plan.max_length:
+            rule = f"the plan holds {plan.max_length}. Raise max_input_length or max_output_length."
+            if plan.positions:
+                rule = (
+                    f"the model has {plan.positions} positions (max_position_embeddings). Shorten the prompt, lower "
+                    "max_new_tokens, or set extend_context=true."
+                )
+            raise UserError(f"{prompt} prompt ids and {max_new} new ones are {prompt + max_new} tokens; {rule}")
         if images > self.plan.max_images:
             raise UserError(
                 f"{images} images in one request; the plan holds {self.plan.max_images}. Set max_images={images}."
@@ -158,7 +164,8 @@ class Scheduler:
         plan, rows = self.plan, len(decoding)
         if not plan.lengths_are_free or rows >= min(plan.prefill_rows[-1], plan.prefill_tokens[-1]):
             return 0
-        return max(1, min(plan.step_tokens, plan.prefill_tokens[-1]) - rows)
+        room = self.pace.room if self.pace else plan.step_tokens - rows
+        return max(1, min(room, plan.prefill_tokens[-1] - rows))
 
     def _admit(self, decoding: list[Sequence], room: int) -> Step | None:
         """The next vision or prefill step. `room`: see `_room_beside`; above 0, the step decodes as well.

@@ -53,10 +53,6 @@ def start_engine(
     for note in (*processor.notes, *run.format_notes, *run.device_notes):
         progress.say(note)
     progress.say(f"plan: {run.plan.describe()}")
-    if run.plan.max_length > run.shape.text.positions:
-        log.info(
-            "sequences of up to %d tokens; the model has %d positions", run.plan.max_length, run.shape.text.positions
-        )
     log.info("memory of a rank: %s", run.memory.describe())
     executor = Executor(run, pixels_of(processor), progress, first, place, rendezvous, check)
     speculation: Speculation | None = None

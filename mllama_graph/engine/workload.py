@@ -5,11 +5,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from mllama_graph.core.errors import UserError
 from mllama_graph.engine.engine import Engine
 from mllama_graph.engine.results import Delta
+from mllama_graph.engine.sequence import Sequence
 from mllama_graph.inputs.images import TiledImage, tile_image
 from mllama_graph.inputs.request import Request
 from mllama_graph.measure.timing import Case, Timing
@@ -18,7 +20,7 @@ from mllama_graph.measure.timing import Case, Timing
 def cases_of(options: Any) -> list[Case]:
     """Every case of a task's options (tasks/options.py, WorkloadOptions)."""
     return [
-        Case(batch, length, options.images, options.new_tokens)
+        Case(batch, length, options.images, options.new_tokens, int(options.cached * length))
         for batch in options.batch_sizes
         for length in options.lengths
     ]
@@ -42,7 +44,32 @@ def requests_of(engine: Engine, case: Case, seed: int, pictures: int) -> tuple[l
         # `serve` aborts requests before they end: they decode while others are still prefilled.
         most = engine.executor.run.limits.max_new
         requests.append(Request(number, ids, tuple(images), tuple(range(len(images))), most, ignore_eos=True))
+    if case.cached:
+        for request in requests:
+            place_pages(engine, request, case.cached)
     return requests, spent
+
+
+def fill_pages(engine: Engine) -> None:
+    """Fill all pages with random K/V: memory that was never written would be read from the cache."""
+    for layer in engine.executor.rank.pages:
+        for part in layer:
+            first = (
+                torch.randn(part[:1].shape) if part.is_floating_point() else torch.randint(-127, 128, part[:1].shape)
+            )
+            part.copy_(first.abs() / 127 if len(layer) == 4 and part.dim() == 3 else first)
+
+
+def place_pages(engine: Engine, request: Request, tokens: int) -> None:
+    """Have the prefix cache find the first full pages of a request that hold at most `tokens` tokens, as they are."""
+    scheduler = engine.scheduler
+    size = scheduler.plan.page_size
+    sequence = Sequence(-1, request.ids, request.images, request.positions, 1, request.sampling)
+    digests = sequence.digests_of(min(tokens, len(request.ids) - 1) // size, size)
+    pages = scheduler.pool.allocate(len(digests))
+    for page, digest in zip(pages, digests, strict=True):
+        scheduler.pool.keep(page, digest)
+    scheduler.pool.release(pages)
 
 
 def serve(

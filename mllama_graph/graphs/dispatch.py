@@ -40,6 +40,8 @@ class Graphs:
         self._ready: set[Bucket] = set()
         self._stored: set[Bucket] = set()
         self._failed: set[Bucket] = set()
+        # The loaded graph of each need, until the set of graphs changes: choosing takes as long as a small decode step.
+        self._settled: dict[Bucket, Bucket] = {}
         if self.spec.compiles:
             self._stored = {bucket for bucket in plan if store.has(key(spec, bucket))}
             if store.warning:
@@ -77,8 +79,11 @@ class Graphs:
         """
         if not self.spec.compiles:
             return need, False
+        if not self.compiler.pending and (settled := self._settled.get(need)):
+            return settled, True
         if self.compiled_by_ranks:
-            return self._select_from_ranks(need), True
+            self._settled[need] = self._select_from_ranks(need)
+            return self._settled[need], True
         self._collect()
         best = self._choose(need)
         while self.mode == "wait" and best in self.compiler.requested:
@@ -86,6 +91,8 @@ class Graphs:
         larger = choose(need, {*self._ready, *self._stored}, self.cost, math.inf)
         for bucket in (best, larger):
             if bucket in self._ready or self._load(bucket):
+                if bucket == best:
+                    self._settled[need] = bucket
                 return bucket, True
         return need, False
 
@@ -111,6 +118,7 @@ class Graphs:
         start, name = time.perf_counter(), key(self.spec, bucket)
         self._load_everywhere(bucket)
         self._ready.add(bucket)
+        self._settled.clear()
         path, _ = self.store.find(name)
         self.records.append(
             Record(
@@ -156,6 +164,7 @@ class Graphs:
         """Record the graphs whose compilation has ended."""
         for bucket, error in self.compiler.collect(timeout):
             (self._failed if error else self._stored).add(bucket)
+            self._settled.clear()
 
     def _load(self, bucket: Bucket) -> bool:
         """Load a stored graph; a damaged entry is reported and compiled again."""

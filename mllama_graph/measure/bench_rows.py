@@ -137,8 +137,9 @@ def _median_steps(timing: Timing, repetitions: int) -> list[float]:
 
 def _first_floor(on: Measured, case: Case, image_tokens: int, ceiling: Limits) -> float:
     """The floor of a batch's first tokens in seconds: the prefill of each prompt and the encoding of each image."""
-    seen = case.length * case.length / 2, case.length * image_tokens
-    moved, flops = step_work(on.shape, case.images > 0, case.length, case.length, image_tokens, seen, 1, on.storage)
+    new = case.length - case.cached
+    seen = new * (case.cached + new / 2), new * image_tokens
+    moved, flops = step_work(on.shape, case.images > 0, new, case.length, image_tokens, seen, 1, on.storage)
     prompt = max(moved / ceiling.bytes_per_second, flops / ceiling.flops)
     encode = work(on.shape, on.plan.page_size, on.plan.vision(on.shape.vision.max_tiles), on.storage)[1] / ceiling.flops
     return case.batch * (prompt + case.images * encode)

@@ -5,12 +5,16 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Case:
-    """Requests measured together: `batch` requests of `length` ids and `images` images, with `new` tokens timed."""
+    """Requests measured together: `batch` requests of `length` ids and `images` images, with `new` tokens timed.
+
+    cached: the first ids of each, about as many, are found in pages of random K/V instead of being computed.
+    """
 
     batch: int
     length: int
     images: int
     new: int
+    cached: int = 0
 
 
 @dataclass

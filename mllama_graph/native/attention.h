@@ -3,7 +3,6 @@
 #pragma once
 
 #include <limits>
-#include <memory>
 #include <optional>
 #include <vector>
 
@@ -19,9 +18,9 @@ namespace {
 
 // Query rows (of all heads that share a kv head) and tokens per block: whole tiles.
 constexpr int64_t kQueries = 72, kKeys = 96;
-// The most blocks of queries of a sequence whose threads write panels as they go, into their caches: for few queries,
-// memory would take longer to write and read all panels than to read keys and values several times.
-constexpr int64_t kFewTasks = 4;
+// The most blocks of queries that a thread computes together, with panels that it writes once for all of them and keeps
+// in its cache, as it does their queries and sums. Panels of all tokens would take as much memory as the pages.
+constexpr int64_t kTogether = 4;
 
 // The tokens that a set of rows attends to, in order. Those of each sequence begin at a multiple of kKeys, so that sums
 // have the same order whatever sequences come before.
@@ -53,22 +52,31 @@ struct RowsOfSequence {
   int64_t first, last;
 };
 
-// Keys and values of one head in a block of kKeys tokens, in panels for multiply_matrix.
-struct Panels {
-  const float *keys, *values;  // (width by kKeys), (kKeys by wide)
-};
+// Prefetches a head of a key or value: those of one head are apart in memory, so that no processor foresees them.
+template <class E>
+inline void prefetch_head(const Token<E>& token, int64_t head, int64_t width) {
+  for (int64_t h = 0; h < width; h += kLine / static_cast<int64_t>(sizeof(E)))
+    __builtin_prefetch(token.data + head * width + h, 0, 3);
+}
 
-// Writes the panels of a head for the kKeys tokens from `start` on. `space` holds kLanes * width floats.
+// Writes the panels of a head for the kKeys tokens from `start` on, as multiply_matrix takes them: keys (width by kKeys)
+// and values (kKeys by wide). `space` holds kLanes * width floats. Meanwhile prefetches what is read next: the values,
+// then the next tokens' keys.
 template <class E>
 void write_panels(const Tokens<E>& tokens, int64_t head, int64_t start, int64_t width, int64_t wide, float* key,
                   float* value, float* space) {
+  const auto* keys = tokens.keys.data() + start;
+  const auto* values = tokens.values.data() + start;
   panels(kKeys, [&](auto, auto vectors, int64_t v) {
     constexpr int64_t kSome = decltype(vectors)::value * kLanes;
     for (int64_t first = 0; first < kSome; first += kLanes) {
       float* to = key + v * kLanes * width + first;
       const float* k[kLanes];
-      for (int i = 0; i < kLanes; i++)
-        k[i] = tokens.keys_pool.values(tokens.keys[start + v * kLanes + first + i], head, space + i * width);
+      for (int i = 0; i < kLanes; i++) {
+        const int64_t token = v * kLanes + first + i;
+        prefetch_head(values[token], head, width);
+        k[i] = tokens.keys_pool.values(keys[token], head, space + i * width);
+      }
       int64_t h = 0;
       for (; h + kLanes <= width; h += kLanes) {
         Vector some[kLanes];
@@ -81,42 +89,15 @@ void write_panels(const Tokens<E>& tokens, int64_t head, int64_t start, int64_t 
     }
   });
   for (int64_t i = 0; i < kKeys; i++) {
-    const float* from = tokens.values_pool.values(tokens.values[start + i], head, space);
+    if (start + kKeys + i < tokens.count()) prefetch_head(keys[kKeys + i], head, width);
+    const float* from = tokens.values_pool.values(values[i], head, space);
     panels(wide, [&](auto, auto vectors, int64_t v) {
       constexpr int64_t kSome = decltype(vectors)::value * kLanes;
       float* to = value + v * kLanes * kKeys + i * kSome;
-      const int64_t some = std::min(kSome, width - v * kLanes);
-      std::memcpy(to, from + v * kLanes, some * sizeof(float));
-      std::fill(to + some, to + kSome, 0.0f);
+      for (int64_t h = 0; h < kSome; h += kLanes) store(to + h, load(from + v * kLanes + h, width - v * kLanes - h));
     });
   }
 }
-
-// The panels of all heads and blocks.
-struct Blocks {
-  int64_t count, width, wide;
-  std::unique_ptr<float[]> keys, values;  // (heads, count, width by kKeys), (heads, count, kKeys by wide)
-
-  template <class E>
-  Blocks(const Tokens<E>& tokens, const Heads& heads, int64_t wide)
-      : count(tokens.count() / kKeys),
-        width(heads.width),
-        wide(wide),
-        keys(new float[heads.keys * count * kKeys * width]),
-        values(new float[heads.keys * count * kKeys * wide]) {
-    parallel_for(heads.keys * count, 1, [&](int64_t from, int64_t to) {
-      std::vector<float> space(kLanes * width);
-      for (int64_t task = from; task < to; task++)
-        write_panels(tokens, task / count, task % count * kKeys, width, wide, keys.get() + task * kKeys * width,
-                     values.get() + task * kKeys * wide, space.data());
-    });
-  }
-
-  Panels at(int64_t head, int64_t block) const {
-    const int64_t first = (head * count + block) * kKeys;
-    return {keys.get() + first * width, values.get() + first * wide};
-  }
-};
 
 // Turns kKeys scores of a row into weights, 0 outside [begin, end), and returns the sum of the weights. Updates `top`,
 // the largest score so far.
@@ -146,62 +127,65 @@ void attend_rows(const float* q, float* out, const std::vector<RowsOfSequence>& 
                  const Tokens<E>& tokens, const std::vector<Seen>& seen, float scale) {
   const int64_t G = heads.group(), H = heads.width, count = tokens.count();
   const int64_t wide = (H + kLanes - 1) / kLanes * kLanes;
-  // Queries (rows times heads of a group) that are computed together. They are of one sequence: a key of another one
-  // that is NaN would spoil them, as 0 * NaN is NaN.
+  // Queries (rows times heads of a group) that a thread computes together: few enough that all threads have some. They
+  // are of one sequence: a key of another one that is NaN would spoil them, as 0 * NaN is NaN.
+  int64_t blocks = 0;
+  for (const auto& rows : sequences) blocks += ((rows.last - rows.first) * G + kQueries - 1) / kQueries;
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t most = std::clamp<int64_t>(heads.keys * blocks / (4 * threads), 1, kTogether) * kQueries;
   std::vector<RowsOfSequence> queries;
-  bool few = true;
-  for (const auto& rows : sequences) {
-    for (int64_t first = rows.first * G; first < rows.last * G; first += kQueries)
-      queries.push_back({first, std::min(first + kQueries, rows.last * G)});
-    few &= (rows.last - rows.first) * G <= kFewTasks * kQueries;
-  }
-  std::optional<Blocks> blocks;
-  if (!few) blocks.emplace(tokens, heads, wide);
+  for (const auto& rows : sequences)
+    for (int64_t first = rows.first * G; first < rows.last * G; first += most)
+      queries.push_back({first, std::min(first + most, rows.last * G)});
   const int64_t tasks = static_cast<int64_t>(queries.size());
   constexpr float kPowers = 1.44269504f;  // log2(e)
   parallel_for(heads.keys * tasks, 1, [&](int64_t from, int64_t to) {
-    std::vector<float> query(kQueries * H), weight(kQueries * kKeys), sum_of_values(kQueries * wide);
-    std::vector<float> top(kQueries), sum(kQueries);
-    std::vector<float> key(few ? kKeys * H : 0), value(few ? kKeys * wide : 0), space(kLanes * H);
+    std::vector<float> query(most * H), weight(kQueries * kKeys), sum_of_values(most * wide), top(most), sum(most);
+    std::vector<float> key(kKeys * H), value(kKeys * wide), space(kLanes * H);
     for (int64_t task = from; task < to; task++) {
       const int64_t head = task / tasks, row = queries[task % tasks].first;
       const int64_t some = queries[task % tasks].last - row;
-      int64_t first = count, last = 0;
+      std::vector<Seen> seen_by(kTogether, {count, 0});  // each block of queries
       for (int64_t r = 0; r < some; r++) {
         const int64_t t = (row + r) / G, g = (row + r) % G;
         const float* from_row = q + (t * heads.queries + head * G + g) * H;
         for (int64_t h = 0; h < H; h++) query[r * H + h] = from_row[h] * scale * kPowers;
-        first = std::min(first, seen[t].first);
-        last = std::max(last, seen[t].last);
+        Seen& block = seen_by[r / kQueries];
+        block = {std::min(block.first, seen[t].first), std::max(block.last, seen[t].last)};
       }
+      int64_t first = count, last = 0;
+      for (const Seen& block : seen_by) first = std::min(first, block.first), last = std::max(last, block.last);
+      last = std::min(last, count);
       std::fill(top.begin(), top.end(), -std::numeric_limits<float>::infinity());
       std::fill(sum.begin(), sum.end(), 0.0f);
       std::fill(sum_of_values.begin(), sum_of_values.end(), 0.0f);
-      // Blocks begin at multiples of kKeys whatever the rows, so that sums have the same order in each batch.
-      for (int64_t block = first / kKeys; block * kKeys < std::min(last, count); block++) {
-        const int64_t start = block * kKeys;
-        if (few) write_panels(tokens, head, start, H, wide, key.data(), value.data(), space.data());
-        const Panels block_panels = few ? Panels{key.data(), value.data()} : blocks->at(head, block);
-        multiply_matrix<true>(query.data(), H, block_panels.keys, weight.data(), kKeys, some, kKeys, H);
-        for (int64_t r = 0; r < some; r++) {
-          const Seen& sees = seen[(row + r) / G];
-          const int64_t begin = std::max<int64_t>(0, sees.first - start), end = std::min(kKeys, sees.last - start);
-          if (begin >= end) {
-            std::fill_n(weight.data() + r * kKeys, kKeys, 0.0f);
-            continue;
+      // Begins at a multiple of kKeys whatever the rows, so that sums have the same order in each batch.
+      for (int64_t start = first / kKeys * kKeys; start < last; start += kKeys) {
+        write_panels(tokens, head, start, H, wide, key.data(), value.data(), space.data());
+        for (int64_t at = 0; at < some; at += kQueries) {
+          const Seen& block = seen_by[at / kQueries];
+          if (block.first >= start + kKeys || block.last <= start) continue;
+          const int64_t tall = std::min(kQueries, some - at);
+          float* sums = sum_of_values.data() + at * wide;
+          multiply_matrix<true>(query.data() + at * H, H, key.data(), weight.data(), kKeys, tall, kKeys, H);
+          for (int64_t r = 0; r < tall; r++) {
+            const Seen& sees = seen[(row + at + r) / G];
+            const int64_t begin = std::max<int64_t>(0, sees.first - start), end = std::min(kKeys, sees.last - start);
+            if (begin >= end) {
+              std::fill_n(weight.data() + r * kKeys, kKeys, 0.0f);
+              continue;
+            }
+            const float before = top[at + r];
+            const float part = weigh(weight.data() + r * kKeys, begin, end, top[at + r]);
+            if (top[at + r] > before) {
+              const float shrink = power_of_two(splat(before - top[at + r]))[0];
+              for (int64_t h = 0; h < wide; h += kLanes) store(sums + r * wide + h, load(sums + r * wide + h) * shrink);
+              sum[at + r] *= shrink;
+            }
+            sum[at + r] += part;
           }
-          const float before = top[r];
-          const float part = weigh(weight.data() + r * kKeys, begin, end, top[r]);
-          if (top[r] > before) {
-            const float shrink = power_of_two(splat(before - top[r]))[0];
-            for (int64_t h = 0; h < wide; h += kLanes)
-              store(sum_of_values.data() + r * wide + h, load(sum_of_values.data() + r * wide + h) * shrink);
-            sum[r] *= shrink;
-          }
-          sum[r] += part;
+          multiply_matrix<false>(weight.data(), kKeys, value.data(), sums, wide, tall, wide, kKeys);
         }
-        multiply_matrix<false>(weight.data(), kKeys, block_panels.values, sum_of_values.data(), wide, some, wide,
-                               kKeys);
       }
       for (int64_t r = 0; r < some; r++) {
         float* result = out + ((row + r) / G * heads.queries + head * G + (row + r) % G) * H;

@@ -94,7 +94,9 @@ struct Pool {
     const E* from = token.data + head * width;
     if constexpr (std::is_same_v<E, float>) return from;
     const float scale = kScaled ? token.scales[head * page] : 1.0f;
-    for (int64_t h = 0; h < width; h++) space[h] = widen(from[h]) * scale;
+    int64_t h = 0;
+    for (; h + kLanes <= width; h += kLanes) store(space + h, load(from + h) * scale);
+    for (; h < width; h++) space[h] = widen(from[h]) * scale;
     return space;
   }
 };

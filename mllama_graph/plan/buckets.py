@@ -19,8 +19,8 @@ from mllama_graph.plan.bucket import Bucket
 LADDER = 4
 SMALLEST_PREFILL = 32
 LARGEST_PREFILL = 2048
-# The most tokens of a step while sequences decode, where lengths are data and prompts are computed beside them, or
-# twice the batch if that is more. From 8 rows on, a step takes time in proportion to its rows (docs/performance.md).
+# The most tokens of a step while sequences decode, or twice the batch if that is more, where lengths are data and
+# prompts are computed beside them: until measured times decide (engine/pace.py).
 MIXED_TOKENS = 12
 # The most tokens and sequences of a packed prefill where shapes are compiled: beyond them, a device is busy with one
 # prompt, and attention, which pads each sequence to all tokens, costs more than launches (plan/latency.py).
@@ -70,12 +70,15 @@ class Plan:
     scratch_pages: int
     num_pages: int
     num_image_pages: int
-    # The most tokens of a step while sequences decode.
+    # The most tokens of a step while sequences decode. paced: only the first steps', until their times are known.
     step_tokens: int
+    paced: bool
     # Most real tiles of an image, each number of which has a vision graph; 0 for one graph that takes any number.
     tiles: int
     # Whether a page of several sequences counts once for each (core/devices.py, Paging).
     counts_every_reader: bool
+    # The model's positions, where they limit max_length; None where the configured lengths do.
+    positions: int | None
     # The most tokens of a sequence in a decode step: its last one, and proposals.
     row_tokens: int = 1
 
@@ -211,6 +214,7 @@ def _sizes(name: str, given: Sequence[int] | None, default: tuple[int, ...], lea
 class Limits:
     """Limits of a run: sequences in flight, ids per prompt, new tokens per request, images per request, and tokens per
     step while sequences decode (None: the device's default), and tokens proposed per sequence and decode step.
+    extended: sequences may exceed the model's positions.
     """
 
     batch: int
@@ -219,6 +223,7 @@ class Limits:
     max_images: int
     step_tokens: int | None = None
     proposals: int = 0
+    extended: bool = False
 
 
 def make_plan(choice: PlanChoice, limits: Limits, shape: ModelShape, paging: Paging, lengths_are_free: bool) -> Plan:
@@ -228,7 +233,9 @@ def make_plan(choice: PlanChoice, limits: Limits, shape: ModelShape, paging: Pag
     """
     size = choice.page_size
     _check_page(size, paging)
-    longest = limits.max_input + limits.max_new
+    longest, positions = limits.max_input + limits.max_new, shape.text.positions
+    limited = longest > positions and not limits.extended
+    longest = positions if limited else longest
     pages_per_sequence = pages_for(longest, size)
     # Where each sequence of a step is padded to as many tokens, padding may reach behind the longest one.
     widest = pages_for(longest + (0 if lengths_are_free else limits.proposals), size)
@@ -278,8 +285,10 @@ def make_plan(choice: PlanChoice, limits: Limits, shape: ModelShape, paging: Pag
         num_pages,
         num_images * pages_per_image,
         limits.step_tokens or (max(MIXED_TOKENS, 2 * limits.batch) if lengths_are_free else prefill[-1]),
+        lengths_are_free and limits.step_tokens is None,
         shape.vision.max_tiles if paging.fixed_tiles else 0,
         paging.counts_every_reader,
+        positions if limited else None,
         1 + limits.proposals,
     )
 

@@ -161,6 +161,7 @@ def resolve(run: Run, place: Place | None) -> ResolvedTask:
         run.max_images or max(DEFAULT_MAX_IMAGES, run.task.images_asked(run)),
         run.max_step_tokens,
         run.speculate_tokens if run.speculate != "none" else 0,
+        run.extend_context,
     )
     plan = make_plan(run.plan, limits, shape, device.paging, kernels == NATIVE)
     formats, notes = formats_of(run, shape, checkpoint)

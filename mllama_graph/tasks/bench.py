@@ -15,7 +15,7 @@ from mllama_graph.core.errors import UserError
 from mllama_graph.core.report import Progress, columns, write_result
 from mllama_graph.engine.engine import Engine
 from mllama_graph.engine.start import processor_of, start_engine
-from mllama_graph.engine.workload import cases_of, requests_of, serve
+from mllama_graph.engine.workload import cases_of, fill_pages, requests_of, serve
 from mllama_graph.inputs.request import Request
 from mllama_graph.measure import limits, neighbours
 from mllama_graph.measure.bench_report import table, write_report
@@ -57,6 +57,8 @@ def main(run: ResolvedRun) -> None:
     cases = cases_of(options)
     engine = start_engine(run, processor_of(run), progress)
     rank = engine.executor.rank
+    if options.cached:
+        fill_pages(engine)
     on = Measured(run.shape, run.plan, run.storage, run.memory.total, rank.backend.most_bytes)
     with _peers(run, options, engine, progress) as peers:
         rows, found = [], []

@@ -100,7 +100,17 @@ class WorkloadOptions(TaskOptions):
 
 @dataclass
 class TimedOptions(WorkloadOptions):
-    """Keys of workload tasks that measure time."""
+    """Keys of workload tasks that measure time.
+
+    `cached`: the share of each prompt whose K/V are random numbers instead of being computed.
+    """
+
+    cached: float = 0.0
+
+    def check(self) -> None:
+        super().check()
+        if not 0 <= self.cached < 1:
+            raise UserError(f"task.cached={self.cached:g} must be at least 0 and below 1, as a share of each prompt.")
 
     def prepared(self, run: Run) -> Run:
         """Raise the limits to hold every case, and have graphs compiled before they are timed.
@@ -163,7 +173,8 @@ class BenchOptions(TimedOptions):
         super().check()
         at_least("task.repetitions", self.repetitions, 1)
         at_least("task.neighbours", self.neighbours, 0)
-        self.settings()
+        if self.settings() and self.cached:
+            raise UserError("task.cached= and peers=: other engines compute their whole prompts. Drop one of them.")
 
 
 @dataclass
