@@ -147,8 +147,8 @@ OPERATORS: dict[str, dict[str, tuple[str | None, Callable[..., Any]]]] = {
             _linear,
         ),
         "linear_integers": (
-            "(Tensor x, Tensor weight, Tensor scale, Tensor? input_scale, Tensor? input_zero, Tensor? largest, "
-            "Tensor? bias, Tensor? real) -> Tensor",
+            "(Tensor x, Tensor weight, Tensor scale, Tensor? shift, Tensor? order, Tensor? input_scale, "
+            "Tensor? input_zero, Tensor? largest, Tensor? bias, Tensor? real) -> Tensor",
             _linear,
         ),
     },

@@ -65,9 +65,8 @@ def linear(x: Tensor, leaf: Linear, real_1: Tensor | None = None, largest: Tenso
     """Takes a weight that `lay_out` has converted. largest: see `quantised_linear` of plain.py."""
     form = leaf.format
     if form and form.activations != FLOAT:
-        return kernels.linear_integers(
-            x, leaf.weight, leaf.scale, leaf.input_scale, leaf.input_zero, largest, leaf.bias, real_1
-        )
+        parts = (leaf.weight, leaf.scale, leaf.shift, leaf.order, leaf.input_scale, leaf.input_zero)
+        return kernels.linear_integers(x, *parts, largest, leaf.bias, real_1)
     if form:
         return kernels.linear_coded(
             x, leaf.weight, leaf.scale, leaf.shift, leaf.order, leaf.codebook, leaf.bias, real_1
