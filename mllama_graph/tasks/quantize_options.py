@@ -57,8 +57,8 @@ class QuantizeOptions(TaskOptions):
             )
         if self.rounding == GPTQ and (run.quant not in ("w4a16", "w4a8") or "vision" in run.quant_parts or run.tp > 1):
             raise UserError(
-                "task.rounding=gptq is for quant=w4a16 and w4a8 at tp=1, without the vision tower: codes of 8 bits lose "
-                "almost nothing. Leave it out."
+                "task.rounding=gptq is for quant=w4a16 and w4a8 at tp=1, without the vision tower: codes of 8 bits "
+                "lose almost nothing. Leave it out."
             )
         if run.weights == SHAPES_ONLY:
             raise UserError(f"weights={SHAPES_ONLY} has no values to quantise. Use a checkpoint, or weights=random.")
