@@ -49,16 +49,11 @@ def repack(codes_OW: Tensor, stored: Tensor, layout: str, order: Tensor | None) 
 
 
 def embed(ids_T: Tensor, leaf: Embedding, real_1: Tensor | None = None) -> Tensor:
-    return _rows(ids_T, leaf, None, real_1)
+    return kernels.embed(ids_T, leaf.weight, leaf.scale, None, real_1)
 
 
 def embed_held(ids_T: Tensor, leaf: Embedding, real_1: Tensor | None = None) -> Tensor:
-    return _rows(ids_T, leaf, leaf.first, real_1)
-
-
-def _rows(ids_T: Tensor, leaf: Embedding, first: Tensor | None, real_1: Tensor | None) -> Tensor:
-    x_TD = kernels.embed(ids_T, leaf.weight, first, real_1)
-    return x_TD if leaf.scale is None else x_TD * kernels.embed(ids_T, leaf.scale, first, real_1)
+    return kernels.embed(ids_T, leaf.weight, leaf.scale, leaf.first, real_1)
 
 
 def linear(x: Tensor, leaf: Linear, real_1: Tensor | None = None, largest: Tensor | None = None) -> Tensor:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from trees import linear_leaf
 
 from mllama_graph import native
@@ -158,6 +159,11 @@ def test_rows_of_an_int8_embedding_are_looked_up_with_their_scales():
     # A part of the table that begins at id 7.
     wanted = torch.where(ids[:, None] >= 7, values(found, leaf.format)[(ids.long() - 7).clamp(0)], 0)
     assert torch.equal(cpu.embed_held(ids, leaf), wanted) and torch.equal(plain.embed_held(ids, leaf), wanted)
+    # One call and nothing else: a graph of calls alone is compiled without torch's headers.
+    calls = [
+        node.target for node in make_fx(lambda ids: cpu.embed(ids, leaf))(ids).graph.nodes if node.op[:4] == "call"
+    ]
+    assert calls == [cpu.kernels.embed.default]
 
 
 def test_codes_are_the_nearest_values():
