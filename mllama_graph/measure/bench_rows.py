@@ -44,9 +44,10 @@ class Measured:
     most: Callable[[], int]
 
     def floor(self, moved: float, flops: float, limits: Limits, part: str = "text.") -> float:
-        """Seconds for bytes or operations of a part, whichever take longer; for bytes alone where it rounds activations.
+        """Seconds for bytes or operations of a part, whichever take longer.
 
-        Such products are faster than those in fp32, whose rate is the one that is measured.
+        Bytes alone count where it rounds activations: such products are faster than those in fp32, whose rate is the
+        one that is measured.
         """
         rounds = any(form.activations != FLOAT and path.startswith(part) for path, form in self.storage.formats)
         return max(moved / limits.bytes_per_second, 0.0 if rounds else flops / limits.flops)
