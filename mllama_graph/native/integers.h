@@ -179,6 +179,10 @@ void whole_tiles(const WholeRows& x, int64_t row, int64_t b, int64_t count, cons
   }
 }
 
+// Bytes to prefetch ahead. On Zen 5, 8192 reads int8 weights with int8 activations 4 % faster than 4096 for one row and 6 %
+// for eight; 16384 is no faster than 4096.
+constexpr int64_t kWordsAhead = 8192;
+
 // The most rows of a tile: their sums fill most of the registers.
 template <int P>
 constexpr int kWholeRows = kRegisters == 32 ? 8 / P : 3 / P;
@@ -198,7 +202,7 @@ void whole_panel(const WholeRows& x, const WholeWeight& w, int64_t at, int64_t r
     for (int64_t tile = 0; tile < tiles; tile++) {
       const int64_t top = tile * rows / tiles, tall = (tile + 1) * rows / tiles - top;
       whole_tiles<C, P, R>(x, row + top, b, some, words, width, w.group, groups > 1, scale, shift,
-                           y + top * w.outputs, w.outputs, tall, tile ? 0 : kAhead);
+                           y + top * w.outputs, w.outputs, tall, tile ? 0 : kWordsAhead);
     }
   for (int64_t t = 0; groups == 1 && t < rows; t++)
     for (int64_t o = 0; o < width; o++) {
