@@ -41,7 +41,7 @@ from mllama_graph.core.errors import UserError
             ["weights=random", "model=11b", "collectives=mpi"],
             "collectives=mpi is not one of auto, shared_memory, distributed",
         ),
-        (["quant=int3"], "quant=int3 is not one of none, w8a16, w8a8, w4a16, fp8"),
+        (["quant=int3"], "quant=int3 is not one of none, w8a16, w8a8, w4a16, w4a8, fp8"),
         (
             ["device=npu"],
             "device=npu needs torch_npu, which is not installed. Install it|no NPU device is visible; this machine",

@@ -57,6 +57,8 @@ FORMATS = {
     "int8": (ct("naive-quantized", CHANNEL), Format("int8")),
     "packed 4": (ct("pack-quantized", GROUPS), Format("int4", 32)),
     "packed 4, asymmetric": (ct("pack-quantized", GROUPS | {"symmetric": False}), Format("int4", 32, True)),
+    "packed 4, int8 activations": (
+        ct("pack-quantized", GROUPS, inputs=CHANNEL | TOKEN), Format("int4", 32, activations=DYNAMIC)),
     "packed 4 per channel": (ct("pack-quantized", CHANNEL | {"num_bits": 4}), Format("int4")),
     "packed 8, asymmetric": (ct("pack-quantized", CHANNEL | {"symmetric": False}), Format("int8", 0, True)),
     "nf4": (by(write.bitsandbytes_4), Format("codebook", 64)),

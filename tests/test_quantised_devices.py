@@ -53,6 +53,18 @@ def test_what_has_no_kernel_is_refused_with_the_remedy(path, form, quant, messag
         on_device(((path, form),), quant, RELEASED, 1, NPU, "fp16")
 
 
+@pytest.mark.parametrize("device", ["npu", "npu-sim", "cuda"])
+def test_four_bits_by_int8_activations_are_a_cpus(device):
+    formats = chosen("w4a8", 128, ["text"], RELEASED, 1)
+    assert on_device(formats, "w4a8", RELEASED, 1, DEVICES["cpu"], "fp32") == formats
+    message = f"quant=w4a8: device={device} has no kernel that multiplies 4-bit weights with int8 activations. Use"
+    with pytest.raises(UserError, match=re.escape(message)):
+        on_device(formats, "w4a8", RELEASED, 1, DEVICES[device], "bf16")
+    # A checkpoint's codes stay, and its activations are not rounded.
+    unrounded = chosen("w4a16", 128, ["text"], RELEASED, 1)
+    assert on_device(formats, "none", RELEASED, 1, DEVICES[device], "bf16") == unrounded
+
+
 def test_weights_in_tiles_need_graphs_for_float_activations():
     captured = TorchairChoice(mode="npugraph_ex", weight_format="nz")
     with pytest.raises(UserError, match="weight_format=nz"):

@@ -18,7 +18,7 @@ from mllama_graph.model.weights import from_checkpoint
 from mllama_graph.tasks import quantize
 from mllama_graph.tasks.quantize_options import QuantizeOptions
 
-QUANTS = ("w8a16", "w8a8", "w4a16", "fp8")
+QUANTS = ("w8a16", "w8a8", "w4a16", "w4a8", "fp8")
 
 
 def written(folder, weights, quant, rounding="mse", calibration=None, **changes):

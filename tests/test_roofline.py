@@ -80,10 +80,18 @@ def test_a_step_reads_image_tokens_only_with_images():
     assert step_bytes(model, True, 1000, 0, Storage(2, 4, 4)) - full == 2 * 1000 * 128 * 1024
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "auto"])
-@pytest.mark.parametrize("name", ["base", "wide"])
-def test_planned_memory_equals_allocated_memory(name, dtype, checkpoint):
-    executor = start(checkpoint(name), batch=3, page_size=16, dtype=dtype).executor
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("base", {"dtype": "fp32"}),
+        ("wide", {}),
+        ("base", {"quant": "w8a16", "quant_parts": ["text", "head", "embedding"]}),
+        ("wide", {"quant": "w4a8", "quant_group": 32}),
+    ],
+    ids=str,
+)
+def test_planned_memory_equals_allocated_memory(name, options, checkpoint):
+    executor = start(checkpoint(name), batch=3, page_size=16, **options).executor
     rank, memory = executor.rank, executor.run.memory
 
     def held(pages):

@@ -14,7 +14,7 @@ from mllama_graph.core.errors import UserError
 BACKENDS = ("auto", "inductor", "torchair", "eager")
 COMPILE_MODES = ("background", "wait", "never")
 SPECULATIONS = ("none", "ngram", "draft")
-QUANTS = ("none", "w8a16", "w8a8", "w4a16", "fp8")
+QUANTS = ("none", "w8a16", "w8a8", "w4a16", "w4a8", "fp8")
 QUANT_GROUPS = (32, 64, 128)
 QUANT_PARTS = ("text", "head", "vision", "projector", "embedding")
 COLLECTIVES = ("auto", "shared_memory", "distributed")

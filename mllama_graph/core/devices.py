@@ -80,6 +80,8 @@ class Device:
     row_cost: float = 0.02
     # None: every format can be used.
     quantised: Quantised | None = None
+    # Whether it multiplies 4-bit weights with int8 activations.
+    int4_by_int8: bool = False
 
     def precision(self, dtype: str, kv: str, stored: str) -> Precision:
         """Dtypes on this device for dtype=, kv= and a checkpoint stored in `stored`."""
@@ -132,7 +134,7 @@ class Device:
 
 # On a CPU, weights keep the checkpoint's dtype and are computed in fp32: few CPUs multiply 16-bit types faster than
 # fp32, but all of them read the narrower type faster.
-CPU = Device("cpu", on_host=True, native=True, computes="fp32", row_cost=0.2)
+CPU = Device("cpu", on_host=True, native=True, computes="fp32", row_cost=0.2, int4_by_int8=True)
 # Requests with top_k of 50 or 40, as is usual, take their candidates from the graph.
 CANDIDATES = 64
 CUDA = Device("cuda", variable="CUDA_VISIBLE_DEVICES", files="nvidia", candidates=CANDIDATES)

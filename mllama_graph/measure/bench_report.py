@@ -66,7 +66,8 @@ def write_report(folder: Path, model: str, rows: Sequence[Row], uncompiled: list
     text = [
         f"# task=bench, {model}",
         "",
-        "Medians. The floor of a step is the larger of bytes / bandwidth and operations / rate, "
+        "Medians. The floor of a step is the larger of bytes / bandwidth and operations / rate (bytes / bandwidth "
+        "alone where layers round activations to int8, whose products are faster than the one that is measured), "
         f"measured before and after each repetition's decode steps: {min(reads):.1f} to {max(reads):.1f} GB/s read, "
         f"{min(products):,.0f} to {max(products):,.0f} GFLOP/s of a product. *Floor reached* is the floor divided by "
         "the measured step. *Same image again* is a first token whose images are cached, so that no vision step runs.",

@@ -7,7 +7,7 @@ from typing import Any
 
 from mllama_graph.measure.limits import Limits
 from mllama_graph.measure.timing import Case, Timing
-from mllama_graph.model.formats import Storage
+from mllama_graph.model.formats import FLOAT, Storage
 from mllama_graph.model.shape import ModelShape
 from mllama_graph.plan.buckets import Plan
 from mllama_graph.plan.cost import kv_bytes, sizes, step_work, work
@@ -43,6 +43,15 @@ class Measured:
     planned: int
     most: Callable[[], int]
 
+    def floor(self, moved: float, flops: float, limits: Limits, part: str = "text.") -> float:
+        """Seconds for bytes or operations of a part, whichever take longer.
+
+        Bytes alone count where it rounds activations: such products are faster than those in fp32, whose rate is the
+        one that is measured.
+        """
+        rounds = any(form.activations != FLOAT and path.startswith(part) for path, form in self.storage.formats)
+        return max(moved / limits.bytes_per_second, 0.0 if rounds else flops / limits.flops)
+
 
 def middle(ceilings: Sequence[Limits]) -> Limits:
     """The medians of several measurements of the limits."""
@@ -52,8 +61,7 @@ def middle(ceilings: Sequence[Limits]) -> Limits:
 def row_of(on: Measured, case: Case, timing: Timing, ceilings: Sequence[Limits]) -> Row:
     """A row of bench.csv. `ceilings`: the limits measured around each repetition's decode steps.
 
-    The floor of a step is the larger of bytes / bandwidth and operations / rate. Its share of a step is the median over
-    repetitions, each with its own limits.
+    The floor's share of a step is the median over repetitions, each with its own limits.
     """
     image_tokens = case.images * on.shape.vision.max_tiles * on.shape.vision.tokens
     keys, image_keys = case.batch * (case.length + case.new // 2), case.batch * image_tokens
@@ -62,9 +70,6 @@ def row_of(on: Measured, case: Case, timing: Timing, ceilings: Sequence[Limits])
     )
     ceiling, steps = middle(ceilings), _median_steps(timing, len(ceilings))
     whole, first, step = statistics.median(timing.whole), _median_ms(timing.first), _median_ms(timing.steps)
-
-    def floor(limits: Limits) -> float:
-        return max(moved / limits.bytes_per_second, flops / limits.flops)
 
     def share(bound: Callable[[Limits], float]) -> float:
         return round(statistics.median(bound(c) / s for c, s in zip(ceilings, steps)), 4)
@@ -96,8 +101,8 @@ def row_of(on: Measured, case: Case, timing: Timing, ceilings: Sequence[Limits])
         "decode_ms_99th": _ms(_99th(timing.steps)),
         "decode_ms_most": _ms(max(timing.steps)),
         "decode_tokens_per_s": round(case.batch * MS / step, 3),
-        "decode_floor_ms": _ms(floor(ceiling)),
-        "decode_of_floor": share(floor),
+        "decode_floor_ms": _ms(on.floor(moved, flops, ceiling)),
+        "decode_of_floor": share(lambda limits: on.floor(moved, flops, limits)),
         "first_token_floor_ms": _ms(first_floor),
         "first_token_of_floor": round(first_floor * MS / first, 4),
         "read_of_limit": share(lambda limits: moved / limits.bytes_per_second),
@@ -140,6 +145,5 @@ def _first_floor(on: Measured, case: Case, image_tokens: int, ceiling: Limits) -
     new = case.length - case.cached
     seen = new * (case.cached + new / 2), new * image_tokens
     moved, flops = step_work(on.shape, case.images > 0, new, case.length, image_tokens, seen, 1, on.storage)
-    prompt = max(moved / ceiling.bytes_per_second, flops / ceiling.flops)
-    encode = work(on.shape, on.plan.page_size, on.plan.vision(on.shape.vision.max_tiles), on.storage)[1] / ceiling.flops
-    return case.batch * (prompt + case.images * encode)
+    encode = work(on.shape, on.plan.page_size, on.plan.vision(on.shape.vision.max_tiles), on.storage)
+    return case.batch * (on.floor(moved, flops, ceiling) + case.images * on.floor(*encode, ceiling, "vision."))

@@ -74,7 +74,7 @@ def layout(form: Format) -> str:
     """The name of a format's layout in compressed-tensors."""
     if form.code == "fp8":
         return "float-quantized"
-    return "int-quantized" if form.activations == DYNAMIC else "pack-quantized"
+    return "int-quantized" if form.bits == 8 and form.activations == DYNAMIC else "pack-quantized"
 
 
 def stored(entry: Entry, form: Format | None, dtype: str) -> Weight:
@@ -120,7 +120,7 @@ def quantization_config(formats: Formats) -> dict[str, Any]:
     group = {
         "targets": ["Linear"],
         "weights": scheme,
-        "input_activations": None if layout(form) == "pack-quantized" else activations,
+        "input_activations": activations if form.activations == DYNAMIC or form.code == "fp8" else None,
         "output_activations": None,
     }
     left = [part for part in IGNORED if not any(path.startswith(PARTS[part]) for path, _ in formats)]

@@ -56,7 +56,7 @@ class Format:
 
     def __post_init__(self) -> None:
         assert self.code in BITS and self.activations in (FLOAT, DYNAMIC, STATIC)
-        if self.activations != FLOAT:
+        if self.activations != FLOAT and (self.code, self.activations) != ("int4", DYNAMIC):
             assert self.code == "int8" and not (self.group or self.shifted or self.sorted), "checked by the reader"
 
     @property
@@ -119,6 +119,7 @@ CHOICES = {
     "w8a16": Format("int8"),
     "w8a8": Format("int8", activations=DYNAMIC),
     "w4a16": Format("int4", group=128),
+    "w4a8": Format("int4", group=128, activations=DYNAMIC),
     "fp8": Format("fp8"),
 }
 # Groups that quant_group= may ask for.

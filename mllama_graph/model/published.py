@@ -115,7 +115,7 @@ class Published:
         shifted, activations = any(stored.shifted for stored in there), first.activations
         if any((stored.activations, stored.static) != (activations, first.static) for stored in there):
             activations, why = FLOAT, "the weights that are stacked there round activations differently"
-        if activations != FLOAT and (group or shifted or first.permutation):
+        if activations != FLOAT and first.code == "int8" and (group or shifted or first.permutation):
             activations, why = FLOAT, "int8 activations need symmetric weights with a scale per output"
         form = Format(first.code, group, shifted, bool(first.permutation), activations)
         for entry in entries:

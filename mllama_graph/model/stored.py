@@ -19,7 +19,7 @@ import numpy as np
 
 from mllama_graph.core.dtypes import SAFETENSORS
 from mllama_graph.core.errors import UserError
-from mllama_graph.model.formats import FLOAT, STATIC
+from mllama_graph.model.formats import DYNAMIC, FLOAT, STATIC
 from mllama_graph.model.quant_config import QuantConfig
 from mllama_graph.model.shape import ModelShape
 from mllama_graph.model.table import Entry
@@ -159,7 +159,9 @@ class Finder:
                 tensors["zero"] = zero
         permutation = self._permutation(f"{module}.weight_g_idx", inputs, group, groups, tensors)
         code = {4: "int4", 8: "int8"}[bits]
-        return Stored(entry.name, "packed", code, tensors, group, shifted, permutation, options=options)
+        found = Stored(entry.name, "packed", code, tensors, group, shifted, permutation, options=options)
+        dynamic = bits == 4 and self.config.activations(module) == DYNAMIC
+        return replace(found, activations=DYNAMIC) if dynamic else found
 
     def _gptq_or_awq(self, entry: Entry, module: str) -> Stored:
         outputs, inputs = entry.shape

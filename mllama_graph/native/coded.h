@@ -217,15 +217,6 @@ std::vector<float> group_sums(const float* x, int64_t rows, int64_t inputs, int6
   return sums;
 }
 
-// Rows with their inputs in the order of a weight's columns.
-std::vector<float> sorted_rows(const float* x, int64_t rows, int64_t inputs, const int32_t* order) {
-  std::vector<float> sorted(rows * inputs);
-  for_rows(rows, inputs, [&](int64_t t) {
-    for (int64_t i = 0; i < inputs; i++) sorted[t * inputs + i] = x[t * inputs + order[i]];
-  });
-  return sorted;
-}
-
 template <class D>
 void coded_of(const D& decoder, const float* x, const Coded<typename D::Word>& w, const float* sums, float* y,
               int64_t rows) {

@@ -49,7 +49,7 @@ def _swiglu(h: Tensor, real: Maybe) -> Tensor:
     return h.new_empty((h.shape[0], h.shape[1] // 2))
 
 
-def _embed(id: Tensor, weight: Tensor, first: Maybe, real: Maybe) -> Tensor:
+def _embed(id: Tensor, weight: Tensor, scale: Maybe, first: Maybe, real: Maybe) -> Tensor:
     import torch
 
     return weight.new_empty((id.shape[0], weight.shape[1]), dtype=torch.float32)
@@ -104,7 +104,7 @@ OPERATORS: dict[str, dict[str, tuple[str | None, Callable[..., Any]]]] = {
         "swiglu": ("(Tensor h, Tensor? real) -> Tensor", _swiglu),
         "gated": ("(Tensor y, Tensor gate, Tensor see) -> Tensor", _like),
         "add_gated": ("(Tensor x, Tensor y, Tensor? bias, Tensor? gate) -> Tensor", _like),
-        "embed": ("(Tensor id, Tensor weight, Tensor? first, Tensor? real) -> Tensor", _embed),
+        "embed": ("(Tensor id, Tensor weight, Tensor? scale, Tensor? first, Tensor? real) -> Tensor", _embed),
         "take_rows": ("(Tensor x, Tensor at) -> Tensor", _take_rows),
         "normalise": ("(Tensor tiles, Tensor real, Tensor scale, Tensor mean, Tensor std) -> Tensor", _normalise),
         "patch_embed": ("(Tensor x, Tensor weight) -> Tensor", _patch_embed),
@@ -147,8 +147,8 @@ OPERATORS: dict[str, dict[str, tuple[str | None, Callable[..., Any]]]] = {
             _linear,
         ),
         "linear_integers": (
-            "(Tensor x, Tensor weight, Tensor scale, Tensor? input_scale, Tensor? input_zero, Tensor? largest, "
-            "Tensor? bias, Tensor? real) -> Tensor",
+            "(Tensor x, Tensor weight, Tensor scale, Tensor? shift, Tensor? order, Tensor? input_scale, "
+            "Tensor? input_zero, Tensor? largest, Tensor? bias, Tensor? real) -> Tensor",
             _linear,
         ),
     },

@@ -1,4 +1,4 @@
-// Results of linear layers with quantised weights.
+// Inputs and results of linear layers with quantised weights.
 
 #pragma once
 
@@ -10,6 +10,15 @@
 #include "vectors.h"
 
 namespace {
+
+// Rows with their inputs in the order of a weight's columns.
+std::vector<float> sorted_rows(const float* x, int64_t rows, int64_t inputs, const int32_t* order) {
+  std::vector<float> sorted(rows * inputs);
+  for_rows(rows, inputs, [&](int64_t t) {
+    for (int64_t i = 0; i < inputs; i++) sorted[t * inputs + i] = x[t * inputs + order[i]];
+  });
+  return sorted;
+}
 
 // The result of a linear layer for rows of x: (..., O), zeros from row `some` on.
 Tensor allocated_rows(const Tensor& x, int64_t outputs, int64_t some) {

@@ -223,18 +223,22 @@ Tensor add_gated(Tensor given_x, Tensor given_y, std::optional<Tensor> bias, std
 
 // ---- Rows from and to tables ----
 
-// Rows of a table (V, D), widened. With `first`, the table is a part that begins at that id, and ids outside of it get
-// zeros.
-Tensor embed(Tensor id, Tensor weight, std::optional<Tensor> first, std::optional<Tensor> real) {
+// Rows of a table (V, D), widened, times their `scale` (V, 1). With `first`, the table is a part that begins at that id,
+// and ids outside of it get zeros.
+Tensor embed(Tensor id, Tensor weight, std::optional<Tensor> scale, std::optional<Tensor> first,
+             std::optional<Tensor> real) {
   const int32_t *ids = integers(id), from = first ? *integers(*first) : 0;
   const int64_t rows = id.size(0), held = weight.size(0), width = weight.size(1), some = real_of(rows, real);
   const auto holds = [=](int64_t t) { return ids[t] >= from && ids[t] - from < held; };
   for (int64_t t = 0; t < some && !first; t++)
     if (!holds(t)) fail("an id is no row of the embedding table");
+  const float* scales = scale ? floats(*scale) : nullptr;
+  if (scale && scale->numel() != held) fail("embed takes a table (V, D) and scales (V, 1)");
   Tensor y = allocated({rows, width});
   for_real_rows(y, real, [&](int64_t t, float* to) {
-    if (holds(t)) widen_elements(weight, (ids[t] - from) * width, width, to);
-    else std::fill_n(to, width, 0.0f);
+    if (!holds(t)) return static_cast<void>(std::fill_n(to, width, 0.0f));
+    widen_elements(weight, (ids[t] - from) * width, width, to);
+    for (int64_t i = 0; scales && i < width; i++) to[i] *= scales[ids[t] - from];
   });
   return y;
 }

@@ -22,7 +22,7 @@ inline int64_t block_of(int64_t group) {
   return block;
 }
 
-// Rows as whole numbers. words (rows, words of a weight's row, operands of a word, bytes of an input); scale and sum, of
+// Rows as whole numbers. words (rows, stride: words of a weight's row, operands of a word, bytes of an input); scale and sum, of
 // each block, and total, of a row, of its inputs.
 struct WholeRows {
   int64_t inputs, block;
@@ -32,7 +32,8 @@ struct WholeRows {
   std::vector<int32_t> sum;
 
   int64_t blocks() const { return inputs / block; }
-  int64_t stride() const { return inputs / 4 * bytes; }
+  // A line more than a row has, so that rows of a power of two share no set of L1.
+  int64_t stride() const { return inputs / 4 * bytes + kLine / 4; }
 };
 
 // The largest absolute value of a row; NaN where a value is not finite, which comparisons would miss.

@@ -49,25 +49,19 @@ def repack(codes_OW: Tensor, stored: Tensor, layout: str, order: Tensor | None) 
 
 
 def embed(ids_T: Tensor, leaf: Embedding, real_1: Tensor | None = None) -> Tensor:
-    return _rows(ids_T, leaf, None, real_1)
+    return kernels.embed(ids_T, leaf.weight, leaf.scale, None, real_1)
 
 
 def embed_held(ids_T: Tensor, leaf: Embedding, real_1: Tensor | None = None) -> Tensor:
-    return _rows(ids_T, leaf, leaf.first, real_1)
-
-
-def _rows(ids_T: Tensor, leaf: Embedding, first: Tensor | None, real_1: Tensor | None) -> Tensor:
-    x_TD = kernels.embed(ids_T, leaf.weight, first, real_1)
-    return x_TD if leaf.scale is None else x_TD * kernels.embed(ids_T, leaf.scale, first, real_1)
+    return kernels.embed(ids_T, leaf.weight, leaf.scale, leaf.first, real_1)
 
 
 def linear(x: Tensor, leaf: Linear, real_1: Tensor | None = None, largest: Tensor | None = None) -> Tensor:
     """Takes a weight that `lay_out` has converted. largest: see `quantised_linear` of plain.py."""
     form = leaf.format
     if form and form.activations != FLOAT:
-        return kernels.linear_integers(
-            x, leaf.weight, leaf.scale, leaf.input_scale, leaf.input_zero, largest, leaf.bias, real_1
-        )
+        parts = (leaf.weight, leaf.scale, leaf.shift, leaf.order, leaf.input_scale, leaf.input_zero)
+        return kernels.linear_integers(x, *parts, largest, leaf.bias, real_1)
     if form:
         return kernels.linear_coded(
             x, leaf.weight, leaf.scale, leaf.shift, leaf.order, leaf.codebook, leaf.bias, real_1

@@ -68,7 +68,10 @@ def quantised_linear(x: Tensor, leaf: Linear, largest: Tensor | None = None) -> 
             assert leaf.input_scale is not None and leaf.input_zero is not None
             scale = leaf.input_scale
             rounded = ((x.float() / scale).round() + leaf.input_zero).clamp(-MOST - 1, MOST) - leaf.input_zero
-        y = (F.linear(rounded.double(), leaf.weight.double()).float() * scale * leaf.scale[:, 0]).to(dtype)
+        if form.code == "int4":
+            y = (F.linear(rounded.double(), values(codes, form).double()).float() * scale).to(dtype)
+        else:
+            y = (F.linear(rounded.double(), leaf.weight.double()).float() * scale * leaf.scale[:, 0]).to(dtype)
     return y if leaf.bias is None else y + leaf.bias.to(dtype)
 
 

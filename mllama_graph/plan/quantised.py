@@ -16,12 +16,20 @@ def on_device(formats: Formats, quant: str, shape: ModelShape, world: int, devic
     """The formats with which a device that computes in `dtype` holds a model's layers.
 
     Layers that are too large for its kernels stay in floating point where `quant` chose their format; "none" stands
-    for a checkpoint's formats, which can't change. Raises UserError for a format without a kernel.
+    for a checkpoint's formats, whose codes can't change; activations of 4-bit layers are not rounded where the device
+    can't multiply them so. Raises UserError for a format without a kernel.
     """
     limits, found = device.quantised, []
+    source = f"quant={quant}" if quant != "none" else "weights="
+    if not device.int4_by_int8 and any(_int4_by_int8(form) for _, form in formats):
+        if quant != "none":
+            raise UserError(
+                f"{source}: device={device.name} has no kernel that multiplies 4-bit weights with int8 activations. "
+                "Use quant=w4a16 or w8a8, or device=cpu."
+            )
+        formats = tuple((p, replace(form, activations=FLOAT) if _int4_by_int8(form) else form) for p, form in formats)
     if limits is None:
         return formats
-    source = f"quant={quant}" if quant != "none" else "weights="
     for path, form, outputs, inputs in sizes(formats, shape, world):
         if path == EMBEDDING:
             raise UserError(
@@ -55,6 +63,10 @@ def on_device(formats: Formats, quant: str, shape: ModelShape, world: int, devic
                 f"device={device.name} takes up to {limits.largest}. Raise tp, or use device=cpu."
             )
     return tuple(found)
+
+
+def _int4_by_int8(form: Format) -> bool:
+    return form.bits == 4 and form.activations != FLOAT
 
 
 def sizes(formats: Formats, shape: ModelShape, world: int) -> Iterator[tuple[str, Format, int, int]]:

@@ -55,10 +55,10 @@ class QuantizeOptions(TaskOptions):
                 "task=quantize writes the embedding as it is: engines read a quantised one from few formats. Leave "
                 "embedding out of quant_parts=; quant= of a run can hold it in int8."
             )
-        if self.rounding == GPTQ and (run.quant != "w4a16" or "vision" in run.quant_parts or run.tp > 1):
+        if self.rounding == GPTQ and (run.quant not in ("w4a16", "w4a8") or "vision" in run.quant_parts or run.tp > 1):
             raise UserError(
-                "task.rounding=gptq is for quant=w4a16 at tp=1, without the vision tower: codes of 8 bits lose almost "
-                "nothing. Leave it out."
+                "task.rounding=gptq is for quant=w4a16 and w4a8 at tp=1, without the vision tower: codes of 8 bits "
+                "lose almost nothing. Leave it out."
             )
         if run.weights == SHAPES_ONLY:
             raise UserError(f"weights={SHAPES_ONLY} has no values to quantise. Use a checkpoint, or weights=random.")

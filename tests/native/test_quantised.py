@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from trees import linear_leaf
 
 from mllama_graph import native
@@ -23,6 +24,14 @@ FORMATS = {
     "int4, one group": Format("int4"),
     "int4 with shifts, sorted": Format("int4", group=32, shifted=True, sorted=True),
     "NF4": Format("codebook", group=32),
+}
+# Those whose activations are rounded to int8.
+INTEGERS = {
+    DYNAMIC: Format("int8", activations=DYNAMIC),
+    STATIC: Format("int8", activations=STATIC),
+    "w4a8": Format("int4", group=32, activations=DYNAMIC),
+    "w4a8, one group": Format("int4", activations=DYNAMIC),
+    "w4a8 with shifts, sorted": Format("int4", group=32, shifted=True, sorted=True, activations=DYNAMIC),
 }
 
 
@@ -81,9 +90,9 @@ def test_a_product_is_that_of_the_values(name, size):
         assert (y.double() - expected).square().mean().sqrt() < 6e-5 * expected.square().mean().sqrt()
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", FORMATS | INTEGERS)
 def test_a_row_has_the_same_bits_alone_in_a_batch_and_in_a_chunk(name):
-    leaf, _ = leaf_of(FORMATS[name], 149, 1024, bias=False)
+    leaf, _ = leaf_of((FORMATS | INTEGERS)[name], 149, 1024, bias=False)
     in_panels(leaf)
     x = torch.randn(120, 1024)
     whole = cpu.linear(x, leaf)
@@ -115,6 +124,25 @@ def test_products_of_integers_are_exact(activations, size):
             assert torch.equal(cpu.linear(x, leaf, largest=torch.stack((half / 2, half))), y)
 
 
+@pytest.mark.parametrize("name", [name for name in INTEGERS if name.startswith("w4a8")])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_products_of_four_bits_and_int8_activations_are_exact_in_each_group(name, size):
+    leaf, wide = leaf_of(INTEGERS[name], *size, bias=size[0] == 53)
+    x = torch.randn(max(ROWS), size[1]) * 3
+    emulated = plain.linear(x, leaf)
+    codes, scale = (part.double() for part in rounded_rows(x))
+    expected = codes @ wide.T * scale + (0 if leaf.bias is None else leaf.bias.double())
+    # A group's sum is exact; its scale, the sum over up to 32 groups and the row's scale are rounded to 24 bits.
+    within = (codes.abs() @ wide.abs().T * scale * 2e-6).max()
+    torch.testing.assert_close(emulated.double(), expected, rtol=0, atol=float(within))
+    in_panels(leaf)
+    half = x.abs().amax(-1, keepdim=True)
+    for rows in ROWS:
+        y = cpu.linear(x[:rows], leaf)
+        torch.testing.assert_close(y.double(), expected[:rows], rtol=0, atol=float(within))
+        assert torch.equal(cpu.linear(x[:rows], leaf, largest=torch.stack((half / 2, half))[:, :rows].contiguous()), y)
+
+
 def leaf_scales(leaf: Linear, size: tuple[int, int]) -> torch.Tensor:
     """The scales of a leaf with one group, which its layout leaves in order."""
     return leaf.scale.view(size[0])
@@ -131,6 +159,11 @@ def test_rows_of_an_int8_embedding_are_looked_up_with_their_scales():
     # A part of the table that begins at id 7.
     wanted = torch.where(ids[:, None] >= 7, values(found, leaf.format)[(ids.long() - 7).clamp(0)], 0)
     assert torch.equal(cpu.embed_held(ids, leaf), wanted) and torch.equal(plain.embed_held(ids, leaf), wanted)
+    # One call and nothing else: a graph of calls alone is compiled without torch's headers.
+    calls = [
+        node.target for node in make_fx(lambda ids: cpu.embed(ids, leaf))(ids).graph.nodes if node.op[:4] == "call"
+    ]
+    assert calls == [cpu.kernels.embed.default]
 
 
 def test_codes_are_the_nearest_values():
@@ -157,9 +190,9 @@ def test_kernels_round_weights_to_the_same_codes(form):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("name", [*FORMATS, DYNAMIC, STATIC])
+@pytest.mark.parametrize("name", FORMATS | INTEGERS)
 def test_a_row_with_a_value_that_is_not_finite_has_no_finite_result(name, value):
-    form = FORMATS[name] if name in FORMATS else Format("int8", activations=name)
+    form = (FORMATS | INTEGERS)[name]
     leaf, _ = leaf_of(form, 53, 320, bias=False)
     in_panels(leaf)
     x = torch.randn(3, 320)
@@ -168,7 +201,7 @@ def test_a_row_with_a_value_that_is_not_finite_has_no_finite_result(name, value)
     found = cpu.linear(x, leaf)
     assert not found[1].isfinite().any()
     assert torch.equal(found[[0, 2]], whole[[0, 2]])
-    if name == DYNAMIC:
+    if form.activations == DYNAMIC:
         largest = torch.stack((x.abs().amax(-1, keepdim=True), torch.ones(3, 1)))
         sound = x.nan_to_num(0, 0, 0)
         assert not cpu.linear(sound, leaf, largest=largest)[1].isfinite().any()
