@@ -108,7 +108,8 @@ class TileInput(NamedTuple):
     """One image: all tiles of the canvas as uint8, padding tiles included.
 
     aspect_1: aspect-ratio id, counted from 1. real_1: number of tiles that are not padding; None in a graph for a fixed
-    number of them, which takes these tiles alone. slot_S: the slot to which each token's K/V are written.
+    number of them, which takes these tiles alone. slot_S: the slot to which each token's K/V are written. prepared: for
+    int8 pages on an NPU.
     """
 
     tiles_C3hw: Tensor
