@@ -103,11 +103,10 @@ def test_cleared_pages_have_no_scales(checkpoint):
         assert not data[1:3].any() and data[3:].all() and data[0].all()
 
 
-def test_an_npu_has_pages_in_the_dtype_of_activations_alone(checkpoint, monkeypatch):
+def test_an_npu_has_pages_in_the_dtype_of_activations_or_in_int8(checkpoint, monkeypatch):
     monkeypatch.setattr(Device, "check_package", lambda device: None)
-    with pytest.raises(UserError, match="kv=int8 on an NPU"):
-        resolved(run_of(checkpoint("base"), kv="int8", device="npu-sim", backend="torchair", dtype="bf16"))
     with pytest.raises(UserError, match="kv=bf16 on an NPU .*its pages have the dtype of activations, here fp16"):
         resolved(run_of(checkpoint("base"), kv="bf16", device="npu-sim", backend="torchair", dtype="fp16"))
-    same = resolved(run_of(checkpoint("base"), kv="bf16", device="npu-sim", backend="torchair", dtype="bf16"))
-    assert same.precision.kv == "bf16"
+    for kv in ("bf16", "int8"):
+        run = resolved(run_of(checkpoint("base"), kv=kv, device="npu-sim", backend="torchair", dtype="bf16"))
+        assert run.precision.kv == kv

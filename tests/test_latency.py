@@ -10,11 +10,21 @@ import pytest
 from latencies import ROOT, hardware, model, qwen, released
 
 from mllama_graph.core.paths import PACKAGE
-from mllama_graph.model.formats import Storage
+from mllama_graph.model.formats import Storage, page_bytes
 from mllama_graph.plan.bucket import Bucket
 from mllama_graph.plan.cores import BSH, SPLIT, TND, Attention, cores_used, parts
 from mllama_graph.plan.cost import floor_of
-from mllama_graph.plan.latency import BEST, Latency, Model, latency_of
+from mllama_graph.plan.latency import (
+    BEST,
+    CROSS_GATES,
+    IMAGE_MASKS,
+    MERGE,
+    ONCE,
+    VISION_GATES,
+    Latency,
+    Model,
+    latency_of,
+)
 
 MS, US = 1e3, 1e6
 # cann-recipes-infer, models/qwen/README.md, measured there on 2026-06-01: dies, format, prefill ms, decode ms.
@@ -161,6 +171,46 @@ def test_layers_have_the_operators_of_lowered_graphs():
     assert vision["MatMul"] == expected["MatMul"] + 1 and vision["HcomAllReduce"] == 2 * 40
 
 
+def test_small_operators_are_as_many_as_in_lowered_graphs():
+    """Those that the model does not name. Reshapes and Identity move nothing."""
+    golden = json.loads((PACKAGE / "ascend" / "golden.json").read_text())
+    others = {*KERNELS, "RmsNorm", "HcomAllReduce", "Unsqueeze", "Identity"}
+
+    def small(phase, part):
+        return sum(count for name, count in golden[phase].get(part, {}).items() if name not in others)
+
+    assert small("decode", "once") == ONCE and small("decode", "images") == 0
+    assert small("prefill", "images") == IMAGE_MASKS
+    assert small("decode", "cross layer") == small("prefill", "cross layer") == CROSS_GATES
+    assert small("decode", "split self layer") == small("decode", "split cross layer") == MERGE
+    assert small("vision", "global layer") - small("vision", "local layer") == VISION_GATES
+
+
+def test_int8_pages_add_the_operators_of_lowered_graphs():
+    golden = json.loads((PACKAGE / "ascend" / "golden.json").read_text())
+    bf16, shape = model(released("11b"), 2), released("11b")
+    int8 = replace(bf16, storage=replace(bf16.storage, page=page_bytes(1, 128)))
+    added = {}
+    for phase, steps in {
+        "decode": [of.decode(1, 128, IMAGE) for of in (int8, bf16)],
+        "prefill": [of.prefill(32, 96, IMAGE) for of in (int8, bf16)],
+        "vision": [of.vision() for of in (int8, bf16)],
+    }.items():
+        added[phase] = steps[0].operators - steps[1].operators
+        expected = Counter[str]()
+        for part, layers in (
+            ("int8 self layer", shape.text.self_layers),
+            ("int8 self layer after earlier pages", shape.text.self_layers if phase == "prefill" else ()),
+            ("int8 cross layer", shape.text.cross_layers),
+        ):
+            for name, count in golden[phase].get(part, {}).items():
+                expected[name] += count * len(layers)
+        expected.pop("Unsqueeze", None)
+        assert added[phase] == +expected, phase
+    # They move half of the bytes, which pays with many keys of many sequences.
+    assert int8.decode(8, 8192, 0).seconds < bf16.decode(8, 8192, 0).seconds
+
+
 def test_more_of_anything_takes_longer():
     of = model(released("11b"), 2)
     buckets = [
@@ -212,6 +262,16 @@ def vision_row(name, ranks):
     return (name, str(ranks), *(f"{MS * one.seconds:.1f}" for one in found))
 
 
+def int8_row(name, ranks):
+    """Milliseconds with 16-bit and with int8 pages: decode steps, and a prompt after earlier tokens."""
+    pairs = []
+    for page in (2, page_bytes(1, 128)):
+        of = Model(released(name), Storage(2, 2, page), ranks, hardware(), form=BEST)
+        steps = [of.decode(*given) for given in ((1, 2048, 0), (1, 8192, 0), (8, 8192, 0), (1, 2048, IMAGE))]
+        pairs.append([f"{MS * step.seconds:.1f}" for step in (*steps, of.prefill(512, 7680, 0))])
+    return (name, str(ranks), *(" / ".join(pair) for pair in zip(*pairs, strict=True)))
+
+
 def cores_row(name, ranks, keys, masked):
     """Cores and microseconds of a layer's attention at batch 1, in each form."""
     of = model(released(name), ranks)
@@ -240,6 +300,7 @@ def test_the_documented_latencies_are_those_of_the_model(page):
     for (name, ranks), quant in product(RUNS, QUANTS):
         cells = (name, str(ranks), LABELS[quant], *modelled_row(name, ranks, quant))
         assert any(found[:-1] == cells and found[-1] in ("*modelled*", "*推算*") for found in rows), cells
+    assert all(int8_row(*run) in [found[:-1] for found in rows] for run in RUNS)
     rows = [found[:-1] for found in table_of(ROOT / page, 7)]
     assert all(vision_row(*run) in rows for run in RUNS)
     rows = table_of(ROOT / page, 6)

@@ -13,6 +13,7 @@ from mllama_graph.ascend.graphdef import (
     ATTENTION,
     INPUTS,
     SCATTER,
+    SCATTER_SCALES,
     SEARCHES,
     VIEWS,
     OpDef,
@@ -26,7 +27,16 @@ PRODUCTS = ("MatMul", "MatMulV2")
 HEAD = "weights.text.head.weight"
 # Integer inputs that locate tokens and change from step to step.
 LENGTHS = ("actual_seq_lengths", "actual_seq_lengths_kv")
-PLACES = {ATTENTION: (*LENGTHS, "block_table"), SCATTER: ("slot_mapping",), "GatherV2": ("indices",)}
+PLACES = {
+    ATTENTION: (*LENGTHS, "block_table"),
+    SCATTER: ("slot_mapping",),
+    SCATTER_SCALES: ("indices",),
+    "GatherV2": ("indices",),
+}
+# Inputs of attention that are pages, or the scales of int8 pages.
+PAGED = ("key0", "value0", "key_antiquant_scale", "value_antiquant_scale")
+# What widens the pages of a block table where attention can't read int8 pages.
+WIDENING = (*VIEWS, "Mul", "Cast", "GatherV2")
 
 Faults = Iterator[tuple[OpDef, str]]
 
@@ -97,20 +107,23 @@ def masks(graph: LoweredGraph, context: Context) -> Faults:
 def paged(graph: LoweredGraph, context: Context) -> Faults:
     """Only attention reads pages, by a block table: no other operation gathers or joins keys and values.
 
-    Of a prompt after earlier pages, attention takes sparse_mode 3 and the lengths of queries and keys (tiling code of
-    CANN 8.5 to 9.1, ops-transformer: accepted by its third template, for pages of a multiple of 128 tokens).
+    Attention of several query rows takes no int8 pages: those of a block table are gathered and widened before it, for
+    no operation but attention. Of a prompt after earlier pages, attention takes sparse_mode 3 and the lengths of
+    queries and keys (tiling code of CANN 8.5 to 9.1, ops-transformer: accepted by its third template, for pages of a
+    multiple of 128 tokens).
     """
+    bucket = context.bucket
+    widened = context.spec.kv == torch.int8 and bucket.tokens > bucket.rows
     for op in graph.of_type(*INPUTS):
         if graph.role(f"{op.name}:0").startswith(("pages.", "image_pages.")):
-            yield from _readers(graph, f"{op.name}:0", graph.role(f"{op.name}:0"))
-    bucket = context.bucket
+            yield from _readers(graph, f"{op.name}:0", graph.role(f"{op.name}:0"), widened)
     if bucket.phase != "prefill" or not bucket.pages or bucket.tokens == 1:
         return
     for op in graph.of_type(ATTENTION):
         sources, attributes = dict(inputs_of(op)), attributes_of(op)
         if pool_of(graph, sources["key0"]) != "pages":
             continue
-        missing = [name for name in (*LENGTHS, "block_table") if name not in sources]
+        missing = [name for name in (*LENGTHS, *["block_table"][widened:]) if name not in sources]
         if attributes.get("sparse_mode") != 3 or missing:
             lacks = f", without {' and '.join(missing)}" if missing else ""
             yield op, f"reads a prompt's pages with sparse_mode {attributes.get('sparse_mode', 0)}{lacks}"
@@ -165,18 +178,21 @@ def pool_of(graph: LoweredGraph, value: str) -> str:
         sources = dict(inputs_of(op))
         if op.type == SCATTER:
             value = sources[("key_cache", "value_cache")[index]]
-        elif op.type in VIEWS:
+        elif op.type in WIDENING:
             value = inputs_of(op)[0][1]
         else:
             return ""
 
 
-def _readers(graph: LoweredGraph, value: str, role: str) -> Faults:
-    """What reads pages, or what was written to them, and is neither attention nor the write itself."""
+def _readers(graph: LoweredGraph, value: str, role: str, widened: bool) -> Faults:
+    """What reads pages, or what was written to them, and is neither attention nor the write itself.
+
+    widened: whether the pages of a block table may be gathered for attention.
+    """
     for op, name in graph.takers.get(value, []):
         if op.type == SCATTER and name in ("key_cache", "value_cache"):
-            yield from _readers(graph, f"{op.name}:{('key_cache', 'value_cache').index(name)}", role)
-        elif op.type in VIEWS:
-            yield from _readers(graph, f"{op.name}:0", role)
-        elif op.type not in (ATTENTION, "NetOutput") or name not in ("key0", "value0") and op.type == ATTENTION:
+            yield from _readers(graph, f"{op.name}:{('key_cache', 'value_cache').index(name)}", role, widened)
+        elif op.type in VIEWS or (op.type, name) == (SCATTER_SCALES, "var") or widened and op.type in WIDENING:
+            yield from _readers(graph, f"{op.name}:0", role, widened)
+        elif op.type not in (ATTENTION, "NetOutput") or name not in PAGED and op.type == ATTENTION:
             yield op, f"reads {role}, which only attention may"

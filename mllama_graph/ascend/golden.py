@@ -66,7 +66,7 @@ def parts(context: Context) -> dict[str, int]:
     forms, images = context.spec.forms_of(bucket), bucket.image_pages > 0
     past, several = (bucket.phase == "prefill" and more for more in (bucket.pages > 0, bucket.rows > 1))
     # Heads are padded where no kernel supports their width.
-    padded_text = padded_head(text.head_width) > text.head_width
+    padded_text, int8 = context.spec.head_width > text.head_width, context.spec.kv == torch.int8
     selves, crosses, layers = len(text.self_layers), len(text.cross_layers), sum(map(len, context.layers.values()))
     ranks = context.spec.world_size > 1
     if bucket.phase == "vision":
@@ -78,6 +78,7 @@ def parts(context: Context) -> dict[str, int]:
             "cross layer": crosses,
             "padded layer": (padded_head(width) > width) * layers,
             "padded cross layer": padded_text * crosses,
+            "int8 cross layer": int8 * crosses,
             "padding tiles": bucket.tiles < vision.max_tiles,
             "layer of ranks": ranks * layers,
             **quantised,
@@ -96,6 +97,9 @@ def parts(context: Context) -> dict[str, int]:
         "padded self layer": padded_text * selves,
         "padded cross layer": padded_text * images * crosses,
         "padded layer of several prompts": several * padded_text * (selves + images * crosses),
+        "int8 self layer": int8 * selves,
+        "int8 self layer after earlier pages": int8 * past * selves,
+        "int8 cross layer": int8 * images * crosses,
         "ranks": ranks,
         "layer of ranks": ranks * layers,
         **_candidates(context),
@@ -161,6 +165,7 @@ def computed() -> Golden:
     ]
     specs += [_spec(shape, ranks, formats=formats) for shape, ranks, formats in _quantised_models()]
     specs += [_spec(shape, ranks, candidates=count) for shape, ranks, count in _searching_models()]
+    specs += [replace(_spec(shape, 1), kv=torch.int8) for shape in _split_models()]
     for spec in specs:
         for bucket in (
             *(Bucket("vision", 1, 1, 0, 1, tiles) for tiles in sorted({1, spec.shape.vision.max_tiles})),

@@ -28,7 +28,7 @@ VIEWS = ("Reshape", "Transpose", "Unsqueeze", "Squeeze")
 # Products whose weight may be given as a transposed view: operation -> the input. CANN's fusion passes
 # (QuantBatchMatmulV3TransposeFusionPass and WeightQuantBatchMatmulV2TransposeFusionPass in ops-nn) turn it into a flag.
 TRANSPOSED = {"WeightQuantBatchMatmulV2": "weight", "QuantBatchMatmulV3": "x2"}
-ATTENTION, SCATTER = "FusedInferAttentionScore", "ScatterPaKvCache"
+ATTENTION, SCATTER, SCATTER_SCALES = "FusedInferAttentionScore", "ScatterPaKvCache", "ScatterNdUpdate"
 ALL_REDUCE, ALL_GATHER = "HcomAllReduce", "HcomAllGather"
 # Operations that find the largest logits (ops/npu_candidates.py).
 SEARCHES = ("TopKV2", "ArgMaxWithValue")

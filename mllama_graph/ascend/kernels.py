@@ -34,6 +34,7 @@ KERNELS: dict[str, tuple[tuple[torch.dtype, ...], str]] = {
         (torch.float32, torch.float16, torch.int8, torch.uint8, torch.int32, torch.int64),
         "torchair, IR HcomAllGather",
     ),
+    "ScatterNdUpdate": ((*FLOATS, torch.int8, torch.int32, torch.int64, torch.bool), "docs npu_scatter_nd_update_"),
     "PadV3": ((*FLOATS, torch.int8, torch.int32), "conversion/pad_v3/op_api/padv3.cpp"),
     "BroadcastTo": (
         (*FLOATS, *BYTES, torch.int32, torch.int64, torch.bool),

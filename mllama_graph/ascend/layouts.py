@@ -8,7 +8,15 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from mllama_graph.ascend.ge_ops.attention import MASK_SIDE
 from mllama_graph.ascend.graph import LoweredGraph
-from mllama_graph.ascend.graphdef import ALL_GATHER, ALL_REDUCE, ATTENTION, INPUTS, SCATTER, described_shape
+from mllama_graph.ascend.graphdef import (
+    ALL_GATHER,
+    ALL_REDUCE,
+    ATTENTION,
+    INPUTS,
+    SCATTER,
+    SCATTER_SCALES,
+    described_shape,
+)
 from mllama_graph.ascend.interpreter import Interpreter, Node
 
 # Inputs whose values ge_ops checks and for which zeros are valid.
@@ -56,6 +64,10 @@ class ShapeInterpreter(Interpreter):
                 found[value] = torch.zeros(x.shape, dtype=x.dtype)
             elif (node.type, name) == (SCATTER, "slot_mapping"):
                 found[value] = torch.arange(len(x), dtype=x.dtype)
+            elif (node.type, name) == (SCATTER_SCALES, "indices"):
+                sizes = values[dict(node.inputs)["var"]].shape[: x.shape[-1]]
+                places = torch.unravel_index(torch.arange(x.numel() // x.shape[-1]), sizes)
+                found[value] = torch.stack(places, -1).view(x.shape).to(x.dtype)
             elif (node.type, name) == (ATTENTION, "actual_seq_lengths"):
                 query = values[dict(node.inputs)["query"]]
                 packed = node.attributes.get("input_layout") == "TND"
@@ -63,6 +75,8 @@ class ShapeInterpreter(Interpreter):
                 found[value] = ends if packed else torch.full(x.shape, query.shape[1], dtype=x.dtype)
             elif (node.type, name) == (ATTENTION, "actual_seq_lengths_kv") and "block_table" in dict(node.inputs):
                 found[value] = torch.full(x.shape, self._longest(node, values), dtype=x.dtype)
+            elif (node.type, name) == (ATTENTION, "actual_seq_lengths_kv") and isinstance(x, FakeTensor):
+                found[value] = torch.full(x.shape, values[dict(node.inputs)["key0"]].shape[1], dtype=x.dtype)
             elif (node.type, name) == (ATTENTION, "atten_mask"):
                 causal = node.attributes.get("sparse_mode") == 3 and tuple(x.shape) == (MASK_SIDE, MASK_SIDE)
                 nothing_hidden = torch.zeros(1, dtype=x.dtype).expand(x.shape)

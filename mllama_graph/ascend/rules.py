@@ -91,7 +91,8 @@ def writes(graph: LoweredGraph, context: Context) -> Faults:
     """Every page tensor is written in place, and other operations read it only from the output of that write."""
     text, vision = context.spec.shape.text, context.bucket.phase == "vision"
     pool, layers = ("image_pages", text.cross_layers) if vision else ("pages", text.self_layers)
-    unwritten = dict.fromkeys(f"{pool}.{layer}.{part}" for layer in range(len(layers)) for part in range(2))
+    tensors = 4 if context.spec.kv == torch.int8 else 2
+    unwritten = dict.fromkeys(f"{pool}.{layer}.{part}" for layer in range(len(layers)) for part in range(tensors))
     for op in graph.ops.values():
         for name, value in inputs_of(op):
             if name not in _overwritten(op):

@@ -29,9 +29,12 @@ SOURCES = {
 LIMITS = {
     "FusedInferAttentionScore": "16-bit types, at most 256 heads and 64 per KV head, width a multiple of 16 up to 512, "
     "N * D below 65535; int32 table and int64 lengths; pages of 16 to 512 tokens (several rows: multiples of 128), "
-    "below 2^31 elements; masks up to the table's end. Tiling code of CANN 8.5 to 9.1: one length per sequence, "
-    "lengths of queries and sparse_mode 3 for several rows alone",
-    "ScatterPaKvCache": "one dtype, rows (T, K, H), pages (N, P, K, H), slots in int32 or int64, unique and in range",
+    "below 2^31 elements; masks up to the table's end. int8 pages: one row, fp32 scales (N, K, P), pages and heads in "
+    "multiples of 32. Tiling code of CANN 8.5 to 9.1: one length per sequence, lengths of queries and sparse_mode 3 "
+    "for several rows alone",
+    "ScatterPaKvCache": "one dtype, 16-bit or int8, rows (T, K, H), pages (N, P, K, H), slots in int32 or int64, "
+    "unique and in range",
+    "ScatterNdUpdate": "one dtype, indices in int32 or int64, unique and in range",
     "MatMul": "two matrices of one dtype, a bias in fp32, or in fp16 for fp16 (ops-nn, mat_mul_v3_def.cpp, ascend910b)",
     "RotaryMul": "4 axes, cos and sin (1, S, 1, D), B and N below 1000, an even D below 896",
     "RmsNorm": "a weight in the dtype of its input",

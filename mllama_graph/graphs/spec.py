@@ -14,7 +14,7 @@ from mllama_graph.model.placement import Placement
 from mllama_graph.model.shape import ModelShape
 from mllama_graph.model.table import Shard
 from mllama_graph.model.tree import Pixels, Weights, build
-from mllama_graph.ops.npu_inputs import UNREAD, causal_mask, on_device, prepare, prepare_captured
+from mllama_graph.ops.npu_inputs import UNREAD, causal_mask, on_device, prepare, prepare_captured, with_places
 from mllama_graph.plan.bucket import Bucket
 from mllama_graph.plan.cores import BSH_ALONE, TND, Forms
 
@@ -102,7 +102,7 @@ class GraphSpec:
     def head_width(self) -> int:
         """Width of a head in the pages: on an NPU padded as attention needs it, so that no page is copied to pad it."""
         width = self.shape.text.head_width
-        return padded_head(width) if self.backend == "torchair" else width
+        return padded_head(width, self.kv.itemsize) if self.backend == "torchair" else width
 
     def pages(self, allocate: Callable[[tuple[int, ...], torch.dtype], Tensor]) -> tuple[Pages, Pages]:
         """A rank's self-attention pages and image pages, for its own heads; allocate(size, dtype) makes each tensor."""
@@ -141,6 +141,8 @@ class GraphSpec:
         Captured kernels take integers as lengths. Their decode steps take masks instead; their prompts compute them.
         """
         captured = dict(self.options).get("mode", "max-autotune") != "max-autotune"
+        if self.kv == torch.int8:
+            given = with_places(given, self.page_size, self.shape.text.kv_heads // self.world_size)
         if captured and not isinstance(given, TokenInput):
             return on_device(given, self.torch_device, ())
         if not isinstance(given, TileInput):

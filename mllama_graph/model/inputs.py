@@ -41,6 +41,7 @@ class Prepared(NamedTuple):
     attention's keys are split into S parts, block table, lengths and mask have B * S rows, one for each part of each
     sequence, and empty_BS11 or image_empty_BS11 (fp32) is added to the log-sum-exp of each part. unseen_keys_B1RL: for
     captured kernels, whose lengths are integers, the text keys of the whole block table that rows must not see.
+    scale_at_TK3: of int8 pages, where the scale of each row and head is in (N, K, P).
     """
 
     causal_MM: Tensor | None = None
@@ -60,6 +61,7 @@ class Prepared(NamedTuple):
     empty_BS11: Tensor | None = None
     image_empty_BS11: Tensor | None = None
     unseen_keys_B1RL: Tensor | None = None
+    scale_at_TK3: Tensor | None = None
 
 
 class PromptInput(NamedTuple):
@@ -106,10 +108,12 @@ class TileInput(NamedTuple):
     """One image: all tiles of the canvas as uint8, padding tiles included.
 
     aspect_1: aspect-ratio id, counted from 1. real_1: number of tiles that are not padding; None in a graph for a fixed
-    number of them, which takes these tiles alone. slot_S: the slot to which each token's K/V are written.
+    number of them, which takes these tiles alone. slot_S: the slot to which each token's K/V are written. prepared: for
+    int8 pages on an NPU.
     """
 
     tiles_C3hw: Tensor
     aspect_1: Tensor
     real_1: Tensor | None
     slot_S: Tensor
+    prepared: Prepared | None = None

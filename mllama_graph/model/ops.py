@@ -14,17 +14,19 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-# The last axis of 16-bit queries, keys and values is a multiple of this (docs of npu_fused_infer_attention_score).
-NPU_HEAD = 16
+# Bytes of which a head is a multiple on an NPU (docs of npu_fused_infer_attention_score): 16 elements in 16 bits, 32 of
+# int8 pages.
+NPU_HEAD_BYTES = 32
 
 
 # Head widths for which an NPU's attention has its fast template (tiling code of CANN 8.5 to 9.1, ops-transformer).
 FAST_HEADS = (64, 128)
 
 
-def padded_head(width: int) -> int:
-    """The head width of an NPU's attention and pages for a model's head width."""
-    return -(-width // NPU_HEAD) * NPU_HEAD
+def padded_head(width: int, bytes_each: int = 2) -> int:
+    """The head width of an NPU's attention and pages for a model's head width. bytes_each: of an element of pages."""
+    multiple = NPU_HEAD_BYTES // min(bytes_each, 2)
+    return -(-width // multiple) * multiple
 
 
 def fast_head(width: int) -> int:

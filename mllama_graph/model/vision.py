@@ -84,6 +84,9 @@ def encode_image(
 
     Keys are normalised before they are written. They carry no position, so that all requests can share them.
     """
+    # Of int8 pages on an NPU, the host gives the places of scales.
+    if given.prepared is not None:
+        ops = ops.without_padding(ops, given)
     x_SD = ops.linear(encode(w.vision, given, dtype, shape, ops), w.projector)
     S, head_width = x_SD.shape[0], shape.text.head_width
     for pages, index in zip(image_pages, shape.text.cross_layers, strict=True):

@@ -35,12 +35,13 @@ import torch.nn.functional as F
 import torch_npu
 from torch import Tensor
 
-from mllama_graph.model.inputs import LayerPages, PromptInput, TokenInput
+from mllama_graph.model.inputs import PromptInput, TileInput, TokenInput
 from mllama_graph.model.ops import Ops
 from mllama_graph.model.tree import Linear
 from mllama_graph.ops import npu_layout, npu_quantised, plain
-from mllama_graph.ops.npu_attention import attend_image, attend_pages, attend_prompt, attend_tiles, widen
+from mllama_graph.ops.npu_attention import attend_image, attend_pages, attend_prompt, attend_tiles
 from mllama_graph.ops.npu_candidates import top_k
+from mllama_graph.ops.npu_pages import write_pages_, writing
 from mllama_graph.ops.ranks import GROUP, max_in, ranked
 
 
@@ -84,15 +85,6 @@ def swiglu(h_TF: Tensor) -> Tensor:
     return torch_npu.npu_swiglu(h_TF, -1)
 
 
-def write_pages_(k_TKH: Tensor, v_TKH: Tensor, pages: LayerPages, slot_T: Tensor) -> None:
-    # docs: all four tensors have one dtype; "Norm" is for pages in their natural order. The argument is the pages
-    # themselves and not a view of them, for which the compiler would copy the whole pool.
-    dtype, width = pages[0].dtype, pages[0].shape[-1]
-    torch_npu.npu_scatter_pa_kv_cache(
-        widen(k_TKH.to(dtype), width), widen(v_TKH.to(dtype), width), *pages, slot_T, cache_mode="Norm"
-    )
-
-
 def pad_rows(x_CLE: Tensor, real: int, multiple: int) -> tuple[Tensor, int]:
     """`pad_rows` for a fixed number of real tiles: the tokens of all tiles, then the rows that pad each tile.
 
@@ -126,10 +118,13 @@ def add_gated(x_WE: Tensor, y_WE: Tensor, bias_E: Tensor | None, gate_1: Tensor 
     return x_WE + (y_WE if gate_1 is None else y_WE * gate_1)
 
 
-def with_prepared(ops: Ops, given: PromptInput | TokenInput) -> Ops:
+def with_prepared(ops: Ops, given: PromptInput | TokenInput | TileInput) -> Ops:
     """The operations of a step, which take what the host has prepared for it."""
     made = given.prepared
     assert made is not None, "an NPU's step takes prepared inputs (npu_inputs.py)"
+    ops = writing(ops, made)
+    if isinstance(given, TileInput):
+        return ops
     found: dict[str, Any] = {
         "attend_prompt": partial(ops.attend_prompt, made=made),
         "attend_image": partial(ops.attend_image, made=made),

@@ -7,21 +7,16 @@ rows   Q query heads   A vision heads   K kv heads   H head width
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import torch_npu
 import torchair  # registers torchair.ops
 from torch import Tensor
 
 from mllama_graph.model.inputs import LayerPages, Prepared
 from mllama_graph.model.ops import padded_head
+from mllama_graph.ops.npu_pages import as_stored, read, widen
 from mllama_graph.ops.npu_parts import merged, repeated
 
 CAUSAL = 3
-
-
-def widen(x: Tensor, width: int) -> Tensor:
-    """Pad the last axis of x with zeros to `width`."""
-    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
 
 
 def attention(
@@ -101,24 +96,24 @@ def attend_prompt(
     made: Prepared,
 ) -> Tensor:
     (T, K, H), mask = k_TKH.shape, made.causal_MM
-    mode = CAUSAL if T > 1 else 0
+    mode, q_TQH = CAUSAL if T > 1 else 0, widen(q_TQH, pages[0].shape[-1])
     if table_BJ is None:
-        q_1TQH, k_1LKH, v_1LKH = (widen(x, padded_head(H))[None] for x in (q_TQH, k_TKH, v_TKH))
-        return attention(q_1TQH, k_1LKH, v_1LKH, H, kv_heads=K, mask=mask, sparse_mode=mode)
+        k_1LKH, v_1LKH = (as_stored(x, pages)[None] for x in (k_TKH, v_TKH))
+        return attention(q_TQH[None], k_1LKH, v_1LKH, H, kv_heads=K, mask=mask, sparse_mode=mode)
     # The new rows have been written: they are read from their pages, behind the earlier ones. The rows that are padding
     # are left out, and their results are undefined.
+    k, v, paged = read(pages, table_BJ, T, q_TQH.dtype)
     out = attention(
-        by_rows(widen(q_TQH, pages[0].shape[-1]), made),
-        pages[0],
-        pages[1],
+        by_rows(q_TQH, made),
+        k,
+        v,
         H,
         kv_heads=K,
         mask=mask,
         sparse_mode=mode,
-        block_table=table_BJ,
-        block_size=pages[0].shape[1],
         actual_seq_lengths=made.new_B if T > 1 else None,
         actual_seq_lengths_kv=made.keys_B,
+        **paged,
     )
     return packed(out, made)
 
@@ -133,11 +128,12 @@ def attend_pages(
     empty_BS11: Tensor | None = None,
 ) -> Tensor:
     """causal_MM: for several rows per sequence, the fixed mask. len_B is int64. ends_B, empty_BS11: see `Prepared`."""
-    B, H, (_, P, K, width) = len(table_BJ if empty_BS11 is None else empty_BS11), q_TQH.shape[-1], pages[0].shape
+    B, H, (*_, K, width) = len(table_BJ if empty_BS11 is None else empty_BS11), q_TQH.shape[-1], pages[0].shape
+    k, v, paged = read(pages, table_BJ, len(q_TQH) // B, q_TQH.dtype)
     return attention(
         widen(q_TQH, width).view(B, -1, q_TQH.shape[1], width),
-        pages[0],
-        pages[1],
+        k,
+        v,
         H,
         kv_heads=K,
         mask=causal_MM,
@@ -145,10 +141,9 @@ def attend_pages(
         sparse_mode=0 if causal_MM is None else CAUSAL,
         packed=ends_B is not None,
         empty_BS11=empty_BS11,
-        block_table=table_BJ,
-        block_size=P,
         actual_seq_lengths=ends_B,
         actual_seq_lengths_kv=len_B,
+        **paged,
     )
 
 
@@ -163,24 +158,23 @@ def attend_image(
     made: Prepared,
 ) -> Tensor:
     unseen_B1RL, empty_BS11 = made.unseen_B1RL, made.image_empty_BS11
-    B, H, (_, P, K, width) = len(table_BJ if empty_BS11 is None else empty_BS11), q_TQH.shape[-1], pages[0].shape
-    q_TQH = widen(q_TQH, width)
+    B, H, (*_, K, width) = len(table_BJ if empty_BS11 is None else empty_BS11), q_TQH.shape[-1], pages[0].shape
+    q_TQH, several = widen(q_TQH, width), made.row_BT is not None
+    k, v, paged = read(pages, table_BJ, len(q_TQH) if several else len(q_TQH) // B, q_TQH.dtype)
     if unseen_B1RL is None:
         assert made.entry_B1L is not None and made.from_BT1 is not None and made.to_BT1 is not None
         unseen_B1RL = ((made.entry_B1L < made.from_BT1) | (made.entry_B1L >= made.to_BT1))[:, None]
-    several = made.row_BT is not None
     out = attention(
         by_rows(q_TQH, made) if several else q_TQH.view(B, -1, q_TQH.shape[1], width),
-        pages[0],
-        pages[1],
+        k,
+        v,
         H,
         kv_heads=K,
         mask=unseen_B1RL,
         empty_BS11=empty_BS11,
-        block_table=table_BJ,
-        block_size=P,
         actual_seq_lengths=made.new_B if several else None,
         actual_seq_lengths_kv=made.image_len_B,
+        **paged,
     )
     return packed(out, made)
 

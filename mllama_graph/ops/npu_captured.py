@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllama_graph.model.inputs import LayerPages, Prepared
-from mllama_graph.model.ops import Ops, padded_head
+from mllama_graph.model.inputs import LayerPages, Prepared, TokenInput
+from mllama_graph.model.ops import Ops
 from mllama_graph.ops import npu
-from mllama_graph.ops.npu_attention import CAUSAL, attention, widen
+from mllama_graph.ops.npu_attention import CAUSAL, attention
 from mllama_graph.ops.npu_inputs import MASK_SIDE
+from mllama_graph.ops.npu_pages import as_stored, read, widen, writing
 from mllama_graph.ops.pages import by_sequence
 
 
@@ -35,8 +36,8 @@ def attend_prompt(
 ) -> Tensor:
     T, K, H = k_TKH.shape
     if table_BJ is None:
-        q_1TQH, k_1LKH, v_1LKH = (widen(x, padded_head(H))[None] for x in (q_TQH, k_TKH, v_TKH))
-        mask = causal_mask(q_TQH.device)
+        q_1TQH, mask = widen(q_TQH, pages[0].shape[-1])[None], causal_mask(q_TQH.device)
+        k_1LKH, v_1LKH = (as_stored(x, pages)[None] for x in (k_TKH, v_TKH))
         return attention(q_1TQH, k_1LKH, v_1LKH, H, kv_heads=K, mask=mask, sparse_mode=CAUSAL, captured=True)
     (B, J), P = table_BJ.shape, pages[0].shape[1]
     row_T = torch.arange(T, dtype=torch.int32, device=q_TQH.device)
@@ -93,26 +94,26 @@ def _whole_table(
 ) -> Tensor:
     (entries, J), (_, P, K, width), (T, Q, H) = table_BJ.shape, pages[0].shape, q_TQH.shape
     B = entries if empty_BS11 is None else len(empty_BS11)
+    k, v, paged = read(pages, table_BJ, T // B, q_TQH.dtype)
     return attention(
         widen(q_TQH, width).view(B, T // B, Q, width),
-        pages[0],
-        pages[1],
+        k,
+        v,
         H,
         kv_heads=K,
         mask=unseen_B1RL,
         empty_BS11=empty_BS11,
-        block_table=table_BJ,
-        block_size=P,
         actual_seq_lengths_kv=[J * P] * entries,
         captured=True,
+        **paged,
     )
 
 
 def with_prepared(ops: Ops, given: Any) -> Ops:
-    """The operations of a decode step, which take what the host has prepared for it."""
+    """The operations of a step, which take what the host has prepared for it: of a prompt, the places of scales."""
     made = given.prepared
-    if made is None:
-        return ops
+    if made is None or not isinstance(given, TokenInput):
+        return writing(ops, made)
     step = npu.with_prepared(ops, given._replace(prepared=made._replace(ends_B=None, empty_BS11=None)))
     pages, image = partial(ops.attend_pages, made=made), partial(attend_image_tokens, made=made)
     return replace(step, attend_pages=pages, attend_image=image)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllama_graph.model.inputs import ImageInput, Prepared, PromptInput, TokenInput
+from mllama_graph.model.inputs import ImageInput, Prepared, PromptInput, TileInput, TokenInput
 from mllama_graph.ops.npu_parts import image_parts, text_parts
 from mllama_graph.ops.pages import by_sequence
 
@@ -26,6 +26,14 @@ UNREAD = ("real_1", "sequences_1", "decoding_1", "rows_B", "past_B", "fill_BJ", 
 def causal_mask(device: torch.device) -> Tensor:
     """The fixed mask of the causal modes: true above the diagonal, for the keys that a row must not see."""
     return torch.ones(MASK_SIDE, MASK_SIDE, dtype=torch.bool).triu(1).to(device)
+
+
+def with_places(given: Any, page_size: int, kv_heads: int) -> Any:
+    """A step's inputs with the places of the scales of int8 pages, on the CPU. kv_heads: of this rank."""
+    slot_T = given.slot_S if isinstance(given, TileInput) else given.slot_T
+    head_K = torch.arange(kv_heads, dtype=torch.int32)
+    places = torch.broadcast_tensors((slot_T // page_size)[:, None], head_K, (slot_T % page_size)[:, None])
+    return given._replace(prepared=Prepared(scale_at_TK3=torch.stack(places, -1)))
 
 
 def prepare(
@@ -43,7 +51,7 @@ def prepare(
     """
     T = len(given.ids_T)
     rows = T // len(given.len_B) if isinstance(given, TokenInput) else T
-    made = Prepared(causal_MM=causal_MM if rows > 1 else None)
+    made = (given.prepared or Prepared())._replace(causal_MM=causal_MM if rows > 1 else None)
     if held is not None:
         held_T = (given.ids_T >= held.start) & (given.ids_T < held.stop)
         made = made._replace(row_T=torch.where(held_T, given.ids_T - held.start, 0), held_T1=held_T[:, None])

@@ -26,11 +26,12 @@ TILE_ROWS = 16
 # Model.form: for each attention, the form that takes least; or the fastest without TND, which CANN below 9 lacks.
 BEST, BEST_WITHOUT_TND = "BEST", "BEST_WITHOUT_TND"
 # Operators of each attention in SPLIT that repeat the queries and merge the parts: see ops/npu_parts.py.
-MERGE = 7
-# Operators of a text graph outside of its layers, and of its image masks; those of a vision graph. They move few bytes.
-ONCE, IMAGE_MASKS, VISION_ONCE = 10, 14, 30
+MERGE = 8
+# Operators of a text graph outside of its layers, and of a prompt's image masks; those of a vision graph. They move few
+# bytes. All but those of VISION_ONCE are counted in ascend/golden.json, without the search for candidates.
+ONCE, IMAGE_MASKS, VISION_ONCE = 9, 3, 30
 # Elementwise operators of the gates of a cross-attention layer, and of a global vision layer.
-CROSS_GATES, VISION_GATES = 8, 6
+CROSS_GATES, VISION_GATES = 6, 4
 
 
 @dataclass
@@ -152,11 +153,30 @@ class Model:
         to.aicpu += self.known.aicpu
         to.operators["FusedInferAttentionScore"] += 1
 
+    @property
+    def int8(self) -> bool:
+        """Whether pages hold int8 codes and a scale for each token and head."""
+        return self.storage.page < self.storage.compute
+
     def pages(self, batch: int, keys: float, masked: bool, page: int = 128) -> Attention:
         """A rank's attention of one query row of each of `batch` sequences to `keys` keys each, in pages of `page`."""
-        text, int8 = self.shape.text, self.storage.page < self.storage.compute
+        text = self.shape.text
         heads, kv_heads = text.heads // self.ranks, text.kv_heads // self.ranks
-        return Attention(batch, 1, heads, kv_heads, round(keys), int8, masked, page, text.head_width)
+        return Attention(batch, 1, heads, kv_heads, round(keys), self.int8, masked, page, text.head_width)
+
+    def write_pages(self, to: Latency, elements: float) -> None:
+        """Add the write of as many keys, and as many values, to pages."""
+        if self.int8:
+            self.vector(to, "DynamicQuant", 1.5 * elements, 2)
+            self.vector(to, "ScatterNdUpdate", count=2)
+        self.vector(to, "ScatterPaKvCache", 4 * elements * self.storage.page / self.storage.compute)
+
+    def widen(self, to: Latency, elements: float, gathered: bool) -> None:
+        """Add the widening of as many int8 keys, and as many values, gathered from pages or not (ops/npu_pages.py)."""
+        gathers = (("GatherV2", 1), ("GatherV2", 0), ("Transpose", 0)) if gathered else ()
+        # Codes to fp32, scales, and the product to 16 bits.
+        for name, moved in (*gathers, ("Cast", 2.5), ("Cast", 0), ("Mul", 4), ("Cast", 3)):
+            self.vector(to, name, moved * elements, 2)
 
     def attend_pages(self, to: Latency, of: Attention, form: str, cores: int) -> None:
         """Add attention to pages in one of the forms of plan/cores.py."""
@@ -217,12 +237,15 @@ class Model:
         text, every = self.shape.text, self.known.cores
         to = Latency(cores=every, image_cores=every if image_keys else 0)
         heads, kv = text.heads // self.ranks, text.kv_heads // self.ranks * text.head_width
+        self.vector(to, "once", count=IMAGE_MASKS if image_keys else 0)
         for cross in self._text(to, tokens, image_keys > 0, sequences):
             # The mask is causal: on average, a new token sees half of the new tokens. Each head reads an image mask.
             seen = image_keys if cross else past + tokens / sequences / 2
             length = sequences * image_keys if cross else sequences * past + tokens
             mask = heads * tokens * image_keys if cross else 0
-            moved = 2 * length * kv * self.storage.page + mask
+            moved = 2 * length * kv * (self.storage.compute if self.int8 else self.storage.page) + mask
+            if self.int8:
+                self.widen(to, length * kv, cross or past > 0)
             if sequences > 1:
                 # Rows are gathered by sequence, each padded to all rows, and back (ops/npu.py, by_rows).
                 for rows in (sequences * tokens, tokens):
@@ -258,7 +281,7 @@ class Model:
         for _ in text.cross_layers:
             self.vector(to, "SplitV", 4 * tokens * kv)
             self.vector(to, "RmsNorm", 2 * tokens * kv)
-            self.vector(to, "ScatterPaKvCache", 4 * tokens * kv)
+            self.write_pages(to, tokens * kv)
         return to
 
     def _tiles(self, to: Latency, rows: int, real: int, width: float) -> None:
@@ -280,7 +303,7 @@ class Model:
         to.step = self.known.step
         q, kv = (heads // self.ranks * text.head_width for heads in (text.heads, text.kv_heads))
         mlp = text.mlp // self.ranks
-        self.vector(to, "once", count=ONCE + (IMAGE_MASKS if images else 0))
+        self.vector(to, "once", count=ONCE)
         if self.ranks > 1:
             self.all_reduce(to, rows * D * self.storage.compute)
         for layer in range(text.layers):
@@ -298,7 +321,7 @@ class Model:
             else:
                 self.vector(to, "SplitV", 2 * rows * (q + 2 * kv))
                 self.vector(to, "RotaryMul", rows * (q + kv), 2)
-                self.vector(to, "ScatterPaKvCache", 4 * rows * kv)
+                self.write_pages(to, rows * kv)
                 for name in self.added:
                     self.vector(to, name, 2 * rows * q)
             yield cross

@@ -293,10 +293,10 @@ def _backend(run: Run, device: Device) -> str:
 
 def _check_pages(device: Device, precision: Precision) -> None:
     """Raises UserError where a device can't read pages of the precision."""
-    if device.compiles_on_rank and precision.kv != precision.compute:
+    if device.compiles_on_rank and precision.kv not in (precision.compute, "int8"):
         raise UserError(
             f"kv={precision.kv} on an NPU (device={device.name}): its pages have the dtype of activations, here "
-            f"{precision.compute}. Use kv=auto."
+            f"{precision.compute}, or int8. Use kv=auto or kv=int8."
         )
 
 

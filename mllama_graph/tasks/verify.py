@@ -65,18 +65,19 @@ HEAD = (
 class Job:
     """A graph to lower: its bucket and rank, for the whole model or for one layer of each kind.
 
-    forms: of its attention to pages.
+    forms: of its attention to pages. canvas: tiles of a whole image.
     """
 
     bucket: Bucket
     whole: bool
     rank: int = 0
     forms: Forms = BSH_ALONE
+    canvas: int = 4
 
     @property
     def kind(self) -> tuple[object, ...]:
         """The class of the graph."""
-        return kind(self.bucket, self.forms)
+        return kind(self.bucket, self.forms, self.canvas)
 
 
 @dataclass
@@ -135,20 +136,22 @@ def main(run: ResolvedRun) -> None:
         )
 
 
-def kind(bucket: Bucket, forms: Forms = BSH_ALONE) -> tuple[object, ...]:
-    """The class of a bucket. Buckets of one class have the same graph except for sizes.
+def kind(bucket: Bucket, forms: Forms = BSH_ALONE, canvas: int = 4) -> tuple[object, ...]:
+    """The class of a bucket. Buckets of one class have the same graph except for sizes. canvas: tiles of a whole image.
 
-    A vision graph of one tile lacks operations that move tiles.
+    A vision graph of one tile lacks operations that move tiles, and one of all tiles those that add padding tiles.
     """
     past, several = (bucket.phase == "prefill" and more for more in (bucket.pages > 0, bucket.rows > 1))
-    return bucket.phase, bucket.image_pages > 0, past, several, min(bucket.tiles, 2), forms.text.name, forms.image.name
+    tiles = min(bucket.tiles, 2), bucket.tiles == canvas
+    return bucket.phase, bucket.image_pages > 0, past, several, *tiles, forms.text.name, forms.image.name
 
 
 def jobs(spec: GraphSpec, plan: Plan) -> list[Job]:
     """The graphs to lower, the longest jobs first."""
     classes: dict[tuple, list[Bucket]] = {}
+    canvas = spec.shape.vision.max_tiles
     for bucket in plan.buckets():
-        classes.setdefault(kind(bucket, spec.forms_of(bucket)), []).append(bucket)
+        classes.setdefault(kind(bucket, spec.forms_of(bucket), canvas), []).append(bucket)
 
     def cost(bucket: Bucket) -> float:
         return bucket_cost(spec.shape, spec.page_size, bucket)
@@ -156,11 +159,8 @@ def jobs(spec: GraphSpec, plan: Plan) -> list[Job]:
     ends = [(max(buckets, key=cost), min(buckets, key=cost)) for buckets in classes.values()]
     whole = dict.fromkeys(bucket for pair in ends for bucket in pair)
     last = [buckets[0] for buckets in classes.values()] if spec.world_size > 1 else []
-    return [
-        *(Job(bucket, True, 0, spec.forms_of(bucket)) for bucket in whole),
-        *(Job(bucket, False, 0, spec.forms_of(bucket)) for bucket in plan.buckets()),
-        *(Job(bucket, False, spec.world_size - 1, spec.forms_of(bucket)) for bucket in last),
-    ]
+    given = [(whole, True, 0), (plan.buckets(), False, 0), (last, False, spec.world_size - 1)]
+    return [Job(bucket, *how, spec.forms_of(bucket), canvas) for buckets, *how in given for bucket in buckets]
 
 
 def lower(run: ResolvedRun, spec: GraphSpec, wanted: list[Job], progress: Progress) -> Iterator[Judged]:

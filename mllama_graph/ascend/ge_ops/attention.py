@@ -17,6 +17,8 @@ _DOCS = "docs npu_fused_infer_attention_score: "
 # TND with pages: its page size, and the widest head (tiling code of CANN 8.5 to 9.1, IsUsingFAI, CheckFAISinglePara).
 TND_PAGE, TND_WIDTH = 128, 256
 _TILING = "tiling code of fused_infer_attention_score, TND: "
+# int8 pages: a scale for each token and head, in pages; the multiple of a page and of a head's width.
+BY_TOKEN_AND_HEAD, INT8_MULTIPLE = 5, 32
 
 
 @operation("FusedInferAttentionScore", source="docs npu_fused_infer_attention_score")
@@ -28,6 +30,8 @@ def attention(
     actual_seq_lengths: Tensor | None = None,
     actual_seq_lengths_kv: Tensor | None = None,
     block_table: Tensor | None = None,
+    key_antiquant_scale: Tensor | None = None,
+    value_antiquant_scale: Tensor | None = None,
     *,
     num_heads: int = 1,
     num_key_value_heads: int = 0,
@@ -47,22 +51,13 @@ def attention(
     out_dtype: int = 0,
     wide: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention in the layouts BSH and TND without quantisation. `wide` allows fp32, which no kernel supports.
+    """Attention in the layouts BSH and TND, and to int8 pages. `wide` allows fp32, which no kernel supports.
 
     Rows behind a sequence's own length are not computed: what a kernel leaves there is undefined, here NaN. So are the
     results of a sequence without keys; its log-sum-exp is +inf (ops-transformer, aclnnFusedInferAttentionScore.md).
     """
-    unused = (
-        pre_tokens != INT_MAX,
-        next_tokens != INT_MAX,
-        antiquant_mode,
-        key_antiquant_mode,
-        value_antiquant_mode,
-        query_quant_mode,
-        pse_type,
-        out_dtype,
-    )
-    require(not any(unused), "quantisation, token windows and pse are not known")
+    unused = (pre_tokens != INT_MAX, next_tokens != INT_MAX, antiquant_mode, query_quant_mode, pse_type, out_dtype)
+    require(not any(unused), "other quantisation than that of pages, token windows and pse are not known")
     require(input_layout in ("BSH", "TND"), f"layout {input_layout!r} is not known")
     kv_heads, shape = num_key_value_heads or num_heads, query.shape
     if input_layout == "TND":
@@ -70,12 +65,13 @@ def attention(
         actual_seq_lengths = None
     B, R, D = query.shape[0], query.shape[1], query.shape[2] // num_heads
     _check_heads(query, key0, value0, num_heads, kv_heads, D, wide)
+    scales = (key_antiquant_scale, value_antiquant_scale)
+    _check_codes(key0, scales, (key_antiquant_mode, value_antiquant_mode), kv_heads, R, block_table is not None)
     if block_table is not None:
         lengths = _check_pages(key0, block_table, actual_seq_lengths_kv, block_size, B, R)
         columns = block_table.shape[1] * block_size
     else:
-        unknown = actual_seq_lengths is not None or block_size != 0
-        require(not unknown, "lengths of queries, and a block size, are known with pages alone")
+        require(block_size == 0, "a block size is known with pages alone")
         require(key0.shape[0] == B, _DOCS + f"{key0.shape[0]} sequences of keys for {B} of queries")
         lengths, columns = _check_lengths(actual_seq_lengths_kv, B, key0.shape[1]), key0.shape[1]
     _check_mask(atten_mask, sparse_mode, inner_precise, B, R, columns)
@@ -87,7 +83,10 @@ def attention(
             require(
                 bool(((pages >= 0) & (pages < key0.shape[0])).all()), f"block table {b} names a page that is not there"
             )
-            k, v = (data[pages].view(-1, kv_heads, D)[:length] for data in (key0, value0))
+            k, v = (
+                _values(data[pages], None if scale is None else scale[pages], kv_heads)[:length]
+                for data, scale in zip((key0, value0), scales, strict=True)
+            )
         else:
             k, v = (data[b, :length].view(-1, kv_heads, D) for data in (key0, value0))
         unseen = None
@@ -143,9 +142,36 @@ def _check_rows(lengths: Tensor | None, B: int, R: int) -> list[int]:
     return rows
 
 
+def _values(codes_JPx: Tensor, scale_JKP: Tensor | None, kv_heads: int) -> Tensor:
+    """The keys or values (J * P, K, D) of pages."""
+    data = codes_JPx.view(*codes_JPx.shape[:2], kv_heads, -1)
+    return (data if scale_JKP is None else data.float() * scale_JKP.transpose(1, 2)[..., None]).flatten(0, 1)
+
+
+def _check_codes(
+    pages: Tensor, scales: tuple[Tensor | None, ...], modes: tuple[int, int], kv_heads: int, R: int, paged: bool
+) -> None:
+    """Checks the limits of int8 pages."""
+    if pages.dtype != torch.int8:
+        require(scales == (None, None) and modes == (0, 0), "scales are known with int8 pages alone")
+        return
+    require(paged and R == 1, _DOCS + f"int8 keys with {R} query rows; pages of codes serve one")
+    require(
+        modes == (BY_TOKEN_AND_HEAD, BY_TOKEN_AND_HEAD),
+        f"modes {modes} of int8 pages, of which {BY_TOKEN_AND_HEAD} is known",
+    )
+    (N, P, _), D = pages.shape, pages.shape[2] // kv_heads
+    for scale in scales:
+        shape = None if scale is None else (scale.dtype, tuple(scale.shape))
+        require(shape == (torch.float32, (N, kv_heads, P)), _DOCS + f"scales {shape}, not fp32 ({N}, {kv_heads}, {P})")
+    require(P % INT8_MULTIPLE == 0, _DOCS + f"a page of {P} tokens in int8; a multiple of {INT8_MULTIPLE} is needed")
+    require(D % INT8_MULTIPLE == 0, f"tiling code: a head width of {D} in int8 is not a multiple of {INT8_MULTIPLE}")
+
+
 def _check_heads(q: Tensor, k: Tensor, v: Tensor, heads: int, kv_heads: int, D: int, wide: bool) -> None:
     allowed = (*SIXTEEN_BIT, torch.float32) if wide else SIXTEEN_BIT
-    require(q.dtype == k.dtype == v.dtype and q.dtype in allowed, _DOCS + f"dtypes {q.dtype}, {k.dtype}, {v.dtype}")
+    fits = k.dtype == v.dtype and k.dtype in (q.dtype, torch.int8) and q.dtype in allowed
+    require(fits, _DOCS + f"dtypes {q.dtype}, {k.dtype}, {v.dtype}")
     require(
         q.dim() == k.dim() == v.dim() == 3 and k.shape == v.shape, _DOCS + "BSH tensors have 3 axes, K and V one shape"
     )

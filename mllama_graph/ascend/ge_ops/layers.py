@@ -131,6 +131,8 @@ def rotary_mul(x: Tensor, r1: Tensor, r2: Tensor) -> Tensor:
 
 
 _SCATTER_DOCS = "docs npu_scatter_pa_kv_cache: "
+# Kernels of a 910B (ops-transformer, scatter_pa_kv_cache of CANN 8.5 to 9.1). The docs name more dtypes.
+SCATTERED = (torch.float16, torch.bfloat16, torch.int8)
 
 
 @operation(
@@ -147,6 +149,7 @@ def scatter_pages(
     scatter_mode: str = "None",
     strides: Sequence[int] = (1, 1),
     offsets: Sequence[int] = (0, 0),
+    wide: bool = False,
 ) -> tuple[Tensor, Tensor]:
     require(cache_mode == "Norm" and scatter_mode == "None", f"modes {cache_mode!r}, {scatter_mode!r} are not known")
     require(
@@ -156,6 +159,7 @@ def scatter_pages(
         len({t.dtype for t in (key, value, key_cache, value_cache)}) == 1,
         _SCATTER_DOCS + "keys, values and caches have one dtype",
     )
+    require(key.dtype in SCATTERED or wide, f"scatter_pa_kv_cache of CANN 8.5 to 9.1 has no kernel for {key.dtype}")
     require(
         slot_mapping.dtype in (torch.int32, torch.int64),
         _SCATTER_DOCS + f"slots are int32 or int64, not {slot_mapping.dtype}",
@@ -178,3 +182,20 @@ def scatter_pages(
     for rows, cache in ((key, key_cache), (value, value_cache)):
         cache.view(-1, *cache.shape[2:])[slots] = rows
     return key_cache, value_cache
+
+
+@operation("ScatterNdUpdate", source="docs npu_scatter_nd_update_", overwritten=("var",))
+def scatter_nd_update(var: Tensor, indices: Tensor, updates: Tensor, *, use_locking: bool = False) -> Tensor:
+    docs, depth = "docs npu_scatter_nd_update_: ", indices.shape[-1]
+    require(var.dtype == updates.dtype, docs + f"updates in {updates.dtype} of {var.dtype}")
+    require(indices.dtype in (torch.int32, torch.int64), docs + f"indices are int32 or int64, not {indices.dtype}")
+    require(
+        indices.dim() > 1 and updates.shape == (*indices.shape[:-1], *var.shape[depth:]),
+        docs + f"updates {tuple(updates.shape)} with indices {tuple(indices.shape)} don't fit {tuple(var.shape)}",
+    )
+    places = indices.reshape(-1, depth).long()
+    sizes = torch.tensor(var.shape[:depth])
+    require(bool(((places >= 0) & (places < sizes)).all()), docs + "an index is out of bounds")
+    require(len(places.unique(dim=0)) == len(places), "a place is updated twice, in no defined order")
+    var[tuple(places.T)] = updates.reshape(-1, *var.shape[depth:])
+    return var

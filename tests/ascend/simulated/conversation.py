@@ -15,8 +15,9 @@ from mllama_graph.graphs.step import Step
 from mllama_graph.model.inputs import ImageInput, PromptInput, TileInput, TokenInput
 from mllama_graph.model.ops import fast_head, padded_head
 from mllama_graph.ops.npu import npu_ops
-from mllama_graph.ops.npu_inputs import causal_mask, prepare
+from mllama_graph.ops.npu_inputs import causal_mask, prepare, with_places
 from mllama_graph.ops.npu_layout import lay_out
+from mllama_graph.ops.pages import gather
 from mllama_graph.ops.plain import PLAIN
 from mllama_graph.plan.blocks import pages_for, slots
 
@@ -33,14 +34,15 @@ def int32(values):
 
 
 def pools(shape, dtype, padded):
-    """Pages of all layers, and image pages for two sequences with one image each."""
+    """Pages of all layers, and image pages for two sequences with one image each; int8 ones with scales."""
     text = shape.text
-    width = padded_head(text.head_width) if padded else text.head_width
+    width = padded_head(text.head_width, dtype.itemsize) if padded else text.head_width
     per_image = pages_for(shape.vision.max_tiles * shape.vision.tokens, P)
 
     def pool(count, layers):
-        size = (count, P, text.kv_heads, width)
-        return tuple(tuple(torch.zeros(size, dtype=dtype) for _ in "kv") for _ in range(layers))
+        parts = [((count, P, text.kv_heads, width), dtype)] * 2
+        parts += [((count, text.kv_heads, P), torch.float32)] * (2 * (dtype == torch.int8))
+        return tuple(tuple(torch.zeros(size, dtype=dtype) for size, dtype in parts) for _ in range(layers))
 
     return pool(NUM_PAGES, len(text.self_layers)), pool(1 + 2 * per_image, len(text.cross_layers))
 
@@ -56,10 +58,10 @@ def rounded(weights, dtype, back=None):
 class Eager:
     """Runs the steps with plain.py, uncompiled."""
 
-    def __init__(self, model, stored, dtype):
+    def __init__(self, model, stored, dtype, kv=None):
         self.shape, self.dtype = model.shape, dtype
         self.weights = rounded(model.weights, stored, dtype)
-        self.pages, self.image_pages = pools(model.shape, dtype, padded=False)
+        self.pages, self.image_pages = pools(model.shape, kv or dtype, padded=False)
 
     def __call__(self, phase, given):
         step = Step(phase, self.weights, self.shape, self.dtype, PLAIN)
@@ -70,21 +72,24 @@ class Eager:
         return () if getattr(given, "image", given) is None else self.image_pages
 
     def contents(self):
-        """The pages as CPU tensors, without the padding of heads and without page 0, which padding rows write."""
+        """The values in pages on the CPU, without the padding of heads and without page 0, which padding rows write."""
         width = self.shape.text.head_width
-        pairs = [pair for pool in to_host((self.pages, self.image_pages)) for pair in pool]
-        return [x[1:, ..., :width].float() for pair in pairs for x in pair]
+        layers = [layer for pool in to_host((self.pages, self.image_pages)) for layer in pool]
+        return [
+            x[..., :width] for layer in layers for x in gather(layer, torch.arange(1, len(layer[0])), torch.float32)
+        ]
 
 
 class Compiled(Eager):
     """Runs the steps with npu.py through torchair: one graph for each combination of phase and shapes."""
 
-    def __init__(self, model, dtype, parts=(1, 1), nz=False, padded=False):
+    def __init__(self, model, dtype, parts=(1, 1), nz=False, padded=False, kv=None):
         self.shape, self.dtype, self.parts, self.ops = model.shape, dtype, parts, npu_ops(1, nz=nz)
         weights, width = rounded(model.weights, dtype), model.shape.vision.width // model.shape.vision.heads
         lay_out(weights, dtype, nz, (width, fast_head(width)) if padded else None)
         self.weights = weights.to("npu")
-        self.pages, self.image_pages = to_npu(pools(model.shape, dtype, padded=True))
+        self.pages, self.image_pages = to_npu(pools(model.shape, kv or dtype, padded=True))
+        self.int8 = kv == torch.int8
         self.lowered = {}
 
     def __call__(self, phase, given):
@@ -93,6 +98,8 @@ class Compiled(Eager):
         if key not in self.lowered:
             step = Step(phase, self.weights, self.shape, self.dtype, self.ops)
             self.lowered[key] = lower(step.forward, wide=self.dtype == torch.float32)
+        if self.int8:
+            given = with_places(given, P, self.shape.text.kv_heads)
         if phase == "vision":
             # A graph for this number of real tiles.
             given = given._replace(tiles_C3hw=given.tiles_C3hw[: int(given.real_1)].clone(), real_1=None)

@@ -264,8 +264,9 @@ def test_a_row_that_sees_no_key_is_refused():
 def test_a_wrong_causal_mask_is_refused():
     made = Prepared(causal_MM=torch.zeros(2048, 2048, dtype=torch.bool))
     message = refusal(
-        lambda q, k, v, made: NPU.attend_prompt(q, k, v, None, None, None, None, made=made),
+        lambda q, k, v, pages, made: NPU.attend_prompt(q, k, v, pages, None, None, None, made=made),
         *(bf16(8, 2, 16) for _ in "qkv"),
+        (bf16(1, 128, 2, 16), bf16(1, 128, 2, 16)),
         made,
     )
     assert "hides what lies above the diagonal" in message

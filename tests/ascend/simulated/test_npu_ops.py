@@ -227,10 +227,11 @@ def test_attend_pages(dtype, heads, width, new):
 def test_attend_prompt_is_causal_over_the_new_rows(dtype, heads, width):
     q, k, v = (normal(40, n, width, seed=n, dtype=dtype) for n in (heads[0], heads[1], heads[1]))
     got, operations = run(
-        lambda q, k, v, made: NPU.attend_prompt(q, k, v, None, None, None, None, made=made),
+        lambda q, k, v, pages, made: NPU.attend_prompt(q, k, v, pages, None, None, None, made=made),
         q,
         k,
         v,
+        padded(pages_of(1, heads[1], width, dtype)),
         prompt(40).prepared,
         dtype=dtype,
     )

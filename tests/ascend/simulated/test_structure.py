@@ -27,7 +27,7 @@ def test_the_buckets_of_a_class_have_one_structure():
     """Also where sizes happen to be equal: as many tokens as in one page, or as in all of a sequence's pages."""
     spec = replace(BASE, shape=shortened(BASE.shape))
     buckets = [
-        VISION,
+        *(Bucket("vision", 1, 1, 0, 2, tiles) for tiles in (1, 2, 3, 4)),
         *(Bucket("decode", rows, rows, pages, images) for rows, pages in ((1, 1), (4, 3)) for images in (0, 2)),
         *(
             Bucket("prefill", rows, tokens, pages, images)
@@ -38,7 +38,8 @@ def test_the_buckets_of_a_class_have_one_structure():
     found = {}
     for bucket in buckets:
         found.setdefault(kind(bucket), []).append(structure(capture(spec, bucket)))
-    assert len(found) == 9
+    # Of vision graphs, those of one tile, of some tiles and of all of them.
+    assert len(found) == 11
     for structures in found.values():
         assert all(difference(structures[0], other) == [] for other in structures)
     assert all(difference(one[0], other[0]) for one in found.values() for other in found.values() if one is not other)
