@@ -181,7 +181,7 @@ def _run_job(config: DictConfig, state: HydraConf, folder: Path) -> None:
 def entry_of(run: ResolvedTask) -> str:
     """The function that runs the task, as "module:function"."""
     traced = isinstance(run, ResolvedRun) and run.only_shapes and run.needs == TaskOptions.RANKS
-    return f"mllama_graph.tasks.{'trace' if traced else run.task}:main"
+    return f"mllama_graph.{run.options.ROOM}.{'trace' if traced else run.task}:main"
 
 
 def swept_in(sweep: Path) -> dict[str, int]:
