@@ -116,10 +116,8 @@ def _main() -> int:
     except BrokenPipeError:
         raise
     except OSError as error:
-        print(
-            f"error: {error.filename}: {error.strerror}. The run's folder must be writable (hydra.run.dir).",
-            file=sys.stderr,
-        )
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror}. The run's folder must be writable (hydra.run.dir).", file=sys.stderr)
         return 2
     return failures[0] if failures else 0
 

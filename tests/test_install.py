@@ -35,6 +35,8 @@ OPTIONAL = {
     "uvicorn": ("server/",),
     "prometheus_client": ("server/",),
     "llguidance": ("inputs/structured.py",),
+    "ray": ("scale/",),
+    "pyarrow": ("scale/",),
     "transformers": ("measure/peers/transformers.py",),
     "mistralrs": ("measure/peers/mistralrs.py",),
     "gguf": ("measure/peers/llamacpp.py",),
