@@ -12,11 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# Read when Ray starts: no statistics are sent, and no bars drawn.
+# Read when Ray starts: no statistics are sent.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
 
-import pyarrow.dataset
+import pyarrow.parquet as pq
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 from ray.data.checkpoint import CheckpointConfig
@@ -33,8 +32,6 @@ from mllama_graph.tasks.generate import settings_of
 
 # The folder in output= of what later runs read. Readers of Parquet ignore names that begin with _.
 KEPT = "_batch"
-# How often a replica is restarted, and rows that were lost are served again, before the run fails.
-RESTARTS = 20
 # Tables that a replica serves at a time: while the last rows of one end, those of the next fill the batch.
 TABLES = 2
 LEAST_ROWS = 16
@@ -58,7 +55,7 @@ def main(run: ResolvedRun) -> None:
         f"{done - before[0]} rows served, {errors - before[1]} of them with an error; {before[0]} were there before; "
         f"results are in {output}"
     )
-    if first is not None:
+    if first is not None and errors > before[1]:
         progress.say(f"the first error: {first}", private=True)
     write_result(run.output_dir, run.asked, metrics={"rows": done, "errors": errors, "rows_before": before[0]})
     if errors == done:
@@ -68,7 +65,9 @@ def main(run: ResolvedRun) -> None:
 def answer(run: ResolvedRun, options: BatchOptions, base: Path, paths: list[Path], output: Path) -> None:
     """Serve rows in the cluster and write their results. Raises RankFailed where Ray gives up."""
     rows = options.rows or max(4 * run.limits.batch, LEAST_ROWS)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = DataContext.get_current()
+    context.enable_progress_bars = False
     context.checkpoint_config = CheckpointConfig(
         ROW, str(output / KEPT / "rows"), delete_checkpoint_on_success=False, write_num_threads=1
     )
@@ -82,8 +81,6 @@ def answer(run: ResolvedRun, options: BatchOptions, base: Path, paths: list[Path
         compute=ActorPoolStrategy(
             size=options.replicas, max_concurrent_calls_per_actor=TABLES, enable_true_multi_threading=True
         ),
-        max_restarts=RESTARTS,
-        max_task_retries=RESTARTS,
         **taken(run, options),
     )
     try:
@@ -171,9 +168,13 @@ def claim(output: Path, settings: dict[str, Any]) -> None:
 
 def counted(output: Path, format: str) -> tuple[int, int, str | None]:
     """The numbers of results and of errors in a folder, and the first error."""
-    files = [str(path) for path in sorted(output.glob("*")) if path.name[0] not in "._" and path.stat().st_size]
-    if not files:
-        return 0, 0, None
-    column = pyarrow.dataset.dataset(files, format=format).to_table(columns=["error"])["error"].to_pylist()
-    errors = [text for text in column if text is not None]
-    return len(column), len(errors), errors[0] if errors else None
+    count, errors = 0, []
+    for path in sorted(output.glob("*")):
+        if path.name[0] not in "._" and path.stat().st_size:
+            if format == "parquet":
+                column = pq.read_table(path, columns=["error"])["error"].to_pylist()
+            else:
+                column = [json.loads(line)["error"] for line in path.read_text(encoding="utf8").splitlines()]
+            count += len(column)
+            errors += [text for text in column if text is not None]
+    return count, len(errors), errors[0] if errors else None
