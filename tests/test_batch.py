@@ -162,7 +162,8 @@ def test_parquet_and_webdataset_are_read(tmp_path):
 
 
 CLUSTER = """
-import json, os, sys, threading, time
+import os, sys
+from pathlib import Path
 os.environ |= {"RAY_USAGE_STATS_ENABLED": "0"}
 from ray.cluster_utils import Cluster
 
@@ -170,8 +171,11 @@ cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_
 second = cluster.add_node(num_cpus=2)
 print(cluster.address, flush=True)
 sys.stdin.readline()
+raylet = second.all_processes["raylet"][0].process.pid
+children = Path(f"/proc/{raylet}/task/{raylet}/children").read_text().split()
+there = sum(b"Answers" in Path(f"/proc/{child}/cmdline").read_bytes() for child in children)
 cluster.remove_node(second, allow_graceful=False)
-print("removed", flush=True)
+print(f"removed a node with {there} replica", flush=True)
 sys.stdin.readline()
 cluster.shutdown()
 """
@@ -194,7 +198,7 @@ def test_a_node_that_is_killed_loses_the_time_of_its_rows_and_no_row(tmp_path):
             time.sleep(0.1)
         cluster.stdin.write("\n")
         cluster.stdin.flush()
-        assert cluster.stdout.readline() == "removed\n"
+        assert cluster.stdout.readline() == "removed a node with 1 replica\n"
         there = len(results(tmp_path / "output"))
         assert there < count
         out, err = process.communicate(timeout=200)

@@ -7,6 +7,7 @@ on the path; ray-serve needs the extra `ray`. Keys go to the replicas.
 """
 
 import base64
+import io
 import json
 import os
 import re
@@ -22,12 +23,19 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "docs" / "deploy"
-SCENE = "data:image/png;base64," + base64.b64encode((ROOT / "mllama_graph/tiny/scene.png").read_bytes()).decode()
 START_SECONDS = 120
 KEYS = ["batch=8", "threads=1", "backend=eager", "max_output_length=400"]
+
+
+def picture(number: int) -> str:
+    """A picture of one colour as a data: URI."""
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), (number * 20 % 256, number * 50 % 256, 90)).save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def free_port() -> int:
@@ -175,10 +183,10 @@ class RayServe:
 
 
 class Load:
-    """Clients that ask one question after the other, each in a session of its own; `outcomes` has all answers."""
+    """Clients that ask about a picture again and again, each in a session of its own; `outcomes` has all answers."""
 
-    def __init__(self, url: str, clients: int, tokens: int, picture: bool = True):
-        self.url, self.tokens, self.picture = url, tokens, picture
+    def __init__(self, url: str, clients: int, tokens: int, pictures: bool = True):
+        self.url, self.tokens, self.pictures = url, tokens, pictures
         # (begin, end, what went wrong or None, new tokens)
         self.outcomes: list[tuple[float, float, str | None, int]] = []
         self._ended = threading.Event()
@@ -187,7 +195,7 @@ class Load:
             thread.start()
 
     def _client(self, number: int) -> None:
-        image = [{"type": "image_url", "image_url": {"url": SCENE}}] if self.picture else []
+        image = [{"type": "image_url", "image_url": {"url": picture(number)}}] if self.pictures else []
         content = [*image, {"type": "text", "text": "What do you see?"}]
         body = {"messages": [{"role": "user", "content": content}], "max_tokens": self.tokens, "ignore_eos": True}
         with httpx.Client(timeout=120, headers={"x-session-id": f"session-{number}"}) as client:
@@ -212,12 +220,12 @@ class Load:
 def kill(front: Any) -> tuple[dict[str, Any], bool]:
     """A replica is killed under load: only requests that were open then are lost, and not all of those."""
     load = Load(front.url, 8, 60)
-    time.sleep(6)
+    time.sleep(4)
     killed = time.monotonic()
     front.kill()
-    time.sleep(8)
+    time.sleep(5)
     front.start_again()
-    time.sleep(2)
+    time.sleep(1)
     load.end()
     open_then = [outcome for outcome in load.outcomes if outcome[0] <= killed < outcome[1]]
     lost = [outcome for outcome in load.outcomes if outcome[2]]
@@ -251,24 +259,27 @@ def roll(front: Any) -> tuple[dict[str, Any], bool]:
 
 
 def affinity(front: Any) -> tuple[dict[str, Any], bool]:
-    """A session meets its picture: each picture is encoded by one replica only."""
-    hits = queries = 0
-    load = Load(front.url, 8, 8)
-    time.sleep(6)
+    """A session meets its picture: each picture is encoded once, by one of the replicas."""
+    clients = 8
+    load = Load(front.url, clients, 8)
+    time.sleep(4)
     load.end()
+    hits = images = 0.0
     for port in front.ports:
         text = httpx.get(f"http://127.0.0.1:{port}/metrics").text
-        found = dict(re.findall(r"^mllama_graph:prefix_cache_(hits|queries)_total\S* (\S+)", text, re.MULTILINE))
-        hits, queries = hits + float(found["hits"]), queries + float(found["queries"])
-    served = front.served()
-    return {"requests": served, "prompt tokens found": f"{hits:.0f} of {queries:.0f}"}, min(served) > 0
+        found = dict(re.findall(r"^mllama_graph:mm_cache_(hits|queries)_total\S* (\S+)", text, re.MULTILINE))
+        hits, images = hits + float(found["hits"]), images + float(found["queries"])
+    # Each replica has encoded one more, before it was ready.
+    encoded = round(images - hits) - len(front.ports)
+    told = {"requests": front.served(), "pictures": clients, "encoded": encoded}
+    return told, min(told["requests"]) > 0 and encoded == clients
 
 
 def speed(front: Any) -> tuple[dict[str, Any], bool]:
     """Tokens per second of two replicas, and of the second one alone."""
 
     def rate(seconds: float) -> float:
-        load = Load(front.url, 16, 300, picture=False)
+        load = Load(front.url, 16, 300, pictures=False)
         time.sleep(3)
         begin = time.monotonic()
         time.sleep(seconds)
