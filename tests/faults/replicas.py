@@ -269,10 +269,8 @@ def affinity(front: Any) -> tuple[dict[str, Any], bool]:
         text = httpx.get(f"http://127.0.0.1:{port}/metrics").text
         found = dict(re.findall(r"^mllama_graph:mm_cache_(hits|queries)_total\S* (\S+)", text, re.MULTILINE))
         hits, images = hits + float(found["hits"]), images + float(found["queries"])
-    # Each replica has encoded one more, before it was ready.
-    encoded = round(images - hits) - len(front.ports)
-    told = {"requests": front.served(), "pictures": clients, "encoded": encoded}
-    return told, min(told["requests"]) > 0 and encoded == clients
+    told = {"requests": front.served(), "pictures": clients, "encoded": round(images - hits)}
+    return told, min(told["requests"]) > 0 and images - hits == clients
 
 
 def speed(front: Any) -> tuple[dict[str, Any], bool]:
@@ -299,8 +297,10 @@ def speed(front: Any) -> tuple[dict[str, Any], bool]:
 
 if __name__ == "__main__":
     name, action, *given = sys.argv[1:]
+    names = {key.partition("=")[0] for key in given}
+    keys = [*(key for key in KEYS if key.partition("=")[0] not in names), *given]
     with tempfile.TemporaryDirectory() as made:
-        front = (RayServe if name == "ray-serve" else Processes)(name, [*KEYS, *given], Path(made))
+        front = (RayServe if name == "ray-serve" else Processes)(name, keys, Path(made))
         try:
             told, holds = {"kill": kill, "roll": roll, "affinity": affinity, "speed": speed}[action](front)
         finally:
