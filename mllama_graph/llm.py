@@ -211,6 +211,11 @@ class LLM:
                 yield delta
         except PeerGone as error:
             raise self._cause(error) from error
+        # gloo's, NCCL's and HCCL's error where another rank has ended.
+        except RuntimeError as error:
+            if failure := failure_of(self._workers, TELL_SECONDS):
+                raise failure from error
+            raise
 
     def _cause(self, gone: PeerGone) -> Exception:
         """The error of the worker rank at fault; RankFailed where none has reported an error."""

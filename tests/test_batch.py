@@ -15,7 +15,7 @@ import pytest
 from commands import QUICK, ROOT, command_line, run
 
 from mllama_graph.core.errors import UserError
-from mllama_graph.scale.answers import FAULT, KEY, LINE, NUMBER, id_of, request_of
+from mllama_graph.scale.answers import FAULT, KEY, LINE, LOST, NUMBER, id_of, request_of
 
 TINY = ROOT / "mllama_graph" / "tiny"
 SCENE = TINY / "scene.png"
@@ -85,6 +85,33 @@ def test_what_can_not_run_is_refused_in_one_line(arguments, reason, tmp_path):
     without = "pip install 'mllama_graph[ray]'"
     with_ray = "Leave image=" if "image=a.png" in arguments else "input=none.jsonl is neither a file nor a folder."
     assert done.code == 2 and (reason or (with_ray if known else without)) in done.one_line_error()
+
+
+LOSES_A_RANK = """
+import os, signal, threading
+from pathlib import Path
+from mllama_graph.scale.answers import Answers
+
+class Table:
+    def to_pylist(self):
+        return [{"input_ids": [1, 2, 3], "max_new_tokens": 5000, "ignore_eos": True}]
+
+# Without native libraries, which would have to be built first.
+keys = {"backend": "eager", "backend.kernels": "plain", "collectives": "distributed"}
+answers = Answers("tiny", tp=2, timeout=4, max_output_length=5000, **keys)
+children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+[rank] = [int(pid) for pid in children if b"\\0RANK=1\\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+threading.Timer(0.5, os.kill, (rank, signal.SIGKILL)).start()
+answers(Table())
+"""
+
+
+def test_a_replica_that_loses_a_rank_ends_so_that_ray_starts_another(tmp_path):
+    variables = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", LOSES_A_RANK], capture_output=True, text=True, cwd=tmp_path, env=variables, timeout=100
+    )
+    assert done.returncode == LOST, done.stderr
 
 
 # ---- with Ray
