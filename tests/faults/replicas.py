@@ -10,6 +10,7 @@ import base64
 import io
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -183,11 +184,14 @@ class RayServe:
 
 
 class Load:
-    """Clients that ask about a picture again and again, each in a session of its own; `outcomes` has all answers."""
+    """Clients that ask about a picture again and again, each in a session of its own; `outcomes` has all answers.
 
-    def __init__(self, url: str, clients: int, tokens: int, pictures: bool = True):
-        self.url, self.tokens, self.pictures = url, tokens, pictures
-        # (begin, end, what went wrong or None, new tokens)
+    With `ids`, they send prompts of so many random ids in place of a picture.
+    """
+
+    def __init__(self, url: str, clients: int, tokens: int, ids: int = 0):
+        self.url, self.tokens, self.ids = url, tokens, ids
+        # (begin, end, what went wrong or None, tokens)
         self.outcomes: list[tuple[float, float, str | None, int]] = []
         self._ended = threading.Event()
         self._threads = [threading.Thread(target=self._client, args=(n,), daemon=True) for n in range(clients)]
@@ -195,18 +199,22 @@ class Load:
             thread.start()
 
     def _client(self, number: int) -> None:
-        image = [{"type": "image_url", "image_url": {"url": picture(number)}}] if self.pictures else []
-        content = [*image, {"type": "text", "text": "What do you see?"}]
-        body = {"messages": [{"role": "user", "content": content}], "max_tokens": self.tokens, "ignore_eos": True}
+        image = {"type": "image_url", "image_url": {"url": picture(number)}}
+        asked = {"messages": [{"role": "user", "content": [image, {"type": "text", "text": "What do you see?"}]}]}
+        path = "completions" if self.ids else "chat/completions"
+        numbers = random.Random(number)
         with httpx.Client(timeout=120, headers={"x-session-id": f"session-{number}"}) as client:
             while not self._ended.is_set():
+                if self.ids:
+                    asked = {"prompt": numbers.choices(range(3, 250), k=self.ids)}
+                body = asked | {"max_tokens": self.tokens, "ignore_eos": True}
                 begin, wrong, count = time.monotonic(), None, 0
                 try:
-                    answer = client.post(f"{self.url}/v1/chat/completions", json=body)
+                    answer = client.post(f"{self.url}/v1/{path}", json=body)
                     if answer.status_code != 200:
                         wrong = f"{answer.status_code} {answer.text[:100]}"
                     else:
-                        count = answer.json()["usage"]["completion_tokens"]
+                        count = answer.json()["usage"]["total_tokens"]
                 except httpx.HTTPError as error:
                     wrong = type(error).__name__
                 self.outcomes.append((begin, time.monotonic(), wrong, count))
@@ -274,10 +282,10 @@ def affinity(front: Any) -> tuple[dict[str, Any], bool]:
 
 
 def speed(front: Any) -> tuple[dict[str, Any], bool]:
-    """Tokens per second of two replicas, and of the second one alone."""
+    """Tokens per second of two replicas, and of the second one alone: prompts of 1,500 ids, and 8 new tokens."""
 
     def rate(seconds: float) -> float:
-        load = Load(front.url, 16, 300, pictures=False)
+        load = Load(front.url, 8, 8, ids=1500)
         time.sleep(3)
         begin = time.monotonic()
         time.sleep(seconds)
@@ -289,9 +297,9 @@ def speed(front: Any) -> tuple[dict[str, Any], bool]:
             for outcome in load.outcomes
         ) / (until - begin)
 
-    both = rate(12)
+    both = rate(10)
     front._route(0, False)
-    one = rate(12)
+    one = rate(10)
     return {"two": round(both), "one": round(one), "ratio": round(both / one, 2)}, both >= 1.8 * one
 
 
