@@ -35,7 +35,8 @@ class Answers:
     `model` and `keys` are those of `LLM`. A row has the fields of a requests file as columns (`prompt`, `images`,
     `messages` as a list or as JSON, ...; `image` for a single picture), or is a sample of a WebDataset: pictures by
     their endings, `json` with fields, `txt` with the prompt. `prompt` is that of rows without one. `keep` names columns
-    that the results get unchanged. A row that can't be served gets a text in the column `error`.
+    that the results get unchanged, beside `id`, which they always have. A row that can't be served has the reason in
+    the column `error`.
 
     Several threads may call it at the same time: their rows share the engine's batch, so that the end of one table
     doesn't leave rows of the batch empty. If a rank is lost, the process ends, and Ray starts another one.
@@ -151,10 +152,12 @@ def table_of(rows: Sequence[Mapping[str, Any]], results: Sequence[Result], keep:
     """A table of results, with the kept columns of their rows."""
     import pyarrow as pa
 
-    kept = pa.Table.from_pylist([{name: row.get(name) for name in keep} for row in rows])
+    columns = schema()
+    keep = [name for name in keep if name not in columns.names]
+    kept = pa.Table.from_pylist([{name: row.get(name) for name in keep} for row in rows]).schema if keep else ()
     lines = []
     for row, result in zip(rows, results, strict=True):
         fields = dict(vars(result))
         fields["logprobs"] = None if result.logprobs is None else strict_json(result.logprobs)
         lines.append({name: row.get(name) for name in keep} | fields)
-    return pa.Table.from_pylist(lines, schema=schema(kept.schema if keep else ()))
+    return pa.Table.from_pylist(lines, schema=schema(kept))
