@@ -284,12 +284,19 @@ def affinity(front: Any) -> tuple[dict[str, Any], bool]:
 def speed(front: Any) -> tuple[dict[str, Any], bool]:
     """Tokens per second of two replicas, and of the second one alone: prompts of 1,500 ids, and 8 new tokens."""
 
+    def cores() -> list[float]:
+        """CPU seconds so far of the replicas, the router and the clients."""
+        stats = [Path(f"/proc/{process.pid}/stat").read_text() for process in (*front.replicas, front.process)]
+        ticks = [sum(map(int, stat.rpartition(")")[2].split()[11:13])) for stat in stats]
+        return [*(count / os.sysconf("SC_CLK_TCK") for count in ticks), time.process_time()]
+
     def rate(seconds: float) -> float:
         load = Load(front.url, 8, 8, ids=1500)
         time.sleep(3)
-        begin = time.monotonic()
+        begin, before = time.monotonic(), cores()
         time.sleep(seconds)
-        until = time.monotonic()
+        until, after = time.monotonic(), cores()
+        used.append([round((b - a) / (until - begin), 2) for a, b in zip(before, after)])
         load.end()
         # Answers that cross the edges count by the part of their time that lies inside.
         return sum(
@@ -297,10 +304,12 @@ def speed(front: Any) -> tuple[dict[str, Any], bool]:
             for outcome in load.outcomes
         ) / (until - begin)
 
+    used: list[list[float]] = []
     both = rate(10)
     front._route(0, False)
     one = rate(10)
-    return {"two": round(both), "one": round(one), "ratio": round(both / one, 2)}, both >= 1.8 * one
+    told = {"two": round(both), "one": round(one), "ratio": round(both / one, 2), "cores used": used}
+    return told, both >= 1.8 * one
 
 
 if __name__ == "__main__":
