@@ -31,7 +31,7 @@ OPTIONAL = {
     "google": ("ascend/", "graphs/torchair.py"),
     "triton": ("ops/cuda_triton.py",),
     "matplotlib": ("measure/plots.py",),
-    "starlette": ("server/",),
+    "starlette": ("server/", "scale/ray_serve.py"),
     "uvicorn": ("server/",),
     "prometheus_client": ("server/",),
     "llguidance": ("inputs/structured.py",),

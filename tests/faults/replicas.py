@@ -291,7 +291,7 @@ def speed(front: Any) -> tuple[dict[str, Any], bool]:
         return [*(count / os.sysconf("SC_CLK_TCK") for count in ticks), time.process_time()]
 
     def rate(seconds: float) -> float:
-        load = Load(front.url, 8, 8, ids=1500)
+        load = Load(front.url, 24, 8, ids=1500)
         time.sleep(3)
         begin, before = time.monotonic(), cores()
         time.sleep(seconds)
