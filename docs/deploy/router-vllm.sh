@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Replicas of task=serve behind vllm-router 0.1.17 (pip install vllm-router, in an environment of its own).
 # Usage: router-vllm.sh PORT http://REPLICA-1:8000 http://REPLICA-2:8000 ...
-# The same x-session-id goes to the same replica; a request without the header goes by a hash of its body.
+# The same x-session-id goes to the same replica.
 set -euo pipefail
 port=$1
 shift
