@@ -49,7 +49,7 @@ STEP_SECONDS = 5.0
 class Replica:
     """One engine behind the routes of task=serve. `keys` are those of `LLM`; `task` has those of task=serve."""
 
-    async def __init__(self, model: str = "tiny", **keys: Any):
+    async def __init__(self, model: str = "tiny", **keys: Any):  # type: ignore[misc]  # Ray Serve awaits it
         sys.setswitchinterval(SWITCH_SECONDS)
         self._folder = tempfile.TemporaryDirectory(prefix="mllama_graph-")
         run = replace(composed(model, keys, "serve"), output_dir=self._folder.name)
