@@ -127,7 +127,7 @@ def taken(run: ResolvedRun, options: BatchOptions) -> dict[str, Any]:
 def cluster(options: BatchOptions) -> Iterator[None]:
     """A connection to a Ray cluster, or one of our own on this machine, which ends with the run.
 
-    Raises UserError where there is none at the address.
+    Raises UserError where there is none at the address, or none can be started.
     """
     try:
         ray.init(
@@ -137,8 +137,10 @@ def cluster(options: BatchOptions) -> Iterator[None]:
             log_to_driver=False,
             configure_logging=False,
         )
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise UserError(f"there is no Ray cluster at task.address={options.address}: {error}") from error
+    # Ray raises a plain Exception where its processes don't start in time.
+    except Exception as error:
+        where = f"reach a cluster at task.address={options.address}" if options.address else "start or be reached"
+        raise UserError(f"Ray can't {where}: {' '.join(str(error).split())}") from error
     try:
         yield
     finally:
