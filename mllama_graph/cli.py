@@ -116,10 +116,8 @@ def _main() -> int:
     except BrokenPipeError:
         raise
     except OSError as error:
-        print(
-            f"error: {error.filename}: {error.strerror}. The run's folder must be writable (hydra.run.dir).",
-            file=sys.stderr,
-        )
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror}. The run's folder must be writable (hydra.run.dir).", file=sys.stderr)
         return 2
     return failures[0] if failures else 0
 
@@ -181,7 +179,7 @@ def _run_job(config: DictConfig, state: HydraConf, folder: Path) -> None:
 def entry_of(run: ResolvedTask) -> str:
     """The function that runs the task, as "module:function"."""
     traced = isinstance(run, ResolvedRun) and run.only_shapes and run.needs == TaskOptions.RANKS
-    return f"mllama_graph.tasks.{'trace' if traced else run.task}:main"
+    return f"mllama_graph.{run.options.ROOM}.{'trace' if traced else run.task}:main"
 
 
 def swept_in(sweep: Path) -> dict[str, int]:

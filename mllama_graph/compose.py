@@ -32,8 +32,12 @@ LITERAL_KEYS = (
     "b",
     "api_key",
     "files_below",
+    "input",
+    "output",
     "task.api_key",
     "task.files_below",
+    "task.input",
+    "task.output",
     "task.a",
     "task.b",
     "task.measured",
@@ -80,6 +84,13 @@ def run_from(choices: Iterable[str], values: Mapping[str, Any]) -> Run:
         return run
     except COMPOSING_ERRORS as error:
         raise UserError(explain(error)) from error
+
+
+def run_again(asked: Mapping[str, Any]) -> Run:
+    """The run that `asdict` turned into `asked`, as a task without keys of its own."""
+    values = {key: value for key, value in asked.items() if key not in ("task", "output_dir")}
+    run: Run = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Run), values))  # type: ignore[assignment]
+    return run
 
 
 def quote(value: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 from mllama_graph import native
 from mllama_graph.compose import CONF, run_from
-from mllama_graph.core.config import check, with_task_keys
+from mllama_graph.core.config import Run, check, with_task_keys
 from mllama_graph.core.errors import PeerGone, RankFailed, UserError
 from mllama_graph.core.place import Place, Rendezvous, place_from
 from mllama_graph.core.report import Progress
@@ -44,7 +44,9 @@ GROUPS = ("backend", "experiment", "hardware")
 PACKAGE = __name__.partition(".")[0]
 
 # One request, as `generate` and `stream` accept it: a prompt, OpenAI messages, a requests file's fields, or a Request.
-Given = str | Sequence[Mapping[str, Any]] | Mapping[str, Any] | Request
+Prompt = str | Sequence[Mapping[str, Any]] | Mapping[str, Any] | Request
+# The same, or a function that returns it when the request is about to be served; what it raises becomes the result.
+Given = Prompt | Callable[[], Prompt]
 
 
 class LLM:
@@ -53,26 +55,28 @@ class LLM:
     Threads may share it: their requests share the batch, and their calls take turns after each step.
 
     `model` is a checkpoint folder, or a name from conf/model/ such as "tiny". `keys` are keys of the command line, with
-    nested keys as dicts: `LLM("11b", weights="random", tp=2, plan={"page_size": 64})`. `quiet` suppresses progress
-    output. Logs of the ranks go to `output_dir`, by default a temporary folder. Raises UserError with the value, the
-    rule and the remedy.
+    nested keys as dicts: `LLM("11b", weights="random", tp=2, plan={"page_size": 64})`; a composed `Run` has them all.
+    `quiet` suppresses progress output. Logs of the ranks go to `output_dir`, by default a temporary folder. Relative
+    paths of pictures are looked up in `base` first. Raises UserError with the value, the rule and the remedy.
     """
 
     def __init__(
         self,
-        model: str | os.PathLike[str] = "tiny",
+        model: str | os.PathLike[str] | Run = "tiny",
         *,
         batch: int = 1,
         tp: int = 1,
         quiet: bool = False,
         output_dir: str | os.PathLike[str] | None = None,
+        base: str | os.PathLike[str] = ".",
         **keys: Any,
     ):
-        self._turns = _Turns()
+        self._turns, self._base = _Turns(), Path(base)
         self._stack = ExitStack()
         self._close = weakref.finalize(self, self._stack.close)
         try:
-            self._start(model, keys | {"batch": batch, "tp": tp}, quiet, output_dir)
+            run = model if isinstance(model, Run) else composed(model, keys | {"batch": batch, "tp": tp})
+            self._start(run, quiet, output_dir)
         except BaseException:
             self._close()
             raise
@@ -100,6 +104,8 @@ class LLM:
 
     def request(self, given: Given, id: Any = None, **fields: Any) -> Request:
         """Prepare a request: its ids and tiled images. Raises UserError for a request that is not valid."""
+        if callable(given):
+            given = given()
         if isinstance(given, Request):
             return replace(given, id=id)
         if isinstance(given, str):
@@ -110,9 +116,14 @@ class LLM:
             own = {"messages": list(given)}
         else:
             raise _no_request(given)
-        request = self._engine.processor.request(fields | own | {"id": id})
+        request = self._engine.processor.request(fields | own | {"id": id}, self._base)
         _check_fields(own)
         return request
+
+    @property
+    def engine(self) -> Engine:
+        """The engine, for a server that steps it itself; then only `close` may be called beside."""
+        return self._engine
 
     def close(self, wait: bool = True) -> None:
         """End all processes. Unless `wait` is false, graphs that are still compiling are finished and stored first."""
@@ -129,18 +140,12 @@ class LLM:
     def __exit__(self, kind: object, error: object, stack: object) -> None:
         self.close(wait=kind is None)
 
-    def _start(
-        self,
-        model: str | os.PathLike[str],
-        keys: Mapping[str, Any],
-        quiet: bool,
-        output_dir: str | os.PathLike[str] | None,
-    ) -> None:
+    def _start(self, asked: Run, quiet: bool, output_dir: str | os.PathLike[str] | None) -> None:
         if place_from(os.environ):
             raise UserError("LLM starts its ranks itself: start the script with python, without torchrun.")
         folder = Path(output_dir or self._stack.enter_context(tempfile.TemporaryDirectory(prefix="mllama_graph-")))
         folder.mkdir(parents=True, exist_ok=True)
-        run = _resolved(model, keys, folder)
+        run = resolved(replace(asked, output_dir=str(folder)))
         self._progress = Progress(self._stack.enter_context(open(os.devnull, "w")) if quiet else None)
         self._batch, place, rendezvous = run.limits.batch, Place(0, run.tp, 0, run.tp), None
         self._stack.callback(_restored_process())
@@ -206,6 +211,11 @@ class LLM:
                 yield delta
         except PeerGone as error:
             raise self._cause(error) from error
+        # gloo's, NCCL's and HCCL's error where another rank has ended.
+        except RuntimeError as error:
+            if failure := failure_of(self._workers, TELL_SECONDS):
+                raise failure from error
+            raise
 
     def _cause(self, gone: PeerGone) -> Exception:
         """The error of the worker rank at fault; RankFailed where none has reported an error."""
@@ -228,15 +238,23 @@ class _Turns:
         self.now.release()
 
 
-def _resolved(model: str | os.PathLike[str], keys: Mapping[str, Any], output_dir: Path) -> ResolvedRun:
+def composed(model: str | os.PathLike[str], keys: Mapping[str, Any], task: str = "generate") -> Run:
+    """The run of a model and keys, as `LLM` takes them. Raises UserError for an unknown key or model."""
     named = isinstance(model, str) and (CONF / "model" / f"{model}.yaml").is_file()
     if not named and not (isinstance(model, str | os.PathLike) and Path(model).expanduser().is_dir()):
         names = ", ".join(sorted(path.stem for path in (CONF / "model").glob("*.yaml")))
         raise UserError(f"model={str(model)!r} is neither a folder nor one of {names}.")
-    choices = [f"model={model if named else 'custom'}", *(f"{name}={keys[name]}" for name in GROUPS if keys.get(name))]
+    choices = [
+        f"model={model if named else 'custom'}",
+        f"task={task}",
+        *(f"{name}={keys[name]}" for name in GROUPS if keys.get(name)),
+    ]
     values = {name: value for name, value in keys.items() if name not in GROUPS}
-    run = with_task_keys(run_from(choices, ({} if named else {"weights": os.fspath(model)}) | values))
-    run.output_dir = str(output_dir)
+    return with_task_keys(run_from(choices, ({} if named else {"weights": os.fspath(model)}) | values))
+
+
+def resolved(run: Run) -> ResolvedRun:
+    """The resolved run. Raises UserError where it can't run in this process."""
     check(run)
     resolved = resolve(run, None)
     if not isinstance(resolved, ResolvedRun) or resolved.only_shapes:
@@ -247,7 +265,7 @@ def _resolved(model: str | os.PathLike[str], keys: Mapping[str, Any], output_dir
 
 
 def _is_single(requests: Any) -> bool:
-    if isinstance(requests, (str, Mapping, Request)):
+    if isinstance(requests, (str, Mapping, Request)) or callable(requests):
         return True
     return (
         isinstance(requests, Sequence)

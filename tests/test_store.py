@@ -1,5 +1,6 @@
 """The graph store: an entry is complete or absent, and the fault of a damaged entry is named."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -97,6 +98,35 @@ def test_two_processes_build_one_entry_one_after_the_other(tmp_path):
     for builder in builders:
         builder.join()
     assert [what for _, what in events] == ["in", "out", "in", "out"] and events[0][0] == events[1][0]
+
+
+def test_without_locks_the_entry_of_either_writer_stays_whole(tmp_path, monkeypatch):
+    # As on NFS without its lock service.
+    monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "no locks")))
+    ours, theirs = GraphStore(tmp_path), GraphStore(tmp_path)
+    with ours.lock("key"), theirs.lock("key"):
+        add(theirs, b"theirs")
+    # The other host has renamed its entry into place after we have looked.
+    monkeypatch.setattr(ours, "_discard", lambda entry: None)
+    assert (add(ours, b"ours") / PACKAGE).read_bytes() == b"theirs"
+    assert not list(tmp_path.glob(f"{ASIDE}*"))
+
+
+def test_a_removal_that_leaves_files_behind_is_no_error(tmp_path, monkeypatch):
+    # NFS keeps a removed file that is open as .nfsXXXX, so that its folder can't be removed.
+    store = GraphStore(tmp_path)
+    add(store)
+    monkeypatch.setattr("os.rmdir", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.ENOTEMPTY, "not empty")))
+    add(store, b"again")
+    assert store.find("key")[0].read_bytes() == b"again"
+
+
+def test_the_clock_of_this_host_does_not_make_a_workspace_old(tmp_path, monkeypatch):
+    store = GraphStore(tmp_path)
+    with store.workspace() as workspace:
+        monkeypatch.setattr("time.time", lambda: os.stat(workspace).st_mtime + 1e6)
+        store.sweep()
+        assert workspace.is_dir()
 
 
 def test_a_folder_that_can_t_be_written_warns_and_keeps_graphs_for_the_run(tmp_path):

@@ -130,6 +130,8 @@ class TaskOptions:
     # Whether the task reads stdin and decides itself what Ctrl-C does, also where it runs in a process of its own.
     INTERACTIVE: ClassVar[bool] = False
 
+    # The room of the module that runs the task.
+    ROOM: ClassVar[str] = "tasks"
     # Whether a second interrupt ends rank 0 at once, rather than after it has written its results.
     ENDS_AT_ONCE: ClassVar[bool] = False
 
@@ -212,6 +214,9 @@ class Run:
     files_below: str | None = None
     drain_seconds: float | None = None
     log_prompts: bool | None = None
+    input: str | None = None
+    output: str | None = None
+    replicas: int | None = None
     max_input_length: int = 2048
     max_output_length: int = 128
     max_images: int | None = None
@@ -247,6 +252,7 @@ SHORT_NAMES = {
         ("port", "host", "api_key", "fetch_hosts", "files_below", "drain_seconds", "log_prompts"),
         "only task=serve is a server. Add task=serve",
     ),
+    **dict.fromkeys(("input", "output", "replicas"), "only task=batch has replicas that read files. Add task=batch"),
 }
 
 

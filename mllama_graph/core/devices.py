@@ -58,6 +58,8 @@ class Device:
     # The Python package that the device requires, and the extra that installs it.
     package: str | None = None
     extra: str = ""
+    # Ray's name of the resource that a device of this kind is.
+    ray_resource: str = ""
     # Ranks share the host's memory instead of having device memory.
     on_host: bool = False
     # Simulated by an interpreter on the CPU: times mean nothing, and processes are started with stub libraries.
@@ -137,7 +139,7 @@ class Device:
 CPU = Device("cpu", on_host=True, native=True, computes="fp32", row_cost=0.2, int4_by_int8=True)
 # Requests with top_k of 50 or 40, as is usual, take their candidates from the graph.
 CANDIDATES = 64
-CUDA = Device("cuda", variable="CUDA_VISIBLE_DEVICES", files="nvidia", candidates=CANDIDATES)
+CUDA = Device("cuda", variable="CUDA_VISIBLE_DEVICES", files="nvidia", ray_resource="GPU", candidates=CANDIDATES)
 # NPU attention takes only 16-bit types. Page limits: docs of npu_fused_infer_attention_score, for several query rows.
 _NPU_PAGING = Paging(page_multiple=128, largest_page=512, counts_every_reader=True, fixed_tiles=True)
 # Docs of npu_weight_quant_batchmatmul, npu_quant_matmul (65535; fp16 only with a scale per row) and
@@ -149,6 +151,7 @@ NPU = Device(
     variable="ASCEND_RT_VISIBLE_DEVICES",
     files="davinci",
     numbered=True,
+    ray_resource="NPU",
     package="torch_npu",
     extra="npu",
     compiles_on_rank=True,

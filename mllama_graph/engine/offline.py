@@ -13,7 +13,7 @@ from mllama_graph.engine.engine import Engine
 from mllama_graph.engine.result_file import MOST_IGNORED, Results
 from mllama_graph.engine.results import Delta, Result
 from mllama_graph.inputs.request import FIELDS, Request
-from mllama_graph.inputs.request_file import DEPTH, Line, has_lone_surrogate, parse, too_deep
+from mllama_graph.inputs.request_file import Line, has_lone_surrogate, parse, refuse_odd, too_deep
 
 log = logging.getLogger(__name__)
 
@@ -86,10 +86,7 @@ def serve_lines(
         if id is None or too_deep(id) or has_lone_surrogate(line, id):
             id = line[0]
         known[place] = id, digest
-        if too_deep(given):
-            raise UserError(f"line {line[0]} is nested more than {DEPTH} levels deep.")
-        if has_lone_surrogate(line, given):
-            raise UserError(f"line {line[0]} holds a lone surrogate, such as \\ud800 without its second half.")
+        refuse_odd(line, given)
         if given.get("id") is not None and not results.claim(id):
             raise UserError(f"id {json.dumps(id)} is used by an earlier line; ids must differ.")
         if digest and results.keep(place, id, digest):

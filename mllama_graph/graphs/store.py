@@ -8,12 +8,12 @@ two entries differ. An entry is written to a temporary folder and renamed, so th
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,9 @@ PAYLOADS = (PACKAGE, TORCHAIR)
 CACHES = ("inductor", "native")
 # Prefix of temporary folders; those that a killed process left are removed after this many seconds.
 ASIDE, ASIDE_SECONDS = ".aside-", 3600
+
+# What flock says on a file system without locks, such as NFS without its lock service.
+WITHOUT_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 def key_of(fields: dict[str, Any]) -> str:
@@ -99,13 +102,18 @@ class GraphStore:
 
     @contextlib.contextmanager
     def lock(self, key: str) -> Iterator[None]:
-        """Lock an entry, so that one process at a time builds it."""
-        with FileLock(self._written / f".{key}.lock"):
+        """Lock an entry, so that one process at a time builds it; several do on a file system without locks."""
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(FileLock(self._written / f".{key}.lock"))
+            except OSError as error:
+                if error.errno not in WITHOUT_LOCKS:
+                    raise
             yield
 
     def add(self, key: str, fields: dict[str, Any], payload: Path) -> Path:
         """Move a package, or torchair's folder, into the store; replaces an entry with the same key."""
-        name = TORCHAIR if payload.is_dir() else PACKAGE
+        name, entry = TORCHAIR if payload.is_dir() else PACKAGE, self._written / key
         aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=self._written))
         try:
             shutil.move(payload, aside / name)
@@ -114,13 +122,14 @@ class GraphStore:
                 file.relative_to(aside).as_posix(): _sha256(file) for file in sorted(aside.rglob("*")) if file.is_file()
             }
             (aside / "checksums.json").write_text(json.dumps(sums, indent=1) + "\n")
-            entry = self._written / key
             if entry.exists():
                 self._discard(entry)
             aside.rename(entry)
         except OSError:
             shutil.rmtree(aside, ignore_errors=True)
-            raise
+            # Without locks, another process may have written the entry since.
+            if fault_of(entry) is not None:
+                raise
         return entry / name
 
     @contextlib.contextmanager
@@ -148,21 +157,31 @@ class GraphStore:
         self._discard(self.folder / key)
 
     def _discard(self, entry: Path) -> None:
-        """Remove an entry; renamed first, so that a kill leaves no partial entry under its name."""
+        """Remove an entry; renamed first, so that a kill leaves no partial entry under its name.
+
+        Errors of the removal are left to `sweep`: NFS keeps files that are open under other names.
+        """
         aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=entry.parent))
-        entry.rename(aside / "entry")
-        shutil.rmtree(aside)
+        # Without locks, another process may have removed it since.
+        with contextlib.suppress(FileNotFoundError):
+            entry.rename(aside / "entry")
+        shutil.rmtree(aside, ignore_errors=True)
 
     def sweep(self) -> None:
-        """Remove temporary folders of killed processes, and locks without an entry."""
+        """Remove temporary folders of killed processes, and locks without an entry.
+
+        Their age is told by the clock that set their times, which on a shared file system is not this host's.
+        """
         for path in self.folder.glob(".*.lock"):
             if not (self.folder / path.name[1:].removesuffix(".lock")).exists():
                 with contextlib.suppress(OSError, Timeout), FileLock(path, timeout=0):
                     path.unlink()
-        for path in self.folder.glob(f"{ASIDE}*"):
-            with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime > ASIDE_SECONDS:
-                    shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError), tempfile.NamedTemporaryFile(prefix=ASIDE, dir=self.folder) as probe:
+            now = os.stat(probe.name).st_mtime
+            for path in self.folder.glob(f"{ASIDE}*/"):
+                with contextlib.suppress(OSError):
+                    if now - path.stat().st_mtime > ASIDE_SECONDS:
+                        shutil.rmtree(path, ignore_errors=True)
 
 
 def payload_of(entry: Path) -> Path | None:

@@ -49,7 +49,7 @@ def read_lines(path: Path) -> Iterator[Line]:
         with path.expanduser().open("rb") as file:
             if kind := _other_kind(file.peek()):
                 raise UserError(f"requests={path} {kind}")
-            for line in _lines(file):
+            for line in lines_of(file):
                 empty = False
                 yield line
     except OSError as error:
@@ -76,7 +76,8 @@ def _other_kind(head: bytes) -> str | None:
     return None
 
 
-def _lines(file: io.BufferedReader) -> Iterator[Line]:
+def lines_of(file: io.BufferedReader) -> Iterator[Line]:
+    """The lines of an open file that are not blank."""
     head = file.peek(4)[:4]
     encoding = next((name for mark, name in MARKS.items() if head.startswith(mark)), None)
     number = 0
@@ -173,6 +174,14 @@ def too_deep(value: Any) -> bool:
             if isinstance(inner, (dict, list))
         ]
     return bool(layer)
+
+
+def refuse_odd(line: Line, given: dict[str, Any]) -> None:
+    """Raises UserError for an object that tokenizers and result files can't take."""
+    if too_deep(given):
+        raise UserError(f"line {line[0]} is nested more than {DEPTH} levels deep.")
+    if has_lone_surrogate(line, given):
+        raise UserError(f"line {line[0]} holds a lone surrogate, such as \\ud800 without its second half.")
 
 
 def most_images(lines: Iterable[Line], base: Path) -> int:

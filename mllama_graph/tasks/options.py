@@ -14,6 +14,7 @@ from mllama_graph.inputs.image_sources import list_images
 from mllama_graph.inputs.request_file import is_stream, most_images, read_lines, spool
 from mllama_graph.measure.peers import ENVIRONMENTS, Setting, settings_of
 from mllama_graph.plan.buckets import LARGEST_PREFILL
+from mllama_graph.tasks.batch_options import BatchOptions
 from mllama_graph.tasks.chat_options import ChatOptions
 from mllama_graph.tasks.quantize_options import SHAPES_ONLY, QuantizeOptions
 from mllama_graph.tasks.serve_options import ServeOptions
@@ -303,6 +304,7 @@ TASKS: dict[str, type[TaskOptions]] = {
         CompareOptions,
         QuantizeOptions,
         ServeOptions,
+        BatchOptions,
         ChatOptions,
         TrainTinyOptions,
     )

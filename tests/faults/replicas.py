@@ -1,0 +1,326 @@
+"""Two replicas of the tiny model behind a router or Ray Serve, under load: kills, restarts, throughput, affinity.
+
+    python tests/faults/replicas.py haproxy|vllm-router|ray-serve kill|roll|affinity|speed [key=value ...]
+
+Prints one line of JSON, and exits with 1 where a claim of docs/faults.md does not hold. haproxy and vllm-router must be
+on the path; ray-serve needs the extra `ray`. Keys go to the replicas.
+"""
+
+import base64
+import io
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "docs" / "deploy"
+START_SECONDS = 120
+KEYS = ["batch=8", "threads=1", "backend=eager", "max_output_length=400"]
+
+
+def picture(number: int) -> str:
+    """A picture of one colour as a data: URI."""
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), (number * 20 % 256, number * 50 % 256, 90)).save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return found.getsockname()[1]
+
+
+def wait(condition: Callable[[], Any], what: str, seconds: float = START_SECONDS) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > until:
+            raise SystemExit(f"{what} took more than {seconds} s")
+        time.sleep(0.05)
+
+
+def healthy(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=2).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+class Processes:
+    """Replicas as processes of task=serve behind haproxy or vllm-router."""
+
+    def __init__(self, router: str, keys: list[str], folder: Path):
+        self.router, self.keys, self.folder = router, keys, folder
+        self.ports = [free_port(), free_port()]
+        self.replicas: list[subprocess.Popen[bytes]] = []
+        for number in (0, 1):
+            self.replicas.append(self._replica(number))
+        wait(lambda: all(healthy(f"http://127.0.0.1:{port}") for port in self.ports), "starting the replicas")
+        port, self.admin = free_port(), folder / "admin"
+        self.url, addresses = f"http://127.0.0.1:{port}", [f"127.0.0.1:{port}" for port in self.ports]
+        if router == "haproxy":
+            variables = {"ROUTER": f"127.0.0.1:{port}", "REPLICA_1": addresses[0], "REPLICA_2": addresses[1]}
+            command = ["haproxy", "-f", str(DEPLOY / "router-haproxy.cfg")]
+        else:
+            variables, command = {}, [str(DEPLOY / "router-vllm.sh"), str(port), *(f"http://{at}" for at in addresses)]
+        log = (folder / "router.log").open("wb")
+        self.process = subprocess.Popen(
+            command, env=os.environ | variables | {"ADMIN": str(self.admin)}, stdout=log, stderr=log
+        )
+        wait(lambda: healthy(self.url), "starting the router")
+
+    def _replica(self, number: int) -> subprocess.Popen[bytes]:
+        command = [sys.executable, str(ROOT / "run.py"), "task=serve", f"port={self.ports[number]}", *self.keys]
+        log = (self.folder / f"replica-{number}.log").open("ab")
+        return subprocess.Popen(
+            [*command, f"hydra.run.dir={self.folder}/replica-{number}"], stdout=log, stderr=log, cwd=self.folder
+        )
+
+    def kill(self) -> None:
+        """Kill the first replica without notice."""
+        self.replicas[0].kill()
+
+    def start_again(self) -> None:
+        self.replicas[0].wait()
+        self.replicas[0] = self._replica(0)
+        wait(lambda: healthy(f"http://127.0.0.1:{self.ports[0]}"), "starting the replica again")
+
+    def roll(self) -> None:
+        """Restart one replica after the other, as docs/batch.md says."""
+        for number in (0, 1):
+            self._route(number, False)
+            self.replicas[number].send_signal(signal.SIGTERM)
+            self.replicas[number].wait(60)
+            self.replicas[number] = self._replica(number)
+            wait(lambda port=self.ports[number]: healthy(f"http://127.0.0.1:{port}"), "restarting a replica")
+            self._route(number, True)
+
+    def _route(self, number: int, on: bool) -> None:
+        """Tell the router to send no new requests to a replica, or to send some again."""
+        if self.router == "haproxy":
+            with socket.socket(socket.AF_UNIX) as admin:
+                admin.connect(str(self.admin))
+                state = "ready" if on else "drain"
+                admin.sendall(f"set server replicas/replica-{number + 1} state {state}\n".encode())
+                admin.recv(1000)
+        else:
+            action = "add_worker" if on else "remove_worker"
+            address = f"http://127.0.0.1:{self.ports[number]}"
+            done = httpx.post(f"{self.url}/{action}", params={"url": address}, timeout=30)
+            assert done.status_code == 200, done.text
+        time.sleep(1)
+
+    def served(self) -> list[int]:
+        """The number of requests that each replica has answered."""
+        found = []
+        for number in (0, 1):
+            log = self.folder / f"replica-{number}" / "access.jsonl"
+            lines = log.read_text().splitlines() if log.exists() else []
+            found.append(sum('"/v1/' in line for line in lines))
+        return found
+
+    def stop(self) -> None:
+        for process in (self.process, *self.replicas):
+            process.kill()
+            process.wait()
+
+
+class RayServe:
+    """Replicas of the Ray Serve application on a cluster of this process."""
+
+    def __init__(self, router: str, keys: list[str], folder: Path):
+        os.environ |= {"RAY_USAGE_STATS_ENABLED": "0"}
+        import ray
+        from ray import serve
+
+        from mllama_graph.scale.ray_serve import application
+
+        self.serve, self.application = serve, application
+        pairs = [key.split("=", 1) for key in keys]
+        self.args = {name: int(value) if value.isdigit() else value for name, value in pairs}
+        ray.init(num_cpus=4, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        self._run(0)
+
+    def _run(self, version: int) -> None:
+        # A changed argument makes Ray Serve replace the replicas.
+        built = self.application(self.args | {"seed": version})
+        built._bound_deployment._deployment_config.num_replicas = 2
+        self.serve.run(built, name="mllama_graph", route_prefix="/")
+        wait(lambda: healthy(self.url), "starting the replicas")
+
+    def kill(self) -> None:
+        listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout
+        raylets = set(re.findall(rf"^\s*(\d+)\s+{os.getpid()}\s.*raylet", listed, re.MULTILINE))
+        found = re.findall(r"^\s*(\d+)\s+(\d+)\s+ray::ServeReplica", listed, re.MULTILINE)
+        os.kill(next(int(pid) for pid, parent in found if parent in raylets), signal.SIGKILL)
+
+    def start_again(self) -> None:
+        """Ray Serve does it."""
+
+    def roll(self) -> None:
+        self._run(1)
+
+    def stop(self) -> None:
+        import ray
+
+        self.serve.shutdown()
+        ray.shutdown()
+
+
+class Load:
+    """Clients that ask about a picture again and again, each in a session of its own; `outcomes` has all answers.
+
+    With `ids`, they send prompts of so many random ids in place of a picture.
+    """
+
+    def __init__(self, url: str, clients: int, tokens: int, ids: int = 0):
+        self.url, self.tokens, self.ids = url, tokens, ids
+        # (begin, end, what went wrong or None, tokens)
+        self.outcomes: list[tuple[float, float, str | None, int]] = []
+        self._ended = threading.Event()
+        self._threads = [threading.Thread(target=self._client, args=(n,), daemon=True) for n in range(clients)]
+        for thread in self._threads:
+            thread.start()
+
+    def _client(self, number: int) -> None:
+        image = {"type": "image_url", "image_url": {"url": picture(number)}}
+        asked = {"messages": [{"role": "user", "content": [image, {"type": "text", "text": "What do you see?"}]}]}
+        path = "completions" if self.ids else "chat/completions"
+        numbers = random.Random(number)
+        with httpx.Client(timeout=120, headers={"x-session-id": f"session-{number}"}) as client:
+            while not self._ended.is_set():
+                if self.ids:
+                    asked = {"prompt": numbers.choices(range(3, 250), k=self.ids)}
+                body = asked | {"max_tokens": self.tokens, "ignore_eos": True}
+                begin, wrong, count = time.monotonic(), None, 0
+                try:
+                    answer = client.post(f"{self.url}/v1/{path}", json=body)
+                    if answer.status_code != 200:
+                        wrong = f"{answer.status_code} {answer.text[:100]}"
+                    else:
+                        count = answer.json()["usage"]["total_tokens"]
+                except httpx.HTTPError as error:
+                    wrong = type(error).__name__
+                self.outcomes.append((begin, time.monotonic(), wrong, count))
+
+    def end(self) -> None:
+        self._ended.set()
+        for thread in self._threads:
+            thread.join(150)
+
+
+def kill(front: Any) -> tuple[dict[str, Any], bool]:
+    """A replica is killed under load: only requests that were open then are lost, and not all of those."""
+    load = Load(front.url, 8, 60)
+    time.sleep(4)
+    killed = time.monotonic()
+    front.kill()
+    time.sleep(5)
+    front.start_again()
+    time.sleep(1)
+    load.end()
+    open_then = [outcome for outcome in load.outcomes if outcome[0] <= killed < outcome[1]]
+    lost = [outcome for outcome in load.outcomes if outcome[2]]
+    late = [outcome for outcome in lost if outcome[0] > killed]
+    told = {
+        "requests": len(load.outcomes),
+        "open at the kill": len(open_then),
+        "lost": len(lost),
+        "begun later": len(late),
+    }
+    return told | {"why": sorted({str(outcome[2]) for outcome in lost})}, not late and len(lost) < len(open_then)
+
+
+def roll(front: Any) -> tuple[dict[str, Any], bool]:
+    """All replicas are restarted under load: no request is lost."""
+    load = Load(front.url, 4, 30)
+    time.sleep(3)
+    begun = time.monotonic()
+    front.roll()
+    seconds = time.monotonic() - begun
+    time.sleep(2)
+    load.end()
+    lost = [outcome[2] for outcome in load.outcomes if outcome[2]]
+    during = sum(begun < outcome[1] < begun + seconds for outcome in load.outcomes)
+    return {
+        "requests": len(load.outcomes),
+        "during the restart": during,
+        "lost": len(lost),
+        "why": sorted(set(lost)),
+    }, not lost
+
+
+def affinity(front: Any) -> tuple[dict[str, Any], bool]:
+    """A session meets its picture: each picture is encoded once, by one of the replicas."""
+    clients = 8
+    load = Load(front.url, clients, 8)
+    time.sleep(4)
+    load.end()
+    hits = images = 0.0
+    for port in front.ports:
+        text = httpx.get(f"http://127.0.0.1:{port}/metrics").text
+        found = dict(re.findall(r"^mllama_graph:mm_cache_(hits|queries)_total\S* (\S+)", text, re.MULTILINE))
+        hits, images = hits + float(found["hits"]), images + float(found["queries"])
+    told = {"requests": front.served(), "pictures": clients, "encoded": round(images - hits)}
+    return told, min(told["requests"]) > 0 and images - hits == clients
+
+
+def speed(front: Any) -> tuple[dict[str, Any], bool]:
+    """Tokens per second of two replicas, and of the second one alone: prompts of 1,500 ids, and 8 new tokens."""
+
+    def cores() -> list[float]:
+        """CPU seconds so far of the replicas, the router and the clients."""
+        stats = [Path(f"/proc/{process.pid}/stat").read_text() for process in (*front.replicas, front.process)]
+        ticks = [sum(map(int, stat.rpartition(")")[2].split()[11:13])) for stat in stats]
+        return [*(count / os.sysconf("SC_CLK_TCK") for count in ticks), time.process_time()]
+
+    def rate(seconds: float) -> float:
+        load = Load(front.url, 24, 8, ids=1500)
+        time.sleep(3)
+        begin, before = time.monotonic(), cores()
+        time.sleep(seconds)
+        until, after = time.monotonic(), cores()
+        used.append([round((b - a) / (until - begin), 2) for a, b in zip(before, after)])
+        load.end()
+        # Answers that cross the edges count by the part of their time that lies inside.
+        return sum(
+            outcome[3] * max(0.0, min(outcome[1], until) - max(outcome[0], begin)) / (outcome[1] - outcome[0])
+            for outcome in load.outcomes
+        ) / (until - begin)
+
+    used: list[list[float]] = []
+    both = rate(10)
+    front._route(0, False)
+    one = rate(10)
+    told = {"two": round(both), "one": round(one), "ratio": round(both / one, 2), "cores used": used}
+    return told, both >= 1.8 * one
+
+
+if __name__ == "__main__":
+    name, action, *given = sys.argv[1:]
+    names = {key.partition("=")[0] for key in given}
+    keys = [*(key for key in KEYS if key.partition("=")[0] not in names), *given]
+    with tempfile.TemporaryDirectory() as made:
+        front = (RayServe if name == "ray-serve" else Processes)(name, keys, Path(made))
+        try:
+            told, holds = {"kill": kill, "roll": roll, "affinity": affinity, "speed": speed}[action](front)
+        finally:
+            front.stop()
+    print(json.dumps({"router": name, "action": action, "holds": holds} | told), flush=True)
+    os._exit(0 if holds else 1)
