@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from commands import LIMITS, command_line, served
+from commands import served
 from engines import GRAPH_PLAN, arguments, serve, start
 from test_engine import LOGPROB, few
 
