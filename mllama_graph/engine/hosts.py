@@ -7,12 +7,12 @@ import hashlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mllama_graph import __version__
 from mllama_graph.core import machine
 from mllama_graph.core.paths import PACKAGE
 from mllama_graph.core.place import Place
@@ -31,13 +31,14 @@ Digests = dict[str, tuple[int, str]]
 def card(place: Place, arguments: Sequence[str] | None = None) -> Card:
     """This rank's card. `arguments`: of the command line, by default this process's."""
     given = sys.argv[1:] if arguments is None else arguments
+    version = import_module("mllama_graph").__version__
     return {
         "rank": place.rank,
         "one_host": place.one_host,
         "host": os.uname().nodename,
         "machine": machine.identity(),
         "versions": {
-            "mllama_graph": f"{__version__} (sources {_sources(PACKAGE)})",
+            "mllama_graph": f"{version} (sources {_sources(PACKAGE)})",
             "torch": str(torch.__version__),
             "Python": ".".join(map(str, sys.version_info[:2])),
         },
