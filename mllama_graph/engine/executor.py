@@ -76,8 +76,9 @@ class Executor:
         try:
             return self.rank.execute(step, bucket, compiled)
         except PeerGone as error:
-            lost = self._workers.lost()
-            raise error if lost is None else PeerGone(self._workers.gone(lost)) from error
+            if (lost := self._workers.lost()) is None:
+                raise
+            raise PeerGone(self._workers.gone(lost)) from error
 
     def profile(self, begin: bool) -> None:
         """Start profiling on every rank, or stop it and write the profiles."""
