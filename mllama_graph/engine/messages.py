@@ -137,10 +137,10 @@ def _limit_silence(connection: Connection, seconds: float) -> None:
     _set_options(connection, {(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT): max(1, round(seconds * 1e3))})
 
 
-def _authenticated(accepted: socket.socket, secret: bytes) -> Connection | None:
-    """The connection to a worker that has proved to know the secret; the counterpart of multiprocessing's Client.
+def _introduced(accepted: socket.socket, secret: bytes) -> tuple[Connection, Card] | None:
+    """The connection to a worker that has proved to know the secret, and its card; the counterpart of Driver.
 
-    None where it has not proved that in time: anything on the network may connect.
+    None where it has not done that in time: anything on the network may connect.
     """
     accepted.setblocking(True)
     connection = Connection(accepted.detach())
@@ -149,8 +149,9 @@ def _authenticated(accepted: socket.socket, secret: bytes) -> Connection | None:
         _set_options(connection, {waiting: struct.pack("ll", PROOF_SECONDS, 0)})
         deliver_challenge(connection, secret)
         answer_challenge(connection, secret)
+        found: Card = connection.recv()
         _set_options(connection, {waiting: struct.pack("ll", 0, 0)})
-        return _without_delay(connection)
+        return _without_delay(connection), found
     except (AuthenticationError, EOFError, OSError):
         connection.close()
         return None
@@ -192,8 +193,8 @@ class Workers:
                         missing = ", ".join(str(rank) for rank in range(1, place.world) if rank not in cards)
                         raise PeerGone(f"rank {missing} has not come within {MEETING_SECONDS} s") from None
                     continue
-                if connection := _authenticated(accepted, secret):
-                    found = connection.recv()
+                if introduced := _introduced(accepted, secret):
+                    connection, found = introduced
                     cards[found["rank"]], self._connections[found["rank"]] = found, connection
         if reason := refusal(mine, list(cards.values())):
             self.refuse(reason)
