@@ -30,7 +30,8 @@ Digests = dict[str, tuple[int, str]]
 
 def card(place: Place, arguments: Sequence[str] | None = None) -> Card:
     """This rank's card. `arguments`: of the command line, by default this process's."""
-    given = sys.argv[1:] if arguments is None else arguments
+    # Rank 0's command line (cli.py) rewrites sys.argv in Hydra's grammar.
+    given = sys.orig_argv[len(sys.orig_argv) - len(sys.argv) + 1 :] if arguments is None else arguments
     version = import_module("mllama_graph").__version__
     return {
         "rank": place.rank,

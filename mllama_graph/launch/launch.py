@@ -85,7 +85,9 @@ def join(place: Place) -> int:
         work(place, Rendezvous.from_environment())
         return 0
     except Exception as error:
-        log.exception("the rank ended early")
+        if logging.getLogger().hasHandlers():
+            # Otherwise the stack would go to the terminal.
+            log.exception("the rank ended early")
         ours = isinstance(error, (UserError, PeerGone))
         what = str(error) if ours else f"internal error: {type(error).__name__}: {error}"
         print(f"error: rank {place.rank}: {what}", file=sys.stderr, flush=True)
