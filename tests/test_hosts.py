@@ -194,6 +194,18 @@ def test_a_host_that_dies_ends_the_run_on_the_other(hosts, checkpoint, tmp_path)
 # ---- what hosts must have in common
 
 
+def test_other_arguments_on_a_host_end_both_with_the_same_line(hosts, tmp_path):
+    if not hosts.cable:
+        # Ranks of one machine may have other arguments: a library's do.
+        return
+    given, port = ["backend=eager", "tp=2", 'prompt=What is "this"?'], free_port()
+    for host, more in ((A, []), (B, ["batch=2"])):
+        hosts.start(host, command_line(tmp_path / "out", *given, *more), port, tmp_path)
+    (code, line), (other_code, other_line) = map(ended, hosts.started)
+    assert code == other_code == 2 and other_line.replace("error: rank 1: ", "error: ") == line
+    assert "was started with batch=2, rank 0 on host" in line and "with nothing else." in line
+
+
 def other(**changes):
     """The card of rank 1 on another host, started with the same arguments."""
     return card(Place(1, 2, 0, 1), ["tp=2"]) | {"host": "b", "machine": "b"} | changes
