@@ -33,10 +33,11 @@ def test_the_rows_of_policies_are_those_of_the_simulation(page):
     lines = page.read_text(encoding="utf8").splitlines()
     with (SCALE / "routing.csv").open() as file:
         rows = [list(row.values()) for row in csv.DictReader(file)]
-    for load, _, replicas, _, found, p50, p99, _, busiest in rows:
-        if replicas == "8":
-            cells = (found, p50, p99, busiest)
-            assert any(line.startswith(f"| {load} ") and line.endswith(f"| {' | '.join(cells)} |") for line in lines)
+    compared, by_size = rows[:18], rows[18:]
+    for load, policy, _, _, found, p50, p99, _, busiest in compared:
+        assert f"| {load} | {policy} | {found} | {p50} | {p99} | {busiest} |" in lines
+    for replicas in dict.fromkeys(row[2] for row in by_size):
+        assert f"| {replicas} | {' | '.join(row[4] for row in by_size if row[2] == replicas)} |" in lines
 
 
 def test_a_modelled_picture_is_never_faster_than_the_products_of_its_encoder(service):

@@ -3,8 +3,8 @@
     python docs/scale/simulate.py
 
 writes routing.csv, routing.png and affinity.png beside this file, the same for the same SEED. Service times are those
-of service.py (modelled, one 910B per replica). The traffic is made up, and TRAFFIC says how. A day is squeezed into 15
-minutes: rates follow the day's wave 96 times as fast, while service times and the pauses of users are real seconds.
+of service.py (modelled, one 910B per replica). The traffic is made up, and TRAFFIC says how. A day is squeezed into 10
+minutes: rates follow the day's wave 144 times as fast, while service times and the pauses of users are real seconds.
 """
 
 import bisect
@@ -40,7 +40,7 @@ class Traffic:
     popular: the share of sessions about one of `known` pictures, drawn by Zipf's law; all others show a new one.
     """
 
-    seconds: float = 900
+    seconds: float = 600
     load: float = LOAD
     wave: float = 0.6
     turns: float = 3.0
@@ -278,9 +278,7 @@ def main() -> None:
     names = list(policies(1, random.Random()))
     by_load = [{"load": load, **day(name, 8, Traffic(load=load))} for load in LOADS for name in names]
     few = ("least loaded", "session hash", "picture hash", "picture hash, bounded")
-    by_size = [
-        {"load": LOAD, **day(name, servers, Traffic(seconds=450))} for servers in (2, 4, 8, 16, 32) for name in few
-    ]
+    by_size = [{"load": LOAD, **day(name, servers, Traffic(seconds=300))} for servers in (2, 4, 8, 16) for name in few]
     with (HERE / "routing.csv").open("w", newline="") as file:
         table = csv.DictWriter(file, list(by_load[0]), lineterminator="\n")
         table.writeheader()
