@@ -1,13 +1,11 @@
 """Tensor-parallel ranks, as real processes, give the tokens of one rank."""
 
 import json
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
-from commands import LIMITS, command_line, served
+from commands import served
 from engines import GRAPH_PLAN, arguments, serve, start
 from test_engine import LOGPROB, few
 
@@ -144,37 +142,6 @@ def test_deterministic_runs_are_equal_to_the_last_bit(checkpoint, requests, file
     for one, other in zip(first, second, strict=True):
         assert one["token_ids"] == other["token_ids"] and one["logprobs"] == other["logprobs"]
     assert_mostly(first, serve(start(checkpoint("half"), batch=8), few(requests, "half")))
-
-
-def test_processes_of_torchrun_join_instead_of_spawning_and_gloo_serves_them(checkpoint, requests, file, tmp_path):
-    one = serve(start(checkpoint("half"), batch=8), few(requests, "half"))
-    given = [
-        f"weights={checkpoint('half')}",
-        f"requests={file('half', '{}')}",
-        "backend=eager",
-        "batch=8",
-        "tp=2",
-        "collectives=distributed",
-    ]
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node=2",
-            "--master_port=20041",
-            "--standalone",
-            *command_line(tmp_path / "out", *LIMITS, *given)[1:],
-        ],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
-    assert not wrong(lines, one)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"], "a rank other than 0 wrote a folder of its own"
 
 
 def test_a_run_without_weights_traces_every_rank(tmp_path):

@@ -17,14 +17,17 @@ from mllama_graph.ops.ranks import GROUP, HOST_GROUP
 class Collectives(Protocol):
     """A rank's membership in the group of all ranks."""
 
-    def fault(self) -> str:
-        """The message of the last failed exchange, or "". An exception loses it on its way through a compiled graph."""
+    def fault(self, error: RuntimeError) -> str:
+        """The message of a failed exchange if one has caused `error`, else "".
+
+        An exception loses its message on its way through a compiled graph.
+        """
 
 
 class Alone:
     """The group of one rank."""
 
-    def fault(self) -> str:
+    def fault(self, error: RuntimeError) -> str:
         return ""
 
 
@@ -38,7 +41,7 @@ class SharedMemory:
         load_native("collectives", folder, "collectives=distributed", say)
         native.attach(segment, place.rank, place.world, timeout)
 
-    def fault(self) -> str:
+    def fault(self, error: RuntimeError) -> str:
         return native.last_error()
 
 
@@ -47,6 +50,7 @@ class Distributed:
 
     def __init__(self, place: Place, store: dist.Store | None, timeout: float, backend: str, host_group: bool):
         assert store is not None, "several ranks have met"
+        self._timeout = timeout
         within = timedelta(seconds=timeout)
         dist.init_process_group(
             backend, store=dist.PrefixStore("group", store), rank=place.rank, world_size=place.world, timeout=within
@@ -58,7 +62,10 @@ class Distributed:
             self._host = dist.new_group(backend="gloo", timeout=within)
             torch._C._distributed_c10d._register_process_group(HOST_GROUP, self._host)
 
-    def fault(self) -> str:
+    def fault(self, error: RuntimeError) -> str:
+        # gloo raises RuntimeErrors that name its source files.
+        if isinstance(error, dist.DistError) or "/gloo/" in str(error):
+            return f"a rank did not take part in a collective: it has ended, or was silent for {self._timeout:g} s"
         return ""
 
 

@@ -3,11 +3,13 @@
 import os
 from collections.abc import Callable, Sequence
 
+from mllama_graph.core.errors import PeerGone
 from mllama_graph.core.place import Place, Rendezvous, place_from
 from mllama_graph.core.report import Progress
 from mllama_graph.engine import batch
 from mllama_graph.engine.device import backend_of
-from mllama_graph.engine.messages import Compile, Driver, Execute, Load, Profile, Start, Workers, meet
+from mllama_graph.engine.hosts import differing_weights, digests
+from mllama_graph.engine.messages import Build, Compile, Driver, End, Execute, Load, Profile, Start, Workers, meet
 from mllama_graph.engine.rank import Rank
 from mllama_graph.engine.steps import Step, Token
 from mllama_graph.graphs.dispatch import Graphs
@@ -44,7 +46,12 @@ class Executor:
             rendezvous = rendezvous or Rendezvous.from_environment()
         store = meet(place, rendezvous) if rendezvous else None
         self._workers = Workers(place, rendezvous, store, run.timeout, check)
-        self._workers.send(Start(run, pixels))
+        if self._workers.elsewhere:
+            self._workers.send(Start(run, pixels, digests(run.checkpoint)))
+            self._workers.confirmed()
+            self._workers.send(Build())
+        else:
+            self._workers.send(Start(run, pixels))
         graph_store = GraphStore(run.store_folder)
         self.graphs = Graphs(
             backend_of(run, place).spec(),
@@ -66,7 +73,12 @@ class Executor:
         """Run one step on all ranks. Returns a token for each row that gets one."""
         bucket, compiled = self.graphs.select(batch.needs(self.plan, step))
         self._workers.send(Execute(step, bucket, compiled))
-        return self.rank.execute(step, bucket, compiled)
+        try:
+            return self.rank.execute(step, bucket, compiled)
+        except PeerGone as error:
+            if (lost := self._workers.lost()) is None:
+                raise
+            raise PeerGone(self._workers.gone(lost)) from error
 
     def profile(self, begin: bool) -> None:
         """Start profiling on every rank, or stop it and write the profiles."""
@@ -77,6 +89,10 @@ class Executor:
     def lost_worker(self) -> int | None:
         """A worker rank that has ended, or None. Any thread may ask."""
         return self._workers.lost()
+
+    def gone(self, rank: int) -> str:
+        """The message about a worker rank that has ended."""
+        return self._workers.gone(rank)
 
     def close(self) -> None:
         """Disconnect from the worker ranks, which then end. Nothing can be executed afterwards."""
@@ -100,17 +116,26 @@ class Executor:
 def work(place: Place, rendezvous: Rendezvous, begun: Callable[[ResolvedRun], None]) -> None:
     """Run a worker rank until the driver ends. `begun` is called with the run as soon as it is known.
 
-    Raises PeerGone where the driver is silent for longer than the run's timeout.
+    Raises PeerGone where the driver is silent for longer than the run's timeout, or its host dies, or UserError where
+    this host does not fit the driver's.
     """
     store = meet(place, rendezvous)
     driver = Driver(place, store)
     start = driver.first()
+    assert isinstance(start, Start)
+    if start.weights is not None:
+        # One rank per host compares.
+        driver.confirm(differing_weights(start.weights, place) if place.local_rank == 0 else "")
+        driver.first()
     begun(start.run)
     rank = Rank(start.run, start.pixels, place, store, GraphStore(start.run.store_folder), Progress())
     driver.confirm()
     while True:
-        order, ended = driver.next(start.run.timeout)
-        if ended:
+        order, closed = driver.next(start.run.timeout)
+        if closed and not place.one_host:
+            raise PeerGone("rank 0 or its host has ended")
+        if closed or isinstance(order, End):
+            # On one host, the supervisor says how rank 0 has ended.
             return
         if isinstance(order, Compile) and place.local_rank == 0:
             rank.graphs.compile(order.bucket)

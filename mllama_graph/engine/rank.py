@@ -103,7 +103,7 @@ class Rank:
             with self.profiler.step(bucket) if self.profiler else contextlib.nullcontext():
                 return self._execute(step, bucket, self.graphs.graph(bucket, compiled))
         except RuntimeError as error:
-            if fault := self.collectives.fault():
+            if fault := self.collectives.fault(error):
                 raise PeerGone(fault) from error
             raise
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mllama_graph.ascend import stubs
 from mllama_graph.core.errors import UserError
+from mllama_graph.core.network import interface_towards
 from mllama_graph.core.place import Place
 from mllama_graph.graphs.store import GraphStore
 from mllama_graph.native import BuildError
@@ -32,6 +33,9 @@ def prepare_environment(run: ResolvedTask | None, place: Place) -> None:
         os.environ["OMP_NUM_THREADS"] = str(place.threads())
     # Otherwise torch imports torch_npu by itself, which fails without CANN. Ranks on an NPU import it explicitly.
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+    if not place.one_host and (name := interface_towards(os.environ["MASTER_ADDR"])):
+        # Otherwise gloo takes the address that the host's name resolves to, which may be 127.0.1.1.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
     if model:
         for name, value in model.environment:
             os.environ.setdefault(name, value)

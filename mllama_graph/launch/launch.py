@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 
 from mllama_graph.core.config import TaskOptions
-from mllama_graph.core.errors import Interrupted, OutputClosed, UserError
+from mllama_graph.core.errors import Interrupted, OutputClosed, PeerGone, UserError
 from mllama_graph.core.machine import raise_interrupt
 from mllama_graph.core.place import Place, Rendezvous, place_from
 from mllama_graph.core.report import output_closed
@@ -85,10 +85,14 @@ def join(place: Place) -> int:
         work(place, Rendezvous.from_environment())
         return 0
     except Exception as error:
-        log.exception("the rank ended early")
-        print(f"error: rank {place.rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        if logging.getLogger().hasHandlers():
+            # Otherwise the stack would go to the terminal.
+            log.exception("the rank ended early")
+        ours = isinstance(error, (UserError, PeerGone))
+        what = str(error) if ours else f"internal error: {type(error).__name__}: {error}"
+        print(f"error: rank {place.rank}: {what}", file=sys.stderr, flush=True)
         # Skips the exit handlers of threads and libraries, which may wait for ranks that are gone.
-        os._exit(1)
+        os._exit(2 if isinstance(error, UserError) else 1)
 
 
 def work(place: Place, rendezvous: Rendezvous) -> None:

@@ -64,7 +64,7 @@ def main(run: ResolvedRun) -> None:
 
         def watch() -> Exception | None:
             gone = engines[0].executor.lost_worker() if engines else None
-            return None if gone is None else PeerGone(f"rank {gone} is gone")
+            return None if gone is None else PeerGone(engines[0].executor.gone(gone))
 
         try:
             serve(app, service, opened, options.drain_seconds, tls, watch, progress.say)
@@ -79,6 +79,9 @@ def main(run: ResolvedRun) -> None:
             engines[0].close()
         progress.say("ended")
         if not ended:
+            if engines:
+                # Ranks on other hosts would take the end of this process for a failure.
+                engines[0].executor.close()
             # A thread in the middle of loading or of a long step would keep the process alive, or crash at its exit.
             sys.stdout.flush()
             os._exit(0)
