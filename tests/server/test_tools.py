@@ -166,8 +166,8 @@ def test_strict_arguments_are_valid_once_a_call_has_begun_and_other_texts_stay_f
         return [use.speaker().message(result.text) for result in results if result.finish_reason in ends]
 
     for head in HEADS:
-        complete = run(head, 8)
-        assert len(complete) > 2
+        complete = run(head, 5)
+        assert complete
         for message in complete:
             assert message["content"] is None and message["tool_calls"][0]["function"]["name"] == "weather"
             for call in message["tool_calls"]:
