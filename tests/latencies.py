@@ -6,8 +6,8 @@ from pathlib import Path
 
 import yaml
 
-from mllama_graph.core.config import Calibration, HardwareChoice
 from mllama_graph.core.devices import NPU
+from mllama_graph.core.hardware import Calibration, HardwareChoice
 from mllama_graph.model.formats import Storage, chosen
 from mllama_graph.model.shape import RopeShape, TextShape, shape_of
 from mllama_graph.plan.latency import Model

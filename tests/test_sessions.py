@@ -9,7 +9,7 @@ import pytest
 from commands import run
 from test_verify import RELEASED
 
-from mllama_graph.core.config import HardwareChoice
+from mllama_graph.core.hardware import HardwareChoice
 from mllama_graph.model.formats import Storage
 from mllama_graph.plan.bucket import Bucket
 from mllama_graph.plan.cost import floor_of, work

@@ -7,9 +7,10 @@ import pytest
 import torch
 from engines import resolved
 
-from mllama_graph.core.config import HardwareChoice, ModelChoice, Run
+from mllama_graph.core.config import ModelChoice, Run
 from mllama_graph.core.devices import Device
 from mllama_graph.core.errors import RankFailed, UserError
+from mllama_graph.core.hardware import HardwareChoice
 from mllama_graph.core.report import growing_columns
 from mllama_graph.graphs.spec import GraphSpec
 from mllama_graph.model.formats import Storage

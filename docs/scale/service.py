@@ -15,7 +15,7 @@ import yaml
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from mllama_graph.core.config import Calibration, HardwareChoice  # noqa: E402
+from mllama_graph.core.hardware import Calibration, HardwareChoice  # noqa: E402
 from mllama_graph.model.formats import Storage  # noqa: E402
 from mllama_graph.model.shape import shape_of  # noqa: E402
 from mllama_graph.plan.bucket import Bucket  # noqa: E402

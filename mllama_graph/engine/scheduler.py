@@ -7,7 +7,6 @@ of the latter.
 from bisect import insort
 from collections.abc import Iterator
 
-from mllama_graph.core.errors import UserError
 from mllama_graph.engine.pace import Pace
 from mllama_graph.engine.sequence import Sequence, equal_pages, image_table
 from mllama_graph.engine.speculation import Propose, no_proposals
@@ -55,25 +54,9 @@ class Scheduler:
         # Sequences that ended, which the ranks have not been told yet.
         self._ended: list[int] = []
 
-    def check(self, prompt: int, max_new: int, images: int) -> None:
-        """Raises UserError for a request whose sizes exceed the plan, so that it could never run."""
-        plan = self.plan
-        if prompt + max_new > plan.max_length:
-            rule = f"the plan holds {plan.max_length}. Raise max_input_length or max_output_length."
-            if plan.positions:
-                rule = (
-                    f"the model has {plan.positions} positions (max_position_embeddings). Shorten the prompt, lower "
-                    "max_new_tokens, or set extend_context=true."
-                )
-            raise UserError(f"{prompt} prompt ids and {max_new} new ones are {prompt + max_new} tokens; {rule}")
-        if images > self.plan.max_images:
-            raise UserError(
-                f"{images} images in one request; the plan holds {self.plan.max_images}. Set max_images={images}."
-            )
-
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence. Raises UserError as `check` does."""
-        self.check(len(sequence.prompt), sequence.max_new, len(sequence.images))
+        """Queue a sequence. Raises UserError as `Plan.check` does."""
+        self.plan.check(len(sequence.prompt), sequence.max_new, len(sequence.images))
         sequence.served = self._prefills
         insort(self.waiting, sequence, key=lambda one: one.turn)
 

@@ -86,6 +86,21 @@ class Plan:
     def max_images(self) -> int:
         return self.images[-1]
 
+    def check(self, prompt: int, max_new: int, images: int) -> None:
+        """Raises UserError for a request that exceeds the plan, so that it could never run."""
+        if prompt + max_new > self.max_length:
+            rule = f"the plan holds {self.max_length}. Raise max_input_length or max_output_length."
+            if self.positions:
+                rule = (
+                    f"the model has {self.positions} positions (max_position_embeddings). Shorten the prompt, lower "
+                    "max_new_tokens, or set extend_context=true."
+                )
+            raise UserError(f"{prompt} prompt ids and {max_new} new ones are {prompt + max_new} tokens; {rule}")
+        if images > self.max_images:
+            raise UserError(
+                f"{images} images in one request; the plan holds {self.max_images}. Set max_images={images}."
+            )
+
     def decode(self, rows: int, pages: int, image_pages: int, each: int = 1) -> Bucket:
         """The smallest decode bucket for `rows` sequences of at most `pages` and `image_pages` pages each, which
         compute `each` tokens.

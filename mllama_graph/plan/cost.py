@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 
-from mllama_graph.core.config import HardwareChoice
+from mllama_graph.core.hardware import HardwareChoice
 from mllama_graph.model.formats import Storage, stored_bytes
 from mllama_graph.model.shape import ROW_MULTIPLE, ModelShape, VisionShape
 from mllama_graph.plan.bucket import Bucket

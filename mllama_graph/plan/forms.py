@@ -7,9 +7,10 @@ compute the attention at all, and leave BSH elsewhere.
 from collections.abc import Iterator
 
 from mllama_graph.core import cann
-from mllama_graph.core.config import HardwareChoice, TorchairChoice
+from mllama_graph.core.config import TorchairChoice
 from mllama_graph.core.devices import Device
 from mllama_graph.core.errors import UserError
+from mllama_graph.core.hardware import HardwareChoice
 from mllama_graph.model.formats import Storage
 from mllama_graph.model.shape import ModelShape
 from mllama_graph.plan.bucket import Bucket

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from mllama_graph.core.config import Calibration, HardwareChoice
+from mllama_graph.core.hardware import Calibration, HardwareChoice
 from mllama_graph.model.formats import DYNAMIC, FLOAT, Storage
 from mllama_graph.model.shape import ModelShape
 from mllama_graph.plan.bucket import Bucket

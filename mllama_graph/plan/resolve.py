@@ -11,10 +11,11 @@ from typing import Any
 
 from mllama_graph import native
 from mllama_graph.core import cann, devices
-from mllama_graph.core.config import HardwareChoice, PlanChoice, Run, TaskOptions
+from mllama_graph.core.config import PlanChoice, Run, TaskOptions
 from mllama_graph.core.devices import CPU, DEVICES, Device
 from mllama_graph.core.dtypes import BYTES, PAGE_BYTES, Precision
 from mllama_graph.core.errors import UserError
+from mllama_graph.core.hardware import HardwareChoice
 from mllama_graph.core.paths import in_package, store_folder
 from mllama_graph.core.place import Place
 from mllama_graph.model.files import CheckpointFiles

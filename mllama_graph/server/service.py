@@ -8,7 +8,6 @@ from typing import Any
 
 from mllama_graph.engine.engine import Engine
 from mllama_graph.engine.results import Delta
-from mllama_graph.engine.scheduler import Scheduler
 from mllama_graph.inputs.processor import Processor
 from mllama_graph.inputs.request import Request
 from mllama_graph.plan.resolve import ResolvedRun
@@ -55,7 +54,7 @@ class Service:
         self.open: set[Generation] = set()
         self.engine_loop = EngineLoop(lambda: self._built(build), self._deliver, self._engine_ended)
         self.metrics = Metrics(self, vllm_names)
-        self._checks = Scheduler(run.plan, run.limits.batch)
+        self._plan = run.plan
         self._pool = ThreadPoolExecutor(
             WAITING_PREPARERS if pictures.waits else PREPARERS, thread_name_prefix="prepare"
         )
@@ -105,7 +104,7 @@ class Service:
         def prepared() -> list[Request]:
             requests = prepare()
             for request in requests:
-                self._checks.check(len(request.ids), request.max_new, len(request.images))
+                self._plan.check(len(request.ids), request.max_new, len(request.images))
             return requests
 
         try:

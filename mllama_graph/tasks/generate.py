@@ -8,7 +8,6 @@ from mllama_graph.engine.engine import Engine
 from mllama_graph.engine.offline import line_hash, serve_lines
 from mllama_graph.engine.result_file import Results, check_settings, write_settings
 from mllama_graph.engine.results import Delta, Result
-from mllama_graph.engine.scheduler import Scheduler
 from mllama_graph.engine.start import processor_of, start_engine
 from mllama_graph.inputs.image_sources import list_images, shorten
 from mllama_graph.inputs.request import Request
@@ -29,7 +28,7 @@ def main(run: ResolvedRun) -> None:
     if question.requests is None:
         prompt, images = asked(question)
         request = processor.chat(0, prompt, images, question.system)
-        Scheduler(run.plan, run.limits.batch).check(len(request.ids), request.max_new, len(request.images))
+        run.plan.check(len(request.ids), request.max_new, len(request.images))
         first = run.plan.alone(len(request.ids), request.max_new, [image.count for image in request.images])
         engine = start_engine(run, processor, progress, first)
         progress.say(" ".join([*map(shorten, images), prompt]), private=True)

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from mllama_graph.core.config import HardwareChoice, TorchairChoice
+from mllama_graph.core.config import TorchairChoice
 from mllama_graph.core.devices import CPU, DEVICES, NPU_SIM
 from mllama_graph.core.dtypes import BYTES, PAGE_BYTES
 from mllama_graph.core.errors import UserError
+from mllama_graph.core.hardware import HardwareChoice
 from mllama_graph.core.machine import available_memory
 from mllama_graph.core.report import Progress, columns, markdown, write_result
 from mllama_graph.measure import limits, plots

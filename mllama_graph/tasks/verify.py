@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from mllama_graph.core.config import HardwareChoice
 from mllama_graph.core.errors import RankFailed, UserError
+from mllama_graph.core.hardware import HardwareChoice
 from mllama_graph.core.machine import CORES
 from mllama_graph.core.report import Progress, growing_columns, write_result
 from mllama_graph.core.workers import WorkerPool
@@ -157,10 +157,12 @@ def jobs(spec: GraphSpec, plan: Plan) -> list[Job]:
         return bucket_cost(spec.shape, spec.page_size, bucket)
 
     ends = [(max(buckets, key=cost), min(buckets, key=cost)) for buckets in classes.values()]
-    whole = dict.fromkeys(bucket for pair in ends for bucket in pair)
+    largest_and_least = dict.fromkeys(bucket for pair in ends for bucket in pair)
     last = [buckets[0] for buckets in classes.values()] if spec.world_size > 1 else []
-    given = [(whole, True, 0), (plan.buckets(), False, 0), (last, False, spec.world_size - 1)]
-    return [Job(bucket, *how, spec.forms_of(bucket), canvas) for buckets, *how in given for bucket in buckets]
+    given = [(largest_and_least, True, 0), (plan.buckets(), False, 0), (last, False, spec.world_size - 1)]
+    return [
+        Job(bucket, whole, rank, spec.forms_of(bucket), canvas) for buckets, whole, rank in given for bucket in buckets
+    ]
 
 
 def lower(run: ResolvedRun, spec: GraphSpec, wanted: list[Job], progress: Progress) -> Iterator[Judged]:
