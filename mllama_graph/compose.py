@@ -28,6 +28,7 @@ LITERAL_KEYS = (
     "requests",
     "weights",
     "adapter",
+    "draft",
     "a",
     "b",
     "api_key",

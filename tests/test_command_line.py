@@ -142,6 +142,8 @@ def test_a_literal_value_arrives_unchanged(text, key, composed):
         "task.folder": ["task=train_tiny"],
         "task.api_key": ["task=serve"],
         "task.files_below": ["task=serve"],
+        "task.input": ["task=batch"],
+        "task.output": ["task=batch"],
     }.get(key, [])
     assert attrgetter(key)(composed(*task, f"{key}={text}")) == text
 

@@ -33,7 +33,7 @@ def folder(checkpoint, tmp_path):
 
 
 def load(folder) -> Processor:
-    return Processor(folder, shape_of(read_json(folder / "config.json")), 10, 300, Sampling())
+    return Processor(folder, shape_of(read_json(folder / "config.json")), 10, 300, 310, Sampling())
 
 
 def edit(folder, name: str, **fields) -> None:

@@ -28,6 +28,7 @@ def processor_of(run: ResolvedRun) -> Processor:
         run.shape,
         d.max_new,
         d.max_input,
+        run.plan.max_length,
         Sampling(d.temperature, d.top_p, d.top_k, d.seed),
     )
 

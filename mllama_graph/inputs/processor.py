@@ -30,13 +30,17 @@ from mllama_graph.model.shape import ModelShape
 class Processor:
     """Tokenizer, chat template and image preparation of one checkpoint; `folder` is None where there is none.
 
-    max_new, sampling: defaults for requests that don't set them. max_input: the most ids in a prompt. `notes`: lines
-    that the user should read at the start of a run. Raises UserError for files that are missing, damaged or don't fit
-    the model.
+    max_new, sampling: defaults for requests that don't set them. max_input: the most ids in a prompt. longest: the most
+    tokens of a prompt and its answer; a request that does not set its limit gets as many new ones as are left. `notes`:
+    lines that the user should read at the start of a run. Raises UserError for files that are missing, damaged or
+    don't fit the model.
     """
 
-    def __init__(self, folder: Path | None, shape: ModelShape, max_new: int, max_input: int, sampling: Sampling):
-        self.shape, self.max_new, self.max_input, self.sampling = shape, max_new, max_input, sampling
+    def __init__(
+        self, folder: Path | None, shape: ModelShape, max_new: int, max_input: int, longest: int, sampling: Sampling
+    ):
+        self.shape, self.max_new, self.max_input, self.longest = shape, max_new, max_input, longest
+        self.sampling = sampling
         self.codec: TextCodec = BytesAsIds()
         self.eos: frozenset[int] = frozenset()
         self.bos: int | None = None
@@ -117,7 +121,8 @@ class Processor:
                 f"the prompt has {len(ids)} ids, max_input_length={self.max_input}. "
                 f"Shorten it or raise max_input_length."
             )
-        limits = read_options(given, self.max_new, self.sampling, self.shape.text.vocab)
+        max_new = min(self.max_new, max(1, self.longest - len(ids)))
+        limits = read_options(given, max_new, self.sampling, self.shape.text.vocab)
         grammar = self.grammars.read(given)
         images = prepare_images(sources, base, self.shape.vision)
         return Request(

@@ -124,7 +124,9 @@ class Running:
     """Starts servers on one engine, each with a port of its own."""
 
     def __init__(self) -> None:
-        self.run = resolved(run_of(TINY, batch=BATCH, max_input_length=300, max_output_length=1700))
+        # Answers that last until a test has done what it does meanwhile.
+        lengths = {"max_input_length": 300, "max_output_length": 1700, "extend_context": True}
+        self.run = resolved(run_of(TINY, batch=BATCH, **lengths))
         self.engine = start_run(self.run)
         self._stops: list[Any] = []
 

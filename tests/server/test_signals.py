@@ -24,6 +24,7 @@ def started(folder, *keys):
         "run.py",
         "task=serve",
         "port=0",
+        "extend_context=true",
         "backend=eager",
         "backend.kernels=plain",
         f"hydra.run.dir={folder}",
