@@ -53,7 +53,7 @@ def test_an_operation_of_a_layer_also_names_the_line_that_it_called(decode):
     [line] = {decode.line(op.name) for op in decode.graph.op if op.type == "ScatterPaKvCache"}
     assert re.fullmatch(
         r"mllama_graph/model/text.py:\d+ in attend: ops.write_pages_\(k_TKH, v_TKH, cache, given.slot_T"
-        r"\) <- mllama_graph/ops/npu.py:\d+ in write_pages_",
+        r"\) <- mllama_graph/ops/npu_pages.py:\d+ in write_pages_",
         line,
     )
 
