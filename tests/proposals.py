@@ -6,8 +6,8 @@ import random
 class Replay:
     """Proposes the ids that a run without proposals gave, each of them right with a given probability."""
 
-    def __init__(self, results, share: float):
-        self.true, self.share, self.random = [result.token_ids for result in results], share, random.Random(1)
+    def __init__(self, results, share: float, seed: int = 1):
+        self.true, self.share, self.random = [result.token_ids for result in results], share, random.Random(seed)
 
     def propose(self, wanted):
         found = {}

@@ -55,11 +55,11 @@ def main() -> None:
     requests, _ = requests_of(engine, Case(given.batch, given.length, given.images, given.new), 1, 1)
     requests = [replace(request, max_new=given.new) for request in requests]
 
-    def timed(share: float | None) -> tuple[float, int, list[Result]]:
+    def timed(share: float | None, turn: int = 0) -> tuple[float, int, list[Result]]:
         """Seconds per token of a request, decode steps, and the results."""
         engine.scheduler.propose = no_proposals if share is None else engine._propose
         if share is not None:
-            engine.speculation.proposer = Replay(results, share)
+            engine.speculation.proposer = Replay(results, share, turn)
         engine._next, left, found = 0, set(range(given.batch)), {}
         for request in requests:
             engine.submit(request)
@@ -76,21 +76,22 @@ def main() -> None:
     results: list[Result] = []
     _, _, results = timed(None)
     times: dict[float | None, list[float]] = {share: [] for share in (None, *given.shares)}
-    counts: dict[float | None, int] = {}
+    counts: dict[float | None, list[int]] = {share: [] for share in times}
     for share in given.shares:
         timed(share)
     end = time.perf_counter() + given.seconds
     while time.perf_counter() < end or not times[None]:
         for share, seconds in times.items():
-            each, counts[share], again = timed(share)
+            each, count, again = timed(share, len(seconds))
             seconds.append(each)
+            counts[share].append(count)
             assert [one.token_ids for one in again] == [one.token_ids for one in results]
     plain = statistics.median(times[None])
     for share, seconds in times.items():
         each = statistics.median(seconds)
         print(
             f"share right {'-' if share is None else share}: {each * 1e3:.2f} ms per token, {plain / each:.2f} x, "
-            f"{counts[share]} steps for {given.new - 1} tokens, {len(seconds)} rounds"
+            f"{statistics.median(counts[share]):g} steps for {given.new - 1} tokens, {len(seconds)} rounds"
         )
 
 

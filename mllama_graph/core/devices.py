@@ -136,7 +136,7 @@ class Device:
 
 # On a CPU, weights keep the checkpoint's dtype and are computed in fp32: few CPUs multiply 16-bit types faster than
 # fp32, but all of them read the narrower type faster.
-CPU = Device("cpu", on_host=True, native=True, computes="fp32", row_cost=0.2, int4_by_int8=True)
+CPU = Device("cpu", on_host=True, native=True, computes="fp32", row_cost=0.1, int4_by_int8=True)
 # Requests with top_k of 50 or 40, as is usual, take their candidates from the graph.
 CANDIDATES = 64
 CUDA = Device("cuda", variable="CUDA_VISIBLE_DEVICES", files="nvidia", ray_resource="GPU", candidates=CANDIDATES)

@@ -13,11 +13,11 @@ from typing import Protocol
 from mllama_graph.engine.sequence import Sequence
 from mllama_graph.plan.buckets import Plan
 
-# The weight of one proposal's outcome in the estimate of how many are accepted, and the estimate before any.
+# The least weight of one proposal's outcome in the estimate of how many are accepted, and the estimate before any.
 WEIGHT, FIRST = 0.25, 0.5
 # Steps without a proposal before one is tried for a sequence whose proposals are not expected to pay, at first and at
 # most: each that is not accepted doubles them.
-FIRST_WAIT, LONGEST_WAIT = 4, 64
+FIRST_WAIT, LONGEST_WAIT = 8, 64
 
 # Proposed ids of the sequences that decode, by the sequence's id.
 Propose = Callable[[list[Sequence]], Mapping[int, tuple[int, ...]]]
@@ -43,19 +43,22 @@ class Proposer(Protocol):
 
 @dataclass
 class Pace:
-    """A sequence's experience. share: the expected share of accepted proposals.
+    """A sequence's experience. share: the expected share of accepted proposals, of which `judged` were judged.
 
     waited: steps without a proposal; one is tried after `wait` of them.
     """
 
     share: float = FIRST
+    judged: int = 0
     wait: int = FIRST_WAIT
     waited: int = 0
 
     def learn(self, proposed: int, accepted: int) -> None:
         """Add a step's outcome. Proposals after the first rejected one were not judged."""
         for outcome in (1,) * accepted + (0,) * (accepted < proposed):
-            self.share += WEIGHT * (outcome - self.share)
+            # The mean of the first outcomes, and FIRST as if it were one of them.
+            self.share += max(WEIGHT, 1 / (self.judged + 2)) * (outcome - self.share)
+            self.judged += 1
         if accepted:
             self.wait = FIRST_WAIT
 
