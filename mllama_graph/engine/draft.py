@@ -1,7 +1,7 @@
-"""Proposals from a smaller model with the same tokenizer, which runs on rank 0 alone with pages and graphs of its own.
+"""Proposals from a smaller model with the same tokenizer, which runs on rank 0 alone with its own pages and graphs.
 
-The other ranks get proposed ids with each step and need no part of the draft. It draws with the noise of the request's
-own seed and positions, so that it proposes what the model would sample if both had the same distribution.
+The other ranks only receive the proposed ids with each step. The draft samples with the noise of the request's seed and
+the token's position, so that it proposes what the model would sample if both had the same distribution.
 """
 
 from collections.abc import Mapping
@@ -15,19 +15,20 @@ from mllama_graph.plan.blocks import OutOfPages, pages_for
 
 
 class Draft:
-    """A `Proposer` that continues each sequence with another model, once it is asked for.
+    """A `Proposer` that continues a sequence with another model when `propose` asks for it.
 
-    It computes what it has not seen of a sequence, its prompt and images at first, and then one token after the other.
+    It first computes the tokens of the sequence that it has not seen, prompt and images included, and then samples one
+    token after the other.
     """
 
     def __init__(self, executor: Executor):
         self.executor = executor
         self._scheduler = Scheduler(executor.plan, executor.run.limits.batch, prefix_cache=False)
-        # The draft's own sequences. Only those that are being continued are in the scheduler's list of running ones.
+        # The draft's own sequences, by id. The scheduler's `running` has only those that are being continued.
         self._own: dict[int, Sequence] = {}
 
     def propose(self, wanted: Mapping[Sequence, int]) -> dict[int, tuple[int, ...]]:
-        """As many ids as are wanted for each sequence, by its id; fewer where a logit is not finite."""
+        """As many ids as are wanted, by the sequence's id; fewer if a logit is not finite or pages are missing."""
         goals: dict[int, int] = {}
         for target, count in wanted.items():
             own = self._own.get(target.id)
@@ -45,15 +46,16 @@ class Draft:
             for own, id in self._scheduler.commit(tuple(token.id for token in tokens)):
                 if id == NOT_FINITE:
                     own.generated.pop()
-                if id == NOT_FINITE or len(own.generated) >= goals[own.id]:
+                # A sequence that was preempted earlier may be admitted without being wanted now.
+                if id == NOT_FINITE or len(own.generated) >= goals.get(own.id, 0):
                     self._scheduler.running.remove(own)
                     left.discard(own.id)
-        # Of those that got no pages.
+        # Where pages ran out, some may be left.
         self._scheduler.running.clear()
         return {target.id: tuple(self._own[target.id].generated[len(target.generated) :]) for target in wanted}
 
     def _take_pages(self, own: Sequence) -> None:
-        """Have pages for what a running sequence has got since it was continued last, or put it in the queue."""
+        """Allocate pages for the tokens that a running sequence got since it was last continued, or preempt it."""
         missing = pages_for(own.length, self.executor.plan.page_size) - len(own.pages)
         if own in self._scheduler.running and missing > 0:
             try:
@@ -73,13 +75,13 @@ class Draft:
 
 
 def _counterpart(target: Sequence) -> Sequence:
-    """A sequence of the draft with the prompt, images and options of another model's."""
+    """The draft's own sequence with the prompt, images and options of the model's sequence `target`."""
     sampling = replace(target.sampling, logprobs=None)
     return Sequence(target.id, target.prompt, target.images, target.image_positions, target.max_new, sampling)
 
 
 def _follow(own: Sequence, target: Sequence) -> None:
-    """Give the draft's sequence the ids of the other one. What it computed for others is computed again."""
+    """Give the draft's sequence the ids of the model's. K/V of ids that differ are computed again."""
     pairs = enumerate(zip(own.generated, target.generated))
     equal = next((n for n, (mine, given) in pairs if mine != given), min(len(own.generated), len(target.generated)))
     own.computed = min(own.computed, len(own.prompt) + equal)

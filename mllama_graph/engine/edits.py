@@ -1,6 +1,6 @@
-"""What a request's options change before a token is drawn: biases, penalties, a least length, ids that are given.
+"""What a request's options change before a token is sampled: biases, penalties, a minimum length, given ids.
 
-Ranks know the ids of the sequences concerned (steps.History), so that a step carries none of this again.
+Ranks keep the ids of the sequences concerned (steps.History), so that steps don't send them again.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from mllama_graph.inputs.request import Sampling
 Ints = NDArray[np.int32]
 Places = NDArray[np.intp]
 Floats = NDArray[np.floating[Any]]
-# Not -inf: an id that may not be drawn yet remains where a grammar allows no other.
+# Not -inf: an id that may not be sampled yet must remain possible where a grammar allows no other.
 LEAST = torch.finfo(torch.float32).min
 
 
@@ -27,7 +27,7 @@ LEAST = torch.finfo(torch.float32).min
 class Edit:
     """The edit of one row. ids: all ids before the token, of which the first `prompt` are the prompt's.
 
-    ends: the ids that end the text. given: the id that is taken instead of a drawn one.
+    ends: the ids that end the text. given: the id that is taken instead of a sampled one.
     """
 
     sampling: Sampling
@@ -45,17 +45,17 @@ class Edit:
         return bool(self.given is not None or needed)
 
     def apply_(self, logits_V: Tensor, first: int, vocab: int) -> None:
-        """Change the logits of a rank in place. `first`: the id of column 0. A NaN, which marks a row, stays.
+        """Change a rank's logits in place. `first`: the id of column 0. A NaN, which marks a failed row, stays NaN.
 
-        The order is that of transformers: bias, then repetition_penalty, which divides positive logits of all ids so
-        far and multiplies negative ones. OpenAI's penalties are c * frequency_penalty + (c > 0) * presence_penalty for
-        an id that was generated c times.
+        The order is that of transformers: first the bias is added, then repetition_penalty divides positive logits of
+        all ids so far and multiplies negative ones. OpenAI's penalties subtract
+        c * frequency_penalty + (c > 0) * presence_penalty from the logit of an id that was generated c times.
         """
         s, held = self.sampling, min(len(logits_V), vocab - first)
         generated = self.ids[self.prompt :]
 
         def columns(ids: Ints) -> tuple[Tensor, Places]:
-            """The columns of the ids that this rank has, and their places among `ids`."""
+            """The columns of those `ids` that this rank holds, and their places among `ids`."""
             places = np.flatnonzero((ids >= first) & (ids < first + held))
             return torch.from_numpy((ids[places] - first).astype(np.int64)).to(logits_V.device), places
 
@@ -79,7 +79,7 @@ class Edit:
 
 
 def told(step: Step, history_of: Callable[[int], History | None], given_of: Callable[[int], int | None]) -> Step:
-    """The step with what `Row.history` and `Row.given` are for, of the sequences that need them."""
+    """The step with `Row.history` and `Row.given` set in the rows of sequences that need them."""
 
     def with_both(row: Row) -> Row:
         history, given = history_of(row.sequence) if row.sampling is not None else None, given_of(row.sequence)

@@ -1,6 +1,6 @@
-"""What the ranks of several hosts must have in common. Rank 0 compares it before anything is built.
+"""Checks that the ranks of several hosts have the same versions, arguments and weights, before anything is built.
 
-Only rank 0 composes the run, so other arguments or other weights on another host would stay unnoticed.
+Only rank 0 composes the run, so different arguments or weights on another host would otherwise stay unnoticed.
 """
 
 import hashlib
@@ -19,17 +19,17 @@ from mllama_graph.core.place import Place
 from mllama_graph.model.files import CheckpointFiles
 from mllama_graph.model.meta_files import MetaFiles
 
-# A digest reads this many bytes at this many evenly spaced places of a file: 22 GB would take minutes.
+# A digest reads SAMPLE_BYTES at SAMPLES evenly spaced places of a file: reading all 22 GB would take minutes.
 SAMPLES, SAMPLE_BYTES = 256, 4096
 
-# One rank: built-in types only, since another version of the package must be able to read it.
+# What is compared of one rank. Built-in types only, since another version of the package must be able to read it.
 Card = dict[str, Any]
-# Name of a weight file -> its size and a digest of samples of its content.
+# Path of a weight file -> its size in bytes and a digest of samples of its content.
 Digests = dict[str, tuple[int, str]]
 
 
 def card(place: Place, arguments: Sequence[str] | None = None) -> Card:
-    """This rank's card. `arguments`: of the command line, by default this process's."""
+    """This rank's card. `arguments`: those of the command line, by default this process's."""
     # Rank 0's command line (cli.py) rewrites sys.argv in Hydra's grammar.
     given = sys.orig_argv[len(sys.orig_argv) - len(sys.argv) + 1 :] if arguments is None else arguments
     version = import_module("mllama_graph").__version__
@@ -49,7 +49,7 @@ def card(place: Place, arguments: Sequence[str] | None = None) -> Card:
 
 
 def refusal(mine: Card, others: Sequence[Card]) -> str:
-    """Why the ranks `others` can't work with rank 0, whose card is `mine`; empty where they can."""
+    """Why the ranks with the cards `others` can't work with rank 0, whose card is `mine`; empty if they can."""
     for other in others:
         if other["machine"] == mine["machine"]:
             continue
@@ -78,7 +78,7 @@ def refusal(mine: Card, others: Sequence[Card]) -> str:
 
 
 def digests(checkpoint: CheckpointFiles | None) -> Digests:
-    """The digests of a checkpoint's weight files and of its adapters', by path. Raises OSError for a missing file."""
+    """The digests of the weight files of a checkpoint and its adapters. Raises OSError for a missing file."""
     if checkpoint is None:
         return {}
     if isinstance(checkpoint, MetaFiles):
@@ -89,7 +89,7 @@ def digests(checkpoint: CheckpointFiles | None) -> Digests:
 
 
 def digest(path: Path) -> tuple[int, str]:
-    """The size of a file, and a digest of samples of its content that is over the whole content of a small file."""
+    """The size of a file in bytes, and a digest of samples of its content, which cover all of a small file."""
     found, size = hashlib.sha256(), path.stat().st_size
     with path.open("rb") as file:
         for sample in range(SAMPLES):
@@ -99,7 +99,7 @@ def digest(path: Path) -> tuple[int, str]:
 
 
 def differing_weights(expected: Mapping[str, tuple[int, str]], place: Place) -> str:
-    """Why this host's weights are not those of rank 0, whose `digests` are given; empty where they are."""
+    """How this host's weights differ from rank 0's, whose `digests` are `expected`; empty if they are equal."""
     who = f"rank {place.rank} on host {os.uname().nodename}"
     for name, theirs in expected.items():
         try:

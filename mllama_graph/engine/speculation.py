@@ -1,9 +1,10 @@
 """How many ids are proposed for each sequence of a decode step, and who proposes them.
 
-A token is sampled after every proposal with the draw of its own position (engine/sampler.py), which depends on neither
-the batch nor the proposals. Those that agree with the proposals are taken: so the tokens are those of steps without
-proposals, whatever is proposed. This is rejection sampling: a proposal that does not depend on the position's draw is
-accepted with its probability, and what replaces a rejected one follows the distribution without it.
+At every position, a token is sampled with that position's random draw (engine/sampler.py), which depends on neither the
+batch nor the proposals. A proposal is accepted if it equals the token sampled at its position, so the tokens are the
+same as without proposals, whatever is proposed. For a proposal that does not depend on the draw, this is rejection
+sampling: it is accepted with the model's probability of it, and a token that replaces it follows the distribution
+without it.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,18 +14,18 @@ from typing import Protocol
 from mllama_graph.engine.sequence import Sequence
 from mllama_graph.plan.buckets import Plan
 
-# The least weight of one proposal's outcome in the estimate of how many are accepted, and the estimate before any.
+# The least weight of one outcome in the moving average of the share of accepted proposals, and that share at first.
 WEIGHT, FIRST = 0.25, 0.5
-# Steps without a proposal before one is tried for a sequence whose proposals are not expected to pay, at first and at
-# most: each that is not accepted doubles them.
+# Steps before a single proposal is tried for a sequence whose proposals are not expected to pay, at first and at most.
+# Each trial doubles them, until a proposal is accepted.
 FIRST_WAIT, LONGEST_WAIT = 8, 64
 
-# Proposed ids of the sequences that decode, by the sequence's id.
+# From the sequences that decode to the proposed ids of each, by the sequence's id.
 Propose = Callable[[list[Sequence]], Mapping[int, tuple[int, ...]]]
 
 
 def no_proposals(sequences: list[Sequence]) -> Mapping[int, tuple[int, ...]]:
-    """A `Propose` of a run without speculation."""
+    """The `Propose` of a run without speculation."""
     return {}
 
 
@@ -32,7 +33,7 @@ class Proposer(Protocol):
     """Proposes ids that may follow the last id of sequences."""
 
     def propose(self, wanted: Mapping[Sequence, int]) -> dict[int, tuple[int, ...]]:
-        """At most as many ids as are wanted for each sequence, by its id."""
+        """Proposed ids by the sequence's id. `wanted`: the most for each sequence."""
 
     def forget(self, id: int) -> None:
         """Forget a sequence that has ended."""
@@ -43,9 +44,9 @@ class Proposer(Protocol):
 
 @dataclass
 class Pace:
-    """A sequence's experience. share: the expected share of accepted proposals, of which `judged` were judged.
+    """What is known of a sequence's proposals. share: the expected share of accepted ones, after `judged` of them.
 
-    waited: steps without a proposal; one is tried after `wait` of them.
+    waited: steps since the last proposal; one is tried after `wait` of them.
     """
 
     share: float = FIRST
@@ -64,13 +65,13 @@ class Pace:
 
 
 class Speculation:
-    """Proposals for decode steps. `most`: for a sequence and step. `cost`: what a further row adds to a step's time, as
-    a share of the time of a step with one row.
+    """Proposals for decode steps. `most`: the most per sequence and step. `cost`: the time that a further row adds to a
+    step, as a share of the time of a step with one row.
     """
 
     def __init__(self, proposer: Proposer, plan: Plan, cost: float):
         self.proposer, self.cost, self.most = proposer, cost, plan.row_tokens - 1
-        # Where each sequence is padded to the same number of tokens, it is as if each had all of them.
+        # The most token rows of a step. Where all sequences are padded to `row_tokens`, this does not limit proposals.
         self._rows = plan.decode_batch[-1] if plan.lengths_are_free else plan.decode_tokens
         self._paces: dict[int, Pace] = {}
         self.proposed = self.accepted = 0
@@ -95,8 +96,8 @@ class Speculation:
     def _wanted(self, rooms: Mapping[Sequence, int]) -> dict[Sequence, int]:
         """How many ids to propose for each sequence, so that the step gives the most tokens per time.
 
-        A further proposal is accepted with the probability that all before it and itself are. It pays if that is more
-        than the step's tokens times the share by which one more row lengthens it.
+        A further proposal adds a token with the probability that it and all before it are accepted. It pays if that is
+        more than the step's expected tokens times the share by which one more row lengthens the step.
         """
         rows = tokens = float(len(rooms))
         counts = dict.fromkeys(rooms, 0)

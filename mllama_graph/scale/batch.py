@@ -1,7 +1,7 @@
 """task=batch: answers every row of files on the replicas of a Ray cluster, with Ray Data.
 
-Ray Data restarts replicas, serves rows that were lost again, and keeps a checkpoint of the rows whose results are
-written (`ray.data.checkpoint`): a later run into the same folder leaves them out.
+Ray Data restarts replicas, serves lost rows again, and keeps a checkpoint of the rows whose results are written
+(`ray.data.checkpoint`), which a later run into the same folder skips.
 """
 
 import json
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# Read when Ray starts: no statistics are sent.
+# Ray reads this when it starts, and sends no usage statistics.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import pyarrow.parquet as pq
@@ -30,17 +30,17 @@ from mllama_graph.scale.rows import Rows
 from mllama_graph.tasks.batch_options import BatchOptions, files_of
 from mllama_graph.tasks.generate import settings_of
 
-# The folder in output= of what later runs read. Readers of Parquet ignore names that begin with _.
+# The folder in output= that later runs read. Readers of Parquet ignore names that begin with _.
 KEPT = "_batch"
-# Tables that a replica serves at a time: while the last rows of one end, those of the next fill the batch.
+# Tables that a replica serves at a time: while one table ends, rows of the next fill the batch.
 TABLES = 2
 LEAST_ROWS = 16
 
 
 def main(run: ResolvedRun) -> None:
-    """Serve the rows of input= that output= has no result of.
+    """Serve the rows of input= that have no result in output= yet.
 
-    Raises UserError for an output that belongs to another run, or where no row could be served.
+    Raises UserError if output= belongs to another run, or if no row could be served.
     """
     options, progress = run.options, Progress()
     assert isinstance(options, BatchOptions)
@@ -63,7 +63,7 @@ def main(run: ResolvedRun) -> None:
 
 
 def answer(run: ResolvedRun, options: BatchOptions, base: Path, paths: list[Path], output: Path) -> None:
-    """Serve rows in the cluster and write their results. Raises RankFailed where Ray gives up."""
+    """Serve rows in the cluster and write their results. Raises RankFailed if Ray gives up."""
     rows = options.rows or max(4 * run.limits.batch, LEAST_ROWS)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = DataContext.get_current()
@@ -102,7 +102,7 @@ def answer(run: ResolvedRun, options: BatchOptions, base: Path, paths: list[Path
 
 
 def worker_run(run: ResolvedRun, options: BatchOptions) -> Run:
-    """The run of a replica: that of the command line, with paths that don't depend on the working directory."""
+    """A replica's run: the command line's, with paths that don't depend on the working directory."""
     asked = dict(run.asked) | {"prompt": None}
     if run.checkpoint and asked["weights"]:
         asked["weights"] = str(run.checkpoint.folder.absolute())
@@ -118,16 +118,16 @@ def worker_run(run: ResolvedRun, options: BatchOptions) -> Run:
 
 
 def taken(run: ResolvedRun, options: BatchOptions) -> dict[str, Any]:
-    """What a replica takes of Ray's resources, as Ray's arguments. On a CPU nothing: its tasks that read need some."""
+    """The resources that a replica reserves, as Ray's arguments. None on a CPU: Ray's reading tasks need CPUs."""
     amounts = dict(options.resources) or ({} if run.device.on_host else {run.device.ray_resource: float(run.tp)})
     return {"num_cpus": amounts.pop("CPU", 0), "num_gpus": amounts.pop("GPU", 0), "resources": amounts}
 
 
 @contextmanager
 def cluster(options: BatchOptions) -> Iterator[None]:
-    """A connection to a Ray cluster, or one of our own on this machine, which ends with the run.
+    """Connect to a Ray cluster, or start one on this machine that ends with the run.
 
-    Raises UserError where there is none at the address, or none can be started.
+    Raises UserError if there is none at the address, or none can be started.
     """
     try:
         ray.init(
@@ -137,7 +137,7 @@ def cluster(options: BatchOptions) -> Iterator[None]:
             log_to_driver=False,
             configure_logging=False,
         )
-    # Ray raises a plain Exception where its processes don't start in time.
+    # Ray raises a plain Exception if its processes don't start in time.
     except Exception as error:
         where = f"reach a cluster at task.address={options.address}" if options.address else "start or be reached"
         raise UserError(f"Ray can't {where}: {' '.join(str(error).split())}") from error
@@ -148,7 +148,7 @@ def cluster(options: BatchOptions) -> Iterator[None]:
 
 
 def claim(output: Path, settings: dict[str, Any]) -> None:
-    """Make the folder of results, or check that it has those of the same settings. Raises UserError otherwise."""
+    """Make the folder of results. Raises UserError if it holds anything but results of the same settings."""
     path = output / KEPT / "settings.json"
     if path.exists():
         earlier = json.loads(path.read_text(encoding="utf8"))
@@ -169,7 +169,7 @@ def claim(output: Path, settings: dict[str, Any]) -> None:
 
 
 def counted(output: Path, format: str) -> tuple[int, int, str | None]:
-    """The numbers of results and of errors in a folder, and the first error."""
+    """The number of results in a folder, how many of them are errors, and the first error."""
     count, errors = 0, []
     for path in sorted(output.glob("*")):
         if path.name[0] not in "._" and path.stat().st_size:

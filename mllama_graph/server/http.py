@@ -1,4 +1,4 @@
-"""Runs the application on uvicorn: sockets, signals, draining, and the end of the process."""
+"""Runs the application on uvicorn: sockets, signals, draining and shutdown."""
 
 import asyncio
 import contextlib
@@ -18,14 +18,14 @@ from mllama_graph.server.errors import ApiError
 from mllama_graph.server.service import FAILED, Service
 
 BACKLOG = 2048
-# Seconds in which answers that are ended with an error may still be sent.
+# Seconds to send the errors that end unfinished answers at shutdown.
 LAST_WORDS = 1.0
-# Seconds between looks at the worker ranks.
+# Seconds between checks of the worker ranks.
 WATCH = 0.5
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """A socket that listens at an address; port 0 is a free one. Raises UserError where it is taken or not ours."""
+    """A listening socket; port 0 chooses a free port. Raises UserError if the address is in use or not this host's."""
     try:
         kind = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         opened = socket.socket(kind[0], kind[1])
@@ -43,7 +43,7 @@ def listening(host: str, port: int) -> socket.socket:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without its handlers of signals, which raise them again and print stacks."""
+    """uvicorn without its signal handlers, which raise signals again and print stack traces."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -51,7 +51,7 @@ class _Server(uvicorn.Server):
 
 
 def server_of(app: ASGIApp, tls: Mapping[str, Any]) -> _Server:
-    """uvicorn with our connections. `tls`: its options for a certificate."""
+    """uvicorn with our `Connection`. `tls`: uvicorn's options for a certificate."""
     config = uvicorn.Config(
         app,
         http=Connection,
@@ -80,7 +80,7 @@ def serve(
     """Serve until a signal or the engine ends it.
 
     SIGTERM and SIGINT drain: new requests are refused, open ones finish within `drain_seconds`. A second SIGINT ends
-    the process at once. `watch` returns why a worker rank has ended, if one has. Raises what ended the engine.
+    the process at once. `watch` returns why a worker rank has ended, or None. Raises the error that ended the engine.
     """
     server = server_of(app, tls)
     with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
@@ -132,7 +132,7 @@ async def _serve(
 
 
 async def _watch(service: Service, watch: Callable[[], Exception | None]) -> None:
-    """End the service where a worker rank has ended: the engine may wait for it for a long time."""
+    """End the service when a worker rank has ended: the engine itself might wait long before it notices."""
     while True:
         await asyncio.sleep(WATCH)
         if error := watch():
