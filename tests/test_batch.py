@@ -16,6 +16,7 @@ from commands import QUICK, ROOT, command_line, run
 
 from mllama_graph.core.errors import UserError
 from mllama_graph.scale.answers import FAULT, KEY, LINE, LOST, NUMBER, id_of, request_of
+from mllama_graph.tasks.batch_options import BatchOptions
 
 TINY = ROOT / "mllama_graph" / "tiny"
 SCENE = TINY / "scene.png"
@@ -67,24 +68,29 @@ def test_a_row_that_is_no_request_gives_its_reason(row, reason):
     id_of(row)
 
 
+GIVEN = {"input": "none.jsonl", "output": "out"}
+
+
 @pytest.mark.parametrize(
-    "arguments, reason",
+    "options, reason",
     [
-        ([], "task=batch needs input=. Give the rows to read."),
-        (["input=none.jsonl"], "task=batch needs output=."),
-        (["input=none.jsonl", "output=out", "replicas=0"], "replicas=0 must be at least 1."),
-        (["input=none.jsonl", "output=out", "task.format=csv"], "task.format=csv is not one of parquet, json."),
-        (["input=none.jsonl", "output=out", "image=a.png"], None),
-        (["input=none.jsonl", "output=out"], None),
+        ({}, "task=batch needs input=. Give the rows to read."),
+        ({"input": "none.jsonl"}, "task=batch needs output=."),
+        (GIVEN | {"replicas": 0}, "replicas=0 must be at least 1."),
+        (GIVEN | {"format": "csv"}, "task.format=csv is not one of parquet, json."),
     ],
     ids=str,
 )
-def test_what_can_not_run_is_refused_in_one_line(arguments, reason, tmp_path):
-    done = run(tmp_path / "run", "task=batch", *arguments)
+def test_options_that_can_not_run_are_refused(options, reason):
+    with pytest.raises(UserError, match=reason.replace(".", r"\.")):
+        BatchOptions(**options).check()
+
+
+def test_a_run_without_ray_or_without_rows_is_refused_in_one_line(tmp_path):
     known = importlib.util.find_spec("ray") is not None
-    without = "pip install 'mllama_graph[ray]'"
-    with_ray = "Leave image=" if "image=a.png" in arguments else "input=none.jsonl is neither a file nor a folder."
-    assert done.code == 2 and (reason or (with_ray if known else without)) in done.one_line_error()
+    reason = "input=none.jsonl is neither a file nor a folder." if known else "pip install 'mllama_graph[ray]'"
+    done = run(tmp_path / "run", "task=batch", "input=none.jsonl", "output=out")
+    assert done.code == 2 and reason in done.one_line_error()
 
 
 LOSES_A_RANK = """
