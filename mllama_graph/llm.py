@@ -178,6 +178,8 @@ class LLM:
         return meeting.rendezvous
 
     def _begin(self, requests: Any, sampling: Sampling | None, fields: Mapping[str, Any]) -> Iterator[Delta]:
+        if not isinstance(sampling, Sampling | None):
+            raise UserError(f"sampling={sampling!r} must be a Sampling.")
         defaults = (asdict(sampling) if sampling else {}) | dict(fields)
         _check_fields(defaults)
         single = _is_single(requests)

@@ -97,6 +97,8 @@ def test_a_taken_master_port_is_replaced_and_reported():
 def test_an_invalid_master_port_is_refused(port):
     with pytest.raises(UserError, match=f"MASTER_PORT={port} must be a port number"):
         bind_master_port({"MASTER_PORT": port})
+    with pytest.raises(UserError, match=f"MASTER_PORT={port} must be a port number"):
+        place_from({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
 
 
 @pytest.mark.parametrize("threads", [0, 1])

@@ -259,6 +259,11 @@ def check(run: Run) -> None:
     one_of("quant_group", run.quant_group, QUANT_GROUPS)
     for part in run.quant_parts:
         one_of("quant_parts", part, QUANT_PARTS)
+    if run.quant != "none" and not run.quant_parts:
+        raise UserError(
+            f"quant={run.quant} quant_parts=[] would quantise nothing. Name some of {', '.join(QUANT_PARTS)}, or leave "
+            "quant= out."
+        )
     one_of("plan.compile", run.plan.compile, COMPILE_MODES)
     one_of("backend.kernels", run.backend.kernels, KERNELS)
     one_of("collectives", run.collectives, COLLECTIVES)

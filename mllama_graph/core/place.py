@@ -99,7 +99,14 @@ def place_from(environment: Mapping[str, str]) -> Place | None:
             f"RANK={rank} WORLD_SIZE={world} LOCAL_RANK={local_rank} LOCAL_WORLD_SIZE={local_world} contradict "
             "each other. Start with torchrun, or unset these variables."
         )
+    _port(environment["MASTER_PORT"])
     return Place(rank, world, local_rank, local_world)
+
+
+def _port(given: str) -> int:
+    if not given.isdigit() or not 0 < int(given) < 65536:
+        raise UserError(f"MASTER_PORT={given} must be a port number, 1 to 65535 (default {MASTER_PORT}).")
+    return int(given)
 
 
 def bind_master_port(environment: Mapping[str, str] = os.environ) -> tuple[socket.socket, str | None]:
@@ -108,16 +115,14 @@ def bind_master_port(environment: Mapping[str, str] = os.environ) -> tuple[socke
     If that port is taken, the socket listens at a free port of 20000 to 20050, and the second item is a message that
     says so. Raises UserError if all of them are taken.
     """
-    given = environment.get("MASTER_PORT", str(MASTER_PORT))
-    if not given.isdigit() or not 0 < int(given) < 65536:
-        raise UserError(f"MASTER_PORT={given} must be a port number, 1 to 65535 (default {MASTER_PORT}).")
-    for port in (int(given), *PORTS):
+    given = _port(environment.get("MASTER_PORT", str(MASTER_PORT)))
+    for port in (given, *PORTS):
         listening = socket.socket()
         try:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listening.bind(("127.0.0.1", port))
             listening.listen(128)
-            return listening, None if port == int(given) else f"port {given} is taken; the ranks meet at {port}"
+            return listening, None if port == given else f"port {given} is taken; the ranks meet at {port}"
         except OSError:
             listening.close()
     raise UserError(f"MASTER_PORT={given} and all of {PORTS[0]}-{PORTS[-1]} are taken. Set MASTER_PORT to a free port.")
