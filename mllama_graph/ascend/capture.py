@@ -31,6 +31,7 @@ from mllama_graph.ascend.simulation import install
 from mllama_graph.graphs.spec import GraphSpec
 from mllama_graph.graphs.step import Step, arguments
 from mllama_graph.graphs.torchair import compiler_config
+from mllama_graph.model.formats import Formats
 from mllama_graph.model.inputs import Pages
 from mllama_graph.model.ops import Ops
 from mllama_graph.model.shape import ModelShape
@@ -241,3 +242,20 @@ def shortened(
             features=tuple(min(layer, locals_ - 1) for layer in vision.features),
         ),
     )
+
+
+def shortened_formats(formats: Formats, whole: ModelShape, short: ModelShape) -> Formats:
+    """The formats of a shortened model's layers: those that the layers have in the whole model."""
+    kept = dict(zip(whole.text.self_layers, short.text.self_layers))
+    kept |= dict(zip(whole.text.cross_layers, short.text.cross_layers))
+    vision = {"vision.local_layers": short.vision.layers, "vision.global_layers": short.vision.global_layers}
+    found = []
+    for path, form in formats:
+        if numbered := re.fullmatch(r"(.*layers)\.(\d+)\.(.*)", path):
+            kind, number, leaf = numbered[1], int(numbered[2]), numbered[3]
+            at = kept.get(number) if kind == "text.layers" else number if number < vision[kind] else None
+            if at is None:
+                continue
+            path = f"{kind}.{at}.{leaf}"
+        found.append((path, form))
+    return tuple(found)

@@ -191,14 +191,17 @@ def _begin(run: ResolvedRun) -> None:
 
 def judge(spec: GraphSpec, job: Job) -> Judged:
     """Lower a graph and check it."""
-    from mllama_graph.ascend.capture import CaptureError, capture, shortened
+    from mllama_graph.ascend.capture import CaptureError, capture, shortened, shortened_formats
     from mllama_graph.ascend.graph import Context, LoweredGraph
     from mllama_graph.ascend.graphdef import count_operations
     from mllama_graph.ascend.lint import lint
     from mllama_graph.ascend.structure import structure
 
     begun = time.perf_counter()
-    own = replace(spec, rank=job.rank, shape=spec.shape if job.whole else shortened(spec.shape))
+    own = replace(spec, rank=job.rank)
+    if not job.whole:
+        short = shortened(spec.shape)
+        own = replace(own, shape=short, formats=shortened_formats(spec.formats, spec.shape, short))
     try:
         captured = capture(own, job.bucket)
     except CaptureError as error:

@@ -6,9 +6,11 @@ from math import prod
 import pytest
 from graphs import CLASSES, DECODE, LEAN, spec_of
 
-from mllama_graph.ascend.capture import capture, shortened
+from mllama_graph.ascend.capture import capture, shortened, shortened_formats
 from mllama_graph.ascend.graph import LoweredGraph
 from mllama_graph.ascend.graphdef import attribute, constant, described_shape, inputs_of, metadata
+from mllama_graph.model import shape as shapes
+from mllama_graph.model.formats import chosen
 from mllama_graph.model.table import table
 from mllama_graph.plan.cost import work
 from mllama_graph.tasks.verify import Job, judge
@@ -72,3 +74,12 @@ def test_a_step_that_can_not_be_lowered_is_a_finding(monkeypatch):
     [(name, message)] = found.findings
     assert name == "lowering"
     assert "in mlp: h_TF = ops.swiglu(ops.linear(h_TD, w.gate_up))" in message
+
+
+@pytest.mark.parametrize("parts", [["text"], ["text", "head", "vision", "projector"]], ids=",".join)
+def test_a_shortened_model_has_the_formats_that_are_chosen_for_it(parts):
+    """The released layers, where the second one is not the one that attends to images, as in a shortened model."""
+    whole = shapes.shape_of({"model_type": "mllama"})
+    short = shortened(whole)
+    formats = [chosen("w8a16", 128, parts, shape, 4) for shape in (whole, short)]
+    assert sorted(shortened_formats(formats[0], whole, short)) == sorted(formats[1]) != []
