@@ -35,7 +35,7 @@ class Draft:
             if own is None:
                 own = self._own[target.id] = _counterpart(target)
                 self._scheduler.add(own)
-            elif own not in self._scheduler.waiting:
+            else:
                 self._scheduler.running.append(own)
             _follow(own, target)
             goals[target.id] = len(target.generated) + count
@@ -46,13 +46,15 @@ class Draft:
             for own, id in self._scheduler.commit(tuple(token.id for token in tokens)):
                 if id == NOT_FINITE:
                     own.generated.pop()
-                # A sequence that was preempted earlier may be admitted without being wanted now.
-                if id == NOT_FINITE or len(own.generated) >= goals.get(own.id, 0):
+                if id == NOT_FINITE or len(own.generated) >= goals[own.id]:
                     self._scheduler.running.remove(own)
                     left.discard(own.id)
-        # Where pages ran out, some may be left.
+        found = {target.id: tuple(self._own[target.id].generated[len(target.generated) :]) for target in wanted}
+        # Where pages ran out, some may be left. Those that wait have no pages: they begin anew when they are wanted.
         self._scheduler.running.clear()
-        return {target.id: tuple(self._own[target.id].generated[len(target.generated) :]) for target in wanted}
+        for own in list(self._scheduler.waiting):
+            self.forget(own.id)
+        return found
 
     def _take_pages(self, own: Sequence) -> None:
         """Allocate pages for the tokens that a running sequence got since it was last continued, or preempt it."""
