@@ -74,7 +74,7 @@ def test_results_are_those_without_proposals_by_the_bit(plan, alone):
         assert [told(found[n])[:least] for n in range(len(alone))] == [told(result)[:least] for result in alone]
         taken, proposed = (sum(getattr(result, name) for result in found.values()) for name in TAKEN)
         assert 0 < taken <= proposed if getattr(proposer, "share", 1.0) else (taken, proposed > 0) == (0, True)
-    assert holds_nothing(engine) and not engine.speculation._paces
+    assert holds_nothing(engine) and not engine.speculation._known
 
 
 TAKEN = ("accepted_tokens", "proposed_tokens")

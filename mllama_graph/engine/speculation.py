@@ -43,7 +43,7 @@ class Proposer(Protocol):
 
 
 @dataclass
-class Pace:
+class Acceptance:
     """What is known of a sequence's proposals. share: the expected share of accepted ones, after `judged` of them.
 
     waited: steps since the last proposal; one is tried after `wait` of them.
@@ -73,8 +73,7 @@ class Speculation:
         self.proposer, self.cost, self.most = proposer, cost, plan.row_tokens - 1
         # The most token rows of a step. Where all sequences are padded to `row_tokens`, this does not limit proposals.
         self._rows = plan.decode_batch[-1] if plan.lengths_are_free else plan.decode_tokens
-        self._paces: dict[int, Pace] = {}
-        self.proposed = self.accepted = 0
+        self._known: dict[int, Acceptance] = {}
 
     def propose(self, rooms: Mapping[Sequence, int]) -> dict[int, tuple[int, ...]]:
         """Proposals for the sequences of a decode step, by their ids; `rooms`: the most ids for each."""
@@ -84,13 +83,11 @@ class Speculation:
 
     def learn(self, id: int, proposed: int, accepted: int) -> None:
         """Take note of how many proposals for a sequence were accepted."""
-        self.proposed += proposed
-        self.accepted += accepted
-        self._paces.setdefault(id, Pace()).learn(proposed, accepted)
+        self._of(id).learn(proposed, accepted)
 
     def forget(self, id: int) -> None:
         """Forget a sequence that has ended."""
-        self._paces.pop(id, None)
+        self._known.pop(id, None)
         self.proposer.forget(id)
 
     def _wanted(self, rooms: Mapping[Sequence, int]) -> dict[Sequence, int]:
@@ -101,23 +98,23 @@ class Speculation:
         """
         rows = tokens = float(len(rooms))
         counts = dict.fromkeys(rooms, 0)
-        gains = {sequence: self._pace(sequence).share for sequence, room in rooms.items() if min(room, self.most) > 0}
+        gains = {sequence: self._of(sequence.id).share for sequence, room in rooms.items() if min(room, self.most) > 0}
         while gains and rows < self._rows:
             sequence = max(gains, key=gains.__getitem__)
             if gains[sequence] * (1 + self.cost * (rows - 1)) <= tokens * self.cost:
                 break
             counts[sequence] += 1
             tokens, rows = tokens + gains[sequence], rows + 1
-            gains[sequence] *= self._pace(sequence).share
+            gains[sequence] *= self._of(sequence.id).share
             if counts[sequence] == min(self.most, rooms[sequence]):
                 del gains[sequence]
         for sequence in gains:
-            pace = self._pace(sequence)
-            pace.waited = 0 if counts[sequence] else pace.waited + 1
-            if pace.waited >= pace.wait and rows < self._rows:
-                counts[sequence], rows, pace.waited = 1, rows + 1, 0
-                pace.wait = min(2 * pace.wait, LONGEST_WAIT)
+            known = self._of(sequence.id)
+            known.waited = 0 if counts[sequence] else known.waited + 1
+            if known.waited >= known.wait and rows < self._rows:
+                counts[sequence], rows, known.waited = 1, rows + 1, 0
+                known.wait = min(2 * known.wait, LONGEST_WAIT)
         return {sequence: count for sequence, count in counts.items() if count}
 
-    def _pace(self, sequence: Sequence) -> Pace:
-        return self._paces.setdefault(sequence.id, Pace())
+    def _of(self, id: int) -> Acceptance:
+        return self._known.setdefault(id, Acceptance())
