@@ -54,7 +54,6 @@ class Service:
         self.open: set[Generation] = set()
         self.engine_loop = EngineLoop(lambda: self._built(build), self._deliver, self._engine_ended)
         self.metrics = Metrics(self, vllm_names)
-        self._plan = run.plan
         self._pool = ThreadPoolExecutor(
             WAITING_PREPARERS if pictures.waits else PREPARERS, thread_name_prefix="prepare"
         )
@@ -104,7 +103,7 @@ class Service:
         def prepared() -> list[Request]:
             requests = prepare()
             for request in requests:
-                self._plan.check(len(request.ids), request.max_new, len(request.images))
+                self.run.plan.check(len(request.ids), request.max_new, len(request.images))
             return requests
 
         try:
