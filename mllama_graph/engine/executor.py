@@ -76,7 +76,7 @@ class Executor:
         try:
             return self.rank.execute(step, bucket, compiled)
         except PeerGone as error:
-            if (lost := self._workers.lost()) is None:
+            if (lost := self._workers.wait_for_lost()) is None:
                 raise
             raise PeerGone(self._workers.gone(lost)) from error
 

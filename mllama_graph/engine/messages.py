@@ -173,7 +173,7 @@ class Workers:
         check: Callable[[], None],
     ):
         self._connections: dict[int, Connection] = {}
-        self._lock, self._closed = threading.Lock(), threading.Event()
+        self._lock, self._closed, self._timeout = threading.Lock(), threading.Event(), timeout
         # The host of each rank that is not on this one.
         self._elsewhere: dict[int, str] = {}
         if store is None or rendezvous is None:
@@ -254,6 +254,16 @@ class Workers:
             except OSError:
                 return None if self._closed.is_set() else rank
         return None
+
+    def wait_for_lost(self) -> int | None:
+        """A worker whose connection closes within the time in which a dead one's does, or None.
+
+        A process that dies closes its connections one after another. A cut link is noticed `timeout` after a keep-alive.
+        """
+        until = time.monotonic() + 2 * self._timeout / ALIVE_PER_TIMEOUT
+        while (rank := self.lost()) is None and time.monotonic() < until:
+            time.sleep(0.01)
+        return rank
 
     def close(self) -> None:
         """End the workers and close the connections."""
