@@ -35,6 +35,7 @@ QUANTISED = (
     "int8 layer alone",
     "int8 layer after a norm",
     "int8 layer of ranks",
+    "int8 layer of features rounded before",
     "static layer alone",
     "static layer after a norm",
     "static layer with a bias",
@@ -123,6 +124,8 @@ def quantised_parts(context: Context) -> dict[str, int]:
     spec, found = context.spec, Counter[str]()
     split = {leaf_of(entry) for entry in table(spec.shape) if spec.world_size > 1 and entry.shard == 1}
     biased = {leaf_of(entry) for entry in table(spec.shape) if entry.path.endswith(".bias")}
+    # The vision features are rounded once for all cross layers.
+    of_features = [path for path, form in spec.formats if path.endswith(".kv") and form.activations == DYNAMIC]
     for path, form, _, inputs in sizes(spec.formats, spec.shape, spec.world_size):
         if not context.runs(path):
             continue
@@ -134,6 +137,8 @@ def quantised_parts(context: Context) -> dict[str, int]:
         normed = path.startswith("text.layers.") and path.endswith((".qkv", ".q", ".gate_up"))
         normed |= path == "text.head" and form.activations == DYNAMIC
         place = "after a norm" if normed and path != "text.layers.0.qkv" else "alone"
+        if path in of_features[1:]:
+            place = "of features rounded before"
         if form.activations == DYNAMIC:
             found[f"int8 layer {'of ranks' if path in split else place}"] += 1
         if form.activations == STATIC:
@@ -207,17 +212,19 @@ def _split_models() -> Iterator[ModelShape]:
 
 def _quantised_models() -> Iterator[tuple[ModelShape, int, Formats]]:
     """The same for each kind of quantised layer: shape, number of ranks and formats."""
-    shape = shortened(shape_of({"model_type": "mllama"}))
+    released = shape_of({"model_type": "mllama"})
+    base, crosses = shortened(released), shortened(released, cross_layers=2)
     layers, everything = ("text",), ("text", "vision", "projector")
-    for form, ranks, parts in (
-        (CHOICES["w8a16"], 1, everything),
-        (CHOICES["w4a16"], 1, everything),
-        (Format("int4", group=128, sorted=True), 1, layers),
-        (CHOICES["w8a8"], 1, everything),
-        (CHOICES["w8a8"], 1, layers),
-        (CHOICES["w8a8"], 2, everything),
-        (Format("int8", activations=STATIC), 1, everything),
-        (Format("int8", activations=STATIC), 1, layers),
+    for shape, form, ranks, parts in (
+        (base, CHOICES["w8a16"], 1, everything),
+        (base, CHOICES["w4a16"], 1, everything),
+        (base, Format("int4", group=128, sorted=True), 1, layers),
+        (base, CHOICES["w8a8"], 1, everything),
+        (base, CHOICES["w8a8"], 1, layers),
+        (crosses, CHOICES["w8a8"], 1, layers),
+        (base, CHOICES["w8a8"], 2, everything),
+        (base, Format("int8", activations=STATIC), 1, everything),
+        (base, Format("int8", activations=STATIC), 1, layers),
     ):
         leaves = chosen("w8a16", 128, parts, shape, ranks)
         yield shape, ranks, tuple((path, form) for path, _ in leaves)

@@ -15,14 +15,16 @@ from mllama_graph.ops.npu import npu_ops
 
 # The released model's sizes, with one layer of each kind: no weight is allocated.
 RELEASED = shortened(shape_of({"model_type": "mllama"}))
+# Two cross layers, which read the same vision features.
+CROSSES = shortened(shape_of({"model_type": "mllama"}), cross_layers=2)
 TEXT, ALL = ("text",), tuple(part for part in PARTS if part != "embedding")
 
 
-def quantised(form, parts=TEXT, ranks=1, **changes):
+def quantised(form, parts=TEXT, ranks=1, shape=RELEASED, **changes):
     """The spec of graphs whose layers have one format."""
-    formats = tuple((path, form) for path, _ in chosen("w8a16", 128, parts, RELEASED, ranks))
+    formats = tuple((path, form) for path, _ in chosen("w8a16", 128, parts, shape, ranks))
     pages = {"num_pages": 64, "num_image_pages": 64}
-    return replace(spec_of("base", ranks, formats=formats, **changes), shape=RELEASED, **pages)
+    return replace(spec_of("base", ranks, formats=formats, **changes), shape=shape, **pages)
 
 
 def found(spec, bucket, change=None):
@@ -40,6 +42,7 @@ CLEAN = {
     "w4a16": (quantised(CHOICES["w4a16"]), (DECODE, VISION)),
     "sorted and shifted": (quantised(Format("int4", group=128, shifted=True, sorted=True)), (LEAN,)),
     "w8a8, two ranks, everything": (quantised(CHOICES["w8a8"], ALL, 2), (DECODE, VISION, CHUNK)),
+    "w8a8, two cross layers": (quantised(CHOICES["w8a8"], shape=CROSSES), (VISION,)),
     "w8a8 in tiles": (quantised(CHOICES["w8a8"], options=NZ), (LEAN,)),
     "static, everything": (quantised(Format("int8", activations=STATIC), ALL, 2), (DECODE, VISION)),
 }
