@@ -258,7 +258,7 @@ class Workers:
     def wait_for_lost(self) -> int | None:
         """A worker whose connection closes within the time in which a dead one's does, or None.
 
-        A process that dies closes its connections one after another. A cut link is noticed `timeout` after a keep-alive.
+        A process that dies closes one connection after another. A cut link is noticed `timeout` after a keep-alive.
         """
         until = time.monotonic() + 2 * self._timeout / ALIVE_PER_TIMEOUT
         while (rank := self.lost()) is None and time.monotonic() < until:
