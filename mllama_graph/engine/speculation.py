@@ -22,6 +22,8 @@ WEIGHT, FIRST = 0.25, 0.5
 # Steps before a single proposal is tried for a sequence whose proposals are not expected to pay, at first and at most.
 # Each trial doubles them, until a proposal is accepted.
 FIRST_WAIT, LONGEST_WAIT = 16, 128
+# The least expected speed-up of a step by proposals: below it, an estimate that is too high would cost more.
+LEAST_GAIN = 1.05
 
 # From the sequences that decode to the proposed ids of each, by the sequence's id.
 Propose = Callable[[list[Sequence]], Mapping[int, tuple[int, ...]]]
@@ -111,7 +113,7 @@ class Speculation:
         """
         rows = len(rooms)
         tokens, counts, best = float(rows), dict.fromkeys(rooms, 0), dict.fromkeys(rooms, 0)
-        most = tokens / self._seconds(rows, 0)
+        most = LEAST_GAIN * tokens / self._seconds(rows, 0)
         able = [sequence for sequence, room in rooms.items() if min(room, self.most) > 0]
         gains = {sequence: self._of(sequence.id).share for sequence in able}
         for proposed in range(1, self._rows - rows + 1):
