@@ -183,8 +183,8 @@ def test_proposals_follow_what_they_gain():
         if count := counts(speculation, {first: 50})[0]:
             speculation.learn(0, count, 0)
             tried += count
-    # The first steps, in which the estimate falls, and then 1 step in 16, 32, ... 128.
-    assert tried < 12
+    # About the first ten steps, in which the estimate falls, and then 1 step in 16, 32, ... 128.
+    assert tried < 25
     # An acceptance that recovers is noticed.
     speculation.learn(0, 1, 1)
     assert max(counts(speculation, {first: 50})[0] for _ in range(3)) == 1
@@ -197,11 +197,11 @@ def test_proposals_follow_measured_times():
     speculation, one = Speculation(Ngram(), plan, 0.1), sequence([1])
     wanted = []
     for rows, seconds in ((1, 1.0), (3, 1.05), (3, 5.0), (2, 2.0)):
-        for _ in range(30):
+        for _ in range(15):
             speculation.took(DecodeStep((Row(0, (1,) * rows, 5, (), 1, 0),)), seconds)
         wanted.append(sum(speculation._wanted({one: 50}).values()))
-    # By the cost alone; as cheap as three rows were; but for two rows, which have no time of their own; none.
-    assert wanted == [2, 3, 1, 0]
+    # By the cost alone; with the time of three rows; when that has risen; and when two rows have a time of their own.
+    assert wanted == [2, 2, 1, 0]
 
 
 # ---- a draft
