@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mllama_graph.engine.pace import LEAST, RATIO, Pace
+from mllama_graph.engine.pace import KEPT, LEAST, MOST, RATIO, Pace, Times
 from mllama_graph.engine.steps import DecodeStep, PrefillStep, Row
 
 DECODING = 4
@@ -18,7 +18,8 @@ def step(new: int):
 def paced(alone: float, base: float, each: float, steps: int = 200) -> Pace:
     """After steps of a machine on which a decode step takes `alone`, one with n prompt tokens base + n * each."""
     pace = Pace(8, 2048)
-    pace.took(step(0), alone)
+    for _ in range(2):
+        pace.took(step(0), alone)
     for _ in range(steps):
         pace.took(step(pace.room), base + pace.room * each)
     return pace
@@ -43,6 +44,44 @@ def test_one_late_step_takes_at_most_half():
 
 def test_times_are_kept_by_the_number_of_sequences():
     pace = Pace(8, 2048)
-    pace.took(step(0), 1.0)
+    for _ in range(2):
+        pace.took(step(0), 1.0)
     pace.took(PrefillStep((Row(9, (1,) * 64, 0, (), 1, 0),), 0), 100.0)
     assert pace.room == 8, "a prompt alone says nothing about rows beside it"
+
+
+@given(st.floats(0.1, 10), st.floats(1, 30), st.floats(0, 1))
+def test_the_mean_step_takes_the_ratio_whatever_the_least_chunk_takes(alone, base, each):
+    pace, taken, tokens, since = Pace(8, 2048), [], 0, 0
+    for _ in range(600):
+        new = pace.room if pace.admits(DECODING) else 0
+        since = since + 1 if new else 0
+        assert since <= MOST
+        taken.append(alone * (base + new * each) if new else alone)
+        tokens += new
+        pace.took(step(new), taken[-1])
+    assert sum(taken[100:]) / 500 <= RATIO * alone * 1.2
+    assert tokens > 500 * LEAST * (RATIO - 1) / (base + LEAST * each) / 2, "the prompt goes on"
+
+
+def test_nothing_is_computed_beside_sequences_whose_own_time_is_not_known():
+    pace = Pace(8, 2048)
+    assert not pace.admits(DECODING)
+    for _ in range(2):
+        pace.took(step(0), 1.0)
+    assert pace.admits(DECODING) and not pace.admits(DECODING + 1)
+    proposals = DecodeStep((Row(0, (1, 2), 5, (), 1, 0),))
+    for _ in range(2):
+        pace.took(proposals, 2.0)
+    assert not pace.admits(1), "a step with proposals is no measure"
+
+
+def test_a_time_is_forgotten_where_no_step_repeats_it():
+    times = Times()
+    assert times.learn(5, 9.0) == 9.0 and times.of(5) is None and times.nearest(5) is None
+    assert times.learn(5, 1.0) == 1.0 == times.of(5), "the first step of its kind may have loaded a graph"
+    for _ in range(KEPT):
+        times.learn(1, 1.0)
+    assert (times.of(5), times.nearest(7), times.nearest(3)) == (1.0, 5, 1)
+    times.learn(1, 1.0)
+    assert (times.of(5), times.nearest(7), times.nearest(0)) == (None, 1, 1)

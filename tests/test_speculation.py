@@ -19,7 +19,7 @@ from mllama_graph.engine.ngram import Ngram
 from mllama_graph.engine.sampler import Sampler
 from mllama_graph.engine.sequence import Sequence
 from mllama_graph.engine.speculation import Speculation
-from mllama_graph.engine.steps import NOT_FINITE, Row, agreeing
+from mllama_graph.engine.steps import NOT_FINITE, DecodeStep, Row, agreeing
 from mllama_graph.inputs.request import Sampling
 from mllama_graph.model.table import Shard
 
@@ -183,13 +183,25 @@ def test_proposals_follow_what_they_gain():
         if count := counts(speculation, {first: 50})[0]:
             speculation.learn(0, count, 0)
             tried += count
-    # About the first ten steps, in which the estimate falls, and then 1 step in 4, 8, ... 64.
-    assert tried < 30
+    # About the first ten steps, in which the estimate falls, and then 1 step in 16, 32, ... 128.
+    assert tried < 25
     # An acceptance that recovers is noticed.
     speculation.learn(0, 1, 1)
     assert max(counts(speculation, {first: 50})[0] for _ in range(3)) == 1
     speculation.learn(0, 1, 1)
     assert counts(speculation, {first: 50})[0] >= 1
+
+
+def test_proposals_follow_measured_times():
+    plan = resolved(run_of(TINY, batch=2, kernels="native", speculate="ngram")).plan
+    speculation, one = Speculation(Ngram(), plan, 0.1), sequence([1])
+    wanted = []
+    for rows, seconds in ((1, 1.0), (3, 1.05), (3, 5.0), (2, 2.0)):
+        for _ in range(15):
+            speculation.took(DecodeStep((Row(0, (1,) * rows, 5, (), 1, 0),)), seconds)
+        wanted.append(sum(speculation._wanted({one: 50}).values()))
+    # By the cost alone; with the time of three rows; when that has risen; and when two rows have a time of their own.
+    assert wanted == [2, 2, 1, 0]
 
 
 # ---- a draft

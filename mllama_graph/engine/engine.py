@@ -113,6 +113,8 @@ class Engine:
         seconds = time.perf_counter() - start
         if self.scheduler.pace:
             self.scheduler.pace.took(step, seconds)
+        if self.speculation:
+            self.speculation.took(step, seconds)
         tokens, counts = agreed(step, tokens)
         self._learn(step, counts)
         self.stats.count(

@@ -25,7 +25,8 @@ class Scheduler:
 
     While sequences decode, a step has at most `plan.step_tokens` tokens, or as many as `pace` allows. Where lengths are
     data, prompts are computed beside the decoding sequences in one step, so that these get a token in each step but
-    those that encode an image. Elsewhere the two alternate.
+    those that encode an image; where `pace` says so, steps that only decode come between, without proposals. Elsewhere
+    the two alternate.
 
     `prefix_cache`: full pages are kept when their sequence ends, and a sequence that begins with the same ids and
     images starts after them. It waits for a running prompt that is computing many of its pages.
@@ -75,8 +76,10 @@ class Scheduler:
         assert self._pending is None, "the last step was not committed"
         decoding = self._decoding()
         room = self._room_beside(decoding)
-        step = self._decode(decoding) if decoding and self._owed and not room else None
-        return step or self._admit(decoding, room) or self._decode(decoding)
+        if decoding and room and self._keeps_pace(len(decoding)):
+            return self._decode(decoding, no_proposals)
+        step = self._decode(decoding, self.propose) if decoding and self._owed and not room else None
+        return step or self._admit(decoding, room) or self._decode(decoding, self.propose)
 
     def commit(self, ids: tuple[int, ...], counts: tuple[int, ...] = ()) -> list[tuple[Sequence, int]]:
         """Append the ids that a step sampled. Returns (sequence, id) for each of them.
@@ -149,6 +152,11 @@ class Scheduler:
             return 0
         room = self.pace.room if self.pace else plan.step_tokens - rows
         return max(1, min(room, plan.prefill_tokens[-1] - rows))
+
+    def _keeps_pace(self, decoding: int) -> bool:
+        """Whether prompts wait, so that steps of the decoding sequences are not late."""
+        prompts = self.waiting or len(self.running) > decoding
+        return bool(self.pace and prompts and not self.pace.admits(decoding))
 
     def _admit(self, decoding: list[Sequence], room: int) -> Step | None:
         """The next vision or prefill step. `room`: see `_room_beside`; above 0, the step decodes as well.
@@ -271,12 +279,12 @@ class Scheduler:
                     self.preempt(max(self.running, key=lambda one: (-one.priority, one.id)))
         return [s for s in self.running if s.decoding]
 
-    def _decode(self, sequences: list[Sequence]) -> Step | None:
+    def _decode(self, sequences: list[Sequence], propose: Propose) -> Step | None:
         """A decode step."""
         if not sequences:
             return None
         self._owed = False
-        proposals = self.propose(sequences)
+        proposals = propose(sequences)
         rows = tuple(
             self._row(sequence, 1, self._with_room(sequence, proposals.get(sequence.id, ()))) for sequence in sequences
         )

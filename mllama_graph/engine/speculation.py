@@ -7,18 +7,23 @@ sampling: it is accepted with the model's probability of it, and a token that re
 without it.
 """
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from mllama_graph.engine.pace import Times
 from mllama_graph.engine.sequence import Sequence
+from mllama_graph.engine.steps import DecodeStep, Step
 from mllama_graph.plan.buckets import Plan
 
 # The least weight of one outcome in the moving average of the share of accepted proposals, and that share at first.
 WEIGHT, FIRST = 0.25, 0.5
 # Steps before a single proposal is tried for a sequence whose proposals are not expected to pay, at first and at most.
 # Each trial doubles them, until a proposal is accepted.
-FIRST_WAIT, LONGEST_WAIT = 8, 64
+FIRST_WAIT, LONGEST_WAIT = 16, 128
+# The least expected speed-up of a step by proposals: below it, an estimate that is too high would cost more.
+LEAST_GAIN = 1.05
 
 # From the sequences that decode to the proposed ids of each, by the sequence's id.
 Propose = Callable[[list[Sequence]], Mapping[int, tuple[int, ...]]]
@@ -66,7 +71,7 @@ class Acceptance:
 
 class Speculation:
     """Proposals for decode steps. `most`: the most per sequence and step. `cost`: the time that a further row adds to a
-    step, as a share of the time of a step with one row.
+    step, as a share of the time of a step with one row, until steps of as many rows were measured.
     """
 
     def __init__(self, proposer: Proposer, plan: Plan, cost: float):
@@ -74,12 +79,23 @@ class Speculation:
         # The most token rows of a step. Where all sequences are padded to `row_tokens`, this does not limit proposals.
         self._rows = plan.decode_batch[-1] if plan.lengths_are_free else plan.decode_tokens
         self._known: dict[int, Acceptance] = {}
+        # Of decode steps by their token rows, and of proposing one id, under 1.
+        self._times, self._proposing = Times(), Times()
 
     def propose(self, rooms: Mapping[Sequence, int]) -> dict[int, tuple[int, ...]]:
         """Proposals for the sequences of a decode step, by their ids; `rooms`: the most ids for each."""
         wanted = self._wanted(rooms)
-        found = self.proposer.propose(wanted) if wanted else {}
-        return {id: ids for id, ids in found.items() if ids}
+        if not wanted:
+            return {}
+        start = time.perf_counter()
+        found = {id: ids for id, ids in self.proposer.propose(wanted).items() if ids}
+        self._proposing.learn(1, (time.perf_counter() - start) / sum(wanted.values()))
+        return found
+
+    def took(self, step: Step, seconds: float) -> None:
+        """Learn the time of a step."""
+        if isinstance(step, DecodeStep):
+            self._times.learn(sum(len(row.ids) for row in step.rows), seconds)
 
     def learn(self, id: int, proposed: int, accepted: int) -> None:
         """Take note of how many proposals for a sequence were accepted."""
@@ -93,28 +109,40 @@ class Speculation:
     def _wanted(self, rooms: Mapping[Sequence, int]) -> dict[Sequence, int]:
         """How many ids to propose for each sequence, so that the step gives the most tokens per time.
 
-        A further proposal adds a token with the probability that it and all before it are accepted. It pays if that is
-        more than the step's expected tokens times the share by which one more row lengthens the step.
+        A further proposal adds a token with the probability that it and all before it are accepted.
         """
-        rows = tokens = float(len(rooms))
-        counts = dict.fromkeys(rooms, 0)
-        gains = {sequence: self._of(sequence.id).share for sequence, room in rooms.items() if min(room, self.most) > 0}
-        while gains and rows < self._rows:
-            sequence = max(gains, key=gains.__getitem__)
-            if gains[sequence] * (1 + self.cost * (rows - 1)) <= tokens * self.cost:
+        rows = len(rooms)
+        tokens, counts, best = float(rows), dict.fromkeys(rooms, 0), dict.fromkeys(rooms, 0)
+        most = LEAST_GAIN * tokens / self._seconds(rows, 0)
+        able = [sequence for sequence, room in rooms.items() if min(room, self.most) > 0]
+        gains = {sequence: self._of(sequence.id).share for sequence in able}
+        for proposed in range(1, self._rows - rows + 1):
+            if not gains:
                 break
+            sequence = max(gains, key=gains.__getitem__)
             counts[sequence] += 1
-            tokens, rows = tokens + gains[sequence], rows + 1
+            tokens += gains[sequence]
             gains[sequence] *= self._of(sequence.id).share
             if counts[sequence] == min(self.most, rooms[sequence]):
                 del gains[sequence]
-        for sequence in gains:
+            if (rate := tokens / self._seconds(rows + proposed, proposed)) > most:
+                most, best = rate, dict(counts)
+        rows += sum(best.values())
+        for sequence in able:
             known = self._of(sequence.id)
-            known.waited = 0 if counts[sequence] else known.waited + 1
+            known.waited = 0 if best[sequence] else known.waited + 1
             if known.waited >= known.wait and rows < self._rows:
-                counts[sequence], rows, known.waited = 1, rows + 1, 0
+                best[sequence], rows, known.waited = 1, rows + 1, 0
                 known.wait = min(2 * known.wait, LONGEST_WAIT)
-        return {sequence: count for sequence, count in counts.items() if count}
+        return {sequence: count for sequence, count in best.items() if count}
+
+    def _seconds(self, rows: int, proposed: int) -> float:
+        """The expected time of a step of so many rows and of its proposals; that of a row is 1 if none is known."""
+        known = self._times.nearest(rows)
+        if known is None:
+            return 1 + self.cost * (rows - 1)
+        seconds, each = self._times.of(known) or 0.0, self._proposing.of(1) or 0.0
+        return seconds * (1 + self.cost * (rows - 1)) / (1 + self.cost * (known - 1)) + each * proposed
 
     def _of(self, id: int) -> Acceptance:
         return self._known.setdefault(id, Acceptance())

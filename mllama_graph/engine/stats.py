@@ -19,6 +19,8 @@ class Totals:
     image_tokens: int = 0
     cached_tokens: int = 0
     new_tokens: int = 0
+    proposed_tokens: int = 0
+    accepted_tokens: int = 0
     first_token_ms: float = 0.0
     per_token_ms: float = 0.0
     timed: int = 0
@@ -30,6 +32,8 @@ class Totals:
         self.image_tokens += result.image_tokens
         self.cached_tokens += result.cached_tokens
         self.new_tokens += len(result.token_ids)
+        self.proposed_tokens += result.proposed_tokens or 0
+        self.accepted_tokens += result.accepted_tokens or 0
         self.first_token_ms += result.time_to_first_token_ms
         if result.time_per_output_token_ms is not None:
             self.per_token_ms, self.timed = self.per_token_ms + result.time_per_output_token_ms, self.timed + 1
@@ -47,7 +51,6 @@ class Stats:
     decode_steps: int = 0
     decode_rows: int = 0
     decode_tokens: int = 0
-    proposed_tokens: int = 0
     vision_seconds: float = 0.0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -67,7 +70,6 @@ class Stats:
             self.decode_steps += 1
             self.decode_rows += len(step.rows)
             self.decode_tokens += tokens
-            self.proposed_tokens += sum(len(row.ids) - 1 for row in step.rows)
             self.decode_seconds += seconds
             keys = sum(row.start + len(row.ids) for row in step.rows)
             self.decode_bytes += step_bytes(shape, image_tokens > 0, keys, image_tokens, storage)
@@ -93,8 +95,8 @@ class Stats:
             "vision_seconds": round(self.vision_seconds, 4),
             "prefill_seconds": round(self.prefill_seconds, 4),
             "decode_seconds": round(self.decode_seconds, 4),
-            "proposed_tokens": self.proposed_tokens,
-            "accepted_tokens": self.decode_tokens - self.decode_rows,
+            "proposed_tokens": finished.proposed_tokens,
+            "accepted_tokens": finished.accepted_tokens,
             "preemptions": preemptions,
         }
 

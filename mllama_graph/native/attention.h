@@ -21,6 +21,8 @@ constexpr int64_t kQueries = 72, kKeys = 96;
 // The most blocks of queries that a thread computes together, with panels that it writes once for all of them and keeps
 // in its cache, as it does their queries and sums. Panels of all tokens would take as much memory as the pages.
 constexpr int64_t kTogether = 4;
+// log2(e): weights are computed as powers of two.
+constexpr float kPowers = 1.44269504f;
 
 // The tokens that a set of rows attends to, in order. Those of each sequence begin at a multiple of kKeys, so that sums
 // have the same order whatever sequences come before.
@@ -120,6 +122,33 @@ inline float weigh(float* w, int64_t begin, int64_t end, float& top) {
   return total(part);
 }
 
+// Sums of some queries over the tokens so far: the largest score, the sum of weights, the weighted sum of values.
+struct Sums {
+  float *top, *weights, *values;
+};
+
+// Turns scores of `count` queries for the kKeys tokens from `start` on into weights, as far as seen_by(query) says, and
+// scales their sums to the new largest scores. `wide`: floats of a weighted sum of values.
+template <class F>
+void weigh_queries(float* scores, int64_t count, int64_t start, int64_t wide, const Sums& sums, const F& seen_by) {
+  for (int64_t r = 0; r < count; r++) {
+    const Seen sees = seen_by(r);
+    const int64_t begin = std::max<int64_t>(0, sees.first - start), end = std::min(kKeys, sees.last - start);
+    if (begin >= end) {
+      std::fill_n(scores + r * kKeys, kKeys, 0.0f);
+      continue;
+    }
+    const float before = sums.top[r], part = weigh(scores + r * kKeys, begin, end, sums.top[r]);
+    float* values = sums.values + r * wide;
+    if (sums.top[r] > before) {
+      const float shrink = power_of_two(splat(before - sums.top[r]))[0];
+      for (int64_t h = 0; h < wide; h += kLanes) store(values + h, load(values + h) * shrink);
+      sums.weights[r] *= shrink;
+    }
+    sums.weights[r] += part;
+  }
+}
+
 // Attention of q (T, Q, H) over `tokens`, of which row t sees seen[t]; zeros for a row that sees none. Weights are
 // computed as powers of two.
 template <class E>
@@ -138,7 +167,6 @@ void attend_rows(const float* q, float* out, const std::vector<RowsOfSequence>& 
     for (int64_t first = rows.first * G; first < rows.last * G; first += most)
       queries.push_back({first, std::min(first + most, rows.last * G)});
   const int64_t tasks = static_cast<int64_t>(queries.size());
-  constexpr float kPowers = 1.44269504f;  // log2(e)
   parallel_for(heads.keys * tasks, 1, [&](int64_t from, int64_t to) {
     std::vector<float> query(most * H), weight(kQueries * kKeys), sum_of_values(most * wide), top(most), sum(most);
     std::vector<float> key(kKeys * H), value(kKeys * wide), space(kLanes * H);
@@ -168,22 +196,8 @@ void attend_rows(const float* q, float* out, const std::vector<RowsOfSequence>& 
           const int64_t tall = std::min(kQueries, some - at);
           float* sums = sum_of_values.data() + at * wide;
           multiply_matrix<true>(query.data() + at * H, H, key.data(), weight.data(), kKeys, tall, kKeys, H);
-          for (int64_t r = 0; r < tall; r++) {
-            const Seen& sees = seen[(row + at + r) / G];
-            const int64_t begin = std::max<int64_t>(0, sees.first - start), end = std::min(kKeys, sees.last - start);
-            if (begin >= end) {
-              std::fill_n(weight.data() + r * kKeys, kKeys, 0.0f);
-              continue;
-            }
-            const float before = top[at + r];
-            const float part = weigh(weight.data() + r * kKeys, begin, end, top[at + r]);
-            if (top[at + r] > before) {
-              const float shrink = power_of_two(splat(before - top[at + r]))[0];
-              for (int64_t h = 0; h < wide; h += kLanes) store(sums + r * wide + h, load(sums + r * wide + h) * shrink);
-              sum[at + r] *= shrink;
-            }
-            sum[at + r] += part;
-          }
+          weigh_queries(weight.data(), tall, start, wide, {top.data() + at, sum.data() + at, sums},
+                        [&](int64_t r) { return seen[(row + at + r) / G]; });
           multiply_matrix<false>(weight.data(), kKeys, value.data(), sums, wide, tall, wide, kKeys);
         }
       }
@@ -196,13 +210,149 @@ void attend_rows(const float* q, float* out, const std::vector<RowsOfSequence>& 
   });
 }
 
+// Scores of N keys for V vectors of queries, whose columns are in `turned`, `lanes` apart. Sums have the order in which
+// multiply_matrix computes them.
+template <int N, int V>
+inline void score_keys(const float* const* keys, const float* turned, int64_t lanes, int64_t width, float* scores) {
+  Vector sum[N][V] = {};
+  for (int64_t h = 0; h < width; h++) {
+    Vector query[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) query[v] = load(turned + h * lanes + v * kLanes);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++) {
+      const Vector key = splat(keys[n][h]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v++) sum[n][v] = multiply_add(key, query[v], sum[n][v]);
+    }
+  }
+  for (int n = 0; n < N; n++)
+    for (int v = 0; v < V; v++) store(scores + n * lanes + v * kLanes, sum[n][v]);
+}
+
+// The sums of a head's queries in attention of few rows, and the queries: (width, lanes), zeros after the last.
+struct FewQueries {
+  int64_t count, lanes;
+  std::vector<float> turned, top, weights, values;
+
+  FewQueries(const float* q, RowsOfSequence rows, const Heads& heads, int64_t head, int64_t wide, float scale)
+      : count((rows.last - rows.first) * heads.group()),
+        lanes((count + kLanes - 1) / kLanes * kLanes),
+        turned(heads.width * lanes),
+        top(count, -std::numeric_limits<float>::infinity()),
+        weights(count),
+        values(count * wide) {
+    for (int64_t r = 0; r < count; r++) {
+      const float* from = q + query_of(r, rows, heads, head);
+      for (int64_t h = 0; h < heads.width; h++) turned[h * lanes + r] = from[h] * scale * kPowers;
+    }
+  }
+
+  static int64_t query_of(int64_t r, RowsOfSequence rows, const Heads& heads, int64_t head) {
+    const int64_t G = heads.group();
+    return ((rows.first + r / G) * heads.queries + head * G + r % G) * heads.width;
+  }
+};
+
+// The most queries of a head in attention of few rows.
+constexpr int64_t kFewQueries = kQueries;
+// Keys scored together.
+constexpr int kKeysTogether = kRegisters == 32 ? 8 : 6;
+
+// attend_rows for few rows of one sequence, with the same bits. Writing keys to panels would take longer than the
+// products: instead the queries are turned, once. A thread has some heads, and reads each block of tokens for all of
+// them, since what is apart in memory is slow to find.
+template <class E>
+void attend_few(const float* q, float* out, RowsOfSequence rows, const Heads& heads, const Tokens<E>& tokens,
+                const std::vector<Seen>& seen, float scale) {
+  const int64_t G = heads.group(), H = heads.width, wide = (H + kLanes - 1) / kLanes * kLanes;
+  int64_t first = tokens.count(), last = 0;
+  for (int64_t t = rows.first; t < rows.last; t++)
+    first = std::min(first, seen[t].first), last = std::max(last, seen[t].last);
+  last = std::min(last, tokens.count());
+  const int64_t parts = std::min<int64_t>(heads.keys, torch::stable::get_num_threads());
+  parallel_for(parts, 1, [&](int64_t from, int64_t to) {
+    const int64_t begin = from * heads.keys / parts, end = to * heads.keys / parts;
+    std::vector<FewQueries> queries;
+    for (int64_t head = begin; head < end; head++) queries.emplace_back(q, rows, heads, head, wide, scale);
+    const int64_t count = queries[0].count, lanes = queries[0].lanes;
+    std::vector<float> scores(kKeys * lanes), weight(lanes * kKeys), value(kKeys * 3 * kLanes);
+    std::vector<float> space(kKeysTogether * H);
+    for (int64_t start = first / kKeys * kKeys; start < last; start += kKeys) {
+      const auto *keys = tokens.keys.data() + start, *values = tokens.values.data() + start;
+      for (int64_t head = begin; head < end; head++) {
+        FewQueries& of = queries[head - begin];
+        for (int64_t i = 0; i < kKeys; i += kKeysTogether) {
+          const float* k[kKeysTogether];
+          for (int n = 0; n < kKeysTogether; n++) {
+            k[n] = tokens.keys_pool.values(keys[i + n], head, space.data() + n * H);
+            prefetch_head(values[i + n], head, H);
+          }
+          int64_t v = 0;
+          for (; v + 2 * kLanes <= lanes; v += 2 * kLanes)
+            score_keys<kKeysTogether, 2>(k, of.turned.data() + v, lanes, H, scores.data() + i * lanes + v);
+          if (v < lanes) score_keys<kKeysTogether, 1>(k, of.turned.data() + v, lanes, H, scores.data() + i * lanes + v);
+        }
+        for (int64_t i = 0; i < kKeys; i += kLanes)
+          for (int64_t v = 0; v < lanes; v += kLanes) {
+            Vector some[kLanes];
+            for (int n = 0; n < kLanes; n++) some[n] = load(scores.data() + (i + n) * lanes + v);
+            transpose(some);
+            for (int n = 0; n < kLanes; n++) store(weight.data() + (v + n) * kKeys + i, some[n]);
+          }
+        weigh_queries(weight.data(), count, start, wide, {of.top.data(), of.weights.data(), of.values.data()},
+                      [&](int64_t r) { return seen[rows.first + r / G]; });
+        // What is read next: this block's keys of the next head, or the next block's of the first.
+        const int64_t ahead = head + 1 < end ? head + 1 : begin;
+        const auto* next = head + 1 < end ? keys : keys + (start + kKeys < last ? kKeys : 0);
+        for (int64_t i = 0; i < kKeys; i++) prefetch_head(next[i], ahead, H);
+        panels(wide, [&](auto tall, auto vectors, int64_t v) {
+          constexpr int R = tall, V = vectors;
+          for (int64_t i = 0; i < kKeys; i++) {
+            const E* value_of = values[i].data + head * H;
+            const float factor = Pool<E>::kScaled ? values[i].scales[head * tokens.values_pool.page] : 1.0f;
+            for (int64_t h = v * kLanes; h < (v + V) * kLanes; h += kLanes) {
+              float* to = value.data() + i * V * kLanes + h - v * kLanes;
+              if (h + kLanes <= H) store(to, Pool<E>::kScaled ? load(value_of + h) * factor : load(value_of + h));
+              else
+                for (int64_t c = 0; c < kLanes; c++)
+                  to[c] = h + c < H ? (Pool<E>::kScaled ? widen(value_of[h + c]) * factor : widen(value_of[h + c])) : 0.0f;
+            }
+          }
+          float* sums = of.values.data() + v * kLanes;
+          int64_t r = 0;
+          for (; r + R <= count; r += R)
+            multiply_tile<R, V, false>(weight.data() + r * kKeys, kKeys, value.data(), kKeys, sums + r * wide, wide);
+          for (; r < count; r++)
+            multiply_tile<1, V, false>(weight.data() + r * kKeys, kKeys, value.data(), kKeys, sums + r * wide, wide);
+        });
+      }
+    }
+    for (int64_t head = begin; head < end; head++) {
+      const FewQueries& of = queries[head - begin];
+      for (int64_t r = 0; r < count; r++) {
+        float* result = out + FewQueries::query_of(r, rows, heads, head);
+        const float factor = of.weights[r] > 0 ? 1 / of.weights[r] : 0.0f;
+        for (int64_t h = 0; h < H; h++) result[h] = of.values[r * wide + h] * factor;
+      }
+    }
+  });
+}
+
 template <class E>
 Tensor attend_rows(const Tensor& q, const std::vector<RowsOfSequence>& sequences, const Tokens<E>& tokens,
                    const std::vector<Seen>& seen, double scale) {
   Tensor y = allocated(q.sizes());
   const int64_t real = sequences.empty() ? 0 : sequences.back().last, width = q.size(1) * q.size(2);
-  attend_rows(floats(q), results(y), sequences, {q.size(1), tokens.keys_pool.heads, q.size(2)}, tokens, seen,
-              static_cast<float>(scale));
+  const Heads heads{q.size(1), tokens.keys_pool.heads, q.size(2)};
+  const auto factor = static_cast<float>(scale);
+  std::vector<RowsOfSequence> many;
+  for (const auto& rows : sequences) {
+    const bool few = (rows.last - rows.first) * heads.group() <= kFewQueries;
+    if (!few) many.push_back(rows);
+    else if (rows.first < rows.last) attend_few(floats(q), results(y), rows, heads, tokens, seen, factor);
+  }
+  attend_rows(floats(q), results(y), many, heads, tokens, seen, factor);
   std::fill(results(y) + real * width, results(y) + q.size(0) * width, 0.0f);
   return y;
 }

@@ -1,6 +1,7 @@
 // Attention of few rows over pages (decode): limited by the speed at which keys and values are read.
 //
-// They are read once, in the pages' format, and widened in registers. The scale of an int8 key is multiplied into its
+// They are read once for all rows that follow each other and see the same pages, such as a token and the proposals after
+// it, in the pages' format, and widened in registers. The scale of an int8 key is multiplied into its
 // score, that of an int8 value into the token's weight.
 
 #pragma once
@@ -21,6 +22,8 @@ namespace {
 constexpr int64_t kSplit = 256, kBlockBytes = 1 << 18;
 // A task that reads fewer bytes is not split.
 constexpr int64_t kSplitBytes = 1 << 16;
+// The most rows that read keys and values together: few enough that their queries and sums fit in L1 or L2.
+constexpr int64_t kRowsTogether = 8;
 constexpr int kTokens = 64;
 // The most query heads scored together, and tokens scored together by number of heads: their sums fill the registers.
 constexpr int kHeads = 4;
@@ -31,8 +34,8 @@ struct Heads {
   int64_t group() const { return queries / keys; }
 };
 
-// Partial softmax of one query row over some tokens: for each head the largest score, the sum of the weights and the
-// weighted sum of the values.
+// Partial softmax of queries over some tokens: for each the largest score, the sum of the weights and the weighted sum of
+// the values.
 struct Partial {
   float* largest;
   float* sum;
@@ -168,18 +171,18 @@ void add_tokens(const float (*weights)[kTokens], const E* v, int tokens, Next<E>
         to[g * heads.width + h] = std::fma(weights[g][i], widen(v[i * stride + h]), to[g * heads.width + h]);
 }
 
-// Calls f(number of query heads, first query head, their kv head) for the query heads of kv heads from .. to - 1, at most
-// kHeads at a time.
+// Calls f(number of queries, first of them, their kv head) for the queries of kv heads from .. to - 1, at most kHeads at a
+// time: of the `each` queries of every head, those from `first` to `last` - 1.
 template <class F>
-inline void query_heads(const Heads& heads, int64_t from, int64_t to, const F& f) {
+inline void query_heads(int64_t from, int64_t to, int64_t each, int64_t first, int64_t last, const F& f) {
   for (int64_t head = from; head < to; head++) {
-    for (int64_t g = 0; g < heads.group(); g += kHeads) {
-      const int64_t first = head * heads.group() + g;
-      switch (std::min<int64_t>(kHeads, heads.group() - g)) {
-        case 1: f(std::integral_constant<int, 1>{}, first, head); break;
-        case 2: f(std::integral_constant<int, 2>{}, first, head); break;
-        case 3: f(std::integral_constant<int, 3>{}, first, head); break;
-        default: f(std::integral_constant<int, 4>{}, first, head);
+    for (int64_t g = first; g < last; g += kHeads) {
+      const int64_t query = head * each + g;
+      switch (std::min<int64_t>(kHeads, last - g)) {
+        case 1: f(std::integral_constant<int, 1>{}, query, head); break;
+        case 2: f(std::integral_constant<int, 2>{}, query, head); break;
+        case 3: f(std::integral_constant<int, 3>{}, query, head); break;
+        default: f(std::integral_constant<int, 4>{}, query, head);
       }
     }
   }
@@ -190,31 +193,54 @@ struct Piece {
   int64_t page, tokens, next;
 };
 
-// Pieces of one row, which one thread processes for some kv heads. Partial results are indexed by task.
+// Pieces of one row, over which a partial result is summed up.
 struct Task {
   int64_t row;
   std::vector<Piece> pieces;
 };
 
-// The tasks in the order in which threads take them: of rows that follow each other and begin with the same page, such as
-// a token and the proposals after it, first the first task of each, then the second, so that what one has read from
-// memory, the next reads from a cache. `first_task`: of each row, followed by the number of tasks.
-inline std::vector<int64_t> in_order(const std::vector<Task>& tasks, const std::vector<int64_t>& first_task) {
+// Whether two tasks read the same pages, of which their rows may see different numbers of tokens.
+inline bool share_pages(const Task& a, const Task& b) {
+  return std::equal(a.pieces.begin(), a.pieces.end(), b.pieces.begin(), b.pieces.end(),
+                    [](const Piece& one, const Piece& other) { return one.page == other.page; });
+}
+
+// Tasks that a thread computes together, for some kv heads: those of `rows` rows that share pages. `space`: where their
+// queries and partial results are, as `queries` queries of one row each.
+struct Together {
+  std::vector<int64_t> tasks;
+  int64_t space;
+};
+
+// The tasks of rows that follow each other and share pages, at most kRows of them together. `first_task`: of each row,
+// followed by the number of tasks. What one set of rows has read from memory, the next one reads from a cache: first the
+// first tasks of all rows that begin with the same page, then the second ones.
+inline std::vector<Together> together(const std::vector<Task>& tasks, const std::vector<int64_t>& first_task) {
   const int64_t rows = static_cast<int64_t>(first_task.size()) - 1;
   const auto page_of = [&](int64_t row) {
     return first_task[row] < first_task[row + 1] ? tasks[first_task[row]].pieces.front().page : -1;
   };
-  std::vector<int64_t> order;
-  order.reserve(tasks.size());
+  std::vector<Together> sets;
+  int64_t space = 0;
   for (int64_t first = 0, last; first < rows; first = last) {
     int64_t most = 0;
     for (last = first; last < rows && page_of(last) == page_of(first); last++)
       most = std::max(most, first_task[last + 1] - first_task[last]);
-    for (int64_t n = 0; n < most; n++)
-      for (int64_t row = first; row < last; row++)
-        if (first_task[row] + n < first_task[row + 1]) order.push_back(first_task[row] + n);
+    for (int64_t n = 0; n < most; n++) {
+      bool begun = false;
+      for (int64_t row = first; row < last; row++) {
+        const int64_t task = first_task[row] + n;
+        if (task >= first_task[row + 1]) continue;
+        if (!begun || static_cast<int64_t>(sets.back().tasks.size()) == kRowsTogether ||
+            !share_pages(tasks[sets.back().tasks.front()], tasks[task]))
+          sets.push_back({{}, space});
+        begun = true;
+        sets.back().tasks.push_back(task);
+        space++;
+      }
+    }
   }
-  return order;
+  return sets;
 }
 
 // Attention of the first B * R rows of q (T, Q, H), R for each of the first B sequences: a row sees the first
@@ -224,6 +250,7 @@ void attend(const Tensor& q, const Pool<E>& keys, const Pool<E>& values, const T
             double scale, const Seen& seen, float* results) {
   const int64_t rows = B * R, J = table.size(1), page = keys.page;
   const Heads heads{q.size(1), keys.heads, q.size(2)};
+  const int64_t G = heads.group(), H = heads.width;
   const float* queries = floats(q);
   if (keys.width != heads.width || heads.queries % heads.keys || rows > q.size(0) || B > table.size(0))
     fail("attention takes q (T, Q, H), pages (N, P, K, H) and a table (B, J), Q a multiple of K and T of B");
@@ -249,75 +276,101 @@ void attend(const Tensor& q, const Pool<E>& keys, const Pool<E>& values, const T
     }
   }
   first_task[rows] = static_cast<int64_t>(tasks.size());
-  const std::vector<int64_t> order = in_order(tasks, first_task);
+  const std::vector<Together> sets = together(tasks, first_task);
 
-  // Layout of a task's partial result: the largest scores, the sums, the values.
-  const int64_t width = heads.queries * (heads.width + 2), token = heads.keys * heads.width;
+  // Largest scores, sums and values of the partial results, those of a set by head, row and query of the head.
+  const int64_t partials = static_cast<int64_t>(tasks.size()) * heads.queries, token = heads.keys * H;
   const int64_t fit = kBlockBytes / (token * sizeof(E));
   const int64_t block = std::clamp<int64_t>(fit / kLanes * kLanes, kLanes, kTokens);
-  std::vector<float> partials(tasks.size() * width, 0.0f);
-  const auto partial = [&](int64_t task) {
-    float* at = partials.data() + task * width;
-    return Partial{at, at + heads.queries, at + 2 * heads.queries};
+  std::vector<float> largest(partials, -std::numeric_limits<float>::infinity()), sum(partials), value(partials * H);
+  const auto query_of = [&](int64_t set, int64_t n, int64_t head) {
+    const int64_t count = static_cast<int64_t>(sets[set].tasks.size());
+    return sets[set].space * heads.queries + (head / G * count + n) * G + head % G;
   };
-  // Few tasks are split by heads, which changes no sum, where reading them takes longer than waking threads.
-  const auto count = static_cast<int64_t>(tasks.size());
-  const int64_t threads = torch::stable::get_num_threads(), bytes = tasks.empty() ? 0 : 2 * token * sizeof(E) * most;
+  // Few sets are split by heads, which changes no sum, where reading them takes longer than waking threads.
+  const auto count = static_cast<int64_t>(sets.size());
+  const int64_t threads = torch::stable::get_num_threads(), bytes = sets.empty() ? 0 : 2 * token * sizeof(E) * most;
   const int64_t wanted = bytes < kSplitBytes ? 1 : (2 * threads + count - 1) / std::max<int64_t>(1, count);
   const int64_t parts = count < threads ? std::min(heads.keys, wanted) : 1;
   parallel_for(count * parts, 1, [&](int64_t from, int64_t to) {
-    const std::unique_ptr<float[][kTokens]> weights(new float[heads.queries][kTokens]);
+    std::vector<float> query;
+    std::unique_ptr<float[][kTokens]> weights;
+    int64_t held = 0;
     for (; from < to; from++) {
-      const int64_t task = order[from / parts], first = from % parts * heads.keys / parts;
-      const int64_t last = (from % parts + 1) * heads.keys / parts;
-      const Partial out = partial(task);
-      std::fill(out.largest + first * heads.group(), out.largest + last * heads.group(),
-                -std::numeric_limits<float>::infinity());
-      const float* row = queries + tasks[task].row * heads.queries * heads.width;
-      for (const Piece& piece : tasks[task].pieces) {
-        for (int64_t i = 0; i < piece.tokens; i += block) {
-          const int some = static_cast<int>(std::min<int64_t>(block, piece.tokens - i));
-          const int64_t slot = piece.page * page + i;
-          const int64_t next = i + some < piece.tokens ? slot + some : piece.next * page;
-          const E *k = keys.data + slot * token, *v = values.data + slot * token, *after = keys.data + next * token;
-          // Keys of all heads, then their values. Meanwhile each head prefetches as many elements as it reads of what
-          // is read next (the values, or the next block's keys): in the order of memory, if all heads are this thread's.
-          const auto prefetched = [&](const E* from, int64_t h) {
-            return parts == 1 ? Next<E>{from + h * some, heads.width} : Next<E>{from + h, token};
-          };
-          query_heads(heads, first, last, [&](auto queries, int64_t query, int64_t head) {
-            const int64_t h = head * heads.width, at_query = query * heads.width;
-            weigh_tokens<queries>(row + at_query, k + h, keys.scales_of(slot, head), values.scales_of(slot, head), some,
-                                  prefetched(v, h), heads, static_cast<float>(scale),
-                                  {out.largest + query, out.sum + query, out.values + at_query}, weights.get() + query);
-          });
-          query_heads(heads, first, last, [&](auto queries, int64_t query, int64_t head) {
-            const int64_t h = head * heads.width;
-            add_tokens<queries>(weights.get() + query, v + h, some, prefetched(after, h), heads,
-                                out.values + query * heads.width);
-          });
+      const Together& set = sets[from / parts];
+      const int64_t rows = static_cast<int64_t>(set.tasks.size()), each = rows * G, at = set.space * heads.queries;
+      const int64_t first = from % parts * heads.keys / parts, last = (from % parts + 1) * heads.keys / parts;
+      if (held < rows) {
+        held = rows;
+        query.resize(rows * heads.queries * H);
+        weights.reset(new float[rows * heads.queries][kTokens]);
+      }
+      for (int64_t n = 0; n < rows; n++)
+        for (int64_t head = first; head < last; head++)
+          std::copy_n(queries + (tasks[set.tasks[n]].row * heads.queries + head * G) * H, G * H,
+                      query.data() + (head * rows + n) * G * H);
+      const auto pieces_of = [&](int64_t n) -> const std::vector<Piece>& { return tasks[set.tasks[n]].pieces; };
+      for (size_t p = 0; p < pieces_of(0).size(); p++) {
+        const Piece& piece = pieces_of(rows - 1)[p];
+        const auto tokens_of = [&](int64_t n, int64_t i) { return std::min(block, pieces_of(n)[p].tokens - i); };
+        int64_t longest = 0;
+        for (int64_t n = 0; n < rows; n++) longest = std::max(longest, pieces_of(n)[p].tokens);
+        for (int64_t i = 0; i < longest; i += block) {
+          // Rows that see as many tokens of a block, which are nearly always all, read it together.
+          for (int64_t n = 0, end; n < rows; n = end) {
+            const int some = static_cast<int>(tokens_of(n, i));
+            for (end = n + 1; end < rows && tokens_of(end, i) == some; end++);
+            if (some <= 0) continue;
+            const int64_t slot = piece.page * page + i;
+            const int64_t next = i + some < piece.tokens ? slot + some : piece.next * page;
+            const E *k = keys.data + slot * token, *v = values.data + slot * token, *after = keys.data + next * token;
+            // Keys of all heads, then their values. Meanwhile each head prefetches as many elements as it reads of what
+            // is read next (the values, or the next block's keys): in the order of memory, if all heads are this thread's.
+            const auto prefetched = [&](const E* from, int64_t h) {
+              return parts == 1 ? Next<E>{from + h * some, H} : Next<E>{from + h, token};
+            };
+            query_heads(first, last, each, n * G, end * G, [&](auto some_queries, int64_t one, int64_t head) {
+              weigh_tokens<some_queries>(query.data() + one * H, k + head * H, keys.scales_of(slot, head),
+                                         values.scales_of(slot, head), some, prefetched(v, head * H), heads,
+                                         static_cast<float>(scale),
+                                         {largest.data() + at + one, sum.data() + at + one, value.data() + (at + one) * H},
+                                         weights.get() + one);
+            });
+            query_heads(first, last, each, n * G, end * G, [&](auto some_queries, int64_t one, int64_t head) {
+              add_tokens<some_queries>(weights.get() + one, v + head * H, some, prefetched(after, head * H), heads,
+                                       value.data() + (at + one) * H);
+            });
+          }
         }
       }
     }
   });
 
-  for (int64_t row = 0; row < rows; row++) {
-    for (int64_t head = 0; head < heads.queries; head++) {
-      float* result = results + (row * heads.queries + head) * heads.width;
-      std::fill_n(result, heads.width, 0.0f);
-      float largest = -std::numeric_limits<float>::infinity(), sum = 0;
-      for (int64_t task = first_task[row]; task < first_task[row + 1]; task++)
-        largest = std::max(largest, partial(task).largest[head]);
-      for (int64_t task = first_task[row]; task < first_task[row + 1]; task++) {
-        const Partial part = partial(task);
-        const float factor = std::exp(part.largest[head] - largest);
-        sum += part.sum[head] * factor;
-        for (int64_t h = 0; h < heads.width; h++) result[h] += part.values[head * heads.width + h] * factor;
-      }
+  // The partial results of each row, in the order of its tasks.
+  std::vector<std::pair<int64_t, int64_t>> place_of(tasks.size());
+  for (int64_t set = 0; set < count; set++)
+    for (size_t n = 0; n < sets[set].tasks.size(); n++) place_of[sets[set].tasks[n]] = {set, n};
+  const int64_t longest = tasks.empty() ? 1 : static_cast<int64_t>(tasks.size()) / rows + 1;
+  parallel_for(rows * heads.queries, kGrain / (longest * H) + 1, [&](int64_t from, int64_t to) {
+    for (; from < to; from++) {
+      const int64_t row = from / heads.queries, head = from % heads.queries;
+      float* result = results + from * H;
+      std::fill_n(result, H, 0.0f);
+      const auto each = [&](const auto& f) {
+        for (int64_t task = first_task[row]; task < first_task[row + 1]; task++)
+          f(query_of(place_of[task].first, place_of[task].second, head));
+      };
+      float top = -std::numeric_limits<float>::infinity(), all = 0;
+      each([&](int64_t query) { top = std::max(top, largest[query]); });
+      each([&](int64_t query) {
+        const float factor = std::exp(largest[query] - top);
+        all += sum[query] * factor;
+        for (int64_t h = 0; h < H; h++) result[h] += value[query * H + h] * factor;
+      });
       // A row that sees no token keeps zeros.
-      for (int64_t h = 0; h < heads.width && sum > 0; h++) result[h] /= sum;
+      for (int64_t h = 0; h < H && all > 0; h++) result[h] /= all;
     }
-  }
+  });
 }
 
 // The same for all rows, T / B of each sequence.

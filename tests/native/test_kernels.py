@@ -130,6 +130,21 @@ def test_attention_to_pages(shape, rows):
     assert torch.equal(ours[:rows], CPU.attend_pages(q[:rows], pages, table[:1, :used].contiguous(), length[:1]))
 
 
+@given(SHAPES, st.lists(st.tuples(st.integers(0, 2), st.integers(1, 11)), min_size=1, max_size=4))
+def test_rows_that_share_pages_have_the_bits_that_each_has_alone(shape, runs):
+    normal = randoms(shape["seed"])
+    pages, table, generator = pool(normal, shape)
+    most = shape["J"] * shape["page"]
+    # As a token and its proposals: each row of a run sees one token more than the row before it.
+    rows = [(one, min(most, 1 + most // 2 + n)) for one, count in runs for n in range(count)]
+    q = 2 * normal(len(rows), shape["keys"] * shape["group"], shape["width"])
+    tables, lengths = table[[one for one, _ in rows]].contiguous(), torch.tensor([seen for _, seen in rows]).int()
+    ours = CPU.attend_pages(q, pages, tables, lengths)
+    for n in range(len(rows)):
+        alone = CPU.attend_pages(q[n : n + 1], pages, tables[n : n + 1], lengths[n : n + 1])
+        assert torch.equal(ours[n : n + 1], alone)
+
+
 @given(SHAPES, st.sampled_from((1, 2, 5, 33)))
 def test_attention_to_images(shape, rows):
     normal = randoms(shape["seed"])
