@@ -9,7 +9,7 @@ namespace {
 
 // Whether a weight-only format's codes are whole numbers, and served as such by this machine.
 bool in_whole_numbers(ScalarType kind, bool table) {
-  return kFastBytes && !table && (kind == ScalarType::Char || kind == ScalarType::Byte);
+  return (kFastBytes || kPairs) && !table && (kind == ScalarType::Char || kind == ScalarType::Byte);
 }
 
 // Converts rows of codes (O, ...) to the panels that the kernels read, in place: int8 in words of four, without a sign,
@@ -53,10 +53,12 @@ Tensor linear_coded(Tensor given, Tensor weight, Tensor scale, std::optional<Ten
   if (in_whole_numbers(kind, table.has_value())) {
     const WholeWeight w{static_cast<const uint32_t*>(weight.const_data_ptr()), scales, shifts, inputs, outputs,
                         inputs / groups};
-    const auto run = [&]<class C>() {
-      whole_of<C, 2>(whole_rows<C>(from, some, inputs, block_of(w.group), 2, nullptr, 0), w, results(y), some);
+    const auto run = [&]<class C, int P>() {
+      whole_of<C, P>(whole_rows<C, P>(from, some, inputs, block_of(w.group), nullptr, 0), w, results(y), some);
     };
-    kind == ScalarType::Char ? run.operator()<ByteCodes>() : run.operator()<HalfbyteCodes>();
+    const bool bytes = kind == ScalarType::Char;
+    if constexpr (kPairs) bytes ? run.operator()<BytePairs, 1>() : run.operator()<HalfbytePairs, 1>();
+    else bytes ? run.operator()<ByteCodes, 2>() : run.operator()<HalfbyteCodes, 2>();
     add_bias(results(y), bias, some);
     return y;
   }
