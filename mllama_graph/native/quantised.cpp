@@ -41,9 +41,11 @@ Tensor linear_coded(Tensor given, Tensor weight, Tensor scale, std::optional<Ten
       weight.size(1) * (halves ? 2 : 1) != inputs || scale.size(0) != outputs || !groups || inputs % groups ||
       (halves && inputs / groups % Table::kInputs))
     fail("linear_coded takes x (..., I) in float32, a contiguous weight of codes (O, I) and scales (O, G)");
+  const ScalarType kind = weight.scalar_type();
+  if (!halves && kind != ScalarType::Char && kind != ScalarType::Float8_e4m3fn)
+    fail("linear_coded takes weights of int8, float8_e4m3fn and uint8");
   Tensor y = allocated_rows(x, outputs, some);
   const float* from = floats(x);
-  const ScalarType kind = weight.scalar_type();
   std::vector<float> sorted, sums;
   if (order) {
     sorted = sorted_rows(from, some, inputs, integers(*order));
@@ -69,11 +71,12 @@ Tensor linear_coded(Tensor given, Tensor weight, Tensor scale, std::optional<Ten
                         inputs / groups};
     coded_of(decoder, from, w, sums.data(), results(y), some);
   };
-  switch (kind) {
-    case ScalarType::Char: run(Int8{}); break;
-    case ScalarType::Float8_e4m3fn: run(Fp8{}); break;
-    case ScalarType::Byte: table ? run(Table(floats(*table))) : run(Int4{}); break;
-    default: fail("linear_coded takes weights of int8, float8_e4m3fn and uint8");
+  if (kind == ScalarType::Float8_e4m3fn) {
+    run(Fp8{});
+  } else if (table) {
+    run(Table(floats(*table)));
+  } else if constexpr (!kFastBytes && !kPairs) {
+    kind == ScalarType::Char ? run(Int8{}) : run(Int4{});
   }
   add_bias(results(y), bias, some);
   return y;
