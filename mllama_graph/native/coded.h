@@ -137,7 +137,7 @@ void coded_rows(const D& decoder, const float* a, int64_t a_stride, const typena
   }
 }
 
-// The words of some inputs of a panel as values in fp32, without their scales.
+// The words of some inputs of a panel as values in fp32, without their scales and factor.
 template <class D>
 void decode_block(const D& decoder, const typename D::Word* words, int64_t width, int64_t inputs, float* to) {
   for (int64_t i = 0; i < inputs; i += D::kInputs, words += width, to += D::kInputs * width)
@@ -145,10 +145,10 @@ void decode_block(const D& decoder, const typename D::Word* words, int64_t width
       int64_t o = 0;
       for (; o + kLanes <= width; o += kLanes) {
         const auto loaded = decoder.load(words + o);
-        (store(to + input * width + o, decoder.template decode<input>(loaded) * D::kFactor), ...);
+        (store(to + input * width + o, decoder.template decode<input>(loaded)), ...);
       }
       for (; o < width; o++)
-        ((to[input * width + o] = decoder.template decode_one<input>(words[o]) * D::kFactor), ...);
+        ((to[input * width + o] = decoder.template decode_one<input>(words[o])), ...);
     }(std::make_index_sequence<D::kInputs>{});
 }
 
@@ -187,15 +187,14 @@ void coded_panel(const D& decoder, const float* x, const Coded<typename D::Word>
       float* decoded = block.data();
       while (reinterpret_cast<uintptr_t>(decoded) % kLine) decoded++;
       decode_block(decoder, from, width, some, decoded);
-      each_tile(Floats{}, decoded, i, some, 0);
+      each_tile(Decoded<D>{}, decoded, i, some, 0);
     }
   }
   if (scaled) return;
-  const float factor = decodes_each ? D::kFactor : 1;
   for (int64_t t = 0; t < rows; t++)
     for (int64_t o = 0; o < width; o++) {
       float& to = y[t * w.outputs + o];
-      to *= scale[o] * factor;
+      to *= scale[o] * D::kFactor;
       if (shift) to = std::fma(sums[t * groups], shift[o], to);
     }
 }

@@ -1,9 +1,10 @@
-// Linear layers whose weights are whole numbers of 8 or 4 bits, by the machine's products of bytes.
+// Linear layers whose weights are whole numbers of 8 or 4 bits, by the machine's products of whole numbers.
 //
-// Rows become whole numbers too. For activations in int8 that is what the format says: one byte. For weight-only
-// formats a row's inputs become 16 bits, in blocks of up to kBlock inputs with a scale of their own, and are held as two
-// bytes, hi * 256 + lo: an input is off by at most 2^-16 of the largest in its block. Products are summed exactly, in 32
-// bits; blocks are summed in fp32, in order, so that a row's result does not depend on other rows.
+// Rows become whole numbers too. For activations in int8 that is what the format says. For weight-only formats a row's
+// inputs become 16 bits, in blocks of up to kBlock inputs with a scale of their own: an input is off by at most 2^-16 of
+// the largest in its block. They are held as two bytes, hi * 256 + lo, where the machine multiplies bytes, else as they
+// are. Products are summed exactly, in 32 bits; blocks are summed in fp32, in order, so that a row's result does not
+// depend on other rows.
 //
 // Codes are held without a sign, as these instructions take them, and the row's sum times the offset is subtracted.
 
@@ -20,30 +21,48 @@
 
 namespace {
 
-// Whether products of bytes are fast enough to be worth two bytes for an input.
+// Whether products of bytes are fast enough to be worth two bytes for an input; whether AVX2 is to multiply pairs of 16
+// bits instead, which needs no more instructions than fp32 and no conversions of codes.
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
-constexpr bool kFastBytes = true;
+constexpr bool kFastBytes = true, kPairs = false;
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+constexpr bool kFastBytes = false, kPairs = true;
 #else
-constexpr bool kFastBytes = false;
+constexpr bool kFastBytes = false, kPairs = false;
 #endif
 
-// A word of four codes of 8 bits, and of eight codes of 4 bits. operand<k>: four of its codes as bytes, of the inputs
-// 4 * k ... for bytes, and 2 * i + k for halves of bytes.
+// A word of four codes of 8 bits, and of eight codes of 4 bits, without a sign. operand<k>: those of its codes for the
+// inputs k, k + kOperands, k + 2 * kOperands ..., in kWidth bytes each.
 struct ByteCodes {
-  static constexpr int kInputs = 4, kOperands = 1, kOffset = 128;
+  static constexpr int kInputs = 4, kOperands = 1, kWidth = 1, kOffset = 128;
   template <int k>
   static Integers operand(Integers x) { return x; }
   static uint32_t code(uint32_t word, int input) { return word >> 8 * input & 255; }
 };
 struct HalfbyteCodes {
-  static constexpr int kInputs = 8, kOperands = 2, kOffset = 8;
+  static constexpr int kInputs = 8, kOperands = 2, kWidth = 1, kOffset = 8;
   template <int k>
-  static Integers operand(Integers x) { return (k ? x >> 4 : x) & 0x0f0f0f0f; }
+  static Integers operand(Integers x) { return x >> 4 * k & 0x0f0f0f0f; }
   static uint32_t code(uint32_t word, int input) { return word >> 4 * input & 15; }
 };
+struct BytePairs : ByteCodes {
+  static constexpr int kOperands = 2, kWidth = 2;
+  template <int k>
+  static Integers operand(Integers x) { return x >> 8 * k & 0x00ff00ff; }
+};
+struct HalfbytePairs : HalfbyteCodes {
+  static constexpr int kOperands = 4, kWidth = 2;
+  template <int k>
+  static Integers operand(Integers x) { return x >> 4 * k & 0x000f000f; }
+};
 
-// sum + the products of four bytes in each lane, those of a without a sign, those of b with one.
-inline Integers add_bytes(Integers sum, Integers a, Integers b) {
+// Words whose products AVX2 sums in 16 bits before they are widened: 4 words of 8 products of codes of 4 bits with bytes.
+template <class C>
+constexpr int kNarrow = kPairs && std::is_same_v<C, HalfbyteCodes> ? 4 : 0;
+
+// sum + the products of the elements of a and b in each lane, those of a without a sign, those of b with one.
+template <class C>
+inline Integers add_elements(Integers sum, Integers a, Integers b) {
 #if defined(__AVX512VNNI__) && defined(__AVX512F__)
   return reinterpret_cast<Integers>(_mm512_dpbusd_epi32(
       reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
@@ -51,15 +70,22 @@ inline Integers add_bytes(Integers sum, Integers a, Integers b) {
   return reinterpret_cast<Integers>(_mm256_dpbusd_avx_epi32(
       reinterpret_cast<__m256i>(sum), reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
 #elif defined(__AVX2__) && !defined(__AVX512F__)
-  // Products of even and of odd bytes, widened to 16 bits, whose pairs are summed in 32: exact, and no slower than fp32.
-  const auto x = reinterpret_cast<__m256i>(a), w = reinterpret_cast<__m256i>(b);
-  const auto even = _mm256_madd_epi16(_mm256_and_si256(x, _mm256_set1_epi16(0xff)),
-                                      _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8));
-  const auto odd = _mm256_madd_epi16(_mm256_srli_epi16(x, 8), _mm256_srai_epi16(w, 8));
-  return sum + reinterpret_cast<Integers>(_mm256_add_epi32(even, odd));
+  const auto x = reinterpret_cast<__m256i>(a), w = reinterpret_cast<__m256i>(b), to = reinterpret_cast<__m256i>(sum);
+  return reinterpret_cast<Integers>(kNarrow<C> ? _mm256_add_epi16(to, _mm256_maddubs_epi16(x, w))
+                                               : _mm256_add_epi32(to, _mm256_madd_epi16(x, w)));
 #else
   for (int byte = 0; byte < 4; byte++) sum += (a >> 8 * byte & 255) * ((b << (24 - 8 * byte)) >> 24);
   return sum;
+#endif
+}
+
+// sum + the two sums of 16 bits in each lane.
+inline Integers add_narrow(Integers sum, Integers narrow) {
+#if defined(__AVX2__)
+  return sum + reinterpret_cast<Integers>(
+                   _mm256_madd_epi16(reinterpret_cast<__m256i>(narrow), _mm256_set1_epi16(1)));
+#else
+  return sum + (narrow << 16 >> 16) + (narrow >> 16);
 #endif
 }
 
@@ -79,7 +105,7 @@ template <class C, int P, int R, int V>
                                   int64_t width, int64_t group, bool groups, const float* scale, const float* shift,
                                   float* c, int64_t c_stride, int64_t ahead) {
   const int64_t stride = x.stride(), blocks = x.blocks(), steps = x.block / C::kInputs;
-  const int32_t* a = &x.words[row * stride + b * x.block / 4 * P];
+  const int32_t* a = &x.words[row * stride + b * x.block / 4 * x.bytes];
   words += b * steps * width;
   for (; count; count--, b++) {
     Integers sum[P][R][V];
@@ -87,27 +113,44 @@ template <class C, int P, int R, int V>
     for (int r = 0; r < P * R; r++)
 #pragma GCC unroll 8
       for (int v = 0; v < V; v++) sum[r / R][r % R][v] = Integers{};
-    for (int64_t step = 0; step < steps; step++, a += C::kOperands * P, words += width) {
+    const auto add_words = [&](int64_t count, auto& sum) {
+      for (; count; count--, a += C::kOperands * P, words += width) {
 #pragma GCC unroll 4
-      for (int64_t byte = 0; byte < kColumns * 4; byte += kLine)
-        __builtin_prefetch(reinterpret_cast<const char*>(words) + ahead + byte, 0, kLocality<R>);
-      Integers loaded[V];
+        for (int64_t byte = 0; byte < kColumns * 4; byte += kLine)
+          __builtin_prefetch(reinterpret_cast<const char*>(words) + ahead + byte, 0, kLocality<R>);
+        Integers loaded[V];
 #pragma GCC unroll 8
-      for (int v = 0; v < V; v++) loaded[v] = load_words(words + v * kLanes);
-      [&]<size_t... k>(std::index_sequence<k...>) {
-        const auto add = [&]<int at>() {
-          Integers column[V];
+        for (int v = 0; v < V; v++) loaded[v] = load_words(words + v * kLanes);
+        [&]<size_t... k>(std::index_sequence<k...>) {
+          const auto add = [&]<int at>() {
+            Integers column[V];
 #pragma GCC unroll 8
-          for (int v = 0; v < V; v++) column[v] = C::template operand<at>(loaded[v]);
+            for (int v = 0; v < V; v++) column[v] = C::template operand<at>(loaded[v]);
 #pragma GCC unroll 16
-          for (int r = 0; r < P * R; r++) {
-            const Integers input = Integers{} + a[r % R * stride + at * P + r / R];
+            for (int r = 0; r < P * R; r++) {
+              const Integers input = Integers{} + a[r % R * stride + at * P + r / R];
 #pragma GCC unroll 8
-            for (int v = 0; v < V; v++) sum[r / R][r % R][v] = add_bytes(sum[r / R][r % R][v], column[v], input);
-          }
-        };
-        (add.template operator()<k>(), ...);
-      }(std::make_index_sequence<C::kOperands>{});
+              for (int v = 0; v < V; v++) {
+                Integers& to = sum[r / R][r % R][v];
+                to = add_elements<C>(to, column[v], input);
+              }
+            }
+          };
+          (add.template operator()<k>(), ...);
+        }(std::make_index_sequence<C::kOperands>{});
+      }
+    };
+    if constexpr (kNarrow<C> == 0) {
+      add_words(steps, sum);
+    } else {
+      for (int64_t left = steps; left > 0; left -= kNarrow<C>) {
+        Integers narrow[P][R][V]{};
+        add_words(std::min<int64_t>(left, kNarrow<C>), narrow);
+#pragma GCC unroll 8
+        for (int r = 0; r < P * R; r++)
+#pragma GCC unroll 8
+          for (int v = 0; v < V; v++) sum[r / R][r % R][v] = add_narrow(sum[r / R][r % R][v], narrow[r / R][r % R][v]);
+      }
     }
     const int64_t of_group = b * x.block / group * width;
     // Unrolled, so that the sums stay in registers.
@@ -135,15 +178,17 @@ template <class C, int P>
 void whole_rest(const WholeRows& x, int64_t row, int64_t b, const uint32_t* words, int64_t width, const float* scale,
                 const float* shift, float* c) {
   const int64_t at = row * x.blocks() + b;
-  const int32_t* a = &x.words[row * x.stride() + b * x.block / 4 * P];
+  const int32_t* a = &x.words[row * x.stride() + b * x.block / 4 * x.bytes];
   for (int64_t o = width / kLanes * kLanes; o < width; o++) {
     int32_t sum = 0;
     for (int64_t i = 0; i < x.block; i++) {
       const int64_t word = i / C::kInputs, input = i % C::kInputs;
-      const int64_t k = C::kOperands == 2 ? input % 2 : 0, byte = C::kOperands == 2 ? input / 2 : input;
+      const int64_t k = input % C::kOperands, element = input / C::kOperands;
       int32_t whole = 0;
-      for (int p = 0; p < P; p++)
-        whole = whole * 256 + static_cast<int8_t>(a[(word * C::kOperands + k) * P + p] >> 8 * byte);
+      for (int p = 0; p < P; p++) {
+        const int32_t elements = a[(word * C::kOperands + k) * P + p] >> 8 * C::kWidth * element;
+        whole = whole * 256 + (C::kWidth == 2 ? static_cast<int16_t>(elements) : static_cast<int8_t>(elements));
+      }
       sum += whole * static_cast<int32_t>(C::code(words[word * width + o], input));
     }
     const float product = static_cast<float>(sum - C::kOffset * x.sum[at]) * x.scale[at];
@@ -184,8 +229,8 @@ void whole_tiles(const WholeRows& x, int64_t row, int64_t b, int64_t count, cons
 constexpr int64_t kWordsAhead = 8192;
 
 // The most rows of a tile: their sums fill most of the registers.
-template <int P>
-constexpr int kWholeRows = kRegisters == 32 ? 8 / P : 3 / P;
+template <class C, int P>
+constexpr int kWholeRows = kRegisters == 32 ? 8 / P : kNarrow<C> ? 2 : 3 / P;
 
 // y = x w' for one panel and the rows from `row` on.
 template <class C, int P>
@@ -193,7 +238,7 @@ void whole_panel(const WholeRows& x, const WholeWeight& w, int64_t at, int64_t r
   const int64_t width = std::min(kColumns, w.outputs - at), groups = w.groups();
   const uint32_t* words = w.words + at * (w.inputs / C::kInputs);
   const float *scale = w.scale + at * groups, *shift = w.shift ? w.shift + at * groups : nullptr;
-  constexpr int R = kWholeRows<P>;
+  constexpr int R = kWholeRows<C, P>;
   const int64_t tiles = (rows + R - 1) / R;
   for (int64_t t = 0; t < rows; t++) std::fill_n(y + t * w.outputs, width, 0.0f);
   // Blocks of several tiles stay in L1 between them.
@@ -264,10 +309,12 @@ Tensor linear_integers(Tensor given, Tensor weight, Tensor scale, std::optional<
   // Sums of up to 2^15 products of 9 and 8 bits fit 32 bits.
   const int64_t block = w.group <= 1 << 15 ? w.group : block_of(w.group);
   const auto run = [&]<class C, int P>() {
-    whole_of<C, P>(whole_rows<C>(from, some, inputs, block, P, scales.data(), zero), w, results(y), some);
+    whole_of<C, P>(whole_rows<C, P>(from, some, inputs, block, scales.data(), zero), w, results(y), some);
   };
+  if (halves) run.operator()<HalfbyteCodes, 1>();
+  else if constexpr (kPairs) run.operator()<BytePairs, 1>();
   // A code less its zero takes more than a byte.
-  halves ? run.operator()<HalfbyteCodes, 1>() : zero ? run.operator()<ByteCodes, 2>() : run.operator()<ByteCodes, 1>();
+  else zero ? run.operator()<ByteCodes, 2>() : run.operator()<ByteCodes, 1>();
   add_bias(results(y), bias, some);
   return y;
 }

@@ -9,7 +9,7 @@ namespace {
 
 // Whether a weight-only format's codes are whole numbers, and served as such by this machine.
 bool in_whole_numbers(ScalarType kind, bool table) {
-  return kFastBytes && !table && (kind == ScalarType::Char || kind == ScalarType::Byte);
+  return (kFastBytes || kPairs) && !table && (kind == ScalarType::Char || kind == ScalarType::Byte);
 }
 
 // Converts rows of codes (O, ...) to the panels that the kernels read, in place: int8 in words of four, without a sign,
@@ -41,9 +41,11 @@ Tensor linear_coded(Tensor given, Tensor weight, Tensor scale, std::optional<Ten
       weight.size(1) * (halves ? 2 : 1) != inputs || scale.size(0) != outputs || !groups || inputs % groups ||
       (halves && inputs / groups % Table::kInputs))
     fail("linear_coded takes x (..., I) in float32, a contiguous weight of codes (O, I) and scales (O, G)");
+  const ScalarType kind = weight.scalar_type();
+  if (!halves && kind != ScalarType::Char && kind != ScalarType::Float8_e4m3fn)
+    fail("linear_coded takes weights of int8, float8_e4m3fn and uint8");
   Tensor y = allocated_rows(x, outputs, some);
   const float* from = floats(x);
-  const ScalarType kind = weight.scalar_type();
   std::vector<float> sorted, sums;
   if (order) {
     sorted = sorted_rows(from, some, inputs, integers(*order));
@@ -53,10 +55,12 @@ Tensor linear_coded(Tensor given, Tensor weight, Tensor scale, std::optional<Ten
   if (in_whole_numbers(kind, table.has_value())) {
     const WholeWeight w{static_cast<const uint32_t*>(weight.const_data_ptr()), scales, shifts, inputs, outputs,
                         inputs / groups};
-    const auto run = [&]<class C>() {
-      whole_of<C, 2>(whole_rows<C>(from, some, inputs, block_of(w.group), 2, nullptr, 0), w, results(y), some);
+    const auto run = [&]<class C, int P>() {
+      whole_of<C, P>(whole_rows<C, P>(from, some, inputs, block_of(w.group), nullptr, 0), w, results(y), some);
     };
-    kind == ScalarType::Char ? run.operator()<ByteCodes>() : run.operator()<HalfbyteCodes>();
+    const bool bytes = kind == ScalarType::Char;
+    if constexpr (kPairs) bytes ? run.operator()<BytePairs, 1>() : run.operator()<HalfbytePairs, 1>();
+    else bytes ? run.operator()<ByteCodes, 2>() : run.operator()<HalfbyteCodes, 2>();
     add_bias(results(y), bias, some);
     return y;
   }
@@ -67,11 +71,12 @@ Tensor linear_coded(Tensor given, Tensor weight, Tensor scale, std::optional<Ten
                         inputs / groups};
     coded_of(decoder, from, w, sums.data(), results(y), some);
   };
-  switch (kind) {
-    case ScalarType::Char: run(Int8{}); break;
-    case ScalarType::Float8_e4m3fn: run(Fp8{}); break;
-    case ScalarType::Byte: table ? run(Table(floats(*table))) : run(Int4{}); break;
-    default: fail("linear_coded takes weights of int8, float8_e4m3fn and uint8");
+  if (kind == ScalarType::Float8_e4m3fn) {
+    run(Fp8{});
+  } else if (table) {
+    run(Table(floats(*table)));
+  } else if constexpr (!kFastBytes && !kPairs) {
+    kind == ScalarType::Char ? run(Int8{}) : run(Int4{});
   }
   add_bias(results(y), bias, some);
   return y;

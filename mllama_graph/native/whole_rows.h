@@ -93,9 +93,15 @@ inline Four operands(const int8_t* bytes) {
 }
 
 // Puts whole numbers into words, in the order in which tiles read them: of each four inputs of an operand, the high bytes
-// before the low ones.
+// before the low ones; or inputs of 16 bits as they are.
 template <class C>
 void pack_inputs(const int32_t* whole, int64_t count, int bytes, int32_t* words) {
+  if constexpr (C::kWidth == 2) {
+    for (int64_t i = 0; i < count; i += C::kInputs, words += C::kOperands)
+      for (int k = 0; k < C::kOperands; k++)
+        words[k] = (whole[i + k] & 0xffff) | static_cast<int32_t>(static_cast<uint32_t>(whole[i + k + C::kOperands]) << 16);
+    return;
+  }
   for (int64_t i = 0; i < count; i += 16, words += 4 * bytes) {
     // The last inputs of a row that is not a multiple of 16 are followed by zeros, which are not stored.
     const int64_t some = std::min<int64_t>(16, count - i);
@@ -112,11 +118,11 @@ void pack_inputs(const int32_t* whole, int64_t count, int bytes, int32_t* words)
   }
 }
 
-// Rounds rows of x to whole numbers of `bytes` bytes: codes of 8 bits with the rows' scales, which count from `zero`, or,
+// Rounds rows of x to whole numbers of P elements: codes of 8 bits with the rows' scales, which count from `zero`, or,
 // without scales, of 16 bits.
-template <class C>
-WholeRows whole_rows(const float* x, int64_t rows, int64_t inputs, int64_t block, int bytes, const float* scales,
-                     float zero) {
+template <class C, int P>
+WholeRows whole_rows(const float* x, int64_t rows, int64_t inputs, int64_t block, const float* scales, float zero) {
+  constexpr int bytes = P * C::kWidth;
   WholeRows to{inputs, block, bytes};
   const int64_t blocks = to.blocks();
   to.words.resize(rows * to.stride()), to.scale.resize(rows * blocks), to.sum.resize(rows * blocks);
