@@ -31,7 +31,7 @@ from mllama_graph.compose import (
     HYDRA_VERSION,
     explain,
     literal,
-    refuse_dashes,
+    refuse_odd,
     register_schemas,
 )
 from mllama_graph.core.config import Run, TaskOptions, check, with_task_keys
@@ -93,7 +93,7 @@ def _main() -> int:
             print(f"error: {argument!r} is not valid UTF-8 text.", file=sys.stderr)
             return 2
     try:
-        refuse_dashes(sys.argv[1:])
+        refuse_odd(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

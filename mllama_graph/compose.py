@@ -15,6 +15,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandat
 from mllama_graph.core.config import Run
 from mllama_graph.core.errors import UserError
 from mllama_graph.core.paths import PACKAGE
+from mllama_graph.inputs.request import FIELDS
 from mllama_graph.tasks.options import TASKS
 
 # An installed package contains conf/; in a checkout conf/ lies beside the package.
@@ -47,6 +48,8 @@ LITERAL_KEYS = (
     "task.calibration",
 )
 KEYS = tuple(entry.name for entry in fields(Run))
+# Keys of a run in place of a request's field.
+INSTEAD = {"max_new_tokens": " max_output_length= is the default of all requests.", "images": " image= has pictures."}
 # Hydra's options.
 OPTIONS = {
     *("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--package", "-p"),
@@ -111,9 +114,13 @@ def literal(argument: str) -> str:
     return f"{key}={quote(value)}" if equals and key in LITERAL_KEYS else argument
 
 
-def refuse_dashes(arguments: Iterable[str]) -> None:
-    """Raises UserError for an argument with dashes that is no option: keys have none."""
+def refuse_odd(arguments: Iterable[str]) -> None:
+    """Raises UserError for an argument with dashes that is no option: keys have none; and for a group set to null."""
     for argument in arguments:
+        group, _, value = argument.partition("=")
+        if value == "null" and group != "experiment" and (CONF / group).is_dir():
+            names = ", ".join(sorted(path.stem for path in (CONF / group).glob("*.yaml")))
+            raise UserError(f"{argument}: it must have a value. Use one of {names}, or leave {group}= out.")
         if not argument.startswith("-") or argument.partition("=")[0] in OPTIONS:
             continue
         name, equals, value = argument.lstrip("-").partition("=")
@@ -163,6 +170,10 @@ def explain(error: Exception) -> str:
         )
         return f"{found[1]}={found[2]} is not one of {', '.join(found[3].split())}.{hint}"
     invalid = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    if found := re.search(r"field '([\w.]+)' is not Optional", str(invalid)):
+        key = getattr(invalid, "full_key", None) or found[1]
+        other = f", or use {key}=none" if key in ("quant", "speculate") else ""
+        return f"{key}=null: it must have a value. Leave {key}= out for its default{other}."
     found = INVALID.match(str(invalid))
     if found and found[2] in KINDS and isinstance(invalid, OmegaConfBaseException):
         return f"{invalid.full_key}={found[1]} must be {KINDS[found[2]]}."
@@ -175,6 +186,12 @@ def _unknown_key(key: str) -> str:
     if dot:
         where = f"conf/{group}/ and conf/config.yaml list" if (CONF / group).is_dir() else "conf/config.yaml lists"
         return f"there is no key {key!r}. {where} its keys."
+    if key in FIELDS:
+        instead = INSTEAD.get(key, "")
+        return (
+            f"there is no key {key!r}: it is a field of requests. Write it on the lines of requests=FILE.jsonl, or in "
+            f"the body of a request to task=serve; in Python, give it to generate().{instead}"
+        )
     close = difflib.get_close_matches(key, KEYS, n=1)
     guess = f" Did you mean {close[0]}?" if close else ""
     return f"there is no key {key!r}.{guess} conf/config.yaml lists every key."

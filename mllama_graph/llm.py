@@ -242,6 +242,8 @@ class _Turns:
 
 def composed(model: str | os.PathLike[str], keys: Mapping[str, Any], task: str = "generate") -> Run:
     """The run of a model and keys, as `LLM` takes them. Raises UserError for an unknown key or model."""
+    if isinstance(keys.get("task"), str):
+        raise UserError(f"task={keys['task']!r}: LLM serves requests and runs no task. python -m mllama_graph does.")
     named = isinstance(model, str) and (CONF / "model" / f"{model}.yaml").is_file()
     if not named and not (isinstance(model, str | os.PathLike) and Path(model).expanduser().is_dir()):
         names = ", ".join(sorted(path.stem for path in (CONF / "model").glob("*.yaml")))

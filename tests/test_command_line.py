@@ -16,9 +16,10 @@ from omegaconf.errors import MissingMandatoryValue
 import mllama_graph
 from mllama_graph import compose as command
 from mllama_graph.__main__ import main
-from mllama_graph.core.config import with_task_keys
+from mllama_graph.core.config import check, unused, with_task_keys
 from mllama_graph.core.devices import CUDA
 from mllama_graph.core.errors import UserError
+from mllama_graph.plan.resolve import resolve
 
 
 @pytest.mark.parametrize(
@@ -165,6 +166,14 @@ def test_a_value_of_three_question_marks_is_refused(composed):
         ("batch=1.5", "batch=1.5 must be a whole number."),
         ("plan.page_size=x", "plan.page_size=x must be a whole number."),
         ("resume=maybe", "resume=maybe must be true or false."),
+        ("speculate=null", "speculate=null: it must have a value. Leave speculate= out for its default, or use specu"),
+        ("quant=null", "quant=null: it must have a value. Leave quant= out for its default, or use quant=none."),
+        (
+            "plan.page_size=null",
+            "plan.page_size=null: it must have a value. Leave plan.page_size= out for its default.",
+        ),
+        ("min_p=0.1", "there is no key 'min_p': it is a field of requests. Write it on the lines of requests="),
+        ("max_new_tokens=5", "there is no key 'max_new_tokens': it is a field of requests."),
         ("prompt", "prompt has no value. Write prompt=VALUE, and quote a value with spaces."),
         ("hello", "hello is not of the form key=value. Quote a value with spaces: prompt='two words'."),
         ("seed=(1", "seed=(1 can't be read. Write it as key=value, a list as key=[1,2] without spaces"),
@@ -174,6 +183,44 @@ def test_a_value_of_the_wrong_kind_is_told_without_hydras_words(argument, messag
     with pytest.raises(command.COMPOSING_ERRORS) as error:
         composed(argument)
     assert command.explain(error.value).startswith(message)
+
+
+@pytest.mark.parametrize("argument", ["task=null", "model=null", "backend=null"])
+def test_a_group_without_a_choice_is_refused(argument):
+    with pytest.raises(UserError, match=f"{argument}: it must have a value. Use one of .*, or leave .*= out."):
+        command.refuse_odd([argument])
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            ["speculate=draft", "draft=/nowhere"],
+            "draft=/nowhere is not a folder. Give a Hugging Face checkpoint folder.",
+        ),
+        (["task=evaluate", "task.each=0"], "task.each=0 must be at least 1."),
+        (
+            ["task=quantize", "task.folder=/nowhere", "quant=w4a16", "task.rounding=gptq", "max_images=1"]
+            + ["task.calibration=/nowhere"],
+            "task.calibration=/nowhere can't be read: No such file or directory.",
+        ),
+    ],
+    ids=str,
+)
+def test_an_error_names_the_key_that_was_given(arguments, message, composed, tmp_path):
+    run = composed(*arguments)
+    run.output_dir = str(tmp_path)
+    with pytest.raises(UserError) as error:
+        check(run)
+        resolve(run, None)
+    assert str(error.value) == message
+
+
+def test_keys_without_effect_are_named(composed):
+    said = unused(composed("speculate_tokens=8", "quant=w8a16", "quant_group=64", "quant_parts=[text,head]"))
+    assert [line.partition(":")[0] for line in said] == ["speculate_tokens=8 is not used", "quant_group=64 is not used"]
+    assert unused(composed("quant_parts=[head]")) == ("quant_parts=[head] is not used: quant=none quantises nothing",)
+    assert not unused(composed("speculate=ngram", "speculate_tokens=8", "quant=w4a16", "quant_group=64"))
 
 
 def test_a_missing_device_is_told_apart_from_too_few():

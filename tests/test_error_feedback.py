@@ -110,6 +110,13 @@ def test_gptq_writes_a_checkpoint(checkpoint, requests, tmp_path):
     assert differing and all(name.endswith(("_packed", "_scale")) for name in differing)
 
 
+def test_calibration_without_a_request_that_can_be_served_is_refused_and_leaves_no_folder(checkpoint, tmp_path):
+    (tmp_path / "calibration.jsonl").write_text('{"prompt": ""}\n')
+    with pytest.raises(UserError, match="task.calibration= has no request that can be served"):
+        written(tmp_path, checkpoint("base"), "w4a16", "gptq", str(tmp_path / "calibration.jsonl"))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("changes", [{"quant": "w8a16"}, {"quant_parts": ["vision"]}, {"tp": 2}])
 def test_gptq_is_for_four_bits_of_the_language_model(changes, checkpoint, tmp_path):
     (tmp_path / "c.jsonl").write_text('{"prompt": "x"}')

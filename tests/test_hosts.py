@@ -268,13 +268,16 @@ def test_a_refusal_reaches_both_ends_and_strangers_on_the_port_are_ignored(monke
     assert said == [str(raised.value)]
 
 
-def test_a_host_without_a_rank_0_to_meet_says_what_to_check(monkeypatch):
+def test_a_rank_that_waits_says_for_whom_and_at_last_what_to_check(monkeypatch, capsys):
     monkeypatch.setattr(messages, "MEETING_SECONDS", 1)
+    monkeypatch.setattr(messages, "LATE_SECONDS", 0.2)
     with pytest.raises(PeerGone, match="no rank 0 at 127.0.0.1:.* MASTER_ADDR must be"):
-        messages.meet(Place(1, 2, 0, 1), Rendezvous("127.0.0.1", free_port()))
+        messages.meet(Place(1, 2, 0, 1), Rendezvous("127.0.0.1", 1))
+    assert capsys.readouterr().err == "rank 1 waits for rank 0 at 127.0.0.1:1, for at most 1 s\n"
     place, rendezvous = Place(0, 2, 0, 1), Rendezvous("127.0.0.1", free_port())
     with pytest.raises(PeerGone, match="rank 1 has not come within 1 s"):
         Workers(place, rendezvous, messages.meet(place, rendezvous), 5.0, lambda: None)
+    assert capsys.readouterr().err == "rank 0 waits for rank 1, for at most 1 s\n"
 
 
 def test_the_interface_towards_an_address_is_the_one_that_has_the_route():

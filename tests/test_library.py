@@ -31,6 +31,9 @@ def llm(checkpoint):
         ({"model": "11b", "weights": "meta"}, "weights=meta"),
         ({"backend": "nope"}, "backend=nope is not one of"),
         ({"tp": 3}, "tp=3 does not divide"),
+        ({"task": "serve"}, "task='serve': LLM serves requests and runs no task. python -m mllama_graph does."),
+        ({"min_p": 0.1}, "there is no key 'min_p': it is a field of requests."),
+        ({"speculate": None}, "speculate=null: it must have a value. Leave speculate= out for its default, or use"),
     ],
     ids=str,
 )

@@ -32,6 +32,23 @@ def test_a_rank_finds_its_place_in_torchruns_variables():
     assert place_from(TORCHRUN | found.environment()) == found
     # A master port alone is a setting, not a place.
     assert place_from({"MASTER_PORT": "20031"}) is None
+    # So is one process of one, without a master.
+    assert place_from({"RANK": "0", "WORLD_SIZE": "1"}) is None
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "RANK=1 WORLD_SIZE=2 without MASTER_ADDR, MASTER_PORT: this process can't"),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "WORLD_SIZE=2 without RANK: "),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a"}, "RANK=0 WORLD_SIZE=2 without MASTER_PORT: "),
+    ],
+    ids=str,
+)
+def test_a_place_without_a_master_is_refused(given, message):
+    with pytest.raises(UserError) as error:
+        place_from(given)
+    assert str(error.value).startswith(message) and "start with torchrun" in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -178,7 +178,9 @@ def test_preempted_rows_keep_their_penalties(checkpoint):
     "fields, reason",
     [
         ({"logit_bias": {"20": 1}}, "ids run from 0 to 19"),
-        ({"logit_bias": {"a": 1}}, "ids run from 0 to 19"),
+        ({"logit_bias": {"a": 1}}, "logit_bias holds 'a', which is no id: ids are numbers from 0 to 19"),
+        ({"top_p": -1}, "top_p=-1 must be above 0 and at most 1"),
+        ({"top_p": 0}, "top_p=0 must be above 0 and at most 1"),
         ({"logit_bias": {"1": 101}}, "from -100 to 100"),
         ({"logit_bias": {"1": True}}, "from -100 to 100"),
         ({"logit_bias": [1]}, "an object of ids"),

@@ -238,6 +238,18 @@ def at_least(key: str, value: float, least: float) -> None:
         raise UserError(f"{key}={value} must be at least {least}.")
 
 
+def unused(run: Run) -> tuple[str, ...]:
+    """Lines on keys that differ from their defaults, but do nothing without another key."""
+    default, found = Run(), []
+    if run.speculate == "none" and run.speculate_tokens != default.speculate_tokens:
+        found.append(f"speculate_tokens={run.speculate_tokens} is not used: speculate=none proposes no tokens")
+    if not run.quant.startswith("w4") and run.quant_group != default.quant_group:
+        found.append(f"quant_group={run.quant_group} is not used: quant={run.quant} has no groups")
+    if run.quant == "none" and run.quant_parts != default.quant_parts:
+        found.append(f"quant_parts=[{','.join(run.quant_parts)}] is not used: quant=none quantises nothing")
+    return tuple(found)
+
+
 def check(run: Run) -> None:
     """Reject values that are invalid for every checkpoint.
 

@@ -10,6 +10,16 @@ class UserError(Exception):
     """A mistake that the user can fix; the message gives the value, the rule and the remedy. Exit code 2."""
 
 
+class TooLong(UserError):
+    """A request of more tokens than the run takes. `prompt`: ids of its prompt; `new`: new tokens, or None where the
+    prompt alone is too long; `most`: of the prompt alone, or of both.
+    """
+
+    def __init__(self, message: str, prompt: int, new: int | None, most: int):
+        super().__init__(message)
+        self.prompt, self.new, self.most = prompt, new, most
+
+
 class RankFailed(Exception):
     """A rank's process failed; the message gives the rank, the cause and where its stack trace is. Exit code 1."""
 

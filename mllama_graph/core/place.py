@@ -83,10 +83,18 @@ class Rendezvous:
 def place_from(environment: Mapping[str, str]) -> Place | None:
     """The place that torchrun or the supervisor gave this process; None for a process that was started alone.
 
-    Raises UserError if the variables are no numbers or contradict each other.
+    Raises UserError if the variables are incomplete, are no numbers or contradict each other.
     """
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    if not all(name in environment for name in names):
+    if missing := [name for name in names if name not in environment]:
+        # One process of one may have no master; and a master alone is a setting.
+        given = {name: environment[name] for name in names[:2] if name in environment}
+        if given and (environment.get("RANK", "0"), environment.get("WORLD_SIZE", "1")) != ("0", "1"):
+            shown = " ".join(f"{name}={value}" for name, value in given.items())
+            raise UserError(
+                f"{shown} without {', '.join(missing)}: this process can't find its other ranks. Set all of them, "
+                "start with torchrun, or unset them."
+            )
         return None
     try:
         rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])

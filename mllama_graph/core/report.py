@@ -7,8 +7,10 @@ import os
 import platform
 import select
 import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from itertools import chain
 from pathlib import Path
@@ -69,6 +71,18 @@ class Progress:
         bar.update(done - bar.n)
         if done >= total:
             self._bars.pop(name).close()
+
+
+@contextmanager
+def said_late(line: Callable[[], str], seconds: float) -> Iterator[None]:
+    """Print `line()` on stderr where the context lasts longer than `seconds`."""
+    timer = threading.Timer(seconds, lambda: print(line(), file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def versions() -> dict[str, str | None]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mllama_graph.core.errors import UserError
 from mllama_graph.core.report import Progress
 from mllama_graph.engine.engine import Engine
 from mllama_graph.engine.forced import served
@@ -64,7 +65,7 @@ def recording(ops: Ops, gathering: Gathering, tile_tokens: int) -> Ops:
 class Calibration:
     """Factors of the Hessians of the leaves of `formats`, which are asked for in the order of the table.
 
-    The requests are served again for each PASS_BYTES of Hessians.
+    The requests are served again for each PASS_BYTES of Hessians. Raises UserError where none can be served.
     """
 
     def __init__(self, engine: Engine, formats: Formats, lines: Sequence[Line], base: Path, progress: Progress):
@@ -98,8 +99,9 @@ class Calibration:
             taken[name] = torch.zeros(inputs, inputs, device=self._engine.executor.rank.spec.torch_device)
         self._say(f"calibrating {len(taken)} layers from {path} on {len(self._lines)} requests")
         self._gathering.hessians = {id(weights.get_submodule(name)): hessian for name, hessian in taken.items()}
-        for _ in served(self._engine, self._lines, self._base, range(len(self._lines))):
-            pass
+        answered = sum(1 for _ in served(self._engine, self._lines, self._base, range(len(self._lines))))
+        if not answered:
+            raise UserError("task.calibration= has no request that can be served. Serve it as requests= to see why.")
         self._gathering.hessians = {}
         return {name: factor(hessian.cpu()) for name, hessian in taken.items()}
 

@@ -14,6 +14,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import AuthenticationError
@@ -24,6 +25,7 @@ import torch.distributed as dist
 
 from mllama_graph.core.errors import PeerGone, UserError
 from mllama_graph.core.place import Place, Rendezvous
+from mllama_graph.core.report import said_late
 from mllama_graph.engine.hosts import Card, Digests, card, refusal
 from mllama_graph.engine.steps import Step
 from mllama_graph.model.tree import Pixels
@@ -32,6 +34,8 @@ from mllama_graph.plan.resolve import ResolvedRun
 
 # Ranks may be late at the rendezvous: each imports torch first, and hosts start at different times.
 MEETING_SECONDS = 300
+# A rank that waits longer than this says for whom.
+LATE_SECONDS = 10.0
 # Keep-alive orders that the driver sends per timeout.
 ALIVE_PER_TIMEOUT = 4
 # Seconds in which who connects must prove to know the secret.
@@ -96,24 +100,31 @@ NOT_STARTED = "rank 0 has ended before the run began; its own output says why"
 Order = Start | Build | Compile | Load | Execute | Profile | End | str | None
 
 
+def said_when_late(line: Callable[[], str]) -> AbstractContextManager[None]:
+    """Say whom a rank waits for, where it waits longer than usual."""
+    return said_late(lambda: f"{line()}, for at most {MEETING_SECONDS} s", LATE_SECONDS)
+
+
 def meet(place: Place, rendezvous: Rendezvous) -> dist.Store:
     """The torch.distributed store through which the ranks of a run find each other.
 
     Raises PeerGone where none is reached at the rendezvous.
     """
+    address = f"{rendezvous.address}:{rendezvous.port}"
     try:
-        store = dist.TCPStore(
-            rendezvous.address,
-            rendezvous.port,
-            place.world,
-            place.rank == 0 and not rendezvous.held_by_agent,
-            timeout=timedelta(seconds=MEETING_SECONDS),
-            wait_for_workers=False,
-            master_listen_fd=rendezvous.listening if place.rank == 0 else None,
-        )
+        with said_when_late(lambda: f"rank {place.rank} waits for rank 0 at {address}"):
+            store = dist.TCPStore(
+                rendezvous.address,
+                rendezvous.port,
+                place.world,
+                place.rank == 0 and not rendezvous.held_by_agent,
+                timeout=timedelta(seconds=MEETING_SECONDS),
+                wait_for_workers=False,
+                master_listen_fd=rendezvous.listening if place.rank == 0 else None,
+            )
     except dist.DistError as error:
         raise PeerGone(
-            f"no rank 0 at {rendezvous.address}:{rendezvous.port} within {MEETING_SECONDS} s. MASTER_ADDR must be an "
+            f"no rank 0 at {address} within {MEETING_SECONDS} s. MASTER_ADDR must be an "
             "address of rank 0's host that all hosts reach, and MASTER_PORT a free port there"
         ) from error
     return dist.PrefixStore(f"mllama_graph/{rendezvous.restarts}", store)
@@ -184,18 +195,23 @@ class Workers:
         with socket.create_server(("127.0.0.1" if local else "", 0), backlog=place.world) as listener:
             listener.settimeout(1.0)
             store.set("driver", json.dumps([rendezvous.address, listener.getsockname()[1], secret.hex()]))
-            while len(cards) < place.world - 1:
-                try:
-                    accepted, _ = listener.accept()
-                except TimeoutError:
-                    check()
-                    if time.monotonic() > until:
-                        missing = ", ".join(str(rank) for rank in range(1, place.world) if rank not in cards)
-                        raise PeerGone(f"rank {missing} has not come within {MEETING_SECONDS} s") from None
-                    continue
-                if introduced := _introduced(accepted, secret):
-                    connection, found = introduced
-                    cards[found["rank"]], self._connections[found["rank"]] = found, connection
+
+            def missing() -> str:
+                return ", ".join(str(rank) for rank in range(1, place.world) if rank not in cards)
+
+            with said_when_late(lambda: f"rank 0 waits for rank {missing()}"):
+                while len(cards) < place.world - 1:
+                    try:
+                        accepted, _ = listener.accept()
+                    except TimeoutError:
+                        check()
+                        if time.monotonic() > until:
+                            text = f"rank {missing()} has not come within {MEETING_SECONDS} s"
+                            raise PeerGone(text) from None
+                        continue
+                    if introduced := _introduced(accepted, secret):
+                        connection, found = introduced
+                        cards[found["rank"]], self._connections[found["rank"]] = found, connection
         if reason := refusal(mine, list(cards.values())):
             self.refuse(reason)
         self._elsewhere = {rank: one["host"] for rank, one in cards.items() if one["machine"] != mine["machine"]}
@@ -286,7 +302,8 @@ class Driver:
 
     def __init__(self, place: Place, store: dist.Store):
         try:
-            address, port, secret = json.loads(store.get("driver"))
+            with said_when_late(lambda: f"rank {place.rank} waits for rank 0 to begin"):
+                address, port, secret = json.loads(store.get("driver"))
             self._connection = _without_delay(Client((address, port), authkey=bytes.fromhex(secret)))
             self._connection.send(card(place))
         except (dist.DistError, EOFError, OSError) as error:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mllama_graph.core.errors import UserError
+from mllama_graph.core.errors import TooLong, UserError
 from mllama_graph.inputs.chat import TEMPLATE_FIELDS, read_chat_options, read_messages, texts
 from mllama_graph.inputs.detokenizer import Detokenizer
 from mllama_graph.inputs.image_settings import ImageSettings, read_image_settings
@@ -117,10 +117,7 @@ class Processor:
             raise UserError(f"{len(positions)} {IMAGE} tokens for {len(sources)} images; each image needs one token.")
         self._check_ids(ids, "input_ids holds" if kinds == ["input_ids"] else "the prompt holds")
         if len(ids) > self.max_input:
-            raise UserError(
-                f"the prompt has {len(ids)} ids, max_input_length={self.max_input}. "
-                f"Shorten it or raise max_input_length."
-            )
+            raise TooLong(self._too_long(len(ids)), len(ids), None, min(self.max_input, self.longest - 1))
         max_new = min(self.max_new, max(1, self.longest - len(ids)))
         limits = read_options(given, max_new, self.sampling, self.shape.text.vocab)
         grammar = self.grammars.read(given)
@@ -179,6 +176,13 @@ class Processor:
         if wrong is not None:
             token = f" ({self.codec.added[wrong][0]})" if wrong in self.codec.added else ""
             raise UserError(f"{what} {describe(wrong)}{token}; ids run from 0 to {last}.")
+
+    def _too_long(self, ids: int) -> str:
+        """The message about a prompt of so many ids, of which at least one more must be generated."""
+        positions, remedy = self.shape.text.positions, "raise max_input_length"
+        if self.longest <= positions <= ids:
+            remedy = f"set extend_context=true and {remedy}: the model has {positions} positions"
+        return f"the prompt has {ids} ids, max_input_length={self.max_input}. Shorten it, or {remedy}."
 
     def _check_image_token(self) -> None:
         id = self.codec.token_to_id(IMAGE)

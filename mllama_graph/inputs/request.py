@@ -102,7 +102,7 @@ LARGEST = 2**31 - 1
 # Numeric field of a request -> (type, minimum or None, maximum).
 _NUMBERS: dict[str, tuple[type, float | None, float]] = {
     "max_new_tokens": (int, 1, LARGEST),
-    "temperature": (float, 0, 1e6),
+    "temperature": (float, 0, 1_000_000),
     "top_p": (float, 0, 1),
     "top_k": (int, 0, LARGEST),
     "min_p": (float, 0, 1),
@@ -137,8 +137,6 @@ def read_options(given: Mapping[str, Any], max_new: int, defaults: Sampling, voc
     Raises UserError for a value of the wrong type or out of range.
     """
     top_p = _number(given, "top_p", defaults.top_p)
-    if top_p == 0:
-        raise UserError("top_p=0 keeps no token; it must be above 0 and at most 1.")
     stop = given.get("stop") or []
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or not all(isinstance(s, str) and s for s in stop):
@@ -178,7 +176,9 @@ def _biases(given: Any, vocab: int) -> dict[int, float]:
     found = {}
     for key, value in given.items():
         text = str(key)
-        if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) < vocab):
+        if not (text.isascii() and text.isdigit()):
+            raise UserError(f"logit_bias holds {describe(key)}, which is no id: ids are numbers from 0 to {vocab - 1}.")
+        if not (len(text) < 10 and int(text) < vocab):
             raise UserError(f"logit_bias holds the id {describe(key)}; ids run from 0 to {vocab - 1}.")
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not number or not -MOST_BIAS <= value <= MOST_BIAS:
@@ -194,6 +194,8 @@ def _number(given: Mapping[str, Any], name: str, default: Any) -> Any:
     kind, least, most = _NUMBERS[name]
     if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
         raise UserError(f"{name}={value!r} must be a {'number' if kind is float else 'whole number'}.")
+    if name == "top_p" and not 0 < value <= 1:
+        raise UserError(f"top_p={value} must be above 0 and at most 1.")
     # `not (lo <= x <= hi)` also rejects NaN.
     if not (-math.inf if least is None else least) <= value <= most:
         raise UserError(

@@ -39,23 +39,24 @@ MARKS = {
 }
 
 
-def read_lines(path: Path) -> Iterator[Line]:
+def read_lines(path: Path, key: str = "requests") -> Iterator[Line]:
     """Read a file's lines one by one; blank lines are skipped. Files that begin with a byte order mark may be UTF-16.
 
     Raises UserError where the file can't be read or is empty, or where its first bytes say that it is no requests file.
+    `key`: the key that names the file.
     """
     empty = True
     try:
         with path.expanduser().open("rb") as file:
             if kind := _other_kind(file.peek()):
-                raise UserError(f"requests={path} {kind}")
+                raise UserError(f"{key}={path} {kind}")
             for line in lines_of(file):
                 empty = False
                 yield line
     except OSError as error:
-        raise UserError(f"requests={path} can't be read: {error.strerror}.") from error
+        raise UserError(f"{key}={path} can't be read: {error.strerror}.") from error
     if empty:
-        raise UserError(f"requests={path} is empty. Put one JSON object on each line.")
+        raise UserError(f"{key}={path} is empty. Put one JSON object on each line.")
 
 
 def _other_kind(head: bytes) -> str | None:
@@ -64,7 +65,7 @@ def _other_kind(head: bytes) -> str | None:
     A single odd line is left to `parse`, which refuses that line alone.
     """
     if found := signature(head[:16]):
-        return f"is a {found} picture. Give it as image=, and a file of requests as requests=."
+        return f"is a {found} picture. Pictures are given as image=; this key takes a file of requests."
     head = head.removeprefix(codecs.BOM_UTF8)
     lines = [line.strip() for line in head.splitlines() if line.strip()]
     first, more = (lines[0], lines[1:]) if lines else (b"", [])

@@ -34,12 +34,14 @@ class OwnGrammar(str):
     """A Lark grammar that this package has made, from parts that are checked already.
 
     begin: the grammar holds for texts that begin with this pattern, others are free; None: for all. A text that may
-    still begin with it starts with whitespace or `first`, and is at most `most` characters long.
+    still begin with it starts with whitespace or `first`, and is at most `most` characters long. parts: the JSON
+    schemas in it, by where errors say that they stand.
     """
 
     begin: re.Pattern[str] | None = None
     first = "{"
     most = 256
+    parts: Mapping[str, str] = {}
 
 
 class Grammar:
@@ -116,7 +118,15 @@ class Grammars:
         grammar = grammar_of[form](text) if form in grammar_of else guide.LLMatcher.grammar_from_lark(text)
         limits = guide.LLParserLimits(**LIMITS)
         tokenizer = self._of_codec(guide, end)
-        matcher = guide.LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
+
+        def compiled_of(grammar: str) -> Any:
+            return guide.LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
+
+        matcher = compiled_of(grammar)
+        if matcher.get_error() and isinstance(text, OwnGrammar):
+            # Its errors would show our grammar: those of its parts show what the user has given.
+            for where, schema in text.parts.items():
+                refuse(where, compiled_of(guide.LLMatcher.grammar_from_json_schema(schema)))
         refuse(field, matcher)
         compiled = Grammar(matcher, self._vocab, self._closers, text, tokenizer)
         # The first mask shows what compiling does not, such as a grammar that no text satisfies.
@@ -171,6 +181,8 @@ def reason(error: str) -> str:
     """An error of llguidance in one line."""
     if error.startswith("NoExtensionBias"):
         return "no text satisfies it"
+    if found := re.search(r"Unimplemented keys: \[(.*?)\]", error):
+        return f"the schema's keyword {found[1]} is not supported"
     return " ".join(error.replace("<non-verbose/>", "").split())[:300].rstrip(". ")
 
 

@@ -10,7 +10,7 @@ from itertools import product
 
 from mllama_graph.core.config import PlanChoice
 from mllama_graph.core.devices import Paging
-from mllama_graph.core.errors import UserError
+from mllama_graph.core.errors import TooLong, UserError
 from mllama_graph.model.shape import ModelShape
 from mllama_graph.plan.blocks import pages_for
 from mllama_graph.plan.bucket import Bucket
@@ -87,7 +87,7 @@ class Plan:
         return self.images[-1]
 
     def check(self, prompt: int, max_new: int, images: int) -> None:
-        """Raises UserError for a request that exceeds the plan, so that it could never run."""
+        """Raises UserError (TooLong for its tokens) for a request that exceeds the plan, so that it could never run."""
         if prompt + max_new > self.max_length:
             rule = f"the plan holds {self.max_length}. Raise max_input_length or max_output_length."
             if self.positions:
@@ -95,7 +95,8 @@ class Plan:
                     f"the model has {self.positions} positions (max_position_embeddings). Shorten the prompt, lower "
                     "max_new_tokens, or set extend_context=true."
                 )
-            raise UserError(f"{prompt} prompt ids and {max_new} new ones are {prompt + max_new} tokens; {rule}")
+            message = f"{prompt} prompt ids and {max_new} new ones are {prompt + max_new} tokens; {rule}"
+            raise TooLong(message, prompt, max_new, self.max_length)
         if images > self.max_images:
             raise UserError(
                 f"{images} images in one request; the plan holds {self.max_images}. Set max_images={images}."

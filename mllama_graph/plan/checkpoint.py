@@ -23,19 +23,17 @@ def weights_of(run: Run) -> str:
     return weights
 
 
-def checkpoint_folder(weights: str) -> Path:
-    """The folder of a checkpoint. Raises UserError where there is none."""
+def checkpoint_folder(weights: str, key: str = "weights") -> Path:
+    """The folder of a checkpoint. Raises UserError where there is none. `key`: the key that names it."""
     folder = Path(weights).expanduser()
     if folder.is_file():
-        raise UserError(f"weights={folder} is a file. Give the folder that holds it and its config.json.")
+        raise UserError(f"{key}={folder} is a file. Give the folder that holds it and its config.json.")
     if not folder.is_dir():
         # owner/name is how the Hugging Face hub names a repository.
         hub = weights.count("/") == 1 and not weights.startswith((".", "/", "~"))
         fetch = f" To download it: hf download {weights} --local-dir {folder.name}." if hub else ""
-        raise UserError(
-            f"weights={folder} is not a folder. Give a Hugging Face checkpoint folder, or "
-            f"weights=random to run on random weights.{fetch}"
-        )
+        random = f", or {key}=random to run on random weights" if key == "weights" else ""
+        raise UserError(f"{key}={folder} is not a folder. Give a Hugging Face checkpoint folder{random}.{fetch}")
     return folder
 
 

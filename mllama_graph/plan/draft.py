@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, cast
 from mllama_graph.core.config import ModelChoice, PlanChoice, Run
 from mllama_graph.core.errors import UserError
 from mllama_graph.model.shape import ModelShape
+from mllama_graph.plan.checkpoint import checkpoint_folder
 
 if TYPE_CHECKING:
     from mllama_graph.plan.resolve import ResolvedRun, ResolvedTask
@@ -17,6 +18,7 @@ def draft_of(run: Run, shape: ModelShape, resolve: Callable[..., "ResolvedTask"]
 
     Raises UserError where it can't be loaded, or has other ids or tiles than the model, whose shape is given.
     """
+    checkpoint_folder(str(run.draft), "draft")
     plan = PlanChoice(run.plan.page_size, compile=run.plan.compile)
     own = replace(run, model=ModelChoice(), weights=run.draft, adapter=None, quant="none", tp=1, plan=plan)
     try:

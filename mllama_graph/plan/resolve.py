@@ -11,7 +11,7 @@ from typing import Any
 
 from mllama_graph import native
 from mllama_graph.core import cann, devices
-from mllama_graph.core.config import PlanChoice, Run, TaskOptions
+from mllama_graph.core.config import PlanChoice, Run, TaskOptions, unused
 from mllama_graph.core.devices import CPU, DEVICES, Device
 from mllama_graph.core.dtypes import BYTES, PAGE_BYTES, Precision
 from mllama_graph.core.errors import UserError
@@ -102,7 +102,7 @@ class ResolvedRun(ResolvedTask):
     kv: str
     # Bytes of what is stored in it, and the formats of quantised layers.
     storage: Storage
-    # What to say about formats, and about the device's software, before weights are loaded.
+    # What to say about formats and unused keys, and about the device's software, before weights are loaded.
     format_notes: tuple[str, ...]
     device_notes: tuple[str, ...]
     limits: Limits
@@ -197,7 +197,7 @@ def resolve(run: Run, place: Place | None) -> ResolvedTask:
         precision=precision,
         kv=run.kv,
         storage=storage,
-        format_notes=notes,
+        format_notes=notes + unused(run),
         device_notes=cann.notes(cann.installed()) if needs == TaskOptions.RANKS and device.uses_cann else (),
         limits=limits,
         plan_choice=run.plan,

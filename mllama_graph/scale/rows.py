@@ -62,7 +62,7 @@ def blocks(path: Path, base: Path, rows: int) -> Iterator[pa.Table]:
 
 def lines(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of a requests file that are not blank."""
-    for number, line in read_lines(path):
+    for number, line in read_lines(path, "input"):
         known = isinstance(line, bytes)
         yield {NUMBER: number, LINE: line if known else None, FAULT: None if known else line}
 

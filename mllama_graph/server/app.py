@@ -142,7 +142,10 @@ class Api:
         service.admission.check(1)
         with service.admission.bodies.hold() as count:
             body = await self._body(request, count)
-            job = job_of(service, body)
+            try:
+                job = job_of(service, body)
+            except UserError as error:
+                raise of_request(error, body) from None
             beginning = service.generate(body, job.count, job.prepare, arrived)
             generation = await while_connected(request, beginning)
         note["tokens"] = generation.new_tokens

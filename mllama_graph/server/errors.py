@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from mllama_graph.core.errors import message_of
+from mllama_graph.core.errors import TooLong, message_of
 
 # The type of an error by its status code; other 4xx codes are invalid requests.
 TYPES = {
@@ -15,8 +15,17 @@ TYPES = {
     503: "service_unavailable_error",
     504: "timeout_error",
 }
-# Fields of a requests file that clients of the API know under another name.
-RENAMED = {"max_new_tokens": ("max_completion_tokens", "max_tokens", "max_output_tokens"), "input_ids": ("prompt",)}
+# The fields of prompts.
+TEXTS = ("messages", "prompt", "input")
+# Fields of a requests file that clients of the API know under another name: the first one that is in the body.
+RENAMED = {
+    "max_new_tokens": ("max_completion_tokens", "max_tokens", "max_output_tokens"),
+    "input_ids": ("prompt",),
+    "response_format": ("response_format", "text"),
+    # The grammar of tools.
+    "structured_outputs": ("structured_outputs", "tools"),
+}
+SHOWN = {"text": "text.format"}
 
 
 class ApiError(Exception):
@@ -55,20 +64,37 @@ def too_long(message: str, field: str | None) -> ApiError:
 
 def of_request(error: BaseException, body: Mapping[str, Any]) -> ApiError:
     """The error of a request that can't be prepared. Our messages begin with the field at fault, if there is one."""
+    text = next((name for name in TEXTS if name in body), None)
     if isinstance(error, ApiError):
+        if error.param in TEXTS and error.param not in body:
+            error.param = text
         return error
+    if isinstance(error, TooLong):
+        return _of_length(error, body, text)
     message = message_of(error)
     if isinstance(error, MemoryError):
         return ApiError(503, message, code="out_of_memory", headers={"retry-after": "10"})
     word = re.match(r"[a-z_]+", message)
-    param = word[0] if word else None
-    for name in RENAMED.get(param or "", ()):
-        if body.get(name) is not None:
-            message, param = message.replace(param or "", name, 1), name
-            break
-    text = next((name for name in ("messages", "prompt", "input") if name in body), None)
-    if "max_input_length" in message:
-        return too_long(message, text)
+    name = word[0] if word else ""
+    if (field := _field(name, body)) is not None and field != name:
+        message, name = message.replace(name, field, 1), field
     if message.startswith("picture") or "image" in message.partition(" in one request")[0][:12]:
         return refused(message, text, "invalid_image")
-    return refused(message, param if param in body else text)
+    return refused(message, name if field is not None else text)
+
+
+def _field(name: str, body: Mapping[str, Any]) -> str | None:
+    """The field of the body that the processor knows as `name`; None where the body has none."""
+    found = next((given for given in RENAMED.get(name, (name,)) if body.get(given) is not None), None)
+    return SHOWN.get(found or "", found)
+
+
+def _of_length(error: TooLong, body: Mapping[str, Any], text: str | None) -> ApiError:
+    """Names fields that the client can change, where TooLong's own message names keys of the server."""
+    field = _field("max_new_tokens", body)
+    if error.new is None or error.prompt >= error.most:
+        most = error.most if error.new is None else error.most - 1
+        return too_long(f"the prompt has {error.prompt} tokens, at most {most} are taken. Shorten it.", text)
+    said = f"{field or 'the limit of new tokens'}={error.new} and a prompt of {error.prompt} tokens are more than"
+    remedy = f"Lower {field}, or shorten the prompt" if field else "Shorten the prompt"
+    return too_long(f"{said} {error.most} tokens. {remedy}.", field or text)

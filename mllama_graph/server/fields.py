@@ -41,7 +41,7 @@ class Asked:
     """What a completion asks for, apart from its prompt.
 
     fields: for the processor. logprobs, prompt_logprobs: the number of most likely ids to report for each token of the
-    answer and of the prompt; None: none. seed: of the first choice.
+    answer and of the prompt; None: none. echo: the same for the tokens of an echoed prompt. seed: of the first choice.
     """
 
     model: str
@@ -54,6 +54,7 @@ class Asked:
     seed: int
     priority: int
     prompt_logprobs: int | None = None
+    echo: int | None = None
 
     def seed_of(self, choice: int) -> int:
         """The seed of a choice."""
@@ -61,7 +62,8 @@ class Asked:
 
     def of_request(self) -> dict[str, Any]:
         """The fields of the first choice's request. As in vLLM's API, a smaller priority is served first."""
-        reported = {"logprobs": self.logprobs, "prompt_logprobs": self.prompt_logprobs}
+        prompt = max((count for count in (self.prompt_logprobs, self.echo) if count is not None), default=None)
+        reported = {"logprobs": self.logprobs, "prompt_logprobs": prompt}
         return {**self.fields, **reported, "seed": self.seed, "priority": -self.priority}
 
 
@@ -133,7 +135,8 @@ def read(
         usage_always=continuous,
         logprobs=logprobs,
         priority=whole(body, "priority", -LARGEST, LARGEST) or 0,
-        prompt_logprobs=max((count for count in (prompt, echo) if count is not None), default=None),
+        prompt_logprobs=prompt,
+        echo=echo,
         seed=secrets.randbits(63) if seed is None else seed % SEEDS,
     )
 

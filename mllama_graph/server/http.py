@@ -76,15 +76,16 @@ def serve(
     tls: Mapping[str, Any],
     watch: Callable[[], Exception | None],
     say: Callable[[str], None],
+    begun: Callable[[], None],
 ) -> None:
-    """Serve until a signal or the engine ends it.
+    """Serve until a signal or the engine ends it. `begun` is called once signals drain.
 
     SIGTERM and SIGINT drain: new requests are refused, open ones finish within `drain_seconds`. A second SIGINT ends
     the process at once. `watch` returns why a worker rank has ended, or None. Raises the error that ended the engine.
     """
     server = server_of(app, tls)
     with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
-        runner.run(_serve(server, service, opened, drain_seconds, watch, say))
+        runner.run(_serve(server, service, opened, drain_seconds, watch, say, begun))
     if service.error is not None:
         raise service.error
 
@@ -96,6 +97,7 @@ async def _serve(
     drain_seconds: float,
     watch: Callable[[], Exception | None],
     say: Callable[[str], None],
+    begun: Callable[[], None],
 ) -> None:
     loop, ending = asyncio.get_running_loop(), asyncio.Event()
     interrupts = 0
@@ -113,6 +115,7 @@ async def _serve(
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, interrupted, number)
+    begun()
     service.on_end = ending.set
     service.start()
     watching = asyncio.ensure_future(_watch(service, watch))

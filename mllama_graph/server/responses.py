@@ -19,9 +19,12 @@ from mllama_graph.server.service import Service
 from mllama_graph.server.tools import ToolUse
 from mllama_graph.server.usage import usage_of
 
-# What needs a store of earlier responses, or an agent of the server's own.
 LOGPROBS = "message.output_text.logprobs"
+# What needs a store of earlier responses, or an agent of the server's own.
 REFUSED = ("previous_response_id", "conversation", "background", "prompt")
+# Fields of the other endpoints. These are unknown here, and unknown fields are ignored.
+FOREIGN = ("n", "best_of", "prompt_logprobs", "response_format", "stream_options")
+MOST_METADATA, MOST_KEY_LETTERS, MOST_VALUE_LETTERS = 16, 64, 512
 
 
 def job(service: Service, body: Mapping[str, Any]) -> Job:
@@ -29,13 +32,19 @@ def job(service: Service, body: Mapping[str, Any]) -> Job:
     for name in REFUSED:
         if body.get(name):
             raise refused(f"{name} is not supported: this server keeps nothing.", name, "unsupported_parameter")
-    include, top = body.get("include"), fields.whole(body, "top_logprobs", 0, fields.MOST_TOP_LOGPROBS)
-    reported = top or 0 if isinstance(include, list) and LOGPROBS in include else None
-    asked = fields.read(body, service.model(body), ("max_output_tokens",), reported)
-    shown = (body.get("text") or {}).get("format") if isinstance(body.get("text"), dict | None) else body["text"]
+    include = _checked(body, "include", list, "a list of texts") or []
+    if not all(isinstance(one, str) for one in include):
+        raise refused(f"include is {describe(include)}; it must be a list of texts.", "include")
+    _check_metadata(_checked(body, "metadata", dict, "an object of texts") or {})
+    # Nothing is obfuscated here, whatever include_obfuscation says.
+    fields.flag(_checked(body, "stream_options", dict, "an object") or {}, "include_obfuscation")
+    top = fields.whole(body, "top_logprobs", 0, fields.MOST_TOP_LOGPROBS)
+    known = {name: value for name, value in body.items() if name not in FOREIGN}
+    asked = fields.read(known, service.model(body), ("max_output_tokens",), top or 0 if LOGPROBS in include else None)
+    shown = (_checked(body, "text", dict, "an object") or {}).get("format")
     if shown is not None:
         asked.fields[FORMAT] = _response_format(shown)
-    chat = {**body, **asked.fields, "tools": _chat_tools(body.get("tools"))}
+    chat = {**known, **asked.fields, "tools": _chat_tools(body.get("tools"))}
     use = tools.read(chat)
     if use:
         asked.fields.update(use.fields(chat))
@@ -47,6 +56,26 @@ def job(service: Service, body: Mapping[str, Any]) -> Job:
         return [service.processor.request({**asked.of_request(), "messages": resolved})]
 
     return Job(asked, 1, prepare, lambda requests: Responses(service, body, asked, requests, use))
+
+
+def _checked(body: Mapping[str, Any], name: str, kind: type, rule: str) -> Any:
+    """A field of a type, or None. Raises ApiError for another type."""
+    value = body.get(name)
+    if value is not None and not isinstance(value, kind):
+        raise refused(f"{name} is {describe(value)}; it must be {rule}.", name, "invalid_type")
+    return value
+
+
+def _check_metadata(given: Mapping[str, Any]) -> None:
+    """Bound what is returned with each response, as OpenAI does."""
+    if len(given) > MOST_METADATA:
+        raise refused(f"metadata has {len(given)} entries; at most {MOST_METADATA} are taken.", "metadata")
+    for key, value in given.items():
+        if not isinstance(value, str):
+            raise refused(f"metadata.{key[:MOST_KEY_LETTERS]} is {describe(value)}; it must be a text.", "metadata")
+        if len(key) > MOST_KEY_LETTERS or len(value) > MOST_VALUE_LETTERS:
+            rule = f"keys of at most {MOST_KEY_LETTERS} characters and texts of at most {MOST_VALUE_LETTERS}"
+            raise refused(f"metadata.{key[:MOST_KEY_LETTERS]} is too long; metadata takes {rule}.", "metadata")
 
 
 def _chat_tools(given: Any) -> Any:
@@ -65,6 +94,8 @@ def _chat_tools(given: Any) -> Any:
 def _response_format(shown: Any) -> Any:
     """text.format as a response_format: its schema stands beside the type there."""
     if isinstance(shown, dict) and shown.get("type") == "json_schema":
+        if shown.get("schema") is None:
+            raise refused("text.format.schema is missing; it must be a JSON schema.", "text.format", "missing_field")
         return {"type": "json_schema", "json_schema": {"schema": shown.get("schema")}}
     return shown
 

@@ -120,10 +120,8 @@ class Service:
         """Raises ApiError for a text that is too long for any prompt, before the time to tokenize it is spent."""
         most = CHARACTERS_PER_TOKEN * self.run.limits.max_input
         if characters > most:
-            text = (
-                f"the prompt has {characters} characters; one of max_input_length={self.run.limits.max_input} has less."
-            )
-            raise too_long(text, field)
+            taken = self.run.limits.max_input
+            raise too_long(f"the prompt has {characters} characters, at most {taken} tokens are taken.", field)
 
     def drain(self) -> None:
         """Refuse new requests from now on."""

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mllama_graph.core.errors import UserError
 from mllama_graph.inputs.structured import FORMAT, STRUCTURED, OwnGrammar, checked_schema, format_schema, schema_text
 from mllama_graph.model.fields import describe
 from mllama_graph.server import fields
@@ -26,42 +25,62 @@ NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": Fal
 
 
 @dataclass(frozen=True)
-class ToolUse:
-    """The tools that an answer may call: name -> JSON schema of its parameters.
+class Tool:
+    """The JSON schema of a tool's parameters, and where errors say that it stands.
 
-    enforced: the answer must consist of calls, one or, with `parallel`, several. strict: the tools whose arguments must
-    be valid even where calls are not enforced. reply: the schema of an answer without calls, where that is not free.
+    strict: its arguments must be valid even where calls are not enforced.
     """
 
-    schemas: Mapping[str, dict[str, Any]]
+    schema: dict[str, Any]
+    where: str
+    strict: bool
+
+
+@dataclass(frozen=True)
+class ToolUse:
+    """The tools that an answer may call, by name.
+
+    enforced: the answer must consist of calls, one or, with `parallel`, several. reply: the schema of an answer without
+    calls, where that is not free. strict: some tools are strict, and the answer has no other grammar.
+    """
+
+    tools: Mapping[str, Tool]
     enforced: bool
     parallel: bool
     reply: Any = None
-    strict: frozenset[str] = frozenset()
+    strict: bool = False
 
     def grammar(self) -> OwnGrammar:
         """The grammar of an answer that consists of calls, or else of the reply, in llguidance's variant of Lark."""
-        calls = []
-        for name, schema in self.schemas.items():
+        calls, parts = [], {}
+        for name, tool in self.tools.items():
             head = json.dumps(f'{{"name": "{name}", "parameters": ')
-            calls.append(f'{head} %json {schema_text(schema, "tools", **SPACED)} "}}"')
+            parts[tool.where] = schema_text(tool.schema, tool.where, **SPACED)
+            calls.append(f'{head} %json {parts[tool.where]} "}}"')
         more = f' ("; " call){{0,{MOST_CALLS - 1}}}' if self.parallel else ""
-        reply = "" if self.reply is None else f" | %json {schema_text(self.reply, FORMAT)}"
-        return OwnGrammar(f"start: call{more}{reply}\ncall: " + "\n    | ".join(calls) + "\n")
+        reply = ""
+        if self.reply is not None:
+            parts[FORMAT] = schema_text(self.reply, FORMAT)
+            reply = f" | %json {parts[FORMAT]}"
+        made = OwnGrammar(f"start: call{more}{reply}\ncall: " + "\n    | ".join(calls) + "\n")
+        made.parts = parts
+        return made
 
     def begun(self) -> OwnGrammar:
         """The grammar of an answer that has begun with a call of a strict tool; any other answer is free.
 
         The model wrote the beginning freely: there may be a space or a line's end wherever JSON allows one.
         """
-        anything, calls = {"type": "object"}, []
-        for name, schema in self.schemas.items():
-            text = schema_text(schema if name in self.strict else anything, "tools", **LOOSE)
+        calls, parts = [], {}
+        for name, tool in self.tools.items():
+            text = schema_text(tool.schema if tool.strict else {"type": "object"}, tool.where, **LOOSE)
+            parts[tool.where] = text
             head = f'"{{" W "\\"name\\"" W ":" W {json.dumps(json.dumps(name))} W "," W'
             calls.append(f'{head} ("\\"parameters\\"" | "\\"arguments\\"") W ":" W %json {text} W "}}"')
         more = f' (W ";" W call){{0,{MOST_CALLS - 1}}}' if self.parallel else ""
         made = OwnGrammar(f"start: call{more}\ncall: " + "\n    | ".join(calls) + "\nW: /[ \\n]?/\n")
-        names = "|".join(map(re.escape, sorted(self.strict)))
+        made.parts = parts
+        names = "|".join(re.escape(name) for name, tool in sorted(self.tools.items()) if tool.strict)
         made.begin = re.compile(rf'\{{\s*"name"\s*:\s*"(?:{names})"\s*,\s*"(?:parameters|arguments)"\s*:')
         return made
 
@@ -74,46 +93,43 @@ class ToolUse:
 
     def speaker(self) -> "Calls":
         """What shows one choice."""
-        return Calls(CallParser(self.schemas.keys(), self.enforced), MOST_TOOLS if self.parallel else 1)
+        return Calls(CallParser(self.tools.keys(), self.enforced), MOST_TOOLS if self.parallel else 1)
 
 
 def read(body: Mapping[str, Any]) -> ToolUse | None:
-    """The tools that a body lets an answer call; None where it may call none. Raises ApiError with the field."""
-    schemas = _schemas(body.get("tools"))
+    """The tools that a body lets an answer call; None where it may call none. Raises ApiError or UserError."""
+    tools = _tools(body.get("tools"))
     choice = body.get("tool_choice")
     parallel = fields.flag(body, "parallel_tool_calls", True)
-    if choice == "none" or (not schemas and choice in (None, "auto")):
+    if choice == "none" or (not tools and choice in (None, "auto")):
         return None
     if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
-        choice, schemas = _allowed(choice.get("allowed_tools", choice), schemas)
-    if not schemas:
+        choice, tools = _allowed(choice.get("allowed_tools", choice), tools)
+    if not tools:
         raise refused("tool_choice needs tools. Give a list of functions.", "tool_choice")
-    try:
-        reply = None if body.get(FORMAT) is None else format_schema(body[FORMAT])
-        reply = None if reply is None else checked_schema(reply, FORMAT)
-    except UserError as error:
-        raise refused(str(error), FORMAT) from None
+    reply = None if body.get(FORMAT) is None else format_schema(body[FORMAT])
+    reply = None if reply is None else checked_schema(reply, FORMAT)
     if choice in (None, "auto"):
         if body.get(STRUCTURED) is not None:
-            return ToolUse(schemas, False, parallel)
-        return ToolUse(schemas, False, parallel, reply, _strict(body["tools"]) & schemas.keys())
+            return ToolUse(tools, False, parallel)
+        return ToolUse(tools, False, parallel, reply, any(tool.strict for tool in tools.values()))
     if body.get(STRUCTURED) is not None or reply is not None:
         raise refused("tool_choice requires a call; the answer can't have another format, too.", "tool_choice")
     if choice == "required":
-        return ToolUse(schemas, True, parallel)
+        return ToolUse(tools, True, parallel)
     name = _named(choice)
-    if name not in schemas:
+    if name not in tools:
         raise refused(f"tool_choice names {describe(name)}, which is not one of tools.", "tool_choice")
-    return ToolUse({name: schemas[name]}, True, False)
+    return ToolUse({name: tools[name]}, True, False)
 
 
-def _allowed(choice: Any, schemas: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The mode of a choice among some tools, and their schemas."""
+def _allowed(choice: Any, tools: dict[str, Tool]) -> tuple[Any, dict[str, Tool]]:
+    """The mode of a choice among some tools, and these."""
     given = choice.get("tools") if isinstance(choice, dict) else None
     named = [_named(one) for one in given] if isinstance(given, list) else []
-    if not named or any(name not in schemas for name in named) or choice.get("mode") not in ("auto", "required"):
+    if not named or any(name not in tools for name in named) or choice.get("mode") not in ("auto", "required"):
         raise refused("tool_choice: allowed_tools needs a mode, auto or required, and some of tools.", "tool_choice")
-    return choice["mode"], {name: schemas[name] for name in named}
+    return choice["mode"], {name: tools[name] for name in named}
 
 
 def _named(choice: Any) -> Any:
@@ -126,23 +142,15 @@ def _named(choice: Any) -> Any:
     return inner.get("name")
 
 
-def _strict(tools: Sequence[Mapping[str, Any]]) -> frozenset[str]:
-    """The names of the tools that are strict."""
-    functions = [tool["function"] for tool in tools]
-    if wrong := next((one for one in functions if one.get("strict") not in (None, True, False)), None):
-        raise refused(f"tools: strict is {describe(wrong['strict'])}; it must be true or false.", "tools")
-    return frozenset(one["name"] for one in functions if one.get("strict"))
-
-
-def _schemas(given: Any) -> dict[str, dict[str, Any]]:
-    """The schemas of the parameters of tools, by name."""
+def _tools(given: Any) -> dict[str, Tool]:
+    """The tools of a body by name."""
     if given is None:
         return {}
     if not isinstance(given, list):
         raise refused(f"tools is {describe(given)}; it must be a list of functions.", "tools")
     if len(given) > MOST_TOOLS:
         raise refused(f"tools has {len(given)} entries; at most {MOST_TOOLS} are taken.", "tools")
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, Tool] = {}
     for n, tool in enumerate(given):
         function = (
             tool.get("function") if isinstance(tool, dict) and tool.get("type", "function") == "function" else None
@@ -154,12 +162,12 @@ def _schemas(given: Any) -> dict[str, dict[str, Any]]:
             raise refused(f"tools[{n}]: name {describe(name)} must be 1 to 64 letters, digits, dots, _ or -.", "tools")
         if name in found:
             raise refused(f"tools[{n}]: name {describe(name)} is used by an earlier tool.", "tools")
-        parameters = function.get("parameters")
-        try:
-            schema = checked_schema(NO_PARAMETERS if parameters in (None, {}) else parameters, "tools")
-        except UserError as error:
-            raise refused(str(error), "tools") from None
-        found[name] = schema if "type" in schema or "$ref" in schema else {"type": "object", **schema}
+        strict, parameters, where = function.get("strict"), function.get("parameters"), f"tools[{n}]: parameters"
+        if not isinstance(strict, bool | None):
+            raise refused(f"tools[{n}]: strict is {describe(strict)}; it must be true or false.", "tools")
+        schema = checked_schema(NO_PARAMETERS if parameters in (None, {}) else parameters, where)
+        schema = schema if "type" in schema or "$ref" in schema else {"type": "object", **schema}
+        found[name] = Tool(schema, where, bool(strict))
     return found
 
 

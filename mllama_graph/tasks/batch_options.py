@@ -59,7 +59,7 @@ class BatchOptions(TaskOptions):
 
     def images_asked(self, run: Run) -> int:
         base, paths = files_of(str(self.input))
-        return max((most_images(read_lines(path), base) for path in paths if path.suffix in LINES), default=0)
+        return max((most_images(read_lines(path, "input"), base) for path in paths if path.suffix in LINES), default=0)
 
 
 def files_of(given: str) -> tuple[Path, list[Path]]:

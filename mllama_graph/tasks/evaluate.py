@@ -102,7 +102,7 @@ def compared_with(run: ResolvedRun, options: EvaluateOptions, progress: Progress
         return None
     if options.against == UNQUANTISED:
         return on_other_weights(run, run.checkpoint)
-    checkpoint = open_checkpoint(checkpoint_folder(options.against))
+    checkpoint = open_checkpoint(checkpoint_folder(options.against, "task.against"))
     if differing := differences(run.shape, checkpoint.shape):
         raise UserError(f"task.against={options.against} has other shapes: {'; '.join(differing[:4])}.")
     checkpoint.verify()

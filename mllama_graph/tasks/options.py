@@ -72,6 +72,9 @@ class EvaluateOptions(GenerateOptions):
     controls: bool = True
     against: str = UNQUANTISED
 
+    def check(self) -> None:
+        at_least("task.each", self.each, 1)
+
     def images_asked(self, run: Run) -> int:
         return 0 if run.requests is None else super().images_asked(run)
 

@@ -19,7 +19,7 @@ from mllama_graph.model.compressed import DTYPES, layout, planned, quantization_
 from mllama_graph.model.tree import Fill, FillQuantised
 from mllama_graph.model.weights import from_checkpoint, quantising, random_fill, whole_config
 from mllama_graph.plan.resolve import ResolvedRun, on_other_weights
-from mllama_graph.tasks.quantize_options import QuantizeOptions
+from mllama_graph.tasks.quantize_options import CALIBRATION, QuantizeOptions
 
 # Files beside the weights that belong to a checkpoint: tokenizer, templates, processor, generation, licence.
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "USE_POLICY*")
@@ -31,7 +31,8 @@ LEFT = ("config.json", "*.index.json", "adapter_config.json", "params.json", "ch
 def main(run: ResolvedRun) -> None:
     """Quantise the checkpoint, its adapters merged, into task.folder. Memory holds a block of one weight at a time.
 
-    Raises UserError where the disk lacks room or the folder can't be written.
+    Raises UserError where memory or the disk lacks room, no request of task.calibration can be served, or the folder
+    can't be written.
     """
     options, progress, checkpoint = run.options, Progress(), run.checkpoint
     assert isinstance(options, QuantizeOptions) and options.folder
@@ -46,6 +47,8 @@ def main(run: ResolvedRun) -> None:
     formats = run.storage.formats
     files = planned(run.shape, formats, dtype)
     total = sum(weight.bytes for weights in files for weight in weights)
+    # Refused here, before the folder is made, where memory can't hold the unquantised weights that gptq serves with.
+    served = on_other_weights(run, checkpoint) if options.calibration else None
     made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -57,7 +60,7 @@ def main(run: ResolvedRun) -> None:
             done += count
             progress.weights(done, total)
 
-        with torch.inference_mode(), quantiser(run, options, fill, progress) as fill_quantised:
+        with torch.inference_mode(), quantiser(run, served, options, fill, progress) as fill_quantised:
             write_weights(folder, files, fill, fill_quantised, report)
         if checkpoint:
             copy_others(checkpoint.folder, folder)
@@ -80,18 +83,20 @@ def main(run: ResolvedRun) -> None:
 
 
 @contextlib.contextmanager
-def quantiser(run: ResolvedRun, options: QuantizeOptions, fill: Fill, progress: Progress) -> Iterator[FillQuantised]:
-    """What chooses the codes of a weight, as task.rounding= says; with gptq, an engine serves requests for it."""
+def quantiser(
+    run: ResolvedRun, served: ResolvedRun | None, options: QuantizeOptions, fill: Fill, progress: Progress
+) -> Iterator[FillQuantised]:
+    """What chooses the codes of a weight, as task.rounding= says; with gptq, an engine of `served` answers requests."""
     scale_dtype = getattr(torch, DTYPES[run.precision.store][1])
-    if options.calibration is None:
+    if options.calibration is None or served is None:
         yield quantising(fill, partial(quantise, scale_dtype=scale_dtype))
         return
     path = Path(options.calibration).expanduser()
     # Graphs are not compiled: the operations record their inputs.
-    plain = replace(on_other_weights(run, run.checkpoint), backend="eager")
+    plain = replace(served, backend="eager")
     engine = start_engine(plain, processor_of(plain), Progress())
     try:
-        lines = list(read_lines(path))
+        lines = list(read_lines(path, CALIBRATION))
         calibration = Calibration(engine, run.storage.formats, lines, path.parent, progress)
         yield quantising_with_feedback(fill, calibration.factor, scale_dtype)
     finally:

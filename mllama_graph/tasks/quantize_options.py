@@ -12,6 +12,7 @@ from mllama_graph.inputs.request_file import most_images, read_lines
 SHAPES_ONLY = "meta"
 # Values of task.rounding: to the nearest code, scales by squared error; or with error feedback.
 MSE, GPTQ = "mse", "gptq"
+CALIBRATION = "task.calibration"
 
 
 @dataclass
@@ -42,7 +43,7 @@ class QuantizeOptions(TaskOptions):
         if self.calibration is None:
             return 0
         path = Path(self.calibration).expanduser()
-        return most_images(read_lines(path), path.parent)
+        return most_images(read_lines(path, CALIBRATION), path.parent)
 
     def prepared(self, run: Run) -> Run:
         """Refuse what would be noticed only after the checkpoint was read."""
@@ -60,6 +61,8 @@ class QuantizeOptions(TaskOptions):
                 "task.rounding=gptq is for quant=w4a16 and w4a8 at tp=1, without the vision tower: codes of 8 bits "
                 "lose almost nothing. Leave it out."
             )
+        if self.calibration is not None:
+            next(read_lines(Path(self.calibration).expanduser(), CALIBRATION))
         if run.weights == SHAPES_ONLY:
             raise UserError(f"weights={SHAPES_ONLY} has no values to quantise. Use a checkpoint, or weights=random.")
         folder = Path(self.folder).expanduser()

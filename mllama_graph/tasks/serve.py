@@ -56,18 +56,20 @@ def main(run: ResolvedRun) -> None:
         tls = {"ssl_certfile": options.ssl_certfile, "ssl_keyfile": options.ssl_keyfile} if options.ssl_certfile else {}
         host, port = opened.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        progress.say(f"serving {names[0]} at {'https' if tls else 'http'}://{shown}:{port}/v1")
-        if host in ("127.0.0.1", "::1"):
-            progress.say("only this machine reaches it; host=0.0.0.0 lets others in, with api_key= as you like")
-        elif key is None:
-            progress.say("everybody who reaches this machine can use it; api_key= asks for a key")
+
+        def begun() -> None:
+            progress.say(f"serving {names[0]} at {'https' if tls else 'http'}://{shown}:{port}/v1")
+            if host in ("127.0.0.1", "::1"):
+                progress.say("only this machine reaches it; host=0.0.0.0 lets others in, with api_key= as you like")
+            elif key is None:
+                progress.say("everybody who reaches this machine can use it; api_key= asks for a key")
 
         def watch() -> Exception | None:
             gone = engines[0].executor.lost_worker() if engines else None
             return None if gone is None else PeerGone(engines[0].executor.gone(gone))
 
         try:
-            serve(app, service, opened, options.drain_seconds, tls, watch, progress.say)
+            serve(app, service, opened, options.drain_seconds, tls, watch, progress.say, begun)
         finally:
             # Loading and compiling may take minutes, and a step that waits for a rank that is gone does not end.
             built = service.engine_loop.engine is not None

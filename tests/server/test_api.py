@@ -1,6 +1,7 @@
 """The API as OpenAI's own client sees it, against what the engine gives for the same request."""
 
 import json
+import re
 
 import pytest
 
@@ -9,6 +10,8 @@ from mllama_graph.engine.stats import Stats
 ASK = [{"role": "user", "content": "What can you do?"}]
 ANSWER = "I can describe simple shapes, count them and read numbers."
 SEEN = "I see a red circle, a green triangle and a blue star."
+# What a client can't change, or knows under another name.
+KEYS_OF_THE_SERVER = re.compile("max_input_length|max_output_length|max_new_tokens|extend_context|the plan")
 
 
 def look(scene, text="What do you see?"):
@@ -144,6 +147,7 @@ def test_an_echoed_prompt_has_the_log_probabilities_its_tokens_had_when_they_wer
         assert len(told) == len(again) and told[0] is None
         assert [entry[str(id)]["rank"] for id, entry in zip(again[new], told[new])] == [1] * len(one.logprobs.tokens)
     # What begins and ends texts has a token, but no text.
+    assert not hasattr(create(**ask, max_tokens=1).choices[0], "prompt_logprobs")
     assert "".join(shown.tokens[1:]).replace("<|eot_id|>", "") == choice.text and choice.text.startswith(
         "I see" + one.text
     )
@@ -232,7 +236,8 @@ def test_models_health_and_version_answer(server):
         ({"seed": "x"}, 400, "seed"),
         ({"stream": "yes"}, 400, "stream"),
         ({"max_tokens": 0}, 400, "max_tokens"),
-        ({"max_tokens": 10**6}, 400, "messages"),
+        ({"max_tokens": 10**6}, 400, "max_tokens"),
+        ({"max_completion_tokens": 10**6, "max_tokens": None}, 400, "max_completion_tokens"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, 400, "max_tokens"),
         ({"top_logprobs": 3}, 400, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs"),
@@ -255,6 +260,7 @@ def test_a_wrong_field_is_refused_with_its_name(change, status, param, server):
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (status, param), error
     assert error.keys() == {"message", "type", "param", "code"} and error["message"] and error["type"]
+    assert not KEYS_OF_THE_SERVER.search(error["message"]), error
 
 
 def test_fields_of_other_clients_are_ignored_or_neutral(server):

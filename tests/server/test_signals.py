@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @contextmanager
-def started(folder, *keys):
-    """(process, port, lines of stderr) of a server that is ready."""
+def started(folder, *keys, until="ready"):
+    """(process, port, lines of stderr) of a server that is ready, or that has shown another line."""
     command = [
         sys.executable,
         "run.py",
@@ -35,9 +35,9 @@ def started(folder, *keys):
     try:
         for line in process.stderr:
             said.append(line.strip())
-            if line.strip() == "ready":
+            if line.startswith(until):
                 break
-        assert said[-1] == "ready", said
+        assert said[-1].startswith(until), said
         threading.Thread(target=lambda: said.extend(map(str.strip, process.stderr)), daemon=True).start()
         [port] = [int(found[1]) for line in said if (found := re.search(r"http://127\.0\.0\.1:(\d+)/v1", line))]
         yield process, port, said
@@ -91,6 +91,12 @@ def test_sigterm_finishes_open_streams_refuses_new_requests_and_exits_0(tmp_path
     assert json.loads((tmp_path / "result.json").read_text())["metrics"]["new_tokens"] == 300
     for name in ("result.json", "run.log", "access.jsonl"):
         assert "never-written" not in (tmp_path / name).read_text()
+
+
+def test_sigterm_right_after_the_address_is_shown_exits_0(tmp_path):
+    with started(tmp_path, until="serving") as (process, _, said):
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0 and "interrupted" not in " ".join(said)
 
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path):

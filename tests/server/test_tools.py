@@ -18,6 +18,8 @@ TOOLS = [
     {"type": "function", "function": {"name": "now"}},
 ]
 NAMED = {"type": "function", "function": {"name": "weather"}}
+NEVER = {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}
+UNUSABLE = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"not": {}}}}}}
 
 
 class Shape(BaseModel):
@@ -81,13 +83,38 @@ def test_a_response_format_and_structured_outputs_hold_at_any_temperature(temper
         ({"tools": {}}, "tools"),
         ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto"}}}, "tool_choice"),
         ({"tools": [{"type": "function", "function": {"name": "f", "strict": "x"}}]}, "tools"),
+        ({"tools": [TOOLS[1], UNUSABLE], "tool_choice": "required"}, "tools"),
+        ({"tools": [TOOLS[1], {**UNUSABLE, "function": UNUSABLE["function"] | {"strict": True}}]}, "tools"),
+        ({"tools": TOOLS, "response_format": NEVER}, "response_format"),
     ],
 )
 def test_what_cant_be_used_is_refused_with_its_field_and_a_reason(fields, param, server):
     answer = server.post({"messages": ASK, **fields})
     error = answer.json()["error"]
     assert (answer.status_code, error["param"], error["type"]) == (400, param, "invalid_request_error")
-    assert error["message"].endswith(".") and "\n" not in error["message"]
+    assert error["message"].endswith(".") and "\n" not in error["message"] and "start: call" not in error["message"]
+
+
+@pytest.mark.parametrize(
+    "function, message",
+    [
+        ({"name": "a b"}, "tools[1]: name 'a b' must be 1 to 64 letters, digits, dots, _ or -."),
+        ({"name": "f", "strict": "x"}, "tools[1]: strict is 'x'; it must be true or false."),
+        ({"name": "f", "parameters": []}, "tools[1]: parameters is []; it must be a JSON schema."),
+        (
+            {"name": "f", "parameters": {"not": {}}},
+            "tools[1]: parameters can't be used: the schema's keyword \"not\" is not supported.",
+        ),
+        ({"name": "f", "parameters": {"type": "text"}}, "tools[1]: parameters can't be used: Invalid type: text."),
+    ],
+)
+def test_an_error_of_a_tool_has_its_index_in_chats_and_responses(function, message, server):
+    tools = [TOOLS[1], {"type": "function", "function": function}]
+    chat = server.post({"messages": ASK, "tools": tools, "tool_choice": "required"})
+    flat = [{"type": "function", **tool["function"]} for tool in tools]
+    response = server.post({"input": "Hi", "tools": flat, "tool_choice": "required"}, "/v1/responses")
+    for answer in (chat, response):
+        assert (answer.json()["error"]["message"], answer.json()["error"]["param"]) == (message, "tools")
 
 
 @pytest.mark.parametrize("choice", ["required", NAMED])
