@@ -9,13 +9,16 @@ import subprocess
 import sys
 import tarfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from commands import QUICK, ROOT, command_line, run
 
 from mllama_graph.core.errors import UserError
-from mllama_graph.scale.answers import FAULT, KEY, LINE, LOST, NUMBER, id_of, request_of
+from mllama_graph.engine.results import Result
+from mllama_graph.scale.answers import FAULT, KEY, LINE, LOST, NUMBER, Answers, id_of, request_of
+from mllama_graph.scale.attempts import ALONE, TOGETHER, Attempts
 from mllama_graph.tasks.batch_options import BatchOptions
 
 TINY = ROOT / "mllama_graph" / "tiny"
@@ -118,6 +121,66 @@ def test_a_replica_that_loses_a_rank_ends_so_that_ray_starts_another(tmp_path):
         [sys.executable, "-c", LOSES_A_RANK], capture_output=True, text=True, cwd=tmp_path, env=variables, timeout=100
     )
     assert done.returncode == LOST, done.stderr
+
+
+class Ended(BaseException):
+    """Stands for the end of the process, after which Ray serves the rows again in another one."""
+
+
+class Table:
+    def __init__(self, names):
+        self._rows = [{"row": name, "prompt": name} for name in names]
+
+    def to_pylist(self):
+        return self._rows
+
+
+class Deadly:
+    """In place of LLM: the row `deadly` ends the process, whatever else is served with it."""
+
+    def generate(self, requests):
+        prompts = [request()["prompt"] for request in requests]
+        if "deadly" in prompts:
+            raise Ended
+        return [Result(None, [1], prompt, "stop") for prompt in prompts]
+
+
+def test_a_row_that_ends_its_process_gets_an_error_after_a_few_attempts_and_its_neighbours_answers(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("mllama_graph.scale.answers.LLM", lambda *_, **__: Deadly())
+    monkeypatch.setattr("mllama_graph.scale.answers.table_of", lambda rows, results, keep: results)
+    ends, names = 0, ["a", "deadly", "b"]
+    while True:
+        assert ends < 10
+        try:
+            found = Answers(attempts=tmp_path / "counts")(Table(names))
+            break
+        except Ended:
+            ends += 1
+    assert ends == TOGETHER + ALONE
+    assert [result.text for result in found] == ["a", "", "b"] and found[0].error is found[2].error is None
+    assert found[1].error == "the row ended the process that served it 2 times; it is not served again."
+    # Of the three rows together, and of the one alone.
+    assert len(list((tmp_path / "counts").iterdir())) == 2
+    assert Answers(attempts=tmp_path / "counts")(Table(["a", "b"]))[1].text == "b"
+
+
+def test_a_row_that_is_served_alone_has_no_neighbour_in_its_process(tmp_path):
+    attempts, order = Attempts(tmp_path), []
+
+    def serve(name, alone):
+        with attempts.counted([name], 2, alone):
+            order.append(f"begin {name}")
+            time.sleep(0.05)
+            order.append(f"end {name}")
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(serve, "abcd", (False, True, False, True)))
+    for name in "bd":
+        begun = order.index(f"begin {name}")
+        assert order[begun + 1] == f"end {name}"
+    assert not list(tmp_path.iterdir())
 
 
 # ---- with Ray

@@ -228,7 +228,7 @@ def test_a_draft_that_is_the_model_itself_is_always_right_and_another_one_change
         ({"draft": "x"}, "speculate=draft only"),
         ({"speculate": "often"}, "not one of none, ngram, draft"),
         ({"speculate": "ngram", "speculate_tokens": 0}, "at least 1"),
-        ({"speculate": "draft", "draft": "/nowhere"}, "draft=/nowhere: .* is not a folder"),
+        ({"speculate": "draft", "draft": "/nowhere"}, "draft=/nowhere is not a folder"),
     ],
 )
 def test_keys_that_cant_be_used_are_refused(keys, reason):

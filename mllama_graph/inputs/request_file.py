@@ -65,7 +65,7 @@ def _other_kind(head: bytes) -> str | None:
     A single odd line is left to `parse`, which refuses that line alone.
     """
     if found := signature(head[:16]):
-        return f"is a {found} picture. Pictures are given as image=; this key takes a file of requests."
+        return f"is a {found} picture. Give it as image=; this key takes a file of requests."
     head = head.removeprefix(codecs.BOM_UTF8)
     lines = [line.strip() for line in head.splitlines() if line.strip()]
     first, more = (lines[0], lines[1:]) if lines else (b"", [])

@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mllama_graph.core.config import Run
@@ -15,6 +16,7 @@ from mllama_graph.inputs.image_formats import suffixes
 from mllama_graph.inputs.request import FIELDS
 from mllama_graph.inputs.request_file import parse, refuse_odd
 from mllama_graph.llm import LLM
+from mllama_graph.scale.attempts import ALONE, TOGETHER, Attempts
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -40,6 +42,9 @@ class Answers:
 
     Several threads may call it at the same time: their rows share the engine's batch, so that the end of one table
     doesn't leave rows of the batch empty. If a rank is lost, the process ends, and Ray starts another one.
+
+    `attempts` is a folder that all processes share. There the rows of tables with a column `row` are counted, so that
+    a row that ends the process gets an error after a few attempts. Without it, Ray serves such a row without end.
     """
 
     def __init__(
@@ -48,23 +53,42 @@ class Answers:
         *,
         prompt: str | None = None,
         keep: Sequence[str] = (),
+        attempts: str | os.PathLike[str] | None = None,
         **keys: Any,
     ):
         self._prompt, self._keep = prompt, tuple(keep)
+        self._attempts = Attempts(None if attempts is None else Path(attempts))
         self._llm = LLM(model, quiet=True, **keys)
 
     def __call__(self, table: "pa.Table") -> "pa.Table":
         rows = table.to_pylist()
+        names = [str(row[ROW]) for row in rows if row.get(ROW) is not None]
+        if not names or len(names) < len(rows):
+            results = self._served(rows)
+        else:
+            with self._attempts.counted(names, TOGETHER) as together:
+                results = self._served(rows) if together else []
+            if not together:
+                log.warning("%d rows have ended their process %d times; each is served alone", len(rows), TOGETHER)
+                results = [self._served_alone(row, name) for row, name in zip(rows, names, strict=True)]
+        for row, result in zip(rows, results, strict=True):
+            result.id = id_of(row)
+        return table_of(rows, results, self._keep)
+
+    def _served(self, rows: Sequence[Mapping[str, Any]]) -> list[Result]:
         try:
-            results = self._llm.generate([partial(request_of, row, self._prompt) for row in rows])
+            return self._llm.generate([partial(request_of, row, self._prompt) for row in rows])
         except (PeerGone, RankFailed):
             # Ray restarts an actor whose process has ended, and serves the rows again.
             log.exception("a rank is lost; this process ends")
             logging.shutdown()
             os._exit(LOST)
-        for row, result in zip(rows, results, strict=True):
-            result.id = id_of(row)
-        return table_of(rows, results, self._keep)
+
+    def _served_alone(self, row: Mapping[str, Any], name: str) -> Result:
+        with self._attempts.counted([name], ALONE, alone=True) as fine:
+            if fine:
+                return self._served([row])[0]
+        return Result.failed(None, f"the row ended the process that served it {ALONE} times; it is not served again.")
 
     def close(self) -> None:
         """End the engine and its ranks."""

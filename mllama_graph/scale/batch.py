@@ -7,6 +7,7 @@ Ray Data restarts replicas, serves lost rows again, and keeps a checkpoint of th
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,7 @@ from mllama_graph.tasks.generate import settings_of
 
 # The folder in output= that later runs read. Readers of Parquet ignore names that begin with _.
 KEPT = "_batch"
+ATTEMPTS = Path(KEPT) / "attempts"
 # Tables that a replica serves at a time: while one table ends, rows of the next fill the batch.
 TABLES = 2
 LEAST_ROWS = 16
@@ -47,6 +49,8 @@ def main(run: ResolvedRun) -> None:
     base, paths = files_of(str(options.input))
     output = Path(str(options.output)).expanduser().absolute()
     claim(output, settings_of(run) | {"prompt": run.question.prompt, "format": options.format})
+    # Of an earlier run, whose end says nothing about its rows.
+    shutil.rmtree(output / ATTEMPTS, ignore_errors=True)
     before = counted(output, options.format)
     with cluster(options):
         answer(run, options, base, paths, output)
@@ -77,7 +81,12 @@ def answer(run: ResolvedRun, options: BatchOptions, base: Path, paths: list[Path
         batch_size=None,
         batch_format="pyarrow",
         fn_constructor_args=[worker_run(run, options)],
-        fn_constructor_kwargs={"prompt": run.question.prompt, "keep": (ROW,), "base": str(base)},
+        fn_constructor_kwargs={
+            "prompt": run.question.prompt,
+            "keep": (ROW,),
+            "base": str(base),
+            "attempts": str(output / ATTEMPTS),
+        },
         compute=ActorPoolStrategy(
             size=options.replicas, max_concurrent_calls_per_actor=TABLES, enable_true_multi_threading=True
         ),

@@ -10,7 +10,6 @@ import base64
 import io
 import json
 import os
-import random
 import re
 import signal
 import socket
@@ -21,9 +20,11 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import httpx
+from load import Engines, Ids, cpu_seconds
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
@@ -184,15 +185,12 @@ class RayServe:
 
 
 class Load:
-    """Clients that ask about a picture again and again, each in a session of its own; `outcomes` has all answers.
+    """Clients that ask about a picture again and again, each in a session of its own; `outcomes` has all answers."""
 
-    With `ids`, they send prompts of so many random ids in place of a picture.
-    """
-
-    def __init__(self, url: str, clients: int, tokens: int, ids: int = 0):
-        self.url, self.tokens, self.ids = url, tokens, ids
-        # (begin, end, what went wrong or None, tokens)
-        self.outcomes: list[tuple[float, float, str | None, int]] = []
+    def __init__(self, url: str, clients: int, tokens: int):
+        self.url, self.tokens = url, tokens
+        # (begin, end, what went wrong or None)
+        self.outcomes: list[tuple[float, float, str | None]] = []
         self._ended = threading.Event()
         self._threads = [threading.Thread(target=self._client, args=(n,), daemon=True) for n in range(clients)]
         for thread in self._threads:
@@ -201,23 +199,17 @@ class Load:
     def _client(self, number: int) -> None:
         image = {"type": "image_url", "image_url": {"url": picture(number)}}
         asked = {"messages": [{"role": "user", "content": [image, {"type": "text", "text": "What do you see?"}]}]}
-        path = "completions" if self.ids else "chat/completions"
-        numbers = random.Random(number)
         with httpx.Client(timeout=120, headers={"x-session-id": f"session-{number}"}) as client:
             while not self._ended.is_set():
-                if self.ids:
-                    asked = {"prompt": numbers.choices(range(3, 250), k=self.ids)}
                 body = asked | {"max_tokens": self.tokens, "ignore_eos": True}
-                begin, wrong, count = time.monotonic(), None, 0
+                begin, wrong = time.monotonic(), None
                 try:
-                    answer = client.post(f"{self.url}/v1/{path}", json=body)
+                    answer = client.post(f"{self.url}/v1/chat/completions", json=body)
                     if answer.status_code != 200:
                         wrong = f"{answer.status_code} {answer.text[:100]}"
-                    else:
-                        count = answer.json()["usage"]["total_tokens"]
                 except httpx.HTTPError as error:
                     wrong = type(error).__name__
-                self.outcomes.append((begin, time.monotonic(), wrong, count))
+                self.outcomes.append((begin, time.monotonic(), wrong))
 
     def end(self) -> None:
         self._ended.set()
@@ -282,34 +274,45 @@ def affinity(front: Any) -> tuple[dict[str, Any], bool]:
 
 
 def speed(front: Any) -> tuple[dict[str, Any], bool]:
-    """Tokens per second of two replicas, and of the second one alone: prompts of 1,500 ids, and 8 new tokens."""
+    """Tokens per second of two replicas, and of the second one alone, in turns: prompts of 1,500 ids, 8 new tokens.
 
-    def cores() -> list[float]:
-        """CPU seconds so far of the replicas, the router and the clients."""
-        stats = [Path(f"/proc/{process.pid}/stat").read_text() for process in (*front.replicas, front.process)]
-        ticks = [sum(map(int, stat.rpartition(")")[2].split()[11:13])) for stat in stats]
-        return [*(count / os.sysconf("SC_CLK_TCK") for count in ticks), time.process_time()]
+    The ceiling: two engines without HTTP, as a multiple of one (`engines`), and the part of the CPU time that is the
+    engines' (`share`), since two replicas share the cores with HTTP, router and clients, and one does not.
+    """
+    processes = [*(process.pid for process in front.replicas), front.process.pid]
 
-    def rate(seconds: float) -> float:
-        load = Load(front.url, 24, 8, ids=1500)
-        time.sleep(3)
-        begin, before = time.monotonic(), cores()
-        time.sleep(seconds)
-        until, after = time.monotonic(), cores()
-        used.append([round((b - a) / (until - begin), 2) for a, b in zip(before, after)])
-        load.end()
-        # Answers that cross the edges count by the part of their time that lies inside.
-        return sum(
-            outcome[3] * max(0.0, min(outcome[1], until) - max(outcome[0], begin)) / (outcome[1] - outcome[0])
-            for outcome in load.outcomes
-        ) / (until - begin)
+    def used() -> list[float]:
+        """CPU seconds so far: both engines' threads, the replicas' other threads, the router, the clients."""
+        first, second, router = map(cpu_seconds, processes)
+        return [first[0] + second[0], first[1] + second[1], sum(router), time.process_time()]
 
-    used: list[list[float]] = []
-    both = rate(10)
-    front._route(0, False)
-    one = rate(10)
-    told = {"two": round(both), "one": round(one), "ratio": round(both / one, 2), "cores used": used}
-    return told, both >= 1.8 * one
+    load, turns, spent = Ids(front.url.removeprefix("http://"), 24), {2: [], 1: []}, {2: [], 1: []}
+    for replicas in (2, 1) * 3:
+        front._route(0, replicas == 2)
+        time.sleep(1.5)
+        begin, before = time.monotonic(), used()
+        time.sleep(6)
+        until, after = time.monotonic(), used()
+        turns[replicas].append(load.rate(begin, until))
+        spent[replicas].append([(b - a) / (until - begin) for a, b in zip(before, after)])
+    load.end()
+    engines = Engines(front.keys)
+    alone = [(engines.rate(1, 60), engines.rate(2, 60)) for _ in range(2)]
+    engines.end()
+    rates = {replicas: median(found) for replicas, found in turns.items()}
+    cores = {replicas: [round(median(part), 2) for part in zip(*found)] for replicas, found in spent.items()}
+    one, two = (median(found) for found in zip(*alone))
+    told = {
+        "two": round(rates[2]),
+        "one": round(rates[1]),
+        "ratio": round(rates[2] / max(rates[1], 1e-9), 2),
+        "wrong": load.wrong[:3],
+        "engines alone": [round(one), round(two), round(two / one, 2)],
+        "cores of engines, HTTP, router, clients": cores,
+        "share": round(cores[2][0] / sum(cores[2]), 3),
+        "turns": {replicas: [round(found) for found in values] for replicas, values in turns.items()},
+    }
+    return told, not load.wrong and rates[2] >= 1.8 * rates[1]
 
 
 if __name__ == "__main__":
