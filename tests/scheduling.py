@@ -18,7 +18,7 @@ from mllama_graph.inputs.images import TiledImage
 from mllama_graph.inputs.request import Sampling
 from mllama_graph.model.shape import shape_of
 from mllama_graph.plan.blocks import pages_for, slots
-from mllama_graph.plan.buckets import Limits, make_plan
+from mllama_graph.plan.make import Limits, make_plan
 
 SHAPE = shape_of(model_config(SPECS["base"]))
 TILE = SHAPE.vision.tokens
@@ -76,6 +76,8 @@ def plans(draw):
         num_pages=least + draw(st.integers(0, 2 * least)),
         num_images=draw(st.integers(MAX_IMAGES, 5)),
         prefill_tokens=draw(st.sampled_from([None, [5], [2, 16], [40]])),
+        prefill_rows=draw(st.sampled_from([None, [1]])),
+        mixed_tokens=draw(st.sampled_from([[], [6], [3, 30]])),
     )
     proposals = draw(st.integers(0, 3))
     limits = Limits(batch, MAX_INPUT, MAX_NEW, MAX_IMAGES, draw(st.sampled_from([None, batch, 7, 30])), proposals)
@@ -231,7 +233,7 @@ def check_budget(step, plan, scheduler, sequences) -> None:
     admitted = {row.sequence for row in step.rows if row.sampling}
     decoding = {sequence.id for sequence in scheduler.running if sequence.decoding} - admitted
     assert {row.sequence for row in step.rows[: step.decoding]} == (decoding if step.decoding else set())
-    assert step.decoding == 0 or plan.lengths_are_free
+    assert step.decoding == 0 or plan.lengths_are_free or plan.mixed_tokens
     ends = [row.start + len(row.ids) == sequences[row.sequence].length for row in step.rows]
     assert ends == [True] * step.sampled + [False] * (len(ends) - step.sampled)
     # One prompt token is computed even if decoding sequences fill the budget.

@@ -1,5 +1,8 @@
 """The bucket plan: which sizes exist, and which bucket a step gets."""
 
+from collections import Counter
+from dataclasses import asdict
+
 import pytest
 from checkpoints import SPECS, model_config
 from engines import resolved, run_of
@@ -7,13 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mllama_graph.core.config import PlanChoice
-from mllama_graph.core.devices import CPU
+from mllama_graph.core.devices import CPU, CUDA, NPU
 from mllama_graph.core.errors import UserError
 from mllama_graph.model.shape import shape_of
 from mllama_graph.plan.blocks import pages_for
 from mllama_graph.plan.bucket import Bucket
-from mllama_graph.plan.buckets import Limits, choose, ladder, make_plan, pick
+from mllama_graph.plan.buckets import choose, pick
 from mllama_graph.plan.cost import bucket_cost
+from mllama_graph.plan.make import Limits, ladder, make_plan
 
 SHAPE = shape_of(model_config(SPECS["base"]))
 SIZES = st.lists(st.integers(1, 500), min_size=1, max_size=6, unique=True).map(sorted)
@@ -24,10 +28,10 @@ LIMITS = {
 }
 
 
-def plan_of(max_images=4, plan=None, batch=1, max_input_length=2048, max_output_length=128, free=False):
-    """A plan on a CPU; `free`: for kernels that take lengths as data."""
+def plan_of(max_images=4, plan=None, batch=1, max_input_length=2048, max_output_length=128, free=False, device=CPU):
+    """A plan; `free`: for kernels that take lengths as data."""
     limits = Limits(batch, max_input_length, max_output_length, max_images)
-    return make_plan(plan or PlanChoice(), limits, SHAPE, CPU.paging, free)
+    return make_plan(plan or PlanChoice(), limits, SHAPE, device.paging, free)
 
 
 @given(need=st.integers(0, 600), sizes=SIZES)
@@ -83,7 +87,7 @@ def test_kernels_that_take_lengths_need_one_bucket_of_pages():
 
 @given(limits=st.fixed_dictionaries(LIMITS), data=st.data())
 def test_a_step_gets_a_bucket_of_the_plan_that_holds_it(limits, data):
-    plan = plan_of(3, **limits)
+    plan = plan_of(3, device=data.draw(st.sampled_from([CPU, CUDA])), **limits)
     pages, images = data.draw(st.integers(1, plan.pages[-1])), data.draw(st.integers(0, 3 * plan.pages_per_image))
     rows, tokens = data.draw(st.integers(1, limits["batch"])), data.draw(st.integers(1, plan.prefill_tokens[-1]))
     past = data.draw(st.just(0) | st.integers(1, plan.pages[-1]))
@@ -93,10 +97,33 @@ def test_a_step_gets_a_bucket_of_the_plan_that_holds_it(limits, data):
     ]
     if rows > 1 and plan.packs(rows, tokens, pages * plan.page_size):
         found.append((plan.prefill(tokens, pages, images, rows), Bucket("prefill", rows, tokens, pages, images)))
+    for size in plan.mixed_tokens:
+        new, most = min(size, tokens), 1 if pages > plan.packed_pages else min(rows, plan.prefill_rows[-1])
+        need = Bucket("mixed", rows, rows + new, pages, images, prompts=Bucket("prefill", most, new, pages, images))
+        found.append((plan.mixed(new, pages, images, most), need))
     for bucket, need in found:
         assert bucket in plan.buckets()
         assert bucket.holds(need)
         assert not any(other.holds(need) and bucket.holds(other) and other != bucket for other in plan.buckets())
+
+
+def test_mixed_graphs_are_few_and_exist_where_a_step_can_need_them():
+    count = [
+        Counter(bucket.phase for bucket in plan_of(device=NPU, **given).buckets())["mixed"]
+        for given in ({"batch": 8}, {"batch": 8, "plan": PlanChoice(mixed_tokens=[])}, {"batch": 1})
+    ]
+    # One or eight prompts; with no image, one and four. Half of the single prompts have less than a full chunk before.
+    assert count == [2 * 3 + 3, 0, 0]
+    assert not plan_of(batch=8).mixed_tokens and not plan_of(batch=8, free=True, device=CUDA).mixed_tokens
+    plan = plan_of(batch=8, device=NPU)
+    assert plan.mixed_tokens == (192,) and plan.mixed(5, 1, 0, 1).tokens == 8 + 192
+    assert "mixed_tokens=192" in plan.describe() and "mixed_tokens=none" in plan_of().describe()
+    assert Bucket.of(asdict(plan.mixed(5, 1, 0, 1))) == plan.mixed(5, 1, 0, 1)
+
+
+def test_a_long_prompt_is_prefilled_by_itself_whatever_prefill_rows_are_given():
+    plan = plan_of(plan=PlanChoice(prefill_rows=[4]), batch=4)
+    assert plan.prefill_rows == (1, 4) and plan.prefill(2048, 0, 0).rows == 1
 
 
 def test_the_vision_bucket_comes_first_and_buckets_are_unique():
@@ -104,11 +131,16 @@ def test_the_vision_bucket_comes_first_and_buckets_are_unique():
     assert buckets[0].phase == "vision" and len(set(buckets)) == len(buckets)
 
 
+def bucket_of(phase, rows, tokens, pages, image):
+    if phase == "mixed":
+        prompts = Bucket("prefill", rows, tokens, 4, image)
+        return Bucket(phase, 8, 8 + tokens, max(pages, 1), image, prompts=prompts)
+    return Bucket(phase, rows if phase == "decode" else 1, rows if phase == "decode" else tokens, pages, image)
+
+
 BUCKETS = st.builds(
-    lambda phase, rows, tokens, pages, image: Bucket(
-        phase, rows if phase == "decode" else 1, rows if phase == "decode" else tokens, pages, image
-    ),
-    st.sampled_from(["prefill", "decode"]),
+    bucket_of,
+    st.sampled_from(["prefill", "decode", "mixed"]),
     st.sampled_from([1, 2, 8]),
     st.sampled_from([16, 64, 256]),
     st.sampled_from([0, 1, 4, 16]),

@@ -103,6 +103,8 @@ PLANS = {
     "one large bucket of each": {"prefill_tokens": [300], "decode_batch": [8], "pages": [4], "images": [4]},
     "batch 1": {"batch": 1},
     "batch 3": {"batch": 3, "page_size": 32},
+    "mixed steps of 40": {"page_size": 16, "mixed_tokens": [9, 40]},
+    "mixed steps of one prompt": {"page_size": 16, "mixed_tokens": [16], "prefill_rows": [1], "batch": 3},
     "room for one image set": {"page_size": 16, "num_images": 4},
 }
 

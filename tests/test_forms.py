@@ -10,10 +10,10 @@ from mllama_graph.core.config import PlanChoice, TorchairChoice
 from mllama_graph.core.devices import CPU, NPU, NPU_SIM
 from mllama_graph.core.errors import UserError
 from mllama_graph.model.formats import Storage
-from mllama_graph.plan.buckets import Limits, make_plan
 from mllama_graph.plan.cores import BSH, SPLIT, TND, Form, Forms
 from mllama_graph.plan.forms import forms_of
 from mllama_graph.plan.latency import Model, latency_of
+from mllama_graph.plan.make import Limits, make_plan
 
 BF16 = Storage(2, 2, 2)
 LIMITS = Limits(4, 8000, 192, 1)

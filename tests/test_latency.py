@@ -150,7 +150,11 @@ def test_layers_have_the_operators_of_lowered_graphs():
     """The difference of two shapes is a layer, whose operators golden.json counts."""
     golden = json.loads((PACKAGE / "ascend" / "golden.json").read_text())
     of = model(released("11b"), 2)
-    for phase, found in (("decode", of.decode(1, 128, IMAGE)), ("prefill", of.prefill(32, 0, IMAGE))):
+    for phase, found in (
+        ("decode", of.decode(1, 128, IMAGE)),
+        ("prefill", of.prefill(32, 0, IMAGE)),
+        ("mixed", of.mixed(1, 128, 32, 96, IMAGE)),
+    ):
         expected = Counter[str]()
         for part, times in (
             *(("once", 1), ("ranks", 1), ("self layer", 32), ("cross layer", 8)),
@@ -158,7 +162,8 @@ def test_layers_have_the_operators_of_lowered_graphs():
         ):
             for name, count in golden[phase].get(part, {}).items():
                 expected[name] += times * count
-        for name in (*KERNELS, "HcomAllReduce"):
+        for name in (*KERNELS, "HcomAllReduce", *(["SplitV", "ConcatV2"] if phase == "mixed" else [])):
+            expected[name] -= name == "ConcatV2"  # that of the angles, among ONCE
             assert found.operators[name] == expected[name], (phase, name)
     expected = Counter[str]()
     for part, times in (("once", 1), ("local layer", 32), ("global layer", 8), ("cross layer", 8)):
@@ -229,7 +234,13 @@ def test_more_of_anything_takes_longer():
 def test_a_latency_is_above_its_floor(name, ranks):
     for quant in QUANTS:
         of = model(released(name), ranks, quant)
-        for bucket in (Bucket("vision", 1, 1, 0, 51), Bucket("prefill", 1, 512, 0, 51), Bucket("decode", 4, 4, 16, 51)):
+        prompts = Bucket("prefill", 1, 192, 16, 51)
+        for bucket in (
+            Bucket("vision", 1, 1, 0, 51),
+            Bucket("prefill", 1, 512, 0, 51),
+            Bucket("decode", 4, 4, 16, 51),
+            Bucket("mixed", 4, 196, 16, 51, prompts=prompts),
+        ):
             floor = floor_of(of.shape, 128, bucket, of.storage, ranks, of.hardware)
             assert latency_of(of, 128, bucket).seconds > floor.seconds
 

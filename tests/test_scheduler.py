@@ -27,7 +27,7 @@ from mllama_graph.engine.scheduler import Scheduler
 from mllama_graph.engine.sequence import Sequence
 from mllama_graph.engine.steps import NOT_FINITE, DecodeStep, PrefillStep, VisionStep
 from mllama_graph.inputs.request import Sampling
-from mllama_graph.plan.buckets import Limits, make_plan
+from mllama_graph.plan.make import Limits, make_plan
 
 
 @given(plan=plans(), work=workloads(), data=st.data())
@@ -109,9 +109,10 @@ def test_decoding_goes_on_between_the_chunks_of_a_long_prompt():
     assert all(kinds[n + 1] is DecodeStep for n in chunks[:-1])
 
 
-def test_a_long_prompt_is_computed_beside_the_decoding_sequences():
+@pytest.mark.parametrize("plan", [{"free": True}, {"mixed_tokens": [8]}, {"mixed_tokens": [3, 30]}])
+def test_a_long_prompt_is_computed_beside_the_decoding_sequences(plan):
     work = [((1,) * 3, (), 20), ((2,) * 40, (), 2)]
-    first, *steps = serve(tight(free=True, step_tokens=9, num_pages=40), 3, work, late=1).steps
+    first, *steps = serve(tight(step_tokens=9, num_pages=40, **plan), 3, work, late=1).steps
     # The second prompt arrives after three steps.
     chunks = [step for step in steps if isinstance(step, PrefillStep)]
     assert [(step.decoding, len(step.rows[-1].ids)) for step in chunks] == [(1, 8)] * 5

@@ -77,7 +77,7 @@ def test_every_bucket_is_lowered_and_the_ends_of_each_class_are_lowered_whole(pl
     for one in {kind(bucket) for bucket in plan.buckets()}:
         costs = [cost(bucket) for bucket in plan.buckets() if kind(bucket) == one]
         assert {min(costs), max(costs)} == {cost(bucket) for bucket in whole if kind(bucket) == one}
-    assert len({kind(bucket) for bucket in whole}) == 11
+    assert len({kind(bucket) for bucket in whole}) == 15
 
 
 def test_the_last_of_several_ranks_is_lowered_too(plan):

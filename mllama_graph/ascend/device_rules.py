@@ -33,6 +33,8 @@ PLACES = {
     SCATTER_SCALES: ("indices",),
     "GatherV2": ("indices",),
 }
+# Inputs of the decoding sequences of a mixed step.
+DECODING = "given.tokens."
 # Inputs of attention that are pages, or the scales of int8 pages.
 PAGED = ("key0", "value0", "key_antiquant_scale", "value_antiquant_scale")
 # What widens the pages of a block table where attention can't read int8 pages.
@@ -74,8 +76,9 @@ def straight(graph: LoweredGraph, context: Context) -> Faults:
     and ops-transformer, fused_infer_attention_score): arithmetic before them delays the first layer. Lengths of a
     vision graph belong to its bucket, and are constants.
     """
-    decode, vision = context.bucket.phase == "decode", context.bucket.phase == "vision"
+    vision = context.bucket.phase == "vision"
     for op in graph.of_type(*PLACES):
+        decode = of_decoding(graph, context, op)
         for name, value in inputs_of(op):
             masks = decode and op.type == ATTENTION and name == "atten_mask"
             # Of gathers, those of rows of an input: the embedding.
@@ -112,7 +115,7 @@ def paged(graph: LoweredGraph, context: Context) -> Faults:
     queries and keys (tiling code of CANN 8.5 to 9.1, ops-transformer: accepted by its third template, for pages of a
     multiple of 128 tokens).
     """
-    bucket = context.bucket
+    bucket = context.bucket.prompts or context.bucket
     widened = context.spec.kv == torch.int8 and bucket.tokens > bucket.rows
     for op in graph.of_type(*INPUTS):
         if graph.role(f"{op.name}:0").startswith(("pages.", "image_pages.")):
@@ -121,7 +124,7 @@ def paged(graph: LoweredGraph, context: Context) -> Faults:
         return
     for op in graph.of_type(ATTENTION):
         sources, attributes = dict(inputs_of(op)), attributes_of(op)
-        if pool_of(graph, sources["key0"]) != "pages":
+        if pool_of(graph, sources["key0"]) != "pages" or of_decoding(graph, context, op):
             continue
         missing = [name for name in (*LENGTHS, *["block_table"][widened:]) if name not in sources]
         if attributes.get("sparse_mode") != 3 or missing:
@@ -167,6 +170,14 @@ def search(graph: LoweredGraph, value: str) -> OpDef | None:
         return None
     made = graph.maker(inputs_of(joined)[0][1])
     return made if made.type in SEARCHES else None
+
+
+def of_decoding(graph: LoweredGraph, context: Context, op: OpDef) -> bool:
+    """Whether an operation belongs to a decode step, or is attention of the sequences that a mixed step decodes."""
+    if context.bucket.phase != "mixed":
+        return context.bucket.phase == "decode"
+    table = dict(inputs_of(op)).get("block_table")
+    return table is not None and graph.role(graph.behind(table)).startswith(DECODING)
 
 
 def pool_of(graph: LoweredGraph, value: str) -> str:

@@ -5,13 +5,13 @@ Limits of shapes and dtypes are in ge_ops/attention.py.
 
 import torch
 
-from mllama_graph.ascend.device_rules import Faults, pool_of
+from mllama_graph.ascend.device_rules import DECODING, Faults, of_decoding, pool_of
 from mllama_graph.ascend.graph import Context, LoweredGraph
 from mllama_graph.ascend.graphdef import ATTENTION, INPUTS, VIEWS, OpDef, attributes_of, described_shape, inputs_of
 from mllama_graph.plan.cores import BSH, SPLIT, TND, Form
 
 # The input that counts the rows up to the end of each sequence.
-ENDS = "given.prepared.ends_B"
+ENDS = "prepared.ends_B"
 
 
 def forms(graph: LoweredGraph, context: Context) -> Faults:
@@ -24,7 +24,7 @@ def forms(graph: LoweredGraph, context: Context) -> Faults:
     chosen = context.spec.forms_of(context.bucket)
     for op in graph.of_type(ATTENTION):
         pool = pool_of(graph, dict(inputs_of(op))["key0"])
-        if context.bucket.phase == "decode" and pool:
+        if pool and of_decoding(graph, context, op):
             yield from _form(graph, context, op, chosen.image if pool == "image_pages" else chosen.text)
         if attributes_of(op).get("softmax_lse_flag"):
             yield from _merged(graph, op)
@@ -42,8 +42,9 @@ def _form(graph: LoweredGraph, context: Context, op: OpDef, form: Form) -> Fault
         yield op, f"attends in {found} with {parts} parts, but {form.name} with {form.parts} was chosen"
     if found == SPLIT and not attributes.get("softmax_lse_flag"):
         yield op, f"has {entries} entries for {context.bucket.rows} sequences, but no log-sum-exp to merge them by"
-    if found == TND and (role := graph.role(graph.behind(sources["actual_seq_lengths"]))) != ENDS:
-        yield op, f"takes {role or 'no input'} as the cumulative lengths of its packed rows, not {ENDS}"
+    ends = f"{DECODING if context.bucket.prompts else 'given.'}{ENDS}"
+    if found == TND and (role := graph.role(graph.behind(sources["actual_seq_lengths"]))) != ends:
+        yield op, f"takes {role or 'no input'} as the cumulative lengths of its packed rows, not {ends}"
 
 
 def _merged(graph: LoweredGraph, op: OpDef) -> Faults:

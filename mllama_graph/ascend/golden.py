@@ -65,7 +65,9 @@ def parts(context: Context) -> dict[str, int]:
     text, vision, bucket = context.spec.shape.text, context.spec.shape.vision, context.bucket
     quantised = quantised_parts(context)
     forms, images = context.spec.forms_of(bucket), bucket.image_pages > 0
-    past, several = (bucket.phase == "prefill" and more for more in (bucket.pages > 0, bucket.rows > 1))
+    prompts = bucket.prompts or bucket
+    # The prompts of a mixed step always have pages.
+    past, several = bucket.phase == "prefill" and bucket.pages > 0, prompts.phase == "prefill" and prompts.rows > 1
     # Heads are padded where no kernel supports their width.
     padded_text, int8 = context.spec.head_width > text.head_width, context.spec.kv == torch.int8
     selves, crosses, layers = len(text.self_layers), len(text.cross_layers), sum(map(len, context.layers.values()))
@@ -177,10 +179,18 @@ def computed() -> Golden:
             *(Bucket("decode", 2, 2, 3, i) for i in (0, 5)),
             *(Bucket("prefill", rows, 32, pages, i) for rows, pages in ((1, 0), (1, 3), (2, 3)) for i in (0, 5)),
             *(bucket for bucket, _ in spec.forms),
+            *(_mixed(Bucket("decode", 2, 2, 4, i), rows) for rows in (1, 2) for i in (0, 5)),
+            *(_mixed(bucket, 1) for bucket, _ in spec.forms),
         ):
             graph = LoweredGraph(capture(spec, bucket))
             rows.setdefault(bucket.phase, []).append((parts(Context(spec, bucket)), counts(graph)))
     return {phase: _solved(phase, found) for phase, found in rows.items()}
+
+
+def _mixed(decoding: Bucket, rows: int) -> Bucket:
+    """The bucket of a mixed step with `rows` prompts."""
+    prompts = Bucket("prefill", rows, 32, decoding.pages, decoding.image_pages)
+    return replace(decoding, phase="mixed", tokens=decoding.rows + prompts.tokens, prompts=prompts)
 
 
 def _spec(shape: ModelShape, ranks: int, **changes: Any) -> GraphSpec:

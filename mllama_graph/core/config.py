@@ -116,6 +116,7 @@ class PlanChoice:
     page_size: int = 128
     prefill_tokens: list[int] | None = None
     prefill_rows: list[int] | None = None
+    mixed_tokens: list[int] | None = None
     decode_batch: list[int] | None = None
     pages: list[int] | None = None
     images: list[int] | None = None

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from mllama_graph.engine.edits import Edit
 from mllama_graph.engine.steps import DecodeStep, History, ImageTable, PrefillStep, Row, Step, VisionStep
 from mllama_graph.inputs.request import Sampling
-from mllama_graph.model.inputs import ImageInput, PromptInput, TileInput, TokenInput
+from mllama_graph.model.inputs import ImageInput, MixedInput, PromptInput, TileInput, TokenInput, mixed_input
 from mllama_graph.model.shape import ModelShape
 from mllama_graph.plan.blocks import pages_for, slots
 from mllama_graph.plan.bucket import Bucket
@@ -24,6 +24,10 @@ def needs(plan: Plan, step: Step) -> Bucket:
     """The smallest bucket that holds a step."""
     if isinstance(step, VisionStep):
         return plan.vision(step.image.count)
+    if isinstance(step, PrefillStep) and step.decoding and not plan.lengths_are_free:
+        new, images = step.rows[step.decoding :], max(row.image_pages for row in step.rows)
+        used = max(row.used_pages for row in new)
+        return plan.mixed(sum(len(row.ids) for row in new), used, images, len(new))
     rows = len(step.rows)
     used, images = max(row.used_pages for row in step.rows), max(row.image_pages for row in step.rows)
     if isinstance(step, DecodeStep):
@@ -156,10 +160,23 @@ def _see(row: Row) -> Sequence[tuple[int, int]]:
     return row.see or [(0, row.image_pages)] * len(row.ids)
 
 
+def text_input(
+    step: PrefillStep | DecodeStep, sequences: Sequences, bucket: Bucket, plan: Plan, device: torch.device
+) -> PromptInput | TokenInput | MixedInput:
+    """The inputs of a step without pixels, padded to the bucket."""
+    if isinstance(step, DecodeStep):
+        return token_input(step.rows, sequences, bucket, plan, device)
+    if bucket.prompts is None:
+        return prompt_input(step, sequences, bucket, plan, device)
+    tokens = token_input(step.rows[: step.decoding], sequences, bucket.decoding, plan, device)
+    prompts = PrefillStep(step.rows[step.decoding :], step.sampled - step.decoding)
+    return mixed_input(tokens, prompt_input(prompts, sequences, bucket.prompts, plan, device, bucket.rows))
+
+
 def prompt_input(
-    step: PrefillStep, sequences: Sequences, bucket: Bucket, plan: Plan, device: torch.device
+    step: PrefillStep, sequences: Sequences, bucket: Bucket, plan: Plan, device: torch.device, scratch: int = 0
 ) -> PromptInput:
-    """The inputs of a prefill step, padded to the bucket. Padded rows write to scratch slots."""
+    """The inputs of a prefill step, padded to the bucket. Padded rows write to scratch slots, from `scratch` on."""
     rows = step.rows
     counts = [len(row.ids) for row in rows]
     padding, absent = bucket.tokens - sum(counts), bucket.rows - len(rows)
@@ -173,7 +190,7 @@ def prompt_input(
     return PromptInput(
         ids_T=_int32([id for row in rows for id in row.ids] + [0] * padding, device),
         position_T=_int32([row.start + n for row in rows for n in range(len(row.ids))] + [0] * padding, device),
-        slot_T=_int32(row_slots + list(range(padding)), device),
+        slot_T=_int32(row_slots + list(range(scratch, scratch + padding)), device),
         last_B=_int32([end - 1 for end in accumulate(counts)] + [0] * absent, device),
         real_1=_int32([sum(counts)], device),
         sequences_1=_int32([len(rows)], device),
@@ -185,13 +202,18 @@ def prompt_input(
     )
 
 
-def places(rows: Sequence[Row], bucket: Bucket) -> list[int]:
-    """Where a decode step's graph has each id of the rows among its own: in a graph of several tokens of each sequence,
-    padding follows those of each.
+def places(step: PrefillStep | DecodeStep, bucket: Bucket) -> list[int]:
+    """Which of a graph's logits are those of each sampled token.
+
+    In a decode graph of several tokens of each sequence, padding follows those of each; in a mixed graph, those of the
+    decoding sequences.
     """
+    if isinstance(step, PrefillStep):
+        absent = bucket.rows - step.decoding if bucket.prompts else 0
+        return [n + absent * (n >= step.decoding) for n in range(step.sampled)]
     if bucket.each == 1:
-        return list(range(sum(len(row.ids) for row in rows)))
-    return [n * bucket.each + i for n, row in enumerate(rows) for i in range(len(row.ids))]
+        return list(range(sum(len(row.ids) for row in step.rows)))
+    return [n * bucket.each + i for n, row in enumerate(step.rows) for i in range(len(row.ids))]
 
 
 def token_input(

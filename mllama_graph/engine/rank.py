@@ -17,7 +17,7 @@ from mllama_graph.engine import batch
 from mllama_graph.engine.device import backend_of
 from mllama_graph.engine.profiler import Profiler
 from mllama_graph.engine.sampler import Sampler
-from mllama_graph.engine.steps import NOT_FINITE, PrefillStep, Row, Step, Token, VisionStep
+from mllama_graph.engine.steps import NOT_FINITE, DecodeStep, Row, Step, Token, VisionStep
 from mllama_graph.graphs.aot import Graph
 from mllama_graph.graphs.cuda_graphs import CapturedStep
 from mllama_graph.graphs.step import Output, arguments
@@ -136,26 +136,25 @@ class Rank:
             self.backend.clear(self.image_pages, step.pages[-1:])
             call(batch.tile_input(step, self.shape, self.plan, device))
             return []
-        if isinstance(step, PrefillStep):
-            logits = call(batch.prompt_input(step, self.sequences, bucket, self.plan, device))
-            return self._sample(logits, step.rows[: step.sampled]) if step.sampled else []
-        logits = call(batch.token_input(step.rows, self.sequences, bucket, self.plan, device))
-        return self._sample(logits, step.rows, batch.places(step.rows, bucket))
+        logits = call(batch.text_input(step, self.sequences, bucket, self.plan, device))
+        if isinstance(step, DecodeStep):
+            return self._sample(logits, step.rows, [len(row.ids) for row in step.rows], batch.places(step, bucket))
+        counts = [1] * step.sampled
+        return self._sample(logits, step.rows[: step.sampled], counts, batch.places(step, bucket)) if counts else []
 
     def _pages(self) -> tuple[Pages, Pages]:
         return self.pages, self.image_pages
 
-    def _sample(self, output: Output, rows: tuple[Row, ...], places: list[int] | None = None) -> list[Token]:
-        """The tokens after the last id of each row or, with `places`, after all ids: where the output has those."""
+    def _sample(self, output: Output, rows: tuple[Row, ...], counts: list[int], places: list[int]) -> list[Token]:
+        """The tokens after the last ids of each row, as many as `counts`. places: where the output has their logits."""
         assert output is not None, "prefill and decode graphs give logits"
         start = time.perf_counter()
         logits_BV, found_WBF = output if isinstance(output, tuple) else (output, None)
-        counts = [1 if places is None else len(row.ids) for row in rows]
         # Each row with the positions of the tokens that are sampled after it.
         each = [
             (row, row.start + len(row.ids) - n) for row, count in zip(rows, counts) for n in range(count - 1, -1, -1)
         ]
-        last = len(each) if places is None else places[-1] + 1
+        last = places[-1] + 1
         at: Any = slice(last) if last == len(each) else places
         with self._marked(SAMPLE):
             tokens = self.sampler.tokens(

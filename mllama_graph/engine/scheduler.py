@@ -23,10 +23,10 @@ class Scheduler:
     Prompts that fit a prefill bucket together are computed in one step. Longer ones are computed in chunks and take
     turns with the others, so that a short prompt waits for one chunk of each longer one at most.
 
-    While sequences decode, a step has at most `plan.step_tokens` tokens, or as many as `pace` allows. Where lengths are
-    data, prompts are computed beside the decoding sequences in one step, so that these get a token in each step but
-    those that encode an image; where `pace` says so, steps that only decode come between, without proposals. Elsewhere
-    the two alternate.
+    While sequences decode, a step has at most `plan.step_tokens` tokens, or as many as `pace` allows. Prompts are
+    computed beside the decoding sequences in one step, so that these get a token in each step but those that encode an
+    image; where `pace` says so, steps that only decode come between, without proposals. Where shapes are compiled and
+    the plan has no mixed buckets, the two alternate.
 
     `prefix_cache`: full pages are kept when their sequence ends, and a sequence that begins with the same ids and
     images starts after them. It waits for a running prompt that is computing many of its pages.
@@ -147,11 +147,10 @@ class Scheduler:
 
     def _room_beside(self, decoding: list[Sequence]) -> int:
         """The prompt tokens that fit a step with the decoding sequences; 0 if these need a step of their own."""
-        plan, rows = self.plan, len(decoding)
-        if not plan.lengths_are_free or rows >= min(plan.prefill_rows[-1], plan.prefill_tokens[-1]):
+        rows = len(decoding)
+        if (most := self.plan.room_beside(rows)) <= 0:
             return 0
-        room = self.pace.room if self.pace else plan.step_tokens - rows
-        return max(1, min(room, plan.prefill_tokens[-1] - rows))
+        return max(1, min(self.pace.room if self.pace else self.plan.step_tokens - rows, most))
 
     def _keeps_pace(self, decoding: int) -> bool:
         """Whether prompts wait, so that steps of the decoding sequences are not late."""
@@ -161,14 +160,14 @@ class Scheduler:
     def _admit(self, decoding: list[Sequence], room: int) -> Step | None:
         """The next vision or prefill step. `room`: see `_room_beside`; above 0, the step decodes as well.
 
-        A step whose lengths are data takes parts of prompts, up to `room`; another one takes whole prompts as far as
-        they fit a bucket, or one chunk. Where prompts wait for images, vision steps alternate with the others.
+        A step that decodes as well takes parts of prompts, up to `room`; another one takes whole prompts as far as they
+        fit a bucket, or one chunk. Where prompts wait for images, vision steps alternate with the others.
         """
         beside = decoding if room else []
         most = room if beside else self.plan.chunk(self.plan.step_tokens if decoding else self.plan.max_length)
         parts: list[tuple[Sequence, int]] = []
         unencoded: tuple[Sequence, TiledImage] | None = None
-        tokens, longest = 0, max((sequence.length for sequence in beside), default=0)
+        tokens, longest = 0, 0
         for sequence in self._to_prefill():
             image = next((image for image in sequence.images if not self.images[image.key].encoded), None)
             if image:
@@ -179,12 +178,13 @@ class Scheduler:
                 continue
             longest = max(longest, sequence.length)
             count = min(sequence.left, most - tokens) if beside or not parts else sequence.left
-            rows, new = len(beside) + len(parts) + 1, len(beside) + tokens + count
-            if parts and (tokens + count > most or not self.plan.packs(rows, new, longest)):
+            if parts and (
+                tokens + count > most or not self.plan.packs(len(parts) + 1, tokens + count, longest, len(beside))
+            ):
                 break
             parts.append((sequence, count))
             tokens += count
-            if tokens >= most or not self.plan.packs(rows + 1, new + 1, longest):
+            if tokens >= most or not self.plan.packs(len(parts) + 1, tokens + 1, longest, len(beside)):
                 break
         if parts:
             return self._prefill(beside, parts, owed=bool(decoding) and not beside)

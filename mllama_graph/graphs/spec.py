@@ -8,13 +8,22 @@ import torch
 from torch import Tensor
 
 from mllama_graph.model.formats import Formats, Storage, page_bytes
-from mllama_graph.model.inputs import ImageInput, Pages, PromptInput, TileInput, TokenInput
+from mllama_graph.model.inputs import ImageInput, MixedInput, Pages, PromptInput, TileInput, TokenInput, mixed_input
 from mllama_graph.model.ops import fast_head, padded_head
 from mllama_graph.model.placement import Placement
 from mllama_graph.model.shape import ModelShape
 from mllama_graph.model.table import Shard
 from mllama_graph.model.tree import Pixels, Weights, build
-from mllama_graph.ops.npu_inputs import UNREAD, causal_mask, on_device, prepare, prepare_captured, with_places
+from mllama_graph.ops.npu_inputs import (
+    OF_ALL_ROWS,
+    UNREAD,
+    causal_mask,
+    on_device,
+    prepare,
+    prepare_captured,
+    prepare_rows,
+    with_places,
+)
 from mllama_graph.plan.bucket import Bucket
 from mllama_graph.plan.cores import BSH_ALONE, TND, Forms
 
@@ -49,8 +58,8 @@ class GraphSpec:
     forms: tuple[tuple[Bucket, Forms], ...] = ()
 
     def forms_of(self, bucket: Bucket) -> Forms:
-        """How a bucket's graph attends to pages."""
-        return dict(self.forms).get(bucket, BSH_ALONE)
+        """How a bucket's decode step, or that within a mixed step, attends to pages."""
+        return dict(self.forms).get(bucket.decoding if bucket.prompts else bucket, BSH_ALONE)
 
     @property
     def compiles(self) -> bool:
@@ -143,10 +152,18 @@ class GraphSpec:
         captured = dict(self.options).get("mode", "max-autotune") != "max-autotune"
         if self.kv == torch.int8:
             given = with_places(given, self.page_size, self.shape.text.kv_heads // self.world_size)
+        held = range(*self.shard.bounds(self.shape.embeddings)) if self.world_size > 1 else None
+        if not isinstance(given, MixedInput):
+            return self._prepared(given, captured, held, ())
+        tokens, prompts = (self._prepared(part, captured, None, OF_ALL_ROWS) for part in (given.tokens, given.prompts))
+        rows = (given if captured else prepare_rows(given, held))._replace(tokens=tokens, prompts=prompts)
+        return on_device(rows, self.torch_device, ("tokens", "prompts", *(() if captured else UNREAD)))
+
+    def _prepared(self, given: Any, captured: bool, held: range | None, unread: tuple[str, ...]) -> Any:
+        """`prepared` for a step, or a part of a mixed step, whose graph does not read `unread`."""
         if captured and not isinstance(given, TokenInput):
-            return on_device(given, self.torch_device, ())
+            return on_device(given, self.torch_device, unread)
         if not isinstance(given, TileInput):
-            held = range(*self.shard.bounds(self.shape.embeddings)) if self.world_size > 1 else None
             forms = BSH_ALONE
             if isinstance(given, TokenInput):
                 (B, J), image = given.table_BJ.shape, given.image
@@ -154,9 +171,9 @@ class GraphSpec:
             packed, parts = forms.text.name == TND, (forms.text.parts, forms.image.parts)
             if captured:
                 given = prepare_captured(given, self.page_size, held, parts)
-                return on_device(given, self.torch_device, (*UNREAD, "len_B", "image_len_B"))
+                return on_device(given, self.torch_device, (*UNREAD, *unread, "len_B", "image_len_B"))
             given = prepare(given, self.page_size, causal_mask(self.torch_device), held, packed, parts)
-        return on_device(given, self.torch_device, () if isinstance(given, TileInput) else UNREAD)
+        return on_device(given, self.torch_device, unread if isinstance(given, TileInput) else (*UNREAD, *unread))
 
     def example(self, bucket: Bucket) -> Any:
         """Harmless inputs with a bucket's shapes: one image tile, or padding rows in scratch slots.
@@ -174,6 +191,9 @@ class GraphSpec:
         def slots(count: int) -> Tensor:
             return torch.arange(count, dtype=torch.int32).to(device)
 
+        if bucket.prompts:
+            tokens, prompts = self.example(bucket.decoding), self.example(bucket.prompts)
+            return mixed_input(tokens, prompts._replace(slot_T=prompts.slot_T + bucket.rows))
         B, T, J = bucket.rows, bucket.tokens, bucket.pages
         if bucket.phase == "vision":
             tiles = torch.zeros((vision.max_tiles, vision.channels, vision.tile, vision.tile), dtype=torch.uint8)

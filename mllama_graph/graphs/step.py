@@ -1,5 +1,6 @@
 """One step of the model, as the module that compilers take."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,14 +11,15 @@ from mllama_graph.model.inputs import Pages
 from mllama_graph.model.ops import Ops
 from mllama_graph.model.sample import best
 from mllama_graph.model.shape import ModelShape
-from mllama_graph.model.text import decode, prefill
+from mllama_graph.model.text import decode, mixed, prefill
 from mllama_graph.model.tree import Weights
 from mllama_graph.model.vision import encode_image
 from mllama_graph.plan.bucket import Bucket
 
 # What a step returns: nothing, logits, or logits and candidates.
 Output = Tensor | tuple[Tensor, ...] | None
-PHASES = ("vision", "prefill", "decode")
+PHASES = ("vision", "prefill", "mixed", "decode")
+TEXT: dict[str, Callable[..., Tensor]] = {"prefill": prefill, "mixed": mixed, "decode": decode}
 # Prefix of the weights in compiled packages, whose names are those in `Flat`.
 WEIGHT_PREFIX = "step.weights."
 
@@ -39,8 +41,7 @@ class Step(nn.Module):
         if self.phase == "vision":
             encode_image(self.weights, given, image_pages, self.shape, self.dtype, self.ops)
             return None
-        function = prefill if self.phase == "prefill" else decode
-        logits_BV = function(self.weights.text, given, pages, image_pages, self.shape, self.dtype, self.ops)
+        logits_BV = TEXT[self.phase](self.weights.text, given, pages, image_pages, self.shape, self.dtype, self.ops)
         if not self.candidates:
             return logits_BV
         return logits_BV, best(logits_BV, self.candidates, self.weights.text.padding_V, self.ops)

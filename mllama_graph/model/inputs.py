@@ -1,10 +1,12 @@
 """The static-shaped inputs of each step, and the pages that steps read and write.
 
 B sequences   T token rows   J pages per sequence   C tiles   S patch rows   h w pixels   L keys   R rows per sequence
+O rows of logits
 """
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 # A layer's pages: K and V (N, P, K, H); int8 pages are followed by the scales of each, fp32 (N, K, P).
@@ -102,6 +104,36 @@ class TokenInput(NamedTuple):
     len_B: Tensor
     image: ImageInput | None
     prepared: Prepared | None = None
+
+
+class MixedInput(NamedTuple):
+    """A token of each of B running sequences, and new tokens of prompts beside them: T rows, those of the prompts last.
+
+    tokens, prompts: what attention of either takes. Their ids, positions, slots and `last_B` are not read: ids_T,
+    position_T, slot_T and last_O are those of all rows. last_O: the rows whose logits are returned, those of all B
+    sequences first. see_T2: see ImageInput; None in a graph without images.
+    """
+
+    ids_T: Tensor
+    position_T: Tensor
+    slot_T: Tensor
+    last_O: Tensor
+    see_T2: Tensor | None
+    tokens: TokenInput
+    prompts: PromptInput
+    prepared: Prepared | None = None
+
+
+def mixed_input(tokens: TokenInput, prompts: PromptInput) -> MixedInput:
+    """The input of a mixed step. The slots of the prompts' padding are others than those of the sequences' padding."""
+    B = len(tokens.ids_T)
+    ids_T, position_T, slot_T = (torch.cat(pair) for pair in zip(tokens[:3], prompts[:3]))
+    row_B = torch.arange(B, dtype=prompts.last_B.dtype, device=prompts.last_B.device)
+    last_O = torch.cat((row_B, prompts.last_B + B))
+    see_T2 = None
+    if tokens.image is not None and prompts.image is not None:
+        see_T2 = torch.cat((tokens.image.see_T2, prompts.image.see_T2))
+    return MixedInput(ids_T, position_T, slot_T, last_O, see_T2, tokens, prompts)
 
 
 class TileInput(NamedTuple):

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 import torch_npu
 from torch import Tensor
 
-from mllama_graph.model.inputs import PromptInput, TileInput, TokenInput
+from mllama_graph.model.inputs import MixedInput, PromptInput, TileInput, TokenInput
 from mllama_graph.model.ops import Ops
 from mllama_graph.model.tree import Linear
 from mllama_graph.ops import npu_layout, npu_quantised, plain
@@ -118,8 +118,8 @@ def add_gated(x_WE: Tensor, y_WE: Tensor, bias_E: Tensor | None, gate_1: Tensor 
     return x_WE + (y_WE if gate_1 is None else y_WE * gate_1)
 
 
-def with_prepared(ops: Ops, given: PromptInput | TokenInput | TileInput) -> Ops:
-    """The operations of a step, which take what the host has prepared for it."""
+def with_prepared(ops: Ops, given: PromptInput | TokenInput | MixedInput | TileInput) -> Ops:
+    """The operations of a step, or of a part of a mixed step, which take what the host has prepared for it."""
     made = given.prepared
     assert made is not None, "an NPU's step takes prepared inputs (npu_inputs.py)"
     ops = writing(ops, made)

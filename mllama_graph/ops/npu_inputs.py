@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllama_graph.model.inputs import ImageInput, Prepared, PromptInput, TileInput, TokenInput
+from mllama_graph.model.inputs import ImageInput, MixedInput, Prepared, PromptInput, TileInput, TokenInput
 from mllama_graph.ops.npu_parts import image_parts, text_parts
 from mllama_graph.ops.pages import by_sequence
 
@@ -20,6 +20,8 @@ from mllama_graph.ops.pages import by_sequence
 MASK_SIDE = 2048
 # Fields that prefill and decode graphs do not read. They stay on the host.
 UNREAD = ("real_1", "sequences_1", "decoding_1", "rows_B", "past_B", "fill_BJ", "see_T2")
+# Fields of a mixed step's parts that it has for all rows.
+OF_ALL_ROWS = ("ids_T", "position_T", "slot_T", "last_B", "sees_T1")
 
 
 @cache
@@ -51,10 +53,7 @@ def prepare(
     """
     T = len(given.ids_T)
     rows = T // len(given.len_B) if isinstance(given, TokenInput) else T
-    made = (given.prepared or Prepared())._replace(causal_MM=causal_MM if rows > 1 else None)
-    if held is not None:
-        held_T = (given.ids_T >= held.start) & (given.ids_T < held.stop)
-        made = made._replace(row_T=torch.where(held_T, given.ids_T - held.start, 0), held_T1=held_T[:, None])
+    made = _held(given, held)._replace(causal_MM=causal_MM if rows > 1 else None)
     if isinstance(given, TokenInput):
         if given.image is not None:
             made = made._replace(**_decode_image(given.image, page_size))
@@ -70,6 +69,21 @@ def prepare(
     if given.image is not None:
         made = made._replace(**_prompt_image(given.image, page_size, row_BT, given.rows_B))
     return given._replace(prepared=made)
+
+
+def prepare_rows(given: MixedInput, held: range | None) -> MixedInput:
+    """A mixed step's inputs with what its graph takes for all rows; its parts are prepared by themselves."""
+    sees_T1 = None if given.see_T2 is None else given.see_T2[:, 1:] > given.see_T2[:, :1]
+    return given._replace(prepared=_held(given, held)._replace(sees_T1=sees_T1))
+
+
+def _held(given: PromptInput | TokenInput | MixedInput, held: range | None) -> Prepared:
+    """Which rows of its part of the embedding table a rank looks up."""
+    made = given.prepared or Prepared()
+    if held is None:
+        return made
+    held_T = (given.ids_T >= held.start) & (given.ids_T < held.stop)
+    return made._replace(row_T=torch.where(held_T, given.ids_T - held.start, 0), held_T1=held_T[:, None])
 
 
 def prepare_captured(given: TokenInput, page_size: int, held: range | None, parts: tuple[int, int]) -> TokenInput:

@@ -8,26 +8,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from mllama_graph.core.config import PlanChoice
-from mllama_graph.core.devices import Paging
 from mllama_graph.core.errors import TooLong, UserError
-from mllama_graph.model.shape import ModelShape
 from mllama_graph.plan.blocks import pages_for
 from mllama_graph.plan.bucket import Bucket
 
-# The ratio of successive sizes in a ladder. It is large to keep the number of graphs small.
-LADDER = 4
-SMALLEST_PREFILL = 32
-LARGEST_PREFILL = 2048
-# The most tokens of a step while sequences decode, or twice the batch if that is more, where lengths are data and
-# prompts are computed beside them: until measured times decide (engine/pace.py).
-MIXED_TOKENS = 12
-# The most tokens and sequences of a packed prefill where shapes are compiled: beyond them, a device is busy with one
-# prompt, and attention, which pads each sequence to all tokens, costs more than launches (plan/latency.py).
-PACKED_TOKENS, PACKED_ROWS = 512, 8
-# The most rows of a decode step with proposals where lengths are data, unless the batch is larger: beyond, a step takes
-# time in proportion to its rows, and few proposals pay.
-SPECULATIVE_ROWS = 16
+# The most tokens of a packed prefill where shapes are compiled: beyond them, a device is busy with one prompt, and
+# attention, which pads each sequence to all tokens, costs more than launches (plan/latency.py).
+PACKED_TOKENS = 512
 # The number of prefill buckets, the largest that PACKED_TOKENS allows, that exist for several prompts.
 PACKED_SIZES = 2
 
@@ -43,15 +30,6 @@ def pick(need: int, sizes: Sequence[int]) -> int:
     raise ValueError(f"{need} is beyond the largest bucket of {list(sizes)}")
 
 
-def ladder(low: int, high: int, factor: int = LADDER) -> tuple[int, ...]:
-    """low, low * factor, ... up to and including high."""
-    sizes, size = [], min(low, high)
-    while size < high:
-        sizes.append(size)
-        size *= factor
-    return (*sizes, high)
-
-
 @dataclass(frozen=True)
 class Plan:
     """All static sizes of a run: buckets and page pools."""
@@ -60,6 +38,8 @@ class Plan:
     max_length: int
     prefill_tokens: tuple[int, ...]
     prefill_rows: tuple[int, ...]
+    # Prompt tokens beside decoding sequences where shapes are compiled; empty where no graph mixes them.
+    mixed_tokens: tuple[int, ...]
     decode_batch: tuple[int, ...]
     pages: tuple[int, ...]
     images: tuple[int, ...]
@@ -114,6 +94,24 @@ class Plan:
         """The most token rows of a decode step."""
         return self.decode_batch[-1] * (1 if self.lengths_are_free else self.row_tokens)
 
+    @property
+    def mixed_rows(self) -> int:
+        """The most token rows of a mixed step."""
+        return self.decode_batch[-1] + self.mixed_tokens[-1] if self.mixed_tokens else 0
+
+    def mixed(self, tokens: int, pages: int, image_pages: int, rows: int) -> Bucket:
+        """The smallest mixed bucket for any decoding sequences, and beside them `tokens` new tokens of `rows` prompts,
+        of at most `pages` pages each.
+        """
+        rows = pick(rows, self.prefill_rows)
+        held = self.packed_pages if rows > 1 else pick(pages, self.past_pages)
+        return self._beside(Bucket("prefill", rows, pick(tokens, self.mixed_tokens), held, self._images(image_pages)))
+
+    def _beside(self, prompts: Bucket) -> Bucket:
+        # One size of the decoding part: padded sequences read one token, and attention the pages that are used.
+        rows, images = self.decode_batch[-1], prompts.image_pages
+        return Bucket("mixed", rows, rows + prompts.tokens, self.pages[-1], images, prompts=prompts)
+
     def prefill(self, tokens: int, pages: int, image_pages: int, rows: int = 1) -> Bucket:
         """The smallest prefill bucket for `tokens` new tokens of `rows` prompts, of at most `pages` pages each with
         their earlier tokens; pages is 0 for one prompt without earlier tokens.
@@ -124,12 +122,21 @@ class Plan:
         held = pick(pages, self.past_pages) if pages or self.lengths_are_free else 0
         return Bucket("prefill", rows, pick(tokens, self.prefill_tokens), held, images)
 
-    def packs(self, rows: int, tokens: int, length: int) -> bool:
+    def packs(self, rows: int, tokens: int, length: int, beside: int = 0) -> bool:
         """Whether a step holds `rows` prompts of `tokens` new tokens in all, of which the longest has `length` tokens,
-        earlier ones included.
+        earlier ones included, beside as many decoding sequences.
         """
-        pages = pages_for(length, self.page_size)
-        return rows <= self.prefill_rows[-1] and tokens <= self.packed_tokens[-1] and pages <= self.packed_pages
+        if pages_for(length, self.page_size) > self.packed_pages:
+            return False
+        if beside and not self.lengths_are_free:
+            return rows <= self.prefill_rows[-1] and tokens <= self.mixed_tokens[-1]
+        return rows + beside <= self.prefill_rows[-1] and tokens + beside <= self.packed_tokens[-1]
+
+    def room_beside(self, decoding: int) -> int:
+        """The prompt tokens that a step holds beside `decoding` sequences; 0 if these need a step of their own."""
+        if not self.lengths_are_free:
+            return max(self.mixed_tokens, default=0)
+        return self.prefill_tokens[-1] - decoding if decoding < self.prefill_rows[-1] else 0
 
     @property
     def past_pages(self) -> tuple[int, ...]:
@@ -187,12 +194,20 @@ class Plan:
         prefill = [Bucket("prefill", least, t, p, i) for t, p, i in product(self.prefill_tokens, past, image_pages)]
         packed = product(self.prefill_rows[1:], self.packed_tokens, image_pages)
         prefill += [Bucket("prefill", b, t, self.packed_pages, i) for b, t, i in packed if t]
+        beside = [
+            *product(self.prefill_rows[:1], self.past_pages),
+            *((b, self.packed_pages) for b in self.prefill_rows[1:]),
+        ]
+        mixed = [
+            self._beside(Bucket("prefill", b, t, p, i))
+            for t, (b, p), i in product(self.mixed_tokens, beside, image_pages)
+        ]
         # Where lengths are data, each proposal is a row of its own.
         each = (1,) if self.lengths_are_free or self.row_tokens == 1 else (1, self.row_tokens)
         sizes = product(self.decode_batch, each, self.pages, image_pages)
         decode = [Bucket("decode", b, b * n, p, i) for b, n, p, i in sizes]
         vision = [self.vision(tiles) for tiles in range(self.tiles, 0, -1)] or [self.vision(0)]
-        return [*vision, *prefill, *decode]
+        return [*vision, *prefill, *mixed, *decode]
 
     def describe(self) -> str:
         """The plan in one line, which a run prints at its start."""
@@ -202,7 +217,8 @@ class Plan:
 
         return (
             f"prefill_tokens={join(self.prefill_tokens)} prefill_rows={join(self.prefill_rows)} "
-            f"decode_batch={join(self.decode_batch)} "
+            + ("" if self.lengths_are_free else f"mixed_tokens={join(self.mixed_tokens) or 'none'} ")
+            + f"decode_batch={join(self.decode_batch)} "
             f"pages={join(self.pages)} images={join(self.images)} page_size={self.page_size} "
             f"num_pages={self.num_pages} num_image_pages={self.num_image_pages}"
         )
@@ -213,122 +229,3 @@ def choose(need: Bucket, existing: Iterable[Bucket], cost: Callable[[Bucket], fl
     fitting = [bucket for bucket in existing if bucket.holds(need)]
     best = min(fitting, key=cost, default=need)
     return best if cost(best) <= reuse * cost(need) else need
-
-
-def _sizes(name: str, given: Sequence[int] | None, default: tuple[int, ...], least_top: int) -> tuple[int, ...]:
-    if given is None:
-        return default
-    sizes = tuple(sorted(set(given)))
-    if not sizes or sizes[0] < 1:
-        raise UserError(f"plan.{name}={list(given)} must hold whole numbers of at least 1.")
-    if sizes[-1] < least_top:
-        raise UserError(f"plan.{name}={list(given)} must reach {least_top}, as batch and the lengths require.")
-    return sizes
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Limits of a run: sequences in flight, ids per prompt, new tokens per request, images per request, and tokens per
-    step while sequences decode (None: the device's default), and tokens proposed per sequence and decode step.
-    extended: sequences may exceed the model's positions.
-    """
-
-    batch: int
-    max_input: int
-    max_new: int
-    max_images: int
-    step_tokens: int | None = None
-    proposals: int = 0
-    extended: bool = False
-
-
-def make_plan(choice: PlanChoice, limits: Limits, shape: ModelShape, paging: Paging, lengths_are_free: bool) -> Plan:
-    """Make the plan of a run: ladders over batch, tokens and pages, and pools that hold a full batch.
-
-    Raises UserError where a configured size can't hold what the limits allow.
-    """
-    size = choice.page_size
-    _check_page(size, paging)
-    longest, positions = limits.max_input + limits.max_new, shape.text.positions
-    limited = longest > positions and not limits.extended
-    longest = positions if limited else longest
-    pages_per_sequence = pages_for(longest, size)
-    # Where each sequence of a step is padded to as many tokens, padding may reach behind the longest one.
-    widest = pages_for(longest + (0 if lengths_are_free else limits.proposals), size)
-    chunk = min(LARGEST_PREFILL, limits.max_input)
-
-    def pages_ladder(top: int) -> tuple[int, ...]:
-        return (top,) if lengths_are_free else ladder(1, top)
-
-    prefill = _sizes("prefill_tokens", choice.prefill_tokens, ladder(SMALLEST_PREFILL, chunk), 1)
-    # Where lengths are free, absent sequences are too: one size, so that no graph is added.
-    packed = (limits.batch,) if lengths_are_free else (1, min(PACKED_ROWS, limits.batch))
-    rows = _sizes("prefill_rows", choice.prefill_rows, tuple(sorted(set(packed))), 1)
-    decode = ladder(1, limits.batch)
-    if lengths_are_free and limits.proposals:
-        most = min(limits.batch * (1 + limits.proposals), SPECULATIVE_ROWS)
-        decode = tuple(sorted({*decode, max(most, limits.batch)}))
-    batch = _sizes("decode_batch", choice.decode_batch, decode, limits.batch)
-    pages = _sizes("pages", choice.pages, pages_ladder(widest), widest)
-    images = _sizes("images", choice.images, pages_ladder(limits.max_images), limits.max_images)
-    # Each padded token row writes to its own slot in the scratch pages, so that slots are unique.
-    decoded = batch[-1] * (1 if lengths_are_free else 1 + limits.proposals)
-    scratch = pages_for(max(prefill[-1], decoded), size)
-    if paging.counts_every_reader:
-        # The kernel counts at least one page per sequence of a batch, padding included.
-        scratch = max(scratch, batch[-1], rows[-1])
-    num_pages = scratch + (limits.batch * pages_per_sequence if choice.num_pages is None else choice.num_pages)
-    if num_pages - scratch < pages_per_sequence:
-        raise UserError(
-            f"plan.num_pages={choice.num_pages} can't hold one sequence of {longest} tokens: "
-            f"that takes {pages_per_sequence} pages of {size}."
-        )
-    num_images = _num_images(choice.num_images, limits, batch[-1], images[-1], paging)
-    tokens_per_tile = shape.vision.tokens
-    pages_per_image = pages_for(shape.vision.max_tiles * tokens_per_tile, size)
-    return Plan(
-        size,
-        longest,
-        prefill,
-        rows,
-        batch,
-        pages,
-        images,
-        lengths_are_free,
-        tokens_per_tile,
-        pages_per_image,
-        scratch,
-        num_pages,
-        num_images * pages_per_image,
-        limits.step_tokens or (max(MIXED_TOKENS, 2 * limits.batch) if lengths_are_free else prefill[-1]),
-        lengths_are_free and limits.step_tokens is None,
-        shape.vision.max_tiles if paging.fixed_tiles else 0,
-        paging.counts_every_reader,
-        positions if limited else None,
-        1 + limits.proposals,
-    )
-
-
-def _check_page(size: int, paging: Paging) -> None:
-    if size < 1:
-        raise UserError(f"plan.page_size={size} must be at least 1.")
-    multiple, largest = paging.page_multiple, paging.largest_page
-    if size % multiple or largest and size > largest:
-        raise UserError(
-            f"plan.page_size={size}: an NPU's attention takes pages of {multiple} to {largest} tokens, in "
-            f"steps of {multiple}. Use plan.page_size={multiple}."
-        )
-
-
-def _num_images(given: int | None, limits: Limits, batch: int, images: int, paging: Paging) -> int:
-    """The number of images in the pool. Some kernels count an image once for each sequence that reads it."""
-    least = batch * images if paging.counts_every_reader else limits.max_images
-    count = max(limits.batch, least) if given is None else given
-    if count < least:
-        needed = (
-            f"{least}: {images} images for each of {batch} sequences, as an NPU's attention counts them"
-            if paging.counts_every_reader
-            else f"the {least} images of one request"
-        )
-        raise UserError(f"plan.num_images={count} must be at least {needed}.")
-    return count

@@ -84,15 +84,23 @@ def work(shape: ModelShape, page_size: int, bucket: Bucket, storage: Storage) ->
     """Bytes that all ranks together move in a step of a full bucket, and the operations of its matrix products."""
     if bucket.phase == "vision":
         return _vision_work(shape, storage, bucket.tiles)
-    images = bucket.image_pages > 0
-    keys, image_keys = bucket.rows * bucket.pages * page_size, bucket.rows * bucket.image_pages * page_size
-    if bucket.phase == "prefill":
-        # The mask is causal: on average, a new token sees half of its sequence's new tokens.
-        new = bucket.tokens / bucket.rows
-        earlier = max(0.0, bucket.pages * page_size - new)
-        seen = bucket.tokens * (earlier + new / 2), bucket.tokens * bucket.image_pages * page_size
-        return step_work(shape, images, bucket.tokens, keys, image_keys, seen, bucket.rows, storage)
-    return step_work(shape, images, bucket.tokens, keys, image_keys, (keys, image_keys), bucket.tokens, storage)
+    (keys, image_keys), seen = _keys(page_size, bucket)
+    images, logits = bucket.image_pages > 0, bucket.rows_of_logits
+    return step_work(shape, images, bucket.tokens, keys, image_keys, seen, logits, storage)
+
+
+def _keys(page_size: int, bucket: Bucket) -> tuple[tuple[int, int], tuple[float, float]]:
+    """The text and image tokens of a full text bucket, counted once; and once for each row that attends to them."""
+    if bucket.prompts:
+        one, other = (_keys(page_size, part) for part in (bucket.decoding, bucket.prompts))
+        return (one[0][0] + other[0][0], one[0][1] + other[0][1]), (one[1][0] + other[1][0], one[1][1] + other[1][1])
+    keys = bucket.rows * bucket.pages * page_size, bucket.rows * bucket.image_pages * page_size
+    if bucket.phase == "decode":
+        return keys, keys
+    # The mask is causal: on average, a new token sees half of its sequence's new tokens.
+    new = bucket.tokens / bucket.rows
+    earlier = max(0.0, bucket.pages * page_size - new)
+    return keys, (bucket.tokens * (earlier + new / 2), bucket.tokens * bucket.image_pages * page_size)
 
 
 def step_work(
@@ -176,19 +184,14 @@ def bucket_cost(shape: ModelShape, page_size: int, bucket: Bucket, storage: Stor
     if bucket.phase == "vision":
         return 1.0
     images = bucket.image_pages > 0
-    keys = bucket.rows * bucket.pages * page_size
-    image_keys = bucket.rows * bucket.image_pages * page_size
-    read = step_bytes(shape, images, keys, image_keys, storage)
-    parts = sizes(shape)
+    parts, text = sizes(shape), shape.text
     dense = parts.self_layers + (parts.cross_layers if images else 0)
-    attended = (
-        bucket.pages * page_size + (bucket.tokens if bucket.phase == "prefill" else 0),
-        bucket.image_pages * page_size,
-    )
-    heads = 2 * shape.text.heads * shape.text.head_width
-    flops = (
-        2
-        * bucket.tokens
-        * (dense + heads * (attended[0] * len(shape.text.self_layers) + attended[1] * len(shape.text.cross_layers)))
-    )
-    return max(read, flops / FLOPS_PER_BYTE)
+    heads = 2 * text.heads * text.head_width
+    keys, image_keys, flops = 0, 0, 0
+    for part in (bucket.decoding, bucket.prompts) if bucket.prompts else (bucket,):
+        seen = part.pages * page_size + (part.tokens if part.phase == "prefill" else 0)
+        attended = seen * len(text.self_layers) + part.image_pages * page_size * len(text.cross_layers)
+        flops += 2 * part.tokens * (dense + heads * attended)
+        keys += part.rows * part.pages * page_size
+        image_keys += part.rows * part.image_pages * page_size
+    return max(step_bytes(shape, images, keys, image_keys, storage), flops / FLOPS_PER_BYTE)

@@ -19,7 +19,8 @@ def draft_of(run: Run, shape: ModelShape, resolve: Callable[..., "ResolvedTask"]
     Raises UserError where it can't be loaded, or has other ids or tiles than the model, whose shape is given.
     """
     checkpoint_folder(str(run.draft), "draft")
-    plan = PlanChoice(run.plan.page_size, compile=run.plan.compile)
+    # A draft's prompts delay nobody's tokens but those that wait for its proposals anyway.
+    plan = PlanChoice(run.plan.page_size, mixed_tokens=[], compile=run.plan.compile)
     own = replace(run, model=ModelChoice(), weights=run.draft, adapter=None, quant="none", tp=1, plan=plan)
     try:
         found = cast("ResolvedRun", resolve(replace(own, draft=None, speculate="none"), None))

@@ -8,9 +8,8 @@ Never compared with this project on an NPU. The published times that it is fitte
 another device, given in conf/hardware/910b.yaml; tests/test_latency.py holds the model to them.
 """
 
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
 
 from mllama_graph.core.hardware import Calibration, HardwareChoice
@@ -20,6 +19,7 @@ from mllama_graph.plan.bucket import Bucket
 from mllama_graph.plan.cores import BSH, FORMS, SPLIT, TND, Attention, Form, Forms, choices, cores_of, forced, parts
 from mllama_graph.plan.cost import vision_rows
 from mllama_graph.plan.products import Product, products, scaled
+from mllama_graph.plan.step_latency import Latency
 
 # Rows that the matrix unit computes at once.
 TILE_ROWS = 16
@@ -32,49 +32,6 @@ MERGE = 8
 ONCE, IMAGE_MASKS, VISION_ONCE = 9, 3, 30
 # Elementwise operators of the gates of a cross-attention layer, and of a global vision layer.
 CROSS_GATES, VISION_GATES = 6, 4
-
-
-@dataclass
-class Latency:
-    """Seconds of one rank's step by component, and the cores of attention to text and to image pages (0: none)."""
-
-    products: float = 0.0
-    attention: float = 0.0
-    vector: float = 0.0
-    all_reduces: float = 0.0
-    step: float = 0.0
-    # AICPU computes each attention's tiling beside the device, as lengths are inputs of the graph.
-    aicpu: float = 0.0
-    cores: int = 0
-    image_cores: int = 0
-    # Operators by type.
-    operators: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def device(self) -> float:
-        """The graph alone."""
-        return max(self.products + self.attention + self.vector + self.all_reduces, self.aicpu)
-
-    @property
-    def seconds(self) -> float:
-        """The whole step."""
-        return self.device + self.step
-
-    def eager(self, known: Calibration) -> float:
-        """The whole step where the host launches each operator, instead of a graph."""
-        sums = self.operators["HcomAllReduce"]
-        host = (self.operators.total() - sums) * known.eager + sums * known.eager_all_reduce
-        return max(self.device, host) + self.step
-
-    @property
-    def bound(self) -> str:
-        """The component that takes longest."""
-        return max(("products", "attention", "vector", "all_reduces"), key=lambda name: getattr(self, name))
-
-    @property
-    def described_cores(self) -> str:
-        """Cores of attention to text pages and, after a plus, to image pages."""
-        return "+".join(str(count) for count in (self.cores, self.image_cores) if count)
 
 
 @dataclass(frozen=True)
@@ -219,26 +176,68 @@ class Model:
 
         forms: of its attention, chosen here if None. each: new tokens of a sequence, which read its pages together.
         """
-        text, image = self.pages(batch, keys, False), self.pages(batch, image_keys, True)
-        forms = forms or Forms(self.choice(text), self.choice(image) if image_keys else Form())
-        cores = cores_of(text, self.known.cores, forms.text)
-        image_cores = cores_of(image, self.known.cores, forms.image) if image_keys else 0
-        to = Latency(cores=cores, image_cores=image_cores)
+        to = Latency()
+        attend = self._of_tokens(to, batch, keys, image_keys, forms)
         for cross in self._text(to, batch * each, image_keys > 0, batch * each):
-            if cross:
-                self.attend_pages(to, image, forms.image.name, image_cores)
-            else:
-                self.attend_pages(to, text, forms.text.name, cores)
+            attend(cross)
         return to
 
     def prefill(self, tokens: int, past: float, image_keys: float, sequences: int = 1) -> Latency:
         """A prefill of `tokens` in all of equally long sequences, each after `past` earlier and `image_keys` image
         tokens."""
-        text, every = self.shape.text, self.known.cores
+        every = self.known.cores
         to = Latency(cores=every, image_cores=every if image_keys else 0)
+        attend = self._of_prompts(to, tokens, past, image_keys, sequences)
+        for cross in self._text(to, tokens, image_keys > 0, sequences):
+            attend(cross)
+        return to
+
+    def mixed(
+        self,
+        batch: int,
+        keys: float,
+        tokens: int,
+        past: float,
+        image_keys: float,
+        sequences: int = 1,
+        forms: Forms | None = None,
+    ) -> Latency:
+        """A decode step and a prefill in one graph, which share the products: see `decode` and `prefill`."""
+        to, rows = Latency(), batch + tokens
+        decode = self._of_tokens(to, batch, keys, image_keys, forms)
+        prefill = self._of_prompts(to, tokens, past, image_keys, sequences)
+        heads = self.shape.text.heads // self.ranks
+        for cross in self._text(to, rows, image_keys > 0, batch + sequences):
+            decode(cross)
+            prefill(cross)
+            for name in ("SplitV", "ConcatV2"):
+                self.vector(to, name, 2 * rows * heads * self.shape.text.head_width)
+        return to
+
+    def _of_tokens(
+        self, to: Latency, batch: int, keys: float, image_keys: float, forms: Forms | None
+    ) -> Callable[[bool], None]:
+        """What adds the attention of a layer's decoding rows, given whether it is a cross-attention layer."""
+        text, image = self.pages(batch, keys, False), self.pages(batch, image_keys, True)
+        forms = forms or Forms(self.choice(text), self.choice(image) if image_keys else Form())
+        to.cores = cores_of(text, self.known.cores, forms.text)
+        to.image_cores = cores_of(image, self.known.cores, forms.image) if image_keys else 0
+
+        def attend(cross: bool) -> None:
+            of, form, cores = (image, forms.image, to.image_cores) if cross else (text, forms.text, to.cores)
+            self.attend_pages(to, of, form.name, cores)
+
+        return attend
+
+    def _of_prompts(
+        self, to: Latency, tokens: int, past: float, image_keys: float, sequences: int
+    ) -> Callable[[bool], None]:
+        """The same for the rows of prompts. Adds what makes their image masks."""
+        text, every = self.shape.text, self.known.cores
         heads, kv = text.heads // self.ranks, text.kv_heads // self.ranks * text.head_width
         self.vector(to, "once", count=IMAGE_MASKS if image_keys else 0)
-        for cross in self._text(to, tokens, image_keys > 0, sequences):
+
+        def attend(cross: bool) -> None:
             # The mask is causal: on average, a new token sees half of the new tokens. Each head reads an image mask.
             seen = image_keys if cross else past + tokens / sequences / 2
             length = sequences * image_keys if cross else sequences * past + tokens
@@ -251,7 +250,8 @@ class Model:
                 for rows in (sequences * tokens, tokens):
                     self.vector(to, "GatherV2", 2 * rows * heads * text.head_width)
             self.attend(to, moved, 4 * tokens * seen * heads * text.head_width, every)
-        return to
+
+        return attend
 
     def vision(self, tiles: int = 0) -> Latency:
         """The vision graph: one image with all its tiles, of which `tiles` are not padding; 0: all of them."""
@@ -335,7 +335,10 @@ def latency_of(model: Model, page_size: int, bucket: Bucket, forms: Forms | None
     keys, image_keys = bucket.pages * page_size, bucket.image_pages * page_size
     if bucket.phase == "vision":
         return model.vision(bucket.tiles)
+    prompts = bucket.prompts or bucket
+    past = max(0.0, prompts.pages * page_size - prompts.tokens / prompts.rows)
     if bucket.phase == "prefill":
-        past = max(0.0, keys - bucket.tokens / bucket.rows)
         return model.prefill(bucket.tokens, past, image_keys, bucket.rows)
+    if bucket.prompts:
+        return model.mixed(bucket.rows, keys, prompts.tokens, past, image_keys, prompts.rows, forms)
     return model.decode(bucket.rows, keys, image_keys, forms, bucket.each)

@@ -42,17 +42,18 @@ def memory(shape: ModelShape, plan: Plan, storage: Storage, world: int = 1) -> M
     """The memory of one rank of `world`: weights, pages, and the largest intermediate results of the plan's graphs."""
     text, vision, part, compute_width = shape.text, shape.vision, Shard(0, world), storage.compute
     mlp, vocab = part.size(text.mlp), part.size(text.vocab)
-    tokens = max(plan.prefill_tokens[-1], plan.decode_tokens)
+    tokens = max(plan.prefill_tokens[-1], plan.decode_tokens, plan.mixed_rows)
+    sampled = max(plan.decode_tokens, plan.decode_batch[-1] + plan.prefill_rows[-1] if plan.mixed_tokens else 0)
     prefill = tokens * (4 * text.width + 3 * mlp) * compute_width
     patches = vision_rows(vision)
     encode = patches * ((8 + len(vision.features)) * vision.width + 2 * vision.mlp + text.width) * compute_width
     if not plan.tiles:
         # The attention mask of the vision encoder: one byte per pair of rows, and a copy in the compute dtype.
         encode += patches**2 * (1 + compute_width)
-    logits = plan.decode_tokens * vocab * 4 * 2
+    logits = sampled * vocab * 4 * 2
     if storage.weight < compute_width or storage.formats:
-        # A GEMM with many rows widens its weight first. The largest is the head, with one row per decoded sequence.
-        widest = max(2 * mlp, vocab if plan.decode_tokens > WIDEN_ROWS else 0)
+        # A GEMM with many rows widens its weight first. The largest is the head, with one row per sampled token.
+        widest = max(2 * mlp, vocab if sampled > WIDEN_ROWS else 0)
         prefill += widest * text.width * compute_width
     page = plan.page_size * storage.page
     return Memory(

@@ -21,10 +21,11 @@ from mllama_graph.core.place import Place
 from mllama_graph.model.files import CheckpointFiles
 from mllama_graph.model.formats import Storage, page_bytes
 from mllama_graph.model.shape import ModelShape
-from mllama_graph.plan.buckets import Limits, Plan, make_plan
+from mllama_graph.plan.buckets import Plan
 from mllama_graph.plan.checkpoint import META, formats_of, model_of, weights_of
 from mllama_graph.plan.draft import draft_of
 from mllama_graph.plan.forms import BucketForms, forms_of
+from mllama_graph.plan.make import Limits, make_plan
 from mllama_graph.plan.memory import Memory, memory, require_on_host
 from mllama_graph.plan.quantised import compiler_choice, on_device
 

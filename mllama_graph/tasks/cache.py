@@ -59,7 +59,7 @@ def _row(entry: Entry, state: str) -> tuple[str, ...]:
     bucket = entry.fields.get("bucket")
     return (
         entry.key,
-        str(Bucket(**bucket)) if bucket else "-",
+        str(Bucket.of(bucket)) if bucket else "-",
         entry.fields.get("weights", "-").removeprefix("torch."),
         f"{entry.bytes / 1e6:.2f}",
         f"{(time.time() - entry.used) / DAY:.1f}",

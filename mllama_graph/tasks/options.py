@@ -13,7 +13,7 @@ from mllama_graph.core.errors import UserError
 from mllama_graph.inputs.image_sources import list_images
 from mllama_graph.inputs.request_file import is_stream, most_images, read_lines, spool
 from mllama_graph.measure.peers import ENVIRONMENTS, Setting, settings_of
-from mllama_graph.plan.buckets import LARGEST_PREFILL
+from mllama_graph.plan.make import LARGEST_PREFILL
 from mllama_graph.tasks.batch_options import BatchOptions
 from mllama_graph.tasks.chat_options import ChatOptions
 from mllama_graph.tasks.quantize_options import SHAPES_ONLY, QuantizeOptions
@@ -120,7 +120,8 @@ class TimedOptions(WorkloadOptions):
         """Raise the limits to hold every case, and have graphs compiled before they are timed.
 
         A request decodes a token in each step of the requests that get their first token after it: one for each image
-        and for each chunk, which are as large as without sequences that decode.
+        and for each chunk, which are as large as without sequences that decode. Where shapes are compiled, prompts and
+        tokens are timed in steps of their own.
         """
         if run.speculate != "none":
             raise UserError(
@@ -136,7 +137,7 @@ class TimedOptions(WorkloadOptions):
             max_input_length=max(run.max_input_length, *self.lengths),
             max_output_length=max(run.max_output_length, self.new_tokens + most * (chunks + self.images)),
             max_step_tokens=run.max_step_tokens or LARGEST_PREFILL + most,
-            plan=replace(run.plan, compile=compile_mode),
+            plan=replace(run.plan, compile=compile_mode, mixed_tokens=[]),
         )
 
     def needs(self, device: Device) -> str:

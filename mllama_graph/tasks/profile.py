@@ -16,7 +16,7 @@ from mllama_graph.measure.timing import Case, Timing
 from mllama_graph.measure.trace import kind_of
 from mllama_graph.plan.resolve import ResolvedRun
 
-PHASES = ("vision", "prefill", "decode")
+PHASES = ("vision", "prefill", "mixed", "decode")
 # Rows of each table of operations in summary.md; ops.csv has all operations.
 SHOWN_OPS = 12
 

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
@@ -104,6 +105,8 @@ def main(run: ResolvedRun) -> None:
         raise UserError("dtype=fp32: task=verify judges graphs for an NPU, which takes bf16 or fp16. Use dtype=bf16.")
     spec = backend_of(run).spec()
     progress.say(f"plan: {run.plan.describe()}")
+    counts = Counter(bucket.phase for bucket in run.plan.buckets())
+    progress.say(f"graphs: {', '.join(f'{count} {phase}' for phase, count in counts.items())}")
     wanted, judged = jobs(spec, run.plan), []
 
     def kept() -> Iterator[Judged]:
@@ -141,7 +144,8 @@ def kind(bucket: Bucket, forms: Forms = BSH_ALONE, canvas: int = 4) -> tuple[obj
 
     A vision graph of one tile lacks operations that move tiles, and one of all tiles those that add padding tiles.
     """
-    past, several = (bucket.phase == "prefill" and more for more in (bucket.pages > 0, bucket.rows > 1))
+    prompts = bucket.prompts or bucket
+    past, several = (prompts.phase == "prefill" and more for more in (prompts.pages > 0, prompts.rows > 1))
     tiles = min(bucket.tiles, 2), bucket.tiles == canvas
     return bucket.phase, bucket.image_pages > 0, past, several, *tiles, forms.text.name, forms.image.name
 

@@ -10,7 +10,7 @@ from transformers.models.mllama.processing_mllama import get_cross_attention_tok
 
 from mllama_graph.inputs.images import tile_image
 from mllama_graph.model.inputs import ImageInput, PromptInput, TileInput, TokenInput
-from mllama_graph.model.text import cross_block, decode, prefill
+from mllama_graph.model.text import cross_block, decode, prefill, to_images
 from mllama_graph.model.vision import encode_image
 from mllama_graph.ops.plain import PLAIN
 from mllama_graph.plan.blocks import pages_for
@@ -176,6 +176,7 @@ def test_padded_rows_write_to_scratch_alone_and_change_nothing(model):
 def test_text_row_is_untouched_by_a_cross_layer(model):
     ids, images = prompt("base")
     text, shape = Text(model("base"), ids, images), model("base").shape
+    image = text.image(text.see)
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn((len(ids), shape.text.width), generator=generator) for _ in range(2))
     blind = torch.tensor([low == high for low, high in text.see])
@@ -183,7 +184,9 @@ def test_text_row_is_untouched_by_a_cross_layer(model):
     for pages, index in zip(text.image_pages, shape.text.cross_layers):
         layer = model("base").weights.text.layers[index]
         with torch.inference_mode():
-            after_x, after_y = cross_block(layer, x, y, pages, text.image(text.see), None, shape, PLAIN)
+            after_x, after_y = cross_block(
+                layer, x, y, pages, image.see_T2, to_images(image, None, PLAIN), shape, PLAIN
+            )
         # Bit for bit: a text-only request must not depend on the batch it is in.
         assert torch.equal((after_x + after_y)[blind], (x + y)[blind])
         assert ((after_x + after_y)[~blind] - (x + y)[~blind]).abs().amax(-1).min() > 0.01
@@ -194,10 +197,12 @@ def test_a_text_row_takes_nothing_from_a_broken_image(model):
     text, shape = Text(model("base"), ids, images), model("base").shape
     for data in text.image_pages[0]:
         data.fill_(1e30)
+    image = text.image(text.see)
     x = torch.randn((len(ids), shape.text.width), generator=torch.Generator().manual_seed(0))
     layer = model("base").weights.text.layers[shape.text.cross_layers[0]]
     with torch.inference_mode():
-        after_x, after_y = cross_block(layer, x, None, text.image_pages[0], text.image(text.see), None, shape, PLAIN)
+        attend_image = to_images(image, None, PLAIN)
+        after_x, after_y = cross_block(layer, x, None, text.image_pages[0], image.see_T2, attend_image, shape, PLAIN)
     blind = torch.tensor([low == high for low, high in text.see])
     assert torch.equal((after_x + after_y)[blind], x[blind])
 

@@ -1,7 +1,7 @@
 """The inputs of one conversation's steps, and two ways to run them: plain.py eagerly, npu.py through torchair.
 
 An image is encoded, its prompt is prefilled in two chunks, the second of them together with the first chunk of a second
-sequence, and both are decoded together.
+sequence, and both are decoded together. Before, a mixed step decodes the first beside a chunk of the second.
 Steps share their pages, so that a wrong write of one step shows in the next.
 """
 
@@ -12,10 +12,10 @@ import torch
 from lowered import lower, to_host, to_npu
 
 from mllama_graph.graphs.step import Step
-from mllama_graph.model.inputs import ImageInput, PromptInput, TileInput, TokenInput
+from mllama_graph.model.inputs import ImageInput, MixedInput, PromptInput, TileInput, TokenInput, mixed_input
 from mllama_graph.model.ops import fast_head, padded_head
 from mllama_graph.ops.npu import npu_ops
-from mllama_graph.ops.npu_inputs import causal_mask, prepare, with_places
+from mllama_graph.ops.npu_inputs import causal_mask, prepare, prepare_rows, with_places
 from mllama_graph.ops.npu_layout import lay_out
 from mllama_graph.ops.pages import gather
 from mllama_graph.ops.plain import PLAIN
@@ -69,7 +69,7 @@ class Eager:
             return step(given, () if phase == "vision" else self.pages, self._image_pages(given))
 
     def _image_pages(self, given):
-        return () if getattr(given, "image", given) is None else self.image_pages
+        return () if getattr(getattr(given, "tokens", given), "image", given) is None else self.image_pages
 
     def contents(self):
         """The values in pages on the CPU, without the padding of heads and without page 0, which padding rows write."""
@@ -93,7 +93,8 @@ class Compiled(Eager):
         self.lowered = {}
 
     def __call__(self, phase, given):
-        shapes = (None if x is None else x.shape for x in given if not isinstance(x, tuple))
+        flat = (*given, *given.prompts) if isinstance(given, MixedInput) else given
+        shapes = (None if x is None else x.shape for x in flat if not isinstance(x, tuple))
         key = (phase, *shapes, getattr(given, "image", None) is None)
         if key not in self.lowered:
             step = Step(phase, self.weights, self.shape, self.dtype, self.ops)
@@ -103,9 +104,15 @@ class Compiled(Eager):
         if phase == "vision":
             # A graph for this number of real tiles.
             given = given._replace(tiles_C3hw=given.tiles_C3hw[: int(given.real_1)].clone(), real_1=None)
+        elif phase == "mixed":
+            parts = {name: self._prepared(getattr(given, name)) for name in ("tokens", "prompts")}
+            given = prepare_rows(given, None)._replace(**parts)
         else:
-            given = prepare(given, P, causal_mask(torch.device("cpu")), None, parts=self.parts)
+            given = self._prepared(given)
         return self.lowered[key](to_npu(given), () if phase == "vision" else self.pages, self._image_pages(given))
+
+    def _prepared(self, given):
+        return prepare(given, P, causal_mask(torch.device("cpu")), None, parts=self.parts)
 
 
 class Conversation:
@@ -166,6 +173,17 @@ class Conversation:
             image=self._image(see, sequences) if with_image else None,
         )
 
+    def mixed(self, length, chunks, with_image):
+        """One new token of the first sequence and a padded one, and beside them chunks of prompts."""
+        tokens, prompts, real_B = self.tokens([length, 1], with_image), self.prompt(chunks, with_image), int32([1, 0])
+        tokens = tokens._replace(
+            **{name: getattr(tokens, name) * real_B for name in ("ids_T", "position_T", "slot_T")},
+            table_BJ=tokens.table_BJ * real_B[:, None],
+        )
+        # Padding rows of prompts write to other slots than those of the sequences.
+        own = torch.where(prompts.slot_T < P, prompts.slot_T + len(real_B), prompts.slot_T)
+        return mixed_input(tokens, prompts._replace(slot_T=own))
+
     def tokens(self, lengths, with_image):
         """One new token of each sequence; `lengths` include it."""
         at = [length - 1 for length in lengths]
@@ -186,6 +204,7 @@ def play(run, talk):
     logits = [run("prefill", talk.prompt([(0, 0, FIRST)], True))]
     logits.append(run("prefill", talk.prompt([(0, FIRST, SECOND), (1, 0, SECOND)], True)))
     logits.append(run("prefill", talk.prompt([(1, SECOND, FIRST)], not talk.text_alone)))
+    logits.append(run("mixed", talk.mixed(FIRST + SECOND + 1, [(1, FIRST + SECOND, 3)], True)))
     for step in range(1, 4):
         logits.append(run("decode", talk.tokens([FIRST + SECOND + step] * 2, True)))
     logits.append(run("decode", talk.tokens([FIRST + SECOND + 4] * 2, not talk.text_alone)))

@@ -19,7 +19,12 @@ DECODE, LEAN = Bucket("decode", 2, 2, 3, 8), Bucket("decode", 2, 2, 3, 0)
 PREFILL, PREFILL_LEAN = Bucket("prefill", 1, 32, 0, 8), Bucket("prefill", 1, 32, 0, 0)
 CHUNK, CHUNK_LEAN = Bucket("prefill", 1, 32, 3, 8), Bucket("prefill", 1, 32, 3, 0)
 PACKED, PACKED_LEAN = Bucket("prefill", 2, 32, 3, 8), Bucket("prefill", 2, 32, 3, 0)
-CLASSES = (VISION, DECODE, LEAN, PREFILL, PREFILL_LEAN, CHUNK, CHUNK_LEAN, PACKED, PACKED_LEAN)
+MIXED, MIXED_LEAN = Bucket("mixed", 2, 34, 3, 8, prompts=CHUNK), Bucket("mixed", 2, 34, 3, 0, prompts=CHUNK_LEAN)
+MIXED_PACKED = Bucket("mixed", 2, 34, 3, 8, prompts=PACKED)
+CLASSES = (
+    *(VISION, DECODE, LEAN, PREFILL, PREFILL_LEAN, CHUNK, CHUNK_LEAN, PACKED, PACKED_LEAN),
+    *(MIXED, MIXED_LEAN, MIXED_PACKED),
+)
 
 
 def spec_of(name: str, ranks: int = 1, **changes: Any) -> GraphSpec:

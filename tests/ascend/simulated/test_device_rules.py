@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch_npu
 from findings import BASE, DEVICE, FAILED, found, found_after, found_with
-from graphs import CHUNK_LEAN, DECODE, LEAN, PACKED_LEAN, PREFILL_LEAN, VISION, broken, spec_of
+from graphs import CHUNK_LEAN, DECODE, LEAN, MIXED_LEAN, PACKED_LEAN, PREFILL_LEAN, VISION, broken, spec_of
 from torchair._ge_concrete_graph import ge_ir_pb2
 
 from mllama_graph.ascend.capture import capture
@@ -72,6 +72,11 @@ def test_arithmetic_before_lengths_is_found():
     )
 
 
+def test_arithmetic_before_the_lengths_of_a_mixed_step_is_found():
+    [message] = found_with("straight", MIXED_LEAN, attend_pages=one_more)
+    assert re.match(r"FusedInferAttentionScore \w+: actual_seq_lengths_kv comes from Add \w+", message)
+
+
 def mask_in_the_graph(*given, made):
     unseen_B1RL = made.unseen_B1RL & made.sees_T1[:, None, None]
     return NPU.attend_image(*given, made=made._replace(unseen_B1RL=unseen_B1RL))
@@ -80,7 +85,7 @@ def mask_in_the_graph(*given, made):
 def test_a_mask_that_a_decode_graph_computes_is_found():
     [message] = found_with("straight", DECODE, attend_image=mask_in_the_graph)
     assert "atten_mask comes from LogicalAnd" in message
-    assert "in cross_block: out_TQH = ops.attend_image(" in message
+    assert "in attend_image: return ops.attend_image(" in message
 
 
 def test_an_index_that_a_decode_graph_computes_is_found():

@@ -170,7 +170,7 @@ def test_another_form_than_the_chosen_one_is_found(in_parts):
     messages = findings_of("forms", in_parts, DECODE, BASE)
     assert "attends in SPLIT with 2 parts, but BSH with 1 was chosen (and 1 more), at" in messages[0]
     assert "attends in SPLIT with 4 parts, but BSH with 1 was chosen, at" in messages[1]
-    assert "in cross_block: out_TQH = ops.attend_image(" in messages[1]
+    assert "in attend_image: return ops.attend_image(" in messages[1]
 
 
 def test_parts_without_a_log_sum_exp_are_found(in_parts):

@@ -34,12 +34,17 @@ def test_the_buckets_of_a_class_have_one_structure():
             for rows, tokens, pages in ((1, 128, 0), (1, 512, 0), (1, 128, 3), (1, 512, 4), (2, 128, 1), (4, 512, 4))
             for images in (0, 1)
         ),
+        *(
+            Bucket("mixed", 2, 2 + tokens, 3, images, prompts=Bucket("prefill", rows, tokens, pages, images))
+            for rows, tokens, pages in ((1, 126, 3), (1, 128, 1), (2, 128, 1), (4, 510, 4))
+            for images in (0, 1)
+        ),
     ]
     found = {}
     for bucket in buckets:
         found.setdefault(kind(bucket), []).append(structure(capture(spec, bucket)))
     # Of vision graphs, those of one tile, of some tiles and of all of them.
-    assert len(found) == 11
+    assert len(found) == 15
     for structures in found.values():
         assert all(difference(structures[0], other) == [] for other in structures)
     assert all(difference(one[0], other[0]) for one in found.values() for other in found.values() if one is not other)

@@ -32,9 +32,9 @@ def products(graph, bucket):
         total += 2 * prod(metadata(op.output_desc[0]).shape) * prod(weight[1:])
     for op in graph.of_type("FusedInferAttentionScore"):
         inputs, causal = dict(inputs_of(op)), attribute(op.attr["sparse_mode"]) == 3
-        paged, several = "block_table" in inputs, bucket.rows if bucket.phase == "prefill" else 1
+        paged, prompts, query = "block_table" in inputs, bucket.prompts or bucket, shape_of(graph, inputs["query"])
+        several = prompts.rows if prompts.phase == "prefill" and query[1] > 1 else 1
         keys = shape_of(graph, inputs["block_table"])[1] * 128 if paged else shape_of(graph, inputs["key0"])[1]
-        query = shape_of(graph, inputs["query"])
         length = graph.maker(inputs.get("actual_seq_lengths_kv", inputs["query"]))
         if length.type == "Const":
             keys = int(constant(length)[0])
