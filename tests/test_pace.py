@@ -69,8 +69,8 @@ def test_nothing_is_computed_beside_sequences_whose_own_time_is_not_known():
     assert not pace.admits(DECODING)
     for _ in range(2):
         pace.took(step(0), 1.0)
-    assert pace.admits(DECODING) and not pace.admits(DECODING + 1)
-    proposals = DecodeStep((Row(0, (1, 2), 5, (), 1, 0),))
+    assert pace.admits(DECODING) and pace.admits(DECODING + 1), "the nearest number will do"
+    pace, proposals = Pace(8, 2048), DecodeStep((Row(0, (1, 2), 5, (), 1, 0),))
     for _ in range(2):
         pace.took(proposals, 2.0)
     assert not pace.admits(1), "a step with proposals is no measure"

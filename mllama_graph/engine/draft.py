@@ -24,6 +24,8 @@ class Draft:
     def __init__(self, executor: Executor):
         self.executor = executor
         self._scheduler = Scheduler(executor.plan, executor.run.limits.batch, prefix_cache=False)
+        # Nobody waits for one of its sequences alone.
+        self._scheduler.pace = None
         # The draft's own sequences, by id. The scheduler's `running` has only those that are being continued.
         self._own: dict[int, Sequence] = {}
 

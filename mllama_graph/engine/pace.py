@@ -66,7 +66,7 @@ class Pace:
 
     def admits(self, decoding: int) -> bool:
         """Whether the next step may compute prompt tokens beside so many decoding sequences."""
-        return self._debt <= 0 and self._beside < MOST and self._alone.of(decoding) is not None
+        return self._debt <= 0 and self._beside < MOST and self._alone_of(decoding) is not None
 
     def took(self, step: Step, seconds: float) -> None:
         """Learn the time of a step."""
@@ -74,7 +74,7 @@ class Pace:
             if all(len(row.ids) == 1 for row in step.rows):
                 alone = self._alone.learn(len(step.rows), seconds)
                 self._debt, self._beside = max(0.0, self._debt - (RATIO - 1) * alone), 0
-        elif isinstance(step, PrefillStep) and (alone := self._alone.of(step.decoding) or 0.0):
+        elif isinstance(step, PrefillStep) and step.decoding and (alone := self._alone_of(step.decoding)):
             self._beside += 1
             new = sum(len(row.ids) for row in step.rows[step.decoding :])
             if seconds > RATIO * alone:
@@ -84,3 +84,8 @@ class Pace:
                 self.room = min(self.most, self.room + max(1, self.room // 8))
             if new <= LEAST:
                 self._debt = max(0.0, self._debt + self._least.learn(step.decoding, seconds) - RATIO * alone)
+
+    def _alone_of(self, decoding: int) -> float | None:
+        """The time of a decode step of so many sequences, or of the nearest number that is known."""
+        known = self._alone.nearest(decoding)
+        return None if known is None else self._alone.of(known)

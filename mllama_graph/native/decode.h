@@ -205,14 +205,14 @@ inline bool share_pages(const Task& a, const Task& b) {
                     [](const Piece& one, const Piece& other) { return one.page == other.page; });
 }
 
-// Tasks that a thread computes together, for some kv heads: those of `rows` rows that share pages. `space`: where their
-// queries and partial results are, as `queries` queries of one row each.
+// Tasks of rows that share pages, which a thread computes together for some kv heads. space: the number of tasks before
+// theirs, which is where their partial results begin.
 struct Together {
   std::vector<int64_t> tasks;
   int64_t space;
 };
 
-// The tasks of rows that follow each other and share pages, at most kRows of them together. `first_task`: of each row,
+// The tasks of rows that follow each other and share pages, at most kRowsTogether of them. `first_task`: of each row,
 // followed by the number of tasks. What one set of rows has read from memory, the next one reads from a cache: first the
 // first tasks of all rows that begin with the same page, then the second ones.
 inline std::vector<Together> together(const std::vector<Task>& tasks, const std::vector<int64_t>& first_task) {
