@@ -1,8 +1,8 @@
 // Linear layers whose weights are whole numbers of 8 or 4 bits, by the machine's products of whole numbers.
 //
 // Rows become whole numbers too. For activations in int8 that is what the format says. For weight-only formats a row's
-// inputs become 16 bits, in blocks of up to kBlock inputs with a scale of their own: an input is off by at most 2^-16 of
-// the largest in its block. They are held as two bytes, hi * 256 + lo, where the machine multiplies bytes, else as they
+// inputs become 16 bits, in blocks of up to kBlock inputs with a scale of their own: an input is off by at most 2^-16
+// of the largest in its block. They are held as two bytes, hi * 256 + lo, where the machine multiplies bytes, else as they
 // are. Products are summed exactly, in 32 bits; blocks are summed in fp32, in order, so that a row's result does not
 // depend on other rows.
 //
@@ -21,7 +21,7 @@
 
 namespace {
 
-// Whether products of bytes are fast enough to be worth two bytes for an input; whether AVX2 is to multiply pairs of 16
+// Whether products of bytes are fast enough to be worth two bytes for an input; whether AVX2 multiplies pairs of 16
 // bits instead, which needs no more instructions than fp32 and no conversions of codes.
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 constexpr bool kFastBytes = true, kPairs = false;
@@ -56,7 +56,7 @@ struct HalfbytePairs : HalfbyteCodes {
   static Integers operand(Integers x) { return x >> 4 * k & 0x000f000f; }
 };
 
-// Words whose products AVX2 sums in 16 bits before they are widened: 4 words of 8 products of codes of 4 bits with bytes.
+// Words whose products AVX2 sums in 16 bits before they are widened: 4 words of 8 products of 4-bit codes with bytes.
 template <class C>
 constexpr int kNarrow = kPairs && std::is_same_v<C, HalfbyteCodes> ? 4 : 0;
 

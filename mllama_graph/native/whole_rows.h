@@ -99,7 +99,7 @@ void pack_inputs(const int32_t* whole, int64_t count, int bytes, int32_t* words)
   if constexpr (C::kWidth == 2) {
     for (int64_t i = 0; i < count; i += C::kInputs, words += C::kOperands)
       for (int k = 0; k < C::kOperands; k++)
-        words[k] = (whole[i + k] & 0xffff) | static_cast<int32_t>(static_cast<uint32_t>(whole[i + k + C::kOperands]) << 16);
+        words[k] = (whole[i + k] & 0xffff) | whole[i + k + C::kOperands] << 16;
     return;
   }
   for (int64_t i = 0; i < count; i += 16, words += 4 * bytes) {
