@@ -86,7 +86,7 @@ def opened(folder, path, weight):
     handle = ops.load_package(path, -1)
     assert ops.constant_names(handle) == ["weight"]
     ops.load_constants(handle, ["weight"], [weight])
-    return lambda *given: ops.run_package(handle, list(given))
+    return lambda *given: ops.run_package(handle, list(given))[0]
 
 
 def run_shared(rank, world, folder, path, name):
