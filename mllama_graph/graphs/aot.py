@@ -107,7 +107,8 @@ class RankPackage:
         self._ops.load_constants(self._handle, names, [weights[name] for name in names])
 
     def __call__(self, *inputs: Any) -> Output:
-        return _output(self._ops.run_package(self._handle, tensors(inputs)))
+        outputs, _ = self._ops.run_package(self._handle, tensors(inputs))
+        return _output(outputs)
 
 
 def load_package(path: Path, weights: dict[str, Tensor], spec: GraphSpec, folder: Path) -> Graph:

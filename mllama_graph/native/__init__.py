@@ -1,4 +1,4 @@
-"""C++ operators: CPU kernels, collectives of ranks on one CPU host, and a runner of packages that releases the GIL.
+"""C++: CPU kernels, collectives of ranks on one CPU host, and what releases the GIL: running packages, writing streams.
 
 A library is built once, by the machine's own compiler, when it is first needed, into the folder of the graph store:
 
@@ -24,12 +24,13 @@ from mllama_graph.native import operators
 from mllama_graph.native.operators import OPERATORS
 
 SOURCE = Path(__file__).parent
-# Additional compiler flags of each library. All but `runner` use only torch's stable ABI.
+# Additional compiler flags of each library. `runner` uses torch's unstable ABI; `streams` does not use torch.
 LIBRARIES = {
     "kernels": ("-O3", "-DTORCH_TARGET_VERSION=0x020d000000000000"),
     "quantised": ("-O3", "-DTORCH_TARGET_VERSION=0x020d000000000000"),
     "collectives": ("-O3", "-DTORCH_TARGET_VERSION=0x020d000000000000"),
     "runner": ("-O1",),
+    "streams": ("-O1",),
 }
 ASIDE = ".aside-"
 

@@ -154,4 +154,5 @@ OPERATORS: dict[str, dict[str, tuple[str | None, Callable[..., Any]]]] = {
     },
     "collectives": {"all_reduce": (None, _like), "all_gather": (None, _all_gather)},
     "runner": {},
+    "streams": {},
 }

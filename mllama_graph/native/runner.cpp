@@ -11,6 +11,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <tuple>
 #include <unordered_map>
 #include <vector>
 
@@ -55,8 +56,13 @@ void load_constants(int64_t handle, const std::vector<std::string>& names, const
   find(handle)->load_constants(constants, /*use_inactive=*/false, /*check_full_update=*/true, /*user_managed=*/true);
 }
 
-std::vector<at::Tensor> run_package(int64_t handle, std::vector<at::Tensor> inputs) {
-  return find(handle)->boxed_run(std::move(inputs));
+// The inputs are returned beside the outputs. Where a tensor has a Python object, torch takes the GIL to drop the last
+// other reference to it: the package would wait for it in the middle of its run, when it has used an input up. The
+// caller has the GIL when it drops these.
+std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> run_package(int64_t handle,
+                                                                         std::vector<at::Tensor> inputs) {
+  std::vector<at::Tensor> held = inputs;
+  return {find(handle)->boxed_run(std::move(inputs)), std::move(held)};
 }
 
 }  // namespace
@@ -68,5 +74,5 @@ TORCH_LIBRARY_FRAGMENT(mllama_graph, library) {
   library.def("constant_names(int handle) -> str[]", &constant_names);
   library.def("load_constants(int handle, str[] names, Tensor[] values) -> ()", &load_constants);
   // Inputs may be written, as pages are.
-  library.def("run_package(int handle, Tensor(a!)[] inputs) -> Tensor[]", &run_package);
+  library.def("run_package(int handle, Tensor(a!)[] inputs) -> (Tensor[], Tensor[])", &run_package);
 }

@@ -14,11 +14,10 @@ from mllama_graph.core.errors import UserError
 from mllama_graph.engine.results import Delta, Result
 from mllama_graph.server.errors import ApiError, refused
 from mllama_graph.server.service import Generation
+from mllama_graph.server.streams import STREAM, Stream
 
 T = TypeVar("T")
 
-# The key of a request's scope under which a connection gives a function that writes to it without a task.
-WRITE_NOW = "mllama.write_now"
 DONE = b"data: [DONE]\n\n"
 STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -139,10 +138,12 @@ class Events(Response):
         self.status_code, self.background, self.body = 200, None, b""
         self.raw_headers = list(STREAM_HEADERS)
         self._generation, self._form, self._seconds, self._log = generation, form, seconds, log
-        self._write_now: Callable[..., bool] | None = None
+        self._stream: Stream | None = None
+        # Whether the task is writing deltas that it took: those that follow must wait for it.
+        self._writing = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._write_now = scope.get(WRITE_NOW)
+        self._stream = scope.get(STREAM)
         writing = asyncio.ensure_future(self._write(send))
         gone = asyncio.ensure_future(_disconnect(receive))
         try:
@@ -174,11 +175,13 @@ class Events(Response):
         generation, form, left = self._generation, self._form, len(self._generation.tickets)
         if first := form.begin():
             await _send(send, first)
-        if self._write_now is not None:
+        if self._stream is not None:
             generation.mailbox.sink = self._take
         while left:
-            parts = []
-            for index, delta in await generation.mailbox.take():
+            parts, self._writing = [], False
+            deltas = await generation.mailbox.take()
+            self._writing = True
+            for index, delta in deltas:
                 if delta.result:
                     _good(delta.result)
                     left -= 1
@@ -188,9 +191,13 @@ class Events(Response):
         await _send(send, form.end(), more=False)
 
     def _take(self, index: int, delta: Delta) -> bool:
-        """Write a delta that is not the last one of its request, unless the client is slow to read."""
-        assert self._write_now is not None
-        return delta.result is None and self._write_now(self._form.delta, index, delta)
+        """Send a delta that is not the last one of its request with its step's others, unless the client is slow."""
+        stream = self._stream
+        if stream is None or self._writing or delta.result is not None or not stream.takes():
+            return False
+        if data := self._form.delta(index, delta):
+            self._generation.outbox.add(stream, stream.framed(data))
+        return True
 
     async def _fail(self, send: Send, error: ApiError) -> None:
         self._generation.close()

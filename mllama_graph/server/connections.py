@@ -1,15 +1,13 @@
 """Connections: uvicorn's protocol on httptools, with bounds on the head of a request and on waiting for it."""
 
 import asyncio
-import os
-from collections.abc import Callable
-from contextlib import suppress
 from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from mllama_graph.server.answers import WRITE_NOW, to_json
+from mllama_graph.server.answers import to_json
 from mllama_graph.server.errors import ApiError
+from mllama_graph.server.streams import STREAM
 
 # The most bytes of a request's first line and headers, and the seconds in which they must arrive.
 MOST_HEAD, HEAD_SECONDS = 64 << 10, 20.0
@@ -57,8 +55,8 @@ class Connection(HttpToolsProtocol):
 
     _lingering = False
     _chunked = True
-    # The socket's file, unless what is written to it is encrypted.
-    _handle: int | None = None
+    # The socket's file number; None if what is written to it is encrypted.
+    handle: int | None = None
     _timer: asyncio.TimerHandle | None = None
     _head = 0
     _in_head = True
@@ -67,7 +65,7 @@ class Connection(HttpToolsProtocol):
         super().connection_made(transport)
         self.transport = cast(Any, _Lingering(transport, self))
         if transport.get_extra_info("sslcontext") is None:
-            self._handle = transport.get_extra_info("socket").fileno()
+            self.handle = transport.get_extra_info("socket").fileno()
         self._expect_head()
 
     def linger(self) -> bool:
@@ -85,7 +83,7 @@ class Connection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        cast(dict[str, Any], self.scope)[WRITE_NOW] = self._write_now
+        cast(dict[str, Any], self.scope)[STREAM] = self
         self._expect_head()
 
     def on_headers_complete(self) -> None:
@@ -115,23 +113,13 @@ class Connection(HttpToolsProtocol):
         self.transport.write(head.encode() + body)
         self.transport.close()
 
-    def _write_now(self, make: Callable[..., bytes], *arguments: Any) -> bool:
-        """Write a part of a streamed body that `make` makes, in the place of a task that would be woken for it.
+    def takes(self) -> bool:
+        """Whether the client has read enough of what was written before."""
+        return not self.flow.write_paused and not self.transport.is_closing()
 
-        Returns False, and makes nothing, where the client has not read enough of what was written before.
-        """
-        if self.flow.write_paused or self.transport.is_closing():
-            return False
-        if data := make(*arguments):
-            data = b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data
-            if self._handle is not None and not self.transport.get_write_buffer_size():
-                # Releases the GIL, which uvloop's own writes hold: the engine need not wait until all streams are sent.
-                with suppress(OSError):
-                    data = data[os.write(self._handle, data) :]
-            if data:
-                # What did not fit; or the client has left, which the transport finds out.
-                self.transport.write(data)
-        return True
+    def framed(self, data: bytes) -> bytes:
+        """A part of a streamed body as it is sent."""
+        return b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data
 
     def _expect_head(self) -> None:
         self._in_head, self._head = True, 0

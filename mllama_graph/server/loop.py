@@ -48,7 +48,7 @@ class Mailbox:
 
     def __init__(self, ended: Callable[[], None] = lambda: None) -> None:
         self._ended = ended
-        # Takes a delta at once, without waking the task, and returns whether it has.
+        # Takes a delta to be sent with all others of its step, without waking the task, and returns whether it has.
         self.sink: Callable[[int, Delta], bool] | None = None
         self._deltas: list[tuple[int, Delta]] = []
         self._ready = asyncio.Event()

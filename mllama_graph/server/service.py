@@ -1,6 +1,7 @@
 """The service behind the routes: one engine in its thread, a pool that prepares requests, and the state of both."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,10 @@ from mllama_graph.server.limits import Admission, Bounds, Load
 from mllama_graph.server.loop import EngineLoop, Mailbox, Ticket
 from mllama_graph.server.metrics import Metrics
 from mllama_graph.server.pictures import Pictures
+from mllama_graph.server.streams import Outbox, sender
 from mllama_graph.server.tokens import Tokens
+
+log = logging.getLogger(__name__)
 
 # States of a service.
 STARTING, READY, DRAINING, FAILED = "starting", "ready", "draining", "failed"
@@ -52,6 +56,7 @@ class Service:
         self.state = STARTING
         self.error: BaseException | None = None
         self.open: set[Generation] = set()
+        self.outbox = Outbox()
         self.engine_loop = EngineLoop(lambda: self._built(build), self._deliver, self._engine_ended)
         self.metrics = Metrics(self, vllm_names)
         self._pool = ThreadPoolExecutor(
@@ -147,6 +152,7 @@ class Service:
 
     def _built(self, build: Callable[[], Engine]) -> Engine:
         engine = build()
+        self.outbox.send = sender(engine.executor.graphs.store.libraries, log.warning)
         self._loop.call_soon_threadsafe(self._ready)
         return engine
 
@@ -162,6 +168,7 @@ class Service:
                 self.metrics.token(ticket, delta, now)
                 ticket.done = delta.result is not None
                 ticket.mailbox.put(ticket.index, delta)
+        self.outbox.flush()
 
     def _engine_ended(self, error: BaseException | None) -> None:
         if error is not None:
@@ -174,6 +181,7 @@ class Generation:
 
     def __init__(self, service: Service, requests: list[Request], arrived: float, load: Load):
         self.requests, self.arrived, self.mailbox = requests, arrived, Mailbox(self._ended)
+        self.outbox = service.outbox
         self._service = service
         self._load: Load | None = load
         self._left = len(requests)
