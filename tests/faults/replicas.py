@@ -30,7 +30,7 @@ from PIL import Image
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "docs" / "deploy"
 START_SECONDS = 120
-KEYS = ["batch=8", "threads=1", "backend=eager", "max_output_length=400"]
+KEYS = ["batch=8", "threads=1", "backend=eager", "max_output_length=400", "extend_context=true"]
 
 
 def picture(number: int) -> str:
@@ -306,7 +306,7 @@ def speed(front: Any) -> tuple[dict[str, Any], bool]:
         "two": round(rates[2]),
         "one": round(rates[1]),
         "ratio": round(rates[2] / max(rates[1], 1e-9), 2),
-        "wrong": load.wrong[:3],
+        "wrong": load.wrong[:1],
         "engines alone": [round(one), round(two), round(two / one, 2)],
         "cores of engines, HTTP, router, clients": cores,
         "share": round(cores[2][0] / sum(cores[2]), 3),
