@@ -24,14 +24,14 @@ import json, random, sys, time
 sys.path.insert(0, ROOT)
 from mllama_graph import LLM
 keys = dict(pair.split("=", 1) for pair in sys.argv[1:])
-keys = {name: int(value) if value.isdigit() else value for name, value in keys.items()}
+keys = {name: int(value) if value.isdigit() else {"true": True}.get(value, value) for name, value in keys.items()}
 ids = random.Random(0)
 with LLM("tiny", quiet=True, **keys) as llm:
     def serve(count):
         asked = [{"input_ids": ids.choices(range(3, 250), k=IDS), "max_new_tokens": NEW, "ignore_eos": True}
                  for _ in range(count)]
         begun = time.monotonic()
-        llm.generate(asked)
+        assert not any(result.error for result in llm.generate(asked))
         return time.monotonic() - begun
     serve(8)
     print("ready", flush=True)
