@@ -1,8 +1,6 @@
 """Collectives inside ahead-of-time compiled packages, and packages that run without Python's GIL."""
 
-import mmap
 import os
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -23,8 +21,6 @@ GROUP = "tensor_parallel"
 STEPS = 50
 # Seconds by which rank 1 is late.
 LATE = 0.5
-# Seconds for which a thread holds the interpreter while it waits for a package.
-GIVE_UP = 20
 
 
 def weight(rank: int) -> torch.Tensor:
@@ -164,46 +160,6 @@ def run_late(rank, world, folder, path, name):
 
 def test_other_threads_run_while_a_package_waits(team, libraries, packages):
     assert team(2, run_late, libraries, packages["shared"], segment())[0] > 1
-
-
-def run_beside(rank, world, folder, path, name, shared):
-    """Whether rank 1 got its sum while another thread of rank 0 held the interpreter from the call's begin on."""
-    native.load("collectives", folder)
-    native.attach(name, rank, world, 60.0)
-    step = opened(folder, path, weight(rank))
-    step(inputs(0, rank))
-    with open(shared, "r+b") as file, mmap.mmap(file.fileno(), 1) as ended:
-        if rank == 1:
-            step(inputs(0, rank))
-            ended[0] = 1
-            return True
-        called, seen = threading.Lock(), []
-
-        def hold():
-            with called:
-                until = time.monotonic() + GIVE_UP
-                while not ended[0] and time.monotonic() < until:
-                    pass
-                seen.append(ended[0] == 1)
-
-        called.acquire()
-        thread = threading.Thread(target=hold)
-        thread.start()
-        # Nobody is made to give the interpreter away.
-        usual = sys.getswitchinterval()
-        sys.setswitchinterval(1000)
-        called.release()
-        step(inputs(0, rank))
-        sys.setswitchinterval(usual)
-        thread.join()
-        native.detach()
-        return seen[0]
-
-
-def test_a_package_does_not_wait_for_the_interpreter_when_it_has_used_an_input_up(team, libraries, packages, tmp_path):
-    shared = tmp_path / "ended"
-    shared.write_bytes(b"\0")
-    assert team(2, run_beside, libraries, packages["shared"], segment(), str(shared)) == [True, True]
 
 
 def test_an_engine_beside_the_main_thread_releases_the_interpreter(monkeypatch, tmp_path):
