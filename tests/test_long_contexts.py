@@ -1,8 +1,11 @@
 """Long contexts: rope far from the start, chunks and page sizes that change nothing, and the model's positions."""
 
+import json
+
 import pytest
 import torch
 from engines import resolved, run_of, start
+from needles import haystack, write
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 from transformers.models.mllama.modeling_mllama import MllamaRotaryEmbedding
 
@@ -66,3 +69,20 @@ def test_a_request_beyond_the_models_positions_is_refused_unless_asked_for(check
         resolved(run_of(checkpoint("cross_last"), max_input_length=3000, extend_context=True)).plan.max_length == 3100
     )
     engine.submit(Request(0, (1,) * 2040, (), (), 8))
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_needles_are_found_anywhere_in_a_haystack_if_rope_is_scaled_as_configured(scaled, tmp_path):
+    hidden = haystack(9000)
+    folder = write(tmp_path / "needles", len(hidden.ids))
+    if not scaled:
+        config = json.loads((folder / "config.json").read_text())
+        config["text_config"]["rope_scaling"] = None
+        (folder / "config.json").write_text(json.dumps(config))
+    questions = hidden.keys if scaled else hidden.keys[:1]
+    engine = start(folder, max_input_length=9001, kernels="native", batch=len(questions), prefill_tokens=[2048])
+    for key in questions:
+        engine.submit(Request(key, (*hidden.ids, key), (), (), 2, ignore_eos=True))
+    results = [delta.result for _ in iter(lambda: engine.idle, True) for delta in engine.step() if delta.result]
+    found = {result.id: tuple(result.token_ids) for result in results}
+    assert (found == dict(zip(hidden.keys, hidden.answers, strict=True))) == scaled
