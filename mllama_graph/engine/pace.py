@@ -74,16 +74,17 @@ class Pace:
             if all(len(row.ids) == 1 for row in step.rows):
                 alone = self._alone.learn(len(step.rows), seconds)
                 self._debt, self._beside = max(0.0, self._debt - (RATIO - 1) * alone), 0
-        elif isinstance(step, PrefillStep) and step.decoding and (alone := self._alone_of(step.decoding)):
+        elif isinstance(step, PrefillStep) and step.decoding and (measure := self._alone_of(step.decoding)):
+            target = RATIO * measure
             self._beside += 1
             new = sum(len(row.ids) for row in step.rows[step.decoding :])
-            if seconds > RATIO * alone:
+            if seconds > target:
                 # In proportion to the excess, but at most by half: one late step may have other causes.
-                self.room = max(LEAST, min(self.room, int(new * max(0.5, RATIO * alone / seconds))))
+                self.room = max(LEAST, min(self.room, int(new * max(0.5, target / seconds))))
             elif new >= self.room:
                 self.room = min(self.most, self.room + max(1, self.room // 8))
             if new <= LEAST:
-                self._debt = max(0.0, self._debt + self._least.learn(step.decoding, seconds) - RATIO * alone)
+                self._debt = max(0.0, self._debt + self._least.learn(step.decoding, seconds) - target)
 
     def _alone_of(self, decoding: int) -> float | None:
         """The time of a decode step of so many sequences, or of the nearest number that is known."""
