@@ -155,7 +155,7 @@ def test_the_eos_ids_of_the_generation_config_and_the_ends_of_the_tokenizer_are_
         ({"prompt": "x", "temperature": float("nan")}, "temperature=nan"),
         ({"prompt": "x", "temperature": float("inf")}, "temperature=inf"),
         ({"prompt": "x", "top_p": 0}, "top_p=0"),
-        ({"prompt": "x", "top_p": 1.5}, "top_p=1.5 must be at least 0 and at most 1"),
+        ({"prompt": "x", "top_p": 1.5}, "top_p=1.5 must be above 0 and at most 1"),
         ({"prompt": "x", "top_k": -1}, "top_k=-1"),
         ({"prompt": "x", "top_k": 2**70}, "top_k"),
         ({"prompt": "x", "logprobs": -1}, "logprobs=-1"),
