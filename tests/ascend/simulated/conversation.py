@@ -95,7 +95,7 @@ class Compiled(Eager):
     def __call__(self, phase, given):
         flat = (*given, *given.prompts) if isinstance(given, MixedInput) else given
         shapes = (None if x is None else x.shape for x in flat if not isinstance(x, tuple))
-        key = (phase, *shapes, getattr(given, "image", None) is None)
+        key = (phase, *shapes, not self._image_pages(given))
         if key not in self.lowered:
             step = Step(phase, self.weights, self.shape, self.dtype, self.ops)
             self.lowered[key] = lower(step.forward, wide=self.dtype == torch.float32)

@@ -198,6 +198,4 @@ def test_decode_steps_of_several_tokens_of_each_sequence_give_the_same_tokens(ch
         sum(getattr(result, name) for result in found.values()) for name in ("accepted_tokens", "proposed_tokens")
     )
     assert 0 < accepted < proposed
-    assert {"decode batch=8 each=4 pages=4 image_pages=0"} <= {
-        record.bucket for record in engine.executor.graphs.records
-    }
+    assert any(" each=4 " in record.bucket for record in engine.executor.graphs.records)
