@@ -47,7 +47,7 @@ class Known:
     """A rank's state of a sequence: its sampling options, its block table and its image table.
 
     finite: the number of its first tokens whose K/V are known to be finite, since logits after them were. history: of
-    a request that has one; its ids are in `ids`, which grows.
+    a request that has one; its ids are in `ids`, which grows. skipped: see Sequence.
     """
 
     sampling: Sampling
@@ -57,6 +57,7 @@ class Known:
     image_fill: Ints = field(default_factory=lambda: np.empty(0, np.int32))
     history: History | None = None
     ids: Ints = field(default_factory=lambda: np.empty(0, np.int32))
+    skipped: int = 0
 
     def learn(self, row: Row) -> None:
         """Note the ids of a row, in the place of those that were there before."""
@@ -99,7 +100,7 @@ class Sequences:
             self._known.pop(sequence, None)
         for row in step.rows:
             if row.sampling is not None:
-                self._known[row.sequence] = Known(row.sampling, row.start, history=row.history)
+                self._known[row.sequence] = Known(row.sampling, row.start, history=row.history, skipped=row.skipped)
             known = self._known[row.sequence]
             if row.history is not None:
                 known.ids = np.array(row.history.ids, np.int32)

@@ -162,7 +162,7 @@ class Rank:
                 # The whole tensor in one copy: a slice of it would take a kernel.
                 None if found_WBF is None else found_WBF.cpu()[:, at],
                 [self.sequences[row].options(position) for row, position in each],
-                [position for _, position in each],
+                [position + self.sequences[row].skipped for row, position in each],
                 [mask for row, count in zip(rows, counts) for mask in _masks(row, count)],
                 [self.sequences[row].edit(position, row.given) for row, position in each],
             )

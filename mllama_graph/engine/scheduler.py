@@ -344,4 +344,5 @@ class Scheduler:
             table,
             see=() if all(span == (0, begins[-1]) for span in see) else tuple(see),
             sampling=sequence.sampling if first_row else None,
+            skipped=sequence.skipped,
         )

@@ -14,7 +14,8 @@ class Sequence:
     """A request in the scheduler. image_positions: the positions of its image tokens, one per image.
 
     priority: higher ones are served first. served: how many prefill steps there were when the sequence arrived, or got
-    the last chunk of its prompt.
+    the last chunk of its prompt. skipped: ids of the request that are not in the sequence of a draft; a token is drawn
+    with the random number of its position among all ids of the request.
     """
 
     id: int
@@ -24,6 +25,7 @@ class Sequence:
     max_new: int
     sampling: Sampling
     priority: int = 0
+    skipped: int = 0
     served: int = 0
     generated: list[int] = field(default_factory=list)
     # Tokens whose K/V are in the pages.

@@ -58,7 +58,8 @@ class Row:
     that each new token attends to; empty if all attend to the whole table. sampling: sent with the first row, and again
     with the first after the sequence was preempted; such a row's `pages` are the whole block table. mask: the ids that
     may be sampled after this row, one bit each in int32 words, the lowest bit first; empty if all may. Sent to every
-    rank, which cuts it to its shard of the vocabulary. given: the id that takes the place of the sampled one.
+    rank, which cuts it to its shard of the vocabulary. given: the id that takes the place of the sampled one. skipped:
+    see engine/sequence.py.
 
     In a decode step, ids after the first are proposals: a token is sampled after each id, and those after a proposal
     count only if it is what was sampled before it (`agreeing`). `mask` is then for the token after the first id, and
@@ -78,6 +79,7 @@ class Row:
     later_masks: tuple[bytes, ...] = ()
     history: History | None = None
     given: int | None = None
+    skipped: int = 0
 
 
 @dataclass(frozen=True)

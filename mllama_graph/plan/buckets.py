@@ -64,6 +64,7 @@ class Plan:
 
     @property
     def max_images(self) -> int:
+        """The most images of a request; 0 for a text-only model."""
         return self.images[-1]
 
     def check(self, prompt: int, max_new: int, images: int) -> None:
@@ -188,7 +189,7 @@ class Plan:
 
     def buckets(self) -> list[Bucket]:
         """Every bucket that a step can need, vision buckets first."""
-        image_pages = [0] + [n * self.pages_per_image for n in self.images]
+        image_pages = [0] + [n * self.pages_per_image for n in self.images if n]
         past = self.past_pages if self.lengths_are_free else (0, *self.past_pages)
         least = self.prefill_rows[0]
         prefill = [Bucket("prefill", least, t, p, i) for t, p, i in product(self.prefill_tokens, past, image_pages)]
@@ -207,7 +208,7 @@ class Plan:
         sizes = product(self.decode_batch, each, self.pages, image_pages)
         decode = [Bucket("decode", b, b * n, p, i) for b, n, p, i in sizes]
         vision = [self.vision(tiles) for tiles in range(self.tiles, 0, -1)] or [self.vision(0)]
-        return [*vision, *prefill, *mixed, *decode]
+        return [*(vision if self.max_images else []), *prefill, *mixed, *decode]
 
     def describe(self) -> str:
         """The plan in one line, which a run prints at its start."""
