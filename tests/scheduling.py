@@ -13,7 +13,7 @@ from mllama_graph.core.devices import CPU
 from mllama_graph.engine.batch import Sequences, needs
 from mllama_graph.engine.scheduler import Scheduler
 from mllama_graph.engine.sequence import Sequence
-from mllama_graph.engine.steps import NOT_FINITE, DecodeStep, PrefillStep, VisionStep, agreeing
+from mllama_graph.engine.steps import NOT_FINITE, DecodeStep, PrefillStep, Token, VisionStep, agreed
 from mllama_graph.inputs.images import TiledImage
 from mllama_graph.inputs.request import Sampling
 from mllama_graph.model.shape import shape_of
@@ -98,7 +98,8 @@ def serve(plan, batch, work, late=0, abort=frozenset(), spoiled=frozenset(), pre
     """Run a workload to its end, checking every step; the last `late` requests join between steps.
 
     The third token of a `spoiled` request can't be sampled. As many ids are proposed as the plan has room for; two of
-    three are right. A request whose proposals came before a token that can't be sampled gets none any more.
+    three are right. A request whose proposals came before a token that can't be sampled gets none any more. Every
+    third request wants log-probabilities of its prompt, where steps can give them.
     """
     alone: set[int] = set()
 
@@ -121,6 +122,7 @@ def serve(plan, batch, work, late=0, abort=frozenset(), spoiled=frozenset(), pre
             new,
             Sampling(seed=n),
             *priority,
+            unscored=len(ids) - 1 if plan.lengths_are_free and n % 3 == 2 else 0,
         )
         for n, (ids, images, new, *priority) in enumerate(work)
     ]
@@ -128,6 +130,8 @@ def serve(plan, batch, work, late=0, abort=frozenset(), spoiled=frozenset(), pre
     for sequence in sequences[: len(sequences) - late]:
         scheduler.add(sequence)
     skipped: set[int] = set()
+    scores: dict[int, list[int]] = {}
+    wanted = {one.id: list(one.prompt[1:]) for one in sequences if one.unscored}
     written: dict[int, tuple[int, type]] = {}  # slot -> K/V that it holds (contents), and the step that wrote them
     encoded: dict[int, tuple[str, int]] = {}  # image page -> (image, which of its pages)
     while waiting or not scheduler.idle:
@@ -147,13 +151,12 @@ def serve(plan, batch, work, late=0, abort=frozenset(), spoiled=frozenset(), pre
         ranks.update(step)
         ids = model(step, plan, scheduler, sequences, ranks, written, encoded)
         ids = sample(step, ids, plan, sequences, ranks, written, spoiled)
-        counts, end = [], 0
-        for row in step.rows if isinstance(step, DecodeStep) else ():
-            counts.append(agreeing(row, ids[end : end + len(row.ids)]))
-            ids = ids[: end + counts[-1]] + ids[end + len(row.ids) :]
-            end += counts[-1]
-            alone |= set() if counts[-1] else {row.sequence}
-        for sequence, id in scheduler.commit(ids, tuple(counts)):
+        found = agreed(step, [Token(id) for id in ids])
+        alone |= {row.sequence for row, count in zip(step.rows, found.counts) if not count}
+        for number, tokens in found.scored:
+            scores.setdefault(number, []).extend(token.id for token in tokens)
+        for sequence, id in scheduler.commit(tuple(token.id for token in found.new), found.counts):
+            assert scores.get(sequence.id, []) == wanted.get(sequence.id, []), "a prompt was not scored just once"
             if sequence in scheduler.running and len(sequence.generated) == sequence.max_new or id == NOT_FINITE:
                 scheduler.finish(sequence)
         for id in [id for id in abort if len(steps) > 4 * id]:
@@ -175,8 +178,10 @@ def contents(sequence, proposal=()) -> list[int]:
 def sample(step, ids, plan, sequences, ranks, written, spoiled) -> tuple[int, ...]:
     """The ids of a step, NOT_FINITE for spoiled requests, whose pages are cleared as a rank does."""
     sampled, end = list(ids), 0
-    for row in step.rows if isinstance(step, DecodeStep) else step.rows[: len(ids)]:
-        known, count = ranks[row], len(row.ids) if isinstance(step, DecodeStep) else 1
+    for row, count in [] if isinstance(step, VisionStep) else zip(step.rows, step.outputs):
+        if not count:
+            continue
+        known = ranks[row]
         third = len(sequences[row.sequence].prompt) + 2 - (row.start + len(row.ids) - count + 1)
         end += count
         if row.sequence in spoiled and 0 <= third < count:
@@ -216,15 +221,20 @@ def model(step, plan, scheduler, sequences, ranks, written, encoded) -> tuple[in
     assert all(slot >= plan.scratch_pages * plan.page_size for slot in fresh), "a row writes to scratch"
     assert all(live[slot // plan.page_size] == 1 for slot in fresh), "a row writes to a page of two sequences"
     assert not {slot // plan.page_size for slot in fresh} & set(pool._digest), "a row writes to a page that is kept"
-    for row in rows:
+    for at, row in enumerate(rows):
         sequence = sequences[row.sequence]
-        proposal = row.ids[1:] if isinstance(step, DecodeStep) else ()
+        decodes = at < step.decoding
+        proposal = row.ids[1:] if decodes else ()
         check_row(row, plan, sequence, ranks[row], written, encoded, proposal)
         new = slots(tables[row.sequence], row.start, len(row.ids), plan.page_size)
-        written.update({slot: (kv, type(step)) for slot, kv in zip(new, contents(sequence, proposal)[row.start :])})
-    if isinstance(step, PrefillStep):
-        return tuple(answer(row.sequence, row.start + len(row.ids)) for row in rows[: step.sampled])
-    return tuple(answer(row.sequence, row.start + 1 + n) for row in rows for n in range(len(row.ids)))
+        kind = DecodeStep if decodes else PrefillStep
+        written.update({slot: (kv, kind) for slot, kv in zip(new, contents(sequence, proposal)[row.start :])})
+    after = [(row, n) for row, count in zip(rows, step.outputs) for n in range(len(row.ids) - count, len(row.ids))]
+    assert len(after) <= (bucket.outputs or bucket.rows_of_logits)
+    if plan.lengths_are_free:
+        assert sum(len(row.ids) for row in rows[: step.decoding]) + len(rows) - step.decoding <= bucket.rows
+    given = [row.given_after(n) for row, n in after]
+    return tuple(answer(row.sequence, row.start + 1 + n) if id is None else id for (row, n), id in zip(after, given))
 
 
 def check_budget(step, plan, scheduler, sequences) -> None:
@@ -234,8 +244,9 @@ def check_budget(step, plan, scheduler, sequences) -> None:
     decoding = {sequence.id for sequence in scheduler.running if sequence.decoding} - admitted
     assert {row.sequence for row in step.rows[: step.decoding]} == (decoding if step.decoding else set())
     assert step.decoding == 0 or plan.lengths_are_free or plan.mixed_tokens
-    ends = [row.start + len(row.ids) == sequences[row.sequence].length for row in step.rows]
-    assert ends == [True] * step.sampled + [False] * (len(ends) - step.sampled)
+    ends = [row.start + len(row.ids) == sequences[row.sequence].length for row in step.rows[step.decoding :]]
+    ended = step.sampled - step.decoding
+    assert ends == [True] * ended + [False] * (len(ends) - ended)
     # One prompt token is computed even if decoding sequences fill the budget.
     assert not decoding or sum(len(row.ids) for row in step.rows) <= max(plan.step_tokens, step.decoding + 1)
 

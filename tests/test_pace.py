@@ -70,10 +70,16 @@ def test_nothing_is_computed_beside_sequences_whose_own_time_is_not_known():
     for _ in range(2):
         pace.took(step(0), 1.0)
     assert pace.admits(DECODING) and pace.admits(DECODING + 1), "the nearest number will do"
-    pace, proposals = Pace(8, 2048), DecodeStep((Row(0, (1, 2), 5, (), 1, 0),))
-    for _ in range(2):
-        pace.took(proposals, 2.0)
-    assert not pace.admits(1), "a step with proposals is no measure"
+
+
+def test_a_step_with_proposals_is_measured_by_one_that_only_decodes_as_many():
+    for ids, grows in (((1,), False), ((1, 2), True)):
+        pace, row = Pace(8, 2048), Row(0, ids, 5, (), 1, 0)
+        for rows, seconds in ((1, 1.0), (2, 2.0)):
+            for _ in range(2):
+                pace.took(DecodeStep((Row(0, (1,) * rows, 5, (), 1, 0),)), seconds)
+        pace.took(PrefillStep((row, Row(9, (1,) * 8, 0, (), 1, 0)), 1, 1), 1.5 * RATIO)
+        assert (pace.room > 8) == grows
 
 
 def test_a_time_is_forgotten_where_no_step_repeats_it():

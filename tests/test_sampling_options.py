@@ -11,6 +11,7 @@ import torch
 from engines import holds_nothing, serve, start
 from request_cases import resolve
 from test_engine import LOGPROB, NEAR_TIE, few
+from test_finite import with_row
 from transformers import AutoTokenizer
 from transformers.generation import logits_process as hf
 
@@ -142,6 +143,36 @@ def check_prompt(result, ids, logits_TV, count, vocab):
         else:
             assert abs(entry["logprob"] - float(row_V[entry["id"]])) < LOGPROB
         assert entry["top_logprobs"] == pytest.approx(row_V.topk(count).values.tolist(), abs=LOGPROB)
+
+
+def test_a_prompt_is_scored_in_chunks_where_lengths_are_data_and_its_answer_keeps_its_bits(checkpoint):
+    ids = [7 * n % 390 for n in range(90)]
+    lines = [
+        {"id": n, "input_ids": ids[: 90 - n], "images": [], "max_new_tokens": 8, "logprobs": 2, "ignore_eos": True}
+        for n in range(3)
+    ]
+    scored = [line | {"prompt_logprobs": n} for n, line in enumerate(lines)]
+    # One token at a time, in decode steps.
+    wanted = serve(start(checkpoint("base"), batch=3), scored)
+    engine = start(checkpoint("base"), batch=3, kernels="native")
+    found, plain = serve(engine, scored), serve(engine, lines)
+    assert engine.stats.decode_steps + engine.stats.prefill_steps < 50 and holds_nothing(engine)
+    for n in range(3):
+        assert (found[n].token_ids, found[n].logprobs) == (plain[n].token_ids, plain[n].logprobs)
+        assert found[n].token_ids == wanted[n].token_ids and found[n].cached_tokens == 0
+        for one, other in zip(found[n].prompt_logprobs, wanted[n].prompt_logprobs, strict=True):
+            assert one["id"] == other["id"] and one["top_ids"] == other["top_ids"]
+            assert one["logprob"] == (other["logprob"] and pytest.approx(other["logprob"], abs=LOGPROB))
+            assert one["top_logprobs"] == pytest.approx(other["top_logprobs"], abs=LOGPROB)
+
+
+def test_a_prompt_whose_logits_are_not_finite_is_an_error_of_its_request_alone(checkpoint, tmp_path):
+    folder = with_row(checkpoint("base"), tmp_path / "checkpoint", 7, torch.nan)
+    engine = start(folder, batch=3, kernels="native")
+    lines = [{"id": n, "input_ids": [5, 9 - n, 3, 4], "max_new_tokens": 3, "prompt_logprobs": 1} for n in range(3)]
+    found = serve(engine, lines)
+    assert "not finite at step 1" in found[2].error and holds_nothing(engine)
+    assert all(found[n].error is None and len(found[n].prompt_logprobs) == 4 for n in range(2))
 
 
 def test_stop_strings_and_ends_wait_for_the_least_length(checkpoint):

@@ -19,7 +19,7 @@ from mllama_graph.engine.ngram import Ngram
 from mllama_graph.engine.sampler import Sampler
 from mllama_graph.engine.sequence import Sequence
 from mllama_graph.engine.speculation import Speculation
-from mllama_graph.engine.steps import NOT_FINITE, DecodeStep, Row, agreeing
+from mllama_graph.engine.steps import NOT_FINITE, DecodeStep, PrefillStep, Row, agreeing
 from mllama_graph.inputs.request import Sampling
 from mllama_graph.model.table import Shard
 
@@ -78,6 +78,22 @@ def test_results_are_those_without_proposals_by_the_bit(plan, alone):
 
 
 TAKEN = ("accepted_tokens", "proposed_tokens")
+
+
+def test_steps_that_compute_prompts_keep_proposals(alone, monkeypatch):
+    engine = start(TINY, batch=3, kernels="native", speculate="ngram", prefix_cache=False)
+    engine.speculation.proposer = Replay(alone, 0.8)
+    # In every step, whatever it costs.
+    monkeypatch.setattr(engine.speculation, "_wanted", lambda rooms: {one: min(n, 2) for one, n in rooms.items() if n})
+    steps, execute = [], engine.executor.execute
+    monkeypatch.setattr(engine.executor, "execute", lambda step: steps.append(step) or execute(step))
+    found = serve(engine, lines())
+    assert [told(found[n]) for n in range(len(alone))] == [told(result) for result in alone]
+    mixed = [step for step in steps if isinstance(step, PrefillStep) and step.decoding]
+    assert any(len(row.ids) > 1 for step in mixed for row in step.rows[: step.decoding]) and holds_nothing(engine)
+    # Chunks leave no room for proposals in as many tokens as max_step_tokens allows.
+    plan = resolved(run_of(TINY, batch=2, kernels="native", speculate="ngram", max_step_tokens=9)).plan
+    assert [plan.proposals_beside(tokens) for tokens in (4, 9, 10)] == [5, 0, 0]
 
 
 def test_graphs_of_several_tokens_of_each_sequence_give_the_same_text(alone):

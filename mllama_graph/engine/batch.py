@@ -47,7 +47,7 @@ class Known:
     """A rank's state of a sequence: its sampling options, its block table and its image table.
 
     finite: the number of its first tokens whose K/V are known to be finite, since logits after them were. history: of
-    a request that has one; its ids are in `ids`, which grows.
+    a request that has one; its ids are in `ids`, which grows. skipped: see Sequence.
     """
 
     sampling: Sampling
@@ -57,6 +57,7 @@ class Known:
     image_fill: Ints = field(default_factory=lambda: np.empty(0, np.int32))
     history: History | None = None
     ids: Ints = field(default_factory=lambda: np.empty(0, np.int32))
+    skipped: int = 0
 
     def learn(self, row: Row) -> None:
         """Note the ids of a row, in the place of those that were there before."""
@@ -99,7 +100,7 @@ class Sequences:
             self._known.pop(sequence, None)
         for row in step.rows:
             if row.sampling is not None:
-                self._known[row.sequence] = Known(row.sampling, row.start, history=row.history)
+                self._known[row.sequence] = Known(row.sampling, row.start, history=row.history, skipped=row.skipped)
             known = self._known[row.sequence]
             if row.history is not None:
                 known.ids = np.array(row.history.ids, np.int32)
@@ -176,30 +177,45 @@ def text_input(
 def prompt_input(
     step: PrefillStep, sequences: Sequences, bucket: Bucket, plan: Plan, device: torch.device, scratch: int = 0
 ) -> PromptInput:
-    """The inputs of a prefill step, padded to the bucket. Padded rows write to scratch slots, from `scratch` on."""
-    rows = step.rows
-    counts = [len(row.ids) for row in rows]
-    padding, absent = bucket.tokens - sum(counts), bucket.rows - len(rows)
-    known = [sequences[row] for row in rows]
+    """The inputs of a prefill step, padded to the bucket. Padded rows write to scratch slots, from `scratch` on.
+
+    Each id of a decoding row counts as a sequence with the same block table.
+    """
+    rows, decoded = step.rows, sum(len(row.ids) for row in step.rows[: step.decoding])
+    # (row, its first token, their number) for each sequence of the graph.
+    entries = [(row, n, 1) for row in rows[: step.decoding] for n in range(len(row.ids))]
+    entries += [(row, 0, len(row.ids)) for row in rows[step.decoding :]]
+    counts = [count for _, _, count in entries]
+    padding, absent = bucket.tokens - sum(counts), bucket.rows - len(entries)
+    known = [sequences[row] for row, _, _ in entries]
     row_slots = [
-        slot
-        for row, one in zip(rows, known)
-        for slot in slots(one.pages.tolist(), row.start, len(row.ids), plan.page_size)
+        slot for row in rows for slot in slots(sequences[row].pages.tolist(), row.start, len(row.ids), plan.page_size)
     ]
-    tables = [one.pages[: row.used_pages] for row, one in zip(rows, known)]
+    tables = [one.pages[: row.used_pages] for (row, _, _), one in zip(entries, known)]
+    wanted = _outputs(step, bucket)
+    outputs = bucket.outputs or bucket.rows
     return PromptInput(
         ids_T=_int32([id for row in rows for id in row.ids] + [0] * padding, device),
         position_T=_int32([row.start + n for row in rows for n in range(len(row.ids))] + [0] * padding, device),
         slot_T=_int32(row_slots + list(range(scratch, scratch + padding)), device),
-        last_B=_int32([end - 1 for end in accumulate(counts)] + [0] * absent, device),
+        last_B=_int32(wanted + [0] * (outputs - len(wanted)), device),
         real_1=_int32([sum(counts)], device),
-        sequences_1=_int32([len(rows)], device),
-        decoding_1=_int32([step.decoding], device),
+        outputs_1=_int32([len(wanted)], device),
+        decoding_1=_int32([decoded], device),
         rows_B=_int32(counts + [0] * absent, device),
-        past_B=_int32([row.start for row in rows] + [0] * absent, device),
+        past_B=_int32([row.start + first for row, first, _ in entries] + [0] * absent, device),
         table_BJ=_int32(_block_table(tables, bucket.rows, bucket.pages), device) if bucket.pages else None,
         image=_image(known, [span for row in rows for span in _see(row)], bucket.rows, bucket.tokens, bucket, device),
     )
+
+
+def _outputs(step: PrefillStep, bucket: Bucket) -> list[int]:
+    """The token rows of a prefill step whose logits a graph gives: the last of each sequence, or those asked for."""
+    ends = list(accumulate(len(row.ids) for row in step.rows))
+    if not bucket.outputs:
+        return [end - 1 for end in ends]
+    # At least one, so that no kernel gets a tensor without rows.
+    return [n for end, count in zip(ends, step.outputs) for n in range(end - count, end)] or [ends[-1] - 1]
 
 
 def places(step: PrefillStep | DecodeStep, bucket: Bucket) -> list[int]:
@@ -210,7 +226,7 @@ def places(step: PrefillStep | DecodeStep, bucket: Bucket) -> list[int]:
     """
     if isinstance(step, PrefillStep):
         absent = bucket.rows - step.decoding if bucket.prompts else 0
-        return [n + absent * (n >= step.decoding) for n in range(step.sampled)]
+        return [n + absent * (n >= step.decoding) for n in range(sum(step.outputs))]
     if bucket.each == 1:
         return list(range(sum(len(row.ids) for row in step.rows)))
     return [n * bucket.each + i for n, row in enumerate(step.rows) for i in range(len(row.ids))]

@@ -135,8 +135,7 @@ def masked(step: Step, constraints_of: Callable[[int], Sequence[Constraint]]) ->
     for ids that are forced.
     """
 
-    def with_mask(row: Row) -> Row:
-        most = len(row.ids) if isinstance(step, DecodeStep) else 1
+    def with_mask(row: Row, most: int) -> Row:
         masks = tuple(constraint.mask() for constraint in constraints_of(row.sequence)[:most])
         return replace(row, mask=masks[0], later_masks=masks[1:]) if masks else row
 
@@ -144,5 +143,6 @@ def masked(step: Step, constraints_of: Callable[[int], Sequence[Constraint]]) ->
         return step
     # The rows that sample are first.
     sampled = step.sampled if isinstance(step, PrefillStep) else len(step.rows)
-    rows = (*map(with_mask, step.rows[:sampled]), *step.rows[sampled:])
+    new = [len(row.ids) for row in step.rows[: step.decoding]] + [1] * (sampled - step.decoding)
+    rows = (*map(with_mask, step.rows, new), *step.rows[sampled:])
     return step if rows == step.rows else replace(step, rows=rows)

@@ -4,13 +4,15 @@ The other ranks only receive the proposed ids with each step. The draft samples 
 the token's position, so that it proposes what the model would sample if both had the same distribution.
 """
 
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from mllama_graph.engine.executor import Executor
 from mllama_graph.engine.scheduler import Scheduler
 from mllama_graph.engine.sequence import Sequence
 from mllama_graph.engine.steps import NOT_FINITE
+from mllama_graph.inputs.images import TiledImage
 from mllama_graph.plan.blocks import OutOfPages, pages_for
 
 
@@ -18,7 +20,8 @@ class Draft:
     """A `Proposer` that continues a sequence with another model when `propose` asks for it.
 
     It first computes the tokens of the sequence that it has not seen, prompt and images included, and then samples one
-    token after the other.
+    token after the other. Ids that it has no embedding of are left out, and what follows takes their positions: a
+    text-only draft neither sees pictures nor, as a rule, has the id that stands for one.
     """
 
     def __init__(self, executor: Executor):
@@ -28,19 +31,26 @@ class Draft:
         self._scheduler.pace = None
         # The draft's own sequences, by id. The scheduler's `running` has only those that are being continued.
         self._own: dict[int, Sequence] = {}
+        self._rows = executor.run.shape.embeddings
 
     def propose(self, wanted: Mapping[Sequence, int]) -> dict[int, tuple[int, ...]]:
-        """As many ids as are wanted, by the sequence's id; fewer if a logit is not finite or pages are missing."""
+        """As many ids as are wanted, by the sequence's id; fewer if a logit is not finite or pages are missing, and
+        none for a sequence that is longer than the draft's positions.
+        """
+        given: dict[int, list[int]] = {}
         goals: dict[int, int] = {}
         for target, count in wanted.items():
+            if target.length + count > self.executor.plan.max_length:
+                continue
             own = self._own.get(target.id)
             if own is None:
-                own = self._own[target.id] = _counterpart(target)
+                own = self._own[target.id] = self._counterpart(target)
                 self._scheduler.add(own)
             else:
                 self._scheduler.running.append(own)
-            _follow(own, target)
-            goals[target.id] = len(target.generated) + count
+            given[target.id] = self._held(target.generated)
+            _follow(own, given[target.id])
+            goals[target.id] = len(own.generated) + count
             self._take_pages(own)
         left = set(goals)
         while left and (step := self._scheduler.next()):
@@ -51,12 +61,28 @@ class Draft:
                 if id == NOT_FINITE or len(own.generated) >= goals[own.id]:
                     self._scheduler.running.remove(own)
                     left.discard(own.id)
-        found = {target.id: tuple(self._own[target.id].generated[len(target.generated) :]) for target in wanted}
+        found = {id: tuple(self._own[id].generated[len(ids) :]) for id, ids in given.items()}
         # Where pages ran out, some may be left. Those that wait have no pages: they begin anew when they are wanted.
         self._scheduler.running.clear()
         for own in list(self._scheduler.waiting):
             self.forget(own.id)
         return found
+
+    def _held(self, ids: Iterable[int]) -> list[int]:
+        """Those of some ids that the draft has an embedding of."""
+        return [id for id in ids if id < self._rows]
+
+    def _counterpart(self, target: Sequence) -> Sequence:
+        """The draft's own sequence with the prompt, images and options of the model's sequence `target`."""
+        skipped = [at for at, id in enumerate(target.ids(0, target.length)) if id >= self._rows]
+        prompt = tuple(self._held(target.prompt))
+        images: tuple[TiledImage, ...] = ()
+        positions: tuple[int, ...] = ()
+        if self.executor.run.shape.sees:
+            images, positions = target.images, tuple(at - bisect_left(skipped, at) for at in target.image_positions)
+        most = min(target.max_new, self.executor.plan.max_length - len(prompt))
+        sampling = replace(target.sampling, logprobs=None)
+        return Sequence(target.id, prompt, images, positions, most, sampling, skipped=len(skipped))
 
     def _take_pages(self, own: Sequence) -> None:
         """Allocate pages for the tokens that a running sequence got since it was last continued, or preempt it."""
@@ -78,15 +104,9 @@ class Draft:
         self.executor.graphs.compiler.close()
 
 
-def _counterpart(target: Sequence) -> Sequence:
-    """The draft's own sequence with the prompt, images and options of the model's sequence `target`."""
-    sampling = replace(target.sampling, logprobs=None)
-    return Sequence(target.id, target.prompt, target.images, target.image_positions, target.max_new, sampling)
-
-
-def _follow(own: Sequence, target: Sequence) -> None:
-    """Give the draft's sequence the ids of the model's. K/V of ids that differ are computed again."""
-    pairs = enumerate(zip(own.generated, target.generated))
-    equal = next((n for n, (mine, given) in pairs if mine != given), min(len(own.generated), len(target.generated)))
+def _follow(own: Sequence, given: list[int]) -> None:
+    """Give the draft's sequence generated ids. K/V of ids that differ are computed again."""
+    pairs = enumerate(zip(own.generated, given))
+    equal = next((n for n, (mine, other) in pairs if mine != other), min(len(own.generated), len(given)))
     own.computed = min(own.computed, len(own.prompt) + equal)
-    own.generated = list(target.generated)
+    own.generated = list(given)

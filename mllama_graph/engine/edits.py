@@ -82,7 +82,8 @@ def told(step: Step, history_of: Callable[[int], History | None], given_of: Call
     """The step with `Row.history` and `Row.given` set in the rows of sequences that need them."""
 
     def with_both(row: Row) -> Row:
-        history, given = history_of(row.sequence) if row.sampling is not None else None, given_of(row.sequence)
+        history = history_of(row.sequence) if row.sampling is not None else None
+        given = given_of(row.sequence) if row.given is None else row.given
         return row if history is None and given is None else replace(row, history=history, given=given)
 
     if not isinstance(step, (PrefillStep, DecodeStep)):

@@ -58,7 +58,9 @@ class Engine:
 
         Raises UserError for a request that the plan can never hold.
         """
-        scored = len(request.ids) - 1 if request.sampling.prompt_logprobs is not None else 0
+        unscored = len(request.ids) - 1 if request.sampling.prompt_logprobs is not None else 0
+        # Where shapes are compiled, graphs give logits after the last id of a prompt alone: the others are decoded.
+        scored = 0 if self.scheduler.plan.lengths_are_free else unscored
         sequence = Sequence(
             self._next,
             request.ids[: len(request.ids) - scored],
@@ -67,6 +69,7 @@ class Engine:
             request.max_new + scored,
             request.sampling,
             request.priority,
+            unscored=unscored - scored,
         )
         self.scheduler.add(sequence)
         self._next += 1
@@ -115,15 +118,15 @@ class Engine:
             self.scheduler.pace.took(step, seconds)
         if self.speculation:
             self.speculation.took(step, seconds)
-        tokens, counts = agreed(step, tokens)
-        self._learn(step, counts)
+        found = agreed(step, tokens)
+        self._learn(step, found.counts)
         self.stats.count(
-            step, seconds, len(tokens), self._image_tokens(step), self.executor.run.shape, self.executor.run.storage
+            step, seconds, len(found.new), self._image_tokens(step), self.executor.run.shape, self.executor.run.storage
         )
-        moved = self.scheduler.commit(tuple(token.id for token in tokens), counts)
-        deltas: list[tuple[int, Delta]] = []
+        moved = self.scheduler.commit(tuple(token.id for token in found.new), found.counts)
+        deltas = [(number, delta) for number, own in found.scored for delta in self._take_scores(number, own)]
         before = None
-        for (sequence, _), token in zip(moved, tokens, strict=True):
+        for (sequence, _), token in zip(moved, found.new, strict=True):
             # What follows the end of a request is dropped.
             if state := self._running.get(sequence.id):
                 if before is sequence:
@@ -172,7 +175,7 @@ class Engine:
         """What ranks must know of a sequence to sample for it; None where logits are enough."""
         state = self._running[number]
         request = state.request
-        if not (state.scored or request.sampling.edits):
+        if request.sampling.prompt_logprobs is None and not request.sampling.edits:
             return None
         ends = () if request.ignore_eos and not request.grammar else tuple(sorted(self.processor.eos))
         return History(state.sequence.ids(0, state.sequence.length), len(request.ids), ends)
@@ -258,6 +261,15 @@ class Engine:
         text += state.text.flush()
         self._end(sequence)
         return Delta(request.id, token.id, text, self._result(state, reason, now), logprobs, prompt)
+
+    def _take_scores(self, number: int, tokens: list[Token]) -> list[Delta]:
+        """Keep log-probabilities of a prompt's tokens. Returns the error of a request whose logits are not finite."""
+        state = self._running[number]
+        state.prompt_logprobs += map(entry, tokens)
+        if all(token.id != NOT_FINITE for token in tokens):
+            return []
+        self._end(state.sequence)
+        return [Delta(state.request.id, None, "", Result.failed(state.request.id, NOT_FINITE_ERROR.format(step=1)))]
 
     def _end(self, sequence: Sequence) -> None:
         self.scheduler.finish(sequence)

@@ -3,7 +3,7 @@
 from mllama_graph.engine.steps import DecodeStep, PrefillStep, Step
 
 # The target for the mean time of steps while prompts are computed, as a multiple of a step that only decodes the same
-# sequences. Below 2, the bound of docs/performance.md, since single steps vary.
+# sequences and their proposals. Below 2, the bound of docs/performance.md, since single steps vary.
 RATIO = 1.75
 # The fewest prompt tokens of a step. Fewer would read a long prompt's keys and values for the work of too few rows.
 LEAST = 4
@@ -54,7 +54,7 @@ class Pace:
 
     `room` changes by factors, so that it settles within a few steps for any model, context and machine. Where even
     LEAST tokens take more than the target, as after many earlier tokens, steps that only decode come between, so that
-    the mean is the target. The measure is the time of a decode step of as many sequences.
+    the mean is the target. The measure is the time of a decode step of as many sequences and proposals.
     """
 
     def __init__(self, first: int, most: int):
@@ -71,10 +71,9 @@ class Pace:
     def took(self, step: Step, seconds: float) -> None:
         """Learn the time of a step."""
         if isinstance(step, DecodeStep):
-            if all(len(row.ids) == 1 for row in step.rows):
-                alone = self._alone.learn(len(step.rows), seconds)
-                self._debt, self._beside = max(0.0, self._debt - (RATIO - 1) * alone), 0
-        elif isinstance(step, PrefillStep) and step.decoding and (measure := self._alone_of(step.decoding)):
+            alone = self._alone.learn(sum(step.outputs), seconds)
+            self._debt, self._beside = max(0.0, self._debt - (RATIO - 1) * alone), 0
+        elif isinstance(step, PrefillStep) and step.decoding and (measure := self._alone_of(_decoded(step))):
             target = RATIO * measure
             self._beside += 1
             new = sum(len(row.ids) for row in step.rows[step.decoding :])
@@ -84,9 +83,14 @@ class Pace:
             elif new >= self.room:
                 self.room = min(self.most, self.room + max(1, self.room // 8))
             if new <= LEAST:
-                self._debt = max(0.0, self._debt + self._least.learn(step.decoding, seconds) - target)
+                self._debt = max(0.0, self._debt + self._least.learn(_decoded(step), seconds) - target)
 
-    def _alone_of(self, decoding: int) -> float | None:
-        """The time of a decode step of so many sequences, or of the nearest number that is known."""
-        known = self._alone.nearest(decoding)
+    def _alone_of(self, rows: int) -> float | None:
+        """The time of a decode step of so many token rows, or of the nearest number that is known."""
+        known = self._alone.nearest(rows)
         return None if known is None else self._alone.of(known)
+
+
+def _decoded(step: PrefillStep) -> int:
+    """The token rows of the sequences that decode in a step."""
+    return sum(len(row.ids) for row in step.rows[: step.decoding])

@@ -17,7 +17,7 @@ from mllama_graph.engine import batch
 from mllama_graph.engine.device import backend_of
 from mllama_graph.engine.profiler import Profiler
 from mllama_graph.engine.sampler import Sampler
-from mllama_graph.engine.steps import NOT_FINITE, DecodeStep, Row, Step, Token, VisionStep
+from mllama_graph.engine.steps import NOT_FINITE, Row, Step, Token, VisionStep
 from mllama_graph.graphs.aot import Graph
 from mllama_graph.graphs.cuda_graphs import CapturedStep
 from mllama_graph.graphs.step import Output, arguments
@@ -137,23 +137,20 @@ class Rank:
             call(batch.tile_input(step, self.shape, self.plan, device))
             return []
         logits = call(batch.text_input(step, self.sequences, bucket, self.plan, device))
-        if isinstance(step, DecodeStep):
-            return self._sample(logits, step.rows, [len(row.ids) for row in step.rows], batch.places(step, bucket))
-        counts = [1] * step.sampled
-        return self._sample(logits, step.rows[: step.sampled], counts, batch.places(step, bucket)) if counts else []
+        asked = [(row, count) for row, count in zip(step.rows, step.outputs) if count]
+        return self._sample(logits, asked, batch.places(step, bucket)) if asked else []
 
     def _pages(self) -> tuple[Pages, Pages]:
         return self.pages, self.image_pages
 
-    def _sample(self, output: Output, rows: tuple[Row, ...], counts: list[int], places: list[int]) -> list[Token]:
-        """The tokens after the last ids of each row, as many as `counts`. places: where the output has their logits."""
+    def _sample(self, output: Output, asked: list[tuple[Row, int]], places: list[int]) -> list[Token]:
+        """The tokens after the last ids of rows, given with their numbers. places: where their logits are."""
         assert output is not None, "prefill and decode graphs give logits"
         start = time.perf_counter()
         logits_BV, found_WBF = output if isinstance(output, tuple) else (output, None)
-        # Each row with the positions of the tokens that are sampled after it.
-        each = [
-            (row, row.start + len(row.ids) - n) for row, count in zip(rows, counts) for n in range(count - 1, -1, -1)
-        ]
+        # Each row with the numbers of the ids after which tokens are sampled, and their positions.
+        after = [(row, n) for row, count in asked for n in range(len(row.ids) - count, len(row.ids))]
+        each = [(row, row.start + n + 1) for row, n in after]
         last = places[-1] + 1
         at: Any = slice(last) if last == len(each) else places
         with self._marked(SAMPLE):
@@ -162,12 +159,12 @@ class Rank:
                 # The whole tensor in one copy: a slice of it would take a kernel.
                 None if found_WBF is None else found_WBF.cpu()[:, at],
                 [self.sequences[row].options(position) for row, position in each],
-                [position for _, position in each],
-                [mask for row, count in zip(rows, counts) for mask in _masks(row, count)],
-                [self.sequences[row].edit(position, row.given) for row, position in each],
+                [position + self.sequences[row].skipped for row, position in each],
+                [mask for row, count in asked for mask in _masks(row, count)],
+                [self.sequences[row].edit(row.start + n + 1, row.given_after(n)) for row, n in after],
             )
         begin = 0
-        for row, n in zip(rows, counts, strict=True):
+        for row, n in asked:
             known, own = self.sequences[row], tokens[begin : begin + n]
             begin += n
             if any(token.id == NOT_FINITE for token in own):
@@ -183,7 +180,9 @@ class Rank:
 
 
 def _masks(row: Row, count: int) -> tuple[bytes, ...]:
-    """The masks of the `count` tokens that are sampled after a row."""
+    """The masks of the `count` tokens that are sampled after a row. Those of a prompt have none."""
+    if row.scored:
+        return (*(b"",) * row.scored, row.mask)[:count]
     return (row.mask, *(row.later_masks or (b"",) * (count - 1)))
 
 

@@ -18,7 +18,8 @@ class Running:
     ahead: what constrains the tokens after each proposed id of the step. alone: whether to propose no ids.
 
     given: the first ids that the sequence gets, in place of sampled ones: where log-probabilities of the prompt are
-    wanted, the prompt's `scored` ids after the first, and then the request's `forced` ones. `count` begins at -scored.
+    wanted and decode steps compute them, the prompt's `scored` ids after the first, and then the request's `forced`
+    ones. `count` begins at -scored.
     """
 
     request: Request

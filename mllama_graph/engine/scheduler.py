@@ -8,9 +8,9 @@ from bisect import insort
 from collections.abc import Iterator
 
 from mllama_graph.engine.pace import Pace
-from mllama_graph.engine.sequence import Sequence, equal_pages, image_table
+from mllama_graph.engine.sequence import Sequence, equal_pages, row_of
 from mllama_graph.engine.speculation import Propose, no_proposals
-from mllama_graph.engine.steps import NOT_FINITE, DecodeStep, PrefillStep, Row, Step, VisionStep
+from mllama_graph.engine.steps import NOT_FINITE, DecodeStep, PrefillStep, Step, VisionStep
 from mllama_graph.inputs.images import TiledImage
 from mllama_graph.plan.blocks import BlockPool, ImageCache, OutOfPages, SharedPages, pages_for
 from mllama_graph.plan.buckets import Plan
@@ -25,8 +25,8 @@ class Scheduler:
 
     While sequences decode, a step has at most `plan.step_tokens` tokens, or as many as `pace` allows. Prompts are
     computed beside the decoding sequences in one step, so that these get a token in each step but those that encode an
-    image; where `pace` says so, steps that only decode come between, without proposals. Where shapes are compiled and
-    the plan has no mixed buckets, the two alternate.
+    image; where `pace` says so, steps that only decode come between. Where shapes are compiled, such steps have no
+    proposals, and the two alternate if the plan has no mixed buckets.
 
     `prefix_cache`: full pages are kept when their sequence ends, and a sequence that begins with the same ids and
     images starts after them. It waits for a running prompt that is computing many of its pages.
@@ -77,15 +77,15 @@ class Scheduler:
         decoding = self._decoding()
         room = self._room_beside(decoding)
         if decoding and room and self._keeps_pace(len(decoding)):
-            return self._decode(decoding, no_proposals)
-        step = self._decode(decoding, self.propose) if decoding and self._owed and not room else None
-        return step or self._admit(decoding, room) or self._decode(decoding, self.propose)
+            return self._decode(decoding)
+        step = self._decode(decoding) if decoding and self._owed and not room else None
+        return step or self._admit(decoding, room) or self._decode(decoding)
 
     def commit(self, ids: tuple[int, ...], counts: tuple[int, ...] = ()) -> list[tuple[Sequence, int]]:
         """Append the ids that a step sampled. Returns (sequence, id) for each of them.
 
-        `counts`: how many each row got that got any, one if it is empty: those that `agreeing` counts. A row with none
-        is computed again from its beginning. The caller ends sequences with `finish`.
+        `counts`: how many each decoding row got, one if it is empty: those that `agreeing` counts. A row with none is
+        computed again from its beginning. The caller ends sequences with `finish`.
         """
         assert self._pending is not None
         step, sequences = self._pending
@@ -93,9 +93,10 @@ class Scheduler:
         if isinstance(step, VisionStep):
             self.images.trim(step.image.key)
             return []
-        got = counts or (1,) * len(sequences) if isinstance(step, DecodeStep) else ()
+        got = counts or (1,) * step.decoding
         for sequence, row in zip(sequences, step.rows, strict=True):
             sequence.computed += len(row.ids)
+            sequence.unscored -= row.scored
         for sequence, row, count in zip(sequences, step.rows, got):
             # What was written for proposals that were not taken is written again.
             sequence.computed += count - len(row.ids)
@@ -106,10 +107,11 @@ class Scheduler:
             sequences = sequences[: step.sampled]
         # On a CPU prompt rows give K/V bits that depend on nothing but the tokens, and decoding rows give others: pages
         # that the latter have written are not kept there, so that the cache changes no result by a bit.
-        decoding = step.decoding if isinstance(step, PrefillStep) else len(sequences)
+        decoding = step.decoding
+        got += (1,) * (len(sequences) - decoding)
         moved: list[tuple[Sequence, int]] = []
         taken = iter(ids)
-        for place, (sequence, count) in enumerate(zip(sequences, counts or (1,) * len(sequences), strict=True)):
+        for place, (sequence, count) in enumerate(zip(sequences, got, strict=True)):
             if not count:
                 self.preempt(sequence)
                 continue
@@ -167,7 +169,7 @@ class Scheduler:
         most = room if beside else self.plan.chunk(self.plan.step_tokens if decoding else self.plan.max_length)
         parts: list[tuple[Sequence, int]] = []
         unencoded: tuple[Sequence, TiledImage] | None = None
-        tokens, longest = 0, 0
+        tokens, longest, outputs = 0, 0, self.plan.outputs
         for sequence in self._to_prefill():
             image = next((image for image in sequence.images if not self.images[image.key].encoded), None)
             if image:
@@ -178,13 +180,15 @@ class Scheduler:
                 continue
             longest = max(longest, sequence.length)
             count = min(sequence.left, most - tokens) if beside or not parts else sequence.left
+            count = min(count, sequence.scorable(outputs))
             if parts and (
                 tokens + count > most or not self.plan.packs(len(parts) + 1, tokens + count, longest, len(beside))
             ):
                 break
             parts.append((sequence, count))
             tokens += count
-            if tokens >= most or not self.plan.packs(len(parts) + 1, tokens + 1, longest, len(beside)):
+            outputs -= count if sequence.unscored else 1
+            if outputs <= 0 or tokens >= most or not self.plan.packs(len(parts) + 1, tokens + 1, longest, len(beside)):
                 break
         if parts:
             return self._prefill(beside, parts, owed=bool(decoding) and not beside)
@@ -200,10 +204,26 @@ class Scheduler:
         # Stable: prompts that the step ends are first.
         parts = sorted(parts, key=lambda part: part[1] < part[0].left)
         ended = sum(count == sequence.left for sequence, count in parts)
-        packed = [(sequence, 1) for sequence in beside] + parts
-        rows = tuple(self._row(sequence, count) for sequence, count in packed)
-        step = PrefillStep(rows, len(beside) + ended, len(beside), self._take_ended())
-        return self._issue(step, [sequence for sequence, _ in packed])
+        rows = [
+            row_of(sequence, 1, proposal, self.images, self.plan)
+            for sequence, proposal in self._proposals(beside, parts)
+        ]
+        rows += [row_of(sequence, count, (), self.images, self.plan) for sequence, count in parts]
+        step = PrefillStep(tuple(rows), len(beside) + ended, len(beside), self._take_ended())
+        return self._issue(step, [*beside, *(sequence for sequence, _ in parts)])
+
+    def _proposals(
+        self, decoding: list[Sequence], parts: list[tuple[Sequence, int]]
+    ) -> list[tuple[Sequence, tuple[int, ...]]]:
+        """Each decoding sequence with its proposal, as far as they fit a step beside parts of prompts."""
+        left = self.plan.proposals_beside(len(decoding) + sum(count for _, count in parts)) if parts else None
+        proposals = self.propose(decoding) if decoding and left != 0 else {}
+        found = []
+        for sequence in decoding:
+            proposal = self._with_room(sequence, proposals.get(sequence.id, ())[:left])
+            left = None if left is None else left - len(proposal)
+            found.append((sequence, proposal))
+        return found
 
     def _to_prefill(self) -> Iterator[Sequence]:
         """Running and waiting sequences whose prompts are not computed, in order of their turns. Waiting ones are
@@ -226,7 +246,8 @@ class Scheduler:
         """
         size = self.plan.page_size
         # At least one token is computed, to get its logits.
-        wanted = sequence.digests_of((sequence.length - 1) // size, size) if self.prefix_cache else []
+        finds = self.prefix_cache and not sequence.unscored
+        wanted = sequence.digests_of((sequence.length - 1) // size, size) if finds else []
         shared = self.pool.find(wanted)
         needed = pages_for(min(sequence.length + 1, self.plan.max_length), size) - len(shared)
         if self.pool.free_beside(shared) < needed or self._is_being_computed(wanted, len(shared)):
@@ -279,14 +300,14 @@ class Scheduler:
                     self.preempt(max(self.running, key=lambda one: (-one.priority, one.id)))
         return [s for s in self.running if s.decoding]
 
-    def _decode(self, sequences: list[Sequence], propose: Propose) -> Step | None:
+    def _decode(self, sequences: list[Sequence]) -> Step | None:
         """A decode step."""
         if not sequences:
             return None
         self._owed = False
-        proposals = propose(sequences)
         rows = tuple(
-            self._row(sequence, 1, self._with_room(sequence, proposals.get(sequence.id, ()))) for sequence in sequences
+            row_of(sequence, 1, proposal, self.images, self.plan)
+            for sequence, proposal in self._proposals(sequences, [])
         )
         return self._issue(DecodeStep(rows, self._take_ended()), sequences)
 
@@ -315,33 +336,3 @@ class Scheduler:
     def _take_ended(self) -> tuple[int, ...]:
         ended, self._ended = tuple(self._ended), []
         return ended
-
-    def _row(self, sequence: Sequence, count: int, proposal: tuple[int, ...] = ()) -> Row:
-        """The next `count` tokens of a sequence, its proposal, and what the ranks have not been sent yet."""
-        ids = sequence.ids(sequence.computed, sequence.computed + count) + proposal
-        count += len(proposal)
-        start, first_row = sequence.computed, not sequence.sent_pages
-        seen = [sequence.visible(position) for position in range(start, start + count)]
-        low, high = min(first for first, _ in seen), max(last for _, last in seen)
-        if self.plan.lengths_are_free and not sequence.decoding:
-            # Sums over image tokens begin at the table's first: wherever a prompt is split, they have the same bits.
-            low = 0
-        table = None
-        if sequence.sent_images != (low, high):
-            held = [self.images[image.key] for image in sequence.images[low:high]]
-            table, sequence.image_begins = image_table(held, self.plan.page_size)
-        begins = sequence.image_begins
-        see = [(begins[first - low], begins[last - low]) if last > first else (0, 0) for first, last in seen]
-        new_pages = tuple(sequence.pages[sequence.sent_pages :])
-        sequence.sent_pages, sequence.sent_images = len(sequence.pages), (low, high)
-        return Row(
-            sequence.id,
-            ids,
-            start,
-            new_pages,
-            pages_for(start + count, self.plan.page_size),
-            begins[-1],
-            table,
-            see=() if all(span == (0, begins[-1]) for span in see) else tuple(see),
-            sampling=sequence.sampling if first_row else None,
-        )

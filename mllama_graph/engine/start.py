@@ -60,6 +60,8 @@ def start_engine(
     if run.speculate != "none":
         proposer: Proposer = Ngram()
         if run.draft:
-            proposer = Draft(Executor(run.draft, pixels_of(processor_of(run.draft)), progress, place=Place()))
+            # A text-only draft needs nothing of its folder but weights.
+            seen = run.draft if run.draft.shape.sees else run
+            proposer = Draft(Executor(run.draft, pixels_of(processor_of(seen)), progress, place=Place()))
         speculation = Speculation(proposer, run.plan, run.device.row_cost)
     return Engine(processor, Scheduler(run.plan, run.limits.batch, run.prefix_cache), executor, speculation)

@@ -58,11 +58,15 @@ class Row:
     that each new token attends to; empty if all attend to the whole table. sampling: sent with the first row, and again
     with the first after the sequence was preempted; such a row's `pages` are the whole block table. mask: the ids that
     may be sampled after this row, one bit each in int32 words, the lowest bit first; empty if all may. Sent to every
-    rank, which cuts it to its shard of the vocabulary. given: the id that takes the place of the sampled one.
+    rank, which cuts it to its shard of the vocabulary. given: the id that takes the place of the sampled one. skipped:
+    see engine/sequence.py.
 
     In a decode step, ids after the first are proposals: a token is sampled after each id, and those after a proposal
     count only if it is what was sampled before it (`agreeing`). `mask` is then for the token after the first id, and
     `later_masks` for those after proposals, where the request has masks. A row with a given id has no proposals.
+
+    scored: of a prompt's row, after how many of its ids log-probabilities of the next id of the prompt are wanted: all,
+    or all but the last one, after which a token is sampled. `given` is then the one after the row.
     """
 
     sequence: int
@@ -78,6 +82,12 @@ class Row:
     later_masks: tuple[bytes, ...] = ()
     history: History | None = None
     given: int | None = None
+    skipped: int = 0
+    scored: int = 0
+
+    def given_after(self, n: int) -> int | None:
+        """The id that takes the place of the one sampled after id number n."""
+        return self.given if n == len(self.ids) - 1 or not self.scored else self.ids[n + 1]
 
 
 @dataclass(frozen=True)
@@ -94,16 +104,25 @@ class VisionStep:
 
 @dataclass(frozen=True)
 class PrefillStep:
-    """New tokens of one or several prompts, and beside them a new token of running sequences.
+    """New tokens of one or several prompts, and beside them new tokens of running sequences.
 
-    The first `decoding` rows are those of running sequences; after them come prompts that are computed to their ends.
-    Both get a token: the first `sampled` rows. `ended`: sequences that ended since the step before.
+    The first `decoding` rows are those of running sequences, as in a decode step; after them come prompts that are
+    computed to their ends. Both get a token: the first `sampled` rows. `ended`: sequences that ended since the step
+    before.
     """
 
     rows: tuple[Row, ...]
     sampled: int
     decoding: int = 0
     ended: tuple[int, ...] = ()
+
+    @property
+    def outputs(self) -> list[int]:
+        """After how many of the last ids of each row a token is sampled."""
+        prompts = enumerate(self.rows[self.decoding :], self.decoding)
+        return [len(row.ids) for row in self.rows[: self.decoding]] + [
+            row.scored + (n < self.sampled) for n, row in prompts
+        ]
 
 
 @dataclass(frozen=True)
@@ -114,6 +133,16 @@ class DecodeStep:
 
     rows: tuple[Row, ...]
     ended: tuple[int, ...] = ()
+
+    @property
+    def outputs(self) -> list[int]:
+        """After how many ids of each row a token is sampled: all."""
+        return [len(row.ids) for row in self.rows]
+
+    @property
+    def decoding(self) -> int:
+        """The number of rows that decode: all."""
+        return len(self.rows)
 
 
 Step = VisionStep | PrefillStep | DecodeStep
@@ -130,15 +159,33 @@ def agreeing(row: Row, sampled: Sequence[int]) -> int:
     return 1 + next((n for n, pair in enumerate(zip(row.ids[1:], sampled)) if pair[0] != pair[1]), len(row.ids) - 1)
 
 
-def agreed(step: Step, tokens: list[Token]) -> tuple[list[Token], tuple[int, ...]]:
-    """The tokens of a step that `agreeing` counts, and their number for each row; no numbers if it has no proposals."""
-    if not isinstance(step, DecodeStep) or len(tokens) == len(step.rows):
-        return tokens, ()
-    taken: list[Token] = []
-    counts, end = [], 0
-    for row in step.rows:
-        own = tokens[end : end + len(row.ids)]
-        end += len(row.ids)
-        counts.append(agreeing(row, [token.id for token in own]))
-        taken += own[: counts[-1]]
-    return taken, tuple(counts)
+@dataclass(frozen=True)
+class Agreed:
+    """The tokens of a step. new: those that `agreeing` counts, and those after prompts. counts: the number of new ones
+    of each decoding row; empty if each has one. scored: those of prompts, by sequence.
+    """
+
+    new: list[Token]
+    counts: tuple[int, ...] = ()
+    scored: tuple[tuple[int, list[Token]], ...] = ()
+
+
+def agreed(step: Step, tokens: list[Token]) -> Agreed:
+    """What a step's tokens are: one for each of its `outputs`."""
+    if isinstance(step, VisionStep) or len(tokens) == (
+        step.sampled if isinstance(step, PrefillStep) else len(step.rows)
+    ):
+        return Agreed(tokens)
+    new: list[Token] = []
+    counts, end, scored = [], 0, []
+    for n, (row, count) in enumerate(zip(step.rows, step.outputs)):
+        own = tokens[end : end + count]
+        end += count
+        if n < step.decoding:
+            counts.append(agreeing(row, [token.id for token in own]))
+            new += own[: counts[-1]]
+        else:
+            new += own[row.scored :]
+            if row.scored:
+                scored.append((row.sequence, own[: row.scored]))
+    return Agreed(new, tuple(counts), tuple(scored))

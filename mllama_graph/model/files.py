@@ -8,7 +8,7 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -45,10 +45,16 @@ SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
 class CheckpointFiles:
     """A checkpoint folder: the model's shape, its tensors by legacy name, and the adapters to merge into them.
 
-    Raises UserError naming the file or tensor at fault if the folder is not an mllama checkpoint.
+    shape_of: the shape of a config.json, given with its path. Raises UserError naming the file or tensor at fault if
+    the folder is not a checkpoint of that kind.
     """
 
-    def __init__(self, folder: Path, adapters: Sequence[Adapter] = ()):
+    def __init__(
+        self,
+        folder: Path,
+        adapters: Sequence[Adapter] = (),
+        shape_of: Callable[[dict[str, Any], str], ModelShape] = shape_of,
+    ):
         self.folder, self.adapters = folder, tuple(adapters)
         self._opened: dict[Path, Any] = {}
         if not (folder / "config.json").is_file():

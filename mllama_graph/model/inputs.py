@@ -69,9 +69,10 @@ class Prepared(NamedTuple):
 class PromptInput(NamedTuple):
     """New tokens of B prompts, sequence after sequence, padded to T rows. All tensors are int32.
 
-    slot_T: the slot to which each row's K/V are written. last_B: index of the row whose logits are returned. real_1,
-    sequences_1: number of rows and of sequences that are not padding; they come first. decoding_1: number of the first
-    sequences that are running ones, whose only new token is decoded beside the prompts. rows_B, past_B: number of new
+    slot_T: the slot to which each row's K/V are written. last_B: indices of the rows whose logits are returned.
+    They may be more than sequences. real_1, outputs_1: number of rows and of indices that are not padding; they come
+    first. decoding_1: number of the first sequences that are running ones, whose only new token is decoded beside the
+    prompts. rows_B, past_B: number of new
     and of earlier tokens; 0 for padding. table_BJ: the pages of both; None for one sequence without earlier tokens.
     """
 
@@ -80,7 +81,7 @@ class PromptInput(NamedTuple):
     slot_T: Tensor
     last_B: Tensor
     real_1: Tensor
-    sequences_1: Tensor
+    outputs_1: Tensor
     decoding_1: Tensor
     rows_B: Tensor
     past_B: Tensor

@@ -1,4 +1,7 @@
-"""The sizes of an mllama model, read from a checkpoint's config.json. Integers and floats only."""
+"""The sizes of a model, read from a checkpoint's config.json. Integers and floats only.
+
+A model is an mllama, or a text-only Llama that proposes tokens for one (speculate=draft).
+"""
 
 from dataclasses import asdict, dataclass
 from math import gcd
@@ -15,6 +18,18 @@ EXTRA_EMBEDDINGS = 8
 MOST_LAYERS, MOST_TILES = 10_000, 100
 # The other RoPE types need frequency tables; no released mllama model uses them.
 ROPE_TYPES = ("default", "linear", "llama3")
+# The model type of text-only Llama, and the defaults of its config.json that are not mllama's.
+LLAMA = "llama"
+LLAMA_DEFAULTS = {
+    "vocab_size": 32000,
+    "num_hidden_layers": 32,
+    "intermediate_size": 11008,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 2048,
+}
+# An id that no token has.
+NO_ID = -1
 
 
 @dataclass(frozen=True)
@@ -77,12 +92,29 @@ class VisionShape:
         return self.width * (1 + len(self.features))
 
 
+# The vision tower of a text-only model.
+NO_VISION = VisionShape(
+    width=0,
+    heads=1,
+    layers=0,
+    global_layers=0,
+    mlp=0,
+    patch=1,
+    tile=1,
+    max_tiles=0,
+    channels=3,
+    features=(),
+    aspect_ratios=(),
+    eps=1e-5,
+)
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """The sizes of a model that determine the shapes of its graphs.
 
-    embeddings: rows of the embedding. Released models have 8 rows more than the vocabulary, of which the first is
-    `<|image|>`; fine-tuning on new tokens resizes it.
+    image_token: the id of an image; NO_ID for a text-only model. embeddings: rows of the embedding. Released models
+    have 8 rows more than the vocabulary, of which the first is `<|image|>`; fine-tuning on new tokens resizes it.
     """
 
     text: TextShape
@@ -91,13 +123,19 @@ class ModelShape:
     embeddings: int
 
     @property
+    def sees(self) -> bool:
+        """Whether the model has a vision tower and so takes images."""
+        return self.vision.max_tiles > 0
+
+    @property
     def group(self) -> int:
         """Query heads per KV head."""
         return self.text.heads // self.text.kv_heads
 
     def check_ranks(self, tp: int) -> None:
         """Raises UserError if `tp` does not divide the number of heads of every kind."""
-        heads = {"query": self.text.heads, "key-value": self.text.kv_heads, "vision": self.vision.heads}
+        heads = {"query": self.text.heads, "key-value": self.text.kv_heads}
+        heads |= {"vision": self.vision.heads} if self.sees else {}
         if any(count % tp for count in heads.values()):
             common = gcd(*heads.values())
             choices = [str(n) for n in range(1, common + 1) if common % n == 0]
@@ -151,6 +189,24 @@ def shape_of(config: dict[str, Any], where: str = "config.json") -> ModelShape:
     token = "image_token_index" if "image_token_index" in config else "image_token_id"
     read = _text(text)
     shape = ModelShape(read, _vision(vision), given.integer(token, 128256, least=0), read.vocab + EXTRA_EMBEDDINGS)
+    _check_shape(shape, where)
+    return shape
+
+
+def llama_shape_of(config: dict[str, Any], where: str = "config.json") -> ModelShape:
+    """The ModelShape of a text-only Llama's config.json. Defaults are those of transformers' LlamaConfig.
+
+    Raises UserError for another model type, for a field of a wrong type, or a shape that Llama can't have.
+    """
+    if config.get("model_type") != LLAMA:
+        raise UserError(f"{where} has model_type={config.get('model_type')!r}, not {LLAMA!r}.")
+    given = Fields(LLAMA_DEFAULTS | {name: value for name, value in config.items() if value is not None}, where)
+    if given.text("hidden_act", "silu") != "silu":
+        raise given.fault("hidden_act", "'silu', which Llama uses")
+    # Heads of keys and values are as many as those of queries where the file does not say it.
+    heads = {"num_key_value_heads": given.integer("num_attention_heads", 32, least=1), "cross_attention_layers": []}
+    text = _text(Fields(heads | given.values, where))
+    shape = ModelShape(text, NO_VISION, NO_ID, text.vocab)
     _check_shape(shape, where)
     return shape
 

@@ -59,11 +59,9 @@ class Entry:
 
 def table(shape: ModelShape) -> list[Entry]:
     """Every tensor of a model, in the order of the tree."""
-    return [
-        *_text_entries(shape),
-        *_vision_entries(shape.vision),
-        *_linear("multi_modal_projector", "projector", shape.text.width, shape.vision.out_width, None, bias=True),
-    ]
+    projector = "multi_modal_projector", "projector", shape.text.width, shape.vision.out_width
+    seeing = [*_vision_entries(shape.vision), *_linear(*projector, None, bias=True)] if shape.sees else []
+    return [*_text_entries(shape), *seeing]
 
 
 def _linear(name: str, path: str, out: int, into: int, shard: int | None, bias: bool = False) -> list[Entry]:

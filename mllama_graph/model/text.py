@@ -163,8 +163,7 @@ def prefill(
     )
     x_BD = ops.take_rows(x_TD, given.last_B)
     y_BD = None if y_TD is None else ops.take_rows(y_TD, given.last_B)
-    # One row of each sequence is left.
-    return logits(w, x_BD, y_BD, shape, every.without_padding(every, given._replace(real_1=given.sequences_1)))
+    return logits(w, x_BD, y_BD, shape, every.without_padding(every, given._replace(real_1=given.outputs_1)))
 
 
 def decode(

@@ -150,11 +150,15 @@ class VisionWeights(nn.Module):
 
 
 class Weights(nn.Module):
-    """A rank's part of all weights."""
+    """A rank's part of all weights. A text-only model has no projector, and nothing in its vision tower."""
+
+    projector: Linear
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
-        self.text, self.vision, self.projector = TextWeights(shape), VisionWeights(shape), Linear()
+        self.text, self.vision = TextWeights(shape), VisionWeights(shape)
+        if shape.sees:
+            self.projector = Linear()
 
 
 def linears(root: nn.Module) -> list[Linear]:

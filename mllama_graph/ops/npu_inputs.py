@@ -19,7 +19,7 @@ from mllama_graph.ops.pages import by_sequence
 # docs of npu_fused_infer_attention_score: "(2048, 2048)" for sparse_mode 2, 3 and 4.
 MASK_SIDE = 2048
 # Fields that prefill and decode graphs do not read. They stay on the host.
-UNREAD = ("real_1", "sequences_1", "decoding_1", "rows_B", "past_B", "fill_BJ", "see_T2")
+UNREAD = ("real_1", "outputs_1", "decoding_1", "rows_B", "past_B", "fill_BJ", "see_T2")
 # Fields of a mixed step's parts that it has for all rows.
 OF_ALL_ROWS = ("ids_T", "position_T", "slot_T", "last_B", "sees_T1")
 

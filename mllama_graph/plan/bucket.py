@@ -13,7 +13,8 @@ class Bucket:
     sequence (J); a prefill with 0 is that of one sequence without earlier tokens, whose rows attend only to each other.
     image_pages: image K/V pages per sequence; a graph with 0 leaves out the cross-attention layers. tiles: real tiles
     of the image of a vision graph; 0 if the graph takes any number of them. prompts: of a mixed step, the prefill whose
-    rows follow those of `rows` decoding sequences; `tokens` counts both.
+    rows follow those of `rows` decoding sequences; `tokens` counts both. outputs: the most rows of logits of a prefill;
+    0: one for each sequence.
     """
 
     phase: str
@@ -23,6 +24,7 @@ class Bucket:
     image_pages: int
     tiles: int = 0
     prompts: "Bucket | None" = None
+    outputs: int = 0
 
     def __str__(self) -> str:
         sizes = {
@@ -76,5 +78,6 @@ class Bucket:
             and self.tokens >= need.tokens
             and self.pages >= need.pages
             and self.image_pages >= need.image_pages
+            and self.outputs >= need.outputs
             and (self.prompts is None or need.prompts is None or self.prompts.holds(need.prompts))
         )

@@ -19,6 +19,11 @@ PACKED_TOKENS = 512
 PACKED_SIZES = 2
 
 
+# Rows of logits beside those of sequences in a step that computes prompts, where lengths are data: log-probabilities of
+# a prompt's tokens are computed for as many at once. They bound the memory for logits: 33 MB for 128,256 ids.
+SCORED_ROWS = 64
+
+
 def pick(need: int, sizes: Sequence[int]) -> int:
     """The smallest size that holds `need`.
 
@@ -64,6 +69,7 @@ class Plan:
 
     @property
     def max_images(self) -> int:
+        """The most images of a request; 0 for a text-only model."""
         return self.images[-1]
 
     def check(self, prompt: int, max_new: int, images: int) -> None:
@@ -118,9 +124,23 @@ class Plan:
         """
         images, rows = self._images(image_pages), pick(rows, self.prefill_rows)
         if rows > 1:
-            return Bucket("prefill", rows, pick(tokens, self.packed_tokens), self.packed_pages, images)
+            return self._prompts(rows, pick(tokens, self.packed_tokens), self.packed_pages, images)
         held = pick(pages, self.past_pages) if pages or self.lengths_are_free else 0
-        return Bucket("prefill", rows, pick(tokens, self.prefill_tokens), held, images)
+        return self._prompts(rows, pick(tokens, self.prefill_tokens), held, images)
+
+    def _prompts(self, rows: int, tokens: int, pages: int, images: int) -> Bucket:
+        """The prefill bucket of `rows` prompts. Where lengths are data, these include decoding sequences beside them,
+        each proposal of which takes a row, too.
+        """
+        if not self.lengths_are_free:
+            return Bucket("prefill", rows, tokens, pages, images)
+        rows += self.decode_tokens if self.row_tokens > 1 else 0
+        return Bucket("prefill", rows, tokens, pages, images, outputs=rows + SCORED_ROWS)
+
+    @property
+    def outputs(self) -> int:
+        """The most rows of logits of a step that computes prompts, beside those of decoding sequences."""
+        return self.prefill_rows[-1] + (SCORED_ROWS if self.lengths_are_free else 0)
 
     def packs(self, rows: int, tokens: int, length: int, beside: int = 0) -> bool:
         """Whether a step holds `rows` prompts of `tokens` new tokens in all, of which the longest has `length` tokens,
@@ -137,6 +157,13 @@ class Plan:
         if not self.lengths_are_free:
             return max(self.mixed_tokens, default=0)
         return self.prefill_tokens[-1] - decoding if decoding < self.prefill_rows[-1] else 0
+
+    def proposals_beside(self, tokens: int) -> int:
+        """The most proposals in a step that computes `tokens` tokens of prompts and decoding sequences."""
+        if not self.lengths_are_free or self.row_tokens == 1:
+            return 0
+        most = self.prefill_tokens[-1] if self.paced else min(self.step_tokens, self.prefill_tokens[-1])
+        return max(0, most - tokens)
 
     @property
     def past_pages(self) -> tuple[int, ...]:
@@ -188,12 +215,12 @@ class Plan:
 
     def buckets(self) -> list[Bucket]:
         """Every bucket that a step can need, vision buckets first."""
-        image_pages = [0] + [n * self.pages_per_image for n in self.images]
+        image_pages = [0] + [n * self.pages_per_image for n in self.images if n]
         past = self.past_pages if self.lengths_are_free else (0, *self.past_pages)
         least = self.prefill_rows[0]
-        prefill = [Bucket("prefill", least, t, p, i) for t, p, i in product(self.prefill_tokens, past, image_pages)]
+        prefill = [self._prompts(least, t, p, i) for t, p, i in product(self.prefill_tokens, past, image_pages)]
         packed = product(self.prefill_rows[1:], self.packed_tokens, image_pages)
-        prefill += [Bucket("prefill", b, t, self.packed_pages, i) for b, t, i in packed if t]
+        prefill += [self._prompts(b, t, self.packed_pages, i) for b, t, i in packed if t]
         beside = [
             *product(self.prefill_rows[:1], self.past_pages),
             *((b, self.packed_pages) for b in self.prefill_rows[1:]),
@@ -207,7 +234,7 @@ class Plan:
         sizes = product(self.decode_batch, each, self.pages, image_pages)
         decode = [Bucket("decode", b, b * n, p, i) for b, n, p, i in sizes]
         vision = [self.vision(tiles) for tiles in range(self.tiles, 0, -1)] or [self.vision(0)]
-        return [*vision, *prefill, *mixed, *decode]
+        return [*(vision if self.max_images else []), *prefill, *mixed, *decode]
 
     def describe(self) -> str:
         """The plan in one line, which a run prints at its start."""

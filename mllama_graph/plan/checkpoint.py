@@ -1,5 +1,6 @@
 """Resolves weights=, model=, adapter= and quant= into a model's shape, checkpoint and formats. No torch."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from mllama_graph.core.config import Run
@@ -11,6 +12,8 @@ from mllama_graph.model.formats import Formats, chosen
 from mllama_graph.model.meta_files import open_checkpoint
 from mllama_graph.model.shape import ModelShape, differences, shape_of
 
+# Opens a run's model: its shape, and its checkpoint unless weights= is random or meta.
+ModelOf = Callable[[Run], tuple[ModelShape, CheckpointFiles | None]]
 # Values of weights= that need no checkpoint: random values, or shapes without values.
 RANDOM, META = "random", "meta"
 

@@ -1,7 +1,7 @@
 """Makes a run's bucket plan from its configuration and limits. Integers only."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mllama_graph.core.config import PlanChoice
 from mllama_graph.core.devices import Paging
@@ -74,6 +74,9 @@ def make_plan(choice: PlanChoice, limits: Limits, shape: ModelShape, paging: Pag
     # Where each sequence of a step is padded to as many tokens, padding may reach behind the longest one.
     widest = pages_for(longest + (0 if lengths_are_free else limits.proposals), size)
     chunk = min(LARGEST_PREFILL, limits.max_input)
+
+    if not shape.sees:
+        limits = replace(limits, max_images=0)
 
     def pages_ladder(top: int) -> tuple[int, ...]:
         return (top,) if lengths_are_free else ladder(1, top)

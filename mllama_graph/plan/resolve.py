@@ -22,7 +22,7 @@ from mllama_graph.model.files import CheckpointFiles
 from mllama_graph.model.formats import Storage, page_bytes
 from mllama_graph.model.shape import ModelShape
 from mllama_graph.plan.buckets import Plan
-from mllama_graph.plan.checkpoint import META, formats_of, model_of, weights_of
+from mllama_graph.plan.checkpoint import META, ModelOf, formats_of, model_of, weights_of
 from mllama_graph.plan.draft import draft_of
 from mllama_graph.plan.forms import BucketForms, forms_of
 from mllama_graph.plan.make import Limits, make_plan
@@ -138,8 +138,9 @@ class ResolvedRun(ResolvedTask):
         return make_plan(choice, limits, self.shape, self.device.paging, self.plan.lengths_are_free)
 
 
-def resolve(run: Run, place: Place | None) -> ResolvedTask:
-    """Resolve a run that `check` has accepted. `place` is this process's place if torchrun started it.
+def resolve(run: Run, place: Place | None, model_of: ModelOf = model_of) -> ResolvedTask:
+    """Resolve a run that `check` has accepted. `place` is this process's place if torchrun started it. model_of: opens
+    the model.
 
     Raises UserError with the value, the rule and the remedy.
     """

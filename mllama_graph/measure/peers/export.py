@@ -125,7 +125,7 @@ def _greedy(weights: TextWeights, prompt: list[int], shape: ModelShape) -> list[
             slot_T=row_T,
             last_B=row_T[-1:],
             real_1=count_1,
-            sequences_1=one_1,
+            outputs_1=one_1,
             decoding_1=one_1 - 1,
             rows_B=count_1,
             past_B=one_1 - 1,

@@ -165,7 +165,7 @@ class Conversation:
             int32([slot for sequence, at in new for slot in slots(TABLES[sequence], at, 1, P)] + [*range(padding)]),
             last_B=int32([end - 1 for end in accumulate(counts)]),
             real_1=int32([len(new)]),
-            sequences_1=int32([len(chunks)]),
+            outputs_1=int32([len(chunks)]),
             decoding_1=int32([0]),
             rows_B=int32(counts),
             past_B=int32(starts),
