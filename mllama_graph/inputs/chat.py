@@ -69,6 +69,8 @@ def _called(call: dict[str, Any], where: str) -> dict[str, Any]:
         return {}
     if not isinstance(function, dict):
         raise UserError(f"{where}.function must be an object, not {describe(function)}.")
+    if not isinstance(function.get("name"), str):
+        raise UserError(f"{where}.function.name must be a string, not {describe(function.get('name'))}.")
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
