@@ -10,12 +10,13 @@ import sys
 import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from commands import QUICK, ROOT, command_line, run
 
-from mllama_graph.core.errors import UserError
+from mllama_graph.core.errors import RankFailed, UserError
 from mllama_graph.engine.results import Result
 from mllama_graph.scale.answers import FAULT, KEY, LINE, LOST, NUMBER, Answers, id_of, request_of
 from mllama_graph.scale.attempts import ALONE, TOGETHER, Attempts
@@ -164,6 +165,22 @@ def test_a_row_that_ends_its_process_gets_an_error_after_a_few_attempts_and_its_
     # Of the three rows together, and of the one alone.
     assert len(list((tmp_path / "counts").iterdir())) == 2
     assert Answers(attempts=tmp_path / "counts")(Table(["a", "b"]))[1].text == "b"
+
+
+def test_a_start_that_ends_its_process_is_tried_a_few_times_and_a_later_one_counts_anew(tmp_path, monkeypatch):
+    outcomes = [Ended, Ended, None, Ended, Ended, Ended]
+
+    def start(*_, **__):
+        if outcome := outcomes.pop(0):
+            raise outcome
+
+    monkeypatch.setattr("mllama_graph.scale.answers.LLM", start)
+    for outcome in list(outcomes):
+        with pytest.raises(outcome) if outcome else nullcontext():
+            Answers(attempts=tmp_path, starts=3)
+    with pytest.raises(RankFailed, match="has ended 3 times while its engine started; it is not started again"):
+        Answers(attempts=tmp_path, starts=3)
+    assert not outcomes
 
 
 def test_a_row_that_is_served_alone_has_no_neighbour_in_its_process(tmp_path):

@@ -233,6 +233,7 @@ def test_a_field_of_a_wrong_type_is_refused_by_its_name(request_, message):
         (assistant(None, tool_calls=[5]), r"tool_calls must be a list of objects"),
         (assistant(None, tool_calls=[{"function": 5}]), r"tool_calls\[0\]\.function must be an object, not 5"),
         (assistant(None, tool_calls=[{"function": {"arguments": "{"}}]), "arguments is not valid JSON"),
+        (assistant(None, tool_calls=[{"function": {"name": 5}}]), r"tool_calls\[0\]\.function\.name must be a string"),
         (user([]), "empty"),
         (user(" \n"), "empty"),
     ],

@@ -75,6 +75,8 @@ def _called(call: dict[str, Any], where: str) -> dict[str, Any]:
             arguments = json.loads(arguments) if arguments.strip() else {}
         except (ValueError, RecursionError) as error:
             raise UserError(f"{where}.function.arguments is not valid JSON: {str(error)[:100]}.") from error
+    if not isinstance(function.get("name"), str):
+        raise UserError(f"{where}.function.name must be a string, not {describe(function.get('name'))}.")
     return {"function": {**function, "arguments": arguments}} if "arguments" in function else {}
 
 

@@ -16,7 +16,7 @@ from mllama_graph.inputs.image_formats import suffixes
 from mllama_graph.inputs.request import FIELDS
 from mllama_graph.inputs.request_file import parse, refuse_odd
 from mllama_graph.llm import LLM
-from mllama_graph.scale.attempts import ALONE, TOGETHER, Attempts
+from mllama_graph.scale.attempts import ALONE, START, STARTS, TOGETHER, Attempts
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -44,7 +44,8 @@ class Answers:
     doesn't leave rows of the batch empty. If a rank is lost, the process ends, and Ray starts another one.
 
     `attempts` is a folder that all processes share. There the rows of tables with a column `row` are counted, so that
-    a row that ends the process gets an error after a few attempts. Without it, Ray serves such a row without end.
+    a row that ends the process gets an error after a few attempts. Starts of engines are counted there, too: after
+    `starts` in a row in which the process ended, RankFailed is raised. Without it, Ray tries both without end.
     """
 
     def __init__(
@@ -54,11 +55,18 @@ class Answers:
         prompt: str | None = None,
         keep: Sequence[str] = (),
         attempts: str | os.PathLike[str] | None = None,
+        starts: int = STARTS,
         **keys: Any,
     ):
         self._prompt, self._keep = prompt, tuple(keep)
         self._attempts = Attempts(None if attempts is None else Path(attempts))
-        self._llm = LLM(model, quiet=True, **keys)
+        with self._attempts.counted([START], starts) as fine:
+            if not fine:
+                raise RankFailed(
+                    f"the process of a replica has ended {starts} times while its engine started; it is not started "
+                    "again. Run task=generate prompt=hi with the same keys to see why."
+                )
+            self._llm = LLM(model, quiet=True, **keys)
 
     def __call__(self, table: "pa.Table") -> "pa.Table":
         rows = table.to_pylist()

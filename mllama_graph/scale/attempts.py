@@ -1,7 +1,8 @@
-"""Counts how often rows were begun and not finished, so that a row that ends its process is not served without end.
+"""Counts what was begun and not finished: rows, so that one that ends its process is not served without end, and starts
+of engines.
 
-Ray serves the rows of a lost process again, and can't know which of them is at fault. Counts are sizes of files in a
-folder that all processes share; they outlive the process. Imports no Ray.
+Ray starts a lost process again and serves its rows again, and can't know what was at fault. Counts are sizes of files
+in a folder that all processes share; they outlive the process. Imports no Ray.
 """
 
 import hashlib
@@ -14,6 +15,10 @@ from pathlib import Path
 TOGETHER = 2
 # Attempts to serve a row alone.
 ALONE = 2
+# What the start of an engine is counted as: no row's name, which has a colon.
+START = "start"
+# Starts for each of the replicas, in a row without one that succeeds.
+STARTS = 3
 
 
 class Attempts:
@@ -28,7 +33,7 @@ class Attempts:
 
     @contextmanager
     def counted(self, names: Iterable[str], most: int, alone: bool = False) -> Iterator[bool]:
-        """Whether the rows `names` may be served: false after `most` attempts in which the process ended.
+        """Whether `names`, rows or START, may be tried: false after `most` attempts in which the process ended.
 
         Inside an `alone` context no other one is open in this process.
         """

@@ -27,6 +27,7 @@ from mllama_graph.core.errors import RankFailed, UserError, message_of
 from mllama_graph.core.report import Progress, write_json, write_result
 from mllama_graph.plan.resolve import ResolvedRun
 from mllama_graph.scale.answers import ROW, Answers
+from mllama_graph.scale.attempts import STARTS
 from mllama_graph.scale.rows import Rows
 from mllama_graph.tasks.batch_options import BatchOptions, files_of
 from mllama_graph.tasks.generate import settings_of
@@ -69,7 +70,8 @@ def main(run: ResolvedRun) -> None:
 def answer(run: ResolvedRun, options: BatchOptions, base: Path, paths: list[Path], output: Path) -> None:
     """Serve rows in the cluster and write their results. Raises RankFailed if Ray gives up."""
     rows = options.rows or max(4 * run.limits.batch, LEAST_ROWS)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # An error is raised, and written to our log; Ray Data would print its stack trace, too.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.checkpoint_config = CheckpointConfig(
@@ -86,6 +88,7 @@ def answer(run: ResolvedRun, options: BatchOptions, base: Path, paths: list[Path
             "keep": (ROW,),
             "base": str(base),
             "attempts": str(output / ATTEMPTS),
+            "starts": STARTS * options.replicas,
         },
         compute=ActorPoolStrategy(
             size=options.replicas, max_concurrent_calls_per_actor=TABLES, enable_true_multi_threading=True
@@ -98,8 +101,8 @@ def answer(run: ResolvedRun, options: BatchOptions, base: Path, paths: list[Path
         else:
             results.write_json(str(output), mode="append")
     except (ray.exceptions.RayError, SystemError) as error:
-        cause = getattr(error, "cause", None) or error.__cause__ or error
         logging.getLogger(__name__).exception("Ray ended the run")
+        cause = cause_of(error)
         if isinstance(cause, UserError):
             raise cause from error
         raise RankFailed(
@@ -108,6 +111,18 @@ def answer(run: ResolvedRun, options: BatchOptions, base: Path, paths: list[Path
         ) from error
     finally:
         context.checkpoint_config = None
+
+
+def cause_of(error: Exception) -> BaseException:
+    """What made Ray raise `error`, as the exception that a replica has raised if that is known."""
+    found = getattr(error, "cause", None) or error.__cause__ or error
+    # Ray Data's own cause is empty, and what ended a replica's start is only told as the text of a stack trace.
+    lines = (str(found).strip() or str(error)).strip().splitlines()
+    name, _, said = lines[-1].partition(": ") if lines else ("", "", "")
+    for kind in (UserError, RankFailed):
+        if name.endswith(f".{kind.__name__}"):
+            return kind(said)
+    return found if str(found).strip() else error
 
 
 def worker_run(run: ResolvedRun, options: BatchOptions) -> Run:

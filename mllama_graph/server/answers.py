@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from mllama_graph.core.errors import UserError
 from mllama_graph.engine.results import Delta, Result
-from mllama_graph.server.errors import ApiError, refused
+from mllama_graph.server.errors import ApiError, of_result
 from mllama_graph.server.service import Generation
 from mllama_graph.server.streams import STREAM, Stream
 
@@ -108,23 +108,16 @@ async def collect(generation: Generation, seconds: float) -> list[Result]:
             while len(results) < len(generation.tickets):
                 for index, delta in await generation.mailbox.take():
                     if delta.result:
-                        results[index] = _good(delta.result)
+                        results[index] = _good(delta.result, generation)
     except TimeoutError:
         raise deadline(seconds) from None
     return [results[index] for index in sorted(results)]
 
 
-def _good(result: Result) -> Result:
+def _good(result: Result, generation: Generation) -> Result:
     if result.error is not None:
-        raise of_result(result.error)
+        raise of_result(result.error, generation.grammar)
     return result
-
-
-def of_result(message: str) -> ApiError:
-    """The error of a request that failed in the engine."""
-    if "not finite" in message:
-        return ApiError(500, message, None, "not_finite")
-    return refused(message)
 
 
 class Events(Response):
@@ -183,7 +176,7 @@ class Events(Response):
             self._writing = True
             for index, delta in deltas:
                 if delta.result:
-                    _good(delta.result)
+                    _good(delta.result, generation)
                     left -= 1
                 parts.append(form.delta(index, delta))
             if data := b"".join(parts):

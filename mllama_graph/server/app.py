@@ -9,7 +9,6 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -183,18 +182,17 @@ class Api:
 
 
 class Front:
-    """Wraps the application: request ids, the API key, and one line of the access log per request."""
+    """Wraps the application: request ids, and one line of the access log per request."""
 
-    def __init__(self, app: ASGIApp, service: Service, api_key: str | None, access: AccessLog):
+    def __init__(self, app: ASGIApp, service: Service, access: AccessLog):
         self._app, self._metrics, self._access = app, service.metrics, access
-        self._key = api_key.encode() if api_key else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        start, headers = time.perf_counter(), dict(scope["headers"])
-        id = _request_id(headers.get(b"x-request-id"))
+        start = time.perf_counter()
+        id = _request_id(dict(scope["headers"]).get(b"x-request-id"))
         note = scope["mllama.note"] = {"id": id, "status": None}
 
         async def sent(message: Message) -> None:
@@ -204,12 +202,7 @@ class Front:
             await send(message)
 
         try:
-            if self._refuses(scope, headers):
-                text = "the API key is missing or wrong. Send it as Authorization: Bearer KEY."
-                error = ApiError(401, text, None, "invalid_api_key", {"www-authenticate": "Bearer", **CLOSE})
-                await error_answer(error)(scope, receive, sent)
-            else:
-                await self._app(scope, receive, sent)
+            await self._app(scope, receive, sent)
         except Exception:
             log.exception("request %s: internal error", id)
             if note["status"] is None:
@@ -218,11 +211,26 @@ class Front:
             self._metrics.answered(note["status"])
             self._access.write(scope, note, time.perf_counter() - start)
 
-    def _refuses(self, scope: Scope, headers: dict[bytes, bytes]) -> bool:
+
+class Keyed:
+    """Wraps an application that needs an API key, on all paths but those in OPEN."""
+
+    def __init__(self, app: ASGIApp, key: str):
+        self._app, self._key = app, key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self._refuses(scope):
+            text = "the API key is missing or wrong. Send it as Authorization: Bearer KEY."
+            error = ApiError(401, text, None, "invalid_api_key", {"www-authenticate": "Bearer", **CLOSE})
+            await error_answer(error)(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    def _refuses(self, scope: Scope) -> bool:
         """Whether the API key is missing or wrong. Compares bytes in constant time, whatever characters they hold."""
-        if self._key is None or scope["path"] in OPEN or scope["method"] == "OPTIONS":
+        if scope["path"] in OPEN:
             return False
-        kind, _, given = headers.get(b"authorization", b"").partition(b" ")
+        kind, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
         return not secrets.compare_digest(given.strip() if kind.lower() == b"bearer" else b"", self._key)
 
 
@@ -245,10 +253,10 @@ async def _of_routing(request: Request, error: Exception) -> Response:
 
 def application(service: Service, api_key: str | None, cors_origins: list[str], access: AccessLog) -> ASGIApp:
     """The whole application."""
-    allow = [Middleware(CORSMiddleware, allow_origins=cors_origins, allow_methods=["*"], allow_headers=["*"])]
-    app = Starlette(
-        routes=Api(service, access).routes(),
-        middleware=allow if cors_origins else [],
-        exception_handlers={HTTPException: _of_routing},
-    )
-    return Front(app, service, api_key, access)
+    app: ASGIApp = Starlette(routes=Api(service, access).routes(), exception_handlers={HTTPException: _of_routing})
+    if api_key:
+        app = Keyed(app, api_key)
+    if cors_origins:
+        # Around the key: a browser asks without one before it sends one, and hides an answer without these headers.
+        app = CORSMiddleware(app, cors_origins, ["*"], ["*"], expose_headers=["x-request-id", "retry-after"])
+    return Front(app, service, access)

@@ -26,6 +26,8 @@ RENAMED = {
     "structured_outputs": ("structured_outputs", "tools"),
 }
 SHOWN = {"text": "text.format"}
+# Fields that constrain an answer.
+GRAMMARS = ("structured_outputs", "response_format", "text", "tools")
 
 
 class ApiError(Exception):
@@ -81,6 +83,19 @@ def of_request(error: BaseException, body: Mapping[str, Any]) -> ApiError:
     if message.startswith("picture") or "image" in message.partition(" in one request")[0][:12]:
         return refused(message, text, "invalid_image")
     return refused(message, name if field is not None else text)
+
+
+def of_result(message: str, grammar: str | None) -> ApiError:
+    """The error of a request that failed in the engine. `grammar`: the field of its grammar (`grammar_field`)."""
+    if "not finite" in message:
+        return ApiError(500, message, None, "not_finite")
+    return refused(message, grammar if message.startswith("the grammar") else None)
+
+
+def grammar_field(body: Mapping[str, Any]) -> str | None:
+    """The field of the body that constrains its answers, as errors call it; None where they are free."""
+    found = next((name for name in GRAMMARS if body.get(name) is not None), None)
+    return SHOWN.get(found or "", found)
 
 
 def _field(name: str, body: Mapping[str, Any]) -> str | None:

@@ -51,7 +51,7 @@ class _Server(uvicorn.Server):
 
 
 def server_of(app: ASGIApp, tls: Mapping[str, Any]) -> _Server:
-    """uvicorn with our `Connection`. `tls`: uvicorn's options for a certificate."""
+    """uvicorn with our `Connection`. `tls`: uvicorn's options for a certificate. Raises UserError for a wrong one."""
     config = uvicorn.Config(
         app,
         http=Connection,
@@ -65,6 +65,12 @@ def server_of(app: ASGIApp, tls: Mapping[str, Any]) -> _Server:
         timeout_graceful_shutdown=2,
         **tls,
     )
+    try:
+        config.load()
+    except OSError as error:
+        files = " ".join(f"task.{name}={path}" for name, path in tls.items() if path)
+        text = f"{files} can't be used: {error}. Give a certificate in PEM form and its key, in one file or in two."
+        raise UserError(text) from error
     return _Server(config)
 
 
@@ -81,7 +87,8 @@ def serve(
     """Serve until a signal or the engine ends it. `begun` is called once signals drain.
 
     SIGTERM and SIGINT drain: new requests are refused, open ones finish within `drain_seconds`. A second SIGINT ends
-    the process at once. `watch` returns why a worker rank has ended, or None. Raises the error that ended the engine.
+    the process at once. `watch` returns why a worker rank has ended, or None. Raises the error that ended the engine,
+    or UserError for a certificate that can't be used.
     """
     server = server_of(app, tls)
     with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
@@ -120,6 +127,8 @@ async def _serve(
     service.start()
     watching = asyncio.ensure_future(_watch(service, watch))
     serving = asyncio.ensure_future(server.serve(sockets=[opened]))
+    # Where it fails, nobody would answer.
+    serving.add_done_callback(lambda _: ending.set())
     await ending.wait()
     until = time.monotonic() + drain_seconds
     while service.open and service.state != FAILED and time.monotonic() < until:

@@ -24,6 +24,8 @@ LOGPROBS = "message.output_text.logprobs"
 REFUSED = ("previous_response_id", "conversation", "background", "prompt")
 # Fields of the other endpoints. These are unknown here, and unknown fields are ignored.
 FOREIGN = ("n", "best_of", "prompt_logprobs", "response_format", "stream_options")
+# What is returned of a tool beside what was sent of it.
+TOOL = {"description": None, "parameters": None, "strict": None}
 MOST_METADATA, MOST_KEY_LETTERS, MOST_VALUE_LETTERS = 16, 64, 512
 
 
@@ -148,23 +150,33 @@ class Responses:
         self._result: Result | None = None
         # Without tools, the answer is one message, which is announced at once.
         self._plain = use is None
+        sampling = requests[0].sampling
         self._head: dict[str, Any] = {
             "id": f"resp_{uuid.uuid4().hex}",
             "object": "response",
             "created_at": int(time.time()),
+            "completed_at": None,
             "model": asked.model,
+            "background": False,
             "instructions": body.get("instructions"),
             "max_output_tokens": body.get("max_output_tokens"),
+            "max_tool_calls": None,
             "metadata": body.get("metadata") or {},
             "parallel_tool_calls": fields.flag(body, "parallel_tool_calls", True),
             "previous_response_id": None,
+            "reasoning": None,
+            "service_tier": "default",
             "store": False,
-            "temperature": requests[0].sampling.temperature,
-            "top_p": requests[0].sampling.top_p,
-            "text": body.get("text") or {"format": {"type": "text"}},
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_logprobs": asked.logprobs or 0,
+            "frequency_penalty": sampling.frequency_penalty,
+            "presence_penalty": sampling.presence_penalty,
+            "text": {"format": {"type": "text"}} | (body.get("text") or {}),
             "tool_choice": body.get("tool_choice") or "auto",
-            "tools": body.get("tools") or [],
+            "tools": [TOOL | tool for tool in body.get("tools") or []],
             "truncation": "disabled",
+            **{name: body.get(name) for name in ("user", "safety_identifier", "prompt_cache_key")},
         }
 
     def begin(self) -> bytes:
@@ -213,10 +225,14 @@ class Responses:
 
     def _finished(self, result: Result) -> dict[str, Any]:
         response = self._response(_status(result), self._items)
+        response["completed_at"] = int(time.time()) if response["status"] == "completed" else None
         used = usage_of(self._requests, [result], 1)
         response["usage"] = {
             "input_tokens": used["prompt_tokens"],
-            "input_tokens_details": {"cached_tokens": used["prompt_tokens_details"]["cached_tokens"]},
+            "input_tokens_details": {
+                "cached_tokens": used["prompt_tokens_details"]["cached_tokens"],
+                "cache_write_tokens": 0,
+            },
             "output_tokens": used["completion_tokens"],
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": used["total_tokens"],

@@ -12,7 +12,7 @@ from mllama_graph.engine.results import Delta
 from mllama_graph.inputs.processor import Processor
 from mllama_graph.inputs.request import Request
 from mllama_graph.plan.resolve import ResolvedRun
-from mllama_graph.server.errors import ApiError, of_request, too_long
+from mllama_graph.server.errors import ApiError, grammar_field, of_request, too_long
 from mllama_graph.server.limits import Admission, Bounds, Load
 from mllama_graph.server.loop import EngineLoop, Mailbox, Ticket
 from mllama_graph.server.metrics import Metrics
@@ -119,7 +119,7 @@ class Service:
                 raise
             raise of_request(error, body) from None
         self.check_ready()
-        return Generation(self, requests, arrived, self.admission.admit(requests))
+        return Generation(self, requests, arrived, self.admission.admit(requests), grammar_field(body))
 
     def check_text(self, characters: int, field: str) -> None:
         """Raises ApiError for a text that is too long for any prompt, before the time to tokenize it is spent."""
@@ -177,10 +177,14 @@ class Service:
 
 
 class Generation:
-    """The running requests of one HTTP request: take deltas from its mailbox, and `close` it in any case."""
+    """The running requests of one HTTP request: take deltas from its mailbox, and `close` it in any case.
 
-    def __init__(self, service: Service, requests: list[Request], arrived: float, load: Load):
+    grammar: the field of its body that constrains the answers.
+    """
+
+    def __init__(self, service: Service, requests: list[Request], arrived: float, load: Load, grammar: str | None):
         self.requests, self.arrived, self.mailbox = requests, arrived, Mailbox(self._ended)
+        self.grammar = grammar
         self.outbox = service.outbox
         self._service = service
         self._load: Load | None = load

@@ -53,7 +53,8 @@ def main(run: ResolvedRun) -> None:
         access = AccessLog(stack.enter_context(access_log(run.output_dir, options)), options.log_prompts)
         key = options.api_key or os.environ.get(KEY) or None
         app = application(service, key, list(options.cors_origins), access)
-        tls = {"ssl_certfile": options.ssl_certfile, "ssl_keyfile": options.ssl_keyfile} if options.ssl_certfile else {}
+        given = {"ssl_certfile": options.ssl_certfile, "ssl_keyfile": options.ssl_keyfile}
+        tls = {name: path and Path(path).expanduser() for name, path in given.items() if options.ssl_certfile}
         host, port = opened.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
 

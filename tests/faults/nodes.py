@@ -1,6 +1,6 @@
-"""task=batch on a Ray cluster of two nodes on this machine: a node is killed, or a row ends its process.
+"""task=batch on a Ray cluster of two nodes on this machine: a node is killed, or a row or a start ends its process.
 
-    python tests/faults/nodes.py kill|row [key=value ...]
+    python tests/faults/nodes.py kill|row|start [rows=280] [key=value ...]
 
 Needs the extra `ray`. Prints one line of JSON, and exits with 1 where a claim of docs/faults.md does not hold. `kill`
 compares the time that a killed node costs with that of the rows it lost. Keys go to the run.
@@ -19,8 +19,10 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 from commands import command_line  # noqa: E402
 
+from mllama_graph.scale.attempts import STARTS  # noqa: E402
+
 KEYS = ["replicas=2", "batch=4", "threads=1", "backend=eager", "dtype=fp32", "max_output_length=100"]
-COUNT, TOKENS = 320, 100
+TOKENS = 100
 
 CLUSTER = """
 import os, sys
@@ -51,6 +53,10 @@ from mllama_graph.scale.answers import LINE, Answers
 class Noting(Answers):
     def __init__(self, *args, **keys):
         begun = time.time()
+        if CRASHES:
+            from mllama_graph.scale import answers
+            # In place of the engine, whose start ends the process.
+            answers.LLM = lambda *_, **__: (self.note("begun", 1), os._exit(1))
         super().__init__(*args, **keys)
         self.note("started", time.time() - begun)
 
@@ -72,9 +78,9 @@ sys.exit(cli.main())
 
 
 class Batch:
-    """A run of task=batch over `lines` on a cluster of its own."""
+    """A run of task=batch over `lines` on a cluster of its own. `crashes`: each start of an engine ends its process."""
 
-    def __init__(self, folder: Path, lines: list[dict[str, Any]], keys: list[str]):
+    def __init__(self, folder: Path, lines: list[dict[str, Any]], keys: list[str], crashes: bool = False):
         self.folder, self.output = folder, folder / "output"
         folder.mkdir()
         source = folder / "requests.jsonl"
@@ -82,7 +88,10 @@ class Batch:
         self.cluster = subprocess.Popen([sys.executable, "-c", CLUSTER], stdin=-1, stdout=-1, stderr=-3, text=True)
         address = next(line for line in self.cluster.stdout if ":" in line and " " not in line.strip()).strip()
         given = [f"input={source}", f"output={self.output}", f"task.address={address}", *keys]
-        program = COMMAND.replace("ROOT", repr(str(ROOT))).replace("NOTES", repr(str(folder / "notes")))
+        values = {"ROOT": str(ROOT), "NOTES": str(folder / "notes"), "CRASHES": crashes}
+        program = COMMAND
+        for name, value in values.items():
+            program = program.replace(name, repr(value))
         [_, _, *arguments] = command_line(folder / "run", "task=batch", *given)
         variables = os.environ | {"PYTHONPATH": str(ROOT)}
         self.process = subprocess.Popen(
@@ -114,14 +123,19 @@ class Batch:
         """Wait for the end of the run, and return its results."""
         import pyarrow.parquet as pq
 
+        code, err = self.failed()
+        assert code == 0, err
+        return [row for path in sorted(self.output.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+
+    def failed(self) -> tuple[int, str]:
+        """Wait for the end of the run, and return its exit code and what it said."""
         try:
-            out, err = self.process.communicate(timeout=300)
-            assert self.process.returncode == 0, err
+            _, err = self.process.communicate(timeout=300)
         finally:
             self.process.kill()
             self.cluster.stdin.close()
             self.cluster.wait(60)
-        return [row for path in sorted(self.output.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+        return self.process.returncode, err
 
 
 def whole(rows: list[dict[str, Any]], count: int) -> bool:
@@ -129,26 +143,27 @@ def whole(rows: list[dict[str, Any]], count: int) -> bool:
     return sorted(row["row"] for row in rows) == sorted(f"requests.jsonl:{n + 1}" for n in range(count))
 
 
-def kill(folder: Path, keys: list[str]) -> tuple[dict[str, Any], bool]:
-    """A node is killed when half is served. Its cost: the time since then, less that of as many rows before.
+def kill(folder: Path, keys: list[str], count: int) -> tuple[dict[str, Any], bool]:
+    """A node is killed when a quarter is served. Its cost: the time since then, less that of as many rows before.
 
-    Lost rows are those that were begun more than once. While a new replica starts, half of the throughput is missing.
+    The `count` rows must last longer than Ray takes to notice, and a replica to start. Lost rows are those that were
+    begun more than once. While a new replica starts, half of the throughput is missing.
     """
-    lines = [{"input_ids": [1 + n % 90] * 8, "max_new_tokens": TOKENS, "ignore_eos": True} for n in range(COUNT)]
+    lines = [{"input_ids": [1 + n % 90] * 8, "max_new_tokens": TOKENS, "ignore_eos": True} for n in range(count)]
     run = Batch(folder / "run", lines, keys)
-    run.wait_for(COUNT / 8)
-    first, at_first = run.served(), time.time()
-    run.wait_for(COUNT / 2)
+    run.wait_for(count / 4)
     there, killed = run.served(), time.time()
     run.kill_a_node()
     rows = run.end()
-    each, left = (killed - at_first) / (there - first), COUNT - there
-    delay = max(at for _, at in run.notes("served")) - killed - left * each
-    lost = sum(count for count, _ in run.notes("begun")) - COUNT
+    # Since the first row has begun: rows end in bursts, one for each block.
+    each, left = (killed - min(at for _, at in run.notes("begun"))) / there, count - there
+    rest = max(at for _, at in run.notes("served")) - killed
+    delay = rest - left * each
+    lost = sum(count for count, _ in run.notes("begun")) - count
     starts = run.notes("started")
     took, at = max(starts, key=lambda note: note[1])
     told = {
-        "rows": COUNT,
+        "rows": count,
         "results": len(rows),
         "starts of replicas": len(starts),
         "ms per row": round(1e3 * each, 1),
@@ -156,14 +171,16 @@ def kill(folder: Path, keys: list[str]) -> tuple[dict[str, Any], bool]:
         "lost rows x time per row, s": round(lost * each, 2),
         "until the new replica served, s": round(at - killed, 2),
         "of that its engine's start, s": round(took, 2),
+        "rows after the kill": left,
+        "their time, s": round(rest, 2),
         "delay, s": round(delay, 2),
     }
-    return told, whole(rows, COUNT) and len(starts) > 2 and delay <= lost * each + (at - killed) + 1
+    return told, whole(rows, count) and len(starts) > 2 and delay <= lost * each + (at - killed) + 1
 
 
-def row(folder: Path, keys: list[str]) -> tuple[dict[str, Any], bool]:
+def row(folder: Path, keys: list[str], count: int) -> tuple[dict[str, Any], bool]:
     """A row ends the process that serves it, each time: it gets an error, all other rows are answered."""
-    count, deadly = 40, 17
+    deadly = 17
     lines = [{"id": f"{n}", "prompt": "What can you do?", "max_new_tokens": 4} for n in range(count)]
     lines[deadly]["id"] = "deadly"
     run = Batch(folder / "run", lines, keys)
@@ -173,11 +190,25 @@ def row(folder: Path, keys: list[str]) -> tuple[dict[str, Any], bool]:
     return told, whole(rows, count) and wrong.keys() == {"deadly"} and len(run.notes("started")) <= 6
 
 
+def start(folder: Path, keys: list[str], count: int) -> tuple[dict[str, Any], bool]:
+    """The start of each engine ends its process: the run ends with one line after a few of them."""
+    run = Batch(folder / "run", [{"prompt": "What can you do?"}] * count, keys, crashes=True)
+    begun = time.monotonic()
+    code, err = run.failed()
+    [*_, said] = err.splitlines()
+    starts = len(run.notes("begun"))
+    told = {"exit code": code, "starts": starts, "seconds": round(time.monotonic() - begun, 1), "said": said}
+    return told, code == 1 and starts == STARTS * 2 and "while its engine started" in said and "Traceback" not in err
+
+
 if __name__ == "__main__":
     action, *given = sys.argv[1:]
     names = {key.partition("=")[0] for key in given}
     keys = [*(key for key in [*KEYS, "task.rows=4"] if key.partition("=")[0] not in names), *given]
+    run, count = {"kill": (kill, 280), "row": (row, 40), "start": (start, 4)}[action]
+    count = next((int(key.removeprefix("rows=")) for key in keys if key.startswith("rows=")), count)
+    keys = [key for key in keys if not key.startswith("rows=")]
     with tempfile.TemporaryDirectory() as made:
-        told, holds = {"kill": kill, "row": row}[action](Path(made), keys)
+        told, holds = run(Path(made), keys, count)
     print(json.dumps({"action": action, "holds": holds} | told), flush=True)
     sys.exit(not holds)

@@ -1,6 +1,9 @@
 """Collectives inside ahead-of-time compiled packages, and packages that run without Python's GIL."""
 
+import ctypes
 import os
+import struct
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +24,8 @@ GROUP = "tensor_parallel"
 STEPS = 50
 # Seconds by which rank 1 is late.
 LATE = 0.5
+# Milliseconds after which a thread that holds the interpreter no longer waits for a package that waits for it.
+GIVE_UP_MS = 20_000
 
 
 def weight(rank: int) -> torch.Tensor:
@@ -36,9 +41,11 @@ class Layer(torch.nn.Module):
 
 
 class SharedMemory(Layer):
+    """Uses its input up between two collectives."""
+
     def forward(self, x):
         y = torch.ops.mllama_graph.all_reduce(x @ self.weight)
-        return torch.ops.mllama_graph.all_gather(y * 2), y
+        return torch.ops.mllama_graph.all_gather(y - x), y
 
 
 class Gloo(Layer):
@@ -92,12 +99,15 @@ def opened(folder, path, weight):
 def run_shared(rank, world, folder, path, name):
     """(whether every step was right, error of a step that the other rank does not call, last_error())."""
     native.load("collectives", folder)
-    native.attach(name, rank, world, 1.0)
+    native.attach(name, rank, world, 60.0)
     step, right = opened(folder, path, weight(rank)), True
     for seed in range(STEPS):
         expected = inputs(seed, 0) @ weight(0) + inputs(seed, 1) @ weight(1)
         gathered, total = step(inputs(seed, rank))
-        right = right and torch.equal(gathered, torch.stack([2 * total] * 2)) and torch.allclose(total, expected)
+        differences = torch.stack([total - inputs(seed, 0), total - inputs(seed, 1)])
+        right = right and torch.equal(gathered, differences) and torch.allclose(total, expected)
+    native.detach()
+    native.attach(f"{name}-absent", rank, world, 1.0)
     with pytest.raises(RuntimeError) as error:
         if rank == 0:
             step(inputs(0, 0))
@@ -160,6 +170,52 @@ def run_late(rank, world, folder, path, name):
 
 def test_other_threads_run_while_a_package_waits(team, libraries, packages):
     assert team(2, run_late, libraries, packages["shared"], segment())[0] > 1
+
+
+def run_beside(rank, world, folder, path, name, asked, ended):
+    """Whether rank 1 ended its run while another thread of rank 0 held the interpreter, from within a package's run on.
+
+    Rank 1 begins when that thread writes to the pipe `asked`, so that rank 0 waits in its first collective until then.
+    Calls of PyDLL keep the interpreter.
+    """
+    native.load("collectives", folder)
+    native.attach(name, rank, world, 60.0)
+    step = opened(folder, path, weight(rank))
+    step(inputs(0, rank))
+    asked, ended = (os.open(path, os.O_WRONLY if rank == at else os.O_RDONLY) for at, path in enumerate((asked, ended)))
+    if rank == 1:
+        os.read(asked, 1)
+        step(inputs(0, rank))
+        os.write(ended, b".")
+        native.detach()
+        return True
+    libc, called, seen, given = ctypes.PyDLL(None), threading.Lock(), [], inputs(0, rank)
+
+    def hold():
+        with called:
+            libc.write(asked, b".", 1)
+            # struct pollfd: the file number, and POLLIN.
+            seen.append(libc.poll(struct.pack("ihh", ended, 1, 0), 1, GIVE_UP_MS) == 1)
+
+    called.acquire()
+    thread = threading.Thread(target=hold)
+    thread.start()
+    usual = sys.getswitchinterval()
+    # Nobody is made to give the interpreter away: the other thread gets it where the package's call gives it away.
+    sys.setswitchinterval(1000)
+    called.release()
+    step(given)
+    sys.setswitchinterval(usual)
+    thread.join()
+    native.detach()
+    return seen[0]
+
+
+def test_a_package_does_not_wait_for_the_interpreter_when_it_has_used_an_input_up(team, libraries, packages, tmp_path):
+    pipes = [str(tmp_path / name) for name in ("asked", "ended")]
+    for pipe in pipes:
+        os.mkfifo(pipe)
+    assert team(2, run_beside, libraries, packages["shared"], segment(), *pipes) == [True, True]
 
 
 def test_an_engine_beside_the_main_thread_releases_the_interpreter(monkeypatch, tmp_path):

@@ -49,7 +49,7 @@ class Served:
 
     @property
     def http(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, headers={"authorization": f"Bearer {KEY}"}, timeout=30)
+        return httpx.Client(base_url=self.url, headers={"authorization": f"Bearer {KEY}"}, timeout=120)
 
     def post(self, body: Any, path: str = "/v1/chat/completions") -> httpx.Response:
         with self.http as client:
@@ -116,7 +116,7 @@ BOUNDS = Bounds(
     pixels=10**8,
     picture_pixels=10**6,
     pictures=4,
-    seconds=20.0,
+    seconds=120.0,
 )
 
 

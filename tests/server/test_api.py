@@ -223,6 +223,7 @@ def test_models_health_and_version_answer(server):
         ({"messages": []}, 400, "messages"),
         ({"messages": "x"}, 400, "messages"),
         ({"messages": [{"role": "nobody", "content": "x"}]}, 400, "messages"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": 5}}]}]}, 400, "messages"),
         ({"model": "gpt-5"}, 404, "model"),
         ({"temperature": "hot"}, 400, "temperature"),
         ({"temperature": -1}, 400, "temperature"),

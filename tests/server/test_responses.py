@@ -1,7 +1,39 @@
-"""POST /v1/responses: which fields are refused, and how errors name them."""
+"""POST /v1/responses: its form, which fields are refused, and how errors name them."""
+
+import json
 
 import pytest
+from openai.types.responses import Response, ResponseStreamEvent
+from pydantic import TypeAdapter
 from test_api import KEYS_OF_THE_SERVER
+
+TOOL = {"type": "function", "name": "now"}
+FIELDS = ("frequency_penalty", "top_logprobs")
+
+
+@pytest.mark.parametrize(
+    "fields, status",
+    [
+        ({}, "completed"),
+        ({"max_output_tokens": 2, "user": "me", "text": {"verbosity": "low"}}, "incomplete"),
+        ({"include": ["message.output_text.logprobs"], "top_logprobs": 2}, "completed"),
+        ({"tools": [TOOL], "tool_choice": "required", "frequency_penalty": 1}, "completed"),
+    ],
+    ids=str,
+)
+def test_a_response_and_its_events_have_all_fields_of_openais_own_types(fields, status, server):
+    """Checked by the types themselves: OpenAI's client takes what it gets."""
+    body = {"input": "What can you do?"} | fields
+    shown = server.post(body, "/v1/responses").json()
+    found = Response.model_validate(shown)
+    assert (found.status, found.completed_at is None, found.user) == (status, status != "completed", fields.get("user"))
+    assert (shown["frequency_penalty"], found.top_logprobs) == tuple(map(fields.get, FIELDS, (0, 0)))
+    assert found.text.format.type == "text" and not found.background
+    events = server.post(body | {"stream": True}, "/v1/responses").text.splitlines()
+    for line in events:
+        if line.startswith("data: "):
+            TypeAdapter(ResponseStreamEvent).validate_python(json.loads(line.removeprefix("data: ")))
+    assert f"event: response.{status}" in events
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,7 @@ def test_a_rank_that_dies_ends_every_stream_with_an_error_and_exit_code_1(tmp_pa
         (["prompt=hi"], "task=serve answers requests over HTTP"),
         (["task=warmup", "port=1"], "only task=serve is a server"),
         (["files_below=/nowhere"], "files_below=/nowhere is no folder"),
+        (["port=0", "task.ssl_certfile=LICENSE"], "task.ssl_certfile=LICENSE can't be used: "),
     ],
     ids=str,
 )

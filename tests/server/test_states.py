@@ -3,6 +3,7 @@
 import threading
 from pathlib import Path
 
+import httpx
 from conftest import wait_until
 
 from mllama_graph.server.access import AccessLog
@@ -91,6 +92,10 @@ def test_pages_of_other_origins_may_use_the_server_only_if_they_are_named(runnin
         other = server.http.options("/v1/chat/completions", headers=ask | {"origin": "https://other.example"})
         assert allowed.headers["access-control-allow-origin"] == "https://mine.example"
         assert "access-control-allow-origin" not in other.headers
+        # Without the key, and in a way that a page can read.
+        refused = httpx.post(f"{server.url}/v1/chat/completions", headers={"origin": "https://mine.example"})
+        assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, "https://mine.example")
+        assert "x-request-id" in refused.headers["access-control-expose-headers"]
         server.post({"messages": ASK})
         assert "What can you do?" in server.log.getvalue(), "log_prompts=true"
     finally:

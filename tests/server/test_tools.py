@@ -75,6 +75,8 @@ def test_a_response_format_and_structured_outputs_hold_at_any_temperature(temper
             "structured_outputs",
         ),
         ({"structured_outputs": {"json": {"properties": {f"k{n}": {} for n in range(3000)}}}}, "structured_outputs"),
+        # Found out when the answer has begun.
+        ({"structured_outputs": {"regex": "(a|aa)+" * 500}}, "structured_outputs"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": "always"}, "tool_choice"),
