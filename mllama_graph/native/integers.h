@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "codes.h"
+#include "exact.h"
 #include "outputs.h"
 #include "panels.h"
 #include "tensors.h"
@@ -88,6 +89,9 @@ inline Integers add_narrow(Integers sum, Integers narrow) {
   return sum + (narrow << 16 >> 16) + (narrow >> 16);
 #endif
 }
+
+// From so many rows of int8 activations on, AVX2 multiplies them in fp32 (exact.h).
+constexpr int64_t kManyRows = 32;
 
 // A weight in panels of words, its scales and shifts in panels of their own, and how its inputs are grouped.
 struct WholeWeight {
@@ -306,6 +310,11 @@ Tensor linear_integers(Tensor given, Tensor weight, Tensor scale, std::optional<
   });
   const WholeWeight w{static_cast<const uint32_t*>(weight.const_data_ptr()), floats(scale),
                       shift ? floats(*shift) : nullptr, inputs, outputs, inputs / groups};
+  if (kPairs && !halves && groups == 1 && inputs <= 1 << 15 && some >= kManyRows) {
+    exact_of(from, some, inputs, scales.data(), zero, w.words, w.scale, w.shift, results(y), outputs);
+    add_bias(results(y), bias, some);
+    return y;
+  }
   // Sums of up to 2^15 products of 9 and 8 bits fit 32 bits.
   const int64_t block = w.group <= 1 << 15 ? w.group : block_of(w.group);
   const auto run = [&]<class C, int P>() {

@@ -1,7 +1,7 @@
 // CPU kernels: all operations of Ops (mllama_graph/model/ops.py) that a step uses.
 //
 // Decode steps are memory-bound: a weight is read from memory once, whatever the number of rows, and a key once for all
-// query heads that share it. Weights and pages stored in fewer bits are widened in registers.
+// query heads that share it. Weights and pages stored in fewer bits are widened in registers or, for many rows, in L1.
 //
 // The order of summation depends neither on the number of rows nor on threads or padding: a row's result is bitwise
 // identical alone, in a batch and in a prompt's chunk.

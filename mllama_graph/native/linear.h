@@ -2,6 +2,10 @@
 
 #pragma once
 
+#include <limits>
+
+#include "blocks.h"
+#include "codes.h"
 #include "panels.h"
 #include "tensors.h"
 #include "vectors.h"
@@ -120,6 +124,32 @@ void add_panel(const float* x, const W* w, int64_t inputs, int64_t width, float*
         y[t * stride + o] = std::fma(x[t * inputs + i], widen(w[place<W>(i, o, inputs, width)]), y[t * stride + o]);
 }
 
+// Elements of 16 bits as words of codes: bf16 in pairs (kPaired).
+template <class W>
+struct Wide : OneCode {
+  using Word = W;
+
+  Vector load(const W* from) const { return ::load(from); }
+  template <int input>
+  float decode_one(W x) const { return widen(x); }
+};
+template <>
+struct Wide<BFloat16> {
+  using Word = uint32_t;
+  static constexpr int kInputs = 2;
+
+  Integers load(const uint32_t* from) const { return load_words(from); }
+  template <int input>
+  Vector decode(Integers x) const {
+    return reinterpret_cast<Vector>(input ? x & static_cast<int32_t>(0xffff0000) : x << 16);
+  }
+  template <int input>
+  float decode_one(uint32_t x) const { return widen(BFloat16{static_cast<uint16_t>(x >> 16 * input)}); }
+};
+
+// From so many rows on, weights of 16 bits are widened in blocks: with few registers, every tile would widen them.
+constexpr int64_t kWidened = kRegisters == 16 ? 24 : std::numeric_limits<int64_t>::max();
+
 // Computes the first `rows` rows of y.
 template <class W>
 void linear_of(const Tensor& x, const Tensor& weight, const Tensor* bias, const Tensor& y, int64_t rows) {
@@ -128,6 +158,16 @@ void linear_of(const Tensor& x, const Tensor& weight, const Tensor* bias, const 
   const auto* b = bias ? static_cast<const W*>(bias->const_data_ptr()) : nullptr;
   const auto* from = static_cast<const float*>(x.const_data_ptr());
   auto* to = static_cast<float*>(y.mutable_data_ptr());
+  if constexpr (sizeof(W) == 2)
+    if (rows >= kWidened && inputs % Wide<W>::kInputs == 0)
+      return multiply_blocks<float>(
+          blocked_rows(rows, inputs, kBlockInputs, [=](int64_t t, float*) { return from + t * inputs; }), Wide<W>{},
+          reinterpret_cast<const typename Wide<W>::Word*>(w), outputs,
+          [=](int64_t at, int64_t width, int64_t top, int64_t count, const float* sums) {
+            for (int64_t t = top; t < top + count; t++, sums += kColumns)
+              for (int64_t o = at; o < at + width; o++)
+                to[t * outputs + o] = b ? sums[o - at] + widen(b[o]) : sums[o - at];
+          });
   const int64_t panels = (outputs + kColumns - 1) / kColumns, blocks = (rows + kTall - 1) / kTall;
   // Many rows take longer than reading their weight.
   const int64_t bytes = kColumns * inputs * sizeof(W) * (1 + rows / 16);

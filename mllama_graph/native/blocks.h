@@ -1,0 +1,185 @@
+// Products of many rows, for machines with few registers: a block of a panel is decoded to fp32 in L1 once for all rows.
+//
+// Rows are copied in the order in which tiles read them, so that a tile's rows share no set of a cache.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "panels.h"
+#include "tensors.h"
+#include "vectors.h"
+
+namespace {
+
+// Inputs of a block, unless a group is longer. Rows of a task, which share its blocks.
+constexpr int64_t kBlockInputs = 128, kBlockSharing = 192;
+// Rows of a tile: their sums with a panel fill most of the registers.
+constexpr int kBlockRows = kRegisters == 32 ? 8 : 4;
+
+// Rows (T, inputs) in blocks of `deep` inputs, of which the last may have fewer: a block's tiles follow each other, and
+// a tile has its rows' first input, then their next one, and so on.
+struct BlockedRows {
+  int64_t rows, inputs, deep;
+  std::vector<float> values;
+
+  int64_t tiles() const { return (rows + kBlockRows - 1) / kBlockRows; }
+  // The first row of a tile, of heights as even as possible.
+  int64_t row(int64_t tile) const { return tile * rows / tiles(); }
+  // A tile's inputs from i on, where a block begins.
+  const float* at(int64_t tile, int64_t i) const {
+    return values.data() + i * rows + row(tile) * std::min(deep, inputs - i);
+  }
+};
+
+// row_of(t, free): row t; `free` is memory for one that is computed.
+template <class F>
+BlockedRows blocked_rows(int64_t rows, int64_t inputs, int64_t deep, const F& row_of) {
+  BlockedRows to{rows, inputs, deep};
+  to.values.resize(rows * inputs);
+  for_rows(to.tiles(), kBlockRows * inputs, [&](int64_t tile) {
+    const int64_t first = to.row(tile), tall = to.row(tile + 1) - first;
+    std::vector<float> free(inputs);
+    for (int64_t r = 0; r < tall; r++) {
+      const float* from = row_of(first + r, free.data());
+      for (int64_t i = 0; i < inputs; i += deep) {
+        const int64_t some = std::min(deep, inputs - i);
+        float* values = to.values.data() + i * rows + first * some + r;
+        for (int64_t j = 0; j < some; j++) values[j * tall] = from[i + j];
+      }
+    }
+  });
+  return to;
+}
+
+// The words of some inputs of a panel as values in fp32, without their scales and factor.
+template <class D>
+void decode_block(const D& decoder, const typename D::Word* words, int64_t width, int64_t inputs, float* to) {
+  const D table = decoder;
+  for (int64_t i = 0; i < inputs; i += D::kInputs, words += width, to += D::kInputs * width) {
+    [&]<size_t... input>(std::index_sequence<input...>) {
+      int64_t o = 0;
+      for (; o + kLanes <= width; o += kLanes) {
+        const auto loaded = table.load(words + o);
+        (store(to + input * width + o, table.template decode<input>(loaded)), ...);
+      }
+      for (; o < width; o++)
+        ((to[input * width + o] = table.template decode_one<input>(words[o])), ...);
+    }(std::make_index_sequence<D::kInputs>{});
+  }
+}
+
+// Memory for a block of `values`, whose vectors lie in one cache line each.
+inline float* aligned_block(std::vector<float>& memory, int64_t values) {
+  memory.resize(values + kLine / sizeof(float));
+  float* block = memory.data();
+  while (reinterpret_cast<uintptr_t>(block) % kLine) block++;
+  return block;
+}
+
+// What tiles prefetch: the words after their block, `pace` bytes for each of their inputs.
+struct Following {
+  const char* from;
+  int64_t pace;
+
+  // bytes: of the words of `inputs` inputs of all tiles.
+  Following(const void* words, int64_t bytes, int64_t inputs)
+      : from(static_cast<const char*>(words)), pace((bytes + inputs - 1) / inputs) {}
+};
+
+// Adds to `sums` (R, kColumns) the products of a tile's R rows with the first V vectors of a block. Sums in fp32 go on
+// from there, input by input; sums in whole numbers, which fp32 holds for one block, are added there.
+template <int R, int V, class S>
+[[gnu::noinline]] void block_tile(const float* a, const float* block, int64_t width, int64_t inputs, S* sums,
+                                  Following next) {
+  constexpr bool whole = std::is_same_v<S, int32_t>;
+  Vector sum[R][V];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) {
+      if constexpr (whole) sum[r][v] = Vector{};
+      else sum[r][v] = load(sums + r * kColumns + v * kLanes);
+    }
+  for (; inputs; inputs--, a += R, block += width, next.from += next.pace) {
+    __builtin_prefetch(next.from, 0, kLocality<R>);
+    Vector column[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) column[v] = load(block + v * kLanes);
+    add_products(sum, a, 1, column);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) {
+      S* to = sums + r * kColumns + v * kLanes;
+      if constexpr (whole) {
+        Integers y;
+        std::memcpy(&y, to, sizeof y);
+        y += __builtin_convertvector(sum[r][v], Integers);
+        std::memcpy(to, &y, sizeof y);
+      } else {
+        store(to, sum[r][v]);
+      }
+    }
+}
+
+// block_tile for a tile of `rows` rows, at most R, and all outputs of the panel.
+template <int R, class S>
+void block_rows(const float* a, const float* block, int64_t width, int64_t inputs, S* sums, int64_t rows,
+                const Following& next) {
+  if (rows < R) {
+    if constexpr (R > 1) block_rows<R - 1>(a, block, width, inputs, sums, rows, next);
+    return;
+  }
+  static_assert(kPanel == 3);
+  switch (width / kLanes) {
+    case 3: block_tile<R, 3>(a, block, width, inputs, sums, next); break;
+    case 2: block_tile<R, 2>(a, block, width, inputs, sums, next); break;
+    case 1: block_tile<R, 1>(a, block, width, inputs, sums, next); break;
+  }
+  for (int64_t r = 0; r < R; r++)
+    for (int64_t o = width / kLanes * kLanes; o < width; o++) {
+      float sum = std::is_same_v<S, int32_t> ? 0.0f : static_cast<float>(sums[r * kColumns + o]);
+      for (int64_t i = 0; i < inputs; i++) sum = std::fma(a[i * R + r], block[i * width + o], sum);
+      if constexpr (std::is_same_v<S, int32_t>) sums[r * kColumns + o] += static_cast<int32_t>(sum);
+      else sums[r * kColumns + o] = sum;
+    }
+}
+
+// The products of rows with a weight in panels of words, whose blocks are decoded once for up to kBlockSharing rows.
+// finish(first output, width of its panel, first row, number of rows, their sums of type S (rows, kColumns)).
+template <class S, class D, class F>
+void multiply_blocks(const BlockedRows& x, const D& decoder, const typename D::Word* words, int64_t outputs,
+                     const F& finish) {
+  const int64_t panels = (outputs + kColumns - 1) / kColumns, parts = (x.rows + kBlockSharing - 1) / kBlockSharing;
+  const int64_t bytes = kColumns * x.inputs / D::kInputs * sizeof(typename D::Word) * (1 + x.rows / 16);
+  parallel_for(parts * panels, kGrainBytes / std::max<int64_t>(1, bytes) + 1, [&](int64_t from, int64_t to) {
+    std::vector<float> memory;
+    std::vector<S> sums;
+    float* block = aligned_block(memory, x.deep * kColumns);
+    for (; from < to; from++) {
+      const int64_t first = from / panels * x.tiles() / parts, last = (from / panels + 1) * x.tiles() / parts;
+      const int64_t at = from % panels * kColumns, width = std::min(kColumns, outputs - at), top = x.row(first);
+      const int64_t rows = x.row(last) - top;
+      sums.assign(rows * kColumns, S{});
+      for (int64_t i = 0; i < x.inputs; i += x.deep) {
+        const int64_t some = std::min(x.deep, x.inputs - i);
+        const auto* part = words + (at * x.inputs + i * width) / D::kInputs;
+        decode_block(decoder, part, width, some, block);
+        Following next(part + some * width / D::kInputs, width * sizeof(*part), D::kInputs * (last - first));
+        for (int64_t tile = first; tile < last; tile++, next.from += some * next.pace)
+          block_rows<kBlockRows>(x.at(tile, i), block, width, some, &sums[(x.row(tile) - top) * kColumns],
+                                 x.row(tile + 1) - x.row(tile), next);
+      }
+      finish(at, width, top, rows, sums.data());
+    }
+  });
+}
+
+}  // namespace
