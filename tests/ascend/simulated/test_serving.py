@@ -165,7 +165,7 @@ def test_captured_graphs_are_lowered_up_to_the_capture_and_write_pages_in_place(
     loaded = LoadedNpuGraphs(
         captured, rank.weights, (rank.pages, rank.image_pages), ops_of(captured), rank.graphs.store, print
     )
-    for bucket in (executor.plan.decode(8, 4, 1), executor.plan.prefill(32, 0, 1)):
+    for bucket in (executor.plan.decode(8, 4, 1), executor.plan.prefill(32, 0, 1), executor.plan.mixed(32, 4, 1, 1)):
         codes.clear()
         with pytest.raises(RuntimeError, match="CAPTURE"):
             loaded.load(bucket)
@@ -176,7 +176,8 @@ def test_captured_graphs_are_lowered_up_to_the_capture_and_write_pages_in_place(
         assert not re.search(r"torch\.ops\.npu\.\w+_functional", code)
         assert "aten.copy_" not in code
         assert 'compile_configs["clone_input"] = "0"' in code
-        assert code.count("npu_fused_infer_attention_score.out(") == rank.shape.text.layers
+        attentions = rank.shape.text.layers * (2 if bucket.prompts else 1)
+        assert code.count("npu_fused_infer_attention_score.out(") == attentions
 
 
 def test_each_mode_gets_only_its_own_options():
