@@ -12,6 +12,8 @@ from mllama_graph.inputs.request import Sampling
 
 # The id of a token that could not be sampled, since a logit of its row is NaN or infinite.
 NOT_FINITE = -1
+# The id of a token that the step before samples, where the host has not read it. Ranks take it from that step's output.
+PENDING = -2
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class Row:
     In a decode step, ids after the first are proposals: a token is sampled after each id, and those after a proposal
     count only if it is what was sampled before it (`agreeing`). `mask` is then for the token after the first id, and
     `later_masks` for those after proposals, where the request has masks. A row with a given id has no proposals.
+
+    The only id of a row that decodes is PENDING where the step was decided before the last one's ids were read.
     """
 
     sequence: int
@@ -117,6 +121,11 @@ class DecodeStep:
 
 
 Step = VisionStep | PrefillStep | DecodeStep
+
+
+def sampled(step: Step) -> int:
+    """The number of a step's first rows that get a token."""
+    return step.sampled if isinstance(step, PrefillStep) else len(step.rows)
 
 
 def agreeing(row: Row, sampled: Sequence[int]) -> int:

@@ -123,6 +123,7 @@ class ResolvedRun(ResolvedTask):
     threads: int | None
     deterministic: bool
     prefix_cache: bool
+    overlap: bool
     speculate: str
     # The run of speculate=draft's own model, on rank 0.
     draft: "ResolvedRun | None"
@@ -208,13 +209,14 @@ def resolve(run: Run, place: Place | None) -> ResolvedTask:
         memory_gib=run.memory_gib,
         compile_mode=_compile_mode(run),
         reuse=1.0 if run.deterministic else run.plan.reuse,
-        candidates=device.candidates if run.plan.candidates is None else run.plan.candidates,
+        candidates=(candidates := device.candidates if run.plan.candidates is None else run.plan.candidates),
         tp=run.tp,
         segment=f"mllama_graph-{os.getpid()}-{secrets.token_hex(4)}",
         threads=run.threads,
         deterministic=run.deterministic,
         # Where lengths are not free, the split of a prompt changes the order of sums.
         prefix_cache=run.prefix_cache and not (run.deterministic and not plan.lengths_are_free),
+        overlap=device.overlap(run.overlap, candidates, run.speculate),
         speculate=run.speculate,
         draft=draft_of(run, shape, resolve) if run.draft and needs == TaskOptions.RANKS else None,
         timeout=run.timeout,
