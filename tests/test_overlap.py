@@ -1,6 +1,6 @@
 """Steps that are launched before the ids of the step before are read give the results of steps in turns.
 
-test_scheduler.py, test_finite.py and test_ranks.py overlap steps, too; tests/ascend those of a simulated NPU.
+test_scheduler.py, test_finite.py and test_ranks.py overlap steps, too; tests/ascend overlaps those of a simulated NPU.
 """
 
 from functools import cache

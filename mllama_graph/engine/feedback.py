@@ -29,6 +29,11 @@ class Feedback:
         self._held = range(*spec.shard.bounds(spec.shape.embeddings))
         self._last_O: Tensor | None = None
 
+    @property
+    def given(self) -> bool:
+        """Whether ids were ever noted."""
+        return self._last_O is not None
+
     def take(self, found_WBF: Tensor) -> None:
         """Note the ids of a step's rows, as its graph's candidates give them."""
         self._last_O = self._computed(lambda found_WBF: largest(found_WBF, self._size, self._vocab), found_WBF)

@@ -181,7 +181,7 @@ class Rank:
             self._call(graph, bucket, batch.tile_input(step, self.shape, self.plan), start)
             return Launched((), [], [], [])
         rows = step.rows[: sampled(step)]
-        pending = any(row.ids[0] == PENDING for row in rows)
+        pending = self.feedback.given and any(row.ids[0] == PENDING for row in rows)
         given = batch.text_input(step, self.sequences, bucket, self.plan)
         output = self._call(graph, bucket, given, start, self.feedback.fill if pending else None)
         logits, found = output if isinstance(output, tuple) else (output, None)
@@ -196,10 +196,9 @@ class Rank:
         on_host, filled = isinstance(graph, (CapturedStep, NpuGraph)), {}
         if not on_host:
             given = sent(given, self.spec.torch_device)
-        if fill and on_host:
-            filled = {"fill": fill}
+            given = fill(given) if fill else given
         elif fill:
-            given = fill(given)
+            filled = {"fill": fill}
         inputs = arguments(bucket, given, *self._pages())
         self.on_graph()
         begin = time.perf_counter()

@@ -159,7 +159,8 @@ class Scheduler:
             # Finite logits mean finite K/V: a token attends to all before it.
             if keeps and own[-1] != NOT_FINITE:
                 self.holdings.keep(sequence)
-        self._leaving = [sequence for sequence in self._leaving if not self._let_go(sequence)]
+        if self._leaving:
+            self._leaving = [sequence for sequence in self._leaving if not self._let_go(sequence)]
         return moved
 
     def finish(self, sequence: Sequence) -> None:
@@ -263,17 +264,15 @@ class Scheduler:
 
         One that has all its tokens as soon as a step is committed does not go on.
         """
-
-        def going_on() -> list[Sequence]:
-            return [s for s in self.running if s.decoding and not (self._assumed and s.complete)]
-
-        for sequence in going_on():
-            while sequence in self.running and self.holdings.missing(sequence) > 0:
+        decoding = [s for s in self.running if s.decoding and not (self._assumed and s.complete)]
+        before = self.preemptions
+        for sequence in decoding:
+            while self.holdings.missing(sequence) > 0 and sequence in self.running:
                 try:
                     sequence.pages += self.pool.allocate(1)
                 except OutOfPages:
                     self.preempt(max(self.running, key=lambda one: (-one.priority, one.id)))
-        return going_on()
+        return decoding if self.preemptions == before else [s for s in decoding if s in self.running]
 
     def _decode(self, sequences: list[Sequence], propose: Propose) -> Step | None:
         """A decode step."""
