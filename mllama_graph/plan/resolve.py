@@ -207,7 +207,8 @@ def resolve(run: Run, place: Place | None) -> ResolvedTask:
         forms=forms_of(run.backend.torchair, device, shape, storage, run.tp, run.hardware, plan),
         memory=needed,
         memory_gib=run.memory_gib,
-        compile_mode=_compile_mode(run),
+        # A deterministic run waits for graphs that are missing, so that no step ever runs uncompiled.
+        compile_mode="wait" if run.deterministic and run.plan.compile == "background" else run.plan.compile,
         reuse=1.0 if run.deterministic else run.plan.reuse,
         candidates=(candidates := device.candidates if run.plan.candidates is None else run.plan.candidates),
         tp=run.tp,
@@ -341,8 +342,3 @@ def _collectives(run: Run, device: Device, place: Place | None) -> str:
     if run.collectives != "auto":
         return run.collectives
     return "shared_memory" if shared else "distributed"
-
-
-def _compile_mode(run: Run) -> str:
-    """How a missing graph is handled. A deterministic run waits, so that no step ever runs uncompiled."""
-    return "wait" if run.deterministic and run.plan.compile == "background" else run.plan.compile
