@@ -207,7 +207,7 @@ def model(step, plan, scheduler, sequences, ranks, written, encoded) -> tuple[in
         check_budget(step, plan, scheduler, sequences)
     assert len({row.sequence for row in rows}) == len(rows) <= scheduler.batch
     pool = scheduler.pool
-    live = Counter(page for sequence in scheduler.running for page in sequence.pages)
+    live = Counter(page for sequence in [*scheduler.running, *scheduler._leaving] for page in sequence.pages)
     assert live == pool._users, "pages are counted for others than those that hold them"
     assert not plan.counts_every_reader or live.total() + pool.free == pool.capacity
     assert pool.pool.free + len(live) + len(pool._idle) == pool.capacity, "a page leaked"
@@ -241,7 +241,8 @@ def check_budget(step, plan, scheduler, sequences) -> None:
     """Checks the size of a prefill step, and the order of its rows."""
     # One whose pages were all found again after it was preempted is admitted by this step.
     admitted = {row.sequence for row in step.rows if row.sampling}
-    decoding = {sequence.id for sequence in scheduler.running if sequence.decoding} - admitted
+    going_on = [one for one in scheduler.running if one.decoding and not (scheduler._assumed and one.complete)]
+    decoding = {sequence.id for sequence in going_on} - admitted
     assert {row.sequence for row in step.rows[: step.decoding]} == (decoding if step.decoding else set())
     assert step.decoding == 0 or plan.lengths_are_free or plan.mixed_tokens
     ends = [row.start + len(row.ids) == sequences[row.sequence].length for row in step.rows[step.decoding :]]

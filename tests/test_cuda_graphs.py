@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mllama_graph.graphs.cuda_graphs import WARM_UPS, CapturedStep
+from mllama_graph.model.inputs import with_ids
 
 
 class Given(NamedTuple):
@@ -122,6 +123,16 @@ def test_the_caller_may_change_its_inputs_after_a_call():
     step(inputs, ())
     inputs.ids_T.zero_()
     assert seen[-1].tolist() == [5, 6, 7]
+
+
+def test_ids_of_the_last_step_are_filled_in_after_the_copy():
+    pages = new_pages()
+    step = CapturedStep(run, (given(0), pages), StandIn(), silent)
+    last = torch.tensor([40, 41, 42], dtype=torch.int32)
+    inputs = given(5)._replace(ids_T=torch.tensor([~2, 6, ~0], dtype=torch.int32))
+    filled = step(inputs, pages, fill=lambda given: given._replace(ids_T=with_ids(given.ids_T, last)))
+    assert torch.equal(filled, run(inputs._replace(ids_T=torch.tensor([42, 6, 40])), new_pages()).int())
+    assert torch.equal(step(given(5), pages), run(given(5), new_pages()))
 
 
 def test_pinned_memory_is_not_overwritten_before_the_previous_copy_is_done():

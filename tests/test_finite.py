@@ -48,14 +48,19 @@ def bad_lines(id: int) -> list[dict]:
     ]
 
 
-@pytest.mark.parametrize("kernels, value", [("plain", "nan"), ("plain", "-inf"), ("native", "inf")])
+OVERLAPPED = {"overlap": True, "candidates": 8}
+
+
+@pytest.mark.parametrize(
+    "kernels, value, how", [("plain", "nan", {}), ("plain", "-inf", OVERLAPPED), ("native", "inf", {})]
+)
 def test_a_request_without_finite_logits_fails_and_leaves_its_neighbours_alone(
-    kernels, value, checkpoint, sound, tmp_path
+    kernels, value, how, checkpoint, sound, tmp_path
 ):
     lines, expected, bad = sound
     folder = with_row(checkpoint("base"), tmp_path / "checkpoint", bad, VALUES[value])
     # So few pages that those of a failed request are used again at once.
-    engine = start(folder, kernels=kernels, batch=4, page_size=16, num_pages=40)
+    engine = start(folder, kernels=kernels, batch=4, page_size=16, num_pages=40, **how)
     failing = bad_lines(bad)
     mixed = [line for pair in zip(failing * 3, lines) for line in pair] + lines[len(failing) * 3 :]
     results = {line["id"]: [] for line in mixed}

@@ -5,6 +5,7 @@ import pickle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from overlapping import serve as overlapped
 from scheduling import (
     IMAGE_TOKEN,
     MAX_IMAGES,
@@ -61,6 +62,28 @@ def test_aborted_requests_leave_no_trace_on_the_others(plan, work, data):
     for id, tokens in served.tokens.items():
         assert tokens == wanted[id][: len(tokens)] if id in abort else tokens == wanted[id]
     assert served.scheduler.pool.free == served.scheduler.pool.capacity and not served.scheduler.images._used
+
+
+@given(plan=plans(), work=workloads(), data=st.data())
+def test_steps_decided_ahead_give_every_request_its_ids_and_leak_nothing(plan, work, data):
+    some = st.frozensets(st.integers(0, len(work) - 1))
+    abort, spoiled = data.draw(some), data.draw(some)
+    stops = {id: data.draw(st.integers(1, 4)) for id in data.draw(some)}
+    late, always = data.draw(st.integers(0, len(work))), data.draw(st.booleans())
+    prefix_cache = data.draw(st.sampled_from([True, True, False]))
+    random = data.draw(st.randoms(use_true_random=False))
+    served, _ = overlapped(
+        *plan, work, lambda: always or random.random() < 0.5, late, abort, spoiled, stops, prefix_cache
+    )
+    for id, tokens in served.tokens.items():
+        wanted = expected(work)[id]
+        if id in spoiled and len(wanted) > 2:
+            wanted = wanted[:2] + [NOT_FINITE]
+        wanted = wanted[: stops.get(id)]
+        assert tokens == (wanted[: len(tokens)] if id in abort else wanted)
+    scheduler = served.scheduler
+    assert scheduler.pool.free == scheduler.pool.capacity and not scheduler.pool._users and not scheduler._leaving
+    assert not scheduler.images._used
 
 
 @given(length=st.integers(1, 60), data=st.data())

@@ -185,6 +185,7 @@ class Run:
     threads: int | None = None
     deterministic: bool = False
     prefix_cache: bool = True
+    overlap: bool | None = None
     collectives: str = "auto"
     timeout: float = 60.0
     memory_gib: float | None = None

@@ -79,6 +79,8 @@ class Device:
     refused_dtypes: tuple[str, ...] = ()
     # plan.candidates: on a CPU nothing is gained, since logits are on the host already.
     candidates: int = 0
+    # overlap: whether the device computes a step while the host prepares the next.
+    overlaps: bool = False
     paging: Paging = Paging()
     # What one more token row adds to a decode step, as a share of a step with one row: how many proposals pay. Assumed,
     # except for a CPU (docs/speculation.md).
@@ -93,6 +95,23 @@ class Device:
         kept = self.stores.get(stored, stored) if dtype == "auto" else dtype
         compute = self.computes or kept if dtype == "auto" else dtype
         return Precision(kept, compute, compute if kv == "auto" else kv)
+
+    def overlap(self, given: bool | None, candidates: int, speculate: str) -> bool:
+        """Whether steps are launched before the ids of the step before are read, for overlap=.
+
+        Raises UserError where that is asked for and can't be.
+        """
+        if given and not candidates:
+            raise UserError(
+                f"overlap=true plan.candidates={candidates}: graphs must find the largest logits themselves. Use "
+                "plan.candidates=64, or leave overlap= out."
+            )
+        if given and speculate != "none":
+            raise UserError(
+                f"overlap=true speculate={speculate}: proposals follow the last id, which the host does not know yet. "
+                "Leave overlap= or speculate= out."
+            )
+        return bool(candidates) and speculate == "none" and (self.overlaps if given is None else given)
 
     def visible(self, environment: Mapping[str, str] = os.environ) -> list[str]:
         """The devices that a run may use, in order. Raises UserError if the environment variable is invalid."""
@@ -150,6 +169,7 @@ CUDA = Device(
     files="nvidia",
     ray_resource="GPU",
     candidates=CANDIDATES,
+    overlaps=True,
     paging=Paging(mixed_tokens=MIXED_TOKENS),
 )
 # NPU attention takes only 16-bit types. Page limits: docs of npu_fused_infer_attention_score, for several query rows.
@@ -173,6 +193,7 @@ NPU = Device(
     stores={"fp32": "bf16"},
     refused_dtypes=("fp32",),
     candidates=CANDIDATES,
+    overlaps=True,
     paging=_NPU_PAGING,
     quantised=_NPU_QUANTISED,
 )
@@ -186,6 +207,7 @@ NPU_SIM = Device(
     compiles_on_rank=True,
     stores={"fp32": "bf16"},
     candidates=CANDIDATES,
+    overlaps=True,
     paging=_NPU_PAGING,
     quantised=_NPU_QUANTISED,
 )

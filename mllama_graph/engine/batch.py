@@ -1,4 +1,7 @@
-"""Builds a bucket's static-shaped inputs from a step: padding, slots, tables. Image tiles are uint8, the rest int32."""
+"""Builds a bucket's static-shaped inputs from a step, on the host: padding, slots, tables.
+
+Image tiles are uint8, the rest int32.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from mllama_graph.engine.edits import Edit
-from mllama_graph.engine.steps import DecodeStep, History, ImageTable, PrefillStep, Row, Step, VisionStep
+from mllama_graph.engine.steps import PENDING, DecodeStep, History, ImageTable, PrefillStep, Row, Step, VisionStep
 from mllama_graph.inputs.request import Sampling
 from mllama_graph.model.inputs import ImageInput, MixedInput, PromptInput, TileInput, TokenInput, mixed_input
 from mllama_graph.model.shape import ModelShape
@@ -47,7 +50,8 @@ class Known:
     """A rank's state of a sequence: its sampling options, its block table and its image table.
 
     finite: the number of its first tokens whose K/V are known to be finite, since logits after them were. history: of
-    a request that has one; its ids are in `ids`, which grows. skipped: see Sequence.
+    a request that has one; its ids are in `ids`, which grows. skipped: see Sequence. place: where the last step's output
+    has its token.
     """
 
     sampling: Sampling
@@ -58,6 +62,7 @@ class Known:
     history: History | None = None
     ids: Ints = field(default_factory=lambda: np.empty(0, np.int32))
     skipped: int = 0
+    place: int = 0
 
     def learn(self, row: Row) -> None:
         """Note the ids of a row, in the place of those that were there before."""
@@ -116,8 +121,8 @@ def _entries(table: ImageTable) -> tuple[Ints, Ints]:
     return np.asarray(table.pages, np.int32), np.asarray(table.fill, np.int32)
 
 
-def _int32(values: Sequence[int] | Ints, device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(np.asarray(values, dtype=np.int32)).to(device)
+def _int32(values: Sequence[int] | Ints) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(values, dtype=np.int32))
 
 
 def _table(lists: Sequence[Ints], rows: int, width: int) -> Ints:
@@ -140,20 +145,20 @@ def _block_table(lists: Sequence[Ints], rows: int, width: int) -> Ints:
 
 
 def _image(
-    known: Sequence[Known],
-    see: Sequence[tuple[int, int]],
-    sequences: int,
-    tokens: int,
-    bucket: Bucket,
-    device: torch.device,
+    known: Sequence[Known], see: Sequence[tuple[int, int]], sequences: int, tokens: int, bucket: Bucket
 ) -> ImageInput | None:
     if bucket.image_pages == 0:
         return None
     return ImageInput(
-        table_BJ=_int32(_block_table([one.image_pages for one in known], sequences, bucket.image_pages), device),
-        fill_BJ=_int32(_table([one.image_fill for one in known], sequences, bucket.image_pages), device),
-        see_T2=_int32(_table([np.asarray(span, np.int32) for span in see], tokens, 2), device),
+        table_BJ=_int32(_block_table([one.image_pages for one in known], sequences, bucket.image_pages)),
+        fill_BJ=_int32(_table([one.image_fill for one in known], sequences, bucket.image_pages)),
+        see_T2=_int32(_table([np.asarray(span, np.int32) for span in see], tokens, 2)),
     )
+
+
+def _ids(row: Row, known: Known) -> Sequence[int]:
+    """A row's ids. A pending one is ~n, where place n of the last step's output has it (model/inputs.py, with_ids)."""
+    return row.ids if row.ids[0] != PENDING else (~known.place,)
 
 
 def _see(row: Row) -> Sequence[tuple[int, int]]:
@@ -162,21 +167,19 @@ def _see(row: Row) -> Sequence[tuple[int, int]]:
 
 
 def text_input(
-    step: PrefillStep | DecodeStep, sequences: Sequences, bucket: Bucket, plan: Plan, device: torch.device
+    step: PrefillStep | DecodeStep, sequences: Sequences, bucket: Bucket, plan: Plan
 ) -> PromptInput | TokenInput | MixedInput:
     """The inputs of a step without pixels, padded to the bucket."""
     if isinstance(step, DecodeStep):
-        return token_input(step.rows, sequences, bucket, plan, device)
+        return token_input(step.rows, sequences, bucket, plan)
     if bucket.prompts is None:
-        return prompt_input(step, sequences, bucket, plan, device)
-    tokens = token_input(step.rows[: step.decoding], sequences, bucket.decoding, plan, device)
+        return prompt_input(step, sequences, bucket, plan)
+    tokens = token_input(step.rows[: step.decoding], sequences, bucket.decoding, plan)
     prompts = PrefillStep(step.rows[step.decoding :], step.sampled - step.decoding)
-    return mixed_input(tokens, prompt_input(prompts, sequences, bucket.prompts, plan, device, bucket.rows))
+    return mixed_input(tokens, prompt_input(prompts, sequences, bucket.prompts, plan, bucket.rows))
 
 
-def prompt_input(
-    step: PrefillStep, sequences: Sequences, bucket: Bucket, plan: Plan, device: torch.device, scratch: int = 0
-) -> PromptInput:
+def prompt_input(step: PrefillStep, sequences: Sequences, bucket: Bucket, plan: Plan, scratch: int = 0) -> PromptInput:
     """The inputs of a prefill step, padded to the bucket. Padded rows write to scratch slots, from `scratch` on.
 
     Each id of a decoding row counts as a sequence with the same block table.
@@ -195,17 +198,17 @@ def prompt_input(
     wanted = _outputs(step, bucket)
     outputs = bucket.outputs or bucket.rows
     return PromptInput(
-        ids_T=_int32([id for row in rows for id in row.ids] + [0] * padding, device),
-        position_T=_int32([row.start + n for row in rows for n in range(len(row.ids))] + [0] * padding, device),
-        slot_T=_int32(row_slots + list(range(scratch, scratch + padding)), device),
-        last_B=_int32(wanted + [0] * (outputs - len(wanted)), device),
-        real_1=_int32([sum(counts)], device),
-        outputs_1=_int32([len(wanted)], device),
-        decoding_1=_int32([decoded], device),
-        rows_B=_int32(counts + [0] * absent, device),
-        past_B=_int32([row.start + first for row, first, _ in entries] + [0] * absent, device),
-        table_BJ=_int32(_block_table(tables, bucket.rows, bucket.pages), device) if bucket.pages else None,
-        image=_image(known, [span for row in rows for span in _see(row)], bucket.rows, bucket.tokens, bucket, device),
+        ids_T=_int32([id for row in rows for id in _ids(row, sequences[row])] + [0] * padding),
+        position_T=_int32([row.start + n for row in rows for n in range(len(row.ids))] + [0] * padding),
+        slot_T=_int32(row_slots + list(range(scratch, scratch + padding))),
+        last_B=_int32(wanted + [0] * (outputs - len(wanted))),
+        real_1=_int32([sum(counts)]),
+        outputs_1=_int32([len(wanted)]),
+        decoding_1=_int32([decoded]),
+        rows_B=_int32(counts + [0] * absent),
+        past_B=_int32([row.start + first for row, first, _ in entries] + [0] * absent),
+        table_BJ=_int32(_block_table(tables, bucket.rows, bucket.pages)) if bucket.pages else None,
+        image=_image(known, [span for row in rows for span in _see(row)], bucket.rows, bucket.tokens, bucket),
     )
 
 
@@ -232,9 +235,7 @@ def places(step: PrefillStep | DecodeStep, bucket: Bucket) -> list[int]:
     return [n * bucket.each + i for n, row in enumerate(step.rows) for i in range(len(row.ids))]
 
 
-def token_input(
-    rows: Sequence[Row], sequences: Sequences, bucket: Bucket, plan: Plan, device: torch.device
-) -> TokenInput:
+def token_input(rows: Sequence[Row], sequences: Sequences, bucket: Bucket, plan: Plan) -> TokenInput:
     """The inputs of a decode step, padded to the bucket. A padded row is a one-token sequence with a scratch slot.
 
     In a graph of one token of each sequence, each proposal counts as a sequence with the same block table. In another
@@ -252,7 +253,7 @@ def token_input(
     row_slots: list[int] = []
     see: list[tuple[int, int]] = []
     for (row, first, last), one in zip(entries, known):
-        ids += [*row.ids[first:last]] + [0] * (each - last + first)
+        ids += [*_ids(row, one)[first:last]] + [0] * (each - last + first)
         positions += range(row.start + first, row.start + first + each)
         for position in range(row.start + first, row.start + last):
             row_slots.append(int(one.pages[position // size]) * size + position % size)
@@ -262,17 +263,17 @@ def token_input(
     padding = absent * each
     tables = [one.pages[: row.used_pages] for (row, _, _), one in zip(entries, known)]
     return TokenInput(
-        ids_T=_int32(ids + [0] * padding, device),
-        position_T=_int32(positions + [0] * padding, device),
-        slot_T=_int32(row_slots + [next(scratch) for _ in range(padding)], device),
-        real_1=_int32([len(ids)], device),
-        table_BJ=_int32(_block_table(tables, bucket.rows, bucket.pages), device),
-        len_B=_int32([row.start + first + each for row, first, _ in entries] + [each] * absent, device),
-        image=_image(known, see, bucket.rows, bucket.tokens, bucket, device),
+        ids_T=_int32(ids + [0] * padding),
+        position_T=_int32(positions + [0] * padding),
+        slot_T=_int32(row_slots + [next(scratch) for _ in range(padding)]),
+        real_1=_int32([len(ids)]),
+        table_BJ=_int32(_block_table(tables, bucket.rows, bucket.pages)),
+        len_B=_int32([row.start + first + each for row, first, _ in entries] + [each] * absent),
+        image=_image(known, see, bucket.rows, bucket.tokens, bucket),
     )
 
 
-def tile_input(step: VisionStep, shape: ModelShape, plan: Plan, device: torch.device) -> TileInput:
+def tile_input(step: VisionStep, shape: ModelShape, plan: Plan) -> TileInput:
     """The inputs of a vision step: an image's real tiles, padded to the model's where a graph takes any number."""
     vision, image = shape.vision, step.image
     count = image.count if plan.tiles else vision.max_tiles
@@ -280,8 +281,8 @@ def tile_input(step: VisionStep, shape: ModelShape, plan: Plan, device: torch.de
     tiles[: image.count] = image.data
     tokens = vision.max_tiles * vision.tokens
     return TileInput(
-        tiles_C3hw=torch.from_numpy(tiles).to(device),
-        aspect_1=_int32([image.aspect], device),
-        real_1=None if plan.tiles else _int32([image.count], device),
-        slot_S=_int32(slots(step.pages, 0, tokens, plan.page_size), device),
+        tiles_C3hw=torch.from_numpy(tiles),
+        aspect_1=_int32([image.aspect]),
+        real_1=None if plan.tiles else _int32([image.count]),
+        slot_S=_int32(slots(step.pages, 0, tokens, plan.page_size)),
     )

@@ -262,9 +262,9 @@ class NpuBackend(Backend):
     def clear(self, pages: Pages, numbers: Sequence[int]) -> None:
         # Copies from the host, since kernels outside of a graph would be launched one by one.
         for data in (data for layer in pages for data in layer):
-            zeros = torch.zeros_like(data[0], device="cpu")
+            zeros = torch.zeros_like(data[0], device="cpu").pin_memory()
             for number in numbers:
-                data[number].copy_(zeros)
+                data[number].copy_(zeros, non_blocking=True)
 
     def logits(self, logits_BV: Tensor) -> Tensor:
         return logits_BV.cpu()

@@ -11,11 +11,11 @@ from mllama_graph.engine.constrained import Constraint, masked
 from mllama_graph.engine.edits import told
 from mllama_graph.engine.executor import Executor
 from mllama_graph.engine.results import Delta, Result
-from mllama_graph.engine.running import Running, entry
+from mllama_graph.engine.running import Flight, Running, entry
 from mllama_graph.engine.scheduler import Scheduler
 from mllama_graph.engine.sequence import Sequence
 from mllama_graph.engine.speculation import Speculation
-from mllama_graph.engine.stats import Stats, Totals
+from mllama_graph.engine.stats import HostSeconds, Stats, Totals
 from mllama_graph.engine.steps import NOT_FINITE, DecodeStep, History, Step, Token, agreed
 from mllama_graph.inputs.processor import Processor
 from mllama_graph.inputs.request import Request
@@ -41,12 +41,15 @@ class Engine:
         self._running: dict[int, Running] = {}
         self._unread: dict[int, list[Delta]] = {}
         self._next = 0
+        # The step that was launched and not finished, and when the last one ended.
+        self._flight: Flight | None = None
+        self._ended = 0.0
         self._tokens_per_tile = scheduler.plan.tokens_per_tile
 
     @property
     def idle(self) -> bool:
-        """Whether no request is waiting or running."""
-        return self.scheduler.idle
+        """Whether no request is waiting or running, nor a step."""
+        return self.scheduler.idle and self._flight is None
 
     @property
     def load(self) -> int:
@@ -107,13 +110,18 @@ class Engine:
         return [(number, delta) for number in numbers for delta in self._unread.pop(number, [])]
 
     def _step(self) -> list[tuple[int, Delta]]:
-        step = self.scheduler.next()
-        if step is None:
+        if self._flight is None:
+            self._flight = self._begin(self.scheduler.next)
+            if self._flight and self._flight.feeds:
+                self.scheduler.assume()
+        if (flight := self._flight) is None:
             return []
-        start = time.perf_counter()
-        step = told(masked(step, self._constraints), self._history, self._given)
-        tokens = self.executor.execute(step)
-        seconds = time.perf_counter() - start
+        # While the device computes this step, the next one is prepared and launched.
+        self._flight = self._begin(self.scheduler.ahead) if flight.feeds else None
+        tokens = self.executor.finish(flight.launched) if flight.launched else flight.tokens
+        now = time.perf_counter()
+        # Where steps overlap, the device begins a step when it has finished the one before.
+        step, seconds, self._ended = flight.step, now - max(flight.start, self._ended), now
         if self.scheduler.pace:
             self.scheduler.pace.took(step, seconds)
         if self.speculation:
@@ -134,7 +142,26 @@ class Engine:
                 if delta := self._advance(sequence, token):
                     deltas.append((sequence.id, delta))
             before = sequence
+        if self._flight:
+            self.scheduler.assume()
+        self.executor.rank.host.text += time.perf_counter() - now
         return deltas
+
+    def _begin(self, decide: Callable[[], Step | None]) -> Flight | None:
+        """Decide a step and launch it; its tokens are taken at once where it is the only one and feeds none."""
+        begin = time.perf_counter()
+        step = decide()
+        if step is None:
+            return None
+        start = time.perf_counter()
+        step = told(masked(step, self._constraints), self._history, self._given)
+        # A profile tells the operations of steps apart by time.
+        overlap = self.executor.run.overlap and not self.executor.rank.profiler
+        feeds = overlap and all(self._running[row.sequence].feeds for row, n in zip(step.rows, step.outputs) if n)
+        self.executor.rank.host.schedule += time.perf_counter() - begin
+        if feeds or self._flight:
+            return Flight(step, start, feeds, launched=self.executor.launch(step, feeds))
+        return Flight(step, start, feeds, tokens=self.executor.execute(step))
 
     def _propose(self, sequences: list[Sequence]) -> Mapping[int, tuple[int, ...]]:
         """Ids that may follow those of running sequences."""
@@ -195,12 +222,14 @@ class Engine:
     def reset_stats(self) -> None:
         """Forget the steps so far, such as those of a warm-up."""
         self.stats, self.scheduler.preemptions = Stats(), 0
+        self.executor.rank.host = HostSeconds()
 
     def metrics(self, finished: Totals) -> dict[str, Any]:
         """The run's metrics for result.json."""
         run = self.executor.run
         stored = {"quant": described(run.storage.formats), "kv": run.precision.kv}
-        return self.stats.metrics(finished, self.scheduler.preemptions) | stored
+        host = {"host_us_per_step": self.executor.rank.host.per_step(self.stats.steps)}
+        return self.stats.metrics(finished, self.scheduler.preemptions) | host | stored
 
     def graph_records(self) -> list[dict[str, Any]]:
         """The record of each graph, for result.json."""
@@ -264,7 +293,9 @@ class Engine:
 
     def _take_scores(self, number: int, tokens: list[Token]) -> list[Delta]:
         """Keep log-probabilities of a prompt's tokens. Returns the error of a request whose logits are not finite."""
-        state = self._running[number]
+        state = self._running.get(number)
+        if state is None:
+            return []
         state.prompt_logprobs += map(entry, tokens)
         if all(token.id != NOT_FINITE for token in tokens):
             return []
@@ -305,7 +336,8 @@ class Engine:
         """Image tokens that the rows of a decode step attend to, summed over rows."""
         if not isinstance(step, DecodeStep):
             return 0
-        return sum(self._seen_tokens(self._running[row.sequence].sequence) for row in step.rows)
+        states = (self._running.get(row.sequence) for row in step.rows)
+        return sum(self._seen_tokens(state.sequence) for state in states if state)
 
     def _seen_tokens(self, sequence: Sequence) -> int:
         first, last = sequence.visible(sequence.length)

@@ -1,6 +1,7 @@
 """Runs all ranks in lock-step: the driver, rank 0, decides each step and sends it to the worker ranks."""
 
 import os
+from collections import deque
 from collections.abc import Callable, Sequence
 
 from mllama_graph.core.errors import PeerGone
@@ -9,8 +10,23 @@ from mllama_graph.core.report import Progress
 from mllama_graph.engine import batch
 from mllama_graph.engine.device import backend_of
 from mllama_graph.engine.hosts import differing_weights, digests
-from mllama_graph.engine.messages import Build, Compile, Driver, End, Execute, Load, Profile, Start, Workers, meet
-from mllama_graph.engine.rank import Rank
+from mllama_graph.engine.messages import (
+    AT_ONCE,
+    LAUNCHED,
+    LAUNCHED_FEEDING,
+    Build,
+    Compile,
+    Driver,
+    End,
+    Execute,
+    Finish,
+    Load,
+    Profile,
+    Start,
+    Workers,
+    meet,
+)
+from mllama_graph.engine.rank import Launched, Rank
 from mllama_graph.engine.steps import Step, Token
 from mllama_graph.graphs.dispatch import Graphs
 from mllama_graph.graphs.store import GraphStore
@@ -76,9 +92,32 @@ class Executor:
         try:
             return self.rank.execute(step, bucket, compiled)
         except PeerGone as error:
-            if (lost := self._workers.wait_for_lost()) is None:
-                raise
-            raise PeerGone(self._workers.gone(lost)) from error
+            raise self._named(error) from error
+
+    def launch(self, step: Step, feeds: bool) -> Launched:
+        """Begin a step on all ranks, whose tokens `finish` takes. One more may be launched before, but not finished.
+
+        feeds: the step after it takes its ids on the device, which are those of greedy rows.
+        """
+        bucket, compiled = self.graphs.select(batch.needs(self.plan, step))
+        self._workers.send(Execute(step, bucket, compiled, LAUNCHED_FEEDING if feeds else LAUNCHED))
+        try:
+            return self.rank.launch(step, bucket, compiled, feeds)
+        except PeerGone as error:
+            raise self._named(error) from error
+
+    def finish(self, launched: Launched) -> list[Token]:
+        """The tokens of the first step that was launched and not finished, as `execute` returns them."""
+        self._workers.send(Finish())
+        try:
+            return self.rank.finish(launched)
+        except PeerGone as error:
+            raise self._named(error) from error
+
+    def _named(self, error: PeerGone) -> PeerGone:
+        """The error of a failed exchange, with the worker that has ended if one has."""
+        lost = self._workers.wait_for_lost()
+        return error if lost is None else PeerGone(self._workers.gone(lost))
 
     def profile(self, begin: bool) -> None:
         """Start profiling on every rank, or stop it and write the profiles."""
@@ -130,6 +169,7 @@ def work(place: Place, rendezvous: Rendezvous, begun: Callable[[ResolvedRun], No
     begun(start.run)
     rank = Rank(start.run, start.pixels, place, store, GraphStore(start.run.store_folder), Progress())
     driver.confirm()
+    opened: deque[Launched] = deque()
     while True:
         order, closed = driver.next(start.run.timeout)
         if closed and not place.one_host:
@@ -145,5 +185,9 @@ def work(place: Place, rendezvous: Rendezvous, begun: Callable[[ResolvedRun], No
         elif isinstance(order, Profile):
             rank.profile(order.begin)
             driver.confirm()
-        elif isinstance(order, Execute):
+        elif isinstance(order, Execute) and order.how == AT_ONCE:
             rank.execute(order.step, order.bucket, order.compiled)
+        elif isinstance(order, Execute):
+            opened.append(rank.launch(order.step, order.bucket, order.compiled, order.how == LAUNCHED_FEEDING))
+        elif isinstance(order, Finish):
+            rank.finish(opened.popleft())

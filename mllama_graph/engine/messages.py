@@ -80,11 +80,21 @@ class Load:
 
 @dataclass(frozen=True)
 class Execute:
-    """Run a step in a bucket, with the compiled graph or uncompiled."""
+    """Run a step in a bucket, with the compiled graph or uncompiled. how: see AT_ONCE."""
 
     step: Step
     bucket: Bucket
     compiled: bool
+    how: int = 0
+
+
+# A step's tokens are taken at once; or at Finish, and the step after it may take their ids on the device.
+AT_ONCE, LAUNCHED, LAUNCHED_FEEDING = range(3)
+
+
+@dataclass(frozen=True)
+class Finish:
+    """Take the tokens of the first step that was launched."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +107,7 @@ class Profile:
 # What a worker says that the driver has left before the run began.
 NOT_STARTED = "rank 0 has ended before the run began; its own output says why"
 # None is a keep-alive: it only shows that the driver is alive. A text is why the run is refused.
-Order = Start | Build | Compile | Load | Execute | Profile | End | str | None
+Order = Start | Build | Compile | Load | Execute | Finish | Profile | End | str | None
 
 
 def said_when_late(line: Callable[[], str]) -> AbstractContextManager[None]:

@@ -4,10 +4,12 @@ import contextlib
 import ctypes
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.profiler import record_function
 
 from mllama_graph.core.errors import PeerGone
@@ -15,9 +17,11 @@ from mllama_graph.core.place import Place
 from mllama_graph.core.report import Progress
 from mllama_graph.engine import batch
 from mllama_graph.engine.device import backend_of
+from mllama_graph.engine.feedback import Feedback
 from mllama_graph.engine.profiler import Profiler
 from mllama_graph.engine.sampler import Sampler
-from mllama_graph.engine.steps import NOT_FINITE, Row, Step, Token, VisionStep
+from mllama_graph.engine.stats import HostSeconds
+from mllama_graph.engine.steps import NOT_FINITE, PENDING, Row, Step, Token, VisionStep
 from mllama_graph.graphs.aot import Graph
 from mllama_graph.graphs.cuda_graphs import CapturedStep
 from mllama_graph.graphs.step import Output, arguments
@@ -27,8 +31,26 @@ from mllama_graph.measure.trace import GRAPH, SAMPLE
 from mllama_graph.model.inputs import Pages
 from mllama_graph.model.tree import Pixels, Weights, build
 from mllama_graph.model.weights import from_checkpoint, published, quantising, random_fill
+from mllama_graph.ops.transfers import fetched, sent
 from mllama_graph.plan.bucket import Bucket
 from mllama_graph.plan.resolve import ResolvedRun
+
+
+@dataclass(slots=True)
+class Launched:
+    """A step that the device computes, with what is needed to take its tokens.
+
+    known: the state of each row's sequence, which may end before. places: where the output has the logits of each row.
+    found: the candidates, if the graph gives some. fetched: gives them on the host.
+    """
+
+    rows: list[Row]
+    known: list[batch.Known]
+    counts: list[int]
+    places: list[int]
+    logits: Tensor | None = None
+    found: Tensor | None = None
+    fetched: Callable[[], Tensor] | None = None
 
 
 class Rank:
@@ -63,8 +85,8 @@ class Rank:
         )
         self.sampler = Sampler(run.shape.text.vocab, spec.shard, self.backend.gather(self.ops), progress.say)
         self.sequences = batch.Sequences()
-        # Seconds spent on sampling. On an asynchronous device, they include waiting for the graph to finish.
-        self.sample_seconds = 0.0
+        self.feedback = Feedback(spec, run.device.simulated)
+        self.host = HostSeconds()
         self.profiler: Profiler | None = None
         # Called when a step's inputs are ready: from now on the graph runs, and Python is free for other threads.
         self.on_graph: Callable[[], None] = lambda: None
@@ -98,14 +120,42 @@ class Rank:
 
         Raises PeerGone if another rank does not take part.
         """
-        self.sequences.update(step)
         try:
             with self.profiler.step(bucket) if self.profiler else contextlib.nullcontext():
-                return self._execute(step, bucket, self.graphs.graph(bucket, compiled))
+                launched = self._launch(step, bucket, compiled)
+                return self._tokens(launched, None if launched.found is None else launched.found.cpu())
         except RuntimeError as error:
-            if fault := self.collectives.fault(error):
-                raise PeerGone(fault) from error
-            raise
+            raise self._named(error) from error
+
+    @torch.inference_mode()
+    def launch(self, step: Step, bucket: Bucket, compiled: bool, feeds: bool) -> Launched:
+        """Begin a step without waiting for the device. See Executor.launch."""
+        try:
+            launched = self._launch(step, bucket, compiled)
+            if launched.found is None:
+                return launched
+            if feeds:
+                self.feedback.take(launched.found)
+                for known, place in zip(launched.known, launched.places):
+                    known.place = place
+            # Begun now: the next step may overwrite the graph's output.
+            launched.fetched = fetched(launched.found)
+            return launched
+        except RuntimeError as error:
+            raise self._named(error) from error
+
+    @torch.inference_mode()
+    def finish(self, launched: Launched) -> list[Token]:
+        """Wait for a step that was launched, and return its tokens as `execute` does."""
+        try:
+            return self._tokens(launched, launched.fetched and launched.fetched())
+        except RuntimeError as error:
+            raise self._named(error) from error
+
+    def _named(self, error: RuntimeError) -> Exception:
+        """The error, or that of an exchange with other ranks which has caused it."""
+        fault = self.collectives.fault(error)
+        return PeerGone(fault) if fault else error
 
     def profile(self, begin: bool) -> None:
         """Start profiling this rank, or stop and write the profile to rank<k>/ in the run's folder."""
@@ -120,52 +170,75 @@ class Rank:
     def _marked(self, name: str) -> contextlib.AbstractContextManager[object]:
         return record_function(name) if self.profiler else contextlib.nullcontext()
 
-    def _execute(self, step: Step, bucket: Bucket, graph: Graph) -> list[Token]:
-        # An NPU's graph, and a captured step, take inputs on the host: they prepare them, and copy all at once.
-        on_host = isinstance(graph, (CapturedStep, NpuGraph))
-        device = torch.device("cpu") if on_host else self.spec.torch_device
-
-        def call(given: object) -> Output:
-            inputs = arguments(bucket, given, *self._pages())
-            self.on_graph()
-            with self._marked(GRAPH):
-                return graph(*inputs)
-
+    def _launch(self, step: Step, bucket: Bucket, compiled: bool) -> Launched:
+        """Build a step's inputs and call its graph."""
+        start = time.perf_counter()
+        self.sequences.update(step)
+        graph = self.graphs.graph(bucket, compiled)
         if isinstance(step, VisionStep):
             # The image may not fill its last page; the rest could hold non-finite values of an earlier image.
             self.backend.clear(self.image_pages, step.pages[-1:])
-            call(batch.tile_input(step, self.shape, self.plan, device))
-            return []
-        logits = call(batch.text_input(step, self.sequences, bucket, self.plan, device))
+            self._call(graph, bucket, batch.tile_input(step, self.shape, self.plan), start)
+            return Launched([], [], [], [])
         asked = [(row, count) for row, count in zip(step.rows, step.outputs) if count]
-        return self._sample(logits, asked, batch.places(step, bucket)) if asked else []
+        rows = [row for row, _ in asked]
+        pending = self.feedback.given and any(row.ids[0] == PENDING for row in rows)
+        given = batch.text_input(step, self.sequences, bucket, self.plan)
+        output = self._call(graph, bucket, given, start, self.feedback.fill if pending else None)
+        logits, found = output if isinstance(output, tuple) else (output, None)
+        known, counts = [self.sequences[row] for row in rows], [count for _, count in asked]
+        return Launched(rows, known, counts, batch.places(step, bucket), logits, found if rows else None)
+
+    def _call(
+        self, graph: Graph, bucket: Bucket, given: Any, start: float, fill: Callable[[Any], Any] | None = None
+    ) -> Output:
+        # An NPU's graph, and a captured step, take inputs on the host: they prepare them, and copy all at once.
+        on_host, filled = isinstance(graph, (CapturedStep, NpuGraph)), {}
+        if not on_host:
+            given = sent(given, self.spec.torch_device)
+            given = fill(given) if fill else given
+        elif fill:
+            filled = {"fill": fill}
+        inputs = arguments(bucket, given, *self._pages())
+        self.on_graph()
+        begin = time.perf_counter()
+        with self._marked(GRAPH):
+            output = graph(*inputs, **filled)
+        self.host.inputs += begin - start
+        self.host.graph += time.perf_counter() - begin
+        return output
 
     def _pages(self) -> tuple[Pages, Pages]:
         return self.pages, self.image_pages
 
-    def _sample(self, output: Output, asked: list[tuple[Row, int]], places: list[int]) -> list[Token]:
-        """The tokens after the last ids of rows, given with their numbers. places: where their logits are."""
-        assert output is not None, "prefill and decode graphs give logits"
+    def _tokens(self, launched: Launched, found_WBF: Tensor | None) -> list[Token]:
+        """The tokens after the last ids of each row, as many as `counts`."""
+        if not launched.rows:
+            return []
+        logits_BV, places = launched.logits, launched.places
+        assert logits_BV is not None, "prefill and decode graphs give logits"
         start = time.perf_counter()
-        logits_BV, found_WBF = output if isinstance(output, tuple) else (output, None)
-        # Each row with the numbers of the ids after which tokens are sampled, and their positions.
-        after = [(row, n) for row, count in asked for n in range(len(row.ids) - count, len(row.ids))]
-        each = [(row, row.start + n + 1) for row, n in after]
+        # Each row with the numbers of the ids after which tokens are sampled.
+        each = [
+            (row, known, n)
+            for row, known, count in zip(launched.rows, launched.known, launched.counts)
+            for n in range(len(row.ids) - count, len(row.ids))
+        ]
         last = places[-1] + 1
         at: Any = slice(last) if last == len(each) else places
         with self._marked(SAMPLE):
             tokens = self.sampler.tokens(
                 lambda: self.backend.logits(logits_BV[:last])[at],
                 # The whole tensor in one copy: a slice of it would take a kernel.
-                None if found_WBF is None else found_WBF.cpu()[:, at],
-                [self.sequences[row].options(position) for row, position in each],
-                [position + self.sequences[row].skipped for row, position in each],
-                [mask for row, count in asked for mask in _masks(row, count)],
-                [self.sequences[row].edit(row.start + n + 1, row.given_after(n)) for row, n in after],
+                None if found_WBF is None else found_WBF[:, at],
+                [known.options(row.start + n + 1) for row, known, n in each],
+                [row.start + n + 1 + known.skipped for row, known, n in each],
+                [mask for row, count in zip(launched.rows, launched.counts) for mask in _masks(row, count)],
+                [known.edit(row.start + n + 1, row.given_after(n)) for row, known, n in each],
             )
         begin = 0
-        for row, n in asked:
-            known, own = self.sequences[row], tokens[begin : begin + n]
+        for row, known, n in zip(launched.rows, launched.known, launched.counts, strict=True):
+            own = tokens[begin : begin + n]
             begin += n
             if any(token.id == NOT_FINITE for token in own):
                 # Values of masked keys must be finite (see __init__), so the pages are cleared for their next owner.
@@ -175,7 +248,7 @@ class Rank:
                 self.backend.clear(self.pages, known.pages[finite:].tolist())
             else:
                 known.finite = row.start + len(row.ids)
-        self.sample_seconds += time.perf_counter() - start
+        self.host.sample += time.perf_counter() - start
         return tokens
 
 

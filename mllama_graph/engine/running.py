@@ -1,12 +1,13 @@
-"""A request in progress, as the engine sees it."""
+"""Requests and steps in progress, as the engine sees them."""
 
 import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from mllama_graph.engine.constrained import Constraint
+from mllama_graph.engine.rank import Launched
 from mllama_graph.engine.sequence import Sequence
-from mllama_graph.engine.steps import Token
+from mllama_graph.engine.steps import Step, Token
 from mllama_graph.inputs.detokenizer import Detokenizer
 from mllama_graph.inputs.request import Request
 
@@ -38,6 +39,13 @@ class Running:
     scored: int = 0
     given: tuple[int, ...] = ()
 
+    @property
+    def feeds(self) -> bool:
+        """Whether its next id is that of the largest logit, which the device knows by itself."""
+        s, free = self.request.sampling, len(self.sequence.generated) >= len(self.given)
+        told = s.logprobs is not None or s.prompt_logprobs is not None
+        return free and s.temperature == 0 and not (told or s.edits or self.constraint)
+
     def take_proposal(self) -> None:
         """Go on from the next proposed id, which was sampled."""
         self.accepted += 1
@@ -49,6 +57,17 @@ class Running:
         if self.request.sampling.prompt_logprobs is None:
             return None
         return [entry(Token(self.request.ids[0])), *self.prompt_logprobs]
+
+
+@dataclass(slots=True)
+class Flight:
+    """A step in progress: launched, or with its tokens. feeds: the next step can take its ids on the device."""
+
+    step: Step
+    start: float
+    feeds: bool
+    launched: Launched | None = None
+    tokens: list[Token] = field(default_factory=list)
 
 
 def entry(token: Token) -> dict[str, Any]:

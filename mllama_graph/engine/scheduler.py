@@ -7,12 +7,13 @@ of the latter.
 from bisect import insort
 from collections.abc import Iterator
 
+from mllama_graph.engine.holdings import Holdings
 from mllama_graph.engine.pace import Pace
-from mllama_graph.engine.sequence import Sequence, equal_pages, row_of
+from mllama_graph.engine.sequence import Sequence, row_of
 from mllama_graph.engine.speculation import Propose, no_proposals
-from mllama_graph.engine.steps import NOT_FINITE, DecodeStep, PrefillStep, Step, VisionStep
+from mllama_graph.engine.steps import NOT_FINITE, PENDING, DecodeStep, PrefillStep, Step, VisionStep, sampled
 from mllama_graph.inputs.images import TiledImage
-from mllama_graph.plan.blocks import BlockPool, ImageCache, OutOfPages, SharedPages, pages_for
+from mllama_graph.plan.blocks import OutOfPages, pages_for
 from mllama_graph.plan.buckets import Plan
 
 
@@ -36,24 +37,32 @@ class Scheduler:
 
     When pages run out, the youngest running sequence of the lowest priority is preempted: it returns to the head of the
     queue, keeps its ids, and is computed again later.
+
+    A step may be decided while the one before runs: `assume` that this gives a token for each row that gets one, take
+    the next from `ahead`, then `commit` the first. Sequences that end or are aborted meanwhile keep their pages until
+    the last step with a row of theirs is committed: what it writes, and clears where it fails, is still theirs.
     """
 
     def __init__(self, plan: Plan, batch: int, prefix_cache: bool = True, propose: Propose = no_proposals):
         self.plan, self.batch, self.prefix_cache, self.propose = plan, batch, prefix_cache, propose
-        self.pool = SharedPages(BlockPool(plan.num_pages, reserved=plan.scratch_pages), plan.counts_every_reader)
-        self.images = ImageCache(BlockPool(plan.num_image_pages), plan.page_size, plan.pages_per_image)
+        self.holdings = Holdings(plan, prefix_cache)
+        self.pool, self.images = self.holdings.pool, self.holdings.images
         self.pace = Pace(max(1, plan.step_tokens - batch), plan.prefill_tokens[-1]) if plan.paced else None
         # In order of their turns.
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = 0
+        # The step that was decided last, and the one before it while that is assumed to have given its tokens.
         self._pending: tuple[Step, list[Sequence]] | None = None
+        self._assumed: tuple[Step, list[Sequence]] | None = None
         self._prefills = 0
         # Whether decoding sequences got no token in the last step, and what the last step did that did not only decode.
         self._owed = False
         self._encoded = self._prefilled = False
-        # Sequences that ended, which the ranks have not been told yet.
+        # Sequences that ended, which the ranks have not been told yet; and those that ended before their last step was
+        # committed.
         self._ended: list[int] = []
+        self._leaving: list[Sequence] = []
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. Raises UserError as `Plan.check` does."""
@@ -73,7 +82,20 @@ class Scheduler:
 
     def next(self) -> Step | None:
         """The next step, or None if no sequence is left. Each step must be followed by `commit`."""
-        assert self._pending is None, "the last step was not committed"
+        assert self._pending is None and self._assumed is None, "the last step was not committed"
+        return self._next()
+
+    def ahead(self) -> Step | None:
+        """The step after one that is assumed to have given its tokens. None where that must be committed first: no
+        sequence goes on for certain, or one would be preempted.
+        """
+        assert self._assumed is not None and self._pending is None, "a step is decided one ahead"
+        going_on = [one for one in self.running if one.decoding and not one.complete]
+        if sum(max(0, self.holdings.missing(one)) for one in going_on) > self.pool.free:
+            return None
+        return self._next()
+
+    def _next(self) -> Step | None:
         decoding = self._decoding()
         room = self._room_beside(decoding)
         if decoding and room and self._keeps_pace(len(decoding)):
@@ -81,46 +103,63 @@ class Scheduler:
         step = self._decode(decoding) if decoding and self._owed and not room else None
         return step or self._admit(decoding, room) or self._decode(decoding)
 
-    def commit(self, ids: tuple[int, ...], counts: tuple[int, ...] = ()) -> list[tuple[Sequence, int]]:
-        """Append the ids that a step sampled. Returns (sequence, id) for each of them.
-
-        `counts`: how many each decoding row got, one if it is empty: those that `agreeing` counts. A row with none is
-        computed again from its beginning. The caller ends sequences with `finish`.
-        """
-        assert self._pending is not None
-        step, sequences = self._pending
+    def assume(self) -> None:
+        """Go on as if the last step had been committed: each row that gets a token has got one, which is PENDING."""
+        assert self._pending is not None and self._assumed is None
+        step, sequences = self._assumed = self._pending
         self._pending = None
         if isinstance(step, VisionStep):
             self.images.trim(step.image.key)
-            return []
-        got = counts or (1,) * step.decoding
+            return
         for sequence, row in zip(sequences, step.rows, strict=True):
-            sequence.computed += len(row.ids)
-            sequence.unscored -= row.scored
-        for sequence, row, count in zip(sequences, step.rows, got):
-            # What was written for proposals that were not taken is written again.
-            sequence.computed += count - len(row.ids)
+            # Others have ended since the step was decided.
+            if sequence not in self._leaving:
+                sequence.computed += len(row.ids)
+                sequence.unscored -= row.scored
+        # On a CPU prompt rows give K/V bits that depend on nothing but the tokens, and decoding rows give others: pages
+        # that the latter have written are not kept there, so that the cache changes no result by a bit.
         if isinstance(step, PrefillStep):
             self._prefills += 1
             for sequence in sequences[step.decoding :]:
                 sequence.served = self._prefills
-            sequences = sequences[: step.sampled]
-        # On a CPU prompt rows give K/V bits that depend on nothing but the tokens, and decoding rows give others: pages
-        # that the latter have written are not kept there, so that the cache changes no result by a bit.
-        decoding = step.decoding
-        got += (1,) * (len(sequences) - decoding)
+        for place, sequence in enumerate(sequences[: sampled(step)]):
+            if sequence not in self._leaving:
+                sequence.generated.append(PENDING)
+                sequence.keeps = self.prefix_cache and (place >= step.decoding or not self.plan.lengths_are_free)
+
+    def commit(self, ids: tuple[int, ...], counts: tuple[int, ...] = ()) -> list[tuple[Sequence, int]]:
+        """Append the ids that a step sampled, the first that was not committed. Returns (sequence, id) for each.
+
+        `counts`: how many each decoding row got, one if it is empty: those that `agreeing` counts. A row with none is
+        computed again from its beginning. The caller ends sequences with `finish`. Those that had ended before get no
+        ids.
+        """
+        if self._assumed is None:
+            self.assume()
+        assert self._assumed is not None
+        (step, sequences), self._assumed = self._assumed, None
         moved: list[tuple[Sequence, int]] = []
         taken = iter(ids)
-        for place, (sequence, count) in enumerate(zip(sequences, got, strict=True)):
+        got = counts + (1,) * (sampled(step) - len(counts))
+        for place, (sequence, row, count) in enumerate(zip(sequences, step.rows, got)):
+            own = [next(taken) for _ in range(count)]
+            moved += [(sequence, token) for token in own]
+            if sequence in self._leaving:
+                continue
+            sequence.generated.pop()
+            keeps, sequence.keeps = sequence.keeps, False
             if not count:
                 self.preempt(sequence)
                 continue
-            own = [next(taken) for _ in range(count)]
+            if place < step.decoding:
+                # What was written for proposals that were not taken is written again.
+                sequence.computed += count - len(row.ids)
             sequence.generated += own
-            moved += [(sequence, token) for token in own]
             # Finite logits mean finite K/V: a token attends to all before it.
-            if self.prefix_cache and own[-1] != NOT_FINITE and (place >= decoding or not self.plan.lengths_are_free):
-                self._keep(sequence)
+            if keeps and own[-1] != NOT_FINITE:
+                self.holdings.keep(sequence)
+        if self._leaving:
+            self._leaving = [sequence for sequence in self._leaving if not self._let_go(sequence)]
         return moved
 
     def finish(self, sequence: Sequence) -> None:
@@ -132,20 +171,17 @@ class Scheduler:
             self.running.remove(sequence)
         if sequence in self.waiting:
             self.waiting.remove(sequence)
-        self._free(sequence)
         self._ended.append(sequence.id)
-        self._release_images(sequence)
+        self.holdings.release_images(sequence)
+        if not self._let_go(sequence):
+            self._leaving.append(sequence)
 
-    def _release_images(self, sequence: Sequence) -> None:
-        if sequence.holds_images:
-            for image in sequence.images:
-                self.images.release(image.key)
-            sequence.holds_images = False
-
-    def _free(self, sequence: Sequence) -> None:
-        self.pool.release(sequence.pages)
-        sequence.pages, sequence.computed, sequence.kept = [], 0, 0
-        sequence.sent_pages, sequence.sent_images = 0, None
+    def _let_go(self, sequence: Sequence) -> bool:
+        """Release the pages of a sequence, unless a step that was not committed has a row of it."""
+        if any(issued and sequence in issued[1] for issued in (self._pending, self._assumed)):
+            return False
+        self.holdings.release(sequence)
+        return True
 
     def _room_beside(self, decoding: list[Sequence]) -> int:
         """The prompt tokens that fit a step with the decoding sequences; 0 if these need a step of their own."""
@@ -233,72 +269,27 @@ class Scheduler:
         fits = True
         while prompts or fits and self.waiting:
             if fits and self.waiting and not (prompts and prompts[0].turn < self.waiting[0].turn):
-                fits = len(self.running) < self.batch and self._take_room(self.waiting[0])
+                fits = len(self.running) < self.batch and self.holdings.take(self.waiting[0], self.running)
                 if fits:
                     self.running.append(self.waiting.pop(0))
                     yield self.running[-1]
             elif prompts:
                 yield prompts.pop(0)
 
-    def _take_room(self, sequence: Sequence) -> bool:
-        """Allocate pages for the prompt, its first token and its images; False and none if too few are free, or if the
-        sequence waits for pages that are being computed.
-        """
-        size = self.plan.page_size
-        # At least one token is computed, to get its logits.
-        finds = self.prefix_cache and not sequence.unscored
-        wanted = sequence.digests_of((sequence.length - 1) // size, size) if finds else []
-        shared = self.pool.find(wanted)
-        needed = pages_for(min(sequence.length + 1, self.plan.max_length), size) - len(shared)
-        if self.pool.free_beside(shared) < needed or self._is_being_computed(wanted, len(shared)):
-            return False
-        taken: list[str] = []
-        try:
-            for image in sequence.images:
-                self.images.acquire(image.key, image.count * self.plan.tokens_per_tile)
-                taken.append(image.key)
-        except OutOfPages:
-            for key in taken:
-                self.images.release(key)
-            return False
-        sequence.holds_images = True
-        sequence.pages, sequence.kept = self.pool.allocate(needed, shared), len(shared)
-        sequence.computed = len(shared) * size
-        if sequence.cached is None:
-            sequence.cached = sequence.computed
-        return True
-
-    def _is_being_computed(self, wanted: list[bytes], found: int) -> bool:
-        """Whether a running prompt is computing so many of the wanted pages after those `found`, that waiting for its
-        end costs at most twice what it saves.
-        """
-        size = self.plan.page_size
-        for other in self.running:
-            if other.decoding:
-                continue
-            theirs = other.digests_of(min(len(wanted), other.length // size), size)
-            if other.left <= 2 * size * (equal_pages(wanted, theirs) - found):
-                return True
-        return False
-
-    def _keep(self, sequence: Sequence) -> None:
-        """Keep the pages of a sequence that are full and computed, for sequences that begin with the same tokens."""
-        full = sequence.computed // self.plan.page_size
-        if full > sequence.kept:
-            digests = sequence.digests_of(full, self.plan.page_size)
-            for page, digest in zip(sequence.pages[sequence.kept : full], digests[sequence.kept :]):
-                self.pool.keep(page, digest)
-            sequence.kept = full
-
     def _decoding(self) -> list[Sequence]:
-        """The decoding sequences, with a page for their next token. Preempts sequences where pages run out."""
-        for sequence in [s for s in self.running if s.decoding]:
-            while sequence in self.running and pages_for(sequence.length, self.plan.page_size) > len(sequence.pages):
+        """The decoding sequences, with a page for their next token. Preempts sequences where pages run out.
+
+        One that has all its tokens as soon as a step is committed does not go on.
+        """
+        decoding = [s for s in self.running if s.decoding and not (self._assumed and s.complete)]
+        before = self.preemptions
+        for sequence in decoding:
+            while self.holdings.missing(sequence) > 0 and sequence in self.running:
                 try:
                     sequence.pages += self.pool.allocate(1)
                 except OutOfPages:
                     self.preempt(max(self.running, key=lambda one: (-one.priority, one.id)))
-        return [s for s in self.running if s.decoding]
+        return decoding if self.preemptions == before else [s for s in decoding if s in self.running]
 
     def _decode(self, sequences: list[Sequence]) -> Step | None:
         """A decode step."""
@@ -323,9 +314,9 @@ class Scheduler:
         """Put a sequence back at the head of the queue, behind higher priorities."""
         self.preemptions += 1
         self.running.remove(sequence)
-        self._free(sequence)
+        self.holdings.release(sequence)
         # Images may be needed by a sequence of a higher priority, which is admitted before this one.
-        self._release_images(sequence)
+        self.holdings.release_images(sequence)
         sequence.served = 0
         insort(self.waiting, sequence, key=lambda one: one.turn)
 

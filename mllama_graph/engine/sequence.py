@@ -37,6 +37,8 @@ class Sequence:
     # The digests of full pages, as far as they were needed, and the number of pages that are kept under them.
     digests: list[bytes] = field(default_factory=list)
     kept: int = 0
+    # Whether more of them are kept once the tokens of a step are known.
+    keeps: bool = False
     # Tokens whose K/V were found when the sequence was first admitted; None before that.
     cached: int | None = None
     holds_images: bool = False
@@ -54,6 +56,11 @@ class Sequence:
     def decoding(self) -> bool:
         """Whether all tokens but the last are computed, so that the next step is a decode step."""
         return bool(self.generated) and self.computed == self.length - 1
+
+    @property
+    def complete(self) -> bool:
+        """Whether it has all its new tokens."""
+        return len(self.generated) >= self.max_new
 
     @property
     def left(self) -> int:

@@ -1,6 +1,6 @@
 """Sums over the steps of a run, and the metrics computed from them."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from mllama_graph.engine.results import Result
@@ -40,6 +40,23 @@ class Totals:
 
 
 @dataclass
+class HostSeconds:
+    """Seconds of the host's work in all steps. graph: in graphs, on an asynchronous device only their launch. sample:
+    there with waiting for the device.
+    """
+
+    schedule: float = 0.0
+    inputs: float = 0.0
+    graph: float = 0.0
+    sample: float = 0.0
+    text: float = 0.0
+
+    def per_step(self, steps: int) -> dict[str, float]:
+        """Means in microseconds."""
+        return {name: round(1e6 * seconds / max(1, steps), 1) for name, seconds in asdict(self).items()}
+
+
+@dataclass
 class Stats:
     """Counts and seconds of each kind of step. `decode_bytes`: bytes that decode steps read, modelled from shapes.
 
@@ -57,6 +74,11 @@ class Stats:
     decode_bytes: int = 0
     # Seconds from the start of the process to its first token; None before that.
     start_to_first_token: float | None = None
+
+    @property
+    def steps(self) -> int:
+        """The number of steps of every kind."""
+        return self.vision_steps + self.prefill_steps + self.decode_steps
 
     def count(
         self, step: Step, seconds: float, tokens: int, image_tokens: int, shape: ModelShape, storage: Storage

@@ -12,6 +12,8 @@ from mllama_graph.inputs.request import Sampling
 
 # The id of a token that could not be sampled, since a logit of its row is NaN or infinite.
 NOT_FINITE = -1
+# The id of a token that the step before samples, where the host has not read it. Ranks take it from that step's output.
+PENDING = -2
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ class Row:
     count only if it is what was sampled before it (`agreeing`). `mask` is then for the token after the first id, and
     `later_masks` for those after proposals, where the request has masks. A row with a given id has no proposals.
 
+    The only id of a row that decodes is PENDING where the step was decided before the last one's ids were read.
+
     scored: of a prompt's row, after how many of its ids log-probabilities of the next id of the prompt are wanted: all,
     or all but the last one, after which a token is sampled. `given` is then the one after the row.
     """
@@ -100,6 +104,16 @@ class VisionStep:
     @property
     def rows(self) -> tuple[Row, ...]:
         return ()
+
+    @property
+    def outputs(self) -> list[int]:
+        """No token is sampled."""
+        return []
+
+    @property
+    def decoding(self) -> int:
+        """No row decodes."""
+        return 0
 
 
 @dataclass(frozen=True)
@@ -148,6 +162,11 @@ class DecodeStep:
 Step = VisionStep | PrefillStep | DecodeStep
 
 
+def sampled(step: Step) -> int:
+    """The number of a step's first rows that get a token."""
+    return step.sampled if isinstance(step, PrefillStep) else len(step.rows)
+
+
 def agreeing(row: Row, sampled: Sequence[int]) -> int:
     """How many of the tokens sampled after a decode row's ids are those that steps of one token would have sampled.
 
@@ -172,9 +191,7 @@ class Agreed:
 
 def agreed(step: Step, tokens: list[Token]) -> Agreed:
     """What a step's tokens are: one for each of its `outputs`."""
-    if isinstance(step, VisionStep) or len(tokens) == (
-        step.sampled if isinstance(step, PrefillStep) else len(step.rows)
-    ):
+    if len(tokens) == sampled(step):
         return Agreed(tokens)
     new: list[Token] = []
     counts, end, scored = [], 0, []

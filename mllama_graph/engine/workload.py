@@ -80,14 +80,14 @@ def serve(
     The time to the first token is that of the last request to get one.
     """
     start, stats, rank = time.perf_counter(), engine.stats, engine.executor.rank
-    vision, prefill, sample = stats.vision_seconds, stats.prefill_seconds, rank.sample_seconds
+    vision, prefill, sample = stats.vision_seconds, stats.prefill_seconds, rank.host.sample
     numbers, without = [engine.submit(request) for request in requests], {request.id for request in requests}
     while without:
         without -= {delta.id for delta in _step(engine)}
     timing.first.append(time.perf_counter() - start)
     timing.vision.append(stats.vision_seconds - vision)
     timing.prefill.append(stats.prefill_seconds - prefill)
-    timing.sample.append(rank.sample_seconds - sample)
+    timing.sample.append(rank.host.sample - sample)
     before_decode()
     steps = []
     for _ in range(new - 1):
@@ -98,6 +98,8 @@ def serve(
     timing.whole.append(timing.first[-1] + sum(steps))
     for number in numbers:
         engine.abort(number)
+    while not engine.idle:
+        engine.step()
 
 
 def _step(engine: Engine) -> list[Delta]:

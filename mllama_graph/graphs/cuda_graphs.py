@@ -105,8 +105,8 @@ class CapturedStep:
         size = sum(_aligned(leaf) for leaf in leaves if leaf is not None)
         self._buffer, self._pinned, self._copied = cuda.buffer(size), cuda.pinned(size), cuda.event()
         self._static, self._staged = _views(self._buffer, leaves), _views(self._pinned, leaves)
-        static = pytree.tree_unflatten(self._static, self._tree)
-        self._run, self._output = lambda: run(static, *self._fixed), None
+        self._given = pytree.tree_unflatten(self._static, self._tree)
+        self._run, self._output = lambda: run(self._given, *self._fixed), None
         self._copy(leaves)
         # An error here would occur without capture as well.
         cuda.warm_up(self._run)
@@ -122,8 +122,11 @@ class CapturedStep:
         """Whether calls replay a CUDA graph."""
         return self._replay is not None
 
-    def __call__(self, given: Any, *fixed: Any) -> Any:
-        """Return the step's output. Raises ValueError if an input differs from what the step was captured with."""
+    def __call__(self, given: Any, *fixed: Any, fill: Callable[[Any], Any] | None = None) -> Any:
+        """Return the step's output. Raises ValueError if an input differs from what the step was captured with.
+
+        `fill`: gives the inputs with other ids_T, after they were copied (engine/feedback.py).
+        """
         leaves, tree = pytree.tree_flatten(given)
         if tree != self._tree or [_signature(leaf) for leaf in leaves] != self._signatures:
             raise ValueError(self._mismatch(given))
@@ -133,6 +136,8 @@ class CapturedStep:
                 "addresses. Capture the step again."
             )
         self._copy(leaves)
+        if fill:
+            self._given.ids_T.copy_(fill(self._given).ids_T)
         if self._replay is None:
             return self._run()
         self._replay()

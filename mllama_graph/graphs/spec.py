@@ -18,12 +18,12 @@ from mllama_graph.ops.npu_inputs import (
     OF_ALL_ROWS,
     UNREAD,
     causal_mask,
-    on_device,
     prepare,
     prepare_captured,
     prepare_rows,
     with_places,
 )
+from mllama_graph.ops.transfers import sent
 from mllama_graph.plan.bucket import Bucket
 from mllama_graph.plan.cores import BSH_ALONE, TND, Forms
 
@@ -157,12 +157,12 @@ class GraphSpec:
             return self._prepared(given, captured, held, ())
         tokens, prompts = (self._prepared(part, captured, None, OF_ALL_ROWS) for part in (given.tokens, given.prompts))
         rows = (given if captured else prepare_rows(given, held))._replace(tokens=tokens, prompts=prompts)
-        return on_device(rows, self.torch_device, ("tokens", "prompts", *(() if captured else UNREAD)))
+        return sent(rows, self.torch_device, ("tokens", "prompts", *(() if captured else UNREAD)))
 
     def _prepared(self, given: Any, captured: bool, held: range | None, unread: tuple[str, ...]) -> Any:
         """`prepared` for a step, or a part of a mixed step, whose graph does not read `unread`."""
         if captured and not isinstance(given, TokenInput):
-            return on_device(given, self.torch_device, unread)
+            return sent(given, self.torch_device, unread)
         if not isinstance(given, TileInput):
             forms = BSH_ALONE
             if isinstance(given, TokenInput):
@@ -171,9 +171,9 @@ class GraphSpec:
             packed, parts = forms.text.name == TND, (forms.text.parts, forms.image.parts)
             if captured:
                 given = prepare_captured(given, self.page_size, held, parts)
-                return on_device(given, self.torch_device, (*UNREAD, *unread, "len_B", "image_len_B"))
+                return sent(given, self.torch_device, (*UNREAD, *unread, "len_B", "image_len_B"))
             given = prepare(given, self.page_size, causal_mask(self.torch_device), held, packed, parts)
-        return on_device(given, self.torch_device, unread if isinstance(given, TileInput) else (*UNREAD, *unread))
+        return sent(given, self.torch_device, unread if isinstance(given, TileInput) else (*UNREAD, *unread))
 
     def example(self, bucket: Bucket) -> Any:
         """Harmless inputs with a bucket's shapes: one image tile, or padding rows in scratch slots.

@@ -149,8 +149,10 @@ class NpuGraph:
     def __init__(self, run: Callable[..., Output], prepared: Callable[[Any], Any]):
         self._run, self._prepared = run, prepared
 
-    def __call__(self, given: Any, *pages: Any) -> Output:
-        return self._run(*tensors((self._prepared(given), *pages)))
+    def __call__(self, given: Any, *pages: Any, fill: Callable[[Any], Any] | None = None) -> Output:
+        """Run the graph. `fill`: what else happens to the inputs on the device (engine/feedback.py)."""
+        made = self._prepared(given)
+        return self._run(*tensors((fill(made) if fill else made, *pages)))
 
 
 def npu_graph(

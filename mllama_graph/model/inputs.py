@@ -137,6 +137,14 @@ def mixed_input(tokens: TokenInput, prompts: PromptInput) -> MixedInput:
     return MixedInput(ids_T, position_T, slot_T, last_O, see_T2, tokens, prompts)
 
 
+def with_ids(ids_T: Tensor, last_O: Tensor) -> Tensor:
+    """Ids below 0 replaced by those that the last step sampled: ~n by id n of last_O, all int32.
+
+    Runs on the inputs' device, where the host does not know the ids yet.
+    """
+    return torch.where(ids_T < 0, last_O.index_select(0, (~ids_T).clamp(min=0)), ids_T)
+
+
 class TileInput(NamedTuple):
     """One image: all tiles of the canvas as uint8, padding tiles included.
 

@@ -170,6 +170,22 @@ def merged(found_WBF: Tensor, k: int, size: int, vocab: int) -> Best:
     return Best(value_BN, id_BN.gather(-1, order_Bk), total_B, failed_B)
 
 
+def largest(found_WBF: Tensor, size: int, vocab: int) -> Tensor:
+    """The id of each row's largest logit (B, int32), as `merged` gives it, on the device of what `best` gives.
+
+    Of a row that has failed, any id.
+    """
+    held = (found_WBF.shape[-1] - 2) // 2
+    value_WBk, id_WBk = found_WBF[..., :held], found_WBF[..., held : 2 * held]
+    if len(found_WBF) > 1:
+        # Exact in fp32, as columns are.
+        first_W = torch.arange(0, size * len(found_WBF), size, dtype=id_WBk.dtype, device=id_WBk.device)
+        id_WBk = id_WBk + first_W[:, None, None]
+    value_WBk = value_WBk.masked_fill(id_WBk >= vocab, -torch.inf)
+    top_B1 = value_WBk.amax((0, 2))[:, None]
+    return id_WBk.masked_fill(value_WBk != top_B1, vocab).amin((0, 2)).clamp(max=vocab - 1).int()
+
+
 def draw_within(
     of: Best, vocab: int, temperature_B: Tensor, top_p_B: Tensor, noise_B: Tensor, min_p_B: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -77,13 +77,19 @@ def prepare_rows(given: MixedInput, held: range | None) -> MixedInput:
     return given._replace(prepared=_held(given, held)._replace(sees_T1=sees_T1))
 
 
+def held_rows(ids_T: Tensor, held: range) -> tuple[Tensor, Tensor]:
+    """The row of each id in a rank's part of the embedding table, row_T, and whether it is there, held_T1."""
+    held_T = (ids_T >= held.start) & (ids_T < held.stop)
+    return torch.where(held_T, ids_T - held.start, 0), held_T[:, None]
+
+
 def _held(given: PromptInput | TokenInput | MixedInput, held: range | None) -> Prepared:
     """Which rows of its part of the embedding table a rank looks up."""
     made = given.prepared or Prepared()
     if held is None:
         return made
-    held_T = (given.ids_T >= held.start) & (given.ids_T < held.stop)
-    return made._replace(row_T=torch.where(held_T, given.ids_T - held.start, 0), held_T1=held_T[:, None])
+    row_T, held_T1 = held_rows(given.ids_T, held)
+    return made._replace(row_T=row_T, held_T1=held_T1)
 
 
 def prepare_captured(given: TokenInput, page_size: int, held: range | None, parts: tuple[int, int]) -> TokenInput:
@@ -150,13 +156,3 @@ def _prompt_image(image: ImageInput, P: int, row_BT: Tensor, rows_B: Tensor) -> 
         "from_BT1": torch.where(sees_BT1, from_BT1, 0),
         "to_BT1": torch.where(sees_BT1, to_BT1, J + 1),
     }
-
-
-def on_device(given: Any, device: torch.device, unread: tuple[str, ...] = UNREAD) -> Any:
-    """The inputs of a step on the device, except the fields named in `unread`."""
-    if isinstance(given, Tensor):
-        return given.to(device)
-    if given is None:
-        return None
-    moved = {name: on_device(value, device, unread) for name, value in given._asdict().items() if name not in unread}
-    return given._replace(**moved)

@@ -123,6 +123,7 @@ class ResolvedRun(ResolvedTask):
     threads: int | None
     deterministic: bool
     prefix_cache: bool
+    overlap: bool
     speculate: str
     # The run of speculate=draft's own model, on rank 0.
     draft: "ResolvedRun | None"
@@ -207,15 +208,17 @@ def resolve(run: Run, place: Place | None, model_of: ModelOf = model_of) -> Reso
         forms=forms_of(run.backend.torchair, device, shape, storage, run.tp, run.hardware, plan),
         memory=needed,
         memory_gib=run.memory_gib,
-        compile_mode=_compile_mode(run),
+        # A deterministic run waits for graphs that are missing, so that no step ever runs uncompiled.
+        compile_mode="wait" if run.deterministic and run.plan.compile == "background" else run.plan.compile,
         reuse=1.0 if run.deterministic else run.plan.reuse,
-        candidates=device.candidates if run.plan.candidates is None else run.plan.candidates,
+        candidates=(candidates := device.candidates if run.plan.candidates is None else run.plan.candidates),
         tp=run.tp,
         segment=f"mllama_graph-{os.getpid()}-{secrets.token_hex(4)}",
         threads=run.threads,
         deterministic=run.deterministic,
         # Where lengths are not free, the split of a prompt changes the order of sums.
         prefix_cache=run.prefix_cache and not (run.deterministic and not plan.lengths_are_free),
+        overlap=device.overlap(run.overlap, candidates, run.speculate),
         speculate=run.speculate,
         draft=draft_of(run, shape, resolve) if run.draft and needs == TaskOptions.RANKS else None,
         timeout=run.timeout,
@@ -340,8 +343,3 @@ def _collectives(run: Run, device: Device, place: Place | None) -> str:
     if run.collectives != "auto":
         return run.collectives
     return "shared_memory" if shared else "distributed"
-
-
-def _compile_mode(run: Run) -> str:
-    """How a missing graph is handled. A deterministic run waits, so that no step ever runs uncompiled."""
-    return "wait" if run.deterministic and run.plan.compile == "background" else run.plan.compile

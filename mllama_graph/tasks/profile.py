@@ -16,6 +16,8 @@ from mllama_graph.measure.timing import Case, Timing
 from mllama_graph.measure.trace import kind_of
 from mllama_graph.plan.resolve import ResolvedRun
 
+# The title of the table of HostSeconds.
+HOST = "The host's work per step of any kind, rank 0"
 PHASES = ("vision", "prefill", "mixed", "decode")
 # Rows of each table of operations in summary.md; ops.csv has all operations.
 SHOWN_OPS = 12
@@ -36,15 +38,18 @@ def main(run: ResolvedRun) -> None:
         fill_pages(engine)
     # The first batch loads every graph; the second has other prompts and images, so that images are encoded again.
     serve(engine, requests_of(engine, case, 0, 0)[0], case.new, Timing(""))
+    engine.reset_stats()
     engine.executor.profile(begin=True)
     serve(engine, requests_of(engine, case, 1, 1)[0], case.new, Timing(""))
     engine.executor.profile(begin=False)
+    host = engine.executor.rank.host.per_step(engine.stats.steps)
     engine.close(progress)
     ops = {rank: read_csv(folder / f"rank{rank}" / "ops.csv") for rank in range(run.tp)}
     parts = {rank: read_csv(folder / f"rank{rank}" / "parts.csv") for rank in range(run.tp)}
     backend = engine.executor.rank.backend
     write_manifest(folder, run.asked, run.device.name, torch.backends.cpu.get_cpu_capability(), backend.name())
-    tables = summary_tables(ops, parts)
+    work = tuple(f"{microseconds:,.1f}" for microseconds in host.values())
+    tables: Tables = {HOST: (tuple(f"{name} us" for name in host), [work])} | summary_tables(ops, parts)
     for title, (head, rows) in tables.items():
         print(f"\n{title}\n{columns(head, rows)}")
     _write_summary(run, case, ops, parts, tables, engine.executor.graphs.failed)
@@ -55,6 +60,7 @@ def main(run: ResolvedRun) -> None:
         metrics={
             "phase_ms": {f"rank{rank}": phases(rows) for rank, rows in ops.items()},
             "part_ms": {f"rank{rank}": by_kind(rows) for rank, rows in parts.items()},
+            "host_us_per_step": host,
         },
     )
     print(flush=True)

@@ -233,6 +233,15 @@ def test_graphs_find_the_candidates_of_all_logits(rows, k, world):
     few = sample.merged(found(logits_BV, k, world), k, -(-V // world), V)
     assert torch.equal(few.value_Bk, value_Bk[:, :held])
     assert torch.equal(logits_BV.gather(-1, few.id_Bk), few.value_Bk)
+    # On the device, the next step takes the same ids.
+    few = found(logits_BV, k, world)
+    of = sample.merged(few, 1, -(-V // world), V)
+    assert sample.largest(few, -(-V // world), V).tolist() == of.id_Bk[:, 0].tolist()
+
+
+def test_a_row_that_has_failed_feeds_an_id_that_the_model_has():
+    logits_BV = torch.full((2, V), torch.nan)
+    assert (sample.largest(found(logits_BV, 3), V, V) < V).all()
 
 
 @given(logits=LOGITS, k=st.integers(1, V), knobs=st.fixed_dictionaries(KNOBS | {"top_k": st.just(0)}))

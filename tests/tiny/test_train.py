@@ -45,7 +45,7 @@ def test_a_folder_resumes_only_a_run_with_the_same_options(tmp_path):
 
 
 def test_the_training_task_exports_the_moving_average(tmp_path):
-    done = run(tmp_path / "out", X, f"task.folder={tmp_path / 'training'}")
+    done = run(tmp_path / "out", "task=train_tiny", "task.steps=1", f"task.folder={tmp_path / 'training'}")
     assert done.code == 0, done.err
     stored = load_file(tmp_path / "training" / "tiny" / "model.safetensors")
     average = torch.load(tmp_path / "training" / "checkpoint.pt")["average"]

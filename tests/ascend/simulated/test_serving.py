@@ -9,9 +9,10 @@ from functools import cache
 
 import pytest
 import torch
-from engines import serve, start
+from engines import holds_nothing, serve, start
 from proposals import Replay
 from test_engine import LOGPROB, few
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mllama_graph.ascend.simulation import SimulatedGraph
 from mllama_graph.graphs.aot import ops_of
@@ -36,13 +37,18 @@ BF16_TIE = 2 / 16
 
 
 @pytest.fixture(scope="module")
-def answers(checkpoint, requests, tmp_path_factory):
+def store(tmp_path_factory):
+    """store(spec, dtype) -> the graph store of `answers`."""
+    return cache(lambda name, dtype: str(tmp_path_factory.mktemp("store")))
+
+
+@pytest.fixture(scope="module")
+def answers(checkpoint, requests, store):
     """answers(spec, backend, dtype) -> id -> result."""
 
     @cache
     def answer(name, backend, dtype):
-        store = {"graph_cache": str(tmp_path_factory.mktemp("store"))}
-        given = NPU_SIM | store if backend == "torchair" else PLAN | {"backend": backend}
+        given = NPU_SIM | {"graph_cache": store(name, dtype)} if backend == "torchair" else PLAN | {"backend": backend}
         engine = start(checkpoint(name), dtype=dtype, **given)
         assert bool(engine.executor.plan.mixed_tokens) == (backend == "torchair")
         lines = [line | {"logprobs": 3} for line in few(requests, name)]
@@ -75,6 +81,55 @@ def test_in_fp32_the_tokens_and_log_probabilities_are_those_of_plain(name, answe
     ours, theirs = answers(name, "torchair", "fp32"), answers(name, "eager", "fp32")
     assert same_tokens(ours, theirs)
     assert max(abs(a["logprob"] - b["logprob"]) for a, b in shared_steps(ours, theirs)) < LOGPROB
+
+
+class Blocking(TorchDispatchMode):
+    """Notes the operations that wait for the device: reads of a value, and copies that are not asynchronous."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, str(function)
+        places = {x.device.type for x in args if isinstance(x, torch.Tensor)}
+        to = kwargs.get("device")
+        copied = name.startswith("aten._to_copy") and to is not None and torch.device(to).type not in places
+        crossing = name.startswith("aten.copy_") and len(places) > 1
+        waits = (copied or crossing) and not (kwargs.get("non_blocking") or True in args[2:])
+        if waits or name.startswith("aten._local_scalar_dense") and places != {"cpu"}:
+            self.found.append(name)
+        return function(*args, **kwargs)
+
+
+def test_greedy_steps_overlap_and_give_the_tokens_of_steps_in_turns(checkpoint, requests, answers, store, monkeypatch):
+    wanted = ("bos_only", "text_64", "bos_image")
+    lines = [line | {"logprobs": None, "max_new_tokens": 8} for line in few(requests, "base") if line["id"] in wanted]
+    # With the graphs of the test above.
+    answers("base", "torchair", "fp32")
+    plan = NPU_SIM | {"dtype": "fp32", "graph_cache": store("base", "fp32")}
+    expected = serve(start(checkpoint("base"), overlap=False, **plan), lines)
+    engine = start(checkpoint("base"), **plan)
+    assert engine.executor.run.overlap, "the default of an NPU"
+    rank, ahead, blocking = engine.executor.rank, [], Blocking()
+    launch, finish = rank.launch, rank.finish
+
+    def watched(*given):
+        ahead.append(ahead[-1] + 1 if ahead else 1)
+        with blocking:
+            return launch(*given)
+
+    def taken(launched):
+        ahead.append(ahead[-1] - 1)
+        return finish(launched)
+
+    serve(engine, lines)
+    monkeypatch.setattr(rank, "launch", watched)
+    monkeypatch.setattr(rank, "finish", taken)
+    found = serve(engine, [line | {"id": f"{line['id']} again"} for line in lines])
+    assert all(found[f"{id} again"].token_ids == result.token_ids for id, result in expected.items())
+    assert max(ahead) == 2 and holds_nothing(engine)
+    assert blocking.found == []
 
 
 def error(answers, name, backend) -> torch.Tensor:
@@ -165,7 +220,7 @@ def test_captured_graphs_are_lowered_up_to_the_capture_and_write_pages_in_place(
     loaded = LoadedNpuGraphs(
         captured, rank.weights, (rank.pages, rank.image_pages), ops_of(captured), rank.graphs.store, print
     )
-    for bucket in (executor.plan.decode(8, 4, 1), executor.plan.prefill(32, 0, 1)):
+    for bucket in (executor.plan.decode(8, 4, 1), executor.plan.prefill(32, 0, 1), executor.plan.mixed(32, 4, 1, 1)):
         codes.clear()
         with pytest.raises(RuntimeError, match="CAPTURE"):
             loaded.load(bucket)
@@ -176,7 +231,8 @@ def test_captured_graphs_are_lowered_up_to_the_capture_and_write_pages_in_place(
         assert not re.search(r"torch\.ops\.npu\.\w+_functional", code)
         assert "aten.copy_" not in code
         assert 'compile_configs["clone_input"] = "0"' in code
-        assert code.count("npu_fused_infer_attention_score.out(") == rank.shape.text.layers
+        attentions = rank.shape.text.layers * (2 if bucket.prompts else 1)
+        assert code.count("npu_fused_infer_attention_score.out(") == attentions
 
 
 def test_each_mode_gets_only_its_own_options():

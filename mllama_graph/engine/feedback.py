@@ -1,0 +1,58 @@
+"""Ids that a step takes from the output of the step before, on the device: the host has not read them yet.
+
+Graphs give the largest logits of every rank (model/sample.py, best), so that each rank knows the ids of greedy rows
+without an exchange. Inputs name such an id by its place in the output (engine/batch.py); here the names are replaced.
+The device's queue keeps the order: the output is there before the next step begins.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from mllama_graph.graphs.spec import GraphSpec
+from mllama_graph.model.inputs import with_ids
+from mllama_graph.model.sample import largest
+from mllama_graph.ops.npu_inputs import held_rows
+from mllama_graph.ops.transfers import sent
+
+
+class Feedback:
+    """The ids of the last step's rows. `simulated`: the device has no kernels, and its memory is the host's."""
+
+    def __init__(self, spec: GraphSpec, simulated: bool):
+        self._simulated, self._vocab, self._size = (
+            simulated,
+            spec.shape.text.vocab,
+            spec.shard.size(spec.shape.text.vocab),
+        )
+        self._held = range(*spec.shard.bounds(spec.shape.embeddings))
+        self._last_O: Tensor | None = None
+
+    @property
+    def given(self) -> bool:
+        """Whether ids were ever noted."""
+        return self._last_O is not None
+
+    def take(self, found_WBF: Tensor) -> None:
+        """Note the ids of a step's rows, as its graph's candidates give them."""
+        self._last_O = self._computed(lambda found_WBF: largest(found_WBF, self._size, self._vocab), found_WBF)
+
+    def fill(self, given: Any) -> Any:
+        """Inputs on the device with the ids that were noted, and with what the host has made of an NPU's ids."""
+        assert self._last_O is not None, "a step with pending ids follows one that gives them"
+        ids_T = self._computed(with_ids, given.ids_T, self._last_O)
+        given, made = given._replace(ids_T=ids_T), given.prepared
+        if made is None or made.row_T is None:
+            return given
+        row_T = self._computed(lambda ids_T: held_rows(ids_T, self._held)[0], ids_T)
+        held_T1 = self._computed(lambda ids_T: held_rows(ids_T, self._held)[1], ids_T)
+        return given._replace(prepared=made._replace(row_T=row_T, held_T1=held_T1))
+
+    def _computed(self, function: Callable[..., Tensor], *given: Tensor) -> Tensor:
+        if not self._simulated:
+            return function(*given)
+        # Imports torchair.
+        from mllama_graph.ascend.simulation import host_view
+
+        return sent(function(*map(host_view, given)), given[0].device)
