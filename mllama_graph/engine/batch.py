@@ -50,8 +50,8 @@ class Known:
     """A rank's state of a sequence: its sampling options, its block table and its image table.
 
     finite: the number of its first tokens whose K/V are known to be finite, since logits after them were. history: of
-    a request that has one; its ids are in `ids`, which grows. skipped: see Sequence. place: where the last step's output
-    has its token.
+    a request that has one; its ids are in `ids`, which grows. skipped: see Sequence. place: where the last step's
+    output has its token.
     """
 
     sampling: Sampling
