@@ -103,7 +103,7 @@ class Blocking(TorchDispatchMode):
 
 
 def test_greedy_steps_overlap_and_give_the_tokens_of_steps_in_turns(checkpoint, requests, answers, store, monkeypatch):
-    wanted = ("bos_only", "text_64", "bos_image")
+    wanted = ("bos_only", "text_64")
     lines = [line | {"logprobs": None, "max_new_tokens": 8} for line in few(requests, "base") if line["id"] in wanted]
     # With the graphs of the test above.
     answers("base", "torchair", "fp32")
