@@ -20,8 +20,8 @@ class Draft:
     """A `Proposer` that continues a sequence with another model when `propose` asks for it.
 
     It first computes the tokens of the sequence that it has not seen, prompt and images included, and then samples one
-    token after the other. Ids that it has no embedding of are left out, and what follows takes their positions: a
-    text-only draft neither sees pictures nor, as a rule, has the id that stands for one.
+    token after the other. Ids for which it has no embedding are left out, and the ids after them move up to their
+    positions. A text-only draft does not see pictures, and usually has no embedding for the id that stands for one.
     """
 
     def __init__(self, executor: Executor):
@@ -69,7 +69,7 @@ class Draft:
         return found
 
     def _held(self, ids: Iterable[int]) -> list[int]:
-        """Those of some ids that the draft has an embedding of."""
+        """The given ids for which the draft has an embedding."""
         return [id for id in ids if id < self._rows]
 
     def _counterpart(self, target: Sequence) -> Sequence:
@@ -105,7 +105,7 @@ class Draft:
 
 
 def _follow(own: Sequence, given: list[int]) -> None:
-    """Give the draft's sequence generated ids. K/V of ids that differ are computed again."""
+    """Replace the generated ids of the draft's sequence. K/V are computed again from the first id that differs."""
     pairs = enumerate(zip(own.generated, given))
     equal = next((n for n, (mine, other) in pairs if mine != other), min(len(own.generated), len(given)))
     own.computed = min(own.computed, len(own.prompt) + equal)

@@ -1,8 +1,9 @@
-"""Ids that a step takes from the output of the step before, on the device: the host has not read them yet.
+"""Ids that a step takes from the output of the step before on the device, before the host has read them.
 
 Graphs give the largest logits of every rank (model/sample.py, best), so that each rank knows the ids of greedy rows
-without an exchange. Inputs name such an id by its place in the output (engine/batch.py); here the names are replaced.
-The device's queue keeps the order: the output is there before the next step begins.
+without an exchange. The inputs of the next step refer to such an id by its place in the output (engine/batch.py). Here
+the references are replaced by the ids. The device works off its queue in order, so that the output is complete before
+the next step begins.
 """
 
 from collections.abc import Callable
@@ -35,11 +36,11 @@ class Feedback:
         return self._last_O is not None
 
     def take(self, found_WBF: Tensor) -> None:
-        """Note the ids of a step's rows, as its graph's candidates give them."""
+        """Note the ids of a step's rows, which are computed from the candidates that its graph gives."""
         self._last_O = self._computed(lambda found_WBF: largest(found_WBF, self._size, self._vocab), found_WBF)
 
     def fill(self, given: Any) -> Any:
-        """Inputs on the device with the ids that were noted, and with what the host has made of an NPU's ids."""
+        """Inputs on the device with the noted ids, and with what an NPU's graph takes besides them (`prepared`)."""
         assert self._last_O is not None, "a step with pending ids follows one that gives them"
         ids_T = self._computed(with_ids, given.ids_T, self._last_O)
         given, made = given._replace(ids_T=ids_T), given.prepared
@@ -52,7 +53,7 @@ class Feedback:
     def _computed(self, function: Callable[..., Tensor], *given: Tensor) -> Tensor:
         if not self._simulated:
             return function(*given)
-        # Imports torchair.
+        # Imported here, since this module imports torchair.
         from mllama_graph.ascend.simulation import host_view
 
         return sent(function(*map(host_view, given)), given[0].device)

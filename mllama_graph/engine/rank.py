@@ -40,8 +40,10 @@ from mllama_graph.plan.resolve import ResolvedRun
 class Launched:
     """A step that the device computes, with what is needed to take its tokens.
 
-    known: the state of each row's sequence, which may end before. places: where the output has the logits of each row.
-    found: the candidates, if the graph gives some. fetched: gives them on the host.
+    rows: those that get tokens. known: the state of each row's sequence, kept here since the sequence may end before
+    the tokens are taken. counts: the number of tokens of each row. places: where the output has the logits of the
+    tokens. found: the candidates, if the graph gives any. fetched: waits for the candidates and returns them on the
+    host.
     """
 
     rows: list[Row]
@@ -138,7 +140,7 @@ class Rank:
                 self.feedback.take(launched.found)
                 for known, place in zip(launched.known, launched.places):
                     known.place = place
-            # Begun now: the next step may overwrite the graph's output.
+            # The copy begins now, since the next step may overwrite the graph's output.
             launched.fetched = fetched(launched.found)
             return launched
         except RuntimeError as error:
@@ -153,7 +155,7 @@ class Rank:
             raise self._named(error) from error
 
     def _named(self, error: RuntimeError) -> Exception:
-        """The error, or that of an exchange with other ranks which has caused it."""
+        """The error itself, or a PeerGone if a failed exchange with other ranks has caused it."""
         fault = self.collectives.fault(error)
         return PeerGone(fault) if fault else error
 
@@ -192,7 +194,7 @@ class Rank:
     def _call(
         self, graph: Graph, bucket: Bucket, given: Any, start: float, fill: Callable[[Any], Any] | None = None
     ) -> Output:
-        # An NPU's graph, and a captured step, take inputs on the host: they prepare them, and copy all at once.
+        # An NPU's graph and a captured step take inputs on the host. They prepare them, and copy all of them at once.
         on_host, filled = isinstance(graph, (CapturedStep, NpuGraph)), {}
         if not on_host:
             given = sent(given, self.spec.torch_device)
@@ -212,13 +214,13 @@ class Rank:
         return self.pages, self.image_pages
 
     def _tokens(self, launched: Launched, found_WBF: Tensor | None) -> list[Token]:
-        """The tokens after the last ids of each row, as many as `counts`."""
+        """The tokens that are sampled after the last ids of each row; `launched.counts` says how many."""
         if not launched.rows:
             return []
         logits_BV, places = launched.logits, launched.places
         assert logits_BV is not None, "prefill and decode graphs give logits"
         start = time.perf_counter()
-        # Each row with the numbers of the ids after which tokens are sampled.
+        # (row, state of its sequence, n) for each token: it is sampled after id number n of the row.
         each = [
             (row, known, n)
             for row, known, count in zip(launched.rows, launched.known, launched.counts)
@@ -229,7 +231,7 @@ class Rank:
         with self._marked(SAMPLE):
             tokens = self.sampler.tokens(
                 lambda: self.backend.logits(logits_BV[:last])[at],
-                # The whole tensor in one copy: a slice of it would take a kernel.
+                # Sliced on the host: the whole tensor was copied, since a slice on the device would take a kernel.
                 None if found_WBF is None else found_WBF[:, at],
                 [known.options(row.start + n + 1) for row, known, n in each],
                 [row.start + n + 1 + known.skipped for row, known, n in each],
@@ -253,7 +255,7 @@ class Rank:
 
 
 def _masks(row: Row, count: int) -> tuple[bytes, ...]:
-    """The masks of the `count` tokens that are sampled after a row. Those of a prompt have none."""
+    """The masks of the `count` tokens that are sampled after a row. Scored tokens of a prompt have none."""
     if row.scored:
         return (*(b"",) * row.scored, row.mask)[:count]
     return (row.mask, *(row.later_masks or (b"",) * (count - 1)))

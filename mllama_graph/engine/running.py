@@ -18,9 +18,9 @@ class Running:
 
     ahead: what constrains the tokens after each proposed id of the step. alone: whether to propose no ids.
 
-    given: the first ids that the sequence gets, in place of sampled ones: where log-probabilities of the prompt are
-    wanted and decode steps compute them, the prompt's `scored` ids after the first, and then the request's `forced`
-    ones. `count` begins at -scored.
+    given: ids that the sequence gets in place of the first sampled ones. These are the request's `forced` ids. Where
+    decode steps compute log-probabilities of the prompt, the prompt's `scored` ids after the first come before them.
+    `count` begins at -scored.
     """
 
     request: Request
@@ -41,7 +41,7 @@ class Running:
 
     @property
     def feeds(self) -> bool:
-        """Whether its next id is that of the largest logit, which the device knows by itself."""
+        """Whether its next id is that of the largest logit, so that the device finds it without the host."""
         s, free = self.request.sampling, len(self.sequence.generated) >= len(self.given)
         told = s.logprobs is not None or s.prompt_logprobs is not None
         return free and s.temperature == 0 and not (told or s.edits or self.constraint)
@@ -61,7 +61,10 @@ class Running:
 
 @dataclass(slots=True)
 class Flight:
-    """A step in progress: launched, or with its tokens. feeds: the next step can take its ids on the device."""
+    """A step in progress: either launched, or run with its tokens at hand.
+
+    feeds: whether the next step can take the ids of this one on the device.
+    """
 
     step: Step
     start: float

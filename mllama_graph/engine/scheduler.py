@@ -26,8 +26,8 @@ class Scheduler:
 
     While sequences decode, a step has at most `plan.step_tokens` tokens, or as many as `pace` allows. Prompts are
     computed beside the decoding sequences in one step, so that these get a token in each step but those that encode an
-    image; where `pace` says so, steps that only decode come between. Where shapes are compiled, such steps have no
-    proposals, and the two alternate if the plan has no mixed buckets.
+    image; where `pace` says so, steps that only decode come between. Where shapes are compiled, a step that also
+    computes prompts has no proposals; if the plan has no mixed buckets, prefill and decode steps alternate.
 
     `prefix_cache`: full pages are kept when their sequence ends, and a sequence that begins with the same ids and
     images starts after them. It waits for a running prompt that is computing many of its pages.
@@ -38,9 +38,10 @@ class Scheduler:
     When pages run out, the youngest running sequence of the lowest priority is preempted: it returns to the head of the
     queue, keeps its ids, and is computed again later.
 
-    A step may be decided while the one before runs: `assume` that this gives a token for each row that gets one, take
-    the next from `ahead`, then `commit` the first. Sequences that end or are aborted meanwhile keep their pages until
-    the last step with a row of theirs is committed: what it writes, and clears where it fails, is still theirs.
+    A step may be decided while the one before runs. Call `assume`, which gives each sampled row of the running step a
+    token with the id PENDING; take the next step from `ahead`; then `commit` the running one. A sequence that ends or
+    is aborted meanwhile keeps its pages until the last step with one of its rows is committed: that step still writes
+    to them, and clears them if the row fails.
     """
 
     def __init__(self, plan: Plan, batch: int, prefix_cache: bool = True, propose: Propose = no_proposals):
@@ -52,14 +53,15 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = 0
-        # The step that was decided last, and the one before it while that is assumed to have given its tokens.
+        # The step that was decided last, until it is assumed; and the step that is assumed, until it is committed.
         self._pending: tuple[Step, list[Sequence]] | None = None
         self._assumed: tuple[Step, list[Sequence]] | None = None
         self._prefills = 0
-        # Whether decoding sequences got no token in the last step, and what the last step did that did not only decode.
+        # Whether decoding sequences got no token in the last step.
         self._owed = False
+        # Whether the last step that did not only decode encoded an image, or computed prompts.
         self._encoded = self._prefilled = False
-        # Sequences that ended, which the ranks have not been told yet; and those that ended before their last step was
+        # Ended sequences that the ranks have not been told of yet, and those that ended before their last step was
         # committed.
         self._ended: list[int] = []
         self._leaving: list[Sequence] = []
@@ -86,8 +88,8 @@ class Scheduler:
         return self._next()
 
     def ahead(self) -> Step | None:
-        """The step after one that is assumed to have given its tokens. None where that must be committed first: no
-        sequence goes on for certain, or one would be preempted.
+        """The step after the assumed one. None if the assumed one must be committed first: no sequence is certain to go
+        on, or one would be preempted.
         """
         assert self._assumed is not None and self._pending is None, "a step is decided one ahead"
         going_on = [one for one in self.running if one.decoding and not one.complete]
@@ -104,7 +106,7 @@ class Scheduler:
         return step or self._admit(decoding, room) or self._decode(decoding)
 
     def assume(self) -> None:
-        """Go on as if the last step had been committed: each row that gets a token has got one, which is PENDING."""
+        """Go on as if the last step had been committed. Each row that gets a token gets the id PENDING for now."""
         assert self._pending is not None and self._assumed is None
         step, sequences = self._assumed = self._pending
         self._pending = None
@@ -112,27 +114,27 @@ class Scheduler:
             self.images.trim(step.image.key)
             return
         for sequence, row in zip(sequences, step.rows, strict=True):
-            # Others have ended since the step was decided.
+            # Sequences in `_leaving` have ended since the step was decided.
             if sequence not in self._leaving:
                 sequence.computed += len(row.ids)
                 sequence.unscored -= row.scored
-        # On a CPU prompt rows give K/V bits that depend on nothing but the tokens, and decoding rows give others: pages
-        # that the latter have written are not kept there, so that the cache changes no result by a bit.
         if isinstance(step, PrefillStep):
             self._prefills += 1
             for sequence in sequences[step.decoding :]:
                 sequence.served = self._prefills
+        # On a CPU, the K/V bits that prompt rows write depend on nothing but the tokens, and those of decoding rows
+        # differ. Pages written by decoding rows are not kept there, so that the cache changes no bit of a result.
         for place, sequence in enumerate(sequences[: sampled(step)]):
             if sequence not in self._leaving:
                 sequence.generated.append(PENDING)
                 sequence.keeps = self.prefix_cache and (place >= step.decoding or not self.plan.lengths_are_free)
 
     def commit(self, ids: tuple[int, ...], counts: tuple[int, ...] = ()) -> list[tuple[Sequence, int]]:
-        """Append the ids that a step sampled, the first that was not committed. Returns (sequence, id) for each.
+        """Append the ids that the first uncommitted step sampled. Returns (sequence, id) for each of them.
 
-        `counts`: how many each decoding row got, one if it is empty: those that `agreeing` counts. A row with none is
-        computed again from its beginning. The caller ends sequences with `finish`. Those that had ended before get no
-        ids.
+        `counts`: the number of ids of each decoding row, as `agreeing` counts them; if empty, each row got one. A row
+        with none is computed again from its beginning. Ids of sequences that have ended already are not appended. The
+        caller ends sequences with `finish`.
         """
         if self._assumed is None:
             self.assume()
@@ -152,7 +154,7 @@ class Scheduler:
                 self.preempt(sequence)
                 continue
             if place < step.decoding:
-                # What was written for proposals that were not taken is written again.
+                # K/V that were written for rejected proposals are written again.
                 sequence.computed += count - len(row.ids)
             sequence.generated += own
             # Finite logits mean finite K/V: a token attends to all before it.
@@ -177,7 +179,7 @@ class Scheduler:
             self._leaving.append(sequence)
 
     def _let_go(self, sequence: Sequence) -> bool:
-        """Release the pages of a sequence, unless a step that was not committed has a row of it."""
+        """Release the pages of a sequence, unless an uncommitted step has a row of it. Returns whether it did."""
         if any(issued and sequence in issued[1] for issued in (self._pending, self._assumed)):
             return False
         self.holdings.release(sequence)
@@ -251,7 +253,7 @@ class Scheduler:
     def _proposals(
         self, decoding: list[Sequence], parts: list[tuple[Sequence, int]]
     ) -> list[tuple[Sequence, tuple[int, ...]]]:
-        """Each decoding sequence with its proposal, as far as they fit a step beside parts of prompts."""
+        """Each decoding sequence with its proposal, cut to what fits a step beside `parts` of prompts."""
         left = self.plan.proposals_beside(len(decoding) + sum(count for _, count in parts)) if parts else None
         proposals = self.propose(decoding) if decoding and left != 0 else {}
         found = []
@@ -279,7 +281,7 @@ class Scheduler:
     def _decoding(self) -> list[Sequence]:
         """The decoding sequences, with a page for their next token. Preempts sequences where pages run out.
 
-        One that has all its tokens as soon as a step is committed does not go on.
+        A sequence that will have all its tokens when the assumed step is committed is left out.
         """
         decoding = [s for s in self.running if s.decoding and not (self._assumed and s.complete)]
         before = self.preemptions

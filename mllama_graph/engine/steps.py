@@ -12,7 +12,7 @@ from mllama_graph.inputs.request import Sampling
 
 # The id of a token that could not be sampled, since a logit of its row is NaN or infinite.
 NOT_FINITE = -1
-# The id of a token that the step before samples, where the host has not read it. Ranks take it from that step's output.
+# Stands for an id that the step before samples and that the host has not read. Ranks take it from that step's output.
 PENDING = -2
 
 
@@ -67,10 +67,11 @@ class Row:
     count only if it is what was sampled before it (`agreeing`). `mask` is then for the token after the first id, and
     `later_masks` for those after proposals, where the request has masks. A row with a given id has no proposals.
 
-    The only id of a row that decodes is PENDING where the step was decided before the last one's ids were read.
+    A row that decodes has the single id PENDING if its step was decided before that id was read.
 
-    scored: of a prompt's row, after how many of its ids log-probabilities of the next id of the prompt are wanted: all,
-    or all but the last one, after which a token is sampled. `given` is then the one after the row.
+    scored: for a row of a prompt, the number of its ids after which the log-probability of the prompt's next id is
+    wanted: all of them, or all but the last one, after which a token is sampled. If it is all of them, `given` is the
+    prompt's id after the row.
     """
 
     sequence: int
@@ -121,8 +122,8 @@ class PrefillStep:
     """New tokens of one or several prompts, and beside them new tokens of running sequences.
 
     The first `decoding` rows are those of running sequences, as in a decode step; after them come prompts that are
-    computed to their ends. Both get a token: the first `sampled` rows. `ended`: sequences that ended since the step
-    before.
+    computed to their ends, and then the other prompts. The rows of the first two kinds get a token: these are the first
+    `sampled` rows. `ended`: sequences that ended since the step before.
     """
 
     rows: tuple[Row, ...]
@@ -132,7 +133,7 @@ class PrefillStep:
 
     @property
     def outputs(self) -> list[int]:
-        """After how many of the last ids of each row a token is sampled."""
+        """For each row, the number of its last ids after which a token is sampled."""
         prompts = enumerate(self.rows[self.decoding :], self.decoding)
         return [len(row.ids) for row in self.rows[: self.decoding]] + [
             row.scored + (n < self.sampled) for n, row in prompts
@@ -150,7 +151,7 @@ class DecodeStep:
 
     @property
     def outputs(self) -> list[int]:
-        """After how many ids of each row a token is sampled: all."""
+        """For each row, the number of its ids after which a token is sampled: all."""
         return [len(row.ids) for row in self.rows]
 
     @property
@@ -170,8 +171,9 @@ def sampled(step: Step) -> int:
 def agreeing(row: Row, sampled: Sequence[int]) -> int:
     """How many of the tokens sampled after a decode row's ids are those that steps of one token would have sampled.
 
-    That after the first id is, and each after a proposal that equals the token sampled before it. 0 if a token after a
-    proposal could not be sampled: what it wrote may spoil the others, and the row must be computed without proposals.
+    The token after the first id is one of them. Each token after a proposal is one, too, up to the first proposal that
+    differs from the token sampled before it. 0 if a token of a row with proposals could not be sampled: what a proposal
+    wrote may spoil the others, and the row must be computed without proposals.
     """
     if len(row.ids) > 1 and NOT_FINITE in sampled:
         return 0
@@ -180,8 +182,10 @@ def agreeing(row: Row, sampled: Sequence[int]) -> int:
 
 @dataclass(frozen=True)
 class Agreed:
-    """The tokens of a step. new: those that `agreeing` counts, and those after prompts. counts: the number of new ones
-    of each decoding row; empty if each has one. scored: those of prompts, by sequence.
+    """The tokens of a step by their use.
+
+    new: those of decoding rows that `agreeing` counts, and those sampled after prompts. counts: the number of new
+    tokens of each decoding row; empty if each has one. scored: those of prompts (`Row.scored`), by sequence.
     """
 
     new: list[Token]
@@ -190,7 +194,7 @@ class Agreed:
 
 
 def agreed(step: Step, tokens: list[Token]) -> Agreed:
-    """What a step's tokens are: one for each of its `outputs`."""
+    """Sort the tokens of a step by their use. Each row has as many tokens as the step's `outputs` say."""
     if len(tokens) == sampled(step):
         return Agreed(tokens)
     new: list[Token] = []

@@ -1,6 +1,8 @@
-// Products of many rows, for machines with few registers: a block of a panel is decoded to fp32 in L1 once for all rows.
+// Products of many rows, for CPUs with few vector registers. A block of a panel is decoded to fp32 once, into L1, and
+// used for all rows of a task.
 //
-// Rows are copied in the order in which tiles read them, so that a tile's rows share no set of a cache.
+// Rows are first copied in the order in which tiles read them, so that the rows of a tile don't compete for the same
+// cache sets.
 
 #pragma once
 
@@ -17,27 +19,27 @@
 
 namespace {
 
-// Inputs of a block, unless a group is longer. Rows of a task, which share its blocks.
+// Inputs of a block, unless a group (of inputs with one scale) is longer. The most rows of a task, which share blocks.
 constexpr int64_t kBlockInputs = 128, kBlockSharing = 192;
-// Rows of a tile: their sums with a panel fill most of the registers.
+// Rows of a tile. Their sums for the outputs of a panel fill most of the registers.
 constexpr int kBlockRows = kRegisters == 32 ? 8 : 4;
 
-// Rows (T, inputs) in blocks of `deep` inputs, of which the last may have fewer: a block's tiles follow each other, and
-// a tile has its rows' first input, then their next one, and so on.
+// Rows (T, inputs) in blocks of `deep` inputs; the last block may have fewer. A block stores tile after tile. A tile
+// stores the first input of each of its rows, then the second input of each, and so on.
 struct BlockedRows {
   int64_t rows, inputs, deep;
   std::vector<float> values;
 
   int64_t tiles() const { return (rows + kBlockRows - 1) / kBlockRows; }
-  // The first row of a tile, of heights as even as possible.
+  // The first row of a tile. The numbers of rows of tiles are as even as possible.
   int64_t row(int64_t tile) const { return tile * rows / tiles(); }
-  // A tile's inputs from i on, where a block begins.
+  // A tile's inputs in the block that begins at input i.
   const float* at(int64_t tile, int64_t i) const {
     return values.data() + i * rows + row(tile) * std::min(deep, inputs - i);
   }
 };
 
-// row_of(t, free): row t; `free` is memory for one that is computed.
+// row_of(t, free) returns row t. If it computes the row, it may store it in `free`, which has room for one row.
 template <class F>
 BlockedRows blocked_rows(int64_t rows, int64_t inputs, int64_t deep, const F& row_of) {
   BlockedRows to{rows, inputs, deep};
@@ -57,7 +59,7 @@ BlockedRows blocked_rows(int64_t rows, int64_t inputs, int64_t deep, const F& ro
   return to;
 }
 
-// The words of some inputs of a panel as values in fp32, without their scales and factor.
+// Decodes the words of some inputs of a panel to fp32. Scales and the decoder's factor are not applied.
 template <class D>
 void decode_block(const D& decoder, const typename D::Word* words, int64_t width, int64_t inputs, float* to) {
   const D table = decoder;
@@ -74,7 +76,7 @@ void decode_block(const D& decoder, const typename D::Word* words, int64_t width
   }
 }
 
-// Memory for a block of `values`, whose vectors lie in one cache line each.
+// Memory for a block of that many values. It is aligned, so that each of its vectors lies in one cache line.
 inline float* aligned_block(std::vector<float>& memory, int64_t values) {
   memory.resize(values + kLine / sizeof(float));
   float* block = memory.data();
@@ -82,18 +84,19 @@ inline float* aligned_block(std::vector<float>& memory, int64_t values) {
   return block;
 }
 
-// What tiles prefetch: the words after their block, `pace` bytes for each of their inputs.
+// What tiles prefetch: the words after their block. A tile prefetches `pace` bytes per input that it multiplies.
 struct Following {
   const char* from;
   int64_t pace;
 
-  // bytes: of the words of `inputs` inputs of all tiles.
+  // `bytes` are prefetched while tiles multiply `inputs` inputs; an input counts once for each tile.
   Following(const void* words, int64_t bytes, int64_t inputs)
       : from(static_cast<const char*>(words)), pace((bytes + inputs - 1) / inputs) {}
 };
 
-// Adds to `sums` (R, kColumns) the products of a tile's R rows with the first V vectors of a block. Sums in fp32 go on
-// from there, input by input; sums in whole numbers, which fp32 holds for one block, are added there.
+// Adds to `sums` (R, kColumns) the products of a tile's R rows with the first V vectors of a block. If S is float, the
+// products are added to `sums` input by input. If S is int32_t, the products of the block are first summed in fp32,
+// which holds these integers exactly, and their sum is added to `sums`.
 template <int R, int V, class S>
 [[gnu::noinline]] void block_tile(const float* a, const float* block, int64_t width, int64_t inputs, S* sums,
                                   Following next) {
@@ -152,7 +155,7 @@ void block_rows(const float* a, const float* block, int64_t width, int64_t input
     }
 }
 
-// The products of rows with a weight in panels of words, whose blocks are decoded once for up to kBlockSharing rows.
+// The products of rows with a weight in panels of words. Each block is decoded once for up to kBlockSharing rows. Calls
 // finish(first output, width of its panel, first row, number of rows, their sums of type S (rows, kColumns)).
 template <class S, class D, class F>
 void multiply_blocks(const BlockedRows& x, const D& decoder, const typename D::Word* words, int64_t outputs,

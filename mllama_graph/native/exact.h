@@ -1,7 +1,7 @@
-// Linear layers with weights and activations in int8 and many rows, where fp32 is multiplied as fast as whole numbers.
+// Linear layers with weights and activations in int8 and many rows, for CPUs that multiply fp32 as fast as integers.
 //
-// A block's products are whole numbers whose sum fp32 holds exactly. Blocks are added in 32 bits. So results have the
-// bits of integers.h, and a weight is widened once for all rows.
+// A block's products are integers whose sum fp32 holds exactly. The sums of blocks are added as 32-bit integers. So
+// results have the same bits as those of integers.h, while a weight is widened once for all rows of a task.
 
 #pragma once
 
@@ -14,7 +14,7 @@
 
 namespace {
 
-// Words of four codes of 8 bits, which count from -128.
+// Words of four 8-bit codes. Code 0 stands for -128.
 struct WholeBytes {
   using Word = uint32_t;
   static constexpr int kInputs = 4;
@@ -26,8 +26,8 @@ struct WholeBytes {
   float decode_one(uint32_t x) const { return static_cast<float>(x >> 8 * input & 255) - 128.0f; }
 };
 
-// y = x w' of rows x (rows, inputs), rounded to codes of 8 bits with the rows' scales, which count from `zero`; words,
-// scale and shift in panels, of one group.
+// y = x w' for rows x (rows, inputs), which are rounded to 8-bit codes with one scale per row; code `zero` stands for
+// 0. words, scale and shift are in panels. The weight has a single group.
 void exact_of(const float* x, int64_t rows, int64_t inputs, const float* scales, float zero, const uint32_t* words,
               const float* scale, const float* shift, float* y, int64_t outputs) {
   std::vector<float> total(rows);
@@ -45,7 +45,7 @@ void exact_of(const float* x, int64_t rows, int64_t inputs, const float* scales,
       [&](int64_t at, int64_t width, int64_t top, int64_t count, const int32_t* sums) {
         for (int64_t t = top; t < top + count; t++, sums += kColumns)
           for (int64_t o = 0; o < width; o++) {
-            // Whole tiles add to 0, too: it makes of -0 a 0.
+            // 0.0f is added as in the tiles of integers.h: it turns -0 into 0.
             const float product = 0.0f + static_cast<float>(sums[o]) * scales[t];
             float& to = y[t * outputs + at + o];
             to = product * scale[at + o];
