@@ -75,7 +75,7 @@ def test_results_are_those_of_steps_in_turns(plan, greedy, lines, checkpoint, mo
     assert engine.idle and holds_nothing(engine)
 
 
-def test_the_host_waits_for_nothing_between_two_launches(checkpoint, requests, monkeypatch):
+def test_a_step_is_launched_before_the_host_waits_for_the_one_before(checkpoint, requests, monkeypatch):
     engine = start(checkpoint("base"), **OVERLAPPED)
     events = watch(engine, monkeypatch)
     line = next(line for line in few(requests, "base") if line["id"] == "text_64")

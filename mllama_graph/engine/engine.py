@@ -90,7 +90,7 @@ class Engine:
         return sequence.id
 
     def abort(self, number: int) -> None:
-        """Drop a request and free its pages at once."""
+        """Drop a request and free its pages, those of a step in progress when that is finished."""
         self.scheduler.abort(number)
         self._forget(number)
         self._unread.pop(number, None)

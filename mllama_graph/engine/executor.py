@@ -86,7 +86,7 @@ class Executor:
         self._workers.confirmed()
 
     def execute(self, step: Step) -> list[Token]:
-        """Run one step on all ranks. Returns a token for each row that gets one."""
+        """Run one step on all ranks. Returns the tokens of its `outputs`."""
         bucket, compiled = self.graphs.select(batch.needs(self.plan, step))
         self._workers.send(Execute(step, bucket, compiled))
         try:

@@ -32,7 +32,7 @@ class Scheduler:
     `prefix_cache`: full pages are kept when their sequence ends, and a sequence that begins with the same ids and
     images starts after them. It waits for a running prompt that is computing many of its pages.
 
-    `propose` gives ids that may follow the sequences of a decode step, by the sequence's id: at most as many as the
+    `propose` gives ids that may follow decoding sequences, by the sequence's id: at most as many as the
     plan and the sequence have room for.
 
     When pages run out, the youngest running sequence of the lowest priority is preempted: it returns to the head of the
@@ -165,7 +165,7 @@ class Scheduler:
         return moved
 
     def finish(self, sequence: Sequence) -> None:
-        """End a sequence: free its pages and release its images."""
+        """End a sequence: release its images, and its pages if no step that was not committed has a row of it."""
         self._leave(sequence)
 
     def _leave(self, sequence: Sequence) -> None:

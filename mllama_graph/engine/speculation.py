@@ -1,4 +1,4 @@
-"""How many ids are proposed for each sequence of a decode step, and who proposes them.
+"""How many ids are proposed for each decoding sequence, and who proposes them.
 
 At every position, a token is sampled with that position's random draw (engine/sampler.py), which depends on neither the
 batch nor the proposals. A proposal is accepted if it equals the token sampled at its position, so the tokens are the
@@ -70,8 +70,8 @@ class Acceptance:
 
 
 class Speculation:
-    """Proposals for decode steps. `most`: the most per sequence and step. `cost`: the time that a further row adds to a
-    step, as a share of the time of a step with one row, until steps of as many rows were measured.
+    """Proposals for decoding sequences. `most`: the most per sequence and step. `cost`: the time that a further row adds
+    to a step, as a share of the time of a step with one row, until steps of as many rows were measured.
     """
 
     def __init__(self, proposer: Proposer, plan: Plan, cost: float):
@@ -83,7 +83,7 @@ class Speculation:
         self._times, self._proposing = Times(), Times()
 
     def propose(self, rooms: Mapping[Sequence, int]) -> dict[int, tuple[int, ...]]:
-        """Proposals for the sequences of a decode step, by their ids; `rooms`: the most ids for each."""
+        """Proposals for decoding sequences, by their ids; `rooms`: the most ids for each."""
         wanted = self._wanted(rooms)
         if not wanted:
             return {}
