@@ -70,8 +70,8 @@ class Acceptance:
 
 
 class Speculation:
-    """Proposals for decoding sequences. `most`: the most per sequence and step. `cost`: the time that a further row adds
-    to a step, as a share of the time of a step with one row, until steps of as many rows were measured.
+    """Proposals for decoding sequences. `most`: the most per sequence and step. `cost`: the time that a further row
+    adds to a step, as a share of the time of a step with one row, until steps of as many rows were measured.
     """
 
     def __init__(self, proposer: Proposer, plan: Plan, cost: float):
