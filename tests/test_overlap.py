@@ -118,7 +118,10 @@ def test_aborted_requests_leave_the_others_and_no_page(lines, checkpoint):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"candidates": 0}, "overlap=true plan.candidates=0: graphs must find the largest logits"),
+        (
+            {"candidates": 0},
+            "overlap=true needs graphs that find the largest logits themselves. Here plan.candidates=0",
+        ),
         ({"candidates": 8, "speculate": "ngram"}, "overlap=true speculate=ngram: proposals follow the last id"),
     ],
 )

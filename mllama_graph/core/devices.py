@@ -103,8 +103,8 @@ class Device:
         """
         if given and not candidates:
             raise UserError(
-                f"overlap=true plan.candidates={candidates}: graphs must find the largest logits themselves. Use "
-                "plan.candidates=64, or leave overlap= out."
+                f"overlap=true needs graphs that find the largest logits themselves. Here plan.candidates={candidates} "
+                f"({self.name}). Use plan.candidates=64, too, or leave overlap= out."
             )
         if given and speculate != "none":
             raise UserError(

@@ -29,7 +29,7 @@ def refuse_lfs_pointer(path: Path) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises UserError naming the file if it is missing or holds no JSON object."""
     if not path.is_file():
-        raise UserError(f"{path} is missing. weights= needs a Hugging Face checkpoint folder.")
+        raise UserError(f"{path} is missing. Give a Hugging Face checkpoint folder.")
     try:
         # Editors on Windows begin UTF-8 files with a byte order mark.
         value = json.loads(path.read_text(encoding="utf-8-sig"))

@@ -60,7 +60,7 @@ def _model_of(run: Run, shape: ModelShape) -> tuple[ModelShape, CheckpointFiles 
         }
     for what, (given, needed) in equal.items():
         if given not in needed:
-            raise UserError(
-                f"it has {given} {what}, the model {needed[0]}. Use a draft with the model's tokenizer and tiles."
-            )
+            right = " or ".join(map(str, dict.fromkeys(needed)))
+            shared = "tokenizer" if kind == LLAMA else "tokenizer and tiles"
+            raise UserError(f"it has {given} {what}, where the model needs {right}. Use one with its {shared}.")
     return found, files

@@ -145,4 +145,4 @@ def _check_stops(given: Any) -> None:
     """Bound stop strings, which are searched for after every token. The processor checks their types."""
     stops = given if isinstance(given, list) else [given] if isinstance(given, str) else []
     if len(stops) > MOST_STOPS or sum(len(stop) for stop in stops if isinstance(stop, str)) > MOST_STOP_LETTERS:
-        raise refused(f"stop may have {MOST_STOPS} strings of {MOST_STOP_LETTERS} characters together.", "stop")
+        raise refused(f"stop may have at most {MOST_STOPS} strings and {MOST_STOP_LETTERS} characters in all.", "stop")

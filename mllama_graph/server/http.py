@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -37,7 +38,8 @@ def listening(host: str, port: int) -> socket.socket:
         opened.listen(BACKLOG)
     except OSError as error:
         opened.close()
-        raise UserError(f"host={host} port={port} can't be used: {error.strerror}. Choose another port=.") from error
+        other = "host" if error.errno == errno.EADDRNOTAVAIL else "port"
+        raise UserError(f"host={host} port={port} can't be used: {error.strerror}. Choose another {other}=.") from error
     opened.setblocking(False)
     return opened
 
@@ -116,7 +118,8 @@ async def _serve(
             say("ended at once")
             os._exit(130)
         if not ending.is_set():
-            say(f"finishing {len(service.open)} open requests, at most {drain_seconds:g} s; Ctrl-C twice ends at once")
+            left = f"{len(service.open)} open request{'s' * (len(service.open) != 1)}"
+            say(f"finishing {left}, at most {drain_seconds:g} s; Ctrl-C twice ends at once")
         service.drain()
         ending.set()
 

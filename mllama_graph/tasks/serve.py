@@ -61,7 +61,8 @@ def main(run: ResolvedRun) -> None:
         def begun() -> None:
             progress.say(f"serving {names[0]} at {'https' if tls else 'http'}://{shown}:{port}/v1")
             if host in ("127.0.0.1", "::1"):
-                progress.say("only this machine reaches it; host=0.0.0.0 lets others in, with api_key= as you like")
+                others = "those who have the key" if key else "everybody who reaches this machine"
+                progress.say(f"only this machine reaches it; host=0.0.0.0 lets in {others}")
             elif key is None:
                 progress.say("everybody who reaches this machine can use it; api_key= asks for a key")
 
