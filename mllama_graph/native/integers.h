@@ -82,7 +82,7 @@ inline Integers add_elements(Integers sum, Integers a, Integers b) {
 
 // sum + the two sums of 16 bits in each lane.
 inline Integers add_narrow(Integers sum, Integers narrow) {
-#if defined(__AVX2__)
+#if defined(__AVX2__) && !defined(__AVX512F__)
   return sum + reinterpret_cast<Integers>(
                    _mm256_madd_epi16(reinterpret_cast<__m256i>(narrow), _mm256_set1_epi16(1)));
 #else
