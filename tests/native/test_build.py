@@ -1,6 +1,7 @@
 """Building a native library: once, complete or not at all, and with one-line errors."""
 
 import os
+import platform
 import stat
 from pathlib import Path
 
@@ -111,3 +112,12 @@ def test_loading_again_neither_builds_nor_waits(libraries, monkeypatch):
     native.load("collectives", libraries)
     monkeypatch.setenv("CXX", "no-such-compiler")
     native.load("collectives", Path("/nowhere"))
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names CPUs of x86")
+@pytest.mark.parametrize("cpu", ["icelake-server", "alderlake"])
+@pytest.mark.parametrize("name", ["kernels", "quantised"])
+def test_kernels_are_valid_for_other_cpus(name, cpu):
+    # The first has AVX-512 with products of bytes, the second such products in AVX2's vectors.
+    command = [word.replace("-march=native", f"-march={cpu}") for word in native._command(name, native.find_compiler())]
+    native.run_compiler([*command, "-fsyntax-only"], f"{name}.cpp does")
