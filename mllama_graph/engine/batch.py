@@ -12,7 +12,17 @@ import torch
 from numpy.typing import NDArray
 
 from mllama_graph.engine.edits import Edit
-from mllama_graph.engine.steps import PENDING, DecodeStep, History, ImageTable, PrefillStep, Row, Step, VisionStep
+from mllama_graph.engine.steps import (
+    PENDING,
+    DecodeStep,
+    History,
+    ImageTable,
+    PrefillStep,
+    Row,
+    Step,
+    VisionStep,
+    decoded,
+)
 from mllama_graph.inputs.request import Sampling
 from mllama_graph.model.inputs import ImageInput, MixedInput, PromptInput, TileInput, TokenInput, mixed_input
 from mllama_graph.model.shape import ModelShape
@@ -38,7 +48,7 @@ def needs(plan: Plan, step: Step) -> Bucket:
         if most == 1:
             return plan.decode(rows, used, images)
         if plan.lengths_are_free:
-            return plan.decode(sum(len(row.ids) for row in step.rows), used, images)
+            return plan.decode(decoded(step), used, images)
         used = max(pages_for(row.start + plan.row_tokens, plan.page_size) for row in step.rows)
         return plan.decode(rows, used, images, plan.row_tokens)
     alone = rows == 1 and step.rows[0].start == 0
@@ -184,7 +194,7 @@ def prompt_input(step: PrefillStep, sequences: Sequences, bucket: Bucket, plan: 
 
     Each id of a decoding row counts as a sequence with the same block table.
     """
-    rows, decoded = step.rows, sum(len(row.ids) for row in step.rows[: step.decoding])
+    rows = step.rows
     # (row, its first token, their number) for each sequence of the graph.
     entries = [(row, n, 1) for row in rows[: step.decoding] for n in range(len(row.ids))]
     entries += [(row, 0, len(row.ids)) for row in rows[step.decoding :]]
@@ -204,7 +214,7 @@ def prompt_input(step: PrefillStep, sequences: Sequences, bucket: Bucket, plan: 
         last_B=_int32(wanted + [0] * (outputs - len(wanted))),
         real_1=_int32([sum(counts)]),
         outputs_1=_int32([len(wanted)]),
-        decoding_1=_int32([decoded]),
+        decoding_1=_int32([decoded(step)]),
         rows_B=_int32(counts + [0] * absent),
         past_B=_int32([row.start + first for row, first, _ in entries] + [0] * absent),
         table_BJ=_int32(_block_table(tables, bucket.rows, bucket.pages)) if bucket.pages else None,
@@ -231,7 +241,7 @@ def places(step: PrefillStep | DecodeStep, bucket: Bucket) -> list[int]:
         absent = bucket.rows - step.decoding if bucket.prompts else 0
         return [n + absent * (n >= step.decoding) for n in range(sum(step.outputs))]
     if bucket.each == 1:
-        return list(range(sum(len(row.ids) for row in step.rows)))
+        return list(range(decoded(step)))
     return [n * bucket.each + i for n, row in enumerate(step.rows) for i in range(len(row.ids))]
 
 

@@ -9,7 +9,7 @@ from copy import copy
 from dataclasses import replace
 from typing import Any
 
-from mllama_graph.engine.steps import DecodeStep, PrefillStep, Row, Step
+from mllama_graph.engine.steps import DecodeStep, PrefillStep, Row, Step, sampled
 from mllama_graph.inputs.structured import Grammar, any_allowed, reason
 
 # The most ids to look ahead, which takes about 6 ms with 128k ids.
@@ -142,7 +142,7 @@ def masked(step: Step, constraints_of: Callable[[int], Sequence[Constraint]]) ->
     if not isinstance(step, (PrefillStep, DecodeStep)):
         return step
     # The rows that sample are first.
-    sampled = step.sampled if isinstance(step, PrefillStep) else len(step.rows)
-    new = [len(row.ids) for row in step.rows[: step.decoding]] + [1] * (sampled - step.decoding)
-    rows = (*map(with_mask, step.rows, new), *step.rows[sampled:])
+    first = sampled(step)
+    new = [len(row.ids) for row in step.rows[: step.decoding]] + [1] * (first - step.decoding)
+    rows = (*map(with_mask, step.rows, new), *step.rows[first:])
     return step if rows == step.rows else replace(step, rows=rows)

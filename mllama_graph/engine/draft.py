@@ -13,7 +13,7 @@ from mllama_graph.engine.scheduler import Scheduler
 from mllama_graph.engine.sequence import Sequence
 from mllama_graph.engine.steps import NOT_FINITE
 from mllama_graph.inputs.images import TiledImage
-from mllama_graph.plan.blocks import OutOfPages, pages_for
+from mllama_graph.plan.blocks import OutOfPages
 
 
 class Draft:
@@ -86,7 +86,7 @@ class Draft:
 
     def _take_pages(self, own: Sequence) -> None:
         """Allocate pages for the tokens that a running sequence got since it was last continued, or preempt it."""
-        missing = pages_for(own.length, self.executor.plan.page_size) - len(own.pages)
+        missing = self._scheduler.holdings.missing(own)
         if own in self._scheduler.running and missing > 0:
             try:
                 own.pages += self._scheduler.pool.allocate(missing)

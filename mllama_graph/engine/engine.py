@@ -267,15 +267,12 @@ class Engine:
             self.stats.start_to_first_token = process_age()
         request = state.request
         if token.id == NOT_FINITE:
-            self._end(sequence)
-            error = NOT_FINITE_ERROR.format(step=max(1, state.count))
-            return Delta(request.id, None, "", Result.failed(request.id, error))
+            return self._failed(state, NOT_FINITE_ERROR.format(step=max(1, state.count)))
         constraint = state.constraint
         if constraint:
             constraint.accept(token.id)
             if constraint.error:
-                self._end(sequence)
-                return Delta(request.id, None, "", Result.failed(request.id, constraint.error + "."))
+                return self._failed(state, constraint.error + ".")
         logprobs = None
         if request.sampling.logprobs is not None:
             logprobs = entry(token)
@@ -299,8 +296,12 @@ class Engine:
         state.prompt_logprobs += map(entry, tokens)
         if all(token.id != NOT_FINITE for token in tokens):
             return []
+        return [self._failed(state, NOT_FINITE_ERROR.format(step=1))]
+
+    def _failed(self, state: Running, error: str) -> Delta:
+        """End a request with an error, and return it."""
         self._end(state.sequence)
-        return [Delta(state.request.id, None, "", Result.failed(state.request.id, NOT_FINITE_ERROR.format(step=1)))]
+        return Delta(state.request.id, None, "", Result.failed(state.request.id, error))
 
     def _end(self, sequence: Sequence) -> None:
         self.scheduler.finish(sequence)

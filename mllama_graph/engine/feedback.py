@@ -22,11 +22,8 @@ class Feedback:
     """The ids of the last step's rows. `simulated`: the device has no kernels, and its memory is the host's."""
 
     def __init__(self, spec: GraphSpec, simulated: bool):
-        self._simulated, self._vocab, self._size = (
-            simulated,
-            spec.shape.text.vocab,
-            spec.shard.size(spec.shape.text.vocab),
-        )
+        self._simulated, self._vocab = simulated, spec.shape.text.vocab
+        self._size = spec.shard.size(self._vocab)
         self._held = range(*spec.shard.bounds(spec.shape.embeddings))
         self._last_O: Tensor | None = None
 
@@ -37,23 +34,22 @@ class Feedback:
 
     def take(self, found_WBF: Tensor) -> None:
         """Note the ids of a step's rows, which are computed from the candidates that its graph gives."""
-        self._last_O = self._computed(lambda found_WBF: largest(found_WBF, self._size, self._vocab), found_WBF)
+        [self._last_O] = self._computed(lambda found: (largest(found, self._size, self._vocab),), found_WBF)
 
     def fill(self, given: Any) -> Any:
         """Inputs on the device with the noted ids, and with what an NPU's graph takes besides them (`prepared`)."""
         assert self._last_O is not None, "a step with pending ids follows one that gives them"
-        ids_T = self._computed(with_ids, given.ids_T, self._last_O)
+        [ids_T] = self._computed(lambda ids_T, last_O: (with_ids(ids_T, last_O),), given.ids_T, self._last_O)
         given, made = given._replace(ids_T=ids_T), given.prepared
         if made is None or made.row_T is None:
             return given
-        row_T = self._computed(lambda ids_T: held_rows(ids_T, self._held)[0], ids_T)
-        held_T1 = self._computed(lambda ids_T: held_rows(ids_T, self._held)[1], ids_T)
+        row_T, held_T1 = self._computed(lambda ids_T: held_rows(ids_T, self._held), ids_T)
         return given._replace(prepared=made._replace(row_T=row_T, held_T1=held_T1))
 
-    def _computed(self, function: Callable[..., Tensor], *given: Tensor) -> Tensor:
+    def _computed(self, function: Callable[..., tuple[Tensor, ...]], *given: Tensor) -> tuple[Tensor, ...]:
         if not self._simulated:
             return function(*given)
         # Imported here, since this module imports torchair.
         from mllama_graph.ascend.simulation import host_view
 
-        return sent(function(*map(host_view, given)), given[0].device)
+        return tuple(sent(made, given[0].device) for made in function(*map(host_view, given)))

@@ -78,6 +78,10 @@ class Load:
     bucket: Bucket
 
 
+# A step's tokens are taken at once; or at Finish, and the step after it may take their ids on the device.
+AT_ONCE, LAUNCHED, LAUNCHED_FEEDING = range(3)
+
+
 @dataclass(frozen=True)
 class Execute:
     """Run a step in a bucket, with the compiled graph or uncompiled. how: see AT_ONCE."""
@@ -85,11 +89,7 @@ class Execute:
     step: Step
     bucket: Bucket
     compiled: bool
-    how: int = 0
-
-
-# A step's tokens are taken at once; or at Finish, and the step after it may take their ids on the device.
-AT_ONCE, LAUNCHED, LAUNCHED_FEEDING = range(3)
+    how: int = AT_ONCE
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """How many prompt tokens a step computes beside decoding sequences, and in which steps, as measured times allow."""
 
-from mllama_graph.engine.steps import DecodeStep, PrefillStep, Step
+from mllama_graph.engine.steps import DecodeStep, PrefillStep, Step, decoded
 
 # The target for the mean time of steps while prompts are computed, as a multiple of a step that only decodes the same
 # sequences and their proposals. Below 2, the bound of docs/performance.md, since single steps vary.
@@ -71,9 +71,9 @@ class Pace:
     def took(self, step: Step, seconds: float) -> None:
         """Learn the time of a step."""
         if isinstance(step, DecodeStep):
-            alone = self._alone.learn(sum(step.outputs), seconds)
+            alone = self._alone.learn(decoded(step), seconds)
             self._debt, self._beside = max(0.0, self._debt - (RATIO - 1) * alone), 0
-        elif isinstance(step, PrefillStep) and step.decoding and (measure := self._alone_of(_decoded(step))):
+        elif isinstance(step, PrefillStep) and step.decoding and (measure := self._alone_of(decoded(step))):
             target = RATIO * measure
             self._beside += 1
             new = sum(len(row.ids) for row in step.rows[step.decoding :])
@@ -83,14 +83,9 @@ class Pace:
             elif new >= self.room:
                 self.room = min(self.most, self.room + max(1, self.room // 8))
             if new <= LEAST:
-                self._debt = max(0.0, self._debt + self._least.learn(_decoded(step), seconds) - target)
+                self._debt = max(0.0, self._debt + self._least.learn(decoded(step), seconds) - target)
 
     def _alone_of(self, rows: int) -> float | None:
         """The time of a decode step of so many token rows, or of the nearest number that is known."""
         known = self._alone.nearest(rows)
         return None if known is None else self._alone.of(known)
-
-
-def _decoded(step: PrefillStep) -> int:
-    """The token rows of the sequences that decode in a step."""
-    return sum(len(row.ids) for row in step.rows[: step.decoding])

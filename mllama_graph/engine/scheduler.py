@@ -76,7 +76,7 @@ class Scheduler:
         """Drop a sequence, waiting or running; unknown ids are ignored."""
         for sequence in [*self.running, *self.waiting]:
             if sequence.id == id:
-                self._leave(sequence)
+                self.finish(sequence)
 
     @property
     def idle(self) -> bool:
@@ -166,9 +166,6 @@ class Scheduler:
 
     def finish(self, sequence: Sequence) -> None:
         """End a sequence: release its images, and its pages if no step that was not committed has a row of it."""
-        self._leave(sequence)
-
-    def _leave(self, sequence: Sequence) -> None:
         if sequence in self.running:
             self.running.remove(sequence)
         if sequence in self.waiting:

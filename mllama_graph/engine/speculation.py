@@ -14,7 +14,7 @@ from typing import Protocol
 
 from mllama_graph.engine.pace import Times
 from mllama_graph.engine.sequence import Sequence
-from mllama_graph.engine.steps import DecodeStep, Step
+from mllama_graph.engine.steps import DecodeStep, Step, decoded
 from mllama_graph.plan.buckets import Plan
 
 # The least weight of one outcome in the moving average of the share of accepted proposals, and that share at first.
@@ -95,7 +95,7 @@ class Speculation:
     def took(self, step: Step, seconds: float) -> None:
         """Learn the time of a step."""
         if isinstance(step, DecodeStep):
-            self._times.learn(sum(len(row.ids) for row in step.rows), seconds)
+            self._times.learn(decoded(step), seconds)
 
     def learn(self, id: int, proposed: int, accepted: int) -> None:
         """Take note of how many proposals for a sequence were accepted."""

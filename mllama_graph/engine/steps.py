@@ -168,6 +168,11 @@ def sampled(step: Step) -> int:
     return step.sampled if isinstance(step, PrefillStep) else len(step.rows)
 
 
+def decoded(step: PrefillStep | DecodeStep) -> int:
+    """The token rows of the sequences that decode in a step."""
+    return sum(len(row.ids) for row in step.rows[: step.decoding])
+
+
 def agreeing(row: Row, sampled: Sequence[int]) -> int:
     """How many of the tokens sampled after a decode row's ids are those that steps of one token would have sampled.
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from mllama_graph.core.config import ModelChoice, PlanChoice, Run
@@ -22,23 +23,22 @@ def draft_of(run: Run, shape: ModelShape, resolve: Callable[..., "ResolvedTask"]
 
     Raises UserError where it can't be loaded, or has other ids or tiles than the model, whose shape is given.
     """
-    checkpoint_folder(str(run.draft), "draft")
+    folder = checkpoint_folder(str(run.draft), "draft")
     # A draft's prompts delay nobody's tokens but those that wait for its proposals anyway.
     plan = PlanChoice(run.plan.page_size, mixed_tokens=[], compile=run.plan.compile)
     own = replace(run, model=ModelChoice(), weights=run.draft, adapter=None, quant="none", tp=1, plan=plan)
     own = replace(own, draft=None, speculate="none")
     try:
-        return cast("ResolvedRun", resolve(own, None, lambda own: _model_of(own, shape)))
+        return cast("ResolvedRun", resolve(own, None, lambda own: _model_of(own, folder, shape)))
     except UserError as error:
         raise UserError(f"draft={run.draft}: {error}") from error
 
 
-def _model_of(run: Run, shape: ModelShape) -> tuple[ModelShape, CheckpointFiles | None]:
+def _model_of(run: Run, folder: Path, shape: ModelShape) -> tuple[ModelShape, CheckpointFiles | None]:
     """A draft's shape and checkpoint: a text-only Llama or an mllama. `shape`: of the model that it proposes for.
 
     Raises UserError where it is neither, or has other ids or tiles.
     """
-    folder = checkpoint_folder(str(run.weights))
     kind = Fields.of(folder / "config.json").values.get("model_type", MLLAMA)
     if kind not in (LLAMA, MLLAMA):
         raise UserError(f"config.json has model_type={kind!r}. Use a draft of type {LLAMA!r} or {MLLAMA!r}.")
