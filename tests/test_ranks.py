@@ -52,46 +52,38 @@ def wrong(lines: list[dict], results: dict) -> list:
     return faults
 
 
-@pytest.mark.parametrize("name, tp", [("half", 2), ("wide", 4), ("cross_first", 8)])
+@pytest.mark.parametrize("name, tp", [("wide", 4), ("cross_first", 8)])
 def test_every_request_gives_the_tokens_of_one_rank(name, tp, checkpoint, requests, file, tmp_path):
     # test_engine.py compares one rank with the oracle; no request of these specs has a near tie.
-    lines = requests(name) if tp == 2 else few(requests, name)
-    given = file(name) if tp == 2 else file(name, "{}")
+    lines = few(requests, name)
     one = serve(start(checkpoint(name), batch=8, page_size=16), lines)
-    done = served(
-        tmp_path / "out",
-        f"weights={checkpoint(name)}",
-        f"requests={given}",
-        "backend=eager",
-        "batch=8",
-        f"tp={tp}",
-        # Steps of two ranks are launched one ahead, as on accelerators.
-        *(("overlap=true", "plan.candidates=24") if tp == 2 else ()),
-    )
-    assert len(done["lines"]) == len(lines)
-    assert not wrong(done["lines"], one)
+    given = [f"weights={checkpoint(name)}", f"requests={file(name, '{}')}", "backend=eager", "batch=8", f"tp={tp}"]
+    done = served(tmp_path / "out", *given)
+    assert len(done["lines"]) == len(lines) and not wrong(done["lines"], one)
     assert len(list((tmp_path / "out" / "ranks").glob("*.log"))) == tp
 
 
-def test_sampled_text_is_that_of_one_rank(checkpoint, requests, tmp_path):
+def test_two_ranks_give_all_tokens_of_one_sampled_and_constrained_ones_too(checkpoint, requests, tmp_path):
     changes = [
         {"temperature": 0.9, "top_p": 0.9, "seed": 7},
         {"temperature": 0.8, "top_k": 20, "seed": 8, "logprobs": 3},
         {"repetition_penalty": 1.3, "logit_bias": {"5": 3, "300": 2}, "min_tokens": 4, "logprobs": 3},
     ]
-    lines = [
+    sampled = [
         line | change | {"id": f"{line['id']} {n}"}
         for line in few(requests, "half")
         for n, change in enumerate(changes)
     ]
-    lines[-1] |= {"prompt_logprobs": 2, "frequency_penalty": 0.5}
-    lines[0] |= {"temperature": 0, "structured_outputs": {"regex": "[0-9a-f]{3}-(yes|no)"}}
-    lines[3] |= {"structured_outputs": {"json": {"type": "object"}}, "max_new_tokens": 20}
+    sampled[-1] |= {"prompt_logprobs": 2, "frequency_penalty": 0.5}
+    sampled[0] |= {"temperature": 0, "structured_outputs": {"regex": "[0-9a-f]{3}-(yes|no)"}}
+    sampled[3] |= {"structured_outputs": {"json": {"type": "object"}}, "max_new_tokens": 20}
+    lines = requests("half") + sampled
     path = written(tmp_path / "requests.jsonl", lines)
-    one = serve(start(checkpoint("half"), batch=8), lines)
-    given = [f"weights={checkpoint('half')}", f"requests={path}", "backend=eager", "batch=3", "tp=2"]
-    # As on an accelerator: top_k takes what the graph finds, top_p of these flat distributions takes all logits.
-    done = served(tmp_path / "out", *given, "plan.candidates=24")
+    one = serve(start(checkpoint("half"), batch=8, page_size=16), lines)
+    given = [f"weights={checkpoint('half')}", f"requests={path}", "backend=eager", "batch=8", "tp=2"]
+    # As on accelerators: steps are launched one ahead; top_k takes what the graph finds, top_p of these flat
+    # distributions all logits.
+    done = served(tmp_path / "out", *given, "overlap=true", "plan.candidates=24")
     assert len(done["lines"]) == len(lines) and not wrong(done["lines"], one)
 
 
