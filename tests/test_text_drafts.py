@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from commands import served
-from engines import holds_nothing, resolved, run_of, serve, start
-from safetensors.torch import load_file
+from engines import holds_nothing, resolved, run_of, said, serve, start
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mllama_graph.core.errors import UserError
@@ -191,6 +191,18 @@ def test_a_sequence_longer_than_the_drafts_positions_gets_no_proposals(always, t
     plain = serve(start(TINY, batch=8, kernels="native"), some)
     assert [found[n].token_ids for n in range(2)] == [plain[n].token_ids for n in range(2)]
     assert found[0].proposed_tokens and found[9].proposed_tokens == 0
+    engine.close()
+
+
+def test_a_draft_whose_logits_are_not_finite_changes_nothing_and_is_named_once(always, tmp_path):
+    write_llama(tmp_path)
+    path = tmp_path / "model.safetensors"
+    save_file(load_file(path) | {"model.norm.weight": torch.full((64,), torch.nan)}, path, {"format": "pt"})
+    engine = start(TINY, batch=8, kernels="native", speculate="draft", draft=str(tmp_path))
+    found, plain = (serve(one, lines()[:2]) for one in (engine, start(TINY, batch=8, kernels="native")))
+    assert [told(found[n]) for n in range(2)] == [told(plain[n]) for n in range(2)]
+    assert found[0].proposed_tokens == 0
+    assert said(engine).count("Logits of the draft are not finite") == 1
     engine.close()
 
 

@@ -5,7 +5,7 @@ the token's position, so that it proposes what the model would sample if both ha
 """
 
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from mllama_graph.engine.executor import Executor
@@ -24,8 +24,10 @@ class Draft:
     positions. A text-only draft does not see pictures, and usually has no embedding for the id that stands for one.
     """
 
-    def __init__(self, executor: Executor):
+    def __init__(self, executor: Executor, say: Callable[[str], None]):
+        """`say`: tells the user, once, that a logit was not finite."""
         self.executor = executor
+        self._say, self._told = say, False
         self._scheduler = Scheduler(executor.plan, executor.run.limits.batch, prefix_cache=False)
         # Nobody waits for one of its sequences alone.
         self._scheduler.pace = None
@@ -58,6 +60,7 @@ class Draft:
             for own, id in self._scheduler.commit(tuple(token.id for token in tokens)):
                 if id == NOT_FINITE:
                     own.generated.pop()
+                    self._tell()
                 if id == NOT_FINITE or len(own.generated) >= goals[own.id]:
                     self._scheduler.running.remove(own)
                     left.discard(own.id)
@@ -67,6 +70,14 @@ class Draft:
         for own in list(self._scheduler.waiting):
             self.forget(own.id)
         return found
+
+    def _tell(self) -> None:
+        if not self._told:
+            self._told = True
+            self._say(
+                "Logits of the draft are not finite, so that it proposes less or nothing. Results do not depend on it. "
+                "Use another draft, or speculate=none."
+            )
 
     def _held(self, ids: Iterable[int]) -> list[int]:
         """The given ids for which the draft has an embedding."""

@@ -62,6 +62,6 @@ def start_engine(
         if run.draft:
             # A text-only draft needs nothing of its folder but weights.
             seen = run.draft if run.draft.shape.sees else run
-            proposer = Draft(Executor(run.draft, pixels_of(processor_of(seen)), progress, place=Place()))
+            proposer = Draft(Executor(run.draft, pixels_of(processor_of(seen)), progress, place=Place()), progress.say)
         speculation = Speculation(proposer, run.plan, run.device.row_cost)
     return Engine(processor, Scheduler(run.plan, run.limits.batch, run.prefix_cache), executor, speculation)
