@@ -27,14 +27,16 @@ def test_a_resumed_run_has_the_weights_of_an_unbroken_one(tmp_path, monkeypatch)
     # One step of dense pages, one of answers, two on precomputed features.
     args = train.parse(["--folder", str(tmp_path), "--steps", "4", "--talking", "0.5", "--world", "1", "--rank", "0"])
     unbroken, path = train.build(0), tmp_path / "checkpoint.pt"
-    train.save(unbroken, path)
     for step in range(args.steps):
-        stopped = train.build(1)
-        train.load(stopped, path)
+        # The second and the last step are made by a process that was stopped before, too.
+        stopped = train.build(1) if step in (1, 3) else None
+        if stopped:
+            train.save(unbroken, path)
+            train.load(stopped, path)
+            train.train_step(args, stopped)
         train.train_step(args, unbroken)
-        train.train_step(args, stopped)
-        train.save(stopped, path)
-        assert all(torch.equal(a, b) for a, b in zip(weights(unbroken), weights(stopped), strict=True)), step
+        if stopped:
+            assert all(torch.equal(a, b) for a, b in zip(weights(unbroken), weights(stopped), strict=True)), step
 
 
 def test_a_folder_resumes_only_a_run_with_the_same_options(tmp_path):
