@@ -136,8 +136,8 @@ void boxed(StableIValue* stack, uint64_t arguments, uint64_t) {
 
 // ---- Rows in parallel ----
 
-// Minimum elements per thread.
-constexpr int64_t kGrain = 1 << 14;
+// Elements of a part: enough to take longer than its share of beginning and ending a loop.
+constexpr int64_t kGrain = 1 << 12;
 
 // Calls f with each of `rows` rows of `width` elements, in parallel if there are enough of them.
 template <class F>
