@@ -177,6 +177,12 @@ class CpuBackend(Backend):
         for library in spec.libraries:
             load_native(library, libraries, "backend.kernels=plain", say)
 
+    def clear(self, pages: Pages, numbers: Sequence[int]) -> None:
+        # On this thread: torch's others would wait for more work beside a step's kernels, each on a core.
+        for data in (data for layer in pages for data in layer):
+            for number in numbers:
+                data[number].view(torch.uint8).numpy().fill(0)
+
     def lay_out(self, weights: Weights, spec: GraphSpec) -> None:
         if spec.kernels == "native":
             cpu.lay_out(weights)

@@ -12,7 +12,7 @@ from mllama_graph.core.network import interface_towards
 from mllama_graph.core.place import Place
 from mllama_graph.graphs.store import GraphStore
 from mllama_graph.native import BuildError
-from mllama_graph.plan.resolve import ResolvedRun, ResolvedTask
+from mllama_graph.plan.resolve import NATIVE, ResolvedRun, ResolvedTask
 
 LOG_FORMAT = "[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"
 # The variables for Ascend are those of MindIE's example; the last one is for cuBLAS.
@@ -31,6 +31,10 @@ def prepare_environment(run: ResolvedTask | None, place: Place) -> None:
         os.environ["OMP_NUM_THREADS"] = str(model.threads)
     elif place.local_world > 1 and ("OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ):
         os.environ["OMP_NUM_THREADS"] = str(place.threads())
+    if model and model.kernels == NATIVE:
+        # Kernels have threads of their own. Those of torch would wait for more work beside them, each on a core, for
+        # some milliseconds after every operation of torch.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Otherwise torch imports torch_npu by itself, which fails without CANN. Ranks on an NPU import it explicitly.
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
     if not place.one_host and (name := interface_towards(os.environ["MASTER_ADDR"])):

@@ -61,15 +61,15 @@ inline void prefetch_head(const Token<E>& token, int64_t head, int64_t width) {
     __builtin_prefetch(token.data + head * width + h, 0, 3);
 }
 
-// Writes the panels of a head for the kKeys tokens from `start` on, as multiply_matrix takes them: keys (width by kKeys)
-// and values (kKeys by wide). `space` holds kLanes * width floats. Meanwhile prefetches what is read next: the values,
+// Writes the panels of a head for `count` tokens from `start` on, as multiply_matrix takes them: keys (width by count)
+// and values (count by wide). `space` holds kLanes * width floats. Meanwhile prefetches what is read next: the values,
 // then the next tokens' keys.
 template <class E>
-void write_panels(const Tokens<E>& tokens, int64_t head, int64_t start, int64_t width, int64_t wide, float* key,
-                  float* value, float* space) {
+void write_panels(const Tokens<E>& tokens, int64_t head, int64_t start, int64_t count, int64_t width, int64_t wide,
+                  float* key, float* value, float* space) {
   const auto* keys = tokens.keys.data() + start;
   const auto* values = tokens.values.data() + start;
-  panels(kKeys, [&](auto, auto vectors, int64_t v) {
+  panels(count, [&](auto, auto vectors, int64_t v) {
     constexpr int64_t kSome = decltype(vectors)::value * kLanes;
     for (int64_t first = 0; first < kSome; first += kLanes) {
       float* to = key + v * kLanes * width + first;
@@ -90,31 +90,31 @@ void write_panels(const Tokens<E>& tokens, int64_t head, int64_t start, int64_t 
         for (int i = 0; i < kLanes; i++) to[h * kSome + i] = k[i][h];
     }
   });
-  for (int64_t i = 0; i < kKeys; i++) {
+  for (int64_t i = 0; i < count; i++) {
     if (start + kKeys + i < tokens.count()) prefetch_head(keys[kKeys + i], head, width);
     const float* from = tokens.values_pool.values(values[i], head, space);
     panels(wide, [&](auto, auto vectors, int64_t v) {
       constexpr int64_t kSome = decltype(vectors)::value * kLanes;
-      float* to = value + v * kLanes * kKeys + i * kSome;
+      float* to = value + v * kLanes * count + i * kSome;
       for (int64_t h = 0; h < kSome; h += kLanes) store(to + h, load(from + v * kLanes + h, width - v * kLanes - h));
     });
   }
 }
 
-// Turns kKeys scores of a row into weights, 0 outside [begin, end), and returns the sum of the weights. Updates `top`,
-// the largest score so far.
-inline float weigh(float* w, int64_t begin, int64_t end, float& top) {
+// Turns `count` scores of a row, whole vectors, into weights, 0 outside [begin, end), and returns the sum of the weights.
+// Updates `top`, the largest score so far.
+inline float weigh(float* w, int64_t count, int64_t begin, int64_t end, float& top) {
   constexpr float kUnseen = -std::numeric_limits<float>::infinity();
   std::fill(w, w + begin, kUnseen);
-  std::fill(w + end, w + kKeys, kUnseen);
+  std::fill(w + end, w + count, kUnseen);
   Vector most = load(w);
-  for (int64_t i = kLanes; i < kKeys; i += kLanes) {
+  for (int64_t i = kLanes; i < count; i += kLanes) {
     const Vector next = load(w + i);
     most = most > next ? most : next;
   }
   top = std::max(top, largest_of(most));
   Vector part{};
-  for (int64_t i = 0; i < kKeys; i += kLanes) {
+  for (int64_t i = 0; i < count; i += kLanes) {
     const Vector e = power_of_two(load(w + i) - top);
     store(w + i, e);
     part += e;
@@ -127,18 +127,20 @@ struct Sums {
   float *top, *weights, *values;
 };
 
-// Turns scores of `count` queries for the kKeys tokens from `start` on into weights, as far as seen_by(query) says, and
-// scales their sums to the new largest scores. `wide`: floats of a weighted sum of values.
+// Turns scores of `count` queries for `keys` tokens from `start` on into weights, as far as seen_by(query) says, and
+// scales their sums to the new largest scores. Scores of a query follow those of another after kKeys. `wide`: floats of a
+// weighted sum of values.
 template <class F>
-void weigh_queries(float* scores, int64_t count, int64_t start, int64_t wide, const Sums& sums, const F& seen_by) {
+void weigh_queries(float* scores, int64_t count, int64_t start, int64_t keys, int64_t wide, const Sums& sums,
+                   const F& seen_by) {
   for (int64_t r = 0; r < count; r++) {
     const Seen sees = seen_by(r);
-    const int64_t begin = std::max<int64_t>(0, sees.first - start), end = std::min(kKeys, sees.last - start);
+    const int64_t begin = std::max<int64_t>(0, sees.first - start), end = std::min(keys, sees.last - start);
     if (begin >= end) {
-      std::fill_n(scores + r * kKeys, kKeys, 0.0f);
+      std::fill_n(scores + r * kKeys, keys, 0.0f);
       continue;
     }
-    const float before = sums.top[r], part = weigh(scores + r * kKeys, begin, end, sums.top[r]);
+    const float before = sums.top[r], part = weigh(scores + r * kKeys, keys, begin, end, sums.top[r]);
     float* values = sums.values + r * wide;
     if (sums.top[r] > before) {
       const float shrink = power_of_two(splat(before - sums.top[r]))[0];
@@ -189,16 +191,18 @@ void attend_rows(const float* q, float* out, const std::vector<RowsOfSequence>& 
       std::fill(sum_of_values.begin(), sum_of_values.end(), 0.0f);
       // Begins at a multiple of kKeys whatever the rows, so that sums have the same order in each batch.
       for (int64_t start = first / kKeys * kKeys; start < last; start += kKeys) {
-        write_panels(tokens, head, start, H, wide, key.data(), value.data(), space.data());
+        // No row sees the tokens after `last`.
+        const int64_t keys = std::min(kKeys, (last - start + kLanes - 1) / kLanes * kLanes);
+        write_panels(tokens, head, start, keys, H, wide, key.data(), value.data(), space.data());
         for (int64_t at = 0; at < some; at += kQueries) {
           const Seen& block = seen_by[at / kQueries];
           if (block.first >= start + kKeys || block.last <= start) continue;
           const int64_t tall = std::min(kQueries, some - at);
           float* sums = sum_of_values.data() + at * wide;
-          multiply_matrix<true>(query.data() + at * H, H, key.data(), weight.data(), kKeys, tall, kKeys, H);
-          weigh_queries(weight.data(), tall, start, wide, {top.data() + at, sum.data() + at, sums},
+          multiply_matrix<true>(query.data() + at * H, H, key.data(), weight.data(), kKeys, tall, keys, H);
+          weigh_queries(weight.data(), tall, start, keys, wide, {top.data() + at, sum.data() + at, sums},
                         [&](int64_t r) { return seen[(row + at + r) / G]; });
-          multiply_matrix<false>(weight.data(), kKeys, value.data(), sums, wide, tall, wide, kKeys);
+          multiply_matrix<false>(weight.data(), kKeys, value.data(), sums, wide, tall, wide, keys);
         }
       }
       for (int64_t r = 0; r < some; r++) {
@@ -300,7 +304,7 @@ void attend_few(const float* q, float* out, RowsOfSequence rows, const Heads& he
             transpose(some);
             for (int n = 0; n < kLanes; n++) store(weight.data() + (v + n) * kKeys + i, some[n]);
           }
-        weigh_queries(weight.data(), count, start, wide, {of.top.data(), of.weights.data(), of.values.data()},
+        weigh_queries(weight.data(), count, start, kKeys, wide, {of.top.data(), of.weights.data(), of.values.data()},
                       [&](int64_t r) { return seen[rows.first + r / G]; });
         // What is read next: this block's keys of the next head, or the next block's of the first.
         const int64_t ahead = head + 1 < end ? head + 1 : begin;

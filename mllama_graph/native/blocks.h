@@ -94,33 +94,38 @@ struct Following {
       : from(static_cast<const char*>(words)), pace((bytes + inputs - 1) / inputs) {}
 };
 
-// Adds to `sums` (R, kColumns) the products of a tile's R rows with the first V vectors of a block. If S is float, the
-// products are added to `sums` input by input. If S is int32_t, the products of the block are first summed in fp32,
-// which holds these integers exactly, and their sum is added to `sums`.
+// The rows of a tile: input i of row r is from[i * step + r * stride].
+struct TileRows {
+  const float* from;
+  int64_t step, stride;
+};
+
+// Adds to `sums`, whose rows are `stride` apart, the products of a tile's R rows with the first V vectors of a block. If
+// S is float, the products are added to `sums`, or to 0 if `fresh`, input by input. If S is int32_t, the products of the
+// block are first summed in fp32, which holds these integers exactly, and their sum is added to `sums`.
 template <int R, int V, class S>
-[[gnu::noinline]] void block_tile(const float* a, const float* block, int64_t width, int64_t inputs, S* sums,
-                                  Following next) {
+[[gnu::noinline]] void block_tile(TileRows a, const float* block, int64_t width, int64_t inputs, S* sums,
+                                  int64_t stride, bool fresh, Following next) {
   constexpr bool whole = std::is_same_v<S, int32_t>;
-  Vector sum[R][V];
+  Vector sum[R][V] = {};
+  if constexpr (!whole)
+    if (!fresh)
 #pragma GCC unroll 8
-  for (int r = 0; r < R; r++)
+      for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; v++) {
-      if constexpr (whole) sum[r][v] = Vector{};
-      else sum[r][v] = load(sums + r * kColumns + v * kLanes);
-    }
-  for (; inputs; inputs--, a += R, block += width, next.from += next.pace) {
+        for (int v = 0; v < V; v++) sum[r][v] = load(sums + r * stride + v * kLanes);
+  for (; inputs; inputs--, a.from += a.step, block += width, next.from += next.pace) {
     __builtin_prefetch(next.from, 0, kLocality<R>);
     Vector column[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; v++) column[v] = load(block + v * kLanes);
-    add_products(sum, a, 1, column);
+    add_products(sum, a.from, a.stride, column);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
     for (int v = 0; v < V; v++) {
-      S* to = sums + r * kColumns + v * kLanes;
+      S* to = sums + r * stride + v * kLanes;
       if constexpr (whole) {
         Integers y;
         std::memcpy(&y, to, sizeof y);
@@ -134,50 +139,52 @@ template <int R, int V, class S>
 
 // block_tile for a tile of `rows` rows, at most R, and all outputs of the panel.
 template <int R, class S>
-void block_rows(const float* a, const float* block, int64_t width, int64_t inputs, S* sums, int64_t rows,
-                const Following& next) {
+void block_rows(const TileRows& a, const float* block, int64_t width, int64_t inputs, S* sums, int64_t stride,
+                bool fresh, int64_t rows, const Following& next) {
   if (rows < R) {
-    if constexpr (R > 1) block_rows<R - 1>(a, block, width, inputs, sums, rows, next);
+    if constexpr (R > 1) block_rows<R - 1>(a, block, width, inputs, sums, stride, fresh, rows, next);
     return;
   }
   static_assert(kPanel == 3);
   switch (width / kLanes) {
-    case 3: block_tile<R, 3>(a, block, width, inputs, sums, next); break;
-    case 2: block_tile<R, 2>(a, block, width, inputs, sums, next); break;
-    case 1: block_tile<R, 1>(a, block, width, inputs, sums, next); break;
+    case 3: block_tile<R, 3>(a, block, width, inputs, sums, stride, fresh, next); break;
+    case 2: block_tile<R, 2>(a, block, width, inputs, sums, stride, fresh, next); break;
+    case 1: block_tile<R, 1>(a, block, width, inputs, sums, stride, fresh, next); break;
   }
   for (int64_t r = 0; r < R; r++)
     for (int64_t o = width / kLanes * kLanes; o < width; o++) {
-      float sum = std::is_same_v<S, int32_t> ? 0.0f : static_cast<float>(sums[r * kColumns + o]);
-      for (int64_t i = 0; i < inputs; i++) sum = std::fma(a[i * R + r], block[i * width + o], sum);
-      if constexpr (std::is_same_v<S, int32_t>) sums[r * kColumns + o] += static_cast<int32_t>(sum);
-      else sums[r * kColumns + o] = sum;
+      S& to = sums[r * stride + o];
+      float sum = std::is_same_v<S, int32_t> || fresh ? 0.0f : static_cast<float>(to);
+      for (int64_t i = 0; i < inputs; i++) sum = std::fma(a.from[i * a.step + r * a.stride], block[i * width + o], sum);
+      if constexpr (std::is_same_v<S, int32_t>) to += static_cast<int32_t>(sum);
+      else to = sum;
     }
 }
 
 // The products of rows with a weight in panels of words. Each block is decoded once for up to kBlockSharing rows. Calls
-// finish(first output, width of its panel, first row, number of rows, their sums of type S (rows, kColumns)).
-template <class S, class D, class F>
+// finish(first output, width of its panel, first row, number of rows, their sums (rows, kColumns)).
+template <class D, class F>
 void multiply_blocks(const BlockedRows& x, const D& decoder, const typename D::Word* words, int64_t outputs,
                      const F& finish) {
   const int64_t panels = (outputs + kColumns - 1) / kColumns, parts = (x.rows + kBlockSharing - 1) / kBlockSharing;
   const int64_t bytes = kColumns * x.inputs / D::kInputs * sizeof(typename D::Word) * (1 + x.rows / 16);
   parallel_for(parts * panels, kGrainBytes / std::max<int64_t>(1, bytes) + 1, [&](int64_t from, int64_t to) {
     std::vector<float> memory;
-    std::vector<S> sums;
+    std::vector<int32_t> sums;
     float* block = aligned_block(memory, x.deep * kColumns);
     for (; from < to; from++) {
       const int64_t first = from / panels * x.tiles() / parts, last = (from / panels + 1) * x.tiles() / parts;
       const int64_t at = from % panels * kColumns, width = std::min(kColumns, outputs - at), top = x.row(first);
       const int64_t rows = x.row(last) - top;
-      sums.assign(rows * kColumns, S{});
+      sums.assign(rows * kColumns, 0);
       for (int64_t i = 0; i < x.inputs; i += x.deep) {
         const int64_t some = std::min(x.deep, x.inputs - i);
         const auto* part = words + (at * x.inputs + i * width) / D::kInputs;
         decode_block(decoder, part, width, some, block);
         Following next(part + some * width / D::kInputs, width * sizeof(*part), D::kInputs * (last - first));
         for (int64_t tile = first; tile < last; tile++, next.from += some * next.pace)
-          block_rows<kBlockRows>(x.at(tile, i), block, width, some, &sums[(x.row(tile) - top) * kColumns],
+          block_rows<kBlockRows>({x.at(tile, i), x.row(tile + 1) - x.row(tile), 1}, block, width, some,
+                                 &sums[(x.row(tile) - top) * kColumns], kColumns, false,
                                  x.row(tile + 1) - x.row(tile), next);
       }
       finish(at, width, top, rows, sums.data());

@@ -40,7 +40,7 @@ void exact_of(const float* x, int64_t rows, int64_t inputs, const float* scales,
     total[t] = scales[t] * static_cast<float>(sum);
     return free;
   });
-  multiply_blocks<int32_t>(
+  multiply_blocks(
       blocked, WholeBytes{}, words, outputs,
       [&](int64_t at, int64_t width, int64_t top, int64_t count, const int32_t* sums) {
         for (int64_t t = top; t < top + count; t++, sums += kColumns)

@@ -148,7 +148,34 @@ struct Wide<BFloat16> {
 };
 
 // From so many rows on, weights of 16 bits are widened in blocks: with few registers, every tile would widen them.
-constexpr int64_t kWidened = kRegisters == 16 ? 24 : std::numeric_limits<int64_t>::max();
+constexpr int64_t kWidened = kRegisters == 16 ? 12 : std::numeric_limits<int64_t>::max();
+// The fewest rows of a part, if there are several.
+constexpr int64_t kFewest = 16;
+
+// y = x w' for many rows and a panel of 16-bit weights, each block of which is widened once.
+template <class W>
+void widened_panel(const float* x, const W* w, int64_t inputs, int64_t width, float* y, int64_t stride, int64_t rows,
+                   std::vector<float>& memory) {
+  using D = Wide<W>;
+  const int64_t tiles = (rows + kBlockRows - 1) / kBlockRows;
+  float* block = aligned_block(memory, kDeep * kColumns);
+  for (int64_t i = 0; i < inputs; i += kDeep) {
+    const int64_t some = std::min(kDeep, inputs - i);
+    decode_block(D{}, reinterpret_cast<const typename D::Word*>(w + i * width), width, some, block);
+    Following next(w + (i + some) * width, width * sizeof(W), tiles);
+    for (int64_t tile = 0; tile < tiles; tile++, next.from += some * next.pace) {
+      const int64_t row = tile * rows / tiles, tall = (tile + 1) * rows / tiles - row;
+      block_rows<kBlockRows>({x + row * inputs + i, 1, inputs}, block, width, some, y + row * stride, stride, i == 0,
+                             tall, next);
+    }
+  }
+}
+
+// In how many parts the rows of a task are: of at most `most` rows, and enough for all threads to have several tasks.
+inline int64_t row_parts(int64_t rows, int64_t panels, int64_t most) {
+  const int64_t tasks = 4 * torch::stable::get_num_threads();
+  return std::max((rows + most - 1) / most, std::min((tasks + panels - 1) / panels, rows / kFewest));
+}
 
 // Computes the first `rows` rows of y.
 template <class W>
@@ -158,27 +185,25 @@ void linear_of(const Tensor& x, const Tensor& weight, const Tensor* bias, const 
   const auto* b = bias ? static_cast<const W*>(bias->const_data_ptr()) : nullptr;
   const auto* from = static_cast<const float*>(x.const_data_ptr());
   auto* to = static_cast<float*>(y.mutable_data_ptr());
-  if constexpr (sizeof(W) == 2)
-    if (rows >= kWidened && inputs % Wide<W>::kInputs == 0)
-      return multiply_blocks<float>(
-          blocked_rows(rows, inputs, kBlockInputs, [=](int64_t t, float*) { return from + t * inputs; }), Wide<W>{},
-          reinterpret_cast<const typename Wide<W>::Word*>(w), outputs,
-          [=](int64_t at, int64_t width, int64_t top, int64_t count, const float* sums) {
-            for (int64_t t = top; t < top + count; t++, sums += kColumns)
-              for (int64_t o = at; o < at + width; o++)
-                to[t * outputs + o] = b ? sums[o - at] + widen(b[o]) : sums[o - at];
-          });
-  const int64_t panels = (outputs + kColumns - 1) / kColumns, blocks = (rows + kTall - 1) / kTall;
+  const bool widened = sizeof(W) == 2 && rows >= kWidened && inputs % kPaired<W> == 0;
+  const int64_t panels = (outputs + kColumns - 1) / kColumns;
+  const int64_t parts = row_parts(rows, panels, widened ? kBlockSharing : kTall);
   // Many rows take longer than reading their weight.
   const int64_t bytes = kColumns * inputs * sizeof(W) * (1 + rows / 16);
   const int64_t grain = kGrainBytes / std::max<int64_t>(1, bytes) + 1;
-  parallel_for(blocks * panels, grain, [&](int64_t first, int64_t last) {
+  parallel_for(parts * panels, grain, [&](int64_t first, int64_t last) {
+    std::vector<float> memory;
     for (; first < last; first++) {
-      const int64_t row = first / panels * rows / blocks, tall = (first / panels + 1) * rows / blocks - row;
+      const int64_t row = first / panels * rows / parts, tall = (first / panels + 1) * rows / parts - row;
       const int64_t at = first % panels * kColumns, columns = std::min(kColumns, outputs - at);
+      const float* x = from + row * inputs;
       float* y = to + row * outputs + at;
-      for (int64_t t = 0; t < tall; t++) std::fill_n(y + t * outputs, columns, 0.0f);
-      add_panel(from + row * inputs, w + at * inputs, inputs, columns, y, outputs, tall);
+      if (widened) {
+        if constexpr (sizeof(W) == 2) widened_panel(x, w + at * inputs, inputs, columns, y, outputs, tall, memory);
+      } else {
+        for (int64_t t = 0; t < tall; t++) std::fill_n(y + t * outputs, columns, 0.0f);
+        add_panel(x, w + at * inputs, inputs, columns, y, outputs, tall);
+      }
       for (int64_t t = 0; b && t < tall; t++)
         for (int64_t o = 0; o < columns; o++) y[t * outputs + o] += widen(b[at + o]);
     }

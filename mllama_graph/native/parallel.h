@@ -139,16 +139,17 @@ namespace {
 // As many parts for each thread: few enough to cost nothing, enough for threads of unequal speed.
 constexpr int64_t kParts = 16;
 
-// Calls f(first, last) for ranges of 0 .. count - 1 that have at least `grain` elements (the last one may have fewer), on
-// torch's number of threads.
+// Calls f(first, last) for ranges of 0 .. count - 1, as equal as possible and of about `grain` elements or more, on torch's
+// number of threads, which get equal numbers of them.
 template <class F>
 void parallel_for(int64_t count, int64_t grain, const F& f) {
   if (count <= 0) return;
   const int64_t most = std::min<int64_t>(torch::stable::get_num_threads(), mllama_graph::kMostThreads);
-  const int64_t size = std::max(grain, count / (kParts * most)), parts = (count + size - 1) / size;
+  const int64_t wanted = std::min((count + grain - 1) / grain, kParts * most);
+  const int64_t parts = wanted <= most ? wanted : std::min((wanted + most - 1) / most * most, count);
   const int members = static_cast<int>(std::min(parts, most));
   if (members == 1) return f(0, count);
-  const auto part_of = [&](int64_t part) { f(part * size, std::min(count, (part + 1) * size)); };
+  const auto part_of = [&](int64_t part) { f(part * count / parts, (part + 1) * count / parts); };
   using Part = std::remove_reference_t<decltype(part_of)>;
   mllama_graph::threads().run(
       parts, members, [](const void* context, int64_t part) { (*static_cast<Part*>(context))(part); }, &part_of);

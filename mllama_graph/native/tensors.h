@@ -39,8 +39,6 @@ Tensor allocated(torch::headeronly::IntHeaderOnlyArrayRef sizes, int32_t dtype =
   return Tensor(made);
 }
 
-Tensor packed(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
-
 const float* floats(const Tensor& x) {
   if (x.scalar_type() != ScalarType::Float || !x.is_contiguous()) fail("a kernel takes contiguous float32");
   return static_cast<const float*>(x.const_data_ptr());
@@ -82,6 +80,35 @@ std::vector<float> widened(const Tensor& weight, int64_t first, int64_t count) {
 }
 
 std::vector<float> widened(const Tensor& weight) { return widened(weight, 0, weight.numel()); }
+
+// ---- Rows in parallel ----
+
+// Elements of a part: enough to take longer than its share of beginning and ending a loop.
+constexpr int64_t kGrain = 1 << 12;
+
+// Calls f with each of `rows` rows of `width` elements, in parallel if there are enough of them.
+template <class F>
+void for_rows(int64_t rows, int64_t width, const F& f) {
+  parallel_for(rows, kGrain / std::max<int64_t>(1, width) + 1, [&](int64_t first, int64_t last) {
+    for (; first < last; first++) f(first);
+  });
+}
+
+// x in contiguous memory. Rows of float32, such as those of a part of wider rows, are copied by the kernels' own
+// threads: torch's would wait for more work beside them, each on a core, for some milliseconds after a copy.
+Tensor packed(const Tensor& x) {
+  if (x.is_contiguous()) return x;
+  int64_t width = 1;
+  bool rows = x.scalar_type() == ScalarType::Float;
+  for (int64_t axis = x.dim() - 1; axis > 0; width *= x.size(axis--)) rows &= x.stride(axis) == width;
+  if (!rows) return torch::stable::contiguous(x);
+  Tensor y = allocated(x.sizes());
+  const auto* from = static_cast<const float*>(x.const_data_ptr());
+  float* to = results(y);
+  const int64_t stride = x.stride(0);
+  for_rows(x.size(0), width, [=](int64_t t) { std::copy_n(from + t * stride, width, to + t * width); });
+  return y;
+}
 
 // The rows of a tensor along its first axis, `width` elements each, `stride` elements apart.
 struct Rows {
@@ -132,19 +159,6 @@ void call(R (*f)(A...), StableIValue* stack, uint64_t arguments) {
 template <auto f>
 void boxed(StableIValue* stack, uint64_t arguments, uint64_t) {
   call(f, stack, arguments);
-}
-
-// ---- Rows in parallel ----
-
-// Minimum elements per thread.
-constexpr int64_t kGrain = 1 << 14;
-
-// Calls f with each of `rows` rows of `width` elements, in parallel if there are enough of them.
-template <class F>
-void for_rows(int64_t rows, int64_t width, const F& f) {
-  parallel_for(rows, kGrain / std::max<int64_t>(1, width) + 1, [&](int64_t first, int64_t last) {
-    for (; first < last; first++) f(first);
-  });
 }
 
 // Calls f with each row that is not padding, and writes zeros to the padding rows of y.

@@ -58,8 +58,10 @@ class Peer:
         self._engine = ENGINES[setting.peer]
         self._own = tempfile.TemporaryDirectory(prefix="mllama_graph-peer-")
         folder = self._engine.checkpoint(shape, folder, Path(self._own.name))
+        # A peer's threads wait as they do by default, whatever this process has set for its own.
+        given = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
         environment = (
-            os.environ
+            given
             | {"OMP_NUM_THREADS": str(threads), "RAYON_NUM_THREADS": str(threads)}
             | ({"TORCHINDUCTOR_FREEZING": "1"} if setting.freezing else {})
         )
