@@ -18,7 +18,7 @@ from torch import Tensor
 from mllama_graph.model.ops import Ops
 
 Gather = Callable[[Tensor], Tensor]
-# So many logits on a CPU are searched by the caller's thread. torch would wake threads of its own, which then wait for a
+# So many logits on a CPU are searched by the caller's thread. torch would wake threads of its own, which wait for a
 # millisecond without sleeping: the next step's kernels lack their core, and a busy neighbour delays the search.
 ALONE = 1 << 20
 # Bound on the relative error of sums of exponentials in fp32, in whichever order a device adds them.
