@@ -199,8 +199,8 @@ def test_proposals_follow_what_they_gain():
         if count := counts(speculation, {first: 50})[0]:
             speculation.learn(0, count, 0)
             tried += count
-    # About the first ten steps, in which the estimate falls, and then 1 step in 16, 32, ... 128.
-    assert tried < 25
+    # About the first twenty steps, in which the estimate falls, and then 1 step in 16, 32, ... 128.
+    assert tried < 45
     # An acceptance that recovers is noticed.
     speculation.learn(0, 1, 1)
     assert max(counts(speculation, {first: 50})[0] for _ in range(3)) == 1

@@ -18,6 +18,9 @@ from torch import Tensor
 from mllama_graph.model.ops import Ops
 
 Gather = Callable[[Tensor], Tensor]
+# So many logits on a CPU are searched by the caller's thread. torch would wake threads of its own, which wait for a
+# millisecond without sleeping: the next step's kernels lack their core, and a busy neighbour delays the search.
+ALONE = 1 << 20
 # Bound on the relative error of sums of exponentials in fp32, in whichever order a device adds them.
 ROUNDING = 1e-5
 
@@ -31,7 +34,10 @@ def own_ids(logits_BV: Tensor, first: int, vocab: int) -> Tensor:
     logits_BV = logits_BV.float()
     held = max(0, vocab - first)
     # 0 times the sum is 0 unless a summand is not finite. A sum costs a thirtieth of the search for the largest logit.
-    logits_BV[:, 0] += logits_BV[:, :held].sum(-1) * 0
+    own_BV = logits_BV[:, :held]
+    with np.errstate(over="ignore", invalid="ignore"):
+        sum_B = torch.from_numpy(own_BV.numpy().sum(-1)) if _alone(own_BV) else own_BV.sum(-1)
+    logits_BV[:, 0] += sum_B * 0
     if held < logits_BV.shape[-1]:
         logits_BV = logits_BV.index_fill(
             -1, torch.arange(held, logits_BV.shape[-1], device=logits_BV.device), -torch.inf
@@ -79,7 +85,14 @@ def candidates(logits_BV: Tensor, k: int, first: int, gather: Gather) -> tuple[T
     return value_Bk, id_BN.gather(-1, column_Bk).long()
 
 
+def _alone(x: Tensor) -> bool:
+    return x.is_cpu and x.numel() <= ALONE
+
+
 def _largest(value_BV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    if k == 1 and _alone(value_BV):
+        column_B1 = torch.from_numpy(value_BV.numpy().argmax(-1, keepdims=True))
+        return value_BV.gather(-1, column_B1), column_B1
     if k == 1:
         return value_BV.max(dim=-1, keepdim=True)
     value_BV, column_BV = value_BV.sort(dim=-1, descending=True, stable=True)

@@ -6,6 +6,7 @@
 
 #include "blocks.h"
 #include "codes.h"
+#include "four_rows.h"
 #include "panels.h"
 #include "tensors.h"
 #include "vectors.h"
@@ -34,9 +35,9 @@ template <int part, int R, int V, class W>
 }
 
 // Up to this many rows, a panel is read once for all of them: their sums fill the registers, of which the mask of pairs
-// takes one.
+// takes one, except in add_four_rows.
 template <class W>
-constexpr int kOnce = kRegisters == 32 ? 8 : kPaired<W> == 2 ? 3 : 4;
+constexpr int kOnce = kRegisters == 32 ? 8 : kPaired<W> == 2 && !kFourRows ? 3 : 4;
 
 // c += a b for R rows of a and the first V vectors of a panel of `width` columns, which has `depth` rows. Meanwhile
 // prefetches from `next` on, which advances by `pace` elements per step.
@@ -67,7 +68,14 @@ template <int R, int V, class W>
 template <int R, int V, class W>
 void stream_rows(const float* a, int64_t a_stride, const W* b, int64_t width, int64_t depth, float* c, int64_t c_stride,
                  int64_t rows, const W* next, int64_t pace) {
-  if (rows == R) return stream_tile<R, V>(a, a_stride, b, width, depth, c, c_stride, next, pace);
+  if (rows == R) {
+    if constexpr (kFourRows && R == 4 && V == kPanel && kPaired<W> == 2) {
+      add_four_rows(a, a_stride, b, depth / 2, c, c_stride, next, pace);
+      if (depth % 2 == 0) return;
+      a += depth - 1, b += (depth - 1) * width, depth = 1;
+    }
+    return stream_tile<R, V>(a, a_stride, b, width, depth, c, c_stride, next, pace);
+  }
   if constexpr (R > 1) stream_rows<R - 1, V>(a, a_stride, b, width, depth, c, c_stride, rows, next, pace);
 }
 

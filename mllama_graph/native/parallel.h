@@ -136,8 +136,9 @@ inline Threads& threads() {
 
 namespace {
 
-// As many parts for each thread: few enough to cost nothing, enough for threads of unequal speed.
-constexpr int64_t kParts = 16;
+// As many parts for each thread: few enough to cost nothing, enough for threads of unequal speed, as those of a loop wait
+// for half of a part at its end.
+constexpr int64_t kParts = 64;
 
 // Calls f(first, last) for ranges of 0 .. count - 1, as equal as possible and of about `grain` elements or more, on torch's
 // number of threads, which get equal numbers of them.
