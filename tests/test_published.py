@@ -23,9 +23,10 @@ from mllama_graph.model.adapter import Adapter
 from mllama_graph.model.codes import Codes, unpack, values
 from mllama_graph.model.files import CheckpointFiles
 from mllama_graph.model.formats import DYNAMIC, FLOAT, STATIC, Format
+from mllama_graph.model.layout import LeafRows
 from mllama_graph.model.table import WHOLE, Shard
-from mllama_graph.model.tree import build
-from mllama_graph.model.weights import from_checkpoint, published
+from mllama_graph.model.tree import build, linears
+from mllama_graph.model.weights import from_checkpoint, mapped, published
 from mllama_graph.ops import cpu
 from mllama_graph.ops.plain import quantised_linear
 
@@ -90,6 +91,7 @@ SMALL = replace(
 
 @pytest.fixture(scope="module", autouse=True)
 def kernels(cache_home):
+    native.load("kernels", cache_home)
     native.load("quantised", cache_home)
 
 
@@ -113,14 +115,25 @@ def quantised(base, tmp_path_factory):
     return make
 
 
-def weights_of(folder, shard=WHOLE, adapters=(), repack=None):
+def weights_of(folder, shard=WHOLE, adapters=(), layout=None):
     """The tree of a rank as the engine builds it, and the notes on its formats."""
     files = CheckpointFiles(folder, adapters)
     files.verify()
     formats, notes = files.formats(shard.world)
-    fill = from_checkpoint(files)
-    codes = published(files, repack)
-    return build(files.shape, PIXELS, torch.float32, CPU, fill, ignore, shard, formats, codes), notes
+    sources = from_checkpoint(files), ignore, shard, formats, published(files), layout, mapped(files)
+    return build(files.shape, PIXELS, torch.float32, CPU, *sources), notes
+
+
+def in_panels(leaf):
+    """The parts of a leaf that are held in rows, as the kernels of a CPU read them."""
+    parts = {name: value.clone() for name, value in leaf.named_parameters()}
+    for name, part in parts.items():
+        if part.dim() == 2:
+            if leaf.format:
+                LeafRows(parts, leaf.format, 0, cpu.PANELS).write(name, getattr(leaf, name))
+            else:
+                cpu.PANELS.rows(part, 0, getattr(leaf, name))
+    return parts
 
 
 def held(leaf):
@@ -152,8 +165,10 @@ def test_every_rank_holds_the_values_that_the_codes_stand_for(name, quantised):
     assert max(kinds, key=kinds.count) == FORMATS[name][1]
     for shard in (WHOLE, Shard(1, 2)):
         same_values(folder, twin, shard)
-        one, other = (weights_of(folder, shard, repack=repack)[0].state_dict() for repack in (None, cpu.repack))
-        assert all(torch.equal(value, other[path]) for path, value in one.items() if value.dtype != torch.float8_e4m3fn)
+        in_rows, direct = (weights_of(folder, shard, layout=layout)[0] for layout in (None, cpu.PANELS))
+        for one, other in zip(linears(in_rows), linears(direct), strict=True):
+            for part, value in in_panels(one).items():
+                assert torch.equal(getattr(other, part).view(torch.uint8), value.view(torch.uint8)), part
 
 
 SERVED = ("bos_image", "text_15", "image_first_17")

@@ -13,8 +13,9 @@ from mllama_graph.engine.engine import Engine
 from mllama_graph.engine.forced import served
 from mllama_graph.inputs.request_file import Line
 from mllama_graph.model.error_feedback import factor, quantise_with_feedback
-from mllama_graph.model.formats import Format, Formats, is_linear, leaf_of
+from mllama_graph.model.formats import Formats, is_linear, leaf_of
 from mllama_graph.model.inputs import PromptInput, TokenInput
+from mllama_graph.model.layout import LeafRows
 from mllama_graph.model.ops import Ops
 from mllama_graph.model.reading import Region
 from mllama_graph.model.table import Entry, table
@@ -109,13 +110,13 @@ class Calibration:
 def quantising_with_feedback(fill: Fill, of_leaf: Callable[[str], Tensor], scale_dtype: torch.dtype) -> FillQuantised:
     """A FillQuantised with error feedback; `of_leaf` gives the factor of a leaf."""
 
-    def fill_quantised(entry: Entry, form: Format, parts: dict[str, Tensor], region: Region) -> None:
+    def fill_quantised(entry: Entry, held: LeafRows, region: Region) -> None:
         rows, inputs = region[0], entry.shape[1]
         for first in range(rows.start, rows.stop, count := QUANTISED_BLOCK // inputs + 1):
             last = min(first + count, rows.stop)
             part = torch.empty((last - first, inputs))
             fill(entry, part, (slice(first, last), slice(0, inputs)))
-            found = quantise_with_feedback(part, form, of_leaf(leaf_of(entry)), scale_dtype)
-            write_codes(parts, form, found, first - rows.start, region[1])
+            found = quantise_with_feedback(part, held.form, of_leaf(leaf_of(entry)), scale_dtype)
+            write_codes(held.after(first - rows.start), found, region[1])
 
     return fill_quantised

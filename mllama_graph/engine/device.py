@@ -32,9 +32,9 @@ from mllama_graph.graphs.spec import GraphSpec
 from mllama_graph.model.codes import Codes, quantise
 from mllama_graph.model.formats import FLOAT, Format
 from mllama_graph.model.inputs import Pages
+from mllama_graph.model.layout import Layout
 from mllama_graph.model.ops import Ops
 from mllama_graph.model.placement import Placement
-from mllama_graph.model.published_codes import Repack
 from mllama_graph.model.sample import Gather
 from mllama_graph.model.tree import Weights
 from mllama_graph.ops import cpu
@@ -112,8 +112,8 @@ class Backend(ABC):
         return quantise(rows_OI, form)
 
     @property
-    def repack(self) -> Repack | None:
-        """What writes the codes of a published checkpoint faster than torch, on the host; None: torch does."""
+    def layout(self) -> Layout | None:
+        """What writes linear layers' weights as the kernels read them while they are loaded; None: `lay_out` later."""
         return None
 
     def join(self, store: dist.Store | None, libraries: Path, say: Callable[[str], None]) -> Collectives:
@@ -183,16 +183,12 @@ class CpuBackend(Backend):
             for number in numbers:
                 data[number].view(torch.uint8).numpy().fill(0)
 
-    def lay_out(self, weights: Weights, spec: GraphSpec) -> None:
-        if spec.kernels == "native":
-            cpu.lay_out(weights)
-
     def rounded(self, rows_OI: Tensor, form: Format) -> Codes:
         return cpu.rounded(rows_OI, form) if self.run.kernels == NATIVE else quantise(rows_OI, form)
 
     @property
-    def repack(self) -> Repack | None:
-        return cpu.repack if self.run.kernels == NATIVE else None
+    def layout(self) -> Layout | None:
+        return cpu.PANELS if self.run.kernels == NATIVE else None
 
 
 class CudaBackend(Backend):

@@ -29,8 +29,8 @@ from mllama_graph.graphs.store import GraphStore
 from mllama_graph.graphs.torchair import NpuGraph
 from mllama_graph.measure.trace import GRAPH, SAMPLE
 from mllama_graph.model.inputs import Pages
-from mllama_graph.model.tree import Pixels, Weights, build
-from mllama_graph.model.weights import from_checkpoint, published, quantising, random_fill
+from mllama_graph.model.tree import Pixels, Weights, build, nothing_mapped
+from mllama_graph.model.weights import from_checkpoint, mapped, published, quantising, random_fill
 from mllama_graph.ops.transfers import fetched, sent
 from mllama_graph.plan.bucket import Bucket
 from mllama_graph.plan.resolve import ResolvedRun
@@ -104,14 +104,16 @@ class Rank:
             progress.weights(done, whole)
 
         fill = from_checkpoint(run.checkpoint) if run.checkpoint else random_fill(run.shape, run.seed, spec.store)
-        published_files = run.checkpoint if run.checkpoint and run.checkpoint.quantised else None
+        stored = mapped(run.checkpoint) if run.checkpoint else nothing_mapped
         codes = (
-            published(published_files, self.backend.repack)
-            if published_files
-            else quantising(fill, self.backend.rounded)
+            published(run.checkpoint)
+            if run.checkpoint and run.checkpoint.quantised
+            else quantising(fill, self.backend.rounded, stored)
         )
-        placement = self.backend.placement(spec)
-        weights = build(run.shape, pixels, spec.store, placement, fill, report, spec.shard, spec.formats, codes)
+        placement, layout = self.backend.placement(spec), self.backend.layout
+        weights = build(
+            run.shape, pixels, spec.store, placement, fill, report, spec.shard, spec.formats, codes, layout, stored
+        )
         _return_freed_memory()
         self.backend.lay_out(weights, spec)
         return weights

@@ -141,7 +141,7 @@ class GraphSpec:
             lambda count: None,
             shard,
             self.formats,
-            lambda entry, form, parts, region: None,
+            lambda entry, rows, region: None,
         )
 
     def prepared(self, given: Any) -> Any:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mllama_graph.model.formats import DYNAMIC, PARTS, Format, Formats, is_linear, leaf_of
+from mllama_graph.model.layout import LeafRows
 from mllama_graph.model.shape import ModelShape
 from mllama_graph.model.table import WHOLE, Entry, table
 from mllama_graph.model.tree import Fill, FillQuantised
@@ -190,13 +191,13 @@ def _write(weight: Weight, tensors: dict[str, Tensor], fill: Fill, fill_quantise
         packed = tensors[f"{entry.name}_packed"]
         # 32-bit words hold the first code in their lowest bits: on a little-endian machine, bytes in order.
         parts["weight"] = packed.view(torch.uint8 if form.bits == 4 else torch.int8)
-        fill_quantised(entry, form, parts, region)
+        fill_quantised(entry, LeafRows(parts, form), region)
         if form.bits == 8:
             # Packed codes are code + 128.
             packed.view(torch.uint8).bitwise_xor_(0x80)
         tensors[f"{entry.name}_shape"].copy_(torch.tensor(entry.shape))
     else:
         parts["weight"] = tensors[entry.name]
-        fill_quantised(entry, form, parts, region)
+        fill_quantised(entry, LeafRows(parts, form), region)
     # Exact: scales were rounded to this dtype before codes were chosen.
     scale.copy_(parts["scale"])

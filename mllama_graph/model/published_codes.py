@@ -5,7 +5,7 @@ inputs; W words or bytes, each with several codes.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from mllama_graph.core.errors import UserError
 from mllama_graph.model.codes import Codes, pack, unpack, values
 from mllama_graph.model.formats import STATIC, Format
+from mllama_graph.model.layout import Layout, LeafRows
 from mllama_graph.model.reading import Region, read_safetensors
 from mllama_graph.model.stored import Stored
 from mllama_graph.model.table import Entry
@@ -23,21 +24,17 @@ if TYPE_CHECKING:
 
 # Weights that are read at once: what is computed from them stays below some 100 MB.
 READ_BLOCK = 1 << 23
-# The same where codes are only repacked: it bounds the part of a file that is mapped at once.
-REPACK_BLOCK = 1 << 26
+# The same where codes are only laid out: it bounds the part of a file that is mapped at once.
+LAID_BLOCK, CHECKED_BLOCK = 1 << 26, 1 << 22
 # Of the 8 codes in a word, which one AWQ gives to each output.
 AWQ_PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
-
-# Writes codes as a leaf stores them (O, W), from words or bytes of a file in a layout of stored.py, with the input of
-# each column or None for their order: a faster equal of `PublishedWeight._packed`.
-Repack = Callable[[Tensor, Tensor, str, Tensor | None], None]
 
 
 class PublishedWeight:
     """A quantised weight of a checkpoint's files."""
 
-    def __init__(self, files: "CheckpointFiles", stored: Stored, entry: Entry, repack: Repack | None = None):
-        self.files, self.stored, self.repack = files, stored, repack
+    def __init__(self, files: "CheckpointFiles", stored: Stored, entry: Entry):
+        self.files, self.stored = files, stored
         self.outputs, self.inputs = entry.shape
 
     def blocks(self, rows: slice, weights: int = READ_BLOCK) -> Iterator[slice]:
@@ -55,65 +52,61 @@ class PublishedWeight:
         first_G = self._input_groups()[columns][:: (width := math.gcd(group, columns.start, columns.stop))]
         form = Format(self.stored.code, width)
         for block in self.blocks(rows):
-            self._check_bias(block)
-            scale_OG, shift_OG = self._scales(block)
+            self._check_bias(block, None)
+            scale_OG, shift_OG = self._scales(block, None)
             shift_OG = None if shift_OG is None else shift_OG[:, first_G]
             codes = Codes(self._codes(block, columns), scale_OG[:, first_G], shift_OG, codebook=self._codebook())
             found[block.start - rows.start : block.stop - rows.start] = values(codes, form)
         return found
 
-    def write(self, parts: dict[str, Tensor], form: Format, rows: slice, columns: slice) -> None:
-        """Write a region to a leaf of a format: its parts by name, of these rows. A sorted format has all columns."""
-        for block in self.blocks(rows, REPACK_BLOCK if self.repack else READ_BLOCK):
-            at = slice(block.start - rows.start, block.stop - rows.start)
-            held = {name: part[at] if part.dim() == 2 else part for name, part in parts.items()}
-            self._write_block(held, form, block, columns)
+    def write(self, held: LeafRows, rows: slice, columns: slice) -> None:
+        """Write a region to rows of a leaf. A sorted format has all columns."""
+        # Codes whose sums are checked are still in the cache when they are written.
+        most = CHECKED_BLOCK if "quant_bias" in self.stored.tensors else LAID_BLOCK
+        for block in self.blocks(rows, most if held.layout else READ_BLOCK):
+            self._write_block(held.after(block.start - rows.start), block, columns)
 
-    def _write_block(self, held: dict[str, Tensor], form: Format, rows: slice, columns: slice) -> None:
-        self._check_bias(rows)
-        group_K = self._input_groups()
+    def _write_block(self, held: LeafRows, rows: slice, columns: slice) -> None:
+        self._check_bias(rows, held.layout)
+        form, group_K = held.form, self._input_groups()
         order = torch.argsort(group_K, stable=True).to(torch.int32) if form.sorted else None
         in_order = group_K[columns] if order is None else group_K[order]
         first_G = in_order[:: form.group or columns.stop - columns.start]
-        self._write_codes(held["weight"], form, rows, columns, order)
-        for name, of_all in zip(("scale", "shift"), self._scales(rows), strict=True):
+        raw = self._to_lay_out(form, rows, columns, order) if held.layout else None
+        if held.layout and raw is not None:
+            held.layout.codes(held.parts["weight"], form, held.at, raw, self.stored.layout, order)
+        else:
+            held.write("weight", self._packed(form, rows, columns, order))
+        for name, of_all in zip(("scale", "shift"), self._scales(rows, held.layout), strict=True):
             if of_all is not None:
                 same = torch.equal(first_G, torch.arange(of_all.shape[1]))
-                held[name].copy_(of_all if same else of_all.index_select(1, first_G))
-            elif name in held:
-                held[name].zero_()
+                held.write(name, of_all if same else of_all.index_select(1, first_G))
+            elif name in held.parts:
+                held.write(name, torch.zeros(rows.stop - rows.start, len(first_G)))
         if order is not None:
-            held["order"].copy_(order)
+            held.write("order", order)
         if (codebook := self._codebook()) is not None:
-            held["codebook"].copy_(codebook)
+            held.write("codebook", codebook)
         if form.activations == STATIC:
             for name, value in zip(("input_scale", "input_zero"), self.stored.static, strict=True):
-                held[name].fill_(value)
+                held.parts[name].fill_(value)
 
     # ---- codes
 
-    def _write_codes(self, to: Tensor, form: Format, rows: slice, columns: slice, order: Tensor | None) -> None:
-        """Write codes as a leaf stores them."""
-        raw = self._to_repack(form, rows, columns, order) if self.repack else None
-        if self.repack and raw is not None:
-            self.repack(to, raw, self.stored.layout, order)
-        else:
-            to.copy_(self._packed(form, rows, columns, order))
-
-    def _to_repack(self, form: Format, rows: slice, columns: slice, order: Tensor | None) -> Tensor | None:
-        """The words or bytes of a region in the file; None where they are the leaf's, or where some are cut."""
+    def _to_lay_out(self, form: Format, rows: slice, columns: slice, order: Tensor | None) -> Tensor | None:
+        """Codes of a region as the file holds them; None where some of its words are cut."""
         layout = self.stored.layout
-        if columns.start % 8 or columns.stop % 8 or layout == "rows":
+        if columns.start % 8 or columns.stop % 8:
             return None
+        if layout == "rows":
+            return self._read("weight", (rows, columns))
         if layout == "blocks":
             return None if self.inputs % 8 else self._rows_of_bytes(rows)[:, columns.start // 2 : columns.stop // 2]
         if layout == "awq":
             cut = rows.start % 8 or rows.stop % 8 or order is not None
             return None if cut else self._read("weight", (columns, slice(rows.start // 8, rows.stop // 8)))
         words = slice(*(end * form.bits // 32 for end in (columns.start, columns.stop)))
-        if layout == "gptq":
-            return self._read("weight", (words, rows))
-        return None if form.bits == 4 and order is None else self._read("weight", (rows, words))
+        return self._read("weight", (words, rows) if layout == "gptq" else (rows, words))
 
     def _packed(self, form: Format, rows: slice, columns: slice, order: Tensor | None) -> Tensor:
         """Codes as a leaf stores them. The bytes of a file's words are the leaf's where no column must be moved."""
@@ -168,10 +161,11 @@ class PublishedWeight:
 
     # ---- scales
 
-    def _scales(self, rows: slice) -> tuple[Tensor, Tensor | None]:
-        """Scales of all groups of some rows in fp32 (O, G), and their shifts or None."""
-        layout = {"rows": self._of_rows, "packed": self._of_packed, "gptq": self._of_gptq, "awq": self._of_gptq}
-        return layout.get(self.stored.layout, self._of_blocks)(rows)
+    def _scales(self, rows: slice, layout: Layout | None) -> tuple[Tensor, Tensor | None]:
+        """Scales of all groups of some rows (O, G), as stored or in fp32, and their shifts in fp32 or None."""
+        if self.stored.layout == "blocks":
+            return self._of_blocks(rows, layout), None
+        return {"rows": self._of_rows, "packed": self._of_packed}.get(self.stored.layout, self._of_gptq)(rows)
 
     def _of_rows(self, rows: slice) -> tuple[Tensor, Tensor | None]:
         options, count = self.stored.options, rows.stop - rows.start
@@ -193,10 +187,11 @@ class PublishedWeight:
         return scale, -of("zero") * scale if self.stored.shifted else None
 
     def _of_packed(self, rows: slice) -> tuple[Tensor, Tensor | None]:
-        whole = self._read("scale").float()
+        whole = self._read("scale")
         scale = whole.view(1, 1).expand(rows.stop - rows.start, 1) if whole.numel() == 1 else whole[rows]
         if not self.stored.shifted:
             return scale, None
+        scale = scale.float()
         if self.files.kind(self.stored.tensors["zero"]) == "I8":
             return scale, -self._read("zero")[rows].float() * scale
         bits = int(self.stored.options["bits"])
@@ -206,9 +201,10 @@ class PublishedWeight:
         return scale, (float(1 << (bits - 1)) - codes) * scale
 
     def _of_gptq(self, rows: slice) -> tuple[Tensor, Tensor | None]:
-        scale = self._read("scale")[:, rows].float().T
+        scale = self._read("scale")[:, rows].T
         if not self.stored.shifted:
             return scale, None
+        scale = scale.float()
         bits, words = int(self.stored.options["bits"]), self._read("zero")
         codes = _unpacked(words, bits)
         if self.stored.layout == "awq":
@@ -216,18 +212,22 @@ class PublishedWeight:
         zero = codes[:, rows].T.float() + self.stored.options["less_one"]
         return scale, (float(1 << (bits - 1)) - zero) * scale
 
-    def _of_blocks(self, rows: slice) -> tuple[Tensor, Tensor | None]:
+    def _of_blocks(self, rows: slice, layout: Layout | None) -> Tensor:
         options, group = self.stored.options, self.stored.group
         block = int(options["block"])
         first, last = rows.start * self.inputs // block, -(-rows.stop * self.inputs // block)
         scale = self._read("scale", (slice(first, last),))
         if "nested_scale" in self.stored.tensors:
-            nested = _repeated(self._read("nested_scale"), int(options["nested_block"]), first, last)
-            scale = self._read("nested_map").index_select(0, scale.int()) * nested + options["offset"]
+            map, of_blocks, each = self._read("nested_map"), self._read("nested_scale"), int(options["nested_block"])
+            if layout:
+                scale = layout.unnested(scale, map, of_blocks, each, first, options["offset"])
+            else:
+                nested = _repeated(of_blocks, each, first, last)
+                scale = map.index_select(0, scale.int()) * nested + options["offset"]
         parts = slice(rows.start * self.inputs // group, rows.stop * self.inputs // group)
         skipped, per = first * (block // group), block // group
         scale = _repeated(scale.float(), per, parts.start - skipped, parts.stop - skipped)
-        return scale.view(rows.stop - rows.start, -1), None
+        return scale.view(rows.stop - rows.start, -1)
 
     def _codebook(self) -> Tensor | None:
         return self._read("codebook").float() if self.stored.code == "codebook" else None
@@ -238,12 +238,13 @@ class PublishedWeight:
             return self._read("order").long()
         return torch.arange(self.inputs) // (self.stored.group or self.inputs)
 
-    def _check_bias(self, rows: slice) -> None:
+    def _check_bias(self, rows: slice, layout: Layout | None) -> None:
         """Raises UserError where ModelSlim's quant_bias is not just the share of the zero of activations."""
         if "quant_bias" not in self.stored.tensors:
             return
         bias = self._read("quant_bias").flatten()[rows].long()
-        sums = self._codes(rows, slice(0, self.inputs)).sum(1, dtype=torch.int32)
+        codes = self._codes(rows, slice(0, self.inputs))
+        sums = layout.sums(codes) if layout else codes.sum(1, dtype=torch.int32)
         # One for rounding.
         if wrong := ((bias + round(self.stored.static[1]) * sums).abs() > 1).nonzero().flatten().tolist():
             raise UserError(

@@ -29,9 +29,9 @@ DTYPES = {
 Region = tuple[slice, ...]
 
 
-def block_rows(part: Tensor) -> int:
-    """Rows of a tensor per block of BLOCK_BYTES."""
-    return max(1, BLOCK_BYTES // (math.prod(part.shape[1:]) * part.element_size()))
+def block_rows(part: Tensor, size: int = BLOCK_BYTES) -> int:
+    """Rows of a tensor per block of `size` bytes."""
+    return max(1, size // (math.prod(part.shape[1:]) * part.element_size()))
 
 
 def read_safetensors(path: Path, name: str, region: Region | None = None) -> Tensor:

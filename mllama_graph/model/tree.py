@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from mllama_graph.model.formats import Format, Formats
+from mllama_graph.model.layout import Layout, LeafRows
 from mllama_graph.model.placement import Placement
+from mllama_graph.model.reading import block_rows
 from mllama_graph.model.shape import ModelShape, RopeShape
 from mllama_graph.model.table import WHOLE, Entry, Shard, table
 
@@ -177,13 +179,21 @@ class Pixels:
 
 # Fills one entry's part of a Parameter: (entry, destination, region of the whole tensor to write to it).
 Fill = Callable[[Entry, Tensor, tuple[slice, ...]], None]
-# Fills one entry's rows of a quantised leaf: (entry, format, parts of the leaf by name, region of the whole weight).
-FillQuantised = Callable[[Entry, Format, dict[str, Tensor], tuple[slice, ...]], None]
+# Fills one entry's rows of a quantised leaf: (entry, rows of the leaf, region of the whole weight).
+FillQuantised = Callable[[Entry, LeafRows, tuple[slice, ...]], None]
+# A region of an entry where a file holds it, in any dtype; None where its values must be computed.
+Mapped = Callable[[Entry, tuple[slice, ...]], Tensor | None]
+# Bytes of a weight that are filled at once before they are laid out: they stay in the cache.
+LAID_BYTES = 1 << 20
 
 
-def unquantised(entry: Entry, form: Format, parts: dict[str, Tensor], region: tuple[slice, ...]) -> None:
+def unquantised(entry: Entry, rows: LeafRows, region: tuple[slice, ...]) -> None:
     """The FillQuantised of a tree without quantised leaves."""
     raise AssertionError("formats need a source of codes")
+
+
+def nothing_mapped(entry: Entry, region: tuple[slice, ...]) -> None:
+    """The Mapped of values that no file holds."""
 
 
 def build(
@@ -196,11 +206,14 @@ def build(
     shard: Shard = WHOLE,
     formats: Formats = (),
     fill_quantised: FillQuantised = unquantised,
+    layout: Layout | None = None,
+    mapped: Mapped = nothing_mapped,
 ) -> Weights:
     """Build a rank's weight tree: Parameters at the table's paths, filled by `fill`, with zeros as padding.
 
-    The leaves of `formats` are filled by `fill_quantised`. `progress` is called with the number of bytes filled since
-    its last call.
+    The leaves of `formats` are filled by `fill_quantised`. layout: how the weights of linear layers are written; None:
+    in rows. mapped: what need not be filled, since it is written from a file. `progress` is called with the number of
+    bytes filled since its last call.
     """
     root, quantised = Weights(shape), dict(formats)
     groups: dict[str, list[Entry]] = {}
@@ -208,18 +221,24 @@ def build(
         groups.setdefault(entry.path, []).append(entry)
     for path, entries in groups.items():
         node, _, leaf = path.rpartition(".")
+        module = root.get_submodule(node)
+        laid = layout if type(module) is Linear and leaf == "weight" else None
         if leaf == "weight" and node in quantised:
-            linear = root.get_submodule(node)
-            assert isinstance(linear, Linear)
-            _build_quantised(linear, entries, quantised[node], placement, fill_quantised, shard)
-            progress(sum(part.numel() * part.element_size() for part in linear.parameters()))
+            assert isinstance(module, Linear)
+            _build_quantised(module, entries, quantised[node], placement, fill_quantised, shard, laid)
+            progress(sum(part.numel() * part.element_size() for part in module.parameters()))
             continue
         parts = [entry.local(shard) for entry in entries]
         whole = placement.allocate((sum(part[0] for part in parts), *parts[0][1:]), dtype)
-        for entry, part in zip(entries, whole.split([part[0] for part in parts]), strict=True):
-            _fill_padded(entry, part, entry.region(shard), fill)
+        at = 0
+        for entry, part in zip(entries, parts, strict=True):
+            if laid:
+                _lay(entry, whole, at, part[0], entry.region(shard), fill, laid, mapped)
+            else:
+                _fill_padded(entry, whole[at : at + part[0]], entry.region(shard), fill)
+            at += part[0]
         parameter = nn.Parameter(placement.settle(whole), requires_grad=False)
-        root.get_submodule(node).register_parameter(leaf, parameter)
+        module.register_parameter(leaf, parameter)
         progress(whole.numel() * whole.element_size())
     frequencies = inverse_frequencies(shape.text.rope, shape.text.head_width)
     root.text.register_buffer("inv_freq", frequencies.to(placement.device))
@@ -243,26 +262,59 @@ def _padding(vocab: int, shard: Shard, placement: Placement) -> Tensor | None:
 
 
 def _build_quantised(
-    linear: Linear, entries: list[Entry], form: Format, placement: Placement, fill: FillQuantised, shard: Shard
+    linear: Linear,
+    entries: list[Entry],
+    form: Format,
+    placement: Placement,
+    fill: FillQuantised,
+    shard: Shard,
+    layout: Layout | None,
 ) -> None:
     """Set a leaf's format and Parameters. Each entry has its own rows; parts without rows are those of the first."""
     linear.format, linear.splits_inputs = form, entries[0].shard == 1 and shard.world > 1
     rows, inputs = [entry.local(shard)[0] for entry in entries], entries[0].local(shard)[1]
-    layout = form.parts(sum(rows), inputs)
-    whole = {name: placement.allocate(part.shape, getattr(torch, part.dtype)) for name, part in layout.items()}
-    at = 0
+    parts = form.parts(sum(rows), inputs)
+    whole = {name: placement.allocate(part.shape, getattr(torch, part.dtype)) for name, part in parts.items()}
+    held = LeafRows(whole, form, 0, layout)
     for entry, count in zip(entries, rows, strict=True):
         region = entry.region(shard)
         real = region[0].stop - region[0].start
-        held = {name: part if part.dim() == 1 else part[at : at + real] for name, part in whole.items()}
         if real:
-            fill(entry, form, held, region)
-        for part in whole.values():
-            if part.dim() == 2:
-                part[at + real : at + count].zero_()
-        at += count
+            fill(entry, held, region)
+        for name, part in whole.items():
+            if part.dim() == 2 and real < count:
+                held.after(real).write(name, torch.zeros((count - real, part.shape[1]), dtype=part.dtype))
+        held = held.after(count)
     for name, part in whole.items():
         linear.register_parameter(name, nn.Parameter(placement.settle(part), requires_grad=False))
+
+
+def _lay(
+    entry: Entry,
+    whole: Tensor,
+    at: int,
+    count: int,
+    region: tuple[slice, ...],
+    fill: Fill,
+    layout: Layout,
+    mapped: Mapped,
+) -> None:
+    """Write an entry's `count` rows, padding included, to a leaf from row `at` on: a block of rows at a time."""
+    rows, columns = region
+    whole_rows = columns.stop - columns.start == whole.shape[1]
+    for first in range(rows.start, rows.stop, step := block_rows(whole)):
+        part = slice(first, min(first + step, rows.stop))
+        held = mapped(entry, (part, columns)) if whole_rows else None
+        if held is None or held.dtype != whole.dtype:
+            break
+        layout.rows(whole, at, held)
+        at, rows, count = at + len(held), slice(part.stop, rows.stop), count - len(held)
+    block = torch.empty((min(count, block_rows(whole, LAID_BYTES)), whole.shape[1]), dtype=whole.dtype)
+    for first in range(0, count, max(1, len(block))):
+        filled = block[: count - first]
+        start, stop = (min(rows.start + end, rows.stop) for end in (first, first + len(filled)))
+        _fill_padded(entry, filled, (slice(start, stop), columns), fill)
+        layout.rows(whole, at + first, filled)
 
 
 def _fill_padded(entry: Entry, part: Tensor, region: tuple[slice, ...], fill: Fill) -> None:

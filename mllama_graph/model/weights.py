@@ -17,14 +17,15 @@ from torch import Tensor
 from mllama_graph.model.codes import Codes, pack, quantise
 from mllama_graph.model.files import CheckpointFiles
 from mllama_graph.model.formats import Format
+from mllama_graph.model.layout import LeafRows
 from mllama_graph.model.merge import merged
 from mllama_graph.model.meta_files import MetaFiles
 from mllama_graph.model.meta_weights import reader
-from mllama_graph.model.published_codes import PublishedWeight, Repack
+from mllama_graph.model.published_codes import PublishedWeight
 from mllama_graph.model.reading import Region, block_rows, read_safetensors
 from mllama_graph.model.shape import ModelShape
 from mllama_graph.model.table import WHOLE, Entry, table
-from mllama_graph.model.tree import Fill, FillQuantised
+from mllama_graph.model.tree import Fill, FillQuantised, Mapped, nothing_mapped
 
 # Random values repeat with this prime period: fast to generate, and no two rows of a matrix are aligned.
 RANDOM_PERIOD = 4_194_301
@@ -64,51 +65,65 @@ def _reader(files: CheckpointFiles) -> Callable[[Entry, Region], Tensor]:
     return read
 
 
-def quantising(fill: Fill, rounded: Callable[[Tensor, Format], Codes] = quantise) -> FillQuantised:
+def mapped(files: CheckpointFiles) -> Mapped:
+    """The Mapped of a checkpoint's tensors that are stored as they are needed: neither quantised nor changed."""
+    if isinstance(files, MetaFiles):
+        return nothing_mapped
+    changed = {name for adapter in files.adapters for name in adapter.changes} | set(files.published.stored)
+
+    def view(entry: Entry, region: Region) -> Tensor | None:
+        if entry.name in changed or len(files.stored_shape(entry.name)) != len(entry.shape):
+            return None
+        stored, path = files.tensors[entry.name]
+        return read_safetensors(path, stored, region)
+
+    return view
+
+
+def quantising(
+    fill: Fill, rounded: Callable[[Tensor, Format], Codes] = quantise, mapped: Mapped = nothing_mapped
+) -> FillQuantised:
     """A FillQuantised that quantises what `fill` gives, a block of rows at a time. Scales are those of whole rows.
 
-    rounded: `quantise`, or an equal of it.
+    rounded: `quantise`, or an equal of it, where a leaf has no layout of its own. mapped: what `fill` need not give.
     """
 
-    def fill_quantised(entry: Entry, form: Format, parts: dict[str, Tensor], region: Region) -> None:
+    def fill_quantised(entry: Entry, held: LeafRows, region: Region) -> None:
         rows, inputs = region[0], entry.shape[1]
-        block = torch.empty((min(rows.stop - rows.start, QUANTISED_BLOCK // inputs + 1), inputs))
-        for first in range(rows.start, rows.stop, len(block)):
-            last = min(first + len(block), rows.stop)
-            part = block[: last - first]
-            fill(entry, part, (slice(first, last), slice(0, inputs)))
-            write_codes(parts, form, rounded(part, form), first - rows.start, region[1])
+        count = QUANTISED_BLOCK // inputs + 1
+        for first in range(rows.start, rows.stop, count):
+            whole = (slice(first, min(first + count, rows.stop)), slice(0, inputs))
+            part = mapped(entry, whole) if held.layout else None
+            if part is None:
+                part = torch.empty((whole[0].stop - first, inputs))
+                fill(entry, part, whole)
+            if held.layout:
+                held.layout.rounded(held.parts, held.form, held.at + first - rows.start, part, region[1])
+            else:
+                write_codes(held.after(first - rows.start), rounded(part, held.form), region[1])
 
     return fill_quantised
 
 
-def published(files: CheckpointFiles, repack: Repack | None = None) -> FillQuantised:
-    """A FillQuantised that takes a quantised checkpoint's codes as they are, a block of rows at a time.
+def published(files: CheckpointFiles) -> FillQuantised:
+    """A FillQuantised that takes a quantised checkpoint's codes as they are, a block of rows at a time."""
 
-    repack: what writes codes that a file packs otherwise, faster than torch.
-    """
-
-    def fill_quantised(entry: Entry, form: Format, parts: dict[str, Tensor], region: Region) -> None:
-        PublishedWeight(files, files.published.stored[entry.name], entry, repack).write(parts, form, *region)
+    def fill_quantised(entry: Entry, held: LeafRows, region: Region) -> None:
+        PublishedWeight(files, files.published.stored[entry.name], entry).write(held, *region)
 
     return fill_quantised
 
 
-def write_codes(parts: dict[str, Tensor], form: Format, found: Codes, at: int, columns: slice) -> None:
-    """Write codes of whole rows to the parts of a leaf, from its row `at` on, taking only some of their columns."""
-    inputs = found.codes.shape[1]
+def write_codes(held: LeafRows, found: Codes, columns: slice) -> None:
+    """Write codes of whole rows to a leaf, taking only some of their columns."""
+    inputs, form = found.codes.shape[1], held.form
     groups = slice(*(end * form.groups(inputs) // inputs for end in (columns.start, columns.stop)))
-    given = {name: value for name in parts if (value := getattr(found, name, None)) is not None}
+    given = {name: value for name in held.parts if (value := getattr(found, name, None)) is not None}
     for name in ("scale", "shift"):
         if name in given and form.group:
             given[name] = given[name][:, groups]
-    write_parts(parts, given | {"weight": pack(found.codes[:, columns], form)}, at)
-
-
-def write_parts(parts: dict[str, Tensor], given: dict[str, Tensor], at: int) -> None:
-    """Write the parts of some rows to those of a leaf, from its row `at` on; what rows share is written whole."""
-    for name, part in parts.items():
-        (part[at : at + len(given[name])] if part.dim() == 2 else part).copy_(given[name])
+    for name, value in (given | {"weight": pack(found.codes[:, columns], form)}).items():
+        held.write(name, value)
 
 
 def random_fill(shape: ModelShape, seed: int, dtype: torch.dtype) -> Fill:

@@ -32,6 +32,16 @@ constexpr bool kFastBytes = false, kPairs = true;
 constexpr bool kFastBytes = false, kPairs = false;
 #endif
 
+// Whether a weight-only format's codes are whole numbers, and served as such by this machine.
+bool in_whole_numbers(ScalarType kind, bool table) {
+  return (kFastBytes || kPairs) && !table && (kind == ScalarType::Char || kind == ScalarType::Byte);
+}
+
+// Whether panels have a format's codes in words, not in bytes. whole: products are of whole numbers.
+bool in_words(ScalarType kind, bool whole) {
+  return kind == ScalarType::Byte || (kind == ScalarType::Char && (whole || in_whole_numbers(kind, false)));
+}
+
 // A word of four codes of 8 bits, and of eight codes of 4 bits, without a sign. operand<k>: those of its codes for the
 // inputs k, k + kOperands, k + 2 * kOperands ..., in kWidth bytes each.
 struct ByteCodes {

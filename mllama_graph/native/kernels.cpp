@@ -15,7 +15,7 @@
 #include "tiles.h"
 
 STABLE_TORCH_LIBRARY_IMPL(mllama_graph, CPU, library) {
-  library.impl("lay_out_", &boxed<lay_out_>);
+  library.impl("lay_rows_", &boxed<lay_rows_>);
   library.impl("linear", &boxed<linear>);
   library.impl("attend_pages", &boxed<attend_pages>);
   library.impl("attend_prompt", &boxed<attend_prompt>);

@@ -93,19 +93,56 @@ void stream(const float* a, int64_t a_stride, const W* b, int64_t width, int64_t
   }
 }
 
-template <class W>
-void lay_out(const Tensor& weight) {
-  lay_out_rows<W>(weight.mutable_data_ptr(), weight.size(0), weight.size(1));
-}
-
-// Converts the rows of a weight (O, I) to panels, in place.
-void lay_out_(Tensor weight) {
-  if (weight.dim() != 2 || !weight.is_contiguous()) fail("lay_out_ takes a contiguous weight (O, I)");
+// Writes rows (R, I) of a weight (O, I), from its row `at` on, to its panels: elements of its dtype that lie side by side,
+// or those of scales, which are fp32 and are widened.
+void lay_rows_(Tensor weight, int64_t at, Tensor rows) {
+  const int64_t count = rows.size(0), outputs = weight.size(0), inputs = weight.size(1);
+  const int64_t size = weight.scalar_type() == ScalarType::Float ? 4 : 2;
+  const bool same_dtype = rows.scalar_type() == weight.scalar_type();
+  if (weight.dim() != 2 || !weight.is_contiguous() || rows.dim() != 2 || rows.size(1) != inputs || at < 0 ||
+      at + count > outputs || (size == 2 && (!same_dtype || (inputs > 1 && rows.stride(1) != 1))))
+    fail("lay_rows_ takes a contiguous weight (O, I), and rows (R, I) of its dtype whose elements are side by side");
+  auto* to = static_cast<char*>(weight.mutable_data_ptr());
+  const auto* from = static_cast<const char*>(rows.const_data_ptr());
+  const ByteRows given{from, rows.stride(0) * size};
+  const auto same = [](auto x) { return x; };
   switch (weight.scalar_type()) {
-    case ScalarType::Float: return lay_out<float>(weight);
-    case ScalarType::BFloat16: return lay_out<BFloat16>(weight);
-    case ScalarType::Half: return lay_out<Float16>(weight);
-    default: fail("lay_out_ takes weights of float32, bfloat16 and float16");
+    case ScalarType::Half: return lay_rows<uint16_t>(to, outputs, inputs, at, count, given, same);
+    case ScalarType::BFloat16:
+      return for_panels(to, outputs, inputs * size, at, count,
+                        [&](int64_t row, int64_t some, char* panel, int64_t column, int64_t width) {
+                          const int64_t pairs = inputs / 2;
+                          const char* first = given.row(row);
+                          turn_rows(first, given.stride, some, pairs, reinterpret_cast<uint32_t*>(panel) + column,
+                                    width, same);
+                          auto* odd = reinterpret_cast<uint16_t*>(panel) + pairs * 2 * width + column;
+                          turn_rows(first + pairs * 4, given.stride, some, inputs % 2, odd, width, same);
+                        });
+    case ScalarType::Float: break;
+    default: fail("lay_rows_ takes weights of float32, bfloat16 and float16");
+  }
+  if (same_dtype && rows.stride(1) == 1) return lay_rows<uint32_t>(to, outputs, inputs, at, count, given, same);
+  const auto lay = [&]<class W>() {
+    const auto* data = reinterpret_cast<const W*>(from);
+    const int64_t across = rows.stride(1), down = rows.stride(0);
+    for_panels(to, outputs, inputs * size, at, count,
+               [=](int64_t row, int64_t some, char* panel, int64_t column, int64_t width) {
+                 auto* columns = reinterpret_cast<float*>(panel) + column;
+                 // Of transposed scales, those of outputs lie side by side.
+                 if (down == 1)
+                   for (int64_t i = 0; i < inputs; i++)
+                     for (int64_t o = 0; o < some; o++) columns[i * width + o] = widen(data[row + o + i * across]);
+                 else
+                   for (int64_t o = 0; o < some; o++)
+                     for (int64_t i = 0; i < inputs; i++)
+                       columns[i * width + o] = widen(data[(row + o) * down + i * across]);
+               });
+  };
+  switch (rows.scalar_type()) {
+    case ScalarType::Float: return lay.operator()<float>();
+    case ScalarType::BFloat16: return lay.operator()<BFloat16>();
+    case ScalarType::Half: return lay.operator()<Float16>();
+    default: fail("lay_rows_ takes scales of float32, bfloat16 and float16");
   }
 }
 

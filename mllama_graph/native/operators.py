@@ -90,7 +90,7 @@ def _join_features(x: Tensor, kept: list[Tensor], tiles: int, tokens: int) -> Te
 # tables may be stored in 16 bits.
 OPERATORS: dict[str, dict[str, tuple[str | None, Callable[..., Any]]]] = {
     "kernels": {
-        "lay_out_": ("(Tensor(a!) weight) -> ()", _nothing),
+        "lay_rows_": ("(Tensor(a!) weight, int at, Tensor rows) -> ()", _nothing),
         "linear": ("(Tensor x, Tensor weight, Tensor? bias, Tensor? real) -> Tensor", _linear),
         "rms_norm": ("(Tensor x, Tensor weight, float eps, Tensor? real) -> Tensor", _like),
         "add_rms_norm": (
@@ -138,9 +138,20 @@ OPERATORS: dict[str, dict[str, tuple[str | None, Callable[..., Any]]]] = {
         ),
     },
     "quantised": {
-        "lay_out_codes_": ("(Tensor(a!) weight, bool whole) -> ()", _nothing),
-        "repack_": ("(Tensor(a!) codes, Tensor stored, int layout, Tensor? order) -> ()", _nothing),
-        "round_rows": ("(Tensor rows, int groups, Tensor steps) -> (Tensor, Tensor)", _nothing),
+        "lay_codes_": (
+            "(Tensor(a!) weight, int at, Tensor stored, int layout, Tensor? order, bool whole) -> ()",
+            _nothing,
+        ),
+        "lay_rounded_": (
+            "(Tensor(a!) weight, Tensor(b!) scale, int at, Tensor rows, int first, int groups, Tensor steps, "
+            "bool panels, bool whole) -> ()",
+            _nothing,
+        ),
+        "sum_codes": ("(Tensor rows) -> Tensor", _nothing),
+        "unnested": (
+            "(Tensor bytes, Tensor map, Tensor of_blocks, int each, int skipped, float added) -> Tensor",
+            _nothing,
+        ),
         "linear_coded": (
             "(Tensor x, Tensor weight, Tensor scale, Tensor? shift, Tensor? order, Tensor? table, Tensor? bias, "
             "Tensor? real) -> Tensor",

@@ -7,7 +7,7 @@
 #pragma once
 
 #include <type_traits>
-#include <vector>
+#include <utility>
 
 #include "tensors.h"
 #include "vectors.h"
@@ -47,49 +47,116 @@ inline int64_t place(int64_t i, int64_t output, int64_t inputs, int64_t width) {
   return paired ? (i / 2 * width + output) * 2 + i % 2 : i * width + output;
 }
 
-// Rows of bytes to the columns of a panel: `count` outputs from `rows`, a multiple of 4 inputs. 16 outputs are taken at
-// once, in words of four inputs whose bytes are then separated.
-inline void turn_bytes(const uint8_t* rows, int64_t inputs, int64_t count, uint8_t* to) {
-  constexpr int kOutputs = 16;
-  typedef uint32_t Words __attribute__((vector_size(4 * kOutputs)));
-  typedef uint8_t Bytes __attribute__((vector_size(kOutputs)));
-  int64_t o = 0;
-  for (; o + kOutputs <= count; o += kOutputs)
-    for (int64_t i = 0; i < inputs; i += 4) {
-      Words words;
-      for (int row = 0; row < kOutputs; row++) {
-        uint32_t word;
-        std::memcpy(&word, rows + (o + row) * inputs + i, sizeof word);
-        words[row] = word;
-      }
-      for (int input = 0; input < 4; input++) {
-        const auto bytes = __builtin_convertvector(words >> 8 * input, Bytes);
-        std::memcpy(to + (i + input) * count + o, &bytes, sizeof bytes);
-      }
-    }
-  for (; o < count; o++)
-    for (int64_t i = 0; i < inputs; i++) to[i * count + o] = rows[o * inputs + i];
+// ---- Writing panels ----
+
+// 16 bytes of a row.
+template <class T>
+struct SixteenBytes {
+  static constexpr int kElements = 16 / sizeof(T);
+  typedef T Elements __attribute__((vector_size(16)));
+};
+
+// The elements of the lower or the upper halves of a and b, one of each in turn.
+template <bool upper, class T>
+inline typename SixteenBytes<T>::Elements interleaved(typename SixteenBytes<T>::Elements a, typename SixteenBytes<T>::Elements b) {
+  constexpr int n = SixteenBytes<T>::kElements;
+  return [&]<int... i>(std::integer_sequence<int, i...>) {
+    return shuffled<(i / 2 + i % 2 * n + upper * n / 2)...>(a, b);
+  }(std::make_integer_sequence<int, n>{});
 }
 
-// Converts rows of `inputs` elements or words to panels, in place.
-template <class W>
-void lay_out_rows(void* data, int64_t outputs, int64_t inputs) {
-  auto* w = static_cast<W*>(data);
-  parallel_for((outputs + kColumns - 1) / kColumns, 1, [&](int64_t first, int64_t last) {
-    std::vector<W> rows(kColumns * inputs);
-    for (int64_t panel = first; panel < last; panel++) {
-      W* to = w + panel * kColumns * inputs;
-      const int64_t some = std::min(kColumns, outputs - panel * kColumns);
-      std::memcpy(rows.data(), to, some * inputs * sizeof(W));
-      if constexpr (sizeof(W) == 1)
-        if (inputs % 4 == 0) {
-          turn_bytes(rows.data(), inputs, some, to);
-          continue;
+// R pieces, one of each of R rows, to their columns one after the other.
+template <class T, int R>
+inline void turn(typename SixteenBytes<T>::Elements (&x)[R]) {
+  for (int done = 1; done < R; done *= 2) {
+    typename SixteenBytes<T>::Elements y[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R / 2; r++) {
+      y[2 * r] = interleaved<false, T>(x[r], x[r + R / 2]);
+      y[2 * r + 1] = interleaved<true, T>(x[r], x[r + R / 2]);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) x[r] = y[r];
+  }
+}
+
+// Elements of rows that are `stride` bytes apart, each changed by f, to columns that are `width` elements apart. Rows are
+// read a cache line at a time, since lines of many rows compete for the same cache sets.
+template <class T, class F>
+void turn_rows(const char* from, int64_t stride, int64_t rows, int64_t columns, T* to, int64_t width, const F& f) {
+  constexpr int R = sizeof(T) == 4 ? 4 : 8, C = SixteenBytes<T>::kElements, kColumn = R * sizeof(T);
+  typedef typename SixteenBytes<T>::Elements Elements;
+  const auto one_by_one = [&](int64_t row, int64_t last, int64_t column, int64_t end) {
+    for (; row < last; row++)
+      for (int64_t c = column; c < end; c++) {
+        T x;
+        std::memcpy(&x, from + row * stride + c * sizeof(T), sizeof x);
+        to[c * width + row] = static_cast<T>(f(x));
+      }
+  };
+  constexpr int64_t kBlock = kLine / sizeof(T);
+  const int64_t blocked = columns / kBlock * kBlock, whole = rows / R * R;
+  for (int64_t c = 0; c < blocked; c += kBlock) {
+    for (int64_t row = 0; row < whole; row += R)
+      for (int64_t k = c; k < c + kBlock; k += C) {
+        Elements x[R];
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) {
+          std::memcpy(&x[r], from + (row + r) * stride + k * sizeof(T), sizeof x[r]);
+          x[r] = f(x[r]);
         }
-      for (int64_t o = 0; o < some; o++)
-        for (int64_t i = 0; i < inputs; i++) to[place<W>(i, o, inputs, some)] = rows[o * inputs + i];
+        turn<T, R>(x);
+        T* column = to + k * width + row;
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) {
+          if constexpr (kColumn == 16) {
+            std::memcpy(column + r * width, &x[r], 16);
+          } else {
+            const auto halves = reinterpret_cast<SixteenBytes<uint64_t>::Elements>(x[r]);
+            const uint64_t first = halves[0], second = halves[1];
+            std::memcpy(column + 2 * r * width, &first, 8);
+            std::memcpy(column + (2 * r + 1) * width, &second, 8);
+          }
+        }
+      }
+    one_by_one(whole, rows, c, c + kBlock);
+  }
+  one_by_one(0, rows, blocked, columns);
+}
+
+// The panels of a weight with `outputs` rows of `bytes` bytes that have some of its rows `at` .. `at` + `count`. Calls
+// f(row, number of rows, panel, column of the first of them in the panel, width of the panel), in parallel: rows from 0.
+// Instead of f may be given what makes it: each range of panels then has an f, and its memory, of its own.
+template <class F>
+void for_panels(void* weight, int64_t outputs, int64_t bytes, int64_t at, int64_t count, const F& given) {
+  const int64_t begin = at / kColumns, end = (at + count + kColumns - 1) / kColumns;
+  parallel_for(end - begin, kGrainBytes / std::max<int64_t>(1, kColumns * bytes) + 1, [&](int64_t one, int64_t last) {
+    auto f = [&] {
+      if constexpr (std::is_invocable_v<F>) return given();
+      else return given;
+    }();
+    for (; one < last; one++) {
+      const int64_t panel = (begin + one) * kColumns, width = std::min(kColumns, outputs - panel);
+      const int64_t first = std::max(at, panel), stop = std::min(at + count, panel + width);
+      f(first - at, stop - first, static_cast<char*>(weight) + panel * bytes, first - panel, width);
     }
   });
+}
+
+// Rows of a matrix, `stride` bytes apart.
+struct ByteRows {
+  const char* from;
+  int64_t stride;
+  const char* row(int64_t r) const { return from + r * stride; }
+};
+
+// Writes rows of `columns` elements, each changed by f, to the panels of a weight with `outputs` rows: from row `at` on.
+template <class T, class F>
+void lay_rows(void* weight, int64_t outputs, int64_t columns, int64_t at, int64_t count, ByteRows rows, const F& f) {
+  for_panels(weight, outputs, columns * sizeof(T), at, count,
+             [&](int64_t row, int64_t some, char* panel, int64_t column, int64_t width) {
+               turn_rows(rows.row(row), rows.stride, some, columns, reinterpret_cast<T*>(panel) + column, width, f);
+             });
 }
 
 }  // namespace

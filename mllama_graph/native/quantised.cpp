@@ -1,32 +1,15 @@
 // CPU kernels of linear layers with quantised weights: a library of its own, built by runs that have such layers.
 
 #include "coded.h"
+#include "codes_to_panels.h"
 #include "integers.h"
-#include "repack.h"
 #include "rounding.h"
 
 namespace {
 
-// Whether a weight-only format's codes are whole numbers, and served as such by this machine.
-bool in_whole_numbers(ScalarType kind, bool table) {
-  return (kFastBytes || kPairs) && !table && (kind == ScalarType::Char || kind == ScalarType::Byte);
-}
-
-// Converts rows of codes (O, ...) to the panels that the kernels read, in place: int8 in words of four, without a sign,
-// if products are of `whole` numbers; else codes of 8 bits by themselves, and those of 4 bits in words of eight.
-void lay_out_codes_(Tensor weight, bool whole) {
-  const int64_t outputs = weight.size(0), bytes = outputs ? weight.numel() / outputs : 0;
-  const ScalarType kind = weight.scalar_type();
-  auto* data = static_cast<uint8_t*>(weight.mutable_data_ptr());
-  const bool words = kind == ScalarType::Byte || whole || in_whole_numbers(kind, false);
-  if (!weight.is_contiguous() || (words && bytes % 4)) fail("lay_out_codes_ takes contiguous rows of whole words");
-  if (!words || kind == ScalarType::Float8_e4m3fn) return lay_out_rows<uint8_t>(data, outputs, bytes);
-  if (kind == ScalarType::Char)
-    for_rows(outputs, bytes, [=](int64_t o) {
-      auto* words = reinterpret_cast<uint32_t*>(data + o * bytes);
-      for (int64_t i = 0; i < bytes / 4; i++) words[i] ^= 0x80808080;
-    });
-  lay_out_rows<uint32_t>(data, outputs, bytes / 4);
+// `lay_codes` of codes_to_panels.h, with a layout by its number.
+void lay_codes_(Tensor weight, int64_t at, Tensor stored, int64_t layout, std::optional<Tensor> order, bool whole) {
+  lay_codes(weight, at, stored, static_cast<Stored>(layout), order, in_words(weight.scalar_type(), whole));
 }
 
 // y = x w' + bias: x (..., I) fp32; w in panels of words: int8, E4M3, or two codes of 4 bits in each byte, which index
@@ -85,9 +68,10 @@ Tensor linear_coded(Tensor given, Tensor weight, Tensor scale, std::optional<Ten
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mllama_graph, CPU, library) {
-  library.impl("lay_out_codes_", &boxed<lay_out_codes_>);
-  library.impl("repack_", &boxed<repack_>);
-  library.impl("round_rows", &boxed<round_rows>);
+  library.impl("lay_codes_", &boxed<lay_codes_>);
+  library.impl("lay_rounded_", &boxed<lay_rounded_>);
+  library.impl("sum_codes", &boxed<sum_codes>);
+  library.impl("unnested", &boxed<unnested>);
   library.impl("linear_coded", &boxed<linear_coded>);
   library.impl("linear_integers", &boxed<linear_integers>);
 }

@@ -3,83 +3,243 @@
 
 #pragma once
 
-#include <tuple>
+#include <vector>
 
 #include "integers.h"
 
 namespace {
 
-inline Vector clamped(Vector x, float least, float most) {
-  return x < least ? splat(least) : x > most ? splat(most) : x;
-}
+inline Vector magnitude(Vector x) { return reinterpret_cast<Vector>(reinterpret_cast<Integers>(x) & 0x7fffffff); }
 
-// The nearest whole numbers to x / scale within least .. most, and the squared error of what they stand for.
+// The nearest whole numbers to x / scale, at most `most`, and the squared error of what they stand for. |x / scale| is at
+// most that of the least number.
 struct Rounded {
   const float* x;
   int64_t count;
-  float least, most;
+  float most;
 
-  float number(int64_t i, float scale) const { return std::clamp(std::nearbyintf(x[i] / scale), least, most); }
-  Vector numbers(int64_t i, Vector scale) const {
+  // Products with 1 / scale take the place of quotients. Where one could be rounded to another number, `doubt` becomes
+  // more than kSure.
+  static constexpr float kSure = 0.4999f, kLeast = 1e-30f;
+  static Vector whole(Vector x) {
     constexpr float kMagic = 12582912.0f;  // adding it rounds to a whole number
-    return clamped(load(x + i) / scale + kMagic - kMagic, least, most);
+    return x + kMagic - kMagic;
+  }
+  Vector numbers(int64_t i, Vector inverse, Vector& doubt) const {
+    const Vector quotient = load(x + i) * inverse, number = whole(quotient), size = magnitude(quotient - number);
+    doubt = doubt > size ? doubt : size;
+    return splat(most) < number ? splat(most) : number;
+  }
+  Vector numbers(int64_t i, Vector scale) const {
+    const Vector number = whole(load(x + i) / scale);
+    return splat(most) < number ? splat(most) : number;
+  }
+  float number(int64_t i, float scale) const { return std::min(std::nearbyintf(x[i] / scale), most); }
+
+  // f(numbers_at), where numbers_at(i) gives the numbers from i on: a second time if some could be wrong the first time.
+  template <class F>
+  auto sure(float scale, const F& f) const {
+    if (scale >= kLeast) {
+      Vector doubt{};
+      const Vector inverse = splat(1.0f / scale);
+      const auto found = f([&](int64_t i) { return numbers(i, inverse, doubt); });
+      if (largest_of(doubt) <= kSure) return found;
+    }
+    return f([this, wide = splat(scale)](int64_t i) { return numbers(i, wide); });
   }
 
   float error(float scale) const {
-    Vector sum{};
-    float rest = 0;
-    const Vector wide = splat(scale);
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) {
-      const Vector off = numbers(i, wide) * wide - load(x + i);
-      sum = multiply_add(off, off, sum);
-    }
-    for (; i < count; i++) {
-      const float off = number(i, scale) * scale - x[i];
-      rest += off * off;
-    }
-    return total(sum) + rest;
+    return sure(scale, [=, this](const auto& numbers_at) {
+      Vector sum{};
+      const Vector wide = splat(scale);
+      float rest = 0;
+      int64_t i = 0;
+      for (; i + kLanes <= count; i += kLanes) {
+        const Vector off = numbers_at(i) * wide - load(x + i);
+        sum = multiply_add(off, off, sum);
+      }
+      for (; i < count; i++) {
+        const float off = number(i, scale) * scale - x[i];
+        rest += off * off;
+      }
+      return total(sum) + rest;
+    });
   }
 
-  template <class Code>
-  void write(float scale, float added, Code* to) const {
-    const Vector wide = splat(scale);
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) {
-      const Integers whole = __builtin_convertvector(numbers(i, wide) + added, Integers);
-      for (int lane = 0; lane < kLanes; lane++) to[i + lane] = static_cast<Code>(whole[lane]);
-    }
-    for (; i < count; i++) to[i] = static_cast<Code>(number(i, scale) + added);
+  // Codes that count from -`added`, each in the low bits of a word.
+  void write(float scale, float added, int32_t* to) const {
+    constexpr float kWords = 12582912.0f;  // the low bits of its sum with a whole number are that number
+    sure(scale, [=, this](const auto& numbers_at) {
+      int64_t i = 0;
+      for (; i + kLanes <= count; i += kLanes) {
+        const Vector words = numbers_at(i) + (added + kWords);
+        std::memcpy(to + i, &words, sizeof words);
+      }
+      for (; i < count; i++) to[i] = static_cast<int32_t>(number(i, scale) + added);
+      return true;
+    });
   }
 };
 
-// Codes (O, I) and scales (O, G) of rows (O, I) in G groups: codes of 4 bits if `steps` (S) has several numbers, of which
-// a group's largest value is divided by the one with the least squared error; else int8, with the one of `steps`.
-std::tuple<Tensor, Tensor> round_rows(Tensor rows, int64_t groups, Tensor steps) {
-  const int64_t outputs = rows.size(0), inputs = rows.size(1), group = inputs / groups, choices = steps.numel();
-  const float *from = floats(rows), *numbers = floats(steps);
-  const bool halves = choices > 1;
-  Tensor codes = allocated({outputs, inputs}, halves ? aoti_torch_dtype_uint8() : aoti_torch_dtype_int8());
-  Tensor scales = allocated({outputs, groups});
-  auto* to = codes.mutable_data_ptr();
-  float* sizes = results(scales);
-  for_rows(outputs, inputs * choices, [&](int64_t o) {
-    for (int64_t g = 0; g < groups; g++) {
-      const int64_t at = o * inputs + g * group;
-      const Rounded rounded{from + at, group, halves ? -8.0f : -127.0f, halves ? 7.0f : 127.0f};
-      const float most = largest_in(from + at, group);
-      float best = most / numbers[0], least = INFINITY;
-      for (int64_t choice = 0; halves && most > 0 && choice < choices; choice++) {
-        const float scale = most / numbers[choice], error = rounded.error(scale);
-        if (error < least) best = scale, least = error;
-      }
-      const float scale = best > 0 ? best : 1.0f;
-      halves ? rounded.write(scale, 8, static_cast<uint8_t*>(to) + at)
-             : rounded.write(scale, 0, static_cast<int8_t*>(to) + at);
-      sizes[o * groups + g] = best;
+// E4M3 of x / scale, which is at most 448; ties go to even numbers.
+inline void write_fp8(const float* x, int64_t count, float scale, int32_t* to) {
+  constexpr float kMost = 448.0f;
+  constexpr int32_t kNormal = 121 << 23, kSteps = 141 << 23;  // 2^-6; 2^14, whose steps are those below 2^-6
+  const auto code = [](auto x, auto bits, auto with) {
+    const auto size = bits & 0x7fffffff;
+    const auto normal = ((size + 0x7ffff + (size >> 20 & 1)) >> 20) - (120 << 3);
+    const auto small = with(x) - kSteps;
+    return (size < kNormal ? small : normal) | (bits >> 24 & 0x80);
+  };
+  const Vector wide = splat(scale);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    Vector y = load(x + i) / wide;
+    y = splat(kMost) < y ? splat(kMost) : y;
+    y = splat(-kMost) > y ? splat(-kMost) : y;
+    const auto codes = code(y, reinterpret_cast<Integers>(y), [](Vector y) {
+      return reinterpret_cast<Integers>(magnitude(y) + 16384.0f);
+    });
+    std::memcpy(to + i, &codes, sizeof codes);
+  }
+  for (; i < count; i++) {
+    const float y = std::clamp(x[i] / scale, -kMost, kMost);
+    int32_t bits;
+    std::memcpy(&bits, &y, sizeof bits);
+    to[i] = code(y, bits, [](float y) {
+      const float sum = std::fabs(y) + 16384.0f;
+      int32_t found;
+      std::memcpy(&found, &sum, sizeof found);
+      return found;
+    });
+  }
+}
+
+// The lower halves of the elements of a and b, which are 32 or 16 bits wide.
+template <class T>
+inline typename SixteenBytes<T>::Elements lower_halves(typename SixteenBytes<T>::Elements a,
+                                                       typename SixteenBytes<T>::Elements b) {
+  typedef std::conditional_t<sizeof(T) == 4, uint16_t, uint8_t> Half;
+  typedef typename SixteenBytes<Half>::Elements Halves;
+  return [&]<int... i>(std::integer_sequence<int, i...>) {
+    return reinterpret_cast<typename SixteenBytes<T>::Elements>(
+        shuffled<(2 * i)...>(reinterpret_cast<Halves>(a), reinterpret_cast<Halves>(b)));
+  }(std::make_integer_sequence<int, SixteenBytes<Half>::kElements>{});
+}
+
+// Codes in the low bits of words to bytes with one code, or with two of 4 bits, the first in the low half. `count` is a
+// multiple of 4.
+inline void pack_codes(const int32_t* words, int64_t count, bool halves, uint8_t* to) {
+  typedef SixteenBytes<uint32_t>::Elements Words;
+  typedef SixteenBytes<uint16_t>::Elements Shorts;
+  const auto sixteen = [&](const int32_t* from) {
+    Shorts two[2];
+    for (int k = 0; k < 2; k++) {
+      Words a, b;
+      std::memcpy(&a, from + 8 * k, 16), std::memcpy(&b, from + 8 * k + 4, 16);
+      two[k] = reinterpret_cast<Shorts>(lower_halves<uint32_t>(a, b));
     }
+    return lower_halves<uint16_t>(two[0], two[1]);
+  };
+  int64_t i = 0;
+  for (; i + 32 <= count; i += 32) {
+    Shorts first = sixteen(words + i), second = sixteen(words + i + 16);
+    if (halves) {
+      first = lower_halves<uint16_t>(first | first >> 4, second | second >> 4);
+      std::memcpy(to + i / 2, &first, 16);
+    } else {
+      std::memcpy(to + i, &first, 16), std::memcpy(to + i + 16, &second, 16);
+    }
+  }
+  for (; i < count; i += 2) {
+    if (halves) {
+      to[i / 2] = static_cast<uint8_t>((words[i] & 15) | words[i + 1] << 4);
+    } else {
+      to[i] = static_cast<uint8_t>(words[i]), to[i + 1] = static_cast<uint8_t>(words[i + 1]);
+    }
+  }
+}
+
+// Rounds groups of a row to codes, each in the low bits of a word. put(group, scale) takes scales. steps: the numbers one of which a
+// group's largest value is divided by, the one with the least squared error if there are several.
+template <class F>
+void round_row(const float* row, int64_t count, int64_t group, ScalarType kind, const float* steps, int64_t choices,
+               int32_t* to, const F& put) {
+  const bool halves = kind == ScalarType::Byte;
+  for (int64_t at = 0; at < count; at += group) {
+    const float* x = row + at;
+    const Rounded rounded{x, group, halves ? 7.0f : 127.0f};
+    const float most = largest_in(x, group);
+    float best = most / steps[0], least = INFINITY;
+    for (int64_t choice = 0; halves && most > 0 && choice < choices; choice++) {
+      const float scale = most / steps[choice], error = rounded.error(scale);
+      if (error < least) best = scale, least = error;
+    }
+    const float scale = best > 0 ? best : 1.0f;
+    if (kind == ScalarType::Float8_e4m3fn) write_fp8(x, group, scale, to + at);
+    else rounded.write(scale, halves ? 8.0f : 0.0f, to + at);
+    put(at / group, best);
+  }
+}
+
+// `count` elements of a row in fp32.
+void widen_row(const char* from, ScalarType kind, int64_t count, float* to) {
+  const auto copy = [&]<class W>() {
+    const auto* row = reinterpret_cast<const W*>(from);
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) store(to + i, load(row + i));
+    for (; i < count; i++) to[i] = widen(row[i]);
+  };
+  switch (kind) {
+    case ScalarType::Float: std::memcpy(to, from, count * sizeof(float)); break;
+    case ScalarType::BFloat16: copy.operator()<BFloat16>(); break;
+    case ScalarType::Half: copy.operator()<Float16>(); break;
+    default: fail("lay_rounded_ takes rows of float32, bfloat16 and float16");
+  }
+}
+
+// Rounds whole rows (R, K) of a weight in groups, and writes their inputs from `first` on to codes (O, ...) and scales (O,
+// G), from row `at` on: in panels, or in rows.
+void lay_rounded_(Tensor weight, Tensor scale, int64_t at, Tensor rows, int64_t first, int64_t groups, Tensor steps,
+                  bool panels, bool whole) {
+  const ScalarType kind = weight.scalar_type(), given = rows.scalar_type();
+  const bool halves = kind == ScalarType::Byte, words = in_words(kind, whole);
+  const int64_t outputs = weight.size(0), bytes = weight.size(1), inputs = bytes * (halves ? 2 : 1);
+  const int64_t count = rows.size(0), all = rows.size(1), group = all / groups, held = scale.size(1);
+  const int64_t stride = rows.stride(0) * (given == ScalarType::Float ? 4 : 2);
+  const float* numbers = floats(steps);
+  if (!weight.is_contiguous() || bytes % 4 || all % groups || (groups > 1 && (first % group || inputs != held * group)) ||
+      (groups == 1 && held != 1) || (halves && group % 8) || first + inputs > all || rows.stride(1) != 1 ||
+      scale.size(0) != outputs || at < 0 || at + count > outputs)
+    fail("lay_rounded_ takes a contiguous weight, rows of at least as many inputs, and a scale for each group");
+  const auto* from = static_cast<const char*>(rows.const_data_ptr());
+  auto* to = static_cast<uint8_t*>(weight.mutable_data_ptr());
+  float* scales = results(scale);
+  // Of a row with one scale, all inputs are rounded, and some are taken.
+  const int64_t begin = groups == 1 ? 0 : first, taken = groups == 1 ? all : inputs;
+  const int64_t skipped = (first - begin) / (halves ? 2 : 1);
+  for_panels(to, outputs, bytes, at, count, [&] {
+    return [&, wide = std::vector<float>(all), row_codes = std::vector<int32_t>(all),
+            codes = std::vector<uint8_t>(kColumns * taken)](
+               int64_t row, int64_t some, char* panel, int64_t column, int64_t width) mutable {
+      for (int64_t r = 0; r < some; r++) {
+        const int64_t o = at + row + r;
+        widen_row(from + (row + r) * stride + begin * (given == ScalarType::Float ? 4 : 2), given, taken, wide.data());
+        float* sizes = scales + (panels ? (o - column - r) * held + column + r : o * held);
+        round_row(wide.data(), taken, group, kind, numbers, steps.numel(), row_codes.data(),
+                  [&](int64_t g, float size) { sizes[panels ? g * width : g] = size; });
+        pack_codes(row_codes.data(), taken, halves, codes.data() + r * taken);
+        if (!panels) std::memcpy(to + o * bytes, codes.data() + r * taken + skipped, bytes);
+      }
+      const char* laid = reinterpret_cast<const char*>(codes.data()) + skipped;
+      const uint32_t sign = kind == ScalarType::Char ? 0x80808080 : 0;
+      if (panels && words)
+        turn_rows(laid, taken, some, bytes / 4, reinterpret_cast<uint32_t*>(panel) + column, width,
+                  [=](auto x) { return x ^ sign; });
+      else if (panels)
+        turn_rows(laid, taken, some, bytes, reinterpret_cast<uint8_t*>(panel) + column, width, [](auto x) { return x; });
+    };
   });
-  return {codes, scales};
 }
 
 }  // namespace

@@ -11,41 +11,55 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mllama_graph.model.codes import INT4_STEPS, Codes, quantise
+from mllama_graph.model.codes import FP8_MOST, INT4_STEPS, Codes, unpack
 from mllama_graph.model.formats import FLOAT, MOST, Format
 from mllama_graph.model.inputs import LayerPages, PromptInput, TokenInput
 from mllama_graph.model.ops import Ops
-from mllama_graph.model.tree import Embedding, LayerNorm, Linear, Weights, linears
+from mllama_graph.model.tree import Embedding, LayerNorm, Linear
 from mllama_graph.ops.plain import PLAIN
 
 kernels = torch.ops.mllama_graph
-# Layouts of model/stored.py in the order of native/repack.h.
-REPACKED = ("packed", "gptq", "awq", "blocks")
+# Layouts of model/stored.py in the order of native/codes_to_panels.h.
+STORED = ("rows", "packed", "gptq", "awq", "blocks")
 
 
-def lay_out(weights: Weights) -> None:
-    """Convert the weights of linear layers, in place, to the panels that their kernel reads (native/panels.h)."""
-    for leaf in linears(weights):
-        if leaf.format is None:
-            kernels.lay_out_(leaf.weight)
-            continue
-        kernels.lay_out_codes_(leaf.weight, leaf.format.activations != FLOAT)
-        for of_groups in (leaf.scale, leaf.shift):
-            if of_groups is not None:
-                kernels.lay_out_(of_groups)
+class Panels:
+    """The `Layout` of linear layers' weights that their kernels read (native/panels.h)."""
+
+    def rows(self, whole: Tensor, at: int, rows_RI: Tensor) -> None:
+        kernels.lay_rows_(whole, at, rows_RI)
+
+    def codes(self, whole: Tensor, form: Format, at: int, stored: Tensor, layout: str, order: Tensor | None) -> None:
+        kernels.lay_codes_(whole, at, stored, STORED.index(layout), order, form.activations != FLOAT)
+
+    def rounded(self, parts: dict[str, Tensor], form: Format, at: int, rows_RK: Tensor, columns: slice) -> None:
+        _round(parts["weight"], parts["scale"], form, at, rows_RK, columns.start, True)
+
+    def sums(self, codes_RI: Tensor) -> Tensor:
+        return kernels.sum_codes(codes_RI)
+
+    def unnested(self, scale_S: Tensor, map: Tensor, of_blocks: Tensor, block: int, first: int, added: float) -> Tensor:
+        return kernels.unnested(scale_S, map, of_blocks, block, first, added)
+
+
+PANELS = Panels()
 
 
 def rounded(rows_OI: Tensor, form: Format) -> Codes:
     """`quantise` of model/codes.py: the same codes in a tenth of the time."""
-    if form.code == "fp8":
-        return quantise(rows_OI, form)
-    steps = torch.tensor(INT4_STEPS if form.code == "int4" else (float(MOST),))
-    return Codes(*kernels.round_rows(rows_OI, form.groups(rows_OI.shape[1]), steps))
+    parts = {
+        name: torch.empty(part.shape, dtype=getattr(torch, part.dtype))
+        for name, part in form.parts(*rows_OI.shape).items()
+    }
+    _round(parts["weight"], parts["scale"], form, 0, rows_OI, 0, False)
+    return Codes(unpack(parts["weight"], form), parts["scale"])
 
 
-def repack(codes_OW: Tensor, stored: Tensor, layout: str, order: Tensor | None) -> None:
-    """A `Repack` of model/published_codes.py."""
-    kernels.repack_(codes_OW, stored, REPACKED.index(layout), order)
+def _round(weight: Tensor, scale: Tensor, form: Format, at: int, rows_RK: Tensor, first: int, panels: bool) -> None:
+    """Round whole rows, and write their inputs from `first` on to a leaf: in panels or in rows."""
+    steps = {"fp8": (FP8_MOST,), "int4": INT4_STEPS}.get(form.code, (float(MOST),))
+    groups, whole = form.groups(rows_RK.shape[1]), form.activations != FLOAT
+    kernels.lay_rounded_(weight, scale, at, rows_RK, first, groups, torch.tensor(steps), panels, whole)
 
 
 def embed(ids_T: Tensor, leaf: Embedding, real_1: Tensor | None = None) -> Tensor:
@@ -57,7 +71,7 @@ def embed_held(ids_T: Tensor, leaf: Embedding, real_1: Tensor | None = None) -> 
 
 
 def linear(x: Tensor, leaf: Linear, real_1: Tensor | None = None, largest: Tensor | None = None) -> Tensor:
-    """Takes a weight that `lay_out` has converted. largest: see `quantised_linear` of plain.py."""
+    """Takes a weight that `PANELS` has written. largest: see `quantised_linear` of plain.py."""
     form = leaf.format
     if form and form.activations != FLOAT:
         parts = (leaf.weight, leaf.scale, leaf.shift, leaf.order, leaf.input_scale, leaf.input_zero)

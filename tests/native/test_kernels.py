@@ -27,11 +27,25 @@ def randoms(seed: int):
     return lambda *size: torch.randn(size, generator=generator)
 
 
-def laid_out(weight, bias=None):
+def laid_out(rows, bias=None):
     """A linear layer's parameters with the weight in the kernel's layout."""
-    weight = weight.clone()
-    torch.ops.mllama_graph.lay_out_(weight)
+    weight = torch.empty_like(rows)
+    cpu.PANELS.rows(weight, 0, rows)
     return linear_leaf(weight, bias)
+
+
+@pytest.mark.parametrize("inputs", [1, 7, 16, 75, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_panels_are_the_same_from_whole_rows_and_from_pieces_of_any_size_and_alignment(dtype, inputs):
+    rows = randoms(inputs)(203, inputs).to(dtype)
+    wide = torch.zeros(203, inputs + 3, dtype=dtype)
+    wide[:, 1 : inputs + 1] = rows
+    whole, pieces = laid_out(rows).weight, torch.zeros_like(rows)
+    at = 0
+    for count in (1, 23, 30, 5, 100, 44):
+        cpu.PANELS.rows(pieces, at, wide[at : at + count, 1 : inputs + 1])
+        at += count
+    assert torch.equal(pieces, whole) and torch.equal(pieces, rows) == (inputs == 1)
 
 
 # Input widths around the number of vector lanes and around the pieces in which the kernel processes a row.

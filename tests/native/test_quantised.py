@@ -8,7 +8,9 @@ from trees import linear_leaf
 from mllama_graph import native
 from mllama_graph.model.codes import Codes, pack, quantise, rounded_rows, values
 from mllama_graph.model.formats import DYNAMIC, STATIC, Format
+from mllama_graph.model.layout import LeafRows
 from mllama_graph.model.tree import Linear
+from mllama_graph.model.weights import write_codes
 from mllama_graph.ops import cpu, plain
 
 # Outputs around a panel of three vectors of 4, 8 or 16, and inputs that are no multiple of a decoded block.
@@ -69,7 +71,9 @@ def leaf_of(form: Format, outputs: int, inputs: int, bias: bool) -> tuple[Linear
 
 def in_panels(leaf: Linear) -> Linear:
     """The leaf, laid out as its kernel reads it."""
-    cpu.lay_out(torch.nn.ModuleList([leaf]))
+    for name in ("weight", "scale", "shift"):
+        if (part := getattr(leaf, name)) is not None:
+            LeafRows({name: part}, leaf.format, 0, cpu.PANELS).write(name, part.clone())
     return leaf
 
 
@@ -180,13 +184,28 @@ def test_codes_are_the_nearest_values():
         assert wrong.float().mean() < (0.02 if form.code == "int4" else 1e-9)
 
 
-@pytest.mark.parametrize("form", [Format("int8"), Format("int4", group=32), Format("int4", group=64)], ids=str)
-def test_kernels_round_weights_to_the_same_codes(form):
+@pytest.mark.parametrize("form", [Format("int8"), Format("fp8"), Format("int4", 32), Format("int4", 64)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_kernels_round_weights_to_the_same_codes(form, dtype):
     torch.manual_seed(0)
-    x = torch.randn(37, 192)
-    x[3] = 0
-    expected, got = quantise(x, form), cpu.rounded(x, form)
-    assert torch.equal(got.codes, expected.codes) and torch.equal(got.scale, expected.scale)
+    x = torch.randn(97, 192)
+    x[3], x[4, 1:], x[5], x[6] = 0, 0, x[5] * 1e-40, x[6] * 1e-6
+    # Ties, which a product with 1 / scale would round to another number.
+    x[7:40] = torch.randint(-127, 127, (33, 192)) + 0.5
+    x[7:40, ::32] = 127
+    x = x.to(dtype)
+    expected, got = quantise(x.float(), form), cpu.rounded(x, form)
+    assert torch.equal(got.codes.view(torch.int8), expected.codes.view(torch.int8))
+    assert torch.equal(got.scale, expected.scale)
+    # Some columns of these rows, as the rows after the first five of a leaf in panels.
+    taken, parts = slice(64, 192), form.parts(102, 128)
+    one, other = (
+        {name: torch.zeros(part.shape, dtype=getattr(torch, part.dtype)) for name, part in parts.items()}
+        for _ in range(2)
+    )
+    write_codes(LeafRows(one, form, 5, cpu.PANELS), expected, taken)
+    cpu.PANELS.rounded(other, form, 5, x, taken)
+    assert all(torch.equal(part.view(torch.int8), other[name].view(torch.int8)) for name, part in one.items())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
