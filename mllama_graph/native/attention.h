@@ -170,8 +170,9 @@ void attend_rows(const float* q, float* out, const std::vector<RowsOfSequence>& 
       queries.push_back({first, std::min(first + most, rows.last * G)});
   const int64_t tasks = static_cast<int64_t>(queries.size());
   parallel_for(heads.keys * tasks, 1, [&](int64_t from, int64_t to) {
-    std::vector<float> query(most * H), weight(kQueries * kKeys), sum_of_values(most * wide), top(most), sum(most);
-    std::vector<float> key(kKeys * H), value(kKeys * wide), space(kLanes * H);
+    const auto query = scratch(most * H), weight = scratch(kQueries * kKeys), sum_of_values = scratch(most * wide);
+    const auto key = scratch(kKeys * H), value = scratch(kKeys * wide), space = scratch(kLanes * H);
+    std::vector<float> top(most), sum(most);
     for (int64_t task = from; task < to; task++) {
       const int64_t head = task / tasks, row = queries[task % tasks].first;
       const int64_t some = queries[task % tasks].last - row;
@@ -188,21 +189,21 @@ void attend_rows(const float* q, float* out, const std::vector<RowsOfSequence>& 
       last = std::min(last, count);
       std::fill(top.begin(), top.end(), -std::numeric_limits<float>::infinity());
       std::fill(sum.begin(), sum.end(), 0.0f);
-      std::fill(sum_of_values.begin(), sum_of_values.end(), 0.0f);
+      std::fill_n(sum_of_values.get(), some * wide, 0.0f);
       // Begins at a multiple of kKeys whatever the rows, so that sums have the same order in each batch.
       for (int64_t start = first / kKeys * kKeys; start < last; start += kKeys) {
         // No row sees the tokens after `last`.
         const int64_t keys = std::min(kKeys, (last - start + kLanes - 1) / kLanes * kLanes);
-        write_panels(tokens, head, start, keys, H, wide, key.data(), value.data(), space.data());
+        write_panels(tokens, head, start, keys, H, wide, key.get(), value.get(), space.get());
         for (int64_t at = 0; at < some; at += kQueries) {
           const Seen& block = seen_by[at / kQueries];
           if (block.first >= start + kKeys || block.last <= start) continue;
           const int64_t tall = std::min(kQueries, some - at);
-          float* sums = sum_of_values.data() + at * wide;
-          multiply_matrix<true>(query.data() + at * H, H, key.data(), weight.data(), kKeys, tall, keys, H);
-          weigh_queries(weight.data(), tall, start, keys, wide, {top.data() + at, sum.data() + at, sums},
+          float* sums = sum_of_values.get() + at * wide;
+          multiply_matrix<true>(query.get() + at * H, H, key.get(), weight.get(), kKeys, tall, keys, H);
+          weigh_queries(weight.get(), tall, start, keys, wide, {top.data() + at, sum.data() + at, sums},
                         [&](int64_t r) { return seen[(row + at + r) / G]; });
-          multiply_matrix<false>(weight.data(), kKeys, value.data(), sums, wide, tall, wide, keys);
+          multiply_matrix<false>(weight.get(), kKeys, value.get(), sums, wide, tall, wide, keys);
         }
       }
       for (int64_t r = 0; r < some; r++) {

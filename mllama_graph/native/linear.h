@@ -199,11 +199,10 @@ constexpr int64_t kFewest = 16;
 
 // y = x w' for many rows and a panel of 16-bit weights, each block of which is widened once.
 template <class W>
-void widened_panel(const float* x, const W* w, int64_t inputs, int64_t width, float* y, int64_t stride, int64_t rows,
-                   std::vector<float>& memory) {
+void widened_panel(const float* x, const W* w, int64_t inputs, int64_t width, float* y, int64_t stride, int64_t rows) {
   using D = Wide<W>;
   const int64_t tiles = (rows + kBlockRows - 1) / kBlockRows;
-  float* block = aligned_block(memory, kDeep * kColumns);
+  alignas(kLine) float block[kDeep * kColumns];
   for (int64_t i = 0; i < inputs; i += kDeep) {
     const int64_t some = std::min(kDeep, inputs - i);
     decode_block(D{}, reinterpret_cast<const typename D::Word*>(w + i * width), width, some, block);
@@ -237,14 +236,13 @@ void linear_of(const Tensor& x, const Tensor& weight, const Tensor* bias, const 
   const int64_t bytes = kColumns * inputs * sizeof(W) * (1 + rows / 16);
   const int64_t grain = kGrainBytes / std::max<int64_t>(1, bytes) + 1;
   parallel_for(parts * panels, grain, [&](int64_t first, int64_t last) {
-    std::vector<float> memory;
     for (; first < last; first++) {
       const int64_t row = first / panels * rows / parts, tall = (first / panels + 1) * rows / parts - row;
       const int64_t at = first % panels * kColumns, columns = std::min(kColumns, outputs - at);
       const float* x = from + row * inputs;
       float* y = to + row * outputs + at;
       if (widened) {
-        if constexpr (sizeof(W) == 2) widened_panel(x, w + at * inputs, inputs, columns, y, outputs, tall, memory);
+        if constexpr (sizeof(W) == 2) widened_panel(x, w + at * inputs, inputs, columns, y, outputs, tall);
       } else {
         for (int64_t t = 0; t < tall; t++) std::fill_n(y + t * outputs, columns, 0.0f);
         add_panel(x, w + at * inputs, inputs, columns, y, outputs, tall);

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -55,6 +56,9 @@ float* results(const Tensor& y) { return static_cast<float*>(y.mutable_data_ptr(
 int64_t real_of(int64_t rows, const std::optional<Tensor>& real) {
   return real ? std::clamp<int64_t>(*static_cast<const int32_t*>(real->const_data_ptr()), 0, rows) : rows;
 }
+
+// Memory that is written before it is read.
+std::unique_ptr<float[]> scratch(int64_t count) { return std::make_unique_for_overwrite<float[]>(count); }
 
 // Copies `count` elements of a weight from element `first` on, widened to float32.
 void widen_elements(const Tensor& weight, int64_t first, int64_t count, float* to) {
