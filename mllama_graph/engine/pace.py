@@ -60,7 +60,8 @@ class Pace:
     def __init__(self, first: int, most: int):
         self.room, self.most = first, most
         self._alone, self._least = Times(), Times()
-        # Seconds by which steps with prompt tokens exceeded the target, less those that other steps have made up for.
+        # Seconds by which steps with prompt tokens exceeded the target, less those that other steps have made up for;
+        # never less than minus what one step that only decodes makes up for.
         self._debt = 0.0
         self._beside = 0
 
@@ -72,7 +73,8 @@ class Pace:
         """Learn the time of a step."""
         if isinstance(step, DecodeStep):
             alone = self._alone.learn(decoded(step), seconds)
-            self._debt, self._beside = max(0.0, self._debt - (RATIO - 1) * alone), 0
+            self._owe(-(RATIO - 1) * alone, alone)
+            self._beside = 0
         elif isinstance(step, PrefillStep) and step.decoding and (measure := self._alone_of(decoded(step))):
             target = RATIO * measure
             self._beside += 1
@@ -83,7 +85,10 @@ class Pace:
             elif new >= self.room:
                 self.room = min(self.most, self.room + max(1, self.room // 8))
             if new <= LEAST:
-                self._debt = max(0.0, self._debt + self._least.learn(decoded(step), seconds) - target)
+                self._owe(self._least.learn(decoded(step), seconds) - target, measure)
+
+    def _owe(self, seconds: float, alone: float) -> None:
+        self._debt = max(-(RATIO - 1) * alone, self._debt + seconds)
 
     def _alone_of(self, rows: int) -> float | None:
         """The time of a decode step of so many token rows, or of the nearest number that is known."""
