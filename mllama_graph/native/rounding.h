@@ -11,6 +11,19 @@ namespace {
 
 inline Vector magnitude(Vector x) { return reinterpret_cast<Vector>(reinterpret_cast<Integers>(x) & 0x7fffffff); }
 
+// Whether a lane is above a number, or is NaN.
+inline bool any_above(Vector x, float most) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(reinterpret_cast<__m512>(x), _mm512_set1_ps(most), _CMP_NLE_UQ);
+#elif defined(__AVX__)
+  return _mm256_movemask_ps(_mm256_cmp_ps(reinterpret_cast<__m256>(x), _mm256_set1_ps(most), _CMP_NLE_UQ));
+#else
+  bool any = false;
+  for (int lane = 0; lane < kLanes; lane++) any |= !(x[lane] <= most);
+  return any;
+#endif
+}
+
 // The nearest whole numbers to x / scale, at most `most`, and the squared error of what they stand for. |x / scale| is at
 // most that of the least number.
 struct Rounded {
@@ -38,29 +51,32 @@ struct Rounded {
   // The squared errors of N scales.
   template <int N>
   void errors(const float* scales, float* to) const {
-    Vector wide[N], inverse[N], sum[N] = {}, doubt{};
+    Vector wide[N], inverse[N], sum[N] = {};
     bool small = false;
-    for (int k = 0; k < N; k++) wide[k] = splat(scales[k]), inverse[k] = splat(1.0f / scales[k]), small |= scales[k] < kLeast;
+    for (int k = 0; k < N; k++) {
+      wide[k] = splat(scales[k]), inverse[k] = splat(1.0f / scales[k]);
+      small |= scales[k] < kLeast;
+    }
     const int64_t end = count / kLanes * kLanes;
     for (int64_t i = 0; i < end; i += kLanes) {
       const Vector value = load(x + i);
+      Vector number[N], doubt{};
+#pragma GCC unroll 8
+      for (int k = 0; k < N; k++) number[k] = numbers(value, inverse[k], doubt);
+      // Seldom: but a group's largest value lies between two numbers by each of some scales.
+      if (small || any_above(doubt, sure()))
+        for (int k = 0; k < N; k++) number[k] = numbers(value, wide[k]);
 #pragma GCC unroll 8
       for (int k = 0; k < N; k++) {
-        const Vector off = numbers(value, inverse[k], doubt) * wide[k] - value;
+        const Vector off = number[k] * wide[k] - value;
         sum[k] = multiply_add(off, off, sum[k]);
       }
     }
-    const bool exact = small || !(largest_of(doubt) <= sure());
     for (int k = 0; k < N; k++) {
       float rest = 0;
       for (int64_t i = end; i < count; i++) {
-        const float off = number(i, scales[k]) * scales[k] - x[i];
+        const float off = this->number(i, scales[k]) * scales[k] - x[i];
         rest += off * off;
-      }
-      if (exact) sum[k] = Vector{};
-      for (int64_t i = 0; exact && i < end; i += kLanes) {
-        const Vector value = load(x + i), off = numbers(value, wide[k]) * wide[k] - value;
-        sum[k] = multiply_add(off, off, sum[k]);
       }
       to[k] = total(sum[k]) + rest;
     }
@@ -69,15 +85,12 @@ struct Rounded {
   // Codes that count from -`added`, each in the low bits of a word.
   void write(float scale, float added, int32_t* to) const {
     constexpr float kWords = 12582912.0f;  // the low bits of its sum with a whole number are that number
-    constexpr int64_t kSome = 16 * kLanes;
     const Vector wide = splat(scale), inverse = splat(1.0f / scale), more = splat(added + kWords);
     const int64_t end = count / kLanes * kLanes;
-    for (int64_t first = 0; first < end; first += kSome) {
-      const int64_t last = std::min(end, first + kSome);
-      Vector doubt{};
-      for (int64_t i = first; i < last; i += kLanes) store(to + i, numbers(load(x + i), inverse, doubt) + more);
-      if (scale < kLeast || !(largest_of(doubt) <= sure()))
-        for (int64_t i = first; i < last; i += kLanes) store(to + i, numbers(load(x + i), wide) + more);
+    for (int64_t i = 0; i < end; i += kLanes) {
+      Vector doubt{}, found = numbers(load(x + i), inverse, doubt);
+      if (scale < kLeast || any_above(doubt, sure())) found = numbers(load(x + i), wide);
+      store(to + i, found + more);
     }
     for (int64_t i = end; i < count; i++) to[i] = static_cast<int32_t>(number(i, scale) + added);
   }
