@@ -1,5 +1,6 @@
 """Asks the system to read a checkpoint's tensors before they are loaded, so that the disk works while others are."""
 
+import contextlib
 import os
 from collections import deque
 from pathlib import Path
@@ -48,7 +49,9 @@ def _ask(path: Path, start: int, stop: int) -> None:
     try:
         for first in range(start, stop, STEP):
             if not _is_cached(file, first) or not _is_cached(file, min(first + STEP, stop) - 1):
-                os.posix_fadvise(file, first, min(STEP, stop - first), os.POSIX_FADV_WILLNEED)
+                # A hint, which not every file system takes.
+                with contextlib.suppress(OSError):
+                    os.posix_fadvise(file, first, min(STEP, stop - first), os.POSIX_FADV_WILLNEED)
     finally:
         os.close(file)
 
