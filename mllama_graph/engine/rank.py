@@ -29,6 +29,7 @@ from mllama_graph.graphs.store import GraphStore
 from mllama_graph.graphs.torchair import NpuGraph
 from mllama_graph.measure.trace import GRAPH, SAMPLE
 from mllama_graph.model.inputs import Pages
+from mllama_graph.model.read_ahead import ReadAhead
 from mllama_graph.model.tree import Pixels, Weights, build, nothing_mapped
 from mllama_graph.model.weights import from_checkpoint, mapped, published, quantising, random_fill
 from mllama_graph.ops.transfers import fetched, sent
@@ -97,10 +98,13 @@ class Rank:
         """Load this rank's weights from the checkpoint, or fill them with random values."""
         run, spec = self.run, self.spec
         whole, done = run.memory.weights, 0
+        ahead = ReadAhead(run.checkpoint) if run.checkpoint else None
 
         def report(count: int) -> None:
             nonlocal done
             done += count
+            if ahead:
+                ahead.advance()
             progress.weights(done, whole)
 
         fill = from_checkpoint(run.checkpoint) if run.checkpoint else random_fill(run.shape, run.seed, spec.store)
@@ -111,6 +115,8 @@ class Rank:
             else quantising(fill, self.backend.rounded, stored)
         )
         placement, layout = self.backend.placement(spec), self.backend.layout
+        if ahead:
+            ahead.advance()
         weights = build(
             run.shape, pixels, spec.store, placement, fill, report, spec.shard, spec.formats, codes, layout, stored
         )

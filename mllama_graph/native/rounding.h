@@ -11,6 +11,19 @@ namespace {
 
 inline Vector magnitude(Vector x) { return reinterpret_cast<Vector>(reinterpret_cast<Integers>(x) & 0x7fffffff); }
 
+// Whether a lane is above a number, or is NaN.
+inline bool any_above(Vector x, float most) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(reinterpret_cast<__m512>(x), _mm512_set1_ps(most), _CMP_NLE_UQ);
+#elif defined(__AVX__)
+  return _mm256_movemask_ps(_mm256_cmp_ps(reinterpret_cast<__m256>(x), _mm256_set1_ps(most), _CMP_NLE_UQ));
+#else
+  bool any = false;
+  for (int lane = 0; lane < kLanes; lane++) any |= !(x[lane] <= most);
+  return any;
+#endif
+}
+
 // The nearest whole numbers to x / scale, at most `most`, and the squared error of what they stand for. |x / scale| is at
 // most that of the least number.
 struct Rounded {
@@ -18,67 +31,71 @@ struct Rounded {
   int64_t count;
   float most;
 
-  // Products with 1 / scale take the place of quotients. Where one could be rounded to another number, `doubt` becomes
-  // more than kSure.
-  static constexpr float kSure = 0.4999f, kLeast = 1e-30f;
+  // Products with 1 / scale take the place of quotients. Such a product is off by less than 2^-22 of itself; `doubt`
+  // becomes more than sure() where that could lead to another number.
+  static constexpr float kLeast = 1e-30f;
+  float sure() const { return 0.5f - (most + 1) * 0x1p-21f; }
   static Vector whole(Vector x) {
     constexpr float kMagic = 12582912.0f;  // adding it rounds to a whole number
     return x + kMagic - kMagic;
   }
-  Vector numbers(int64_t i, Vector inverse, Vector& doubt) const {
-    const Vector quotient = load(x + i) * inverse, number = whole(quotient), size = magnitude(quotient - number);
+  Vector limited(Vector number) const { return splat(most) < number ? splat(most) : number; }
+  Vector numbers(Vector x, Vector inverse, Vector& doubt) const {
+    const Vector quotient = x * inverse, number = whole(quotient), size = magnitude(quotient - number);
     doubt = doubt > size ? doubt : size;
-    return splat(most) < number ? splat(most) : number;
+    return limited(number);
   }
-  Vector numbers(int64_t i, Vector scale) const {
-    const Vector number = whole(load(x + i) / scale);
-    return splat(most) < number ? splat(most) : number;
-  }
+  Vector numbers(Vector x, Vector scale) const { return limited(whole(x / scale)); }
   float number(int64_t i, float scale) const { return std::min(std::nearbyintf(x[i] / scale), most); }
 
-  // f(numbers_at), where numbers_at(i) gives the numbers from i on: a second time if some could be wrong the first time.
-  template <class F>
-  auto sure(float scale, const F& f) const {
-    if (scale >= kLeast) {
-      Vector doubt{};
-      const Vector inverse = splat(1.0f / scale);
-      const auto found = f([&](int64_t i) { return numbers(i, inverse, doubt); });
-      if (largest_of(doubt) <= kSure) return found;
+  // The squared errors of N scales.
+  template <int N>
+  void errors(const float* scales, float* to) const {
+    Vector wide[N], inverse[N], sum[N] = {};
+    bool small = false;
+    for (int k = 0; k < N; k++) {
+      wide[k] = splat(scales[k]), inverse[k] = splat(1.0f / scales[k]);
+      small |= scales[k] < kLeast;
     }
-    return f([this, wide = splat(scale)](int64_t i) { return numbers(i, wide); });
-  }
-
-  float error(float scale) const {
-    return sure(scale, [=, this](const auto& numbers_at) {
-      Vector sum{};
-      const Vector wide = splat(scale);
-      float rest = 0;
-      int64_t i = 0;
-      for (; i + kLanes <= count; i += kLanes) {
-        const Vector off = numbers_at(i) * wide - load(x + i);
-        sum = multiply_add(off, off, sum);
+    const int64_t end = count / kLanes * kLanes;
+    for (int64_t i = 0; i < end; i += kLanes) {
+      const Vector value = load(x + i);
+      Vector number[N], doubt{};
+#pragma GCC unroll 8
+      for (int k = 0; k < N; k++) number[k] = numbers(value, inverse[k], doubt);
+      // Seldom: but a group's largest value lies between two numbers by each of some scales.
+      if (small || any_above(doubt, sure()))
+        for (int k = 0; k < N; k++) number[k] = numbers(value, wide[k]);
+#pragma GCC unroll 8
+      for (int k = 0; k < N; k++) {
+        const Vector off = number[k] * wide[k] - value;
+        sum[k] = multiply_add(off, off, sum[k]);
       }
-      for (; i < count; i++) {
-        const float off = number(i, scale) * scale - x[i];
+    }
+    for (int k = 0; k < N; k++) {
+      float rest = 0;
+      for (int64_t i = end; i < count; i++) {
+        const float off = this->number(i, scales[k]) * scales[k] - x[i];
         rest += off * off;
       }
-      return total(sum) + rest;
-    });
+      to[k] = total(sum[k]) + rest;
+    }
   }
 
   // Codes that count from -`added`, each in the low bits of a word.
   void write(float scale, float added, int32_t* to) const {
     constexpr float kWords = 12582912.0f;  // the low bits of its sum with a whole number are that number
-    sure(scale, [=, this](const auto& numbers_at) {
-      int64_t i = 0;
-      for (; i + kLanes <= count; i += kLanes) {
-        const Vector words = numbers_at(i) + (added + kWords);
-        std::memcpy(to + i, &words, sizeof words);
-      }
-      for (; i < count; i++) to[i] = static_cast<int32_t>(number(i, scale) + added);
-      return true;
-    });
+    const Vector wide = splat(scale), inverse = splat(1.0f / scale), more = splat(added + kWords);
+    const int64_t end = count / kLanes * kLanes;
+    for (int64_t i = 0; i < end; i += kLanes) {
+      Vector doubt{}, found = numbers(load(x + i), inverse, doubt);
+      if (scale < kLeast || any_above(doubt, sure())) found = numbers(load(x + i), wide);
+      store(to + i, found + more);
+    }
+    for (int64_t i = end; i < count; i++) to[i] = static_cast<int32_t>(number(i, scale) + added);
   }
+
+  static void store(int32_t* to, Vector words) { std::memcpy(to, &words, sizeof words); }
 };
 
 // E4M3 of x / scale, which is at most 448; ties go to even numbers.
@@ -160,20 +177,26 @@ inline void pack_codes(const int32_t* words, int64_t count, bool halves, uint8_t
   }
 }
 
+// The number of INT4_STEPS of model/codes.py.
+constexpr int kChoices = 5;
+
 // Rounds groups of a row to codes, each in the low bits of a word. put(group, scale) takes scales. steps: the numbers one of which a
-// group's largest value is divided by, the one with the least squared error if there are several.
+// group's largest value is divided by, of codes of 4 bits the one with the least squared error.
 template <class F>
-void round_row(const float* row, int64_t count, int64_t group, ScalarType kind, const float* steps, int64_t choices,
-               int32_t* to, const F& put) {
+void round_row(const float* row, int64_t count, int64_t group, ScalarType kind, const float* steps, int32_t* to,
+               const F& put) {
   const bool halves = kind == ScalarType::Byte;
   for (int64_t at = 0; at < count; at += group) {
     const float* x = row + at;
     const Rounded rounded{x, group, halves ? 7.0f : 127.0f};
     const float most = largest_in(x, group);
     float best = most / steps[0], least = INFINITY;
-    for (int64_t choice = 0; halves && most > 0 && choice < choices; choice++) {
-      const float scale = most / steps[choice], error = rounded.error(scale);
-      if (error < least) best = scale, least = error;
+    if (halves && most > 0) {
+      float scales[kChoices], errors[kChoices];
+      for (int choice = 0; choice < kChoices; choice++) scales[choice] = most / steps[choice];
+      rounded.errors<kChoices>(scales, errors);
+      for (int choice = 0; choice < kChoices; choice++)
+        if (errors[choice] < least) best = scales[choice], least = errors[choice];
     }
     const float scale = best > 0 ? best : 1.0f;
     if (kind == ScalarType::Float8_e4m3fn) write_fp8(x, group, scale, to + at);
@@ -210,7 +233,7 @@ void lay_rounded_(Tensor weight, Tensor scale, int64_t at, Tensor rows, int64_t 
   const float* numbers = floats(steps);
   if (!weight.is_contiguous() || bytes % 4 || all % groups || (groups > 1 && (first % group || inputs != held * group)) ||
       (groups == 1 && held != 1) || (halves && group % 8) || first + inputs > all || rows.stride(1) != 1 ||
-      scale.size(0) != outputs || at < 0 || at + count > outputs)
+      steps.numel() < (halves ? kChoices : 1) || scale.size(0) != outputs || at < 0 || at + count > outputs)
     fail("lay_rounded_ takes a contiguous weight, rows of at least as many inputs, and a scale for each group");
   const auto* from = static_cast<const char*>(rows.const_data_ptr());
   auto* to = static_cast<uint8_t*>(weight.mutable_data_ptr());
@@ -226,7 +249,7 @@ void lay_rounded_(Tensor weight, Tensor scale, int64_t at, Tensor rows, int64_t 
         const int64_t o = at + row + r;
         widen_row(from + (row + r) * stride + begin * (given == ScalarType::Float ? 4 : 2), given, taken, wide.data());
         float* sizes = scales + (panels ? (o - column - r) * held + column + r : o * held);
-        round_row(wide.data(), taken, group, kind, numbers, steps.numel(), row_codes.data(),
+        round_row(wide.data(), taken, group, kind, numbers, row_codes.data(),
                   [&](int64_t g, float size) { sizes[panels ? g * width : g] = size; });
         pack_codes(row_codes.data(), taken, halves, codes.data() + r * taken);
         if (!panels) std::memcpy(to + o * bytes, codes.data() + r * taken + skipped, bytes);
