@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-# Larger than any cache.
+from mllama_graph.model.placement import Placement
+
+# Larger than any cache, and in memory like that of weights.
 READ_BYTES = 1 << 29
 REPETITIONS = 5
 
@@ -23,7 +25,7 @@ class Limits:
 def measure(device: torch.device, accelerator: bool, synchronize: Callable[[], None]) -> Limits:
     """Measure the limits as medians of a few repetitions, in about a second. `synchronize` waits for the device."""
     dtype = torch.bfloat16 if accelerator else torch.float32
-    wide = torch.ones(READ_BYTES // 4, device=device)
+    wide = Placement.at(device).allocate((READ_BYTES // 4,), torch.float32).fill_(1)
     # A CPU is timed reading; an accelerator is timed copying, which reads and writes.
     reads: list[Callable[[], object]] = [wide.clone] if accelerator else [wide.sum, lambda: torch.dot(wide, wide)]
     moved = READ_BYTES * (2 if accelerator else 1)

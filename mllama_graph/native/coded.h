@@ -174,7 +174,7 @@ void coded_panel(const D& decoder, const float* x, const Coded<typename D::Word>
       coded_rows<kCodedRows<D>>(decoder, x + row * w.inputs + i, w.inputs,
                                 w.words + (at * w.inputs + i * width) / D::kInputs, width, part, some / part,
                                 scale + g * width, shift ? shift + g * width : nullptr, sums + row * groups + g, groups,
-                                scaled, y + row * w.outputs, w.outputs, tall, tiles == 1 ? kAhead : 0);
+                                scaled, y + row * w.outputs, w.outputs, tall, tiles == 1 ? ahead_of(rows) : 0);
     }
   }
   if (!scaled) scale_panel<D>(w, at, width, sums, y, rows);

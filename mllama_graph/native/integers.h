@@ -56,16 +56,27 @@ struct HalfbyteCodes {
   static Integers operand(Integers x) { return x >> 4 * k & 0x0f0f0f0f; }
   static uint32_t code(uint32_t word, int input) { return word >> 4 * input & 15; }
 };
+// The two halves of each lane, without a sign, shifted to the right.
+template <int bits>
+inline Integers shift_halves(Integers x) {
+  typedef uint16_t Pairs __attribute__((vector_size(4 * kLanes)));
+  return reinterpret_cast<Integers>(reinterpret_cast<Pairs>(x) >> bits);
+}
+
 struct BytePairs : ByteCodes {
   static constexpr int kOperands = 2, kWidth = 2;
   template <int k>
-  static Integers operand(Integers x) { return x >> 8 * k & 0x00ff00ff; }
+  static Integers operand(Integers x) { return k ? shift_halves<8>(x) : x & 0x00ff00ff; }
 };
 struct HalfbytePairs : HalfbyteCodes {
   static constexpr int kOperands = 4, kWidth = 2;
   template <int k>
-  static Integers operand(Integers x) { return x >> 4 * k & 0x000f000f; }
+  static Integers operand(Integers x) { return k == 3 ? shift_halves<12>(x) : x >> 4 * k & 0x000f000f; }
 };
+
+// Whether a tile of R rows takes operand 1 without a shift, 16 times as large, and sums its products apart.
+template <class C, int R>
+constexpr bool kApart = R == 1 && std::is_same_v<C, HalfbytePairs>;
 
 // Words whose products AVX2 sums in 16 bits before they are widened: 4 words of 8 products of 4-bit codes with bytes.
 template <class C>
@@ -122,7 +133,7 @@ template <class C, int P, int R, int V>
   const int32_t* a = &x.words[row * stride + b * x.block / 4 * x.bytes];
   words += b * steps * width;
   for (; count; count--, b++) {
-    Integers sum[P][R][V];
+    Integers sum[P][R][V], large[V]{};
 #pragma GCC unroll 8
     for (int r = 0; r < P * R; r++)
 #pragma GCC unroll 8
@@ -139,14 +150,17 @@ template <class C, int P, int R, int V>
           const auto add = [&]<int at>() {
             Integers column[V];
 #pragma GCC unroll 8
-            for (int v = 0; v < V; v++) column[v] = C::template operand<at>(loaded[v]);
+            for (int v = 0; v < V; v++)
+              column[v] = kApart<C, R> && at == 1 ? loaded[v] & 0x00f000f0 : C::template operand<at>(loaded[v]);
 #pragma GCC unroll 16
             for (int r = 0; r < P * R; r++) {
               const Integers input = Integers{} + a[r % R * stride + at * P + r / R];
 #pragma GCC unroll 8
               for (int v = 0; v < V; v++) {
-                Integers& to = sum[r / R][r % R][v];
+                Integers& to = kApart<C, R> && at == 1 ? large[v] : sum[r / R][r % R][v];
                 to = add_elements<C>(to, column[v], input);
+                // Compilers would add products first, and run out of registers.
+                if constexpr (kPairs && R > 1 && kNarrow<C> == 0) keep(to);
               }
             }
           };
@@ -177,6 +191,7 @@ template <class C, int P, int R, int V>
         float* to = c + r * c_stride + v * kLanes;
         Integers whole = sum[0][r][v];
         if constexpr (P == 2) whole = (whole << 8) + sum[1][r][v];
+        if constexpr (kApart<C, R>) whole += large[v] >> 4;
         const Vector product = to_floats(whole - C::kOffset * x.sum[at]) * size;
         Vector y = load(to);
         y = groups ? multiply_add(product, load(scale + of_group + v * kLanes), y) : y + product;
@@ -261,7 +276,7 @@ void whole_panel(const WholeRows& x, const WholeWeight& w, int64_t at, int64_t r
     for (int64_t tile = 0; tile < tiles; tile++) {
       const int64_t top = tile * rows / tiles, tall = (tile + 1) * rows / tiles - top;
       whole_tiles<C, P, R>(x, row + top, b, some, words, width, w.group, groups > 1, scale, shift,
-                           y + top * w.outputs, w.outputs, tall, tile ? 0 : kWordsAhead);
+                           y + top * w.outputs, w.outputs, tall, tile ? 0 : ahead_of(rows, kWordsAhead));
     }
   for (int64_t t = 0; groups == 1 && t < rows; t++)
     for (int64_t o = 0; o < width; o++) {

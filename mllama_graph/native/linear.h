@@ -80,7 +80,7 @@ void stream_rows(const float* a, int64_t a_stride, const W* b, int64_t width, in
 }
 
 // stream_tile for any number of rows, in tiles of heights as even as possible. Prefetches what follows b in memory or,
-// if b is read once, what is kAhead bytes ahead.
+// if b is read once, what is ahead_of bytes ahead.
 template <int V, class W>
 void stream(const float* a, int64_t a_stride, const W* b, int64_t width, int64_t depth, float* c, int64_t c_stride,
             int64_t rows) {
@@ -89,7 +89,7 @@ void stream(const float* a, int64_t a_stride, const W* b, int64_t width, int64_t
     const int64_t row = tile * rows / tiles, some = (tile + 1) * rows / tiles - row;
     const W* next = b + depth * width + tile * (depth / kPaired<W>) * pace;
     stream_rows<kOnce<W>, V>(a + row * a_stride, a_stride, b, width, depth, c + row * c_stride, c_stride, some,
-                             tiles == 1 ? b + kAhead / sizeof(W) : next, pace);
+                             tiles == 1 ? b + ahead_of(rows) / sizeof(W) : next, pace);
   }
 }
 

@@ -142,8 +142,9 @@ inline Vector splat(float x) {
 #endif
 }
 
-// Keeps x in a register: compilers would load it again for each use.
-inline void keep(Vector& x) {
+// Keeps x, a vector, in a register: compilers would load or compute it again for each use.
+template <class V>
+inline void keep(V& x) {
 #if defined(__x86_64__)
   asm("" : "+x"(x));
 #elif defined(__aarch64__)
