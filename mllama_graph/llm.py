@@ -25,7 +25,7 @@ from mllama_graph.engine.offline import serve
 from mllama_graph.engine.results import Delta, Result
 from mllama_graph.engine.start import processor_of, start_engine
 from mllama_graph.inputs.request import FIELDS, Request, Sampling
-from mllama_graph.launch.environment import prepare_environment
+from mllama_graph.launch.environment import prepare_environment, thread_waits
 from mllama_graph.launch.processes import (
     END_SECONDS,
     TELL_SECONDS,
@@ -174,7 +174,7 @@ class LLM:
         self._stack.callback(native.unlink, run.segment)
         self._stack.callback(_end, self._workers)
         places = [Place(rank, run.tp, rank, run.tp) for rank in range(1, run.tp)]
-        self._workers += spawn_workers(places, meeting, run.output_dir)
+        self._workers += spawn_workers(places, meeting, run.output_dir, thread_waits(run))
         return meeting.rendezvous
 
     def _begin(self, requests: Any, sampling: Sampling | None, fields: Mapping[str, Any]) -> Iterator[Delta]:

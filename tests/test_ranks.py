@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 from commands import served
-from engines import GRAPH_PLAN, arguments, serve, start
+from engines import GRAPH_PLAN, arguments, resolved, run_of, serve, start
 from test_engine import LOGPROB, few
+
+from mllama_graph.launch import processes, supervisor
 
 
 def written(path: Path, lines: list[dict]) -> Path:
@@ -124,6 +126,22 @@ def test_deterministic_runs_in_half_precision_are_equal_to_the_last_bit(checkpoi
     plain = serve(start(checkpoint("half"), batch=8), few(requests, "half"))
     # At most one first token differs from fp32 on one rank; rounding may change later tokens.
     assert sum(line["token_ids"][0] == plain[line["id"]].token_ids[0] for line in first) >= len(first) - 1
+
+
+@pytest.mark.parametrize(
+    "kernels, given, expected", [("native", None, "PASSIVE"), ("native", "ACTIVE", None), ("plain", None, None)]
+)
+def test_worker_ranks_learn_how_torchs_threads_wait_before_they_import_torch(
+    kernels, given, expected, checkpoint, tmp_path, monkeypatch
+):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_WAIT_POLICY", given)
+    started = {}
+    for module in (processes, supervisor):
+        monkeypatch.setattr(module, "spawn", lambda place, variables, *given: started.update({place.rank: variables}))
+    supervisor.Supervisor(resolved(run_of(checkpoint("half"), kernels=kernels, tp=2, output_dir=str(tmp_path))), "", 2)
+    assert started[1].get("OMP_WAIT_POLICY") == expected and started[1]["RANK"] == "1"
 
 
 def test_a_run_without_weights_traces_every_rank(tmp_path):

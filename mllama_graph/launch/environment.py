@@ -31,10 +31,7 @@ def prepare_environment(run: ResolvedTask | None, place: Place) -> None:
         os.environ["OMP_NUM_THREADS"] = str(model.threads)
     elif place.local_world > 1 and ("OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ):
         os.environ["OMP_NUM_THREADS"] = str(place.threads())
-    if model and model.kernels == NATIVE:
-        # Kernels have threads of their own. torch's would wait without sleeping for some milliseconds after each of its
-        # operations, on cores that kernels need.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ |= thread_waits(run)
     # Otherwise torch imports torch_npu by itself, which fails without CANN. Ranks on an NPU import it explicitly.
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
     if not place.one_host and (name := interface_towards(os.environ["MASTER_ADDR"])):
@@ -45,6 +42,16 @@ def prepare_environment(run: ResolvedTask | None, place: Place) -> None:
             os.environ.setdefault(name, value)
         if model.deterministic:
             os.environ |= DETERMINISTIC
+
+
+def thread_waits(run: ResolvedTask | None) -> dict[str, str]:
+    """How torch's threads wait, as a variable that is read when torch is imported; empty if nothing is to be set.
+
+    C++ kernels have threads of their own. torch's would wait without sleeping for some milliseconds after each of its
+    operations, on cores that kernels need.
+    """
+    native = isinstance(run, ResolvedRun) and run.kernels == NATIVE
+    return {"OMP_WAIT_POLICY": "PASSIVE"} if native and "OMP_WAIT_POLICY" not in os.environ else {}
 
 
 def simulate_npu(run: ResolvedRun, place: Place | None) -> None:

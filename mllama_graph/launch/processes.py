@@ -160,8 +160,10 @@ class Meeting:
         os.close(self.descriptor)
 
 
-def spawn_workers(places: Sequence[Place], meeting: Meeting, output_dir: Path) -> list[RankProcess]:
-    """Start the worker ranks at `places`."""
+def spawn_workers(
+    places: Sequence[Place], meeting: Meeting, output_dir: Path, variables: Mapping[str, str]
+) -> list[RankProcess]:
+    """Start the worker ranks at `places`. `variables`: added to their environment."""
     (output_dir / "ranks").mkdir(parents=True, exist_ok=True)
-    variables = Rendezvous(meeting.rendezvous.address, meeting.rendezvous.port).environment()
-    return [spawn(place, variables | place.environment(), Assignment(os.getpid(), output_dir)) for place in places]
+    common = {**variables, **Rendezvous(meeting.rendezvous.address, meeting.rendezvous.port).environment()}
+    return [spawn(place, common | place.environment(), Assignment(os.getpid(), output_dir)) for place in places]

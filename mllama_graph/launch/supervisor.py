@@ -13,6 +13,7 @@ from mllama_graph import native
 from mllama_graph.core.errors import Interrupted
 from mllama_graph.core.machine import raise_interrupt
 from mllama_graph.core.place import Place
+from mllama_graph.launch.environment import thread_waits
 from mllama_graph.launch.processes import (
     END_SECONDS,
     TELL_SECONDS,
@@ -48,7 +49,7 @@ class Supervisor:
         variables = meeting.rendezvous.environment() | places[0].environment()
         self._ranks = [spawn(places[0], variables, given, [meeting.descriptor])]
         meeting.close()
-        self._ranks += spawn_workers(places[1:], meeting, run.output_dir)
+        self._ranks += spawn_workers(places[1:], meeting, run.output_dir, thread_waits(run))
 
     def watch(self) -> None:
         """Wait until rank 0 has ended or any rank has failed.
