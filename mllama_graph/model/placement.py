@@ -35,8 +35,9 @@ class Placement:
         """
         count = math.prod(size)
         pages = count * dtype.itemsize // HUGE_PAGE
+        empty = torch.empty(0, device=self.filled_on)
         # A fake tensor (while tracing) has no memory.
-        if not (pages and ON_LINUX and self.filled_on.type == "cpu" and type(torch.empty(0)) is Tensor):
+        if not (pages and ON_LINUX and empty.is_cpu and type(empty) is Tensor):
             return torch.empty(size, dtype=dtype, device=self.filled_on)
         # A mapping of whole huge pages begins at one; the memory of torch.empty does not.
         memory = mmap.mmap(-1, (pages + 1) * HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
