@@ -113,7 +113,7 @@ class Backend(ABC):
 
     @property
     def layout(self) -> Layout | None:
-        """What writes linear layers' weights as the kernels read them while they are loaded; None: `lay_out` later."""
+        """Writes weights of linear layers, while they are loaded, as kernels read them; None: `lay_out` does later."""
         return None
 
     def join(self, store: dist.Store | None, libraries: Path, say: Callable[[str], None]) -> Collectives:
@@ -178,7 +178,7 @@ class CpuBackend(Backend):
             load_native(library, libraries, "backend.kernels=plain", say)
 
     def clear(self, pages: Pages, numbers: Sequence[int]) -> None:
-        # On this thread: torch's others would wait for more work beside a step's kernels, each on a core.
+        # On this thread: torch's other threads would then wait without sleeping, on cores that kernels need.
         for data in (data for layer in pages for data in layer):
             for number in numbers:
                 data[number].view(torch.uint8).numpy().fill(0)

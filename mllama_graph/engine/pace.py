@@ -60,8 +60,8 @@ class Pace:
     def __init__(self, first: int, most: int):
         self.room, self.most = first, most
         self._alone, self._least = Times(), Times()
-        # Seconds by which steps with prompt tokens exceeded the target, less those that other steps have made up for;
-        # never less than minus what one step that only decodes makes up for.
+        # Seconds by which steps with prompt tokens exceeded the target, less what other steps made up for. Negative at
+        # most by what one step that only decodes makes up for.
         self._debt = 0.0
         self._beside = 0
 
@@ -88,6 +88,7 @@ class Pace:
                 self._owe(self._least.learn(decoded(step), seconds) - target, measure)
 
     def _owe(self, seconds: float, alone: float) -> None:
+        """Add to the debt. alone: the time of a step that only decodes."""
         self._debt = max(-(RATIO - 1) * alone, self._debt + seconds)
 
     def _alone_of(self, rows: int) -> float | None:

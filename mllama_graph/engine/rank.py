@@ -98,7 +98,7 @@ class Rank:
         """Load this rank's weights from the checkpoint, or fill them with random values."""
         run, spec = self.run, self.spec
         whole, done = run.memory.weights, 0
-        ahead = ReadAhead(run.checkpoint) if run.checkpoint else None
+        ahead = ReadAhead(run.checkpoint, spec.shard) if run.checkpoint else None
 
         def report(count: int) -> None:
             nonlocal done

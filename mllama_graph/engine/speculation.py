@@ -17,7 +17,7 @@ from mllama_graph.engine.sequence import Sequence
 from mllama_graph.engine.steps import DecodeStep, Step, decoded
 from mllama_graph.plan.buckets import Plan
 
-# The least weight of one outcome in the moving average of the share of accepted proposals, and that share at first.
+# The share of accepted proposals is a moving average: the least weight of a new outcome, and the share at first.
 WEIGHT, FIRST = 0.1, 0.5
 # Steps before a single proposal is tried for a sequence whose proposals are not expected to pay, at first and at most.
 # Each trial doubles them, until a proposal is accepted.

@@ -32,8 +32,8 @@ def prepare_environment(run: ResolvedTask | None, place: Place) -> None:
     elif place.local_world > 1 and ("OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ):
         os.environ["OMP_NUM_THREADS"] = str(place.threads())
     if model and model.kernels == NATIVE:
-        # Kernels have threads of their own. Those of torch would wait for more work beside them, each on a core, for
-        # some milliseconds after every operation of torch.
+        # Kernels have threads of their own. torch's would wait without sleeping for some milliseconds after each of its
+        # operations, on cores that kernels need.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Otherwise torch imports torch_npu by itself, which fails without CANN. Ranks on an NPU import it explicitly.
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"

@@ -9,7 +9,7 @@ import torch
 
 from mllama_graph.model.placement import Placement
 
-# Larger than any cache, and in memory like that of weights.
+# Larger than any cache. Allocated as weights are, since huge pages are read faster.
 READ_BYTES = 1 << 29
 REPETITIONS = 5
 

@@ -48,9 +48,10 @@ class Placement:
 
 
 def _huge_pages(size: int) -> Tensor:
-    """Bytes in memory of their own, in huge pages but for the last part of one. A refusal of these is harmless.
+    """New memory of `size` bytes, aligned to huge pages, and in huge pages except for the end that does not fill one.
 
-    torch may return memory that was used and freed, in pages of 4 KiB, which a request no longer changes.
+    Memory from torch would not do: parts of it may have been used and freed before, and pages of 4 KiB that exist stay
+    as they are when huge pages are requested. The system may refuse huge pages; that costs only speed.
     """
     memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % HUGE_PAGE

@@ -22,11 +22,13 @@ from mllama_graph.model.table import Entry
 if TYPE_CHECKING:
     from mllama_graph.model.files import CheckpointFiles
 
-# Weights that are read at once: what is computed from them stays below some 100 MB.
+# Weights per block where torch converts them: the intermediate tensors take about 100 MB.
 READ_BLOCK = 1 << 23
-# The same where codes are only laid out: it bounds the part of a file that is mapped at once.
-LAID_BLOCK, CHECKED_BLOCK = 1 << 26, 1 << 22
-# Of the 8 codes in a word, which one AWQ gives to each output.
+# Weights per block where a layout writes the file's codes: at most 64 MB of the file are mapped at once.
+LAID_BLOCK = 1 << 26
+# The same where codes are also summed (`quant_bias`): the block is still in the cache when it is written.
+CHECKED_BLOCK = 1 << 22
+# The place in a word of AWQ of each of its 8 outputs' codes.
 AWQ_PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
 
 
@@ -38,7 +40,7 @@ class PublishedWeight:
         self.outputs, self.inputs = entry.shape
 
     def blocks(self, rows: slice, weights: int = READ_BLOCK) -> Iterator[slice]:
-        """Rows in blocks of so many weights; those of words of 8 outputs, whole words."""
+        """Rows in blocks of about so many weights, in multiples of 8 rows: a word of AWQ has 8 outputs."""
         count = max(8, weights // self.inputs // 8 * 8)
         for first in range(rows.start, rows.stop, count):
             yield slice(first, min(first + count, rows.stop))
@@ -60,8 +62,7 @@ class PublishedWeight:
         return found
 
     def write(self, held: LeafRows, rows: slice, columns: slice) -> None:
-        """Write a region to rows of a leaf. A sorted format has all columns."""
-        # Codes whose sums are checked are still in the cache when they are written.
+        """Write a region to rows of a leaf. If the format is sorted, the region must have all columns."""
         most = CHECKED_BLOCK if "quant_bias" in self.stored.tensors else LAID_BLOCK
         for block in self.blocks(rows, most if held.layout else READ_BLOCK):
             self._write_block(held.after(block.start - rows.start), block, columns)
@@ -94,7 +95,7 @@ class PublishedWeight:
     # ---- codes
 
     def _to_lay_out(self, form: Format, rows: slice, columns: slice, order: Tensor | None) -> Tensor | None:
-        """Codes of a region as the file holds them; None where some of its words are cut."""
+        """Codes of a region as the file holds them; None if the region cuts a word."""
         layout = self.stored.layout
         if columns.start % 8 or columns.stop % 8:
             return None
@@ -218,12 +219,13 @@ class PublishedWeight:
         first, last = rows.start * self.inputs // block, -(-rows.stop * self.inputs // block)
         scale = self._read("scale", (slice(first, last),))
         if "nested_scale" in self.stored.tensors:
-            map, of_blocks, each = self._read("nested_map"), self._read("nested_scale"), int(options["nested_block"])
+            values_256, of_blocks = self._read("nested_map"), self._read("nested_scale")
+            each = int(options["nested_block"])
             if layout:
-                scale = layout.unnested(scale, map, of_blocks, each, first, options["offset"])
+                scale = layout.unnested(scale, values_256, of_blocks, each, first, options["offset"])
             else:
                 nested = _repeated(of_blocks, each, first, last)
-                scale = map.index_select(0, scale.int()) * nested + options["offset"]
+                scale = values_256.index_select(0, scale.int()) * nested + options["offset"]
         parts = slice(rows.start * self.inputs // group, rows.stop * self.inputs // group)
         skipped, per = first * (block // group), block // group
         scale = _repeated(scale.float(), per, parts.start - skipped, parts.stop - skipped)

@@ -1,4 +1,4 @@
-"""Asks the system to read a checkpoint's tensors before they are loaded, so that the disk works while others are."""
+"""Asks the system to read a checkpoint's tensors ahead of the loader: the disk works while others are converted."""
 
 import contextlib
 import os
@@ -8,28 +8,36 @@ from pathlib import Path
 from mllama_graph.model.files import CheckpointFiles
 from mllama_graph.model.meta_files import MetaFiles
 from mllama_graph.model.small import place_of
-from mllama_graph.model.table import table
+from mllama_graph.model.table import WHOLE, Shard, table
 
-# Bytes that are asked for before they are needed: a tenth of a second of a fast disk, and a part of the page cache.
+# The most bytes ahead of the loader: what a fast disk reads in a tenth of a second. The page cache must hold them.
 AHEAD = 256 << 20
-# Bytes that are asked for at once.
+# Bytes per request to the system.
 STEP = 8 << 20
 
 
 class ReadAhead:
-    """The files of a checkpoint, leaf by leaf in the order of the table. Files in the page cache are left alone."""
+    """A rank's part of a checkpoint's files, leaf by leaf in the order of the table.
 
-    def __init__(self, files: CheckpointFiles):
+    What the page cache holds is not asked for. Of an unquantised tensor that is split along its first axis, only the
+    rank's rows are asked for; other tensors are asked for as a whole.
+    """
+
+    def __init__(self, files: CheckpointFiles, shard: Shard = WHOLE):
         found: dict[str, list[tuple[Path, int, int]]] = {}
-        # Meta's own files are read through zip archives; not every system takes such hints.
+        # Tensors of Meta's own files lie in zip archives, which are not read ahead. Not every system has these calls.
         known = hasattr(os, "posix_fadvise") and hasattr(os, "RWF_NOWAIT") and not isinstance(files, MetaFiles)
         for entry in table(files.shape) if known else ():
             stored = files.published.stored.get(entry.name)
             for name in stored.tensors.values() if stored else (entry.name,):
                 named, path = files.tensors[name]
                 place = place_of(path, named)
-                found.setdefault(entry.path, []).append((path, place.start, place.stop))
-        # Sizes of leaves that are loaded later, and ranges of files that were not asked for.
+                rows = entry.region(WHOLE if stored else shard)[0]
+                first, last = (
+                    place.start + (place.stop - place.start) * end // entry.shape[0] for end in (rows.start, rows.stop)
+                )
+                found.setdefault(entry.path, []).append((path, first, last))
+        # Bytes of each leaf whose loading has not begun, and the ranges of files that are still to be requested.
         self._left = deque(sum(stop - start for _, start, stop in ranges) for ranges in found.values())
         self._unasked = deque(range_ for ranges in found.values() for range_ in ranges)
         self._ahead = 0
@@ -49,7 +57,7 @@ def _ask(path: Path, start: int, stop: int) -> None:
     try:
         for first in range(start, stop, STEP):
             if not _is_cached(file, first) or not _is_cached(file, min(first + STEP, stop) - 1):
-                # A hint, which not every file system takes.
+                # Only a hint: some file systems refuse it.
                 with contextlib.suppress(OSError):
                     os.posix_fadvise(file, first, min(STEP, stop - first), os.POSIX_FADV_WILLNEED)
     finally:

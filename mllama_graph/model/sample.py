@@ -18,8 +18,8 @@ from torch import Tensor
 from mllama_graph.model.ops import Ops
 
 Gather = Callable[[Tensor], Tensor]
-# So many logits on a CPU are searched by the caller's thread. torch would wake threads of its own, which wait for a
-# millisecond without sleeping: the next step's kernels lack their core, and a busy neighbour delays the search.
+# Up to this many logits are searched on a CPU by the caller's thread. torch would wake threads of its own: a busy
+# neighbour delays them, and while they wait for more work without sleeping, the next step's kernels lack their cores.
 ALONE = 1 << 20
 # Bound on the relative error of sums of exponentials in fp32, in whichever order a device adds them.
 ROUNDING = 1e-5
@@ -86,6 +86,7 @@ def candidates(logits_BV: Tensor, k: int, first: int, gather: Gather) -> tuple[T
 
 
 def _alone(x: Tensor) -> bool:
+    """Whether numpy searches x, on this thread."""
     return x.is_cpu and x.numel() <= ALONE
 
 

@@ -181,9 +181,9 @@ class Pixels:
 Fill = Callable[[Entry, Tensor, tuple[slice, ...]], None]
 # Fills one entry's rows of a quantised leaf: (entry, rows of the leaf, region of the whole weight).
 FillQuantised = Callable[[Entry, LeafRows, tuple[slice, ...]], None]
-# A region of an entry where a file holds it, in any dtype; None where its values must be computed.
+# A region of an entry, mapped from the file in the file's dtype; None if its values must be computed.
 Mapped = Callable[[Entry, tuple[slice, ...]], Tensor | None]
-# Bytes of a weight that are filled at once before they are laid out: they stay in the cache.
+# Bytes of a weight that are filled before they are written in a layout: few enough to stay in the cache.
 LAID_BYTES = 1 << 20
 
 
@@ -212,7 +212,7 @@ def build(
     """Build a rank's weight tree: Parameters at the table's paths, filled by `fill`, with zeros as padding.
 
     The leaves of `formats` are filled by `fill_quantised`. layout: how the weights of linear layers are written; None:
-    in rows. mapped: what need not be filled, since it is written from a file. `progress` is called with the number of
+    in rows. mapped: regions that a layout writes from the file, without `fill`. `progress` is called with the number of
     bytes filled since its last call.
     """
     root, quantised = Weights(shape), dict(formats)
@@ -299,7 +299,7 @@ def _lay(
     layout: Layout,
     mapped: Mapped,
 ) -> None:
-    """Write an entry's `count` rows, padding included, to a leaf from row `at` on: a block of rows at a time."""
+    """Write an entry's `count` rows, padding included, to a leaf from row `at` on, a block of rows at a time."""
     rows, columns = region
     whole_rows = columns.stop - columns.start == whole.shape[1]
     for first in range(rows.start, rows.stop, step := block_rows(whole)):

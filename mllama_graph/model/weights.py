@@ -85,7 +85,8 @@ def quantising(
 ) -> FillQuantised:
     """A FillQuantised that quantises what `fill` gives, a block of rows at a time. Scales are those of whole rows.
 
-    rounded: `quantise`, or an equal of it, where a leaf has no layout of its own. mapped: what `fill` need not give.
+    rounded: `quantise`, or a faster function with the same result, for leaves without a layout. mapped: regions that a
+    layout reads from the file, without `fill`.
     """
 
     def fill_quantised(entry: Entry, held: LeafRows, region: Region) -> None:

@@ -101,8 +101,8 @@ void write_panels(const Tokens<E>& tokens, int64_t head, int64_t start, int64_t 
   }
 }
 
-// Turns `count` scores of a row, whole vectors, into weights, 0 outside [begin, end), and returns the sum of the weights.
-// Updates `top`, the largest score so far.
+// Turns `count` scores of a row into weights, 0 outside [begin, end), and returns their sum. Updates `top`, the largest
+// score so far. `count` is a multiple of kLanes.
 inline float weigh(float* w, int64_t count, int64_t begin, int64_t end, float& top) {
   constexpr float kUnseen = -std::numeric_limits<float>::infinity();
   std::fill(w, w + begin, kUnseen);
@@ -127,8 +127,8 @@ struct Sums {
   float *top, *weights, *values;
 };
 
-// Turns scores of `count` queries for `keys` tokens from `start` on into weights, as far as seen_by(query) says, and
-// scales their sums to the new largest scores. Scores of a query follow those of another after kKeys. `wide`: floats of a
+// Turns scores of `count` queries for `keys` tokens from `start` on into weights, 0 for tokens outside seen_by(query),
+// and scales the queries' sums to their new largest scores. Scores of two queries are kKeys apart. `wide`: floats of a
 // weighted sum of values.
 template <class F>
 void weigh_queries(float* scores, int64_t count, int64_t start, int64_t keys, int64_t wide, const Sums& sums,

@@ -100,9 +100,9 @@ struct TileRows {
   int64_t step, stride;
 };
 
-// Adds to `sums`, whose rows are `stride` apart, the products of a tile's R rows with the first V vectors of a block. If
-// S is float, the products are added to `sums`, or to 0 if `fresh`, input by input. If S is int32_t, the products of the
-// block are first summed in fp32, which holds these integers exactly, and their sum is added to `sums`.
+// Adds to `sums`, whose rows are `stride` apart, the products of a tile's R rows with the first V vectors of a block.
+// If S is float, the products are added to `sums`, or to 0 if `fresh`, input by input. If S is int32_t, the products of
+// the block are first summed in fp32, which holds these integers exactly, and their sum is added to `sums`.
 template <int R, int V, class S>
 [[gnu::noinline]] void block_tile(TileRows a, const float* block, int64_t width, int64_t inputs, S* sums,
                                   int64_t stride, bool fresh, Following next) {

@@ -1,8 +1,8 @@
 // Linear layers with a quantised weight and rows in fp32, for codes and machines that integers.h does not serve.
 //
 // A group's products with codes are summed first; the sum is then multiplied by the group's scale, and the shift by the
-// sum of the row's inputs. With AVX-512 or few rows, codes are decoded in registers; else into a block (blocks.h). Either
-// way a row's products are summed in the same order, so that its result has the same bits.
+// sum of the row's inputs. With AVX-512 or few rows, codes are decoded in registers; else into a block (blocks.h).
+// Either way a row's products are summed in the same order, so that its result has the same bits.
 
 #pragma once
 

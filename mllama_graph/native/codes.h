@@ -1,7 +1,8 @@
 // Codes of quantised weights, and how a vector of them is decoded in registers.
 //
-// Codes are stored in words: one code of 8 bits in a byte, or eight codes of 4 bits in 32 bits, the first in the lowest.
-// A panel is the one of linear.h, with words in place of elements: for each word of inputs, those of all its outputs.
+// Codes are stored in words: one code of 8 bits in a byte, or eight codes of 4 bits in 32 bits, the first in the
+// lowest. A panel is the one of linear.h, with words in place of elements: for each word of inputs, those of all its
+// outputs.
 
 #pragma once
 

@@ -1,9 +1,9 @@
 // Codes of quantised checkpoints, written as the kernels read them, in one pass from a file that is mapped into memory.
 //
-// A panel has words of 32 bits with 8 or 4 codes of an output, the first in the lowest bits, or bytes with one code. Files
-// have the same words in rows of outputs, or have them transposed (GPTQ), or words of outputs (AWQ), or bytes with the
-// first code in the high half (bitsandbytes). Codes of 8 bits in words have no sign: they count from 0 instead of -128,
-// as those of files do that hold words.
+// A panel has words of 32 bits, or bytes with one code each. A word has 8 or 4 codes of one output, the first in the
+// lowest bits. Files have the same words in rows of outputs (compressed-tensors) or transposed (GPTQ), words with the
+// codes of 8 outputs (AWQ), or bytes with the first code in the high half (bitsandbytes). Codes of 8 bits in words have
+// no sign, in panels as in files: they count from 0 instead of -128.
 
 #pragma once
 
@@ -17,25 +17,25 @@ namespace {
 // The layouts of model/stored.py, in the order of STORED of ops/cpu.py.
 enum class Stored : int64_t { kRows, kPacked, kGptq, kAwq, kBlocks };
 
-// Of transposed words: those of inputs that are copied at once, and the most panels whose words lie side by side in a
-// row of the file.
+// Transposed words are copied in tiles: of so many words of inputs, and of the outputs of at most so many panels, which
+// lie side by side in a row of the file.
 constexpr int64_t kTileWords = 16, kTilePanels = 16;
-// Outputs in a word of AWQ, and the code of the word that each has.
+// Outputs in a word of AWQ, and the place in the word of each one's code.
 constexpr int kAwqOutputs = 8, kAwqPlaces[kAwqOutputs] = {0, 4, 1, 5, 2, 6, 3, 7};
 
-// A weight (outputs, words) in panels, of which `count` rows are written, from row `at` on.
+// A weight (outputs, words) in panels. `count` of its rows are written, from row `at` on.
 struct CodePanels {
   void* to;
   int64_t outputs, words, at, count;
   int bits;
   bool bytes;            // panels have bytes, not words
-  bool flips;            // the sign of each byte changes
+  bool flips;            // the highest bit of each byte changes
   const int32_t* order;  // the input of each column, or null
 
   uint32_t sign() const { return flips ? 0x80808080 : 0; }
 };
 
-// The words of sorted columns, of V vectors of outputs: input order[c] of `from` becomes column c.
+// Words with sorted columns for V vectors of outputs: input order[c] of `from` becomes column c.
 template <int kBits, int V>
 void sort_words(const uint32_t* from, int64_t stride, const int32_t* order, int64_t words, uint32_t* to, int64_t width) {
   constexpr int kCodes = 32 / kBits;
@@ -58,7 +58,7 @@ void sort_words(const uint32_t* from, int64_t stride, const int32_t* order, int6
   }
 }
 
-// Sorts some columns of a panel by input, in place.
+// Sorts the inputs of `some` outputs of a panel in place, from output `column` on.
 void sort_columns(const CodePanels& p, char* panel, int64_t column, int64_t some, int64_t width) {
   if (p.bytes) {
     const int64_t inputs = p.words * 4;
@@ -86,7 +86,7 @@ void sort_columns(const CodePanels& p, char* panel, int64_t column, int64_t some
   }
 }
 
-// Codes in rows of outputs, whose words or bytes (T) are changed by f.
+// Writes codes from rows of outputs. f changes each word or byte (T).
 template <class T, class F>
 void lay_row_codes(const CodePanels& p, ByteRows rows, const F& f) {
   for_panels(p.to, p.outputs, p.words * 4, p.at, p.count,
@@ -97,7 +97,7 @@ void lay_row_codes(const CodePanels& p, ByteRows rows, const F& f) {
              });
 }
 
-// Words of a tile, `stride` apart, to some columns of a panel from word `first` on.
+// Writes words of a tile, whose rows are `stride` apart, to `some` outputs of a panel, from word `first` on.
 void write_tile(const CodePanels& p, const uint32_t* tile, int64_t stride, int64_t first, int64_t count, int64_t some,
                 char* panel, int64_t column, int64_t width) {
   const uint32_t sign = p.sign();
@@ -118,13 +118,13 @@ void write_tile(const CodePanels& p, const uint32_t* tile, int64_t stride, int64
   }
 }
 
-// Transposed codes. fill(first word, number of words, first output, end, tile) writes these outputs' words to a tile whose
-// rows are `end` - `first output` words apart; outputs are those of the file, the first a multiple of kAwqOutputs.
+// Writes transposed codes. fill(first word, number of words, first output, end, tile) writes the words of the file's
+// outputs first .. end - 1 to a tile, whose rows are end - first words apart. first is a multiple of kAwqOutputs.
 template <class F>
 void lay_columns(const CodePanels& p, const F& fill) {
   const int64_t begin = p.at / kColumns, panels = (p.at + p.count + kColumns - 1) / kColumns - begin;
   const int64_t threads = torch::stable::get_num_threads();
-  // Sorted panels are still in the cache when they are sorted.
+  // Few panels if they are sorted afterwards: they are still in the cache then.
   const int64_t most = p.order ? kTilePanels / 4 : kTilePanels, size = std::clamp<int64_t>(panels / (8 * threads), 1, most);
   parallel_for((panels + size - 1) / size, 1, [&](int64_t one, int64_t last) {
     std::vector<uint32_t> tile(kTileWords * (size * kColumns + 2 * kAwqOutputs));
@@ -169,7 +169,7 @@ inline void turn_codes(Words (&x)[8]) {
       }
 }
 
-// Words of 8 outputs in columns: 8 of them, of the inputs of a word, have the words of 8 outputs.
+// Writes codes of AWQ. The 8 words of 8 inputs that follow each other become one word of each of their 8 outputs.
 void lay_awq(const CodePanels& p, ByteRows rows) {
   typedef SixteenBytes<uint32_t>::Elements Words;
   lay_columns(p, [=](int64_t first, int64_t count, int64_t begin, int64_t end, uint32_t* tile) {
@@ -200,9 +200,9 @@ void lay_awq(const CodePanels& p, ByteRows rows) {
   });
 }
 
-// Writes codes to a weight (O, ...) in panels, from its row `at` on. stored: rows of the leaf's own codes (kRows), or what
-// a file has of them: int32 words (R, W) or transposed; of blocks, bytes. order: the input of each column. words: whether
-// panels have codes of 8 bits in words.
+// Writes codes to a weight (O, ...) in panels, from its row `at` on. stored: rows of codes as the leaf has them
+// (kRows), int32 words (R, W) or transposed ones (W, R), or bytes (R, W) of blocks. order: the input of each column.
+// in_words: whether panels have codes of 8 bits in words.
 void lay_codes(Tensor weight, int64_t at, const Tensor& stored, Stored kind, const std::optional<Tensor>& order,
                bool in_words) {
   const int bits = weight.scalar_type() == ScalarType::Byte ? 4 : 8;
@@ -230,7 +230,8 @@ void lay_codes(Tensor weight, int64_t at, const Tensor& stored, Stored kind, con
   lay_row_codes<uint32_t>(p, rows, [sign = p.sign()](auto x) { return x ^ sign; });
 }
 
-// The sum of each row of int8 (R, K), as int32: of as many bytes without a sign as 16 bits can sum, in words.
+// The sum of each row of int8 (R, K), as int32. Bytes without a sign are summed in 16 bits, as many as fit, and these
+// sums in 32 bits.
 Tensor sum_codes(Tensor rows) {
   const int64_t count = rows.size(0), inputs = rows.size(1), stride = rows.stride(0);
   if (rows.scalar_type() != ScalarType::Char || (inputs > 1 && rows.stride(1) != 1)) fail("sum_codes takes rows of int8");
@@ -261,8 +262,8 @@ Tensor sum_codes(Tensor rows) {
   return sums;
 }
 
-// Scales that are stored as bytes (S): those of `map` (256), each times that of its block of `each` bytes, `skipped` of
-// which come before the first, plus `added`; fp32.
+// Scales that are stored as bytes (S): map[byte] * of_blocks[its block] + added, fp32. map (256); a block has `each`
+// bytes; `skipped` bytes of the whole weight come before these.
 Tensor unnested(Tensor bytes, Tensor map, Tensor of_blocks, int64_t each, int64_t skipped, double added) {
   const int64_t count = bytes.numel();
   if (bytes.scalar_type() != ScalarType::Byte || !bytes.is_contiguous() || map.numel() != 256 ||

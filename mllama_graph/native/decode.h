@@ -1,8 +1,8 @@
 // Attention of few rows over pages (decode): limited by the speed at which keys and values are read.
 //
-// They are read once for all rows that follow each other and see the same pages, such as a token and the proposals after
-// it, in the pages' format, and widened in registers. The scale of an int8 key is multiplied into its
-// score, that of an int8 value into the token's weight.
+// They are read once for all rows that follow each other and see the same pages, such as a token and the proposals
+// after it, in the pages' format, and widened in registers. The scale of an int8 key is multiplied into its score, that
+// of an int8 value into the token's weight.
 
 #pragma once
 
@@ -34,8 +34,8 @@ struct Heads {
   int64_t group() const { return queries / keys; }
 };
 
-// Partial softmax of queries over some tokens: for each the largest score, the sum of the weights and the weighted sum of
-// the values.
+// Partial softmax of queries over some tokens: for each the largest score, the sum of the weights and the weighted sum
+// of the values.
 struct Partial {
   float* largest;
   float* sum;
@@ -119,8 +119,8 @@ inline void add_columns(const float (*weights)[kTokens], const E* v, int64_t str
   if constexpr (V > 1) add_columns<G, V - 1>(weights, v, stride, tokens, next, to, width, whole, h);
 }
 
-// Softmax weights of G queries for `tokens` tokens, at most kTokens, with keys at k; with scales of keys and values, the
-// weights of int8 values. Rescales `out` to the new largest score.
+// Softmax weights of G queries for `tokens` tokens, at most kTokens, with keys at k; with scales of keys and values,
+// the weights of int8 values. Rescales `out` to the new largest score.
 template <int G, class E>
 void weigh_tokens(const float* q, const E* k, const float* k_scales, const float* v_scales, int tokens, Next<E> next,
                   const Heads& heads, float scale, Partial out, float (*weights)[kTokens]) {
@@ -171,8 +171,8 @@ void add_tokens(const float (*weights)[kTokens], const E* v, int tokens, Next<E>
         to[g * heads.width + h] = std::fma(weights[g][i], widen(v[i * stride + h]), to[g * heads.width + h]);
 }
 
-// Calls f(number of queries, first of them, their kv head) for the queries of kv heads from .. to - 1, at most kHeads at a
-// time: of the `each` queries of every head, those from `first` to `last` - 1.
+// Calls f(number of queries, first of them, their kv head) for the queries of kv heads from .. to - 1, at most kHeads
+// at a time: of the `each` queries of every head, those from `first` to `last` - 1.
 template <class F>
 inline void query_heads(int64_t from, int64_t to, int64_t each, int64_t first, int64_t last, const F& f) {
   for (int64_t head = from; head < to; head++) {
@@ -213,8 +213,8 @@ struct Together {
 };
 
 // The tasks of rows that follow each other and share pages, at most kRowsTogether of them. `first_task`: of each row,
-// followed by the number of tasks. What one set of rows has read from memory, the next one reads from a cache: first the
-// first tasks of all rows that begin with the same page, then the second ones.
+// followed by the number of tasks. What one set of rows has read from memory, the next one reads from a cache: first
+// the first tasks of all rows that begin with the same page, then the second ones.
 inline std::vector<Together> together(const std::vector<Task>& tasks, const std::vector<int64_t>& first_task) {
   const int64_t rows = static_cast<int64_t>(first_task.size()) - 1;
   const auto page_of = [&](int64_t row) {
@@ -325,7 +325,8 @@ void attend(const Tensor& q, const Pool<E>& keys, const Pool<E>& values, const T
             const int64_t next = i + some < piece.tokens ? slot + some : piece.next * page;
             const E *k = keys.data + slot * token, *v = values.data + slot * token, *after = keys.data + next * token;
             // Keys of all heads, then their values. Meanwhile each head prefetches as many elements as it reads of what
-            // is read next (the values, or the next block's keys): in the order of memory, if all heads are this thread's.
+            // is read next (the values, or the next block's keys): in the order of memory, if all heads are this
+            // thread's.
             const auto prefetched = [&](const E* from, int64_t h) {
               return parts == 1 ? Next<E>{from + h * some, H} : Next<E>{from + h, token};
             };

@@ -1,7 +1,7 @@
 // Products of four rows with a panel of bf16 weights, for x86 with AVX2.
 //
-// Their twelve sums, a panel's three vectors and an input take all 16 registers. Compilers keep some of the sums in
-// memory then, so that reading a panel twice, for two rows each, would be as fast. Hence this loop in assembly.
+// Twelve sums, a panel's three vectors and an input take all 16 registers. Compilers would keep some of the sums in
+// memory, which takes as long as reading the panel twice, for two rows each. So the loop is written in assembly.
 
 #pragma once
 
@@ -9,8 +9,8 @@
 
 namespace {
 
-// c += a b for four rows of a and the pairs of inputs of a panel b of three vectors, each sum as in stream_tile.
-// Meanwhile prefetches from `next` on, which advances by `pace` elements per pair.
+// c += a b for four rows of a and a panel b of three vectors, whose inputs are interleaved by pairs. Sums have the same
+// bits as in stream_tile. Meanwhile prefetches from `next` on, which advances by `pace` elements per pair.
 void add_four_rows(const float* a, int64_t a_stride, const BFloat16* b, int64_t pairs, float* c, int64_t c_stride,
                    const BFloat16* next, int64_t pace);
 

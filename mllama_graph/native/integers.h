@@ -2,9 +2,9 @@
 //
 // Rows become whole numbers too. For activations in int8 that is what the format says. For weight-only formats a row's
 // inputs become 16 bits, in blocks of up to kBlock inputs with a scale of their own: an input is off by at most 2^-16
-// of the largest in its block. They are held as two bytes, hi * 256 + lo, where the machine multiplies bytes, else as they
-// are. Products are summed exactly, in 32 bits; blocks are summed in fp32, in order, so that a row's result does not
-// depend on other rows.
+// of the largest in its block. They are held as two bytes, hi * 256 + lo, where the machine multiplies bytes, else as
+// they are. Products are summed exactly, in 32 bits; blocks are summed in fp32, in order, so that a row's result does
+// not depend on other rows.
 //
 // Codes are held without a sign, as these instructions take them, and the row's sum times the offset is subtracted.
 
@@ -74,7 +74,8 @@ struct HalfbytePairs : HalfbyteCodes {
   static Integers operand(Integers x) { return k == 3 ? shift_halves<12>(x) : x >> 4 * k & 0x000f000f; }
 };
 
-// Whether a tile of R rows takes operand 1 without a shift, 16 times as large, and sums its products apart.
+// Whether a tile of R rows takes operand 1 without a shift, which makes it 16 times as large, and sums its products
+// apart.
 template <class C, int R>
 constexpr bool kApart = R == 1 && std::is_same_v<C, HalfbytePairs>;
 
@@ -253,8 +254,8 @@ void whole_tiles(const WholeRows& x, int64_t row, int64_t b, int64_t count, cons
   }
 }
 
-// Bytes to prefetch ahead. On Zen 5, 8192 reads int8 weights with int8 activations 4 % faster than 4096 for one row and 6 %
-// for eight; 16384 is no faster than 4096.
+// Bytes to prefetch ahead. On Zen 5, 8192 reads int8 weights with int8 activations 4 % faster than 4096 for one row and
+// 6 % for eight; 16384 is no faster than 4096.
 constexpr int64_t kWordsAhead = 8192;
 
 // The most rows of a tile: their sums fill most of the registers.
@@ -299,9 +300,9 @@ void whole_of(const WholeRows& x, const WholeWeight& w, float* y, int64_t rows) 
   });
 }
 
-// y = x w' + bias: x (..., I) fp32, rounded to codes of 8 bits; w in panels of words: int8, or two codes of 4 bits in each
-// byte, which count from -8; scale and shift (O, G) in panels. order: the input of each column of w. input_scale and
-// input_zero: those of the codes of x; without them a row's scale is its largest absolute value / 127, `largest`
+// y = x w' + bias: x (..., I) fp32, rounded to codes of 8 bits; w in panels of words: int8, or two codes of 4 bits in
+// each byte, which count from -8; scale and shift (O, G) in panels. order: the input of each column of w. input_scale
+// and input_zero: those of the codes of x; without them a row's scale is its largest absolute value / 127, `largest`
 // (parts, rows) giving those of all parts of a row that is split.
 Tensor linear_integers(Tensor given, Tensor weight, Tensor scale, std::optional<Tensor> shift,
                        std::optional<Tensor> order, std::optional<Tensor> input_scale,

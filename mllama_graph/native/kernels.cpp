@@ -6,7 +6,8 @@
 // The order of summation depends neither on the number of rows nor on threads or padding: a row's result is bitwise
 // identical alone, in a batch and in a prompt's chunk.
 //
-// Built on torch's stable ABI, with threads of their own (parallel.h). operators.py declares what the operators take and return.
+// Built on torch's stable ABI, with threads of their own (parallel.h). operators.py declares what the operators take
+// and return.
 
 #include "attention.h"
 #include "linear.h"

@@ -34,8 +34,9 @@ template <int part, int R, int V, class W>
   add_products(sum, a + part, a_stride, column);
 }
 
-// Up to this many rows, a panel is read once for all of them: their sums fill the registers, of which the mask of pairs
-// takes one, except in add_four_rows.
+// Up to this many rows, a panel is read once for all of them: their sums fill the registers. With 16 registers and
+// pairs, stream_tile has none left for the sums of a fourth row, since the mask of pairs takes one; add_four_rows does
+// it.
 template <class W>
 constexpr int kOnce = kRegisters == 32 ? 8 : kPaired<W> == 2 && !kFourRows ? 3 : 4;
 
@@ -93,8 +94,9 @@ void stream(const float* a, int64_t a_stride, const W* b, int64_t width, int64_t
   }
 }
 
-// Writes rows (R, I) of a weight (O, I), from its row `at` on, to its panels: elements of its dtype that lie side by side,
-// or those of scales, which are fp32 and are widened.
+// Writes rows (R, I) to the panels of a weight (O, I), from its row `at` on. The elements of a row have the dtype of
+// the weight and lie side by side; to fp32 weights, which scales are too, rows of 16 bits or any strides are written as
+// well.
 void lay_rows_(Tensor weight, int64_t at, Tensor rows) {
   const int64_t count = rows.size(0), outputs = weight.size(0), inputs = weight.size(1);
   const int64_t size = weight.scalar_type() == ScalarType::Float ? 4 : 2;
@@ -192,9 +194,10 @@ struct Wide<BFloat16> {
   float decode_one(uint32_t x) const { return widen(BFloat16{static_cast<uint16_t>(x >> 16 * input)}); }
 };
 
-// From so many rows on, weights of 16 bits are widened in blocks: with few registers, every tile would widen them.
+// From so many rows on, weights of 16 bits are widened in blocks. Else every tile would widen them again: with few
+// registers, tiles are many.
 constexpr int64_t kWidened = kRegisters == 16 ? 12 : std::numeric_limits<int64_t>::max();
-// The fewest rows of a part, if there are several.
+// The fewest rows of a part, if rows are divided into parts.
 constexpr int64_t kFewest = 16;
 
 // y = x w' for many rows and a panel of 16-bit weights, each block of which is widened once.
@@ -215,7 +218,8 @@ void widened_panel(const float* x, const W* w, int64_t inputs, int64_t width, fl
   }
 }
 
-// In how many parts the rows of a task are: of at most `most` rows, and enough for all threads to have several tasks.
+// The number of parts that rows are divided into: each has at most `most` rows, and all threads have several tasks, a
+// task being a part of the rows with a panel.
 inline int64_t row_parts(int64_t rows, int64_t panels, int64_t most) {
   const int64_t tasks = 4 * torch::stable::get_num_threads();
   return std::max((rows + most - 1) / most, std::min((tasks + panels - 1) / panels, rows / kFewest));

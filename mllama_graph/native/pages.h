@@ -44,7 +44,6 @@ inline float quantise(const float* from, int64_t width, int8_t* to) {
   }
   // A NaN fails each comparison, so that `most` may lack it.
   const float scale = largest_of(most) / kMostCode + total(unsound), divisor = scale > 0.0f ? scale : 1.0f;
-  constexpr float kMagic = 12582912.0f;  // adding it rounds to a whole number
   for (int64_t h = 0; h < width; h++) {
     const float code = from[h] / divisor + kMagic - kMagic;
     // Written so that a NaN becomes -127. Only the scales that are denormal numbers can need the other bound.

@@ -27,13 +27,14 @@ constexpr bool kAmd = true;
 #else
 constexpr bool kAmd = false;
 #endif
-// Fastest as measured: the locality of __builtin_prefetch (3: into L1, 2: into L2, 0: into L1 and from there to no other
-// cache) for a tile of R rows. On Zen 4, L2 instead of L1 reads a weight 12 % faster for one row, and 5 % slower for eight.
-// On Zen 1, 0 reads a weight of fp32 and bf16 15 to 20 % faster for one row: L2 then has nothing to drop to L3.
+// The locality of __builtin_prefetch for a tile of R rows that was fastest. 3: into L1; 2: into L2; 0: into L1, and
+// from there to no other cache. On Zen 4, 2 reads a weight 12 % faster than 3 for one row, and 5 % slower for eight. On
+// Zen 1, 0 takes 15 to 20 % less time than 2 for one row of fp32 and bf16, probably since L2 then has nothing to move
+// to L3.
 template <int R>
 constexpr int kLocality = kRegisters == 16 ? (kAmd && R == 1 ? 0 : 2) : kAmd && R <= 2 ? 2 : 3;
-// How many bytes ahead to prefetch if a panel is read once: `most`, or where L1 alone holds them, what was fastest of 256 to
-// 4096.
+// Bytes to prefetch ahead if a panel is read once: `most`, but fewer where L1 alone holds them. There, 512 was fastest
+// of 256 to 4096 for fp32 and 1024 for bf16; 768 lies between.
 constexpr int64_t kAhead = 4096;
 inline int64_t ahead_of(int64_t rows, int64_t most = kAhead) { return rows == 1 && kLocality<1> == 0 ? 768 : most; }
 
@@ -52,14 +53,14 @@ inline int64_t place(int64_t i, int64_t output, int64_t inputs, int64_t width) {
 
 // ---- Writing panels ----
 
-// 16 bytes of a row.
+// Vectors of 16 bytes of a row.
 template <class T>
 struct SixteenBytes {
   static constexpr int kElements = 16 / sizeof(T);
   typedef T Elements __attribute__((vector_size(16)));
 };
 
-// The elements of the lower or the upper halves of a and b, one of each in turn.
+// The elements of the lower or the upper halves of a and b, interleaved.
 template <bool upper, class T>
 inline typename SixteenBytes<T>::Elements interleaved(typename SixteenBytes<T>::Elements a, typename SixteenBytes<T>::Elements b) {
   constexpr int n = SixteenBytes<T>::kElements;
@@ -68,7 +69,7 @@ inline typename SixteenBytes<T>::Elements interleaved(typename SixteenBytes<T>::
   }(std::make_integer_sequence<int, n>{});
 }
 
-// R pieces, one of each of R rows, to their columns one after the other.
+// Turns pieces of R rows into their columns, one after the other.
 template <class T, int R>
 inline void turn(typename SixteenBytes<T>::Elements (&x)[R]) {
   for (int done = 1; done < R; done *= 2) {
@@ -83,8 +84,8 @@ inline void turn(typename SixteenBytes<T>::Elements (&x)[R]) {
   }
 }
 
-// Elements of rows that are `stride` bytes apart, each changed by f, to columns that are `width` elements apart. Rows are
-// read a cache line at a time, since lines of many rows compete for the same cache sets.
+// Writes the elements of rows that are `stride` bytes apart, each changed by f, to columns that are `width` elements
+// apart. Reads a cache line of each row at a time, since lines of many rows compete for the same cache sets.
 template <class T, class F>
 void turn_rows(const char* from, int64_t stride, int64_t rows, int64_t columns, T* to, int64_t width, const F& f) {
   constexpr int R = sizeof(T) == 4 ? 4 : 8, C = SixteenBytes<T>::kElements, kColumn = R * sizeof(T);
@@ -127,9 +128,9 @@ void turn_rows(const char* from, int64_t stride, int64_t rows, int64_t columns, 
   one_by_one(0, rows, blocked, columns);
 }
 
-// The panels of a weight with `outputs` rows of `bytes` bytes that have some of its rows `at` .. `at` + `count`. Calls
-// f(row, number of rows, panel, column of the first of them in the panel, width of the panel), in parallel: rows from 0.
-// Instead of f may be given what makes it: each range of panels then has an f, and its memory, of its own.
+// Calls f(row, number of rows, panel, column of the first of them in the panel, width of the panel), in parallel, for
+// each panel of a weight (`outputs` rows of `bytes` bytes) that has some of its rows at .. at + count - 1. The argument
+// `row` counts from `at`. `given` is f, or a function that makes an f for each range of panels, with memory of its own.
 template <class F>
 void for_panels(void* weight, int64_t outputs, int64_t bytes, int64_t at, int64_t count, const F& given) {
   const int64_t begin = at / kColumns, end = (at + count + kColumns - 1) / kColumns;
@@ -153,7 +154,7 @@ struct ByteRows {
   const char* row(int64_t r) const { return from + r * stride; }
 };
 
-// Writes rows of `columns` elements, each changed by f, to the panels of a weight with `outputs` rows: from row `at` on.
+// Writes rows of `columns` elements, each changed by f, to panels of a weight with `outputs` rows, from row `at` on.
 template <class T, class F>
 void lay_rows(void* weight, int64_t outputs, int64_t columns, int64_t at, int64_t count, ByteRows rows, const F& f) {
   for_panels(weight, outputs, columns * sizeof(T), at, count,

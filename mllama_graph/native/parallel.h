@@ -1,8 +1,8 @@
 // The threads of the kernels, and how they share the parts of a loop.
 //
 // Each thread begins with a range of parts of its own, so that it reads memory in sequence; when that is done, it takes
-// parts from the end of another's range. A thread that is late, because it slept or another process has its core, delays
-// a loop at most by the part that it is computing.
+// parts from the end of another's range. A thread that is late, because it slept or another process has its core,
+// delays a loop at most by the part that it is computing.
 //
 // A thread that waits spins for kSpin, which is longer than the gap between two kernels of a step, and then sleeps: its
 // core is free for others, among them threads of the same loop that another process displaced.
@@ -92,8 +92,8 @@ class Threads {
     }
   }
 
-  // Computes parts until none is left. A thread that comes late may take one of the next loop: it reads what to do after
-  // it has taken a part, and until that part is done the loop does not end.
+  // Computes parts until none is left. A thread that comes late may take one of the next loop: it reads what to do
+  // after it has taken a part, and until that part is done the loop does not end.
   void work(int me, int members) {
     int32_t done = 0;
     for (int k = 0; k < members; k++) {
@@ -136,12 +136,12 @@ inline Threads& threads() {
 
 namespace {
 
-// As many parts for each thread: few enough to cost nothing, enough for threads of unequal speed, as those of a loop wait
-// for half of a part at its end.
+// Parts per thread: few enough that their number costs nothing, and many, since threads of unequal speed wait for half
+// of a part on average at the end of a loop.
 constexpr int64_t kParts = 64;
 
-// Calls f(first, last) for ranges of 0 .. count - 1, as equal as possible and of about `grain` elements or more, on torch's
-// number of threads, which get equal numbers of them.
+// Calls f(first, last) for ranges of 0 .. count - 1, on as many threads as torch has. Ranges are as equal as possible
+// and have about `grain` elements or more. Each thread begins with the same number of ranges.
 template <class F>
 void parallel_for(int64_t count, int64_t grain, const F& f) {
   if (count <= 0) return;

@@ -1,5 +1,5 @@
-// Rounds rows of weights to codes of 8 and of 4 bits while they are loaded: what `quantise` of model/codes.py does, with
-// the same codes and scales.
+// Rounds rows of weights to codes of 8 and of 4 bits while they are loaded: what `quantise` of model/codes.py does,
+// with the same codes and scales.
 
 #pragma once
 
@@ -24,21 +24,18 @@ inline bool any_above(Vector x, float most) {
 #endif
 }
 
-// The nearest whole numbers to x / scale, at most `most`, and the squared error of what they stand for. |x / scale| is at
-// most that of the least number.
+// The whole numbers nearest to x / scale, at most `most`, and their squared error. Scales are such that |x / scale| is
+// at most `most`, or 8 for codes of 4 bits (-8 .. 7), so that only the upper end is limited.
 struct Rounded {
   const float* x;
   int64_t count;
   float most;
 
-  // Products with 1 / scale take the place of quotients. Such a product is off by less than 2^-22 of itself; `doubt`
-  // becomes more than sure() where that could lead to another number.
+  // Products with 1 / scale replace quotients. Such a product is off by less than 2^-22 of itself. `doubt` is its
+  // distance from the whole number; where that is more than sure(), the quotient might round to another number.
   static constexpr float kLeast = 1e-30f;
   float sure() const { return 0.5f - (most + 1) * 0x1p-21f; }
-  static Vector whole(Vector x) {
-    constexpr float kMagic = 12582912.0f;  // adding it rounds to a whole number
-    return x + kMagic - kMagic;
-  }
+  static Vector whole(Vector x) { return x + kMagic - kMagic; }
   Vector limited(Vector number) const { return splat(most) < number ? splat(most) : number; }
   Vector numbers(Vector x, Vector inverse, Vector& doubt) const {
     const Vector quotient = x * inverse, number = whole(quotient), size = magnitude(quotient - number);
@@ -63,7 +60,7 @@ struct Rounded {
       Vector number[N], doubt{};
 #pragma GCC unroll 8
       for (int k = 0; k < N; k++) number[k] = numbers(value, inverse[k], doubt);
-      // Seldom: but a group's largest value lies between two numbers by each of some scales.
+      // Seldom, except for a group's largest value: some scales put it halfway between two numbers.
       if (small || any_above(doubt, sure()))
         for (int k = 0; k < N; k++) number[k] = numbers(value, wide[k]);
 #pragma GCC unroll 8
@@ -82,10 +79,9 @@ struct Rounded {
     }
   }
 
-  // Codes that count from -`added`, each in the low bits of a word.
+  // Writes codes, the number + `added`, each in the low bits of a word.
   void write(float scale, float added, int32_t* to) const {
-    constexpr float kWords = 12582912.0f;  // the low bits of its sum with a whole number are that number
-    const Vector wide = splat(scale), inverse = splat(1.0f / scale), more = splat(added + kWords);
+    const Vector wide = splat(scale), inverse = splat(1.0f / scale), more = splat(added + kMagic);
     const int64_t end = count / kLanes * kLanes;
     for (int64_t i = 0; i < end; i += kLanes) {
       Vector doubt{}, found = numbers(load(x + i), inverse, doubt);
@@ -101,7 +97,8 @@ struct Rounded {
 // E4M3 of x / scale, which is at most 448; ties go to even numbers.
 inline void write_fp8(const float* x, int64_t count, float scale, int32_t* to) {
   constexpr float kMost = 448.0f;
-  constexpr int32_t kNormal = 121 << 23, kSteps = 141 << 23;  // 2^-6; 2^14, whose steps are those below 2^-6
+  // As bits of fp32: 2^-6, the least normal number of E4M3, and 2^14, where fp32 has the steps of E4M3 below 2^-6.
+  constexpr int32_t kNormal = 121 << 23, kSteps = 141 << 23;
   const auto code = [](auto x, auto bits, auto with) {
     const auto size = bits & 0x7fffffff;
     const auto normal = ((size + 0x7ffff + (size >> 20 & 1)) >> 20) - (120 << 3);
@@ -144,8 +141,8 @@ inline typename SixteenBytes<T>::Elements lower_halves(typename SixteenBytes<T>:
   }(std::make_integer_sequence<int, SixteenBytes<Half>::kElements>{});
 }
 
-// Codes in the low bits of words to bytes with one code, or with two of 4 bits, the first in the low half. `count` is a
-// multiple of 4.
+// Packs codes in the low bits of words into bytes: one per byte, or two of 4 bits, the first in the low half. `count`
+// is a multiple of 4.
 inline void pack_codes(const int32_t* words, int64_t count, bool halves, uint8_t* to) {
   typedef SixteenBytes<uint32_t>::Elements Words;
   typedef SixteenBytes<uint16_t>::Elements Shorts;
@@ -180,8 +177,9 @@ inline void pack_codes(const int32_t* words, int64_t count, bool halves, uint8_t
 // The number of INT4_STEPS of model/codes.py.
 constexpr int kChoices = 5;
 
-// Rounds groups of a row to codes, each in the low bits of a word. put(group, scale) takes scales. steps: the numbers one of which a
-// group's largest value is divided by, of codes of 4 bits the one with the least squared error.
+// Rounds the groups of a row to codes, each in the low bits of a word, and calls put(group, scale). A group's scale is
+// its largest value divided by steps[0] or, for codes of 4 bits, by the one of kChoices steps with the least squared
+// error.
 template <class F>
 void round_row(const float* row, int64_t count, int64_t group, ScalarType kind, const float* steps, int32_t* to,
                const F& put) {
@@ -205,7 +203,7 @@ void round_row(const float* row, int64_t count, int64_t group, ScalarType kind, 
   }
 }
 
-// `count` elements of a row in fp32.
+// Copies `count` elements of a row, widened to fp32.
 void widen_row(const char* from, ScalarType kind, int64_t count, float* to) {
   const auto copy = [&]<class W>() {
     const auto* row = reinterpret_cast<const W*>(from);
@@ -221,8 +219,8 @@ void widen_row(const char* from, ScalarType kind, int64_t count, float* to) {
   }
 }
 
-// Rounds whole rows (R, K) of a weight in groups, and writes their inputs from `first` on to codes (O, ...) and scales (O,
-// G), from row `at` on: in panels, or in rows.
+// Rounds whole rows (R, K) of a weight in groups. Writes their inputs from `first` on as codes to `weight` (O, ...),
+// and the scales of these to `scale` (O, G), from row `at` on: in panels or in rows.
 void lay_rounded_(Tensor weight, Tensor scale, int64_t at, Tensor rows, int64_t first, int64_t groups, Tensor steps,
                   bool panels, bool whole) {
   const ScalarType kind = weight.scalar_type(), given = rows.scalar_type();
@@ -238,7 +236,7 @@ void lay_rounded_(Tensor weight, Tensor scale, int64_t at, Tensor rows, int64_t 
   const auto* from = static_cast<const char*>(rows.const_data_ptr());
   auto* to = static_cast<uint8_t*>(weight.mutable_data_ptr());
   float* scales = results(scale);
-  // Of a row with one scale, all inputs are rounded, and some are taken.
+  // A row with one scale is rounded as a whole, and some of its codes are taken.
   const int64_t begin = groups == 1 ? 0 : first, taken = groups == 1 ? all : inputs;
   const int64_t skipped = (first - begin) / (halves ? 2 : 1);
   for_panels(to, outputs, bytes, at, count, [&] {

@@ -223,8 +223,8 @@ Tensor add_gated(Tensor given_x, Tensor given_y, std::optional<Tensor> bias, std
 
 // ---- Rows from and to tables ----
 
-// Rows of a table (V, D), widened, times their `scale` (V, 1). With `first`, the table is a part that begins at that id,
-// and ids outside of it get zeros.
+// Rows of a table (V, D), widened, times their `scale` (V, 1). With `first`, the table is a part that begins at that
+// id, and ids outside of it get zeros.
 Tensor embed(Tensor id, Tensor weight, std::optional<Tensor> scale, std::optional<Tensor> first,
              std::optional<Tensor> real) {
   const int32_t *ids = integers(id), from = first ? *integers(*first) : 0;

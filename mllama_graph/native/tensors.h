@@ -98,8 +98,8 @@ void for_rows(int64_t rows, int64_t width, const F& f) {
   });
 }
 
-// x in contiguous memory. Rows of float32, such as those of a part of wider rows, are copied by the kernels' own
-// threads: torch's would wait for more work beside them, each on a core, for some milliseconds after a copy.
+// x in contiguous memory. Rows of float32 that are part of wider rows are copied by the kernels' own threads: torch's
+// would wait for some milliseconds after a copy without sleeping, on cores that kernels need.
 Tensor packed(const Tensor& x) {
   if (x.is_contiguous()) return x;
   int64_t width = 1;

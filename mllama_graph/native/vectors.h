@@ -56,6 +56,8 @@ inline V shuffled(V a, V b) {
 
 // Bytes of a cache line.
 constexpr int64_t kLine = 64;
+// Added to a number of at most 2^22, it rounds the number to a whole one, which the low bits of the sum then hold.
+constexpr float kMagic = 12582912.0f;
 
 // ---- Loads that widen ----
 
@@ -274,7 +276,6 @@ template <int R, int V>
 
 // e^x, accurate to 2 units in the last place; results below 1e-37 are 0.
 inline Vector exponential(Vector x) {
-  constexpr float kMagic = 12582912.0f;  // adding it rounds to a whole number
   const Integers tiny = x < -87.0f;
   const Vector whole = x * 1.44269504f + kMagic - kMagic;
   Vector rest = multiply_add(whole, splat(-0.693359375f), x);
@@ -289,7 +290,6 @@ inline Vector exponential(Vector x) {
 
 // 2^x for x <= 0, accurate to 2 units in the last place; results below 2^-126 are 0.
 inline Vector power_of_two(Vector x) {
-  constexpr float kMagic = 12582912.0f;  // adding it rounds to a whole number, which the low bits then hold
   const Integers tiny = x < -126.0f;
   const Vector shifted = x + kMagic, rest = x - (shifted - kMagic);
   Vector power = splat(1.5403530e-4f);

@@ -22,8 +22,8 @@ inline int64_t block_of(int64_t group) {
   return block;
 }
 
-// Rows as whole numbers. words (rows, stride: words of a weight's row, operands of a word, bytes of an input); scale and sum, of
-// each block, and total, of a row, of its inputs.
+// Rows as whole numbers. words (rows, stride: words of a weight's row, operands of a word, bytes of an input); scale
+// and sum, of each block, and total, of a row, of its inputs.
 struct WholeRows {
   int64_t inputs, block;
   int bytes;
@@ -52,7 +52,6 @@ inline float largest_in(const float* x, int64_t count) {
 
 // Whole numbers nearest to x / scale, ties going to even numbers; those of a code of 8 bits, which is `zero` for 0.
 inline void round_inputs(const float* x, int64_t count, float scale, float zero, bool code, int32_t* to) {
-  constexpr float kMagic = 12582912.0f;  // adding it rounds to a whole number, which the low bits then hold
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
     Vector y = load(x + i) / splat(scale) + kMagic - kMagic;
@@ -92,8 +91,8 @@ inline Four operands(const int8_t* bytes) {
   return reinterpret_cast<Four>(x);
 }
 
-// Puts whole numbers into words, in the order in which tiles read them: of each four inputs of an operand, the high bytes
-// before the low ones; or inputs of 16 bits as they are.
+// Puts whole numbers into words, in the order in which tiles read them: of each four inputs of an operand, the high
+// bytes before the low ones; or inputs of 16 bits as they are.
 template <class C>
 void pack_inputs(const int32_t* whole, int64_t count, int bytes, int32_t* words) {
   if constexpr (C::kWidth == 2) {

@@ -38,8 +38,10 @@ class Panels:
     def sums(self, codes_RI: Tensor) -> Tensor:
         return kernels.sum_codes(codes_RI)
 
-    def unnested(self, scale_S: Tensor, map: Tensor, of_blocks: Tensor, block: int, first: int, added: float) -> Tensor:
-        return kernels.unnested(scale_S, map, of_blocks, block, first, added)
+    def unnested(
+        self, scale_S: Tensor, values: Tensor, of_blocks: Tensor, block: int, first: int, added: float
+    ) -> Tensor:
+        return kernels.unnested(scale_S, values, of_blocks, block, first, added)
 
 
 PANELS = Panels()

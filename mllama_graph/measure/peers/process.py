@@ -58,7 +58,7 @@ class Peer:
         self._engine = ENGINES[setting.peer]
         self._own = tempfile.TemporaryDirectory(prefix="mllama_graph-peer-")
         folder = self._engine.checkpoint(shape, folder, Path(self._own.name))
-        # A peer's threads wait as they do by default, whatever this process has set for its own.
+        # Set by this process for its own threads; a peer's wait as they do by default.
         given = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
         environment = (
             given
