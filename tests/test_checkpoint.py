@@ -118,6 +118,10 @@ def test_a_dtype_that_cant_be_computed_is_refused(broken):
         (lambda f: (f / "config.json").write_text("[]"), "config.json"),
         (lambda f: (f / "config.json").unlink(), "config.json is missing"),
         (lambda f: next(f.glob("*.safetensors")).unlink(), "is named in the index but missing"),
+        (
+            lambda f: [path.rename(f / "blob") and path.symlink_to("gone") for path in f.glob("*-00001-*.safetensors")],
+            "safetensors is a link to gone, which does not exist. Download",
+        ),
         (lambda f: (f / "model.safetensors.index.json").write_text("{]"), "index.json is not valid JSON"),
         (lambda f: (f / "model.safetensors.index.json").write_text("[]"), "index.json"),
         (lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": []}'), "index.json|no .safetensors"),

@@ -6,6 +6,7 @@ weight names of both transformers generations are accepted, and those of MLX. me
 
 import logging
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -114,6 +115,8 @@ class CheckpointFiles:
 
     def _open(self, path: Path) -> Any:
         if path not in self._opened:
+            if path.is_symlink() and not path.exists():
+                raise UserError(f"{path} is a link to {os.readlink(path)}, which does not exist. Download it again.")
             if not path.is_file():
                 raise UserError(
                     f"{path} is named in the index but missing. Download it, or delete {INDEX} if that is out of date."

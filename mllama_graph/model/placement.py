@@ -1,11 +1,14 @@
 """Memory for the tensors that every step reads: weights and pages, on the device that reads them."""
 
 import contextlib
+import math
 import mmap
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from mllama_graph.core.errors import UserError
 
 HUGE_PAGE = 1 << 21
 
@@ -29,14 +32,25 @@ class Placement:
         """Uninitialised memory to be filled with values.
 
         On a host it uses huge pages if the system grants them: reads are faster than from pages of 4 KiB, and
-        a page is first written in a third of the time.
+        a page is first written in a third of the time. Raises UserError where the host refuses the memory.
         """
-        whole = torch.empty(size, dtype=dtype, device=self.filled_on)
-        # A fake tensor (while tracing) has no memory.
-        held = whole.is_cpu and type(whole) is Tensor
-        if held and whole.nbytes >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
-            return _huge_pages(whole.nbytes).view(dtype).view(size)
-        return whole
+        try:
+            whole = torch.empty(size, dtype=dtype, device=self.filled_on)
+            # A fake tensor (while tracing) has no memory.
+            held, needed = whole.is_cpu and type(whole) is Tensor, whole.nbytes
+            if held and needed >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
+                del whole
+                return _huge_pages(needed).view(dtype).view(size)
+            return whole
+        except (OSError, RuntimeError) as error:
+            # As torch and the system say it of a host's memory.
+            if "allocate memory" not in str(error):
+                raise
+            needed = math.prod(size) * dtype.itemsize
+            raise UserError(
+                f"{needed / 1e6:.0f} MB for a weight or for K/V pages are refused by the system, which limits the "
+                "memory of this process. Raise the limit (ulimit -v), or lower batch, max_input_length or max_images."
+            ) from error
 
     def settle(self, filled: Tensor) -> Tensor:
         """Move a filled tensor from `allocate` to the device."""

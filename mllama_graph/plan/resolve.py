@@ -327,7 +327,8 @@ def _kernels(run: Run, device: Device, precision: Precision) -> str:
     fits, choice = device.native and precision.compute == "fp32", run.backend.kernels
     if choice == NATIVE and not fits:
         raise UserError(
-            "backend.kernels=native: the kernels are a CPU's, and compute in fp32. Use backend.kernels=auto."
+            f"backend.kernels=native with device={device.name} and arithmetic in {precision.compute}: the kernels are "
+            "a CPU's, and compute in fp32. Use backend.kernels=auto, or dtype=fp32 on a CPU."
         )
     if choice != "auto":
         return choice

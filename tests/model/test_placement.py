@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mllama_graph.core.errors import UserError
 from mllama_graph.model.placement import HUGE_PAGE, Placement
 
 
@@ -15,6 +16,11 @@ def test_large_tensors_begin_at_a_huge_page_and_keep_what_is_written(dtype):
     for value, x in enumerate(tensors):
         assert x.data_ptr() % HUGE_PAGE == 0 and x.is_contiguous() and (x.shape, x.dtype) == ((3, HUGE_PAGE + 5), dtype)
         assert (x.view(torch.uint8) == value).all()
+
+
+def test_memory_that_the_host_refuses_is_named():
+    with pytest.raises(UserError, match="1125899907 MB for a weight or for K/V pages are refused.*Raise the limit"):
+        Placement.at(torch.device("cpu")).allocate((1 << 40, 256), torch.float32)
 
 
 def test_small_tensors_and_those_without_memory_are_allocated_by_torch():
