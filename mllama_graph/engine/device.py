@@ -108,7 +108,7 @@ class Backend(ABC):
         """Convert weights in place to the layout that the device's kernels read."""
 
     def rounded(self, rows_OI: Tensor, form: Format) -> Codes:
-        """Quantise whole rows of a weight, fp32 on the host, while it is loaded."""
+        """Quantise whole rows of a weight, fp32 on the host, while it is loaded, if there is no `layout`."""
         return quantise(rows_OI, form)
 
     @property
@@ -182,9 +182,6 @@ class CpuBackend(Backend):
         for data in (data for layer in pages for data in layer):
             for number in numbers:
                 data[number].view(torch.uint8).numpy().fill(0)
-
-    def rounded(self, rows_OI: Tensor, form: Format) -> Codes:
-        return cpu.rounded(rows_OI, form) if self.run.kernels == NATIVE else quantise(rows_OI, form)
 
     @property
     def layout(self) -> Layout | None:
